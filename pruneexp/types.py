@@ -1,0 +1,289 @@
+"""The nouns of a pruning run: sites, blocks, plans, budgets, and the protocols that methods satisfy.
+
+Shape letters, used as suffixes of tensor names everywhere in this package:
+
+    B batch        T time (tokens of a window)   N tokens in all, N = B*T (of a token array: windows)
+    D hidden size  C input channels of a reader  U units of a site
+    W channels per unit, C = U*W                 R writer rows per unit
+    K kept channels                              O outputs of a reader (= D)
+
+A *site* is one prunable axis of one decoder layer: U interchangeable units. Removing a unit removes its rows of the
+*writers* (query, key, value; gate, up; fc1) and its columns of the one *reader* (o_proj, down_proj, fc2).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PLAN_VERSION = 1
+
+
+class ConfigError(ValueError):
+    """A config that cannot work. The message is one line: the key, the value, what was expected. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that failed for a reason the user can act on. The message is one line. Exit code 1."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What leaves the model with one unit."""
+
+    params: int  # parameters: the unit's writer rows (and their biases) and its reader columns
+    macs: int  # multiply-accumulates per token in those matrices (attention over the context is not counted)
+    kv: int  # KV-cache elements per token
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or block)."""
+
+    name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp"
+    kind: str  # "attention" (unit = KV group: a key/value head and its query heads), "mlp" (unit = FFN channel), "block"
+    layer: int  # index of the decoder layer in the original model
+    units: int  # U
+    width: int  # W: reader input channels per unit
+    cost: Cost  # of one unit
+
+    @property
+    def channels(self) -> int:
+        """C = U*W, input channels of the reader."""
+        return self.units * self.width
+
+    def keep_C(self, kept: Sequence[int]) -> Tensor:
+        """Reader channels of the kept units: int64 [K], ascending when `kept` is."""
+        units = torch.as_tensor(kept, dtype=torch.int64)
+        return (units[:, None] * self.width + torch.arange(self.width)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """The weights of one site, ordered by unit: views, never written to."""
+
+    writers: Mapping[str, Tensor]  # role ("query", "key", "value", "gate", "up") -> [U, R, D]
+    writer_biases: Mapping[str, Tensor]  # role -> [U, R]; empty where there are none
+    reader: Tensor  # [O, C]
+    reader_bias: Tensor | None  # [O]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer as tensors by role, with its sites. Criteria see this, never modules."""
+
+    name: str  # "model.layers.0"
+    layer: int
+    sites: tuple[Site, ...]
+    weights: Mapping[str, SiteWeights]  # by site name
+    norms: Mapping[str, Tensor] = field(default_factory=dict)  # site name -> scale [D] of the norm in front of it
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """Which units of one site stay."""
+
+    kind: str
+    units: int
+    kept: tuple[int, ...]  # ascending
+
+    def __post_init__(self) -> None:
+        if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= u < self.units for u in self.kept):
+            raise ValueError(f"kept={list(self.kept)!r}: expected ascending, distinct unit indices below {self.units}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The structure to keep, by site, and the budget it met. Sites that are not named stay whole."""
+
+    sites: Mapping[str, SitePlan]
+    budget: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        sites = {n: {"kind": s.kind, "units": s.units, "kept": list(s.kept)} for n, s in self.sites.items()}
+        return json.dumps({"version": PLAN_VERSION, "sites": sites, "budget": dict(self.budget)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises ValueError for another version or a malformed plan."""
+        data = json.loads(text)
+        if data.get("version") != PLAN_VERSION:
+            raise ValueError(f"version={data.get('version')!r}: expected a plan of version {PLAN_VERSION}")
+        sites = {n: SitePlan(s["kind"], s["units"], tuple(s["kept"])) for n, s in data["sites"].items()}
+        return cls(sites, data.get("budget", {}))
+
+    def removed(self, site: Site) -> int:
+        """Units of `site` that leave."""
+        plan = self.sites.get(site.name)
+        return 0 if plan is None else plan.units - len(plan.kept)
+
+    def merged(self, other: Plan) -> Plan:
+        """Both plans' sites (of different layers, say); `other`'s budget is added where it has one."""
+        return Plan({**self.sites, **other.sites}, {**self.budget, **other.budget})
+
+    @classmethod
+    def keep_all(cls, sites: Sequence[Site]) -> Plan:
+        return cls({s.name: SitePlan(s.kind, s.units, tuple(range(s.units))) for s in sites})
+
+    @classmethod
+    def from_masks(cls, sites: Sequence[Site], keep: Mapping[str, Tensor]) -> Plan:
+        """From boolean masks [U], True = kept."""
+        kept = {s: torch.nonzero(keep[s.name], as_tuple=False).flatten().tolist() for s in sites}
+        return cls({s.name: SitePlan(s.kind, s.units, tuple(units)) for s, units in kept.items()})
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a search is to remove from the sites it is given."""
+
+    ratio: float  # share to remove, in [0, 1)
+    total: int  # parameters that the ratio is a share of
+    added: int = 0  # parameters that compensation adds (new biases), to be removed on top so that the share is met
+
+    @property
+    def remove(self) -> float:
+        """Parameters to remove; 0 for a ratio of 0, whatever compensation would add."""
+        return self.ratio * self.total + self.added if self.ratio > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class RemovalPath:
+    """The answer of a criterion whose costs change as units leave."""
+
+    order_U: Tensor  # int64 [U]: the unit that leaves first, second, ...
+    cost_U: Tensor  # float [U]: cumulative cost once the first 1, 2, ..., U units of `order_U` have left
+    readers: Mapping[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # removed units -> refitted reader
+
+    @property
+    def scores_U(self) -> Tensor:
+        """As importances, higher = keep: a unit's score is the cumulative cost at which it leaves."""
+        return torch.empty_like(self.cost_U).scatter_(0, self.order_U, self.cost_U)
+
+
+Scores = Mapping[str, "Tensor | RemovalPath"]  # site name -> [U], higher = keep
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A structure that a search wants judged, with replacement readers where it has them."""
+
+    plan: Plan
+    readers: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # site -> weight [O,K], bias [O]
+
+
+@runtime_checkable
+class Evidence(Protocol):
+    """What calibration collects for one site. Values: `update` and `merge` return new evidence.
+
+    `source` says which collector feeds it, and so what `update` receives:
+
+    - "reader": `update(x_BTC)`, the reader's input, batch by batch
+    - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
+    - "gradient": `update(weights, gradients)`, two SiteWeights: a batch's loss gradient beside the weights
+    - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions and the directional
+      derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
+    """
+
+    source: ClassVar[str]
+
+    @classmethod
+    def empty(cls, site: Site) -> Self: ...
+
+    def update(self, *observed: Any) -> Self: ...
+
+    def merge(self, other: Self) -> Self: ...
+
+
+class Criterion(Protocol):
+    """Importance of every unit. `sequential`: where the search decides layer by layer, layer l is scored on what the
+    already pruned layers before it produce."""
+
+    evidence: ClassVar[type | None]
+    sequential: bool
+
+    def __call__(self, block: Block, evidence: Mapping[str, Any]) -> Scores: ...
+
+
+class Oracle(Protocol):
+    """What the runner lends to searches: the calibration loss of masked (or compensated) structures."""
+
+    passes: float  # spent so far, in plain passes over the calibration tokens
+
+    def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
+        """Mean next-token loss in nats of each candidate: float64 [len(candidates)], over all calibration windows or
+        batch number `batch` of them."""
+        ...
+
+
+class Search(Protocol):
+    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone."""
+
+    local: ClassVar[bool]
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan: ...
+
+
+class Sparsity(Protocol):
+    """How much leaves, in which rounds."""
+
+    ratio: float
+    of: str
+
+    def rounds(self) -> tuple[float, ...]:
+        """Cumulative share removed after each round; the last is `ratio`."""
+        ...
+
+
+class Compensator(Protocol):
+    """The reader's weight and bias after units are gone. `sequential`: its evidence is collected on what the pruned
+    layers before produce (a second walk)."""
+
+    evidence: ClassVar[type | None]
+    adds_bias: ClassVar[bool]
+    sequential: bool
+
+    def __call__(
+        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Any, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Evaluator(Protocol):
+    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}."""
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]: ...
+
+
+class Dataset(Protocol):
+    """Token windows, int64 [N, T], for calibration and for evaluation."""
+
+    name: str
+
+    def calibration(self, tokenizer: Any) -> Tensor: ...
+
+    def evaluation(self, tokenizer: Any, length: int) -> Tensor: ...
+
+
+class Tracker(Protocol):
+    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies."""
+
+    def start(self, folder: Any, config: Mapping[str, Any]) -> None: ...
+
+    def log(self, metrics: Mapping[str, float]) -> None: ...
+
+    def artifacts(self, plan: Plan, scores: Mapping[str, Tensor], sites: Sequence[Site]) -> None: ...
+
+    def finish(self, metrics: Mapping[str, float]) -> None: ...
+
+    def fail(self, reason: str) -> None: ...
+
+

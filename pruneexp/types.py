@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from typing_extensions import Self
 
 PLAN_VERSION = 1
@@ -146,7 +148,8 @@ class Budget:
 
     ratio: float  # share to remove, in [0, 1)
     total: int  # parameters that the ratio is a share of
-    added: int = 0  # parameters that compensation adds (new biases), to be removed on top so that the share is met
+    added: float = 0  # to be removed on top: parameters that compensation adds (new biases), what layers before left over
+    layers: int | None = None  # decoder layers of the whole run, where the sites given are not all; None: they are
 
     @property
     def remove(self) -> float:
@@ -168,7 +171,22 @@ class RemovalPath:
         return torch.empty_like(self.cost_U).scatter_(0, self.order_U, self.cost_U)
 
 
-Scores = Mapping[str, "Tensor | RemovalPath"]  # site name -> [U], higher = keep
+@dataclass(frozen=True)
+class ColumnScores:
+    """The answer of a criterion that judges the reader's channels: importances of the units, and of the channels that
+    make them up. A search that compares sites can so standardise by the spread of the channels, as FLAP does."""
+
+    scores_U: Tensor  # [U], higher = keep
+    columns_C: Tensor  # [C], higher = keep
+
+
+Score = Tensor | RemovalPath | ColumnScores
+Scores = Mapping[str, Score]  # site name -> importances of its units
+
+
+def unit_scores(score: Score) -> Tensor:
+    """Importances of a site's units, higher = keep: [U]."""
+    return score if isinstance(score, Tensor) else score.scores_U
 
 
 @dataclass(frozen=True)
@@ -274,16 +292,22 @@ class Dataset(Protocol):
 
 
 class Tracker(Protocol):
-    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies."""
+    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `group`: the sweep
+    that a run belongs to; `trace`: the traceback of what killed it, where it is no user's mistake."""
 
-    def start(self, folder: Any, config: Mapping[str, Any]) -> None: ...
+    def start(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        group: str | None = None,
+        name: str | None = None,
+        job_type: str | None = None,
+    ) -> None: ...
 
     def log(self, metrics: Mapping[str, float]) -> None: ...
 
-    def artifacts(self, plan: Plan, scores: Mapping[str, Tensor], sites: Sequence[Site]) -> None: ...
+    def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None: ...
 
     def finish(self, metrics: Mapping[str, float]) -> None: ...
 
-    def fail(self, reason: str) -> None: ...
-
-
+    def fail(self, reason: str, trace: str = "") -> None: ...

@@ -1,0 +1,136 @@
+"""The command line: compose, build, check, run; every way it can end has its exit code and at most one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Gives the exit code: 0 done, 2 a config that cannot work, 1 a run that failed."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "-h" in argv or "--help" in argv:
+        from pruneexp.cli_help import text
+
+        print(text())
+        return 0
+    arguments = _parser().parse_intermixed_args(argv)
+    from pruneexp.types import ConfigError, RunError
+
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return _command(arguments)
+    except ConfigError as error:
+        return _ended(2, str(error))
+    except RunError as error:
+        return _ended(1, f"failed: {error}")
+    except KeyboardInterrupt:
+        return _ended(130, "interrupted")
+    except Exception as error:
+        return _ended(1, f"failed: {type(error).__name__}: {error}")
+
+
+def _ended(code: int, line: str) -> int:
+    if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"pruneexp: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    # An exception, so that the run on its way out marks its folder failed; the shell's code for a death by SIGTERM.
+    raise SystemExit(128 + signum)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"pruneexp: {message}; see pruneexp --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    import pruneexp
+
+    parser = _Parser("pruneexp", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--version", action="version", version=f"pruneexp {pruneexp.__version__}")
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--resolve", action="store_true")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--multirun", "-m", action="store_true")
+    what.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    what.add_argument("--info", "-i", choices=INFO, nargs="?", const="all")
+    what.add_argument("--shell-completion", "-sc", action="store_true")
+    return parser
+
+
+def _command(arguments: argparse.Namespace) -> int:
+    from hydra.types import RunMode
+
+    from pruneexp.compose import compose_raw, open_hydra
+    from pruneexp.types import ConfigError
+
+    hydra, overrides = open_hydra(arguments.config_dir), arguments.overrides
+    if arguments.shell_completion:
+        hydra.shell_completion("config", overrides)
+        return 0
+    if arguments.cfg or arguments.info:
+        return _show(hydra, arguments)
+    for text in overrides:
+        if text.lstrip("+~").startswith(("hydra.run.", "hydra.sweep.")):
+            raise ConfigError(f"{text}: the folders of runs are not Hydra's here; expected run.dir or sweep.dir")
+    config = compose_raw(hydra, overrides, RunMode.RUN, any_sweep=True)
+    if arguments.multirun or config.hydra.mode == RunMode.MULTIRUN:
+        from pruneexp.multirun import multirun
+
+        return multirun(hydra, overrides)
+    return _single(hydra, overrides)
+
+
+def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
+    from pruneexp.explain import explained
+
+    try:
+        if arguments.cfg:
+            hydra.show_cfg("config", arguments.overrides, arguments.cfg, arguments.package, arguments.resolve)
+        else:
+            hydra.show_info(arguments.info, "config", arguments.overrides)
+    except Exception as error:
+        raise explained(error, hydra, arguments.overrides) from error
+    return 0
+
+
+def _single(hydra: Hydra, overrides: Sequence[str]) -> int:
+    from hydra.types import RunMode
+
+    from pruneexp.compose import compose_raw, composed
+    from pruneexp.types import ConfigError
+
+    run = composed(compose_raw(hydra, overrides, RunMode.RUN))
+    for key, value in run.config["sweep"].items():
+        if value is not None:
+            raise ConfigError(f"sweep.{key}={value!r}: expected null in a single run; add --multirun")
+    from pruneexp.build import build
+    from pruneexp.experiment import run_experiment
+
+    experiment = build(run)
+    experiment.check()
+    run_experiment(experiment)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""A composed config to an Experiment: every object built, every mistake that the config alone shows found.
+
+Fields are checked against their annotations before anything is called, so that a method class needs no code for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pruneexp import types
+from pruneexp.coerce import coerced, described
+from pruneexp.compose import Composed
+from pruneexp.experiment import Experiment, RunSettings
+from pruneexp.explain import did_you_mean, missing_key, one_line
+from pruneexp.types import ConfigError
+
+Parameters = Mapping[str, inspect.Parameter]
+PROTOCOLS: dict[str, type | None] = {
+    "model": None,
+    "dataset": types.Dataset,
+    "criterion": types.Criterion,
+    "sparsity": types.Sparsity,
+    "search": types.Search,
+    "compensator": types.Compensator,
+    "tracker": types.Tracker,
+}
+
+
+def build(composed: Composed) -> Experiment:
+    """Cheap and offline: reads no file of a model or of data. Raises ConfigError."""
+    builder = Builder(composed)
+    config = composed.config
+    seed = coerced(config.get("seed"), int, "seed")  # first: other settings are made of it
+    if seed < 0:
+        raise ConfigError(f"seed={seed!r}: expected an integer >= 0")
+    run = builder.call(RunSettings, config["run"], "run")
+    parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
+    evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}
+    experiment = Experiment(**parts, evaluators=evaluators, run=run, seed=seed, config=config, job=composed.job)
+    check_together(experiment)
+    return experiment
+
+
+def check_together(experiment: Experiment) -> None:
+    """What no part can know alone. Raises ConfigError."""
+    if getattr(experiment.model, "stream", False):
+        held = [name for name, each in experiment.evaluators.items() if not getattr(each, "streams", False)]
+        if held:
+            raise ConfigError(
+                f"model.stream=True: evaluator={','.join(held)} needs the whole model in memory; "
+                "expected model.stream=false, or only evaluators that can stream"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """Objects from the nodes of one composed config."""
+
+    composed: Composed
+
+    def part(self, group: str, protocol: type | None) -> Any:
+        node = self.composed.config.get(group)
+        if node is None:
+            raise self._missing_choice(group)
+        return self._satisfying(self.node(node, group), protocol, group)
+
+    def evaluator(self, name: str) -> Any:
+        key = f"evaluator.{name}"
+        return self._satisfying(self.node(self.composed.config["evaluator"][name], key), types.Evaluator, key)
+
+    def node(self, node: Any, key: str) -> Any:
+        """The object that a node with a `_target_` describes."""
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            raise ConfigError(f"{key}={node!r}: expected a choice with a _target_")
+        settings = {name: value for name, value in node.items() if name != "_target_"}
+        return self.call(located(node["_target_"], f"{key}._target_"), settings, key)
+
+    def call(self, target: Callable[..., Any], settings: Mapping[str, Any], key: str) -> Any:
+        """`target(**settings)`, once every setting is known, present and of the type that the signature asks for."""
+        parameters, hints = _signature(target)
+        self._check_names(parameters, settings, hints, key)
+        arguments = {
+            name: self._argument(value, hints.get(name, Any), f"{key}.{name}") for name, value in settings.items()
+        }
+        try:
+            return target(**arguments)
+        except ConfigError as error:
+            raise _under(key, parameters, error) from error
+        except Exception as error:
+            raise ConfigError(f"{key}: {type(error).__name__}: {one_line(error)}") from error
+
+    def _argument(self, value: Any, annotation: Any, key: str) -> Any:
+        if isinstance(value, Mapping) and "_target_" in value:
+            return self.node(value, key)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+            return self.call(annotation, value, key)
+        return coerced(value, annotation, key)
+
+    def _check_names(
+        self, parameters: Parameters, settings: Mapping[str, Any], hints: dict[str, Any], key: str
+    ) -> None:
+        kinds = {parameter.kind for parameter in parameters.values()}
+        unknown = [name for name in settings if name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds]
+        for name in unknown:
+            known = [f"{key}.{parameter}" for parameter in parameters]
+            expected = f"expected one of {', '.join(known)}" if known else f"{key} has no keys"
+            near = did_you_mean(f"{key}.{name}", known)
+            raise ConfigError(f"{key}.{name}={settings[name]!r}: unknown key; {expected}{near}")
+        for name, parameter in parameters.items():
+            variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if parameter.default is parameter.empty and name not in settings and not variadic:
+                raise self._missing(f"{key}.{name}", hints.get(name, Any))
+
+    def _missing(self, key: str, annotation: Any) -> ConfigError:
+        expected = "" if annotation is Any else described(annotation)
+        return missing_key(key, self.composed.job["choices"], self.composed.folders, expected)
+
+    def _missing_choice(self, group: str) -> ConfigError:
+        options = sorted({path.stem for folder in self.composed.folders for path in (folder / group).glob("*.yaml")})
+        return ConfigError(f"{group} is missing: expected one of {', '.join(options)}")
+
+    def _satisfying(self, part: Any, protocol: type | None, key: str) -> Any:
+        absent = [name for name in _members(protocol) if not hasattr(part, name)]
+        if absent:
+            raise ConfigError(f"{key}._target_: {type(part).__name__} has no {', '.join(absent)}; see pruneexp.types")
+        return part
+
+
+def located(target: Any, key: str) -> Callable[..., Any]:
+    """The class or function behind a dotted path; the current directory's modules count. Raises ConfigError."""
+    module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+    if not module:
+        raise ConfigError(f"{key}={target!r}: expected a dotted path to a class, such as package.module.Class")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: a file that is called datasets.py must not hide a library
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except AttributeError:
+        near = did_you_mean(name, dir(sys.modules[module]), f"{module}.{{}}")
+        raise ConfigError(f"{key}={target!r}: module {module} has no {name}{near}") from None
+    except Exception as error:
+        raise ConfigError(f"{key}={target!r}: cannot import it: {type(error).__name__}: {one_line(error)}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}={target!r}: expected a class or a function, found {type(found).__name__}")
+    return found
+
+
+def _signature(target: Callable[..., Any]) -> tuple[Parameters, dict[str, Any]]:
+    parameters = inspect.signature(target).parameters
+    holder = target.__init__ if inspect.isclass(target) and not dataclasses.is_dataclass(target) else target
+    try:
+        return parameters, typing.get_type_hints(holder)
+    except (NameError, TypeError):
+        return parameters, {}  # annotations that only a type checker can read: the class checks its fields itself
+
+
+def _under(key: str, parameters: Iterable[str], error: ConfigError) -> ConfigError:
+    """The error of a class that does not know its place in the config, with the full key in front."""
+    message = str(error)
+    if message.startswith(f"{key}."):
+        return error
+    names_a_field = any(message.startswith(name) and not message[len(name) :][:1].isidentifier() for name in parameters)
+    return ConfigError(f"{key}.{message}" if names_a_field else f"{key}: {message}")
+
+
+def _members(protocol: type | None) -> list[str]:
+    if protocol is None:
+        return []
+    methods = [name for name, value in vars(protocol).items() if inspect.isfunction(value)]
+    return [*protocol.__annotations__, *(name for name in methods if name == "__call__" or not name.startswith("_"))]

@@ -1,0 +1,87 @@
+"""The reader's weight and bias after units are gone: what the removed channels gave, given by what stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from pruneexp.evidence import Moments, RunningFluctuation
+
+
+class _Mean(Protocol):
+    @property
+    def mean_C(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class NoCompensation:
+    """The kept columns as they are."""
+
+    evidence: ClassVar[None] = None
+    adds_bias: ClassVar[bool] = False
+
+    sequential: bool
+
+    def __call__(
+        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: object, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return _columns(weight_OC, keep_C), bias_O
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Removed channels give their mean: bias += W[:, removed] @ mean[removed], the unpruned W: FLAP's
+    baseline bias compensation (An et al., AAAI 2024).
+
+    Exact for channels that do not fluctuate. Float64 arithmetic, rounded once to the reader's dtype. Where nothing
+    leaves, weight and bias come back untouched.
+    """
+
+    evidence: ClassVar[type[Moments]] = Moments
+    adds_bias: ClassVar[bool] = True
+
+    sequential: bool
+
+    def __call__(
+        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Moments, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return _columns(weight_OC, keep_C), _with_means_O(weight_OC, bias_O, evidence, keep_C)
+
+
+@dataclass(frozen=True)
+class BiasOfficial:
+    """`Bias` with the running mean of FLAP's released code, so that a run of `flap_official` collects one evidence.
+
+    That mean is the mean of the sequences' means, and so `Bias`' own up to float32 rounding where they are equally
+    long. Departs: there it is stored in float16, here as it is.
+    """
+
+    evidence: ClassVar[type[RunningFluctuation]] = RunningFluctuation
+    adds_bias: ClassVar[bool] = True
+
+    sequential: bool
+
+    def __call__(
+        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: RunningFluctuation, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return _columns(weight_OC, keep_C), _with_means_O(weight_OC, bias_O, evidence, keep_C)
+
+
+def _columns(weight_OC: Tensor, keep_C: Tensor) -> Tensor:
+    """The kept columns, contiguous; the weight itself where all are kept."""
+    if len(keep_C) == weight_OC.shape[1]:
+        return weight_OC
+    return weight_OC.index_select(1, keep_C.to(weight_OC.device))
+
+
+def _with_means_O(weight_OC: Tensor, bias_O: Tensor | None, evidence: _Mean, keep_C: Tensor) -> Tensor | None:
+    if len(keep_C) == weight_OC.shape[1]:
+        return bias_O
+    gone_C = torch.ones(weight_OC.shape[1], dtype=torch.bool, device=weight_OC.device)
+    gone_C[keep_C.to(weight_OC.device)] = False
+    mean_C = evidence.mean_C.to(weight_OC.device, torch.float64)
+    lost_O = weight_OC[:, gone_C].double() @ mean_C[gone_C]
+    return (lost_O if bias_O is None else bias_O.double() + lost_O).to(weight_OC.dtype)

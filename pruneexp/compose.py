@@ -1,0 +1,137 @@
+"""Hydra's part: the command line's overrides to a composed config of plain containers.
+
+Composing happens here, inside our own handler, before Hydra gets to print anything: what goes wrong is a ConfigError of
+one line. No DictConfig leaves this module and `multirun`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import version as hydra_version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from pruneexp.config_files import conf_folder, sweep_files
+from pruneexp.explain import explained, known_keys, missing_key
+from pruneexp.types import ConfigError
+
+CONFIG_NAME = "config"
+SECTIONS = (
+    "model",
+    "dataset",
+    "criterion",
+    "sparsity",
+    "search",
+    "compensator",
+    "evaluator",
+    "tracker",
+    "seed",
+    "run",
+    "sweep",
+)
+SWEEP_KEYS = ("sweep.dir", "sweep.objective")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A run's config, resolved, in plain containers.
+
+    `job`: `recipe` ("custom" without one), `sweep` (name or None), `overrides` as typed, `choices` (of each group).
+    `folders`: where config files were looked for, first wins.
+    """
+
+    config: dict[str, Any]
+    job: dict[str, Any]
+    folders: tuple[Path, ...]
+
+
+def open_hydra(config_dir: str | None = None) -> Hydra:
+    """Hydra with our config folder and, after it, the user's. Raises ConfigError where that is no folder."""
+    search_path = create_config_search_path(str(conf_folder()))
+    if config_dir is not None:
+        if not os.path.isdir(config_dir):
+            raise ConfigError(f"--config-dir {config_dir}: no such folder; expected one with configs of your own")
+        path = f"file://{os.path.abspath(config_dir)}"
+        search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
+    _offer_sweeps()
+    hydra_version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2("pruneexp", search_path)
+
+
+def _offer_sweeps() -> None:
+    # The group is called `sweep` and its folder `sweeps/`, so Hydra is handed the files instead of finding them.
+    for name, path in sweep_files().items():
+        try:
+            node = OmegaConf.load(path)
+        except Exception as error:
+            raise ConfigError(f"sweeps/{path.name}: not YAML: {' '.join(str(error).split())}") from error
+        ConfigStore.instance().store(name, node, group="sweep", package="_global_", provider="sweeps")
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed:
+    """The config of a single run. Raises ConfigError."""
+    hydra = open_hydra(config_dir)
+    return composed(compose_raw(hydra, overrides, RunMode.RUN))
+
+
+def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode, any_sweep: bool = False) -> DictConfig:
+    """As Hydra composes it, with the `hydra` node. `any_sweep`: comma lists pass whatever the mode."""
+    try:
+        config = hydra.compose_config(
+            CONFIG_NAME, list(overrides), mode, with_log_configuration=False, validate_sweep_overrides=not any_sweep
+        )
+    except Exception as error:
+        raise explained(error, hydra, overrides) from error
+    return config
+
+
+def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Composed:
+    """Resolved and in plain containers. `hydra_node`: for a config that has lost its own. Raises ConfigError for
+    missing values, interpolations that lead nowhere and top-level keys that nothing reads."""
+    node = config.hydra if hydra_node is None else hydra_node
+    HydraConfig.instance().set_config(OmegaConf.create({"hydra": node}))  # for ${hydra:...}
+    folders = tuple(Path(source.path) for source in node.runtime.config_sources if source.schema == "file")
+    job = _job(node)
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    known_keys([str(key) for key in plain], SECTIONS)
+    # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
+    for key in _missing(OmegaConf.to_container(plain, resolve=False)):
+        raise missing_key(key, job["choices"], folders)
+    try:
+        container = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
+    except Exception as error:
+        raise explained(error, None, job["overrides"]) from error
+    assert isinstance(container, dict)
+    for section in ("run", "sweep"):
+        if not isinstance(container.get(section), dict):
+            raise ConfigError(f"{section}={container.get(section)!r}: expected its keys, as {section}.dir=...")
+    known_keys([f"sweep.{key}" for key in container["sweep"]], SWEEP_KEYS)
+    return Composed({str(key): value for key, value in container.items()}, job, folders)
+
+
+def _missing(node: Any, key: str = "") -> Iterator[str]:
+    if isinstance(node, str) and node == "???":
+        yield key
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in children:
+        yield from _missing(value, f"{key}.{name}" if key else str(name))
+
+
+def _job(hydra_node: DictConfig) -> dict[str, Any]:
+    choices = OmegaConf.to_container(hydra_node.runtime.choices)
+    overrides = OmegaConf.to_container(hydra_node.overrides.task)
+    assert isinstance(choices, dict) and isinstance(overrides, list)
+    own = {str(group): choice for group, choice in choices.items() if not str(group).startswith("hydra")}
+    return {"recipe": own.get("recipe") or "custom", "sweep": own.get("sweep"), "overrides": overrides, "choices": own}

@@ -1,0 +1,23 @@
+"""Text to token windows, int64 [N, T]: from the hub, from files, or in the embedded language.
+
+Every dataset has the same face (`WindowSource`): `calibration(tokenizer)` draws its `samples` windows of `length`
+tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecutive, non-overlapping windows.
+"""
+
+from pruneexp.dataset.embedded import Embedded
+from pruneexp.dataset.files import Text, Tokens, text, tokens
+from pruneexp.dataset.hub import HubText
+from pruneexp.dataset.windows import WindowSource, check_vocabulary, fingerprint, overlap
+
+__all__ = [
+    "Embedded",
+    "HubText",
+    "Text",
+    "Tokens",
+    "WindowSource",
+    "check_vocabulary",
+    "fingerprint",
+    "overlap",
+    "text",
+    "tokens",
+]

@@ -1,0 +1,77 @@
+"""Windows of the embedded language: no files, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pruneexp.dataset.windows import check_common, encode
+from pruneexp.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Stories of the embedded language. Each window begins where a story begins; where it is shorter, the next follows.
+
+    Calibration: `samples` windows of `length` tokens, other stories for every `seed`. Evaluation: always the same
+    `evaluation_samples` windows, so that runs with different seeds compare. The language's own seed ranges keep
+    calibration, evaluation and the training of the embedded models apart.
+    """
+
+    samples: int
+    length: int
+    seed: int
+    evaluation_samples: int
+
+    name: ClassVar[str] = "embedded"
+    contiguous: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_common(None, self.samples, self.length, self.seed, "random")
+        if self.evaluation_samples < 1:
+            raise ConfigError(f"evaluation_samples={self.evaluation_samples!r}: expected an int >= 1")
+
+    def check(self, calibration: bool = True, evaluation: bool = True) -> None:
+        """Nothing that could be missing."""
+
+    def calibration(self, tokenizer: Any) -> Tensor:
+        return _windows(tokenizer, self._seeds()[0], self.samples, self.length)
+
+    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
+        return _windows(tokenizer, self._seeds()[1], self.evaluation_samples, length or self.length)
+
+    def key(self, part: str) -> str:
+        return "dataset=embedded"
+
+    def description(self) -> Mapping[str, Any]:
+        calibration, evaluation = self._seeds()
+        return {
+            "kind": "embedded",
+            "calibration": {"stories": calibration, "samples": self.samples, "length": self.length},
+            "evaluation": {"stories": evaluation, "samples": self.evaluation_samples},
+            "special_tokens": False,
+        }
+
+    def _seeds(self) -> tuple[int, int]:
+        from pruneexp.embedded.language import CALIBRATION, EVALUATION
+
+        return CALIBRATION[self.seed % len(CALIBRATION)], EVALUATION[0]
+
+
+def _windows(tokenizer: Any, seed: int, samples: int, length: int) -> Tensor:
+    """The ids of `pruneexp.embedded.windows`, for any tokenizer: it need not keep words apart."""
+    from pruneexp.embedded.language import stories
+
+    source = stories(seed)
+    rows: list[Tensor] = []
+    for _ in range(samples):
+        text, row_T = "", torch.empty(0, dtype=torch.int64)
+        while len(row_T) < length:
+            text += next(source).text
+            row_T = encode(tokenizer, text, special_tokens=False)
+        rows.append(row_T[:length])
+    return torch.stack(rows)

@@ -1,0 +1,201 @@
+"""Windows from the user's own files: plain text, or tokens that are already windows.
+
+`_target_`s are the functions `text` and `tokens`: their parameters `calibration` and `evaluation`, the files, are
+methods of a dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruneexp.dataset.windows import Sampling, check_common, cut, draw, encode
+from pruneexp.types import ConfigError
+
+TEXT = "a UTF-8 text file"
+NPY = "an .npy file of integer token windows [N, T]"
+
+
+def text(
+    calibration: str | None,
+    evaluation: str | None,
+    name: str | None,
+    samples: int,
+    length: int,
+    seed: int,
+    sampling: Sampling,
+) -> Text:
+    """Plain UTF-8 text, each file tokenised whole and without special tokens."""
+    return Text(calibration, evaluation, name or _stem(evaluation, "text"), samples, length, seed, sampling)
+
+
+def tokens(calibration: str | None, evaluation: str | None, name: str | None, length: int | None) -> Tokens:
+    """Token windows, used as they are."""
+    return Tokens(calibration, evaluation, name or _stem(evaluation, "tokens"), length)
+
+
+def _stem(path: str | None, otherwise: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", Path(path).stem if path else otherwise) or otherwise
+
+
+def _file(part: str, path: str | None, expected: str) -> Path:
+    if path is None:
+        raise ConfigError(f"dataset.{part}=null: expected {expected}")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        found = "this is a directory" if file.is_dir() else "no such file"
+        raise ConfigError(f"dataset.{part}={path}: {found}; expected {expected}")
+    return file
+
+
+def _record(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    file = Path(path).expanduser()
+    return {"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text. `name` is the evaluation file's stem unless given.
+
+    Each file is read as UTF-8, unchanged, and tokenised whole, without special tokens. Calibration: `samples` windows
+    of `length` tokens, at uniformly random starts or the first consecutive ones. Evaluation: consecutive windows of the
+    whole file; a partial one at the end is dropped.
+    """
+
+    calibration_file: str | None
+    evaluation_file: str | None
+    name: str
+    samples: int
+    length: int
+    seed: int
+    sampling: Sampling
+
+    contiguous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
+
+    def check(self, calibration: bool = True, evaluation: bool = True) -> None:
+        for part, needed in (("calibration", calibration), ("evaluation", evaluation)):
+            if needed:
+                self._read(part)
+
+    def calibration(self, tokenizer: Any) -> Tensor:
+        stream_M = encode(tokenizer, self._read("calibration"), special_tokens=False)
+        return draw(stream_M, self.samples, self.length, self.seed, self.sampling, self.key("calibration"))
+
+    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
+        stream_M = encode(tokenizer, self._read("evaluation"), special_tokens=False)
+        return cut(stream_M, length or self.length, self.key("evaluation"))
+
+    def key(self, part: str) -> str:
+        return f"dataset.{part}={self.calibration_file if part == 'calibration' else self.evaluation_file}"
+
+    def description(self) -> Mapping[str, Any]:
+        return {
+            "kind": "text",
+            "calibration": _record(self.calibration_file),
+            "evaluation": _record(self.evaluation_file),
+            "special_tokens": False,
+            "sampling": self.sampling,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
+    def _read(self, part: str) -> str:
+        path = self.calibration_file if part == "calibration" else self.evaluation_file
+        content = _file(part, path, TEXT).read_bytes()
+        if not content.strip():
+            raise ConfigError(f"dataset.{part}={path}: the file is empty; expected {TEXT}")
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"byte {error.start} is not UTF-8"
+            raise ConfigError(f"dataset.{part}={path}: {where}; expected {TEXT}") from None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token windows from `.npy` files, int [N, T]: all of them, exactly as they are, in order. Needs no tokenizer.
+
+    Evaluation windows that are wider than the `length` asked for are cut, row by row, into consecutive windows of that
+    length (a partial one at a row's end is dropped). `length` is that default; None: as wide as the file's.
+    """
+
+    calibration_file: str | None
+    evaluation_file: str | None
+    name: str
+    length: int | None
+
+    contiguous: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_common(self.name, 1, 2 if self.length is None else self.length, 0, "consecutive")
+
+    def check(self, calibration: bool = True, evaluation: bool = True) -> None:
+        if calibration:
+            self._load("calibration")
+        if evaluation:
+            self.evaluation(None, self.length)
+
+    def calibration(self, tokenizer: Any) -> Tensor:
+        return self._load("calibration")
+
+    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
+        windows_NT = self._load("evaluation")
+        length = length or self.length or windows_NT.shape[1]
+        if windows_NT.shape[1] < length:
+            found = f"its windows are {windows_NT.shape[1]} tokens wide"
+            raise ConfigError(f"{self.key('evaluation')}: {found}; expected at least the evaluation length, {length}")
+        return torch.cat([cut(row_T, length, self.key("evaluation")) for row_T in windows_NT])
+
+    def key(self, part: str) -> str:
+        return f"dataset.{part}={self.calibration_file if part == 'calibration' else self.evaluation_file}"
+
+    def description(self) -> Mapping[str, Any]:
+        return {
+            "kind": "tokens",
+            "calibration": _record(self.calibration_file),
+            "evaluation": _record(self.evaluation_file),
+            "sampling": "all windows, in order",
+        }
+
+    def _load(self, part: str) -> Tensor:
+        path = self.calibration_file if part == "calibration" else self.evaluation_file
+        file = _file(part, path, NPY)
+        try:
+            array = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            array = None
+        problem = _problem(array)
+        if problem or not isinstance(array, np.ndarray):
+            raise ConfigError(f"dataset.{part}={path}: {problem}; expected {NPY}")
+        return torch.from_numpy(array.astype(np.int64))
+
+
+def _problem(array: Any) -> str | None:
+    if not isinstance(array, np.ndarray):  # pickled objects, an .npz archive, or no numpy file at all
+        return "not a plain .npy array"
+    if not np.issubdtype(array.dtype, np.integer):
+        return f"its values are {array.dtype}"
+    if array.ndim != 2:
+        return f"its shape is {list(array.shape)}"
+    if array.size == 0:
+        return f"it is empty, {list(array.shape)}"
+    if array.shape[1] < 2:
+        return "its windows are 1 token wide, which predicts nothing"
+    if array.min() < 0:
+        window, position = np.argwhere(array < 0)[0].tolist()
+        return f"token id {array[window, position]} at window {window}, position {position} is negative"
+    return None

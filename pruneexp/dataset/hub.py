@@ -1,0 +1,167 @@
+"""Windows of data sets on the Hugging Face hub, by the protocols of the pruning papers' own code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pruneexp.dataset.windows import Sampling, check_common, cut, draw, encode, generator
+from pruneexp.types import ConfigError, RunError
+
+SPLIT = re.compile(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?")
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Text of a data set on the hub (or in its local cache).
+
+    A document is one row: its `fields`, the empty ones left out, joined by newlines where there are several.
+
+    Calibration: with a `calibration_join`, all documents of `calibration_split` are joined by it, tokenised whole, and
+    windows are drawn from that stream (FLAP, wanda, GPTQ: wikitext2, ptb). With None, each window comes from a document
+    of its own, drawn without replacement among those of at least `length` tokens (LLM-Pruner: bookcorpus, c4; wanda's
+    c4 is this up to repeated documents): at a random start, or ("consecutive") the first such documents, each from
+    its beginning. Evaluation: the documents of `evaluation_split` joined by `evaluation_join`, tokenised whole,
+    consecutive windows, at most `evaluation_windows` of them.
+
+    Splits are named as `datasets` does, "train" or "validation[:1100]". `special_tokens`: the tokenizer adds what it
+    adds to any text (LLaMA's beginning-of-sequence token, once per tokenised piece), as the papers' code does.
+    """
+
+    name: str
+    path: str
+    config: str | None
+    revision: str | None
+    data_files: dict[str, str] | None
+    streaming: bool
+    fields: list[str]
+    calibration_split: str
+    evaluation_split: str
+    calibration_join: str | None
+    evaluation_join: str
+    evaluation_windows: int | None
+    special_tokens: bool
+    samples: int
+    length: int
+    seed: int
+    sampling: Sampling
+
+    contiguous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
+        if not self.fields:
+            raise ConfigError(f"fields={list(self.fields)!r}: expected at least one column of the data set")
+        for part in ("calibration_split", "evaluation_split"):
+            split = SPLIT.fullmatch(getattr(self, part))
+            if split is None or (self.streaming and "-" in split[0]):
+                expected = "like 'train' or 'train[100:200]'" + (", from its start" if self.streaming else "")
+                raise ConfigError(f"{part}={getattr(self, part)!r}: expected a split {expected}")
+            if self.data_files is not None and split[1] not in self.data_files:
+                raise ConfigError(f"{part}={split[0]!r}: expected one of data_files, {', '.join(self.data_files)}")
+        if self.evaluation_windows is not None and self.evaluation_windows < 1:
+            raise ConfigError(f"evaluation_windows={self.evaluation_windows!r}: expected null or an int >= 1")
+
+    def check(self, calibration: bool = True, evaluation: bool = True) -> None:
+        """Nothing that could be told without asking the hub."""
+
+    def calibration(self, tokenizer: Any) -> Tensor:
+        rows, key = self._rows(self.calibration_split), self.key("calibration")
+        if self.calibration_join is None:
+            return document_windows(
+                lambda row: encode(tokenizer, document(row, self.fields), self.special_tokens),
+                rows,
+                (self.samples, self.length, self.seed, self.sampling),
+                key,
+            )
+        stream_M = encode(tokenizer, joined(rows, self.fields, self.calibration_join), self.special_tokens)
+        return draw(stream_M, self.samples, self.length, self.seed, self.sampling, key)
+
+    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
+        rows = self._rows(self.evaluation_split)
+        stream_M = encode(tokenizer, joined(rows, self.fields, self.evaluation_join), self.special_tokens)
+        return cut(stream_M, length or self.length, self.key("evaluation"))[: self.evaluation_windows]
+
+    def key(self, part: str) -> str:
+        split = self.calibration_split if part == "calibration" else self.evaluation_split
+        return f"dataset.{part}_split={split} (of {self.path})"
+
+    def description(self) -> Mapping[str, Any]:
+        return {
+            "kind": "hub",
+            "path": self.path,
+            "config": self.config,
+            "revision": self.revision,
+            "data_files": self.data_files,
+            "fields": list(self.fields),
+            "calibration": {"split": self.calibration_split, "join": self.calibration_join},
+            "evaluation": {
+                "split": self.evaluation_split,
+                "join": self.evaluation_join,
+                "windows": self.evaluation_windows,
+            },
+            "special_tokens": self.special_tokens,
+            "sampling": self.sampling,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
+    def _rows(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """The split's documents. Raises RunError where neither the hub nor the cache has them."""
+        import datasets
+
+        base, start, stop = SPLIT.fullmatch(split).groups()  # type: ignore[union-attr]
+        files = None if self.data_files is None else {base: self.data_files[base]}
+        options = {"name": self.config, "revision": self.revision, "data_files": files, "streaming": self.streaming}
+        try:
+            if not self.streaming:
+                return datasets.load_dataset(self.path, split=split, **options)
+            rows = datasets.load_dataset(self.path, split=base, **options).skip(int(start or 0))
+            return list(rows.take(int(stop) - int(start or 0)) if stop else rows)
+        except Exception as error:  # the hub's client raises OSError, ValueError, RuntimeError, its http library's own
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            offline = "offline, use dataset=text dataset.calibration=FILE dataset.evaluation=FILE"
+            message = f"dataset.path={self.path}: cannot be loaded from the hub or its cache ({reason}); {offline}"
+            raise RunError(message) from error
+
+
+def document(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """One row as text: its non-empty `fields`, a newline between them. Raises ConfigError for an unknown field."""
+    missing = [field for field in fields if field not in row]
+    if missing:
+        raise ConfigError(f"dataset.fields={list(fields)}: no column {missing[0]!r}; expected some of {', '.join(row)}")
+    return "\n".join(row[field] for field in fields if row[field])
+
+
+def joined(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], join: str) -> str:
+    """All documents in order, empty ones too, as one text."""
+    return join.join(document(row, fields) for row in rows)
+
+
+def document_windows(
+    encode_row: Callable[[Mapping[str, Any]], Tensor],
+    rows: Sequence[Mapping[str, Any]],
+    drawing: tuple[int, int, int, str],
+    key: str,
+) -> Tensor:
+    """Windows [N, T], each from a document of its own. `drawing`: samples, length, seed, sampling."""
+    samples, length, seed, sampling = drawing
+    rng, windows = generator(seed), []
+    order = range(len(rows)) if sampling == "consecutive" else torch.randperm(len(rows), generator=rng).tolist()
+    for index in order:
+        stream_M = encode_row(rows[index])
+        starts = len(stream_M) - length + 1
+        if starts < 1:
+            continue
+        start = 0 if sampling == "consecutive" else int(torch.randint(starts, (), generator=rng))
+        windows.append(stream_M[start : start + length])
+        if len(windows) == samples:
+            return torch.stack(windows)
+    found = f"{len(windows)} of {len(rows)} documents have {length} tokens or more"
+    raise ConfigError(f"{key}: {found}; expected at least dataset.samples={samples}")

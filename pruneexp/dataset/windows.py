@@ -1,0 +1,141 @@
+"""What all datasets share: a token stream [M] to windows [N, T], and what can be said about windows.
+
+Shape letters: M tokens of a stream, N windows, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruneexp.types import ConfigError, Dataset
+
+Sampling = Literal["random", "consecutive"]
+
+
+@runtime_checkable
+class WindowSource(Dataset, Protocol):
+    """A `Dataset` as the runner and the evaluators use it."""
+
+    contiguous: ClassVar[bool]  # evaluation windows are one text cut up: windows over their edges make sense
+
+    def check(self, calibration: bool = True, evaluation: bool = True) -> None:
+        """Raises ConfigError for what files alone can tell, before any weight is loaded, of the parts a run needs."""
+        ...
+
+    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
+        """int64 [N, T]; T is `length`, or the dataset's own where that is None."""
+        ...
+
+    def key(self, part: str) -> str:
+        """Where "calibration" or "evaluation" comes from, as errors name it: "dataset.calibration=FILE"."""
+        ...
+
+    def description(self) -> Mapping[str, Any]:
+        """Origin, protocol and fingerprints, for the run's record."""
+        ...
+
+
+def check_common(name: str | None, samples: int, length: int, seed: int, sampling: str) -> None:
+    """The fields that datasets share. Raises ConfigError."""
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ConfigError(f"name={name!r}: expected letters, digits, '_', '.', '-' (it is part of metric names)")
+    if samples < 1:
+        raise ConfigError(f"samples={samples!r}: expected an int >= 1")
+    if length < 2:
+        raise ConfigError(f"length={length!r}: expected an int >= 2")
+    if seed < 0:
+        raise ConfigError(f"seed={seed!r}: expected an int >= 0")
+    if sampling not in get_args(Sampling):
+        raise ConfigError(f"sampling={sampling!r}: expected one of {', '.join(get_args(Sampling))}")
+
+
+def encode(tokenizer: Any, text: str, special_tokens: bool) -> Tensor:
+    """The whole text in one piece: int64 [M]."""
+    if tokenizer is None:
+        raise ConfigError("dataset: text needs a tokenizer and the model has none; expected dataset=tokens")
+    # verbose=False: a stream is longer than the model's context on purpose, which tokenizers warn about.
+    ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.from_numpy(np.asarray(ids, dtype=np.int64))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(stream_M: Tensor, samples: int, length: int, seed: int, sampling: str, key: str) -> Tensor:
+    """Calibration windows [N, T] of a stream.
+
+    "random": each start is drawn uniformly over all M-T+1 of them, with replacement, so windows may overlap.
+    "consecutive": the first N windows that do not overlap. `key` names the source in errors.
+    """
+    if sampling == "consecutive":
+        windows_NT = cut(stream_M, length, key)
+        if len(windows_NT) < samples:
+            found = f"{len(stream_M)} tokens found, {len(windows_NT)} windows of {length}"
+            raise ConfigError(f"{key}: {found}; expected at least dataset.samples={samples} for consecutive windows")
+        return windows_NT[:samples].clone()
+    _check_length(stream_M, length, key)
+    starts_N = torch.randint(len(stream_M) - length + 1, (samples,), generator=generator(seed))
+    return stream_M[starts_N[:, None] + torch.arange(length)]
+
+
+def cut(stream_M: Tensor, length: int, key: str) -> Tensor:
+    """Consecutive, non-overlapping windows [M // T, T]; a partial window at the end is dropped."""
+    _check_length(stream_M, length, key)
+    windows = len(stream_M) // length
+    return stream_M[: windows * length].reshape(windows, length)
+
+
+def _check_length(stream_M: Tensor, length: int, key: str) -> None:
+    if len(stream_M) < length:
+        raise ConfigError(f"{key}: {len(stream_M)} tokens found; expected at least {length}, one window")
+
+
+def check_vocabulary(tokens_NT: Tensor, vocabulary: int, key: str) -> None:
+    """Raises ConfigError, naming the first such token, where an id is not below `vocabulary`."""
+    outside = torch.nonzero((tokens_NT >= vocabulary) | (tokens_NT < 0))
+    if len(outside):
+        window, position = outside[0].tolist()
+        token = int(tokens_NT[window, position])
+        where = f"token id {token} at window {window}, position {position}"
+        raise ConfigError(f"{key}: {where} is out of the model's vocabulary ({vocabulary})")
+
+
+def fingerprint(tokens_NT: Tensor) -> str:
+    """sha256 over the shape and the ids of token windows, independent of their dtype."""
+    digest = hashlib.sha256(str(tuple(tokens_NT.shape)).encode())
+    digest.update(np.ascontiguousarray(tokens_NT.cpu().numpy(), dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def overlap(calibration_NT: Tensor, evaluation_NT: Tensor, n: int = 32) -> float:
+    """Share, in [0, 1], of evaluation windows that contain a run of `n` tokens also found within a calibration window.
+
+    Runs are compared by 64-bit hashes. Where a window is shorter than `n`, `n` is the shorter window's length.
+    """
+    n = min(n, calibration_NT.shape[1], evaluation_NT.shape[1])
+    if not len(calibration_NT) or not len(evaluation_NT):
+        return 0.0
+    seen = np.unique(_run_hashes(calibration_NT, n))
+    return float(np.isin(_run_hashes(evaluation_NT, n), seen).any(axis=1).mean())
+
+
+def _run_hashes(tokens_NT: Tensor, n: int) -> np.ndarray:
+    """Polynomial hash, modulo 2**64, of every run of `n` tokens: uint64 [N, T-n+1]."""
+    ids = tokens_NT.cpu().numpy().astype(np.uint64)
+    # Scrambled ids (the finaliser of splitmix64), as small ones make polynomial hashes modulo a power of two collide.
+    ids = (ids + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    ids = (ids ^ (ids >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    ids ^= ids >> np.uint64(27)
+    runs = ids.shape[1] - n + 1
+    hashes = np.zeros((len(ids), runs), np.uint64)
+    for i in range(n):
+        hashes = hashes * np.uint64(0x94D049BB133111EB) + ids[:, i : i + runs]
+    return hashes

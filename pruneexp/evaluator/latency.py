@@ -1,0 +1,96 @@
+"""How fast a model reads a prompt and writes new tokens on the machine at hand."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pruneexp.types import ConfigError
+
+SEED = 0  # of the prompts: the figures must not depend on which random tokens a run drew
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Tokens per second: prefill (a prompt in one pass) and decode (new tokens one by one, on the KV cache).
+
+    Prompts are random token ids, the same in every run; decoding takes the likeliest token and never stops early. At
+    each batch size: `warmup` unmeasured rounds, then `repeats` measured ones. "latency/prefill_tok_s@b1x128" and
+    "latency/decode_tok_s@b1x128+32" (batch x prompt + new tokens) are medians over the repeats; ".../iqr" the
+    interquartile range. All rows of the batch are counted.
+    """
+
+    prompt: int
+    new_tokens: int
+    batch_sizes: list[int]
+    repeats: int
+    warmup: int
+
+    streams: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt", 1), ("new_tokens", 1), ("repeats", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= {least}")
+        if not self.batch_sizes or any(batch < 1 for batch in self.batch_sizes):
+            raise ConfigError(f"batch_sizes={list(self.batch_sizes)!r}: expected ints >= 1")
+
+    def check(self) -> None:
+        """Needs no files."""
+
+    def prepare(self, tokenizer: Any, vocabulary: int) -> None:
+        """Needs no windows."""
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        if model.streamed:
+            raise ConfigError("evaluator.latency: not possible with model.stream=true")
+        if model.max_length is not None and self.prompt + self.new_tokens > model.max_length:
+            both = f"with new_tokens={self.new_tokens} longer than the model's {model.max_length} tokens"
+            raise ConfigError(f"evaluator.latency.prompt={self.prompt}: {both}; expected less")
+        figures: dict[str, float] = {}
+        for batch in self.batch_sizes:
+            prompt_BT = torch.randint(
+                model.vocab_size, (batch, self.prompt), generator=torch.Generator().manual_seed(SEED)
+            ).to(model.device)
+            rounds = [self._round(model, prompt_BT) for _ in range(self.warmup + self.repeats)][self.warmup :]
+            prefill, decode = torch.tensor(rounds, dtype=torch.float64).T
+            size = f"@b{batch}x{self.prompt}"
+            figures |= _summary(f"latency/prefill_tok_s{size}", batch * self.prompt / prefill)
+            figures |= _summary(f"latency/decode_tok_s{size}+{self.new_tokens}", batch * self.new_tokens / decode)
+        return figures
+
+    def _round(self, model: Any, prompt_BT: Tensor) -> tuple[float, float]:
+        """Seconds of one prefill and of the decoding after it."""
+        # Generation needs the last position's logits only; without this a large vocabulary would dominate prefill.
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.module.forward).parameters else {}
+        module, training = model.module, model.module.training
+        module.eval()
+        try:
+            with torch.inference_mode():
+                start = _now(model.device)
+                out = module(prompt_BT, use_cache=True, **last)
+                token_B1 = out.logits[:, -1:].argmax(-1)
+                middle = _now(model.device)
+                for _ in range(self.new_tokens):
+                    out = module(token_B1, past_key_values=out.past_key_values, use_cache=True)
+                    token_B1 = out.logits[:, -1:].argmax(-1)
+                return middle - start, _now(model.device) - middle
+        finally:
+            module.train(training)
+
+
+def _summary(name: str, rates: Tensor) -> dict[str, float]:
+    low, median, high = torch.quantile(rates, torch.tensor([0.25, 0.5, 0.75], dtype=rates.dtype)).tolist()
+    return {name: median, f"{name}/iqr": high - low}
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has finished what was queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,120 @@
+"""Perplexity over a dataset's evaluation split."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pruneexp.dataset import WindowSource, check_vocabulary
+from pruneexp.types import ConfigError, RunError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood, in nats, over all scored tokens of all windows; lower is better.
+
+    The evaluation text is cut into consecutive windows of `length` tokens (None: the dataset's own), a partial one at
+    the end dropped. Each window is a context of its own, so that its first token is never scored: T-1 tokens a window.
+
+    - `stride` < `length`: windows begin every `stride` tokens; the first scores T-1 tokens, each other one its last
+      `stride`, so that every token but the first is scored once, with at least T-`stride` tokens of context. The text
+      is the one that windows without overlap cover.
+    - `bos`: the beginning-of-sequence token is put before each window, and the window's first token is scored as well
+      (inputs are then T+1 long).
+    - `samples`: only the first so many windows.
+
+    Named "ppl/<dataset>@<T>", then "s<stride>", "+bos", "[<samples>]" where they apply: "ppl/ptb@2048s512+bos[40]".
+    """
+
+    dataset: WindowSource
+    length: int | None
+    stride: int | None
+    batch_size: int
+    bos: bool
+    samples: int | None
+
+    streams: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 2:
+            raise ConfigError(f"length={self.length!r}: expected null or an int >= 2")
+        if self.stride is not None and not 1 <= self.stride <= (self.length or math.inf):
+            raise ConfigError(f"stride={self.stride!r}: expected null or an int from 1 to length={self.length}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"samples={self.samples!r}: expected null or an int >= 1")
+        if self.stride not in (None, self.length) and not self.dataset.contiguous:
+            only = f"dataset {self.dataset.name!r} has separate windows, not one text"
+            raise ConfigError(f"stride={self.stride!r}: {only}; expected null")
+
+    def check(self) -> None:
+        """The dataset's files. Raises ConfigError."""
+        self.dataset.check(calibration=False)
+
+    def prepare(self, tokenizer: Any, vocabulary: int) -> None:
+        """Makes the windows, so that text that is too short or foreign to the model is found before weights load."""
+        check_vocabulary(self._windows(tokenizer), vocabulary, self.dataset.key("evaluation"))
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        self.prepare(tokenizer, model.vocab_size)
+        windows_NT = self._windows(tokenizer)
+        name = self._name(windows_NT)
+        length = windows_NT.shape[1]
+        if model.max_length is not None and length > model.max_length:
+            log.warning("%s: windows of %d tokens, more than the model's %d", name, length, model.max_length)
+        losses_NT = model.token_losses(windows_NT, self.batch_size).double()
+        broken = torch.nonzero(~losses_NT.isfinite().all(dim=1)).flatten().tolist()
+        if broken:
+            where = f"{len(broken)} of {len(losses_NT)} windows, first in window {broken[0]}"
+            raise RunError(f"{name}: the model's loss is not finite in {where}")
+        mean = self._mean(losses_NT)
+        if mean > math.log(sys.float_info.max):
+            raise RunError(f"{name}: a mean loss of {mean:.1f} nats has no finite perplexity")
+        return {name: math.exp(mean)}
+
+    def _mean(self, losses_NT: Tensor) -> float:
+        """Mean over the scored tokens."""
+        if self.stride is None or self.stride >= losses_NT.shape[1]:
+            return float(losses_NT.mean())
+        scored = losses_NT[0].sum() + losses_NT[1:, -self.stride :].sum()
+        return float(scored / (losses_NT.shape[1] + (len(losses_NT) - 1) * self.stride))
+
+    @cached_property
+    def _made(self) -> list[tuple[Any, Tensor]]:
+        """The tokenizer and its windows, once made: dense and pruned model get the same ones, tokenised once."""
+        return []
+
+    def _windows(self, tokenizer: Any) -> Tensor:
+        """int64 [N, T], or [N, T+1] with `bos`."""
+        if not self._made or self._made[0][0] is not tokenizer:
+            self._made[:] = [(tokenizer, self._make(tokenizer))]
+        return self._made[0][1]
+
+    def _make(self, tokenizer: Any) -> Tensor:
+        windows_NT = self.dataset.evaluation(tokenizer, self.length)
+        if self.stride is not None and self.stride < windows_NT.shape[1]:
+            windows_NT = windows_NT.reshape(-1).unfold(0, windows_NT.shape[1], self.stride)
+        windows_NT = windows_NT[: self.samples]
+        if not self.bos:
+            return windows_NT
+        token = getattr(tokenizer, "bos_token_id", None)
+        if token is None:
+            name = self._name(windows_NT)
+            raise ConfigError(f"evaluator.*.bos=true: the tokenizer has no beginning-of-sequence token for {name}")
+        return torch.cat([torch.full((len(windows_NT), 1), token), windows_NT], dim=1)
+
+    def _name(self, windows_NT: Tensor) -> str:
+        length = self.length or windows_NT.shape[1] - self.bos
+        stride = "" if self.stride in (None, length) else f"s{self.stride}"
+        count = "" if self.samples is None else f"[{len(windows_NT)}]"
+        return f"ppl/{self.dataset.name}@{length}{stride}{'+bos' if self.bos else ''}{count}"

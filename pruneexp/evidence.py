@@ -1,0 +1,191 @@
+"""What calibration collects at a reader's input: values that grow by `update` and join by `merge`.
+
+Every evidence here has source "reader": `update(x_BTC)` receives the input of the site's reader (o_proj, down_proj,
+fc2), batch by batch. All are immutable: `update` and `merge` return new values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pruneexp.types import RunError, Site
+
+# Elements looked at together. On a CPU a chunk and its one temporary stay in the last-level cache, so x is streamed from
+# memory twice and nothing is written back; more, smaller chunks lose to the cost of starting the threads. An
+# accelerator reduces in a tree, so that only its memory bounds a chunk.
+_CPU_CHUNK = 2**20
+_DEVICE_CHUNK = 2**27
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _chunks_NC(x_BTC: Tensor) -> Iterator[Tensor]:
+    """Runs of tokens [n, C] that are cheap to work on."""
+    x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
+    size = _CPU_CHUNK if x_NC.device.type == "cpu" else _DEVICE_CHUNK
+    return iter(x_NC.split(max(1, size // max(1, x_NC.shape[1])))) if len(x_NC) else iter(())
+
+
+def _sum_squares_C(d_NC: Tensor) -> Tensor:
+    """sum_n d^2 [C]; overwrites `d_NC`, which is the caller's temporary."""
+    if d_NC.device.type == "cpu":
+        return d_NC.square_().sum(0)  # vectorised; vector_norm along the outer axis is not, and is 3x slower
+    return torch.linalg.vector_norm(d_NC, dim=0).square_()  # one read, no write
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and spread of each reader channel over all tokens.
+
+    mean_C = sum_t x_t / n and m2_C = sum_t (x_t - mean)^2, float64 [C]. Chunk-invariant: chunks are centred on their
+    own mean and joined by the pairwise update of Chan, Golub and LeVeque (1983). Inside a chunk (2^20 elements)
+    float64 input is reduced in float64, anything else in float32: a variance is then good to about 1e-6 relative,
+    whatever the offset (centring comes before squaring), a mean to 1e-7 of the largest |x|.
+    """
+
+    source: ClassVar[str] = "reader"
+
+    n: int  # tokens
+    mean_C: Tensor
+    m2_C: Tensor
+
+    @classmethod
+    def empty(cls, site: Site) -> Moments:
+        return cls(0, torch.zeros(site.channels, dtype=torch.float64), torch.zeros(site.channels, dtype=torch.float64))
+
+    def update(self, x_BTC: Tensor) -> Moments:
+        total = self
+        for x_NC in _chunks_NC(x_BTC.detach()):
+            mean_C = x_NC.mean(0, dtype=_wide(x_NC[:0]).dtype)
+            m2_C = _sum_squares_C(x_NC - mean_C)  # a half-precision x is promoted to float32 here
+            total = total.merge(Moments(len(x_NC), mean_C.double(), m2_C.double()))
+        return total
+
+    def merge(self, other: Moments) -> Moments:
+        if self.n == 0:
+            return other
+        if other.n == 0:
+            return self
+        n = self.n + other.n
+        apart_C = other.mean_C - self.mean_C.to(other.mean_C.device)
+        mean_C = self.mean_C.to(apart_C.device) + apart_C * (other.n / n)
+        m2_C = self.m2_C.to(apart_C.device) + other.m2_C + apart_C.square() * (self.n * other.n / n)
+        return Moments(n, mean_C, m2_C)
+
+    @property
+    def variance_C(self) -> Tensor:
+        """m2 / (n - 1), unbiased. Raises RunError for fewer than two tokens."""
+        _require_tokens(self.n, 2)
+        return self.m2_C / (self.n - 1)
+
+    @property
+    def mean_square_C(self) -> Tensor:
+        """mean_t x_t^2 = m2 / n + mean^2."""
+        _require_tokens(self.n, 1)
+        return self.m2_C / self.n + self.mean_C.square()
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Second moments of a reader's input: gram_CC = sum_t x_t x_t^T (not centred) and sum_C = sum_t x_t, float64.
+
+    Products are formed and summed in float64, so the statistic is chunk-invariant up to float64 rounding. Memory: 8 C^2
+    bytes; an update holds the old and the new value for a moment.
+    """
+
+    source: ClassVar[str] = "reader"
+
+    n: int  # tokens
+    sum_C: Tensor
+    gram_CC: Tensor
+
+    @classmethod
+    def empty(cls, site: Site) -> Gram:
+        c = site.channels
+        return cls(0, torch.zeros(c, dtype=torch.float64), torch.zeros(c, c, dtype=torch.float64))
+
+    def update(self, x_BTC: Tensor) -> Gram:
+        n, sum_C, gram_CC = self.n, self.sum_C.to(x_BTC.device, copy=True), self.gram_CC.to(x_BTC.device, copy=True)
+        for x_NC in _chunks_NC(x_BTC.detach()):
+            x_NC = x_NC.double()
+            n += len(x_NC)
+            sum_C += x_NC.sum(0)
+            gram_CC.addmm_(x_NC.T, x_NC)
+        return Gram(n, sum_C, gram_CC)
+
+    def merge(self, other: Gram) -> Gram:
+        device = other.sum_C.device
+        return Gram(
+            self.n + other.n, self.sum_C.to(device) + other.sum_C, self.gram_CC.to(device) + other.gram_CC
+        )
+
+    @property
+    def mean_C(self) -> Tensor:
+        _require_tokens(self.n, 1)
+        return self.sum_C / self.n
+
+    @property
+    def covariance_CC(self) -> Tensor:
+        """(gram - n mean mean^T) / (n - 1), unbiased. Raises RunError for fewer than two tokens."""
+        _require_tokens(self.n, 2)
+        mean_C = self.mean_C
+        return torch.addr(self.gram_CC, mean_C, mean_C, alpha=-self.n) / (self.n - 1)
+
+
+@dataclass(frozen=True)
+class RunningFluctuation:
+    """The estimators of FLAP's released code (`BiasGPT`, commit 3bb57db), operation by operation, in float32.
+
+    Sequence number s = 0, 1, ... with tokens x_t, per channel:
+
+        mean   <- mean * s/(s+1) + mean_t(x_t) / (s+1)
+        fluct  <- 0                                                          for s = 0: the first one is not counted
+                  fluct * (s-1)/s + sum_t (x_t - mean)^2 / (s+1)             later; both factors use the new mean
+        scaler <- scaler * s/(s+1) + ||x||_2^2 / (s+1)
+
+    Quirks kept: that code means one factor to be x_t - (old mean), but "old" is an alias of the tensor that it
+    then changes; the sum over tokens is not divided by T (fluct is about T times the variance, which no ranking sees).
+    Not kept: there the mean of float16 input is rounded to float16; here half precision becomes float32 first, and
+    float64 stays. Depends on the order of the sequences (not on how they are batched): there is no `merge`.
+    """
+
+    source: ClassVar[str] = "reader"
+
+    n: int  # sequences
+    mean_C: Tensor
+    fluctuation_C: Tensor
+    scaler_C: Tensor
+
+    @classmethod
+    def empty(cls, site: Site) -> RunningFluctuation:
+        return cls(0, *(torch.zeros(site.channels) for _ in range(3)))
+
+    def update(self, x_BTC: Tensor) -> RunningFluctuation:
+        n, device = self.n, x_BTC.device
+        mean_C, fluctuation_C, scaler_C = (s.to(device) for s in (self.mean_C, self.fluctuation_C, self.scaler_C))
+        for x_TC in _wide(x_BTC.detach()):
+            mean_C = mean_C * (n / (n + 1)) + x_TC.mean(0) / (n + 1)
+            scaler_C = scaler_C * (n / (n + 1)) + torch.linalg.vector_norm(x_TC, dim=0) ** 2 / (n + 1)
+            if n > 0:
+                fluctuation_C = fluctuation_C * ((n - 1) / n) + (x_TC - mean_C).square_().sum(0) / (n + 1)
+            n += 1
+        return RunningFluctuation(n, mean_C, fluctuation_C, scaler_C)
+
+    def merge(self, other: RunningFluctuation) -> RunningFluctuation:
+        raise RunError(
+            "RunningFluctuation depends on the order of the sequences and cannot be merged: collect it in one pass, "
+            "or use criterion=flap, whose moments can"
+        )
+
+
+def _require_tokens(n: int, least: int) -> None:
+    if n < least:
+        raise RunError(f"{n} calibration tokens were seen: expected at least {least} for a statistic of them")

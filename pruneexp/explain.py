@@ -1,0 +1,176 @@
+"""What went wrong with a config, in one line: the key, the value, what was expected, "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from pruneexp.config_files import conf_folder, inherited, key_comments, option_file
+from pruneexp.types import ConfigError
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+
+def did_you_mean(word: str, known: Iterable[str], template: str = "{}") -> str:
+    """'; did you mean ...?' for the nearest of the known words, "" where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {template.format(near[0])}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def explained(error: BaseException, hydra: Hydra | None, overrides: Sequence[str]) -> ConfigError:
+    """The ConfigError for what composing `overrides` raised."""
+    if isinstance(error, ConfigError):
+        return error
+    if hydra is not None:
+        for message in _override_mistakes(hydra, overrides, error):
+            return ConfigError(message)
+    while error.__cause__ is not None and (not str(error) or str(error).startswith("Error merging override")):
+        merged = str(error).removeprefix("Error merging override ")
+        error = error.__cause__
+        if merged and merged != "None":
+            return ConfigError(f"{merged}: {_first_sentence(error)}")
+    key = getattr(error, "full_key", None)
+    return ConfigError(f"{key}: {_first_sentence(error)}" if key else _first_sentence(error))
+
+
+def _first_sentence(error: BaseException) -> str:
+    # What follows is a search path, a list of options or OmegaConf's own bookkeeping.
+    text = re.split(r"\n\s*(?:Config search path|Search path|full_key|object_type)", str(error).strip())[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _override_mistakes(hydra: Hydra, overrides: Sequence[str], error: BaseException) -> Iterator[str]:
+    """What is wrong with what was typed, worst first."""
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException:
+            yield _malformed(text, hydra)
+    for override in parsed:
+        yield from _unknown_choice(override, hydra)
+    for override in parsed:
+        text = str(override.input_line)
+        if "--multirun" in str(error) and override.is_sweep_override():
+            key, _, value = text.partition("=")
+            yield f"{text}: several values need --multirun; a list is written {key}=[{value}]"
+        if "more than once" in str(error) and override.is_add():
+            yield f"{text}: this group has a choice already; expected {text.lstrip('+')}"
+    if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error)):
+        yield from _unknown_key(found[1], parsed, hydra)
+
+
+def _malformed(text: str, hydra: Hydra) -> str:
+    if "=" in text:
+        return f"{text}: cannot be read; expected key=value, with quotes around a value that has special characters"
+    groups = [group for group in _own_groups(hydra) if text in hydra.config_loader.get_group_options(group)]
+    return f"{text}: expected key=value" + (f"; did you mean {groups[0]}={text}?" if groups else "")
+
+
+def _own_groups(hydra: Hydra) -> list[str]:
+    groups = hydra.config_loader.list_groups("")
+    return ["recipe", *(group for group in groups if group not in ("recipe", "hydra"))]
+
+
+def _unknown_choice(override: Override, hydra: Hydra) -> Iterator[str]:
+    group, loader = override.key_or_group, hydra.config_loader
+    parent, _, last = group.rpartition("/")
+    if "." in group or override.is_delete() or last not in loader.list_groups(parent):
+        return
+    options = loader.get_group_options(group, ObjectType.CONFIG)
+    if override.is_sweep_override():
+        chosen = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    else:
+        value = override.value()
+        chosen = value if isinstance(value, list) else [value]
+    for choice in chosen:
+        if str(choice) not in options:
+            plugin = " (is its plug-in installed?)" if group.startswith("hydra/") else ""
+            near = did_you_mean(str(choice), options, f"{group}={{}}")
+            choice = "null" if choice is None else choice
+            yield f"{group}={choice}: expected one of {', '.join(options)}{plugin}{near}"
+
+
+def _unknown_key(key: str, parsed: Sequence[Override], hydra: Hydra) -> Iterator[str]:
+    typed = next((override.input_line for override in parsed if override.key_or_group == key), key)
+    groups = [group for group in parsed if "/" in group.key_or_group or group.key_or_group in _own_groups(hydra)]
+    try:
+        # The same choices without the settings: what could have been set.
+        lines = [str(group.input_line) for group in groups]
+        config = hydra.compose_config("config", lines, RunMode.MULTIRUN, with_log_configuration=False)
+    except Exception:
+        return
+    choices, folders = config.hydra.runtime.choices, [Path(s.path) for s in config.hydra.runtime.config_sources]
+    known = list(_dotted(OmegaConf.to_container(config, resolve=False)))
+    section, _, rest = key.partition(".")
+    siblings = [name for name in known if name.startswith(f"{section}.")]
+    if section not in known:
+        yield f"{typed}: unknown key{did_you_mean(key, [*known, *_own_groups(hydra)])}"
+    choice, elsewhere = f"{section}={choices.get(section)}", _keys_of_choices(section, folders)
+    if rest in elsewhere:
+        yield f"{typed}: {choice} has no such key; it is one of {section}={', '.join(elsewhere[rest])}"
+    if siblings:
+        yield f"{typed}: unknown key; expected one of {', '.join(siblings)}{did_you_mean(key, siblings)}"
+    near = did_you_mean(rest, elsewhere, f"{section}.{{}}")
+    yield f"{typed}: {choice} has no keys{near}"
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(node, Mapping):
+        return
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if name.startswith("hydra") or str(key).startswith("_"):
+            continue
+        yield name
+        yield from _dotted(value, f"{name}.")
+
+
+def _keys_of_choices(group: str, folders: Iterable[Path]) -> dict[str, list[str]]:
+    """Every key that some choice of the group has, and the choices that have it."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(path for folder in folders for path in (folder / group).glob("*.yaml")):
+        for key in {key: None for file in inherited(path) for key in key_comments(file)}:
+            found.setdefault(key, []).append(path.stem)
+    return {key: choices for key, choices in found.items() if not key.startswith(("_", "defaults"))}
+
+
+def key_hint(key: str, choices: Mapping[str, Any], folders: Iterable[Path]) -> str:
+    """What the comment beside the key says it is, "" where there is none."""
+    section, _, rest = key.partition(".")
+    choice = choices.get(section)
+    if section == "evaluator":  # each evaluator lies under its own name: evaluator.perplexity.batch_size
+        choice, _, rest = rest.partition(".")
+    path = option_file(folders, section, str(choice)) if isinstance(choice, str) else conf_folder() / "config.yaml"
+    if path is None:
+        return ""
+    rest = rest if isinstance(choice, str) else key
+    return next((comment for file in inherited(path) if (comment := key_comments(file).get(rest))), "")
+
+
+def missing_key(key: str, choices: Mapping[str, Any], folders: Iterable[Path], expected: str = "") -> ConfigError:
+    hint = key_hint(key, choices, folders) or expected
+    return ConfigError(f"{key} is missing: expected {hint or 'a value'}")
+
+
+def known_keys(present: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ConfigError for a key that nothing reads."""
+    for key in present:
+        if key not in known:
+            raise ConfigError(f"{key}: unknown key; expected one of {', '.join(known)}{did_you_mean(key, known)}")

@@ -1,0 +1,83 @@
+"""Reading a checkpoint's tensors by name from its safetensors files, without loading the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pruneexp.types import ConfigError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Checkpoint:
+    """The safetensors files of a folder as one mapping from tensor name to tensor.
+
+    Names are looked up as the module spells them, and with `base_prefix` left out or put in front: checkpoints of a
+    base model (BLOOM's, OPT's) leave it out.
+
+    Raises:
+        ConfigError: the folder holds no safetensors, or its index points to a file that is not there.
+    """
+
+    def __init__(self, folder: Path, base_prefix: str = ""):
+        self.folder, self.base_prefix = folder, base_prefix
+        self._files: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        for file in safetensors_files(folder):
+            for name in self._handle(file).keys():
+                self._files[name] = file
+
+    def __contains__(self, name: str) -> bool:
+        return self._spelling(name) is not None
+
+    def __getitem__(self, name: str) -> Tensor:
+        spelling = self._spelling(name)
+        if spelling is None:
+            raise ConfigError(f"model.path={str(self.folder)!r}: the checkpoint lacks tensor {name!r}")
+        return self._handle(self._files[spelling]).get_tensor(spelling)
+
+    def _spelling(self, name: str) -> str | None:
+        prefix = f"{self.base_prefix}."
+        for spelling in (name, name.removeprefix(prefix), prefix + name):
+            if spelling in self._files:
+                return spelling
+        return None
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            from safetensors import safe_open
+
+            try:
+                self._open[file] = safe_open(str(self.folder / file), framework="pt")
+            except Exception as error:  # safetensors raises its own untyped errors for a damaged file
+                path = self.folder / file
+                raise ConfigError(f"model.path={str(self.folder)!r}: {path.name} cannot be read ({error})") from error
+        return self._open[file]
+
+    def close(self) -> None:
+        """Unmaps the files, so that their pages stop counting as this process' memory."""
+        self._open.clear()
+
+
+def safetensors_files(folder: Path) -> list[str]:
+    """File names of a checkpoint folder's shards. Raises ConfigError as `Checkpoint` does; refuses pickles."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if (folder / INDEX).is_file():
+        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        missing = [f for f in files if not (folder / f).is_file()]
+        if missing:
+            raise ConfigError(f"model.path={str(folder)!r}: {INDEX} points to {missing[0]}, which is not there")
+        return files
+    pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+    if pickled:
+        raise ConfigError(
+            f"model.path={str(folder)!r}: holds pickled weights ({pickled[0]}), which can run code when loaded; "
+            "expected safetensors (convert them with transformers: from_pretrained, then save_pretrained)"
+        )
+    raise ConfigError(f"model.path={str(folder)!r}: holds no weights; expected {SINGLE} or {INDEX}")

@@ -1,0 +1,195 @@
+"""A model that can be run block by block, in memory or streamed from its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruneexp.model.checkpoint import Checkpoint
+from pruneexp.model.sites import decoder_layer_block, layer_sites
+from pruneexp.modeling_pruned import Family
+from pruneexp.types import Block, RunError, Site
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model hands to one decoder layer beside the hidden states: masks, positions, slopes."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Model:
+    """A Hugging Face causal LM (`module`) with its table, its tokenizer and, when streamed, its checkpoint.
+
+    Streamed, the decoder layers live on the meta device and hold weights only inside `loaded(index)`; everything
+    else (embeddings, final norm, head) stays in memory. `forward_passes` counts what was run, in plain passes of all
+    decoder layers over the calibration windows, by whoever runs them (`calibrate`).
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        tokenizer: Any,
+        family: Family,
+        config: Any,
+        *,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        checkpoint: Checkpoint | None = None,
+    ):
+        self.module, self.tokenizer, self.family, self.config = module, tokenizer, family, config
+        self.name, self.device, self.dtype, self.batch_size = name, device, dtype, batch_size
+        self.checkpoint = checkpoint
+        self.layers_path = f"{module.base_model_prefix}.{family.layers}"
+
+    @property
+    def streamed(self) -> bool:
+        return self.checkpoint is not None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = self.module.get_submodule(self.layers_path)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest window that the position embeddings allow; None where they set no limit (ALiBi)."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def kv_elements(self) -> int:
+        """KV-cache elements per token, over all layers."""
+        return sum(site.units * site.cost.kv for site in self.sites())
+
+    @property
+    def decoder_params(self) -> int:
+        """Parameters in the decoder layers, every tensor counted."""
+        return sum(p.numel() for p in self.layers.parameters())
+
+    def sites(self) -> tuple[Site, ...]:
+        """All prunable sites, in layer order."""
+        return tuple(site for index in range(len(self.layers)) for site in self.layer_sites(index))
+
+    def layer_sites(self, index: int) -> tuple[Site, ...]:
+        return layer_sites(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
+
+    def block(self, index: int) -> Block:
+        """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`."""
+        return decoder_layer_block(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights. Raises RunError where they are not finite."""
+        layer, prefix = self.layers[index], f"{self.layers_path}.{index}"
+        if self.checkpoint is not None:
+            load_into_(layer, self.checkpoint, f"{prefix}.", self.device, self.dtype)
+        try:
+            for name, parameter in layer.named_parameters():
+                if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
+                    raise RunError(f"{prefix}.{name}: weights hold NaN or Inf")
+            yield layer
+        finally:
+            if self.checkpoint is not None:
+                layer.to("meta")
+                self.checkpoint.close()
+
+    @torch.no_grad()
+    def enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[Call]]:
+        """Hidden states [B, T, D] in front of the first decoder layer, and what each layer is called with."""
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not first:
+                first.append(hidden)
+            calls.append(Call(args, kwargs))
+            return self._as_output(hidden)
+
+        with self._replaced([record] * len(self.layers)):
+            self.module.base_model(input_ids=tokens_BT.to(self.device), use_cache=False)
+        return first[0], calls
+
+    @torch.no_grad()
+    def run_layer(self, layer: nn.Module, hidden_BTD: Tensor, call: Call) -> Tensor:
+        """One decoder layer's output [B, T, D]."""
+        output = layer(hidden_BTD, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def leave(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] from the hidden states behind the last decoder layer: final norm, head, caps."""
+
+        def skip(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._as_output(hidden)
+
+        def last(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._as_output(hidden_BTD)
+
+        with self._replaced([skip] * (len(self.layers) - 1) + [last]):
+            return self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+
+    @torch.no_grad()
+    def token_losses(self, tokens_NT: Tensor, batch_size: int) -> Tensor:
+        """Nats of every predicted token, float64 [N, T-1] on the CPU. Streamed: one walk through the blocks."""
+        batches = tokens_NT.split(batch_size)
+        if not self.streamed:
+            logits = (self.module(input_ids=b.to(self.device), use_cache=False).logits for b in batches)
+            return torch.cat([_losses(x, b) for x, b in zip(logits, batches, strict=True)])
+        entered = [self.enter(b) for b in batches]
+        hidden, calls = [h for h, _ in entered], [c for _, c in entered]
+        for index in range(len(self.layers)):
+            with self.loaded(index) as layer:
+                hidden = [self.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
+        return torch.cat([_losses(self.leave(b, h), b) for h, b in zip(hidden, batches, strict=True)])
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        return (hidden, None) if self.family.returns_tuple else hidden
+
+    @contextmanager
+    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Puts other functions in the place of the decoder layers' forward."""
+        layers: Any = self.layers
+        try:
+            for layer, forward in zip(layers, forwards, strict=True):
+                layer.forward = forward
+            yield
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+
+def load_into_(
+    module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Gives `module`'s parameters and persistent buffers the checkpoint's tensors, called `prefix` + name there."""
+    for name, tensor in list(module.state_dict().items()):
+        loaded = checkpoint[prefix + name].to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        if loaded.shape != tensor.shape:
+            raise RunError(f"{prefix}{name}: the checkpoint holds shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}")
+        owner_path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        if leaf in owner._parameters:
+            setattr(owner, leaf, nn.Parameter(loaded, requires_grad=False))
+        else:
+            setattr(owner, leaf, loaded)
+
+
+def _losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+    targets = tokens_BT[:, 1:].to(logits_BTV.device)
+    logits = logits_BTV[:, :-1].flatten(0, 1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
+    return losses.view(targets.shape).double().cpu()

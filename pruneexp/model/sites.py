@@ -1,0 +1,99 @@
+"""Finding the prunable sites of a decoder layer, and reading it as tensors by role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pruneexp.modeling_pruned import Family, LayerStructure, RemovedAttention, Writer, head_size, is_pre_norm, slope_heads
+from pruneexp.types import Block, Cost, Site, SiteWeights
+
+
+def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStructure:
+    """The layer's widths, as it stands."""
+    reader, down = layer.get_submodule(family.attention_reader), layer.get_submodule(family.mlp_reader)
+    heads = reader.in_features // head_size(config)
+    return LayerStructure(
+        num_attention_heads=heads,
+        num_key_value_heads=heads // query_group(config),
+        intermediate_size=down.in_features,
+        attention_output_bias=reader.bias is not None,
+        mlp_output_bias=down.bias is not None,
+        kept_heads=slope_heads(layer.get_submodule(family.attention), family),
+    )
+
+
+def query_group(config: Any) -> int:
+    """G: query heads that share one key/value head."""
+    return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> tuple[Site, ...]:
+    """The attention and the FFN site of a decoder layer; a sublayer that is already gone has none.
+
+    `prefix` is the layer's module path ("model.layers.0"). The cost of a unit is counted on the real tensors.
+    """
+    sites = []
+    head_dim, group = head_size(config), query_group(config)
+    if not isinstance(layer.get_submodule(family.attention), RemovedAttention):
+        reader = layer.get_submodule(family.attention_reader)
+        units = reader.in_features // (group * head_dim)
+        cost = _unit_cost(layer, family.attention_writers, reader, units, kv=2 * head_dim)
+        sites.append(Site(f"{prefix}.{family.attention}", "attention", index, units, group * head_dim, cost))
+    down = layer.get_submodule(family.mlp_reader)
+    if down.in_features:
+        cost = _unit_cost(layer, family.mlp_writers, down, down.in_features, kv=0)
+        sites.append(Site(f"{prefix}.{family.mlp}", "mlp", index, down.in_features, 1, cost))
+    return tuple(sites)
+
+
+def decoder_layer_block(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Block:
+    """The layer as tensors by role. The tensors are views: never write to them."""
+    sites = layer_sites(layer, index, family, config, prefix)
+    weights, norms = {}, {}
+    for site in sites:
+        attention = site.kind == "attention"
+        writers = family.attention_writers if attention else family.mlp_writers
+        reader = layer.get_submodule(family.attention_reader if attention else family.mlp_reader)
+        rows = _role_rows(config) if attention else {"gate": 1, "up": 1}
+        weights[site.name] = _site_weights(layer, writers, reader, site.units, rows)
+        norm = layer.get_submodule(family.attention_norm if attention else family.mlp_norm)
+        if is_pre_norm(family, config) and isinstance(getattr(norm, "weight", None), Tensor):
+            norms[site.name] = norm.weight.detach()
+    return Block(prefix, index, sites, weights, norms)
+
+
+def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
+    """The writers and the reader's path of a site."""
+    if site.kind == "attention":
+        return family.attention_writers, family.attention_reader
+    return family.mlp_writers, family.mlp_reader
+
+
+def _role_rows(config: Any) -> dict[str, int]:
+    """Rows of one KV group in each part: its query heads, its key head, its value head."""
+    head_dim = head_size(config)
+    return {"query": query_group(config) * head_dim, "key": head_dim, "value": head_dim}
+
+
+def _unit_cost(layer: nn.Module, writers: tuple[Writer, ...], reader: Any, units: int, kv: int) -> Cost:
+    linears: list[Any] = [layer.get_submodule(w.path) for w in writers]
+    macs = (sum(w.weight.numel() for w in linears) + reader.weight.numel()) // units
+    biases = sum(w.bias.numel() for w in linears if w.bias is not None) // units
+    return Cost(params=macs + biases, macs=macs, kv=kv)
+
+
+def _site_weights(
+    layer: nn.Module, writers: tuple[Writer, ...], reader: Any, units: int, rows: dict[str, int]
+) -> SiteWeights:
+    weights, biases = {}, {}
+    for writer in writers:
+        linear: Any = layer.get_submodule(writer.path)
+        sizes = [rows[role] for role in writer.roles]
+        by_unit = linear.weight.detach().view(units, sum(sizes), -1)
+        weights.update(zip(writer.roles, by_unit.split(sizes, dim=1), strict=True))
+        if linear.bias is not None:
+            biases.update(zip(writer.roles, linear.bias.detach().view(units, -1).split(sizes, dim=1), strict=True))
+    bias = None if reader.bias is None else reader.bias.detach()
+    return SiteWeights(weights, biases, reader.weight.detach(), bias)

@@ -1,0 +1,209 @@
+"""Where a model comes from: a folder, the Hub, or the one that travels with the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruneexp import modeling_pruned
+from pruneexp.model.checkpoint import Checkpoint, safetensors_files
+from pruneexp.model.loaded import Model, load_into_
+from pruneexp.types import ConfigError, RunError
+
+EMBEDDED = "embedded:"  # path prefix of the models inside the package
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint and how to hold it.
+
+    `path`: a folder with config.json and safetensors, a Hub id, or "embedded:NAME". `dtype` "auto": the
+    checkpoint's, but float32 for float16 on a CPU (which computes float16 slowly and badly). `stream`: the decoder
+    layers are read from their files one at a time instead of being held. `batch_size`: windows per forward pass.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    dtype: str
+    device: str
+    stream: bool
+    trust_remote_code: bool
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r}: expected auto or one of {', '.join(DTYPES)}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise ConfigError(f"device={self.device!r}: expected cpu, cuda or cuda:N") from None
+
+    def check(self) -> None:
+        """Everything that can be told from files and the machine without loading a weight. Raises ConfigError."""
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"model.device={self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        folder = self.local_folder()
+        if folder is None:
+            return
+        self.read_config(folder)
+        safetensors_files(folder)
+
+    def local_folder(self) -> Path | None:
+        """The checkpoint's folder where `path` is one; None for a Hub id."""
+        if self.path.startswith(EMBEDDED):
+            folder = Path(__file__).parent.parent / "embedded" / self.path.removeprefix(EMBEDDED)
+        else:
+            folder = Path(self.path).expanduser()
+        if folder.is_dir():
+            return folder
+        looks_like_hub_id = self.path.count("/") == 1 and self.path[0] not in "./~" and not self.path.endswith("/")
+        if looks_like_hub_id:
+            return None
+        raise ConfigError(f"model.path={self.path!r}: no such folder; expected one with config.json, or a Hub id")
+
+    def read_config(self, folder: Path) -> dict[str, Any]:
+        """config.json as it stands, checked: a supported family, of known precision."""
+        file = folder / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"model.path={self.path!r}: holds no model; expected a folder with config.json")
+        try:
+            config = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"model.path={self.path!r}: config.json is not JSON ({error})") from None
+        model_type = str(config.get("model_type"))
+        if model_type.removeprefix("pruned_") not in modeling_pruned.FAMILIES:
+            families = ", ".join(sorted(modeling_pruned.FAMILIES))
+            hint = ""
+            if "auto_map" in config and not self.trust_remote_code:
+                hint = "; it brings its own code, which only model.trust_remote_code=true would run"
+            raise ConfigError(f"model.path={self.path!r}: model_type {model_type!r} is not supported; expected one of "
+                              f"{families}{hint}")
+        if "quantization_config" in config:
+            raise ConfigError(f"model.path={self.path!r}: is quantised; expected the full-precision checkpoint")
+        return config
+
+    def load(self) -> Model:
+        """The model, ready to run: evaluation mode, no gradients."""
+        from transformers import AutoTokenizer
+
+        folder = self.local_folder() or self._download()
+        config_json = self.read_config(folder)
+        dtype = self._dtype(config_json)
+        family = modeling_pruned.FAMILIES[config_json["model_type"].removeprefix("pruned_")]
+        _quiet_transformers()
+        model_class, config = _model_class(folder, config_json["model_type"], family)
+        device = torch.device(self.device)
+        checkpoint = Checkpoint(folder, model_class.base_model_prefix) if self.stream else None
+        if checkpoint is None:
+            module = _load_whole(model_class, folder, config, dtype).to(device)
+        else:
+            module = _load_without_layers(model_class, config, family, checkpoint, device, dtype)
+        module.eval().requires_grad_(False)
+        stock = modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config
+        has_tokenizer = any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=stock) if has_tokenizer else None
+        return Model(
+            module,
+            tokenizer,
+            family,
+            stock,
+            name=self.name,
+            device=device,
+            dtype=dtype,
+            batch_size=self.batch_size,
+            checkpoint=checkpoint,
+        )
+
+    def _dtype(self, config: dict[str, Any]) -> torch.dtype:
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+        on_cpu = torch.device(self.device).type == "cpu"
+        return torch.float32 if on_cpu and stored == torch.float16 else stored
+
+    def _download(self) -> Path:
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
+        except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"model.path={self.path!r}: no such folder, and not had from the Hub ({reason})") from error
+
+
+def _model_class(folder: Path, model_type: str, family: modeling_pruned.Family) -> tuple[Any, Any]:
+    import transformers
+
+    stock = model_type.removeprefix("pruned_") == model_type
+    names = (f"{family.stock}ForCausalLM", f"{family.stock}Config")
+    if stock:
+        model_class, config_class = (getattr(transformers, name) for name in names)
+    else:
+        model_class, config_class = (modeling_pruned.__getattr__(f"Pruned{name}") for name in names)
+    return model_class, config_class.from_pretrained(folder)
+
+
+def _load_whole(model_class: Any, folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    module, info = model_class.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    problems = [f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind]))[:3])}"
+                for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
+    if problems:
+        raise ConfigError(f"model.path={str(folder)!r}: the checkpoint does not fit its config ({'; '.join(problems)})")
+    return module
+
+
+def _load_without_layers(
+    model_class: Any,
+    config: Any,
+    family: modeling_pruned.Family,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """The model on the meta device, but for everything outside its decoder layers, which is loaded."""
+    with torch.device("meta"):
+        module = model_class._from_config(config, dtype=dtype)
+    layers_path = f"{module.base_model_prefix}.{family.layers}"
+    layers = module.get_submodule(layers_path)
+    module.set_submodule(layers_path, nn.ModuleList())
+    tied = set(module.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    for path, part in list(module.named_modules()):
+        own = nn.Module()  # the part's own tensors alone
+        own._parameters = {k: v for k, v in part._parameters.items() if f"{path}.{k}" not in tied}
+        own._buffers = {k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set}
+        load_into_(own, checkpoint, f"{path}." if path else "", device, dtype)
+        part._parameters.update(own._parameters)
+        part._buffers.update(own._buffers)
+        computed = [k for k in part._non_persistent_buffers_set if part._buffers.get(k) is not None]
+        if computed:  # rotary frequencies: not stored anywhere, computed when the module is made
+            fresh: Any = type(part)(config=modeling_pruned.stock_config(config) if "pruned" in config.model_type else config)
+            for key in computed:
+                part._buffers[key] = fresh._buffers[key].to(device)
+    if config.tie_word_embeddings:
+        module.tie_weights()
+    module.set_submodule(layers_path, layers)
+    leftovers = [n for n, p in module.named_parameters() if p.is_meta and not n.startswith(layers_path)]
+    if leftovers:
+        raise RunError(f"{leftovers[0]}: was not loaded")
+    return module
+
+
+def _quiet_transformers() -> None:
+    """Its load reports and progress bars would drown ours; what they say, `_load_whole` checks."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

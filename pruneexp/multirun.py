@@ -1,0 +1,186 @@
+"""Many runs from one command line: Hydra's sweepers and launchers, with our own folders, resumption and failures.
+
+A job's folder is named by its config, so that a sweep that is started again skips the jobs that are done. A job that
+fails is recorded in its folder and the sweep goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from pruneexp.compose import Composed, compose_raw, composed
+from pruneexp.config_files import option_file, sweep_files
+from pruneexp.explain import explained, one_line
+from pruneexp.tracker import status_of, write_atomic
+from pruneexp.tracker.folder import new_status, timestamp
+from pruneexp.types import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra")
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """12 hex digits that say what a run computes: over everything but where it runs, is kept and is reported."""
+    content = {key: value for key, value in config.items() if key not in NOT_HASHED}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
+    """Runs every job; the exit code: 1 if any failed. Raises ConfigError, before the first job, for jobs that cannot be
+    built (where the sweeper decides its jobs beforehand)."""
+    overrides = [*overrides, "hydra.mode=MULTIRUN"]
+    config = compose_raw(hydra, overrides, RunMode.MULTIRUN)
+    folder = sweep_folder(config)
+    _check_jobs(hydra, config, folder)
+    before = _statuses(folder)
+    overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
+    try:
+        hydra.multirun("config", run_job, overrides, with_log_configuration=False)
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:
+        raise RunError(f"the sweep stopped: {type(error).__name__}: {one_line(error)}") from error
+    # The folders say how the jobs ended, whatever process or machine a launcher ran them on.
+    ran = [path.parent for path, text in _statuses(folder).items() if before.get(path) != text]
+    failed = sorted(job.name for job in ran if status_of(job) != "done")
+    print(f"sweep in {folder}: {len(ran)} jobs ran" + (f", failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def sweep_folder(config: DictConfig) -> Path:
+    """`sweep.dir`, or outputs/sweeps/<name of the sweep or recipe>."""
+    choices = config.hydra.runtime.choices
+    name = choices.get("sweep") or choices.get("recipe") or "custom"
+    given = OmegaConf.select(config, "sweep.dir")
+    if given == "" or not isinstance(given, (str, type(None))):
+        raise ConfigError(f"sweep.dir={given!r}: expected a folder, or null for outputs/sweeps/{name}")
+    return Path("outputs") / "sweeps" / name if given is None else Path(given)
+
+
+def run_job(config: DictConfig) -> float | None:
+    """One job, as Hydra's launchers call it, in this process or another. Gives `sweep.objective`, for a sweeper that
+    optimises; a failed job is the worst there is."""
+    node = HydraConfig.get()
+    try:
+        job = as_job(composed(config, cast(DictConfig, node)), Path(node.sweep.dir))
+    except ConfigError as error:
+        # Nothing to name a folder with: only sweepers that make up their jobs as they go get here.
+        print(f"pruneexp: job {node.job.num}: {error}", file=sys.stderr)
+        raise
+    objective = job.config["sweep"]["objective"]
+    metrics = _run_recorded(job, str(node.job.num))
+    if objective is None:
+        return None
+    if metrics is None:
+        downhill = not str(node.sweeper.get("direction", "")).lower().endswith("maximize")
+        return math.inf if downhill else -math.inf
+    if objective not in metrics:
+        raise RunError(f"sweep.objective={objective!r}: expected one of {', '.join(sorted(metrics))}")
+    return metrics[objective]
+
+
+def as_job(run: Composed, folder: Path) -> Composed:
+    """The run as a job of the sweep in `folder`: its own folder there, no checkpoint and no proof unless asked."""
+    settings = dict(run.config["run"])
+    if settings["dir"] is not None:
+        raise ConfigError(f"run.dir={settings['dir']!r}: expected null in a multirun: its jobs lie in sweep.dir/<hash>")
+    settings["dir"] = str(folder / config_hash(run.config))
+    asked = _asked(run)
+    if "save" not in asked:
+        settings["save"] = False
+    if "prove" not in asked:
+        settings["prove"] = "off"
+    sweep = {**run.config["sweep"], "dir": str(folder)}
+    job = {**run.job, "sweep": run.job["sweep"] or folder.name}
+    return Composed({**run.config, "run": settings, "sweep": sweep}, job, run.folders)
+
+
+def _asked(run: Composed) -> set[str]:
+    """Keys of `run` that were typed, swept over, or set by the sweep's file."""
+    typed = {text.lstrip("+~").partition("=")[0] for text in run.job["overrides"]}
+    asked = {key.removeprefix("run.") for key in typed if key.startswith("run.")}
+    name = run.job["sweep"]
+    path = None if name is None else sweep_files().get(name) or option_file(run.folders, "sweep", name)
+    content = yaml.safe_load(path.read_text()) if path is not None else {}
+    return asked | set(content.get("run") or {})
+
+
+def _check_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> None:
+    """Builds every job that is known beforehand. Raises ConfigError."""
+    from pruneexp.build import build
+
+    sweeper = config.hydra.sweeper
+    if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
+        return
+    swept = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    swept += [str(text) for text in config.hydra.overrides.task]
+    try:
+        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(swept)
+        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    except Exception as error:
+        raise explained(error, hydra, swept) from error
+    for overrides in jobs:
+        try:
+            raw = hydra.config_loader.load_sweep_config(config, list(overrides))
+        except Exception as error:
+            raise explained(error, hydra, overrides) from error
+        build(as_job(composed(raw), folder))
+
+
+def _run_recorded(job: Composed, number: str) -> dict[str, float] | None:
+    """The job's metrics, those on disk where it is done already; None for a failure, which is recorded."""
+    from pruneexp.build import build
+    from pruneexp.experiment import run_experiment
+
+    settings = job.config["run"]
+    folder = Path(settings["dir"])
+    label = f"job {number}: {' '.join(job.job['overrides'])} -> {folder}"
+    if status_of(folder) == "done" and not settings["overwrite"]:
+        if not settings["save"] or (folder / "model").is_dir():
+            print(f"{label}: done already", file=sys.stderr)
+            return json.loads((folder / "metrics.json").read_text())
+        settings["overwrite"] = True  # done, but without the checkpoint that is now asked for
+    print(label, file=sys.stderr)
+    try:
+        experiment = build(job)
+        experiment.check()
+        return run_experiment(experiment)
+    except Exception as error:
+        expected = isinstance(error, (ConfigError, RunError))
+        reason = str(error) if expected else f"{type(error).__name__}: {one_line(error)}"
+        print(f"pruneexp: job {number} failed: {reason}", file=sys.stderr)
+        _record_failure(folder, reason)
+        return None
+
+
+def _record_failure(folder: Path, reason: str) -> None:
+    """Marks the folder failed where the run did not come far enough to do so itself."""
+    if status_of(folder) in ("absent", "interrupted"):
+        folder.mkdir(parents=True, exist_ok=True)
+        status = {**new_status(), "status": "failed", "reason": reason, "ended": timestamp()}
+        write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
+
+
+def _statuses(folder: Path) -> dict[Path, str]:
+    return {path: path.read_text() for path in folder.glob("*/status.json")}
+
+
+def _quoted(text: str) -> str:
+    """A string as Hydra's override grammar reads it back."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,55 @@
+"""Progress on stderr of work that lasts: a bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+BAR_AFTER = 2.0  # seconds; what is over sooner shows nothing
+LINE_EVERY = 30.0  # seconds between lines where stderr is a file or a pipe
+
+
+def progress(iterable: Iterable[T], stage: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """The items of `iterable`, with stage, count, rate and time left shown while they are consumed. `total`: how many
+    there are (taken from the iterable where it knows); `unit`: the plural of what one item is ("blocks")."""
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    if not sys.stderr.isatty():
+        return _lines(iterable, stage, total, unit)
+    from tqdm import tqdm
+
+    # leave=False: the bar makes room when it is done; what took how long is in the summary of the run.
+    return iter(tqdm(iterable, stage, total, leave=False, delay=BAR_AFTER, unit=f" {unit}", **_shape()))
+
+
+def _shape() -> dict[str, Any]:
+    try:
+        sized = all(os.get_terminal_size(sys.stderr.fileno()))
+    except (AttributeError, OSError, ValueError):
+        sized = False
+    # Terminals inside containers and job runners may say 0 x 0, where tqdm would draw nothing.
+    return {"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 24}
+
+
+def _lines(iterable: Iterable[T], stage: str, total: int | None, unit: str) -> Iterator[T]:
+    start = last = time.monotonic()
+    for done, item in enumerate(iterable, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LINE_EVERY and done != total:
+            last, rate = now, done / (now - start)
+            left = f", {_clock((total - done) / rate)} left" if total is not None else ""
+            count = f"{done}/{total}" if total is not None else f"{done}"
+            print(f"{stage}: {count} {unit}, {rate:.3g}/s{left}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    """93.4 -> "1:33"; an hour and more: "1:00:05"."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

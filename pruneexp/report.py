@@ -1,0 +1,254 @@
+"""What a run did, for people: a short table at its end and a picture of the structure that is left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pruneexp.types import Plan, Site
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+UNITS = {"attention": "heads (KV groups)", "mlp": "FFN channels", "block": "layers"}
+SUBLAYERS = {"attention": "attention sublayers", "mlp": "FFN sublayers"}
+GROUPS = {  # first part of a metric's name -> heading
+    "ppl": "perplexity",
+    "latency": "speed",
+    "throughput": "speed",
+    "memory": "memory",
+    "bytes": "memory",
+    "kv": "memory",
+    "size": "size",
+    "passes": "passes",
+    "seconds": "seconds",
+}
+ORDER = ("removed", "perplexity", "accuracy", "speed", "memory", "size", "other", "passes", "seconds")
+KEPT, GONE = "#2f6f9f", "#e9edf0"
+OUTLINE, MARK = "#9aa5ad", "#b3412f"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the summary. `change`: "20.0 %" removed, "x1.24" of the dense figure, "-1.3 points"."""
+
+    group: str
+    what: str
+    dense: str
+    pruned: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Width:
+    """Units of one kind in one layer of the original model, and the parameters that they carry."""
+
+    layer: int
+    kept: int
+    units: int
+    kept_params: int
+    params: int
+    block_gone: bool  # the whole layer leaves
+
+
+def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
+    """What is left of each layer, by kind of site, in the order of the layers.
+
+    A removed block takes its sublayers along. A kind that is there only as whole blocks is shown as such."""
+    removed = {name for name, site in plan.sites.items() if site.kind == "block" and not site.kept}
+    inner = [site for site in sites if site.kind != "block"]
+    found: dict[str, dict[int, Width]] = {}
+    for site in sorted(inner or sites, key=lambda site: site.layer):
+        layers = found.setdefault(site.kind, {})
+        # A layer may hold several sites of a kind (experts): their units are counted together.
+        before = layers.get(site.layer, Width(site.layer, 0, 0, 0, 0, False))
+        gone = any(site.name == block or site.name.startswith(f"{block}.") for block in removed)
+        kept = 0 if gone else site.units - plan.removed(site)
+        layers[site.layer] = Width(
+            layer=site.layer,
+            kept=before.kept + kept,
+            units=before.units + site.units,
+            kept_params=before.kept_params + kept * site.cost.params,
+            params=before.params + site.units * site.cost.params,
+            block_gone=gone,
+        )
+    return {kind: list(layers.values()) for kind, layers in found.items()}
+
+
+def removed_share(plan: Plan, sites: Sequence[Site]) -> float:
+    """Share of the prunable parameters (those that units carry) that leaves."""
+    found = [width for layers in widths(plan, sites).values() for width in layers]
+    total = sum(width.params for width in found)
+    return 1 - sum(width.kept_params for width in found) / total if total else 0.0
+
+
+def summary(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) -> list[Row]:
+    """The summary's lines, by group: what was removed, then every figure, dense beside pruned where both exist."""
+    rows = _removed(metrics, plan, sites) + _measured(metrics)
+    return sorted(rows, key=lambda row: ORDER.index(row.group))
+
+
+def _removed(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) -> list[Row]:
+    rows = []
+    found = widths(plan, sites)
+    for kind, layers in found.items():
+        units, kept = sum(w.units for w in layers), sum(w.kept for w in layers)
+        rows.append(Row("removed", UNITS.get(kind, kind), f"{units:,}", f"{kept:,}", _share(units - kept, units)))
+    for kind, layers in found.items():
+        empty = sum(1 for w in layers if not w.kept and not w.block_gone)
+        if empty and kind in SUBLAYERS:
+            rows.append(Row("removed", SUBLAYERS[kind], f"{len(layers)}", f"{len(layers) - empty}", f"-{empty}"))
+    blocks = max((sum(w.block_gone for w in layers) for layers in found.values()), default=0)
+    if blocks and "block" not in found:
+        layers = max(len(layers) for layers in found.values())
+        rows.append(Row("removed", UNITS["block"], f"{layers}", f"{layers - blocks}", _share(blocks, layers)))
+    dense, pruned = metrics.get("dense/params"), metrics.get("pruned/params")
+    if dense is not None and pruned is not None:
+        rows.append(Row("removed", "parameters", f"{dense:,}", f"{pruned:,}", _share(dense - pruned, dense)))
+    if "sparsity/decoder" in metrics:
+        rows.append(Row("removed", "decoder parameters", "", "", _share(metrics["sparsity/decoder"], 1)))
+    return rows
+
+
+def _measured(metrics: Mapping[str, float]) -> list[Row]:
+    rows = []
+    told = {"dense/params", "pruned/params", "sparsity/decoder"}
+    for key, value in metrics.items():
+        side, _, name = key.partition("/")
+        if key in told or (side == "dense" and f"pruned/{name}" in metrics):
+            continue
+        if side == "pruned" or side == "dense":
+            dense = metrics.get(f"dense/{name}")
+            pruned = metrics.get(f"pruned/{name}")
+            group = _group(name)
+            change = "" if dense is None or pruned is None else _change(group, dense, pruned)
+            rows.append(Row(group, _title(name), _figure(name, dense), _figure(name, pruned), change))
+        else:
+            rows.append(Row(_group(key), _title(key), "", _figure(key, value), ""))
+    return rows
+
+
+def _group(name: str) -> str:
+    parts = name.split("/")
+    accuracy = any(part.startswith("acc") for part in parts)
+    return "accuracy" if accuracy else GROUPS.get(parts[0], "other")
+
+
+def _title(name: str) -> str:
+    """Without the part that the heading says already."""
+    first, _, rest = name.partition("/")
+    return rest if rest and GROUPS.get(first) in ("perplexity", "passes", "seconds", "memory") else name
+
+
+def _share(part: float, whole: float) -> str:
+    # + 0.0: nothing removed is "+0.0 %", never "-0.0 %".
+    return f"{-100 * part / whole + 0.0:+.1f} %" if whole else ""
+
+
+def _change(group: str, dense: float, pruned: float) -> str:
+    if group == "accuracy":
+        return f"{100 * (pruned - dense):+.1f} points"
+    return f"x{pruned / dense:.3g}" if dense else ""
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if "bytes" in name:
+        return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def summary_table(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) -> Table:
+    """The summary as a rich table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, safe_box=True)
+    table.add_column("", style="bold", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name in ("dense", "pruned", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    last = ""
+    for row in summary(metrics, plan, sites):
+        table.add_row("" if row.group == last else row.group, row.what, row.dense, row.pruned, row.change)
+        last = row.group
+    return table
+
+
+def print_summary(
+    metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site], folder: Path, file: TextIO | None = None
+) -> None:
+    """The summary and where everything lies, on `file` (stdout): in colour on a terminal, plain text elsewhere."""
+    from rich.console import Console
+
+    out = sys.stdout if file is None else file
+    terminal = out.isatty()
+    # Plain means plain: not even where FORCE_COLOR asks for escape codes in a file.
+    console = Console(
+        file=out,
+        force_terminal=terminal,
+        color_system="auto" if terminal else None,
+        width=None if terminal else 100,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    console.print(summary_table(metrics, plan, sites))
+    # soft_wrap: a long path stays one line, so that it can be copied.
+    console.print(f"Everything is in {folder}", soft_wrap=True)
+    if (folder / "model").is_dir():
+        console.print(f"The pruned model is {folder / 'model'}", soft_wrap=True)
+
+
+def structure_figure(plan: Plan, sites: Sequence[Site], path: Path) -> None:
+    """A PNG of the units kept in each layer, one panel per kind of site, the dense width as an outline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = widths(plan, sites)
+    layers = max((w.layer + 1 for ws in panels.values() for w in ws), default=1)
+    # Figure and canvas by hand: pyplot would keep global state and may look for a screen.
+    figure = Figure(figsize=(min(14.0, 4.5 + 0.16 * layers), 1.1 + 1.9 * max(len(panels), 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (kind, found) in zip(axes, panels.items(), strict=False):
+        _panel(axis, kind, found)
+    axes[-1].set_xlabel("layer")
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if layers <= 22 * step)
+    axes[-1].set_xticks(range(0, layers, step))
+    axes[-1].set_xlim(-0.7, layers - 0.3)
+    figure.suptitle(f"{100 * removed_share(plan, sites):.1f} % of the prunable parameters removed", fontsize=11)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _panel(axis: Axes, kind: str, found: Sequence[Width]) -> None:
+    where, units, kept = [w.layer for w in found], [w.units for w in found], [w.kept for w in found]
+    style: dict[str, Any] = {"width": 0.8, "linewidth": 0.6}
+    axis.bar(where, units, facecolor=GONE, edgecolor=OUTLINE, **style)
+    axis.bar(where, kept, facecolor=KEPT, edgecolor=KEPT, **style)
+    for width in found:
+        if width.block_gone:
+            axis.bar(width.layer, width.units, facecolor="none", edgecolor=OUTLINE, hatch="////", **style)
+        elif not width.kept:
+            # An emptied sublayer and a nearly empty one look alike without a mark.
+            axis.plot(width.layer, 0.06 * max(units), marker="x", markersize=5, color=MARK, clip_on=False)
+    axis.set_ylim(0, 1.06 * max(units))
+    axis.locator_params(axis="y", integer=True, nbins=5)
+    axis.set_ylabel(UNITS.get(kind, kind))
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.set_title(_caption(found, UNITS.get(kind, kind)), fontsize=9, loc="left", color="#444444")
+
+
+def _caption(found: Sequence[Width], unit: str) -> str:
+    units, kept = sum(w.units for w in found), sum(w.kept for w in found)
+    words = [f"{kept:,} of {units:,} {unit} kept ({100 * kept / units:.1f} %)"]
+    empty = sum(1 for w in found if not w.kept and not w.block_gone)
+    gone = sum(w.block_gone for w in found)
+    words += [f"{empty} emptied (x)"] * bool(empty) + [f"{gone} layers removed (hatched)"] * bool(gone)
+    return ", ".join(words)

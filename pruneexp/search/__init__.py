@@ -1,0 +1,7 @@
+"""Scores and a budget to a Plan: which units stay."""
+
+from pruneexp.search.budgeted import Global, Uniform
+from pruneexp.search.common import layer_budgets
+from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
+
+__all__ = ["AlAm", "AlAmOfficial", "AlMm", "Global", "UlMm", "UlUm", "Uniform", "layer_budgets"]

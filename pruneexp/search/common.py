@@ -1,0 +1,107 @@
+"""What searches share: checked scores in one order, standardised scores, budgets of single layers, the plan's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pruneexp.types import Budget, ColumnScores, ConfigError, Plan, RunError, Score, Scores, Site, unit_scores
+
+
+def in_order(sites: Sequence[Site]) -> list[Site]:
+    """By layer, then by name: every tie is broken in this order, however the sites arrive."""
+    return sorted(sites, key=lambda site: (site.layer, site.name))
+
+
+def by_layer(sites: Sequence[Site]) -> dict[int, list[Site]]:
+    return {layer: list(group) for layer, group in groupby(in_order(sites), key=lambda site: site.layer)}
+
+
+def checked(scores: Scores, sites: Sequence[Site]) -> dict[str, Score]:
+    """The sites' scores. Raises RunError, naming the site, where they are missing, of another length or not finite."""
+    for site in sites:
+        if site.name not in scores:
+            raise RunError(f"{site.name}: the criterion gave no scores")
+        values_U = unit_scores(scores[site.name])
+        if values_U.shape != (site.units,):
+            raise RunError(f"{site.name}: {list(values_U.shape)} scores, expected one for each of its {site.units} units")
+        if not torch.isfinite(values_U).all():
+            raise RunError(f"{site.name}: scores hold NaN or Inf")
+    return {site.name: scores[site.name] for site in sites}
+
+
+def raw(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Unit scores on the CPU, as they are."""
+    return {name: unit_scores(score).detach().cpu() for name, score in checked(scores, sites).items()}
+
+
+def standardised(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Scores that can be compared between sites: z-scores within each site, [U] each.
+
+    `ColumnScores`: each channel's z-score over all channels of the site (mean 0, unbiased standard deviation 1), a
+    unit's being the mean of its channels', as in FLAP (An et al., AAAI 2024; operations in the order of the released
+    code). Other scores: over the site's units; sites of a single unit (a whole sublayer, a whole block) are
+    standardised together, by kind. Scores without any spread become 0 (NaN in the released code).
+    """
+    known = checked(scores, sites)
+    z = {site.name: _site_z(site, known[site.name]) for site in sites if site.units > 1}
+    for kind in {site.kind for site in sites if site.units == 1}:
+        single = in_order([site for site in sites if site.units == 1 and site.kind == kind])
+        together = _z(torch.cat([unit_scores(known[site.name]).detach().cpu().double() for site in single]))
+        z.update({site.name: together[i : i + 1] for i, site in enumerate(single)})
+    return z
+
+
+def _site_z(site: Site, score: Score) -> Tensor:
+    if isinstance(score, ColumnScores):
+        return _z(score.columns_C.detach().cpu()).reshape(site.units, site.width).mean(1)
+    return _z(unit_scores(score).detach().cpu())
+
+
+def _z(x: Tensor) -> Tensor:
+    spread = x.std() if len(x) > 1 else torch.zeros((), dtype=x.dtype)
+    return (x - x.mean()) / spread if spread > 0 else torch.zeros_like(x)
+
+
+def prunable_params(sites: Sequence[Site]) -> int:
+    """Parameters that the sites' units hold."""
+    return sum(site.units * site.cost.params for site in sites)
+
+
+def layer_budgets(budget: Budget, sites: Sequence[Site]) -> dict[int, Budget]:
+    """The share of each layer, in proportion to what its units hold; whole parameters, adding up to the budget's.
+
+    For a runner that decides layer by layer: what a layer left over (or took too much: its plan's target_params -
+    removed_params) goes into `added` of the next one's budget, which then meets the budget as a whole.
+    """
+    layers, whole = by_layer(sites), max(1, prunable_params(sites))
+    shares, before = {}, 0
+    for layer, own in layers.items():
+        after = before + prunable_params(own)
+        total = budget.total * after // whole - budget.total * before // whole
+        added = budget.added * (after - before) / whole
+        shares[layer] = Budget(budget.ratio, total, added, budget.layers or len(layers))
+        before = after
+    return shares
+
+
+def planned(keep: Mapping[str, Tensor], sites: Sequence[Site], budget: Budget) -> Plan:
+    """The plan of boolean masks [U] (True = kept; sites without a mask stay whole), with the budget and what leaves."""
+    masked = [site for site in in_order(sites) if site.name in keep]
+    whole = [site for site in sites if site.name not in keep]
+    plan = Plan.from_masks(masked, keep).merged(Plan.keep_all(whole))
+    removed = sum(plan.removed(site) * site.cost.params for site in sites)
+    figures = {"ratio": budget.ratio, "target_params": budget.remove, "removed_params": removed}
+    return Plan({site.name: plan.sites[site.name] for site in in_order(sites)}, figures)
+
+
+def require(budget: Budget, most: float) -> None:
+    """Raises ConfigError, naming the largest ratio, where more is to leave than `most` parameters."""
+    if budget.ratio > 0 and budget.remove > most:
+        largest = max(0.0, (most - budget.added) / budget.total)
+        raise ConfigError(
+            f"sparsity.ratio={budget.ratio!r}: expected at most {int(largest * 1e4) / 1e4}, all that this search may remove"
+        )

@@ -1,0 +1,191 @@
+"""FLAP's four structures (An et al., AAAI 2024), with the rounding of the released code (commit 3bb57db).
+
+Two letters each for layers and modules: Uniform or Adaptive over Layers; over Modules (attention against FFN) Uniform,
+Manual (the heads are given) or Adaptive. Sizes are the sites' own, so that with grouped queries a "head" is a KV group.
+Thresholds as that code has them: counts are floored, UL keeps what equals the threshold, AL removes it. No site keeps a
+minimum: a sublayer may lose all its units. A ratio of 0 keeps everything (there, AL removes the lowest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pruneexp.search.common import by_layer, in_order, planned, prunable_params, raw, require, standardised
+from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
+
+
+@dataclass(frozen=True)
+class UlUm:
+    """UL-UM: every site loses its int(ratio * U) lowest units, whatever they cost."""
+
+    local: ClassVar[bool] = True
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan:
+        values = raw(scores, sites)
+        keep = {site.name: _at_least(values[site.name], int(budget.ratio * site.units)) for site in sites}
+        return planned(keep, sites, budget)
+
+
+@dataclass(frozen=True)
+class UlMm:
+    """UL-MM: each of L layers loses `heads` // L heads, and FFN channels for the rest of its share.
+
+    Channels per layer: int((ratio * P / L - heads // L * head cost) / channel cost), P the budget's total.
+    """
+
+    local: ClassVar[bool] = True
+
+    heads: int
+
+    def __post_init__(self) -> None:
+        _require_heads(self.heads)
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan:
+        values, layers, keep = raw(scores, sites), by_layer(sites), {}
+        heads = self.heads // (budget.layers or len(layers)) if budget.ratio > 0 else 0
+        for own in layers.values():
+            _require_at_most(self.heads, heads, own, budget.layers or len(layers))
+            channels = _channels(budget.ratio, budget.total / len(layers), heads, own, self.heads)
+            for site in own:
+                keep[site.name] = _at_least(values[site.name], heads if site.kind == "attention" else channels)
+        return planned(keep, sites, budget)
+
+
+@dataclass(frozen=True)
+class AlMm:
+    """AL-MM: of all layers together the lowest `heads` heads, and FFN channels for the rest, by standardised score.
+
+    Channels in all: int((L * ratio * P / L - heads * head cost) / channel cost). heads=0 keeps every head (the
+    released code then removes every one: its sorted[-0] is the maximum).
+    """
+
+    local: ClassVar[bool] = False
+
+    heads: int
+
+    def __post_init__(self) -> None:
+        _require_heads(self.heads)
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan:
+        layers = len(by_layer(sites))
+        heads = self.heads if budget.ratio > 0 else 0
+        _require_at_most(self.heads, heads, sites, 1)
+        # L times the ratio first: the order in which that code multiplies decides what the floor sees
+        channels = _channels(layers * budget.ratio, budget.total / layers, heads, sites, self.heads)
+        z, keep = standardised(scores, sites), {}
+        for group, n in ((_attention(sites), heads), (_ffn(sites), channels)):
+            threshold = _nth_lowest([z[site.name] for site in group], n)
+            keep.update({site.name: z[site.name] > threshold for site in group})
+        return planned(keep, sites, budget)
+
+
+@dataclass(frozen=True)
+class AlAm:
+    """AL-AM, FLAP's own: heads and channels of all layers in one ranking of standardised scores.
+
+    Going down it, the parameters kept add up; the threshold is the score at which they come closest to what should
+    stay (all units' parameters - the budget's), and units above it are kept. Costs are the units' parameters.
+    """
+
+    local: ClassVar[bool] = False
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan:
+        require(budget, prunable_params(sites))
+        costs = {site.name: float(site.cost.params) for site in sites}
+        stay = torch.tensor(prunable_params(sites) - budget.remove, dtype=torch.float64)
+        return planned(_above_closest(scores, sites, costs, stay, budget), sites, budget)
+
+
+@dataclass(frozen=True)
+class AlAmOfficial:
+    """AL-AM as released: costs in channels, a head's cut to a whole number (512/3 = 170.67 to 170, LLaMA-7B).
+
+    The target is (1 - ratio) of all units' costs: the sparsity's `of` has no say, nor have biases that are added.
+    """
+
+    local: ClassVar[bool] = False
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan:
+        channel = min(site.cost.params for site in sites)
+        costs = {site.name: site.cost.params // channel for site in sites}
+        whole = sum(costs[site.name] * site.units for site in sites)
+        # a whole number times a float is float32 there
+        stay = torch.tensor(whole) * (1 - budget.ratio)
+        return planned(_above_closest(scores, sites, costs, stay, budget), sites, budget)
+
+
+def _at_least(score_U: Tensor, n: int) -> Tensor:
+    """Mask of all but the n lowest, and of those that equal the lowest that stays."""
+    if n >= len(score_U):
+        return torch.zeros(len(score_U), dtype=torch.bool)
+    return score_U >= score_U.sort().values[n]
+
+
+def _nth_lowest(scores: Sequence[Tensor], n: int) -> float:
+    """The n-th lowest of all scores; -inf for n = 0."""
+    return torch.cat(list(scores)).sort().values[n - 1].item() if n > 0 else -torch.inf
+
+
+def _above_closest(
+    scores: Scores, sites: Sequence[Site], costs: Mapping[str, float], stay: Tensor, budget: Budget
+) -> dict[str, Tensor]:
+    if budget.ratio == 0:
+        return {}
+    ordered = in_order(sites)
+    z = standardised(scores, sites)
+    ranked = torch.cat([z[site.name] for site in ordered]).sort(descending=True, stable=True)
+    cost = torch.cat([torch.full((site.units,), costs[site.name]) for site in ordered])
+    kept = cost[ranked.indices].cumsum(0, dtype=torch.float64 if stay.dtype == torch.float64 else None)
+    threshold = ranked.values[(kept - stay).abs().argmin()]
+    return {site.name: z[site.name] > threshold for site in ordered}
+
+
+def _attention(sites: Sequence[Site]) -> list[Site]:
+    return [site for site in sites if site.kind == "attention"]
+
+
+def _ffn(sites: Sequence[Site]) -> list[Site]:
+    return [site for site in sites if site.kind != "attention"]
+
+
+def _channels(ratio: float, params: float, heads: int, sites: Sequence[Site], asked: int) -> int:
+    """FFN channels that make up `ratio` of `params` once `heads` heads are gone. Raises ConfigError where none can."""
+    if ratio == 0:
+        return 0
+    ffn, attention = _ffn(sites), _attention(sites)
+    head = attention[0].cost.params if attention else 0
+    if not ffn:
+        raise ConfigError("search: the manual structures remove FFN channels for what heads do not cover: found none")
+    channels = int((ratio * params - head * heads) / ffn[0].cost.params)
+    most = sum(site.units for site in ffn)
+    if channels < 0:
+        raise ConfigError(f"search.heads={asked}: they alone are more than sparsity.ratio removes; expected fewer")
+    if channels > most:
+        raise ConfigError(f"search.heads={asked}: all FFN channels are too few for the rest of sparsity.ratio; expected more")
+    return channels
+
+
+def _require_heads(heads: int) -> None:
+    if heads < 0:
+        raise ConfigError(f"heads={heads!r}: expected an integer >= 0, the heads (KV groups) to remove over all layers")
+
+
+def _require_at_most(asked: int, heads: int, sites: Sequence[Site], layers: int) -> None:
+    most = sum(site.units for site in _attention(sites))
+    if heads > most:
+        raise ConfigError(f"search.heads={asked}: expected at most {most * layers}, the heads (KV groups) there are")

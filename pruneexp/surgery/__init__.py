@@ -1,0 +1,20 @@
+"""The only code that changes models: masking for a while, shrinking for good, saving and proving what was saved."""
+
+from pruneexp.surgery.mask import masked
+from pruneexp.surgery.prove import prove_in_place, prove_in_process
+from pruneexp.surgery.save import Form, ShardWriter, save, save_form, write_description
+from pruneexp.surgery.shrink import remove_blocks_, shrink_, shrink_layer_
+
+__all__ = [
+    "Form",
+    "ShardWriter",
+    "masked",
+    "prove_in_place",
+    "prove_in_process",
+    "remove_blocks_",
+    "save",
+    "save_form",
+    "shrink_",
+    "shrink_layer_",
+    "write_description",
+]

@@ -1,0 +1,105 @@
+"""Proof that a saved checkpoint is the model that was evaluated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.model import Checkpoint, Model
+from pruneexp.types import RunError
+
+# Runs in a process of its own, isolated from this package (-I: no working directory, no PYTHONPATH).
+RELOAD = """
+import json, os, sys
+folder, tokens_file, out_file, cache, dtype = sys.argv[1:6]
+os.environ["HF_MODULES_CACHE"] = cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+remote = "auto_map" in json.load(open(os.path.join(folder, "config.json")))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, dtype=getattr(torch, dtype)).eval()
+tokens = load_file(tokens_file)["tokens"]
+with torch.no_grad():
+    logits = model(tokens).logits
+    generated = model.generate(tokens[:1, :8], max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+if os.path.exists(os.path.join(folder, "tokenizer.json")):
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
+assert not any(m == "pruneexp" or m.startswith("pruneexp.") for m in sys.modules)
+save_file({"logits": logits.float().contiguous(), "generated": generated.contiguous()}, out_file)
+json.dump({"class": type(model).__name__}, open(out_file + ".json", "w"))
+"""
+
+
+def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str, Any]:
+    """Reloads `folder` in a clean process without this package and compares logits and greedy tokens.
+
+    Raises RunError where it does not reload.
+    """
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens_file, out_file = str(Path(scratch, "tokens")), str(Path(scratch, "out"))
+        save_file({"tokens": tokens_BT.contiguous()}, tokens_file)
+        dtype = str(model.dtype).removeprefix("torch.")
+        command = [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), tokens_file, out_file, scratch, dtype]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RunError(f"{folder}: the saved checkpoint does not reload in a clean process ({reason})")
+        reloaded = load_file(out_file)
+        class_name = json.loads(Path(out_file + ".json").read_text())["class"]
+    expected = _logits(model, tokens_BT)
+    generated = _generated(model, tokens_BT)
+    return {
+        "prove": "process",
+        "class": class_name,
+        "max_logit_difference": (reloaded["logits"] - expected).abs().max().item(),
+        "greedy_tokens_equal": torch.equal(reloaded["generated"], generated.cpu()),
+        "windows": list(tokens_BT.shape),
+    }
+
+
+def prove_in_place(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str, Any]:
+    """Reloads `folder` here, with the modeling file of this package, and compares logits."""
+    from pruneexp.model import ModelSource
+
+    source = ModelSource(
+        name="proof",
+        path=str(folder),
+        revision=None,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        stream=False,
+        trust_remote_code=False,
+        batch_size=model.batch_size,
+    )
+    difference = (_logits(source.load(), tokens_BT) - _logits(model, tokens_BT)).abs().max().item()
+    return {"prove": "in_place", "max_logit_difference": difference, "windows": list(tokens_BT.shape)}
+
+
+def prove_block(checkpoint: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> float:
+    """Largest difference between a streamed block's tensors and what was written of them."""
+    gaps = [(checkpoint[prefix + name].to(t) - t).abs().max() for name, t in tensors.items() if t.numel()]
+    return max((gap.item() for gap in gaps), default=0.0)
+
+
+@torch.no_grad()
+def _logits(model: Model, tokens_BT: Tensor) -> Tensor:
+    return model.module(tokens_BT.to(model.device)).logits.float().cpu()
+
+
+@torch.no_grad()
+def _generated(model: Model, tokens_BT: Tensor) -> Tensor:
+    prompt = tokens_BT[:1, :8].to(model.device)
+    return model.module.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)

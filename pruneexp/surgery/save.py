@@ -1,0 +1,248 @@
+"""The pruned model as a checkpoint, in the simplest form that is faithful, and the proof that it reloads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp import modeling_pruned
+from pruneexp.model import Model, layer_structure
+from pruneexp.modeling_pruned import FAMILIES, LayerStructure, head_size
+from pruneexp.types import RunError
+
+SHARD_BYTES = 4 * 2**30
+REMOTE_CODE = Path(modeling_pruned.__file__)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a pruned model is written down. `kind`: "stock" (loads with plain transformers) or "remote_code"."""
+
+    kind: str
+    why: str
+    config: Any  # the config to save
+    zero_biases: tuple[str, ...] = ()  # linear layers, below a decoder layer, whose stock class insists on a bias
+
+
+def save_form(model: Model) -> Form:
+    """The simplest faithful form: a stock architecture where all layers are alike and one can say so, else the
+    modeling file beside the weights with the structure in `per_layer_config`."""
+    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    before = _original_structure(model)
+    if all(s == before for s in structures):
+        return Form("stock", "no width changed", deepcopy(model.config))
+    if any(s != structures[0] for s in structures):
+        return _remote_code(model, structures, "widths differ between layers")
+    return _uniform_stock(model, structures[0], before) or _remote_code(
+        model, structures, f"{model.config.model_type} has no stock form of these widths"
+    )
+
+
+def save(model: Model, folder: Path) -> Form:
+    """Writes weights, config, tokenizer and generation settings to `folder`, aside first, then renamed.
+
+    Raises:
+        RunError: `folder` cannot be written (read-only, disk full); nothing is left of it then.
+    """
+    form = save_form(model)
+    aside = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write_weights(_tensors(model, form), aside)
+        write_description(model, form, aside)
+        aside.rename(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(f"{folder}: the checkpoint cannot be written ({error.strerror or error})") from error
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if "No space left" in str(error) or "os error" in str(error).lower():  # safetensors raises its own kind
+            raise RunError(f"{folder}: the checkpoint cannot be written ({error})") from error
+        raise
+    return form
+
+
+def write_description(model: Model, form: Form, folder: Path) -> None:
+    """Everything of a checkpoint but its weights."""
+    config = deepcopy(form.config)
+    config.dtype = model.dtype
+    if form.kind == "remote_code":
+        shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
+    config.save_pretrained(folder)
+    if form.kind == "remote_code":  # readers of `per_layer_config` without our code (AutoTokenizer) count by this name
+        file = folder / "config.json"
+        written = {"num_hidden_layers": len(model.layers), **json.loads(file.read_text())}
+        file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    if model.module.generation_config is not None:
+        model.module.generation_config.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def _original_structure(model: Model) -> LayerStructure:
+    """What a stock decoder layer of the model's config looks like."""
+    config = model.config
+    with torch.device("meta"):
+        one = deepcopy(config)
+        one.num_hidden_layers = 1
+        if getattr(one, "layer_types", None):
+            one.layer_types = one.layer_types[:1]
+        stock = type(model.module)._from_config(one) if not _is_pruned(model) else _stock_module(one)
+    return layer_structure(stock.base_model.get_submodule(model.family.layers)[0], model.family, config)
+
+
+def _stock_module(config: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{FAMILIES[config.model_type].stock}ForCausalLM")._from_config(config)
+
+
+def _is_pruned(model: Model) -> bool:
+    return model.module.config.model_type.startswith("pruned_")
+
+
+def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructure) -> Form | None:
+    """A stock config for `structure` in every layer, where the family (or one that computes the same) has it."""
+    config, heads = deepcopy(model.config), structure.num_attention_heads
+    if heads == 0 or structure.intermediate_size == 0:
+        return None
+    biases_kept = (structure.attention_output_bias, structure.mlp_output_bias) == (
+        before.attention_output_bias,
+        before.mlp_output_bias,
+    )
+    if config.model_type == "opt":
+        if heads != before.num_attention_heads or not biases_kept:
+            return None
+        config.ffn_dim = structure.intermediate_size
+        return Form("stock", "all layers have one width", config)
+    if config.model_type not in ("llama", "mistral"):
+        return None
+    if getattr(config, "sliding_window", None) is not None and not biases_kept:
+        return None  # only Mistral has the window, and it has no biases
+    return _uniform_llama(model, structure, biases_kept)
+
+
+def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -> Form:
+    """LLaMA with other widths. Where the heads do not divide the hidden size, LLaMA's config refuses them; Mistral
+    (no biases) and Granite (biases; its multipliers set to 1) compute the same and accept them."""
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
+    values |= {
+        "num_attention_heads": structure.num_attention_heads,
+        "num_key_value_heads": structure.num_key_value_heads,
+        "intermediate_size": structure.intermediate_size,
+        "head_dim": head_size(model.config),
+    }
+    divides = model.config.hidden_size % structure.num_attention_heads == 0
+    linears: list[str] = []
+    if not biases_kept:
+        values |= {"attention_bias": structure.attention_output_bias, "mlp_bias": structure.mlp_output_bias}
+        attention = [*model.family.attention_writers] if structure.attention_output_bias else []
+        mlp = [*model.family.mlp_writers] if structure.mlp_output_bias else []
+        linears = [writer.path for writer in attention + mlp]
+    if model.config.model_type == "mistral" and biases_kept:
+        stock, why = "Mistral", "all layers have one width"
+    elif divides:
+        stock, why = "Llama", "all layers have one width"
+    elif not values.get("attention_bias") and not values.get("mlp_bias"):
+        stock, why = "Mistral", "all layers have one width; LLaMA's config wants heads to divide the hidden size"
+        values["sliding_window"] = None
+    else:
+        stock, why = "Granite", "all layers have one width; LLaMA's config wants heads to divide the hidden size"
+        values |= {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+        values["attention_multiplier"] = head_size(model.config) ** -0.5
+    import transformers
+
+    config = getattr(transformers, f"{stock}Config")(**values)
+    config.architectures = [f"{stock}ForCausalLM"]
+    return Form("stock", why, config, tuple(linears))
+
+
+def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Form:
+    stock = model.family.stock
+    config_class = modeling_pruned.__getattr__(f"Pruned{stock}Config")
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
+    per_layer = {index: structure.to_config() for index, structure in enumerate(structures)}
+    if getattr(model.config, "num_key_value_heads", None) is None:
+        for layer in per_layer.values():
+            layer.pop("num_key_value_heads")
+    config = config_class(**values, per_layer_config=per_layer)
+    name = f"Pruned{stock}ForCausalLM"
+    config.architectures = [name]
+    file = REMOTE_CODE.stem
+    config.auto_map = {
+        "AutoConfig": f"{file}.Pruned{stock}Config",
+        "AutoModel": f"{file}.Pruned{stock}Model",
+        "AutoModelForCausalLM": f"{file}.{name}",
+    }
+    return Form("remote_code", why, config)
+
+
+def _tensors(model: Model, form: Form) -> Iterable[tuple[str, Tensor]]:
+    """Every tensor to store, by name; tied ones once, and the zero biases that a stock class insists on."""
+    tied = set(model.module.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    for name, tensor in model.module.state_dict().items():
+        if name not in tied:
+            yield name, tensor
+    for index, layer in enumerate(model.layers):
+        for path in form.zero_biases:
+            linear: Any = layer.get_submodule(path)
+            if linear.bias is None:
+                yield f"{model.layers_path}.{index}.{path}.bias", linear.weight.new_zeros(linear.out_features)
+
+
+def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    writer = ShardWriter(folder)
+    for name, tensor in tensors:
+        writer.add({name: tensor})
+    writer.close()
+
+
+class ShardWriter:
+    """Writes tensors as they come into safetensors shards of about 4 GiB, and the index when closed."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = self._pending_bytes = 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._pending[name] = tensor.detach().cpu().contiguous()
+            self._pending_bytes += tensor.numel() * tensor.element_size()
+        if self._pending_bytes >= self.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending as one shard."""
+        from safetensors.torch import save_file
+
+        if not self._pending:
+            return
+        save_file(self._pending, self.folder / f"shard-{len(self._shards):05d}", metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def close(self) -> None:
+        """Names the shards as transformers expects them."""
+        self.flush()
+        count = len(self._shards)
+        names = ["model.safetensors"] if count == 1 else [
+            f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+        ]
+        for index, name in enumerate(names):
+            (self.folder / f"shard-{index:05d}").rename(self.folder / name)
+        if count > 1:
+            weight_map = {tensor: name for name, shard in zip(names, self._shards, strict=True) for tensor in shard}
+            index_json = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1))

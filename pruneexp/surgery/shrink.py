@@ -1,0 +1,124 @@
+"""Removing units for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pruneexp.model import Model
+from pruneexp.model.sites import layer_structure, query_group, site_parts
+from pruneexp.modeling_pruned import (
+    LayerStructure,
+    head_size,
+    is_pre_norm,
+    number_caches_,
+    resize_layer_,
+)
+from pruneexp.surgery.mask import Readers
+from pruneexp.types import Plan, RunError, Site
+
+
+def shrink_(model: Model, plan: Plan, readers: Readers | None = None) -> None:
+    """Shrinks every layer of a model in memory to `plan`; `readers` as for `shrink_layer_`."""
+    for index in range(len(model.layers)):
+        shrink_layer_(model, index, plan, readers)
+    remove_blocks_(model, plan)
+
+
+def shrink_layer_(model: Model, index: int, plan: Plan, readers: Readers | None = None) -> None:
+    """Shrinks decoder layer `index`: writers lose the rows, the reader the columns of the units that `plan` drops.
+
+    `readers` (site name -> weight [O, K], bias [O] or None) replaces readers, as a compensator returned them.
+    Sites that keep all units are left untouched, to the bit.
+
+    Raises:
+        RunError: a replacement reader with NaN or Inf; the message names the site.
+    """
+    layer, readers = model.layers[index], readers or {}
+    sites = [site for site in model.layer_sites(index) if plan.removed(site) or site.name in readers]
+    if not sites:
+        return
+    tensors = {}
+    for site in sites:
+        tensors.update(_kept_tensors(model, layer, site, plan, readers.get(site.name)))
+    structure = _structure_after(model, layer, sites, plan, readers)
+    resize_layer_(layer, model.family, structure, head_size(model.config), is_pre_norm(model.family, model.config))
+    parameters = dict(layer.named_parameters())
+    for name, tensor in tensors.items():
+        if name in parameters:  # a removed sublayer's writers are gone
+            owner_path, _, leaf = name.rpartition(".")
+            setattr(layer.get_submodule(owner_path), leaf, nn.Parameter(tensor, requires_grad=False))
+    number_caches_(model.layers, model.family)
+
+
+def remove_blocks_(model: Model, plan: Plan) -> None:
+    """Takes whole decoder layers out; those behind them move up."""
+    kept = [
+        layer
+        for index, layer in enumerate(model.layers)
+        if plan.sites.get(f"{model.layers_path}.{index}") is None or plan.sites[f"{model.layers_path}.{index}"].kept
+    ]
+    if len(kept) == len(model.layers):
+        return
+    model.module.set_submodule(model.layers_path, nn.ModuleList(kept))
+    for config in (model.config, model.module.config, model.module.base_model.config):
+        config.num_hidden_layers = len(kept)
+    number_caches_(model.layers, model.family)
+
+
+def _structure_after(
+    model: Model, layer: nn.Module, sites: list[Site], plan: Plan, readers: Readers
+) -> LayerStructure:
+    structure = layer_structure(layer, model.family, model.config)
+    for site in sites:
+        kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
+        bias = readers[site.name][1] is not None if site.name in readers else None
+        if site.kind == "attention":
+            group = query_group(model.config)
+            before = structure.kept_heads
+            structure = replace(
+                structure,
+                num_attention_heads=len(kept) * group,
+                num_key_value_heads=len(kept),
+                attention_output_bias=structure.attention_output_bias if bias is None else bias,
+                kept_heads=before and tuple(before[u * group + g] for u in kept for g in range(group)),
+            )
+        else:
+            structure = replace(
+                structure,
+                intermediate_size=len(kept),
+                mlp_output_bias=structure.mlp_output_bias if bias is None else bias,
+            )
+    return structure
+
+
+@torch.no_grad()
+def _kept_tensors(
+    model: Model, layer: nn.Module, site: Site, plan: Plan, reader: tuple[Tensor, Tensor | None] | None
+) -> dict[str, Tensor]:
+    """New tensors of the site's writers and reader, by parameter name below the layer."""
+    kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
+    units = torch.as_tensor(kept, dtype=torch.int64, device=model.device)
+    writers, reader_path = site_parts(model.family, site)
+    tensors = {}
+    for writer in writers:
+        for leaf, parameter in layer.get_submodule(writer.path).named_parameters():
+            by_unit = parameter.view(site.units, -1, *parameter.shape[1:])
+            tensors[f"{writer.path}.{leaf}"] = by_unit.index_select(0, units).flatten(0, 1)
+    linear = layer.get_submodule(reader_path)
+    assert isinstance(linear, nn.Linear)
+    if reader is None:
+        weight, bias = linear.weight.index_select(1, site.keep_C(kept).to(model.device)), linear.bias
+    else:
+        weight, bias = (None if t is None else t.to(linear.weight) for t in reader)
+        for tensor in (weight, bias):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise RunError(f"{site.name}: the compensated reader holds NaN or Inf")
+    assert weight is not None
+    tensors[f"{reader_path}.weight"] = weight.contiguous()
+    if bias is not None:
+        tensors[f"{reader_path}.bias"] = bias.detach()
+    return tensors

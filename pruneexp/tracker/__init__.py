@@ -1,0 +1,91 @@
+"""Where a run's record goes: the run folder, always, and a tracking service where one is chosen.
+
+A tracker has five methods, called in this order: `start`, `log` (any number of times), `artifacts`, then `finish`, or
+`fail` when the run dies. `Trackers` calls several as one, so that the runner never asks which ones there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pruneexp.tracker.folder import check_folder, claim_folder, run_folder, status_of, write_atomic
+from pruneexp.tracker.local import LocalRun, flat_metrics
+from pruneexp.tracker.weights_and_biases import Wandb
+from pruneexp.types import Plan, Scores, Site, Tracker
+
+__all__ = [
+    "Local",
+    "LocalRun",
+    "Trackers",
+    "Wandb",
+    "check_folder",
+    "claim_folder",
+    "flat_metrics",
+    "run_folder",
+    "status_of",
+    "write_atomic",
+]
+
+
+@dataclass(frozen=True)
+class Local:
+    """Nothing beside the run folder."""
+
+    def start(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        group: str | None = None,
+        name: str | None = None,
+        job_type: str | None = None,
+    ) -> None: ...
+
+    def log(self, metrics: Mapping[str, float]) -> None: ...
+
+    def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None: ...
+
+    def finish(self, metrics: Mapping[str, float]) -> None: ...
+
+    def fail(self, reason: str, trace: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """Several trackers as one; the local run comes first.
+
+    What is written goes first to last, so that the others find the run folder's files; the end goes last to first, so
+    that `metrics.json`, which says that a run is done, is the last thing written."""
+
+    members: tuple[Tracker, ...]
+
+    def start(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        group: str | None = None,
+        name: str | None = None,
+        job_type: str | None = None,
+    ) -> None:
+        for member in self.members:
+            member.start(folder, config, group, name, job_type)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        for member in self.members:
+            member.log(metrics)
+
+    def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None:
+        for member in self.members:
+            member.artifacts(plan, scores, sites)
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Raises RunError, before any member has finished, for a metric that is no finite number."""
+        checked = flat_metrics(metrics)
+        for member in reversed(self.members):
+            member.finish(checked)
+
+    def fail(self, reason: str, trace: str = "") -> None:
+        for member in reversed(self.members):
+            member.fail(reason, trace)

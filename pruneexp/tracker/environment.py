@@ -1,0 +1,92 @@
+"""What a run ran on: versions, hardware, the code's revision, the command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pruneexp
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "lm_eval",
+    "accelerate",
+    "numpy",
+    "wandb",
+)
+
+
+def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of environment.json; `model` and `data` are the fingerprints the runner took. Memory in bytes."""
+    return {
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else [],
+        "cuda": torch.version.cuda,
+        "git": git_revision(Path(__file__).resolve().parent),
+        "command": list(sys.argv),
+        "cwd": os.getcwd(),
+        "model": dict(model),
+        "data": dict(data),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    # Read from the installed metadata: importing transformers or lm_eval only to ask would cost seconds.
+    versions: dict[str, str | None] = {"python": platform.python_version(), "pruneexp": pruneexp.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def git_revision(package: Path) -> dict[str, Any] | None:
+    """Commit and whether the checkout differs from it; None where `package` is not a tracked folder of a checkout."""
+    # ls-files: a package installed inside some other project's checkout must not be given that project's revision.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit, changes = _git(package, "rev-parse", "HEAD"), _git(package, "status", "--porcelain")
+    return None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # only looks: other git commands are never in its way
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,198 @@
+"""The run folder as a place: its name, who may write to it, the state of its run, and writing without half files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pruneexp.types import ConfigError, RunError
+
+# metrics.json first: without it, what is left of a half-cleared folder is no finished run.
+FILES = (
+    "metrics.json",
+    "status.json",
+    "plan.json",
+    "scores.safetensors",
+    "structure.png",
+    "environment.json",
+    "config.yaml",
+    "log.txt",
+)
+CHECKPOINT_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "plan.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "modeling_*.py",
+    "configuration_*.py",
+)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes `data` (text as UTF-8) whole or not at all: aside, flushed to the disk, then renamed. Raises OSError."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def run_folder(settings_dir: str | None, recipe: str, name: str | None, now: datetime) -> Path:
+    """The folder of a new run: `settings_dir` as it is, or outputs/<recipe>/<date_time>[_name], created here, with -2,
+    -3, ... where that is taken. Raises ConfigError for a name that is no file name, RunError where nothing can be
+    created."""
+    if settings_dir is not None:
+        return Path(settings_dir)
+    if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name):
+        raise ConfigError(f"run.name={name!r}: expected a plain name, used as the end of a folder's name")
+    stem = now.strftime("%Y-%m-%d_%H-%M-%S") + (f"_{name}" if name else "")
+    parent = Path("outputs") / recipe
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for folder in _numbered(parent / stem):
+            try:
+                # mkdir is the test and the claim in one step: two runs that start together get two folders.
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise RunError(f"run.dir={str(parent / stem)!r}: cannot create it: {error.strerror or error}") from error
+    raise AssertionError("unreachable: there are always more numbers")
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    yield folder
+    number = 2
+    while True:
+        yield folder.with_name(f"{folder.name}-{number}")
+        number += 1
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raises ConfigError where a run may not write: a finished run is there and `overwrite` is false, a run is still
+    writing, or files that no run wrote bear the names of ours. Writes nothing."""
+    where = f"run.dir={str(folder)!r}"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{where}: expected a folder, found a file")
+    state = status_of(folder)
+    if state == "running":
+        pid = _read_status(folder).get("pid")
+        raise ConfigError(f"{where}: process {pid} is still writing a run there; expected an empty folder")
+    if overwrite:
+        return
+    if (folder / "metrics.json").exists():
+        raise ConfigError(f"{where}: holds a finished run; expected an empty folder or run.overwrite=true")
+    strangers = [name for name in FILES if (folder / name).exists()]
+    if state == "absent" and strangers:
+        raise ConfigError(
+            f"{where}: holds {', '.join(strangers)}, from no run; expected an empty folder or run.overwrite=true"
+        )
+
+
+def claim_folder(folder: Path, overwrite: bool) -> None:
+    """Makes `folder` ready for a new run: created, and an older run's files removed (those that a run writes, by name;
+    anything else stays). Raises ConfigError as `check_folder`, RunError where it cannot be written."""
+    check_folder(folder, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+            for aside in folder.glob(f".{name}.*.tmp"):
+                aside.unlink(missing_ok=True)
+        checkpoint = folder / "model"
+        if checkpoint.is_dir() and not checkpoint.is_symlink():
+            for pattern in CHECKPOINT_FILES:
+                for file in checkpoint.glob(pattern):
+                    file.unlink()
+            if not any(checkpoint.iterdir()):
+                shutil.rmtree(checkpoint)
+    except OSError as error:
+        raise RunError(f"run.dir={str(folder)!r}: cannot write there: {error.strerror or error}") from error
+
+
+def new_status() -> dict[str, Any]:
+    """The status of a run that this process starts now."""
+    return {
+        "status": "running",
+        "reason": None,
+        "started": timestamp(),
+        "ended": None,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "process": _process(os.getpid()),
+    }
+
+
+def timestamp() -> str:
+    """Now, local time with its offset, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def status_of(folder: Path) -> str:
+    """ "done", "failed", "running", "interrupted" (its process is gone without a word), or "absent" (no run there).
+
+    A run that is still marked running on another host counts as running: its process cannot be asked from here."""
+    finished = (folder / "metrics.json").exists()
+    status = _read_status(folder)
+    said = status.get("status")
+    if said is None:
+        return "done" if finished else "absent"
+    if said == "failed" or (said == "done" and finished):
+        return said
+    return "running" if _alive(status) else "interrupted"
+
+
+def _read_status(folder: Path) -> dict[str, Any]:
+    try:
+        status = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    # Somebody else's status.json is no run of ours.
+    return status if isinstance(status, dict) and status.get("status") in ("running", "done", "failed") else {}
+
+
+def _alive(status: dict[str, Any]) -> bool:
+    if status.get("host") != socket.gethostname():
+        return True
+    pid = status.get("pid")
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    now = _process(pid)
+    # Numbers are used again, in containers nearly always: the start time tells one process from the next.
+    return now is None or status.get("process") in (None, now)
+
+
+def _process(pid: int) -> str | None:
+    """Boot and start time (clock ticks) of a process, "" for one that has ended; None where the system has no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"

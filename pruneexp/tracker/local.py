@@ -1,0 +1,181 @@
+"""The local run: the run folder and everything in it but the checkpoint. Always on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import numbers
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruneexp.tracker.environment import environment
+from pruneexp.tracker.folder import claim_folder, new_status, timestamp, write_atomic
+from pruneexp.types import Plan, RunError, Scores, Site, unit_scores
+
+logger = logging.getLogger("pruneexp")
+
+
+class LocalRun:
+    """One run's folder, from claiming it to the `metrics.json` that says that it is done.
+
+    `overwrite`: a finished run in the folder is replaced. Methods raise RunError where the folder cannot be written."""
+
+    def __init__(self, overwrite: bool) -> None:
+        self.overwrite = overwrite
+        self._folder: Path | None = None  # None: not claimed (yet, or any more), so there is nothing to write to
+        self._status: dict[str, Any] = {}
+        self._handlers: list[logging.Handler] = []
+        self._level = logging.NOTSET
+
+    @property
+    def folder(self) -> Path:
+        if self._folder is None:
+            raise RuntimeError("the run has not started, or has ended")
+        return self._folder
+
+    def start(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        group: str | None = None,
+        name: str | None = None,
+        job_type: str | None = None,
+    ) -> None:
+        """Claims the folder; writes status.json, config.yaml, environment.json; opens log.txt, to which everything
+        logged under "pruneexp" goes from here on. Raises ConfigError where another run is in the way."""
+        folder = Path(folder)
+        claim_folder(folder, self.overwrite)
+        self._folder, self._status = folder, new_status()
+        self._write_json("status.json", self._status)
+        self._open_log()
+        self._write("config.yaml", _yaml(config))
+        self.environment({}, {})
+        logger.info("started in %s", folder.resolve())
+
+    def environment(self, model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Writes environment.json, with the model's and the data's fingerprints once they are known."""
+        self._write_json("environment.json", environment(model, data))
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            logger.info("%s = %s", key, f"{value:.6g}" if isinstance(value, float) else value)
+
+    def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None:
+        """Writes plan.json, scores.safetensors (float32 [U] per site) and structure.png."""
+        self._write("plan.json", plan.to_json() + "\n")
+        self._write("scores.safetensors", _safetensors(scores))
+        try:
+            from pruneexp.report import structure_figure
+
+            structure_figure(plan, sites, self.folder / "structure.png")
+        except Exception as error:
+            # A picture is not worth a run: the plan it shows is on the disk already.
+            logger.warning("no structure.png: %s: %s", type(error).__name__, error)
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Marks the run done and writes metrics.json, last of all."""
+        checked = flat_metrics(metrics)
+        logger.info("done")
+        self._end("done", None)
+        self._write_json("metrics.json", checked)
+        self._folder = None
+
+    def fail(self, reason: str, trace: str = "") -> None:
+        """Marks the run failed, the reason in status.json and the trace in log.txt. Does nothing where no folder was
+        claimed or the run is done; never raises, so that the reason reaches the user."""
+        if self._folder is None:
+            return
+        try:
+            self._log_failure(reason, trace)
+            self._end("failed", reason)
+        except RunError as error:
+            print(f"pruneexp: {error}", file=sys.stderr)
+        self._folder = None
+
+    def _end(self, status: str, reason: str | None) -> None:
+        self._close_log()
+        self._status = {**self._status, "status": status, "reason": reason, "ended": timestamp()}
+        self._write_json("status.json", self._status)
+
+    def _open_log(self) -> None:
+        try:
+            file = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+        except OSError as error:
+            raise self._unwritable("log.txt", error) from error
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        screen = _Screen(logging.WARNING)
+        screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        self._level = logger.level
+        logger.setLevel(logging.INFO)
+        self._handlers = [file, screen]
+        for handler in self._handlers:
+            logger.addHandler(handler)
+
+    def _log_failure(self, reason: str, trace: str) -> None:
+        # To the file alone: what reaches the screen is the one line that the caller prints.
+        record = logger.makeRecord(
+            logger.name, logging.ERROR, "", 0, "failed: %s%s", (reason, f"\n{trace}" if trace else ""), None
+        )
+        for handler in self._handlers[:1]:
+            handler.handle(record)
+
+    def _close_log(self) -> None:
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        if self._handlers:
+            logger.setLevel(self._level)
+        self._handlers = []
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write(name, json.dumps(content, indent=1) + "\n")
+
+    def _write(self, name: str, data: bytes | str) -> None:
+        try:
+            write_atomic(self.folder / name, data)
+        except OSError as error:
+            raise self._unwritable(name, error) from error
+
+    def _unwritable(self, name: str, error: OSError) -> RunError:
+        return RunError(f"run.dir={str(self.folder)!r}: cannot write {name}: {error.strerror or error}")
+
+
+class _Screen(logging.Handler):
+    """Lines on stderr, above a progress bar where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        # sys.stderr at this moment: a stream remembered from the start may have been swapped or closed since.
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Sorted, plain ints and floats. Raises RunError, naming the key, for anything that is not one finite number."""
+    return {key: _number(key, metrics[key]) for key in sorted(metrics)}
+
+
+def _number(key: str, value: Any) -> int | float:
+    plain = value.item() if hasattr(value, "item") and getattr(value, "shape", None) in ((), torch.Size()) else value
+    if not isinstance(plain, numbers.Real) or not math.isfinite(plain):
+        raise RunError(f"{key}={value!r}: expected a finite number")
+    return int(plain) if isinstance(plain, numbers.Integral) else float(plain)
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    # OmegaConf's own dumper quotes what its loader would read as something else ("1e-5"): the file composes back.
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+
+
+def _safetensors(scores: Scores) -> bytes:
+    from safetensors.torch import save
+
+    values = {name: unit_scores(score).detach() for name, score in scores.items()}
+    return save({name: s.to("cpu", torch.float32, copy=True).contiguous() for name, s in values.items()})

@@ -1,0 +1,211 @@
+"""Weights & Biases. Whatever goes wrong there, the run goes on: its record is in the run folder."""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from pruneexp.types import ConfigError, Plan, Scores, Site, unit_scores
+
+MODES = ("online", "offline", "shared", "disabled")
+INIT_SECONDS = 30  # to reach the server or log in, before the run goes on offline
+FINISH_SECONDS = 120  # to upload the rest; what is left can be sent later with `wandb sync`
+HISTOGRAM_BINS = 64
+PUBLIC_HOST = "api.wandb.ai"
+
+logger = logging.getLogger("pruneexp")
+
+
+@dataclass
+class _Live:
+    """What a tracker holds while a run is on."""
+
+    run: Any = None  # wandb.Run; None before the start, after the end, and where W&B could not start
+    folder: Path = Path()
+    warned: bool = False
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """A W&B run beside the run folder: config, metrics, the plan as an artifact, the structure, score histograms.
+
+    `mode`: online, offline (its files lie in the run folder's wandb/, for `wandb sync`), shared, disabled, or None:
+    what the user's environment says (WANDB_MODE, a login), offline where it says nothing."""
+
+    project: str
+    entity: str | None
+    mode: str | None
+    tags: Sequence[str]
+    _live: _Live = field(init=False, repr=False, compare=False, default_factory=_Live)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.project, str) or not self.project:
+            raise ConfigError(f"project={self.project!r}: expected a project's name")
+        if self.entity is not None and (not isinstance(self.entity, str) or not self.entity):
+            raise ConfigError(f"entity={self.entity!r}: expected a user's or team's name, or null")
+        if self.mode not in (None, *MODES):
+            raise ConfigError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}, or null")
+        if isinstance(self.tags, str) or not all(isinstance(tag, str) and tag for tag in self.tags):
+            raise ConfigError(f"tags={self.tags!r}: expected a list of words")
+
+    def start(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        group: str | None = None,
+        name: str | None = None,
+        job_type: str | None = None,
+    ) -> None:
+        """Opens the W&B run, its files under `folder`. `group`: the sweep; `name` and `job_type` as W&B shows them."""
+        self._live.run, self._live.folder, self._live.warned = None, Path(folder), False
+        labels = {"group": group, "name": name, "job_type": job_type}
+        mode = self.mode if self.mode or _environment_decides() else "offline"
+        self._attempt_start(mode, config, labels)
+        if self._live.run is None and mode != "offline":
+            # A server out of reach costs the upload alone: offline, the files are there for `wandb sync`.
+            self._attempt_start("offline", config, labels)
+
+    def _attempt_start(self, mode: str | None, config: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
+        try:
+            self._live.run = self._init(mode, config, labels)
+            self._say_where()
+        except Exception as error:
+            self._warn("start", error)
+
+    def _init(self, mode: str | None, config: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
+        import wandb
+
+        settings = {"init_timeout": INIT_SECONDS, "login_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
+        known = set(wandb.Settings.model_fields)  # finish_timeout is younger than the oldest W&B that works
+        options: dict[str, Any] = {
+            name: value
+            for name, value in settings.items()
+            if name in known and f"WANDB_{name.upper()}" not in os.environ
+        }
+        options["silent"] = mode == "offline"
+        arguments: dict[str, Any] = {
+            "project": self.project,
+            "entity": self.entity,
+            "mode": mode,  # None: wandb reads the environment and its own files
+            "tags": list(self.tags),
+            "config": dict(config),
+            "dir": str(self._live.folder),
+            # A run that is still open in this process is the caller's own, or another job's: never write into it.
+            "reinit": "create_new",
+            "settings": wandb.Settings(**options),
+        }
+        return wandb.init(**arguments, **labels)
+
+    def _say_where(self) -> None:
+        run = self._live.run
+        where = f"{Path(run.dir).parent}, for `wandb sync`" if run.offline else run.url
+        logger.info("Weights & Biases: %s", where)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self._attempt("log metrics", lambda run: run.log(dict(metrics)))
+
+    def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None:
+        """The plan.json and structure.png of the run folder, which the local run has written, and the scores."""
+        self._attempt("store the plan", self._log_plan)
+        self._attempt("draw the structure", self._log_structure)
+        self._attempt("draw the scores", lambda run: run.log(_histograms(scores, sites)))
+
+    def _log_plan(self, run: Any) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"plan-{run.id}", type="plan")
+        # immutable: W&B refers to the file where it lies instead of copying it to the user's home first.
+        artifact.add_file(str(self._live.folder / "plan.json"), policy="immutable")
+        run.log_artifact(artifact)
+
+    def _log_structure(self, run: Any) -> None:
+        import wandb
+
+        picture = self._live.folder / "structure.png"
+        if picture.exists():
+            run.log({"structure": wandb.Image(str(picture))})
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        self._attempt("store the metrics", lambda run: run.summary.update(dict(metrics)))
+        self._close(exit_code=0)
+
+    def fail(self, reason: str, trace: str = "") -> None:
+        self._attempt("store the failure", lambda run: run.summary.update({"failure": reason}))
+        self._close(exit_code=1)
+
+    def _close(self, exit_code: int) -> None:
+        try:
+            self._attempt("finish", lambda run: run.finish(exit_code=exit_code))
+        except KeyboardInterrupt:
+            # Whoever is tired of waiting for an upload still wants the run, whose results are all there.
+            logger.warning("Weights & Biases: stopped waiting for the upload; `wandb sync` sends the rest")
+        self._live.run = None
+
+    def _attempt(self, what: str, call: Callable[[Any], Any]) -> None:
+        if self._live.run is None:
+            return
+        try:
+            call(self._live.run)
+        except Exception as error:
+            self._warn(what, error)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        if not self._live.warned:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            logger.warning("Weights & Biases could not %s, the run goes on: %s", what, reason)
+        self._live.warned = True
+
+
+def _environment_decides() -> bool:
+    """Whether the user has told W&B anything: a mode, a key or token, or a login for the server in use."""
+    if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    servers = _servers()
+    named = os.environ.get("NETRC")
+    for path in [named] if named else [os.path.expanduser("~/.netrc"), os.path.expanduser("~/_netrc")]:
+        try:
+            logins = netrc.netrc(path)
+        except (OSError, netrc.NetrcParseError):
+            continue
+        return any(logins.authenticators(server) for server in servers)
+    return False
+
+
+def _servers() -> set[str]:
+    """Hosts that a login may be for: the one in use, and the old name of the public one."""
+    named = os.environ.get("WANDB_BASE_URL")
+    if named:
+        return {urlsplit(named).netloc}
+    try:
+        import wandb
+
+        url = wandb.setup().settings.base_url  # `wandb login --host` keeps it in a file of W&B's
+        public = url == wandb.Settings().base_url
+    except Exception:
+        # Whatever is wrong there, wandb.init meets it again and says it.
+        return {PUBLIC_HOST}
+    return {urlsplit(url).netloc} | ({PUBLIC_HOST} if public else set())
+
+
+def _histograms(scores: Scores, sites: Sequence[Site]) -> dict[str, Any]:
+    """All finite scores of a kind of site as one histogram: {"scores/attention": ...}."""
+    import wandb
+
+    kinds = {site.name: site.kind for site in sites}
+    values: dict[str, list[torch.Tensor]] = {}
+    for name, score in scores.items():
+        score_U = unit_scores(score)
+        finite = score_U[torch.isfinite(score_U)].detach().to("cpu", torch.float64)
+        if finite.numel():
+            values.setdefault(kinds.get(name, "other"), []).append(finite)
+    return {
+        f"scores/{kind}": wandb.Histogram(torch.cat(v).tolist(), num_bins=HISTOGRAM_BINS) for kind, v in values.items()
+    }

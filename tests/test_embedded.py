@@ -1,0 +1,245 @@
+"""The embedded language's probabilities are exact, and the committed models know the language."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pruneexp import embedded
+from pruneexp.embedded import lexicon
+from pruneexp.embedded.language import CALIBRATION, EVALUATION, KINDS, TRAINING, Process, piece, split
+
+ROOT = Path(embedded.__file__).parent
+MEGABYTES = {"llama": 4, "opt": 3, "bloom": 3}
+# seeds that neither training nor its own evaluation used
+WINDOWS, QUESTIONS = EVALUATION[100], EVALUATION[101]
+
+
+@pytest.fixture(scope="module")
+def sample() -> list[embedded.Story]:
+    return list(itertools.islice(embedded.stories(CALIBRATION[5]), 1500))
+
+
+@pytest.fixture(scope="module", params=sorted(MEGABYTES))
+def checkpoint(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = ROOT / request.param
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return request.param, model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "llama", local_files_only=True)
+
+
+def test_importing_stays_light() -> None:
+    code = "import sys, pruneexp.embedded as e; e.text(1, 1); assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_seed_ranges_do_not_overlap() -> None:
+    ends = [(r.start, r.stop) for r in (TRAINING, CALIBRATION, EVALUATION)]
+    assert all(low[1] <= high[0] for low, high in itertools.pairwise(ends))
+    for folder in MEGABYTES:
+        record = json.loads((ROOT / folder / "training.json").read_text())
+        assert record["training_seeds"][1] in TRAINING
+        assert all(seed in EVALUATION for seed in record["evaluation"]["seeds"])
+
+
+def test_a_word_has_one_class() -> None:
+    classes = [
+        value if isinstance(value, list) else list(value)
+        for name, value in vars(lexicon).items()
+        if name.isupper() and isinstance(value, (list, dict)) and name not in ("PRONOUN", "VERBS")
+    ]
+    assert max(Counter(itertools.chain(*classes)).values()) == 1
+
+
+def test_deterministic() -> None:
+    assert embedded.text(7, 3) == embedded.text(7, 3) != embedded.text(8, 3)
+    assert embedded.questions(EVALUATION[3], 12) == embedded.questions(EVALUATION[3], 12)
+    assert embedded.text(7, 3) == "".join(s.text for s in itertools.islice(embedded.stories(7), 3))
+
+
+def test_the_stream_is_the_same_everywhere() -> None:
+    assert embedded.text(EVALUATION[0], 1).startswith("@FIRST@")
+
+
+def test_text_alone_gives_the_probabilities(sample: list[embedded.Story]) -> None:
+    """A state replayed from the bare text finds every word's nats, and every distribution on the way sums to 1."""
+    process = Process()
+    for story in sample[:200]:
+        words = split(story.text)
+        assert words == list(story.words)
+        for i, (word, nats) in enumerate(zip(words, story.nats, strict=True)):
+            assert math.isclose(math.fsum(process.step.probs.values()), 1, abs_tol=1e-12)
+            assert math.isclose(-math.log(process.step.probs[word]), nats, abs_tol=1e-12)
+            assert process.advance(word) == (i == len(words) - 1)
+
+
+def test_process_refuses_what_cannot_come() -> None:
+    with pytest.raises(ValueError, match="cannot come here"):
+        Process().advance("barn")
+
+
+def test_information_averages_to_the_entropy(sample: list[embedded.Story]) -> None:
+    """mean(-ln p(word)) and mean(entropy of the distribution) have the same expectation."""
+    process, gaps = Process(), []
+    for story in sample[:600]:
+        entropy = 0.0
+        for word in story.words:
+            entropy -= sum(p * math.log(p) for p in process.step.probs.values())
+            process.advance(word)
+        gaps.append(sum(story.nats) - entropy)
+    standard_error = np.std(gaps) / math.sqrt(len(gaps))
+    assert abs(np.mean(gaps)) < 4 * standard_error
+
+
+def test_frequencies_agree_with_probabilities(sample: list[embedded.Story]) -> None:
+    """Counted independently of the sampler: how often each word comes against the sum of its probabilities."""
+    process = Process()
+    count: dict[str, float] = defaultdict(float)
+    expected: dict[str, float] = defaultdict(float)
+    variance: dict[str, float] = defaultdict(float)
+    for story in sample:
+        for word in split(story.text):
+            count[word] += 1
+            for other, p in process.step.probs.items():
+                expected[other] += p
+                variance[other] += p * (1 - p)
+            process.advance(word)
+    assert set(count) <= set(expected)
+    z = [(count[w] - expected[w]) / math.sqrt(variance[w]) for w in expected if variance[w] > 10]
+    assert len(z) > 200 and max(map(abs, z)) < 5 and 0.8 < np.std(z) < 1.2
+
+
+def test_facts_come_back_often(sample: list[embedded.Story]) -> None:
+    """A model that cannot recall loses: recall, agreement and sums are a real share of the words, and are certain."""
+    kinds = Counter(kind for story in sample for kind in story.kinds)
+    certain = kinds["recall"] + kinds["agreement"] + kinds["count"]
+    assert certain / kinds.total() > 0.12
+    assert all(n == 0 for s in sample for n, kind in zip(s.nats, s.kinds, strict=True) if kind != "choice")
+
+
+def test_windows(tokenizer: Any) -> None:
+    tokens, nats = embedded.windows(tokenizer, CALIBRATION[0], 6, 200)
+    assert tokens.dtype == np.int64 and nats.dtype == np.float64 and tokens.shape == nats.shape == (6, 200)
+    again, _ = embedded.windows(tokenizer, CALIBRATION[0], 6, 200)
+    assert (tokens == again).all()
+    process = Process()
+    first = next(embedded.stories(CALIBRATION[0]))
+    assert tokenizer.decode(tokens[0]).startswith(first.text[:100])
+    for row, information in zip(tokens, nats, strict=True):
+        process = Process()
+        for token, expected in zip(row, information, strict=True):
+            word = tokenizer.decode([token]).strip(" ")
+            assert math.isclose(-math.log(process.step.probs[word]), expected, abs_tol=1e-12)
+            process.advance(word)
+
+
+class _Letters:
+    """A tokenizer with one token a character."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def test_nats_of_a_word_in_several_tokens() -> None:
+    """They sum to the word's, and each is the token's own conditional probability."""
+    story = next(embedded.stories(CALIBRATION[9]))
+    length = len(story.text)
+    tokens, nats = embedded.windows(_Letters(), CALIBRATION[9], 1, length)
+    assert "".join(map(chr, tokens[0])) == story.text
+    assert math.isclose(nats.sum(), sum(story.nats), rel_tol=1e-9)
+    first = Process().step.probs
+    same = sum(p for word, p in first.items() if word[0] == story.text[0])
+    assert math.isclose(nats[0, 0], -math.log(same), rel_tol=1e-9)
+
+
+def test_a_tokenizer_that_joins_words_is_refused() -> None:
+    class Joined:
+        def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+            return [len(text)]
+
+    with pytest.raises(ValueError, match="no exact nats"):
+        embedded.windows(Joined(), CALIBRATION[0], 1, 32)
+
+
+def test_tokenizer(tokenizer: Any, sample: list[embedded.Story]) -> None:
+    """Lossless, one token a word, no special token added, specials at 0, 1, 2."""
+    vocabulary = {piece(word, i == 0) for story in sample for i, word in enumerate(story.words)}
+    assert all(len(tokenizer.encode(word)) == 1 for word in vocabulary)
+    text = sample[0].text + sample[1].text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode("Something else, naïve 7!\n")) == "Something else, naïve 7!\n"
+    assert len(tokenizer.encode(text)) == len(sample[0].words) + len(sample[1].words)
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<pad>", "<s>", "</s>")
+    assert 300 <= len(tokenizer) <= 1000
+
+
+def test_questions() -> None:
+    """The context is a story's prefix, the right choice its only continuation; kinds and positions are balanced."""
+    asked = embedded.questions(QUESTIONS, 360)
+    assert set(Counter(q.answer for q in asked).values()) == {90}
+    assert Counter(q.kind for q in asked) == dict.fromkeys(KINDS, 40)
+    assert max(Counter((q.kind, q.answer) for q in asked).values()) == 10
+    for question in asked:
+        assert len(set(question.choices)) == 4 and len({len(c.split()) for c in question.choices}) == 1
+        possible = []
+        for choice in question.choices:
+            process = Process()
+            try:
+                for word in split(f"{question.context} {choice}"):
+                    process.advance(word)
+            except ValueError:
+                continue
+            possible.append(choice)
+        assert possible == [question.choices[question.answer]]
+
+
+def test_wrong_choices_stand_in_the_story() -> None:
+    for question in embedded.questions(QUESTIONS, 90):
+        if question.kind not in ("agreement", "pronoun", "count"):
+            assert all(choice in question.context for choice in question.choices)
+
+
+def test_committed_files(checkpoint: tuple[str, Any, Any]) -> None:
+    family, model, _ = checkpoint
+    files = sorted(path.name for path in (ROOT / family).iterdir())
+    assert sum((ROOT / family / name).stat().st_size for name in files) <= MEGABYTES[family] * 1e6
+    expected = "config generation_config tokenizer tokenizer_config training".split()
+    assert files == sorted([*(f"{name}.json" for name in expected), "model.safetensors"])
+    config = (ROOT / family / "config.json").read_text()
+    assert "_name_or_path" not in config and "/" not in config
+    assert 1e6 <= model.num_parameters() <= 3e6
+
+
+def test_perplexity_is_near_the_process(checkpoint: tuple[str, Any, Any]) -> None:
+    from pruneexp.embedded import measure
+
+    _, model, tokenizer = checkpoint
+    tokens, nats = embedded.windows(tokenizer, WINDOWS, 96, 128)
+    best, found = measure.best_perplexity(nats), measure.perplexity(model, tokens)
+    assert 0.97 * best < found < 1.10 * best
+
+
+def test_questions_are_answered(checkpoint: tuple[str, Any, Any]) -> None:
+    from pruneexp.embedded import measure
+
+    _, model, tokenizer = checkpoint
+    assert measure.accuracy(model, tokenizer, embedded.questions(QUESTIONS, 144)) > 0.85

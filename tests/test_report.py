@@ -1,0 +1,147 @@
+import io
+import random
+from pathlib import Path
+
+import pytest
+
+from pruneexp.report import print_summary, removed_share, structure_figure, summary, widths
+from pruneexp.types import Cost, Plan, Site, SitePlan
+
+METRICS = {
+    "dense/params": 1000,
+    "pruned/params": 800,
+    "sparsity/decoder": 0.25,
+    "dense/ppl/wikitext2@2048": 5.0,
+    "pruned/ppl/wikitext2@2048": 6.0,
+    "pruned/ppl/ptb@2048": 9.0,
+    "dense/zeroshot/arc_easy/acc": 0.75,
+    "pruned/zeroshot/arc_easy/acc": 0.7,
+    "dense/latency/prefill_ms": 40.0,
+    "pruned/latency/prefill_ms": 30.0,
+    "memory/peak_bytes": 3 * 2**30,
+    "passes/forward": 1.5,
+    "seconds/calibrate": 12.25,
+    "dense/surprise": 0.0,
+    "pruned/surprise": 1.0,
+}
+
+
+def sites(layers: int, heads: int = 4, channels: int = 10) -> list[Site]:
+    found = []
+    for layer in range(layers):
+        found.append(Site(f"model.layers.{layer}.self_attn", "attention", layer, heads, 2, Cost(10, 10, 4)))
+        found.append(Site(f"model.layers.{layer}.mlp", "mlp", layer, channels, 1, Cost(6, 6, 0)))
+    return found
+
+
+def plan(**kept: tuple[str, int, int]) -> Plan:
+    """attn0=("attention", units, kept) and so on."""
+    names = {"attn": "self_attn", "mlp": "mlp"}
+    return Plan(
+        {
+            f"model.layers.{key[-1]}" + (f".{names[key[:-1]]}" if key[:-1] in names else ""): SitePlan(
+                kind, units, tuple(range(k))
+            )
+            for key, (kind, units, k) in kept.items()
+        }
+    )
+
+
+def rows(metrics, a_plan, some_sites) -> dict[tuple[str, str], tuple[str, str, str]]:
+    return {(r.group, r.what): (r.dense, r.pruned, r.change) for r in summary(metrics, a_plan, some_sites)}
+
+
+def test_widths_count_what_is_left_with_removed_blocks_and_unnamed_sites():
+    found = widths(plan(attn0=("attention", 4, 3), mlp1=("mlp", 10, 0), block2=("block", 1, 0)), sites(4))
+    assert [(w.layer, w.kept, w.units, w.block_gone) for w in found["attention"]] == [
+        (0, 3, 4, False),
+        (1, 4, 4, False),
+        (2, 0, 4, True),
+        (3, 4, 4, False),
+    ]
+    assert [w.kept for w in found["mlp"]] == [10, 0, 0, 10]
+
+
+def test_a_block_with_a_longer_number_is_another_block():
+    found = widths(plan(block1=("block", 1, 0)), sites(12))
+    assert [w.layer for w in found["mlp"] if w.block_gone] == [1]
+
+
+def test_removed_share_weighs_units_by_their_parameters():
+    assert removed_share(plan(attn0=("attention", 4, 2), mlp0=("mlp", 10, 5)), sites(1)) == pytest.approx(0.5)
+    assert removed_share(plan(attn0=("attention", 4, 0)), sites(1)) == pytest.approx(0.4)
+    assert removed_share(Plan.keep_all(sites(3)), sites(3)) == 0
+    assert removed_share(Plan({}), []) == 0
+
+
+def test_summary_says_what_was_removed():
+    a_plan = plan(attn0=("attention", 4, 3), mlp1=("mlp", 10, 0), block2=("block", 1, 0))
+    told = rows(METRICS, a_plan, sites(4))
+    assert told["removed", "heads (KV groups)"] == ("16", "11", "-31.2 %")
+    assert told["removed", "FFN channels"] == ("40", "20", "-50.0 %")
+    assert told["removed", "FFN sublayers"] == ("4", "3", "-1")
+    assert told["removed", "layers"] == ("4", "3", "-25.0 %")
+    assert told["removed", "parameters"] == ("1,000", "800", "-20.0 %")
+    assert told["removed", "decoder parameters"] == ("", "", "-25.0 %")
+    assert ("removed", "attention sublayers") not in told
+
+
+def test_summary_of_removed_layers_alone():
+    blocks = [Site(f"model.layers.{i}", "block", i, 1, 1, Cost(100, 100, 1)) for i in range(5)]
+    told = rows({}, plan(b3=("block", 1, 0), b1=("block", 1, 1)), blocks)
+    assert told == {("removed", "layers"): ("5", "4", "-20.0 %")}
+
+
+def test_summary_of_a_run_that_removed_nothing():
+    told = rows({"sparsity/decoder": 0}, Plan.keep_all(sites(2)), sites(2))
+    assert told["removed", "heads (KV groups)"] == ("8", "8", "+0.0 %")
+    assert told["removed", "decoder parameters"] == ("", "", "+0.0 %")
+
+
+def test_summary_sets_the_pruned_figure_beside_the_dense_one():
+    told = rows(METRICS, plan(), sites(1))
+    assert told["perplexity", "wikitext2@2048"] == ("5", "6", "x1.2")
+    assert told["perplexity", "ptb@2048"] == ("", "9", "")
+    assert told["accuracy", "zeroshot/arc_easy/acc"] == ("0.75", "0.7", "-5.0 points")
+    assert told["speed", "latency/prefill_ms"] == ("40", "30", "x0.75")
+    assert told["memory", "peak_bytes"] == ("", "3.00 GiB", "")
+    assert told["passes", "forward"] == ("", "1.5", "")
+    assert told["seconds", "calibrate"] == ("", "12.25", "")
+    assert told["other", "surprise"] == ("0", "1", "")
+
+
+def test_a_summary_in_a_file_has_no_escape_codes_and_whole_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    (tmp_path / "model").mkdir()
+    file = io.StringIO()
+    print_summary(METRICS, plan(), sites(1), tmp_path, file)
+    text = file.getvalue()
+    assert "\x1b" not in text and "wikitext2@2048" in text and "x1.2" in text
+    assert f"Everything is in {tmp_path}\n" in text and f"The pruned model is {tmp_path / 'model'}\n" in text
+
+
+def test_a_summary_on_a_terminal_may_be_in_colour(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = Terminal()
+    print_summary(METRICS, plan(), sites(1), Path("outputs/x"), file)
+    assert "\x1b[1m" in file.getvalue()
+
+
+@pytest.mark.parametrize("layers", [1, 6, 80])
+def test_structure_figure(tmp_path, layers):
+    draw = random.Random(layers)
+    kept = {s.name: SitePlan(s.kind, s.units, tuple(range(draw.randint(0, s.units)))) for s in sites(layers)}
+    removed = {"model.layers.0": SitePlan("block", 1, ())}
+    structure_figure(Plan({**kept, **removed}), sites(layers), tmp_path / "structure.png")
+    assert (tmp_path / "structure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("some_sites", [[], [Site("model.layers.0", "block", 0, 1, 1, Cost(1, 1, 1))]])
+def test_structure_figure_without_sublayers(tmp_path, some_sites):
+    structure_figure(plan(), some_sites, tmp_path / "structure.png")
+    assert (tmp_path / "structure.png").stat().st_size > 1000

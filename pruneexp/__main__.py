@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
 
+TERMINATED = 128 + signal.SIGTERM  # what a shell gives for a process that SIGTERM ended
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -37,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ended(1, f"failed: {error}")
     except KeyboardInterrupt:
         return _ended(130, "interrupted")
+    except SystemExit as error:
+        if error.code != TERMINATED:
+            raise
+        return _ended(TERMINATED, "terminated")
     except Exception as error:
         return _ended(1, f"failed: {type(error).__name__}: {error}")
 
@@ -51,8 +57,8 @@ def _ended(code: int, line: str) -> int:
 
 
 def _terminated(signum: int, frame: Any) -> NoReturn:
-    # An exception, so that the run on its way out marks its folder failed; the shell's code for a death by SIGTERM.
-    raise SystemExit(128 + signum)
+    # An exception, so that the run on its way out marks its folder failed.
+    raise SystemExit(TERMINATED)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,12 +98,13 @@ def _command(arguments: argparse.Namespace) -> int:
     for text in overrides:
         if text.lstrip("+~").startswith(("hydra.run.", "hydra.sweep.")):
             raise ConfigError(f"{text}: the folders of runs are not Hydra's here; expected run.dir or sweep.dir")
-    config = compose_raw(hydra, overrides, RunMode.RUN, any_sweep=True)
-    if arguments.multirun or config.hydra.mode == RunMode.MULTIRUN:
-        from pruneexp.multirun import multirun
+    if not arguments.multirun:
+        config = compose_raw(hydra, overrides, RunMode.RUN)
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return _single(config)
+    from pruneexp.multirun import multirun
 
-        return multirun(hydra, overrides)
-    return _single(hydra, overrides)
+    return multirun(hydra, overrides)
 
 
 def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
@@ -113,13 +120,11 @@ def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _single(hydra: Hydra, overrides: Sequence[str]) -> int:
-    from hydra.types import RunMode
-
-    from pruneexp.compose import compose_raw, composed
+def _single(config: DictConfig) -> int:
+    from pruneexp.compose import composed
     from pruneexp.types import ConfigError
 
-    run = composed(compose_raw(hydra, overrides, RunMode.RUN))
+    run = composed(config)
     for key, value in run.config["sweep"].items():
         if value is not None:
             raise ConfigError(f"sweep.{key}={value!r}: expected null in a single run; add --multirun")

@@ -19,6 +19,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -86,15 +87,26 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
     return composed(compose_raw(hydra, overrides, RunMode.RUN))
 
 
-def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode, any_sweep: bool = False) -> DictConfig:
-    """As Hydra composes it, with the `hydra` node. `any_sweep`: comma lists pass whatever the mode."""
+def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+    """As Hydra composes it, with the `hydra` node. Comma lists are mistakes, unless this is, or says that it is, a
+    multirun."""
     try:
         config = hydra.compose_config(
-            CONFIG_NAME, list(overrides), mode, with_log_configuration=False, validate_sweep_overrides=not any_sweep
+            CONFIG_NAME, list(overrides), mode, with_log_configuration=False, validate_sweep_overrides=False
         )
+        if mode == RunMode.RUN and config.hydra.mode != RunMode.MULTIRUN:
+            _no_sweeps(overrides)
     except Exception as error:
         raise explained(error, hydra, overrides) from error
     return config
+
+
+def _no_sweeps(overrides: Sequence[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override():
+            text = str(override.input_line)
+            key, _, value = text.partition("=")
+            raise ConfigError(f"{text}: several values need --multirun; a list is written {key}=[{value}]")
 
 
 def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Composed:

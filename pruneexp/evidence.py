@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pruneexp.types import RunError, Site
 
-# Elements looked at together. On a CPU a chunk and its one temporary stay in the last-level cache, so x is streamed from
-# memory twice and nothing is written back; more, smaller chunks lose to the cost of starting the threads. An
-# accelerator reduces in a tree, so that only its memory bounds a chunk.
+# Elements looked at together. On a CPU a chunk and its one temporary stay in the last-level cache, so that memory sees
+# one reading of x and no writing; smaller chunks lose to the cost of starting the threads. An accelerator reduces in
+# a tree, so that only its memory bounds a chunk.
 _CPU_CHUNK = 2**20
-_DEVICE_CHUNK = 2**27
+_DEVICE_CHUNK = 2**25
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ class Moments:
 
     mean_C = sum_t x_t / n and m2_C = sum_t (x_t - mean)^2, float64 [C]. Chunk-invariant: chunks are centred on their
     own mean and joined by the pairwise update of Chan, Golub and LeVeque (1983). Inside a chunk (2^20 elements)
-    float64 input is reduced in float64, anything else in float32: a variance is then good to about 1e-6 relative,
-    whatever the offset (centring comes before squaring), a mean to 1e-7 of the largest |x|.
+    float64 input is reduced in float64, anything else in float32, centred before it is squared: a variance is then good
+    to about 1e-6 relative, whatever the offset, a mean to 1e-6 standard deviations (or 1e-8 of itself).
     """
 
     source: ClassVar[str] = "reader"
@@ -64,9 +64,11 @@ class Moments:
     def update(self, x_BTC: Tensor) -> Moments:
         total = self
         for x_NC in _chunks_NC(x_BTC.detach()):
-            mean_C = x_NC.mean(0, dtype=_wide(x_NC[:0]).dtype)
-            m2_C = _sum_squares_C(x_NC - mean_C)  # a half-precision x is promoted to float32 here
-            total = total.merge(Moments(len(x_NC), mean_C.double(), m2_C.double()))
+            n, near_C = len(x_NC), x_NC.mean(0, dtype=_wide(x_NC[:0]).dtype)
+            d_NC = x_NC - near_C  # half precision is promoted to float32 here
+            rest_C = d_NC.sum(0).double()  # what rounding left of the mean: matters where it is large
+            m2_C = _sum_squares_C(d_NC).double() - rest_C.square() / n
+            total = total.merge(Moments(n, near_C.double() + rest_C / n, m2_C.clamp_min(0)))
         return total
 
     def merge(self, other: Moments) -> Moments:
@@ -123,9 +125,7 @@ class Gram:
 
     def merge(self, other: Gram) -> Gram:
         device = other.sum_C.device
-        return Gram(
-            self.n + other.n, self.sum_C.to(device) + other.sum_C, self.gram_CC.to(device) + other.gram_CC
-        )
+        return Gram(self.n + other.n, self.sum_C.to(device) + other.sum_C, self.gram_CC.to(device) + other.gram_CC)
 
     @property
     def mean_C(self) -> Tensor:

@@ -67,9 +67,6 @@ def _override_mistakes(hydra: Hydra, overrides: Sequence[str], error: BaseExcept
         yield from _unknown_choice(override, hydra)
     for override in parsed:
         text = str(override.input_line)
-        if "--multirun" in str(error) and override.is_sweep_override():
-            key, _, value = text.partition("=")
-            yield f"{text}: several values need --multirun; a list is written {key}=[{value}]"
         if "more than once" in str(error) and override.is_add():
             yield f"{text}: this group has a choice already; expected {text.lstrip('+')}"
     if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error)):

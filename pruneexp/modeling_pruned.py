@@ -190,8 +190,9 @@ def _resize_(
     """Replaces the linear layer at `path` by an uninitialised one where its shape or bias differs."""
     old = layer.get_submodule(path)
     assert isinstance(old, nn.Linear), path
-    inputs, outputs = (old.in_features if inputs is None else inputs), (
-        old.out_features if outputs is None else outputs
+    inputs, outputs = (
+        (old.in_features if inputs is None else inputs),
+        (old.out_features if outputs is None else outputs),
     )
     bias = old.bias is not None if bias is None else bias
     if (inputs, outputs, bias) == (old.in_features, old.out_features, old.bias is not None):

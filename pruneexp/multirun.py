@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,7 +47,10 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     overrides = [*overrides, "hydra.mode=MULTIRUN"]
     config = compose_raw(hydra, overrides, RunMode.MULTIRUN)
     folder = sweep_folder(config)
-    _check_jobs(hydra, config, folder)
+    from pruneexp.build import build
+
+    for job in job_configs(hydra, config):
+        build(as_job(job, folder))
     before = _statuses(folder)
     overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
     try:
@@ -121,10 +124,8 @@ def _asked(run: Composed) -> set[str]:
     return asked | set(content.get("run") or {})
 
 
-def _check_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> None:
-    """Builds every job that is known beforehand. Raises ConfigError."""
-    from pruneexp.build import build
-
+def job_configs(hydra: Hydra, config: DictConfig) -> Iterator[Composed]:
+    """The runs of a multirun, as far as they are known beforehand: none for a sweeper that decides as it goes."""
     sweeper = config.hydra.sweeper
     if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
         return
@@ -140,7 +141,7 @@ def _check_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> None:
             raw = hydra.config_loader.load_sweep_config(config, list(overrides))
         except Exception as error:
             raise explained(error, hydra, overrides) from error
-        build(as_job(composed(raw), folder))
+        yield composed(raw)
 
 
 def _run_recorded(job: Composed, number: str) -> dict[str, float] | None:

@@ -51,7 +51,9 @@ class Site:
     """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or block)."""
 
     name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp"
-    kind: str  # "attention" (unit = KV group: a key/value head and its query heads), "mlp" (unit = FFN channel), "block"
+    kind: (
+        str  # "attention" (unit = KV group: a key/value head and its query heads), "mlp" (unit = FFN channel), "block"
+    )
     layer: int  # index of the decoder layer in the original model
     units: int  # U
     width: int  # W: reader input channels per unit
@@ -148,7 +150,9 @@ class Budget:
 
     ratio: float  # share to remove, in [0, 1)
     total: int  # parameters that the ratio is a share of
-    added: float = 0  # to be removed on top: parameters that compensation adds (new biases), what layers before left over
+    added: float = (
+        0  # to be removed on top: parameters that compensation adds (new biases), what layers before left over
+    )
     layers: int | None = None  # decoder layers of the whole run, where the sites given are not all; None: they are
 
     @property
@@ -163,7 +167,9 @@ class RemovalPath:
 
     order_U: Tensor  # int64 [U]: the unit that leaves first, second, ...
     cost_U: Tensor  # float [U]: cumulative cost once the first 1, 2, ..., U units of `order_U` have left
-    readers: Mapping[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # removed units -> refitted reader
+    readers: Mapping[int, tuple[Tensor, Tensor | None]] = field(
+        default_factory=dict
+    )  # removed units -> refitted reader
 
     @property
     def scores_U(self) -> Tensor:

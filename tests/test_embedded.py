@@ -47,8 +47,9 @@ def tokenizer() -> Any:
 
 
 def test_importing_stays_light() -> None:
-    code = "import sys, pruneexp.embedded as e; e.text(1, 1); assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, pruneexp.embedded as e; e.text(1, 1); print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_seed_ranges_do_not_overlap() -> None:
@@ -76,11 +77,13 @@ def test_deterministic() -> None:
 
 
 def test_the_stream_is_the_same_everywhere() -> None:
-    assert embedded.text(EVALUATION[0], 1).startswith("@FIRST@")
+    assert embedded.text(EVALUATION[0], 1).startswith(
+        "Rosa dropped the pink book behind the fence. Yesterday the small bird near the mouse was sleepy."
+    )
 
 
 def test_text_alone_gives_the_probabilities(sample: list[embedded.Story]) -> None:
-    """A state replayed from the bare text finds every word's nats, and every distribution on the way sums to 1."""
+    """A state replayed from the bare text finds every word's nats; every distribution sums to 1."""
     process = Process()
     for story in sample[:200]:
         words = split(story.text)
@@ -110,7 +113,7 @@ def test_information_averages_to_the_entropy(sample: list[embedded.Story]) -> No
 
 
 def test_frequencies_agree_with_probabilities(sample: list[embedded.Story]) -> None:
-    """Counted independently of the sampler: how often each word comes against the sum of its probabilities."""
+    """Counted apart from the sampler: how often each word comes against the sum of its probabilities."""
     process = Process()
     count: dict[str, float] = defaultdict(float)
     expected: dict[str, float] = defaultdict(float)
@@ -128,7 +131,7 @@ def test_frequencies_agree_with_probabilities(sample: list[embedded.Story]) -> N
 
 
 def test_facts_come_back_often(sample: list[embedded.Story]) -> None:
-    """A model that cannot recall loses: recall, agreement and sums are a real share of the words, and are certain."""
+    """A model that cannot recall loses: recall, agreement and sums are a real share, and certain."""
     kinds = Counter(kind for story in sample for kind in story.kinds)
     certain = kinds["recall"] + kinds["agreement"] + kinds["count"]
     assert certain / kinds.total() > 0.12
@@ -193,7 +196,7 @@ def test_tokenizer(tokenizer: Any, sample: list[embedded.Story]) -> None:
 
 
 def test_questions() -> None:
-    """The context is a story's prefix, the right choice its only continuation; kinds and positions are balanced."""
+    """The context is a story's prefix, the right choice its only continuation; kinds and answers balance."""
     asked = embedded.questions(QUESTIONS, 360)
     assert set(Counter(q.answer for q in asked).values()) == {90}
     assert Counter(q.kind for q in asked) == dict.fromkeys(KINDS, 40)

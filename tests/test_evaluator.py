@@ -157,8 +157,8 @@ def test_token_windows_keep_their_width(llama, tmp_path):
 
 def test_windows_are_made_once_per_tokenizer(llama, stream):
     evaluator, tokenizer = a_perplexity(stream), Bytes()
-    first = evaluator._windows(tokenizer)
-    assert evaluator._windows(tokenizer) is first and evaluator._windows(Bytes()) is not first
+    first = evaluator.windows(tokenizer)
+    assert evaluator.windows(tokenizer) is first and evaluator.windows(Bytes()) is not first
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,7 @@ def test_windows_are_made_once_per_tokenizer(llama, stream):
         ({"length": 1}, "length=1: expected null or an int >= 2"),
         ({"stride": 0}, "stride=0: expected null or an int from 1 to length=8"),
         ({"stride": 9}, "stride=9: expected null or an int from 1 to length=8"),
+        ({"length": None, "stride": 4}, "stride=4: expected null or an int from 1 to length=None"),
         ({"batch_size": 0}, "batch_size=0: expected an int >= 1"),
         ({"samples": 0}, "samples=0: expected null or an int >= 1"),
     ],

@@ -1,6 +1,6 @@
-"""A small language with exactly known probabilities, and models trained on it: the default that works offline.
+"""The default that works offline: a small language of exactly known probabilities, and models trained on it.
 
-The checkpoints are the folders `llama`, `opt` and `bloom` beside this file. Importing this loads neither torch nor
+The checkpoints are the folders `llama`, `opt` and `bloom` in `FOLDER`. Importing this loads neither torch nor
 transformers.
 """
 

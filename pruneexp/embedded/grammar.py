@@ -1,15 +1,16 @@
 """The embedded language as an explicit random process over words.
 
-A story is a coroutine: it yields the distribution of the next word, is sent the word, and goes on from there. It hears
-nothing but the words, so a text determines its state, and with it the exact probability of every word given all words
-before it. A story introduces four people, each with a coloured object that lies somewhere, and tells of them: facts
-come back word for word, pronouns and verbs agree, sums come out right. Only genuine choices have entropy.
+A story is a coroutine: it yields the distribution of the next word, is sent the word, and goes on from there.
+It hears nothing but the words, so a text determines its state, and with it the exact probability of every
+word given all words before it. A story introduces four people, each with a coloured object that lies
+somewhere, and tells of them: facts come back word for word, pronouns and verbs agree, sums come out right.
+Only genuine choices have entropy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pruneexp.embedded import lexicon as lex
@@ -18,7 +19,7 @@ CAST = 4
 # weight of "a new person comes in" against everything else, by how many are there already
 ARRIVAL = (1.0, 0.6, 0.5, 0.4, 0.0)
 FIRST_WORD = {"name": 0.33, "The": 0.27, "pronoun": 0.21, "Today": 0.065, "Yesterday": 0.065, "end": 0.06}
-DOES = {"wanted": 2.0, "visited": 2.0, "met": 1.5, "felt": 1.25, "liked": 1.25, "had": 1.25}
+DOES = {"visited": 2.5, "wanted": 2.0, "met": 2.0, "felt": 1.0, "liked": 1.0, "had": 1.5}
 
 
 class Ask(NamedTuple):
@@ -44,15 +45,12 @@ Clause = Generator[Step, str, None]
 @dataclass
 class Person:
     name: str
-    verb: str = ""
+    family: str = ""
     colour: str = ""
     thing: str = ""
+    site: str = ""
     place: str = ""
-    facts: dict[str, str] = field(default_factory=dict)  # "felt" -> mood, "liked" -> food, once told
-
-    @property
-    def where(self) -> str:
-        return f"{lex.PLACES[self.place]} the {self.place}"
+    food: str = ""  # once told
 
 
 def _skewed(words: Iterable[str]) -> dict[str, float]:
@@ -69,9 +67,11 @@ _WEIGHTS = {
     name: _skewed(words)
     for name, words in {
         "names": [name for pair in zip(lex.WOMEN, lex.MEN, strict=True) for name in pair],
-        "put": lex.PUT, "colours": lex.COLOURS, "objects": lex.OBJECTS, "places": lex.PLACES, "felt": lex.MOODS,
-        "liked": lex.FOODS, "things": lex.THINGS, "shapes": lex.SHAPES, "states": lex.STATES, "looks": lex.LOOKS,
-        "acts": lex.ACTS, "ways": lex.WAYS, "animals": [w for p in zip(lex.ANIMALS, lex.HERDS, strict=True) for w in p],
+        "animals": [name for pair in zip(lex.ANIMALS, lex.HERDS, strict=True) for name in pair],
+        "put": lex.PUT, "colours": lex.COLOURS, "objects": lex.OBJECTS, "places": lex.PLACES,
+        "families": lex.FAMILIES, "sites": lex.SITES,
+        "felt": lex.MOODS, "liked": lex.FOODS, "things": lex.THINGS, "shapes": lex.SHAPES,
+        "states": lex.STATES, "looks": lex.LOOKS, "acts": lex.ACTS, "ways": lex.WAYS,
         "start": lex.NUMBERS[1:6], "more": lex.NUMBERS[:3],
     }.items()
 }  # fmt: skip
@@ -89,7 +89,7 @@ def _fixed(text: str) -> Words:
 
 
 def _sure(text: str, kind: str, ask: str = "", rivals: Iterable[str] = ()) -> Words:
-    """Words that the story so far decides; `ask` names the kind of question that stands at the first of them."""
+    """Words that the story so far decides; `ask`: the kind of question that stands at the first of them."""
     head, *rest = text.split(" ")
     others = tuple(rival for rival in rivals if rival != text)
     yield Step({head: 1.0}, kind, Ask(ask, text, others) if ask and len(others) >= 3 else None)
@@ -109,13 +109,12 @@ def _new(name: str, used: Iterable[str]) -> Words:
 
 
 class Story:
-    """What the words so far have established. `tell()` is the coroutine; the text drives it, nothing else does."""
+    """What the words so far have established. `tell()` is the coroutine; nothing but the text drives it."""
 
     def __init__(self) -> None:
         self.cast: list[Person] = []
         self.pronoun = ""  # of the last sentence's subject
-        self.owner: Person | None = None  # the last sentence's subject, where it is one person
-        self.concrete = False  # the last sentence's subject is an object
+        self.concrete = False  # the last sentence's subject is an object: it looks, it does not act
 
     def tell(self) -> Clause:
         while True:
@@ -148,46 +147,51 @@ class Story:
         others = tuple(word for word in ("He", "She", "They", "It") if word != self.pronoun)
         return Step(probs, "choice", Ask("pronoun", self.pronoun, others))
 
-    def _subject(self, pronoun: str, owner: Person | None = None, concrete: bool = False) -> None:
-        self.pronoun, self.owner, self.concrete = pronoun, owner, concrete
+    def _subject(self, pronoun: str, concrete: bool = False) -> None:
+        self.pronoun, self.concrete = pronoun, concrete
 
     def _arrival(self, name: str) -> Clause:
+        """`Mara Reed hid the red key in the dark barn`: no two people of a story share any of it but the verb."""
         person = Person(name)
-        person.verb = yield _ANY["put"]
+        person.family = yield from _new("families", (p.family for p in self.cast))
+        yield _ANY["put"]
         yield from _fixed("the")
         person.colour = yield from _new("colours", (p.colour for p in self.cast))
         person.thing = yield from _new("objects", (p.thing for p in self.cast))
-        # the preposition comes first and narrows the place down
-        free = {place: weight for place, weight in _WEIGHTS["places"].items() if all(p.place != place for p in self.cast)}
-        prepositions: dict[str, float] = {}
-        for place, weight in free.items():
-            prepositions[lex.PLACES[place]] = prepositions.get(lex.PLACES[place], 0) + weight
-        preposition = yield from _pick(prepositions)
-        yield from _fixed("the")
-        person.place = yield from _pick({place: w for place, w in free.items() if lex.PLACES[place] == preposition})
+        yield from _fixed("in the")
+        person.site = yield from _new("sites", (p.site for p in self.cast))
+        person.place = yield from _new("places", (p.place for p in self.cast))
         self.cast.append(person)
-        self._subject(lex.PRONOUN[name], person)
+        self._subject(lex.PRONOUN[name])
 
     def _person(self, person: Person) -> Clause:
+        yield from self._family(person)
         alone = len(self.cast) == 1
         verb = yield from _pick({word: weight for word, weight in DOES.items() if word != "met" or not alone})
-        self._subject(lex.PRONOUN[person.name], person)
-        if verb in ("felt", "liked"):
-            known = person.facts.get(verb)
-            person.facts[verb] = (yield from _sure(known, "recall")) if known else (yield _ANY[verb])
+        self._subject(lex.PRONOUN[person.name])
+        if verb == "felt":
+            yield _ANY["felt"]
+        elif verb == "liked":
+            person.food = (yield from _sure(person.food, "recall")) if person.food else (yield _ANY["liked"])
         elif verb == "wanted":
             yield from _fixed("the")
             things = [f"{p.colour} {p.thing}" for p in self.cast]
             yield from _sure(f"{person.colour} {person.thing}", "recall", "object", things)
         elif verb == "visited":
             yield from _fixed("the")
-            yield from _sure(person.place, "recall", "visit", [p.place for p in self.cast])
+            site = yield from _pick({p.site: 1.0 for p in self.cast})
+            place = next(p.place for p in self.cast if p.site == site)
+            yield from _sure(place, "recall", "site", [p.place for p in self.cast])
         elif verb == "had":
             yield from self._sum(person)
         else:
-            yield from _pick({p.name: 1.0 for p in self.cast if p is not person})
+            name = yield from _pick({p.name: 1.0 for p in self.cast if p is not person})
+            yield from self._family(next(p for p in self.cast if p.name == name))
             yield _ANY["ways"]
             self._subject("They")
+
+    def _family(self, person: Person) -> Words:
+        return (yield from _sure(person.family, "recall", "family", [p.family for p in self.cast]))
 
     def _sum(self, person: Person) -> Clause:
         """`had three coins and got two more , so she had five coins`"""
@@ -203,7 +207,7 @@ class Story:
         yield from _sure(thing, "recall")
 
     def _object(self) -> Clause:
-        word = yield from _pick({p.colour: 3.0 for p in self.cast} | {p.thing: 1.0 for p in self.cast})
+        word = yield from _pick({p.colour: 4.0 for p in self.cast} | {p.thing: 1.0 for p in self.cast})
         self._subject("It", concrete=True)
         person = next(p for p in self.cast if word in (p.colour, p.thing))
         if word == person.thing:
@@ -211,11 +215,14 @@ class Story:
             yield from _sure(person.colour, "recall", "colour", [p.colour for p in self.cast])
             return
         yield from _sure(person.thing, "recall", "thing", [p.thing for p in self.cast])
-        if (yield from _pick({"was": 2.0, "belonged": 1.0})) == "was":
-            yield from _sure(person.where, "recall", "place", [p.where for p in self.cast])
+        if (yield from _pick({"was": 1.0, "belonged": 1.0})) == "was":
+            yield from _fixed("in the")
+            places = [f"{p.site} {p.place}" for p in self.cast]
+            yield from _sure(f"{person.site} {person.place}", "recall", "place", places)
         else:
             yield from _fixed("to")
-            yield from _sure(person.name, "recall", "owner", [p.name for p in self.cast])
+            owners = [f"{p.name} {p.family}" for p in self.cast]
+            yield from _sure(f"{person.name} {person.family}", "recall", "owner", owners)
 
     def _animal(self, day: str) -> Clause:
         """`Today the old dogs near the cow are loud`: the verb agrees with the day and with the far noun."""
@@ -232,5 +239,6 @@ class Story:
         if self.concrete:
             yield from _fixed("looked")
             yield _ANY["looks"]
-        elif (yield _ANY["acts"]):
+        else:
+            yield _ANY["acts"]
             yield _ANY["ways"]

@@ -1,11 +1,13 @@
 """Text in the embedded language: stories, token windows with their exact information, and questions.
 
-Seeds are split so that nothing evaluated was ever trained or calibrated on: `TRAINING`, `CALIBRATION` and `EVALUATION`
-are disjoint ranges, one random stream per seed. Nats are -ln p of the true process, given everything before.
+Seeds are split so that nothing evaluated was ever trained or calibrated on: `TRAINING`, `CALIBRATION` and
+`EVALUATION` are disjoint ranges, one random stream per seed. Nats are -ln p of the true process, given
+everything before.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -41,7 +43,7 @@ class Question:
 
 
 class Process:
-    """The language word by word: `step.probs` is the next word's distribution; `advance` moves past a word."""
+    """The language word by word: `step.probs` is the next word's distribution, `advance` passes a word."""
 
     def __init__(self) -> None:
         self._begin()
@@ -74,22 +76,36 @@ def split(text: str) -> list[str]:
     return [word for word in text.split(" ") if word]
 
 
+def _information(p: float) -> float:
+    return -math.log(p) + 0.0  # no minus zero
+
+
 def _draw(probs: Mapping[str, float], uniform: float) -> str:
-    word = ""
     for word, p in probs.items():
         uniform -= p
         if uniform < 0:
-            break
-    return word
+            return word
+    return next(reversed(probs))  # rounding left the sum a hair below 1
 
 
-def _tellings(seed: int) -> Iterator[list[tuple[Step, str]]]:
+Telling = list[tuple[Step, str]]  # a story: every word, and the distribution it was drawn from
+
+
+def _pieces(told: Telling) -> list[str]:
+    return [piece(word, i == 0) for i, (_, word) in enumerate(told)]
+
+
+def _text(told: Telling) -> str:
+    return "".join(_pieces(told))
+
+
+def _tellings(seed: int) -> Iterator[Telling]:
     if seed < 0:
         raise ValueError(f"seed={seed}: expected 0 or more")
     uniform = random.Random(seed).random  # its stream is the same in every Python version
     process = Process()
     while True:
-        told: list[tuple[Step, str]] = []
+        told: Telling = []
         ended = False
         while not ended:
             step = process.step
@@ -104,17 +120,16 @@ def stories(seed: int) -> Iterator[Story]:
     for told in _tellings(seed):
         words = tuple(word for _, word in told)
         yield Story(
-            text="".join(piece(word, i == 0) for i, word in enumerate(words)),
+            text=_text(told),
             words=words,
-            nats=tuple(-math.log(step.probs[word]) for step, word in told),
+            nats=tuple(_information(step.probs[word]) for step, word in told),
             kinds=tuple(step.kind for step, _ in told),
         )
 
 
 def text(seed: int, stories: int) -> str:
     """That many stories, each closed by a newline."""
-    source = _tellings(seed)
-    return "".join(piece(word, i == 0) for _ in range(stories) for i, (_, word) in enumerate(next(source)))
+    return "".join(_text(told) for told in itertools.islice(_tellings(seed), stories))
 
 
 class _Coder:
@@ -130,49 +145,62 @@ class _Coder:
         return self._ids[chunk]
 
     def _nats(self, probs: Mapping[str, float], word: str, first: bool) -> list[float]:
-        """-ln of each token's conditional probability: p(words that begin so far) / p(words that began before)."""
-        ids = self.ids(piece(word, first))
-        if len(ids) == 1:
-            return [-math.log(probs[word])]
-        spelled = [(self.ids(piece(other, first)), p) for other, p in probs.items()]
-        mass = [sum(p for other, p in spelled if other[:n] == ids[:n]) for n in range(len(ids) + 1)]
-        return [math.log(mass[n] / mass[n + 1]) for n in range(len(ids))]
+        """-ln p of each of the word's tokens, and last what only the token after the word reveals.
 
-    def story(self, told: list[tuple[Step, str]]) -> tuple[list[int], list[float]]:
+        A token's p is the mass of the words still possible after it, over the mass before it. What is left:
+        the word may begin longer ones.
+        """
+        ids = self.ids(piece(word, first))
+        if len(probs) == 1:
+            return [0.0] * (len(ids) + 1)
+        spelled = [(self.ids(piece(other, first)), p) for other, p in probs.items()]
+        if all(len(other) == 1 for other, _ in spelled):
+            return [_information(probs[word]), 0.0]
+        mass = [sum(p for other, p in spelled if other[:n] == ids[:n]) for n in range(len(ids) + 1)]
+        return [_information(b / a) for a, b in itertools.pairwise([*mass, probs[word]])]
+
+    def check(self, first: Telling, second: Telling) -> None:
+        """Word by word must be the tokenizer's own way with a text, also where a story follows a story."""
+        for words in (_pieces(first)[:40], _pieces(first)[-40:] + _pieces(second)[:40]):
+            whole = list(self._tokenizer.encode("".join(words), add_special_tokens=False))
+            if whole != [token for word in words for token in self.ids(word)]:
+                raise ValueError("this tokenizer joins or changes words: its tokens have no exact nats")
+
+    def story(self, told: Telling) -> tuple[list[int], list[float]]:
         tokens: list[int] = []
         nats: list[float] = []
+        carried = 0.0
         for i, (step, word) in enumerate(told):
             tokens += self.ids(piece(word, i == 0))
-            nats += self._nats(step.probs, word, i == 0)
+            head, *tail, rest = self._nats(step.probs, word, i == 0)
+            nats += [head + carried, *tail]
+            carried = rest
         return tokens, nats
 
 
 def windows(tokenizer: Any, seed: int, samples: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Token windows int64 [N, T] and each token's nats float64 [N, T].
 
-    Every window begins at a story's beginning; further stories follow where the story is shorter than the window.
+    Every window begins at a story's beginning; further stories follow where the story is shorter than the
+    window. Any tokenizer will do that never joins two words in one token.
     """
     coder, source = _Coder(tokenizer), _tellings(seed)
+    coder.check(*itertools.islice(_tellings(seed), 2))
     tokens, nats = np.zeros((samples, length), np.int64), np.zeros((samples, length))
     for row in range(samples):
         ids: list[int] = []
         information: list[float] = []
-        texts = ""
         while len(ids) < length:
-            told = next(source)
-            more_ids, more_nats = coder.story(told)
+            more_ids, more_nats = coder.story(next(source))
             ids, information = ids + more_ids, information + more_nats
-            texts += "".join(piece(word, i == 0) for i, (_, word) in enumerate(told)) if row == 0 else ""
-        if row == 0 and list(tokenizer.encode(texts, add_special_tokens=False)) != ids:
-            raise ValueError("this tokenizer joins or changes words: its tokens have no exact nats; use text()")
         tokens[row], nats[row] = ids[:length], information[:length]
     return tokens, nats
 
 
-KINDS = ("place", "owner", "colour", "thing", "object", "visit", "count", "agreement", "pronoun")
+KINDS = ("thing", "site", "family", "place", "owner", "object", "count", "agreement", "pronoun")
 
 
-def _questions_in(told: list[tuple[Step, str]], kind: str, limit: int) -> Iterator[int]:
+def _askable(told: Telling, kind: str, limit: int) -> Iterator[int]:
     """Where the story, within its first `limit` words, gives the answer to a question of that kind."""
     for i, (step, word) in enumerate(told[:limit]):
         if step.ask and step.ask.kind == kind and step.ask.answer.split(" ")[0] == word:
@@ -180,20 +208,22 @@ def _questions_in(told: list[tuple[Step, str]], kind: str, limit: int) -> Iterat
 
 
 def questions(seed: int, n: int, limit: int = 200) -> list[Question]:
-    """`n` questions, kinds and answer positions in equal shares, at most one a story, contexts of at most `limit` words."""
+    """`n` questions, kinds and answer positions in equal shares, each from its own story.
+
+    A context has at most `limit` words. All choices have the same number of words, and of tokens.
+    """
     source, rng = _tellings(seed), random.Random(f"questions {seed}")
     asked: list[Question] = []
     while len(asked) < n:
         told, kind = next(source), KINDS[len(asked) % len(KINDS)]
-        places = list(_questions_in(told, kind, limit))
+        places = list(_askable(told, kind, limit))
         if not places:
             continue
         at = places[int(rng.random() * len(places))]
         ask = told[at][0].ask
         assert ask is not None
         wrong = sorted(ask.rivals, key=lambda _: rng.random())[:3]
-        answer = (len(asked) // len(KINDS) + len(asked)) % 4
-        choices = (*wrong[:answer], ask.answer, *wrong[answer:])
-        context = "".join(piece(word, i == 0) for i, (_, word) in enumerate(told[:at]))
-        asked.append(Question(context, choices, answer, kind))  # type: ignore[arg-type]
+        answer = (len(asked) // len(KINDS) + len(asked) % len(KINDS)) % 4
+        a, b, c, d = (*wrong[:answer], ask.answer, *wrong[answer:])
+        asked.append(Question(_text(told[:at]), (a, b, c, d), answer, kind))
     return asked

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 WOMEN = "Mara Anna Lucy Nora Emma Rosa Ivy Ella Kate Ruth Jane Lena".split()
 MEN = "Omar Tom Ben Sam Jack Paul Luke Max Hugo Carl Adam Finn".split()
+FAMILIES = "Reed Stone Wood Hall Lake West Ford Hill Bell Cook Page Lane Gray Fox Shaw Dale".split()
 PRONOUN = {name: "She" for name in WOMEN} | {name: "He" for name in MEN}
 
 PUT = "put hid left kept dropped lost".split()
 COLOURS = "red blue green black white brown pink grey yellow purple golden silver".split()
 OBJECTS = (
-    "key lamp book ring box cup map drum rope bell knife flute coat ball clock spoon brush kite chain mask doll "
-    "bag jar hat"
+    "key lamp book ring box cup map drum rope bell knife flute coat ball clock spoon brush kite chain mask "
+    "doll bag jar hat"
 ).split()
-# every place has its one preposition, recalled with it
-PLACES = {
-    place: preposition
-    for preposition, places in {
-        "in": "barn cellar tower garden kitchen cave forest attic",
-        "on": "hill roof table bench shelf island",
-        "under": "bridge bed tree porch stone",
-        "behind": "wall fence mill door hut",
-    }.items()
-    for place in places.split()
-}
-
+PLACES = "barn cellar tower garden kitchen cave forest attic church mill hut stable yard field castle school".split()
+SITES = "dark dusty sunny windy shady empty crowded narrow broad lofty gloomy icy".split()  # what a place is like
 MOODS = "glad sad angry tired proud afraid calm lonely bored brave shy sick".split()
 FOODS = "bread soup rice cheese honey milk cake fish corn jam tea fruit".split()
 THINGS = "coins apples eggs nuts shells pears beads cards".split()
@@ -37,5 +28,10 @@ LOOKS = "new heavy broken cheap rare pretty plain strange lovely useless".split(
 ACTS = "slept smiled waited sang danced walked laughed cried rested ran sat jumped played worked".split()
 WAYS = "alone slowly softly again there outside nearby often twice late".split()
 
-VERBS = {("Today", False): "is", ("Today", True): "are", ("Yesterday", False): "was", ("Yesterday", True): "were"}
+VERBS = {
+    ("Today", False): "is",
+    ("Today", True): "are",
+    ("Yesterday", False): "was",
+    ("Yesterday", True): "were",
+}
 END = "\n"

@@ -37,7 +37,8 @@ def best_perplexity(nats: np.ndarray) -> float:
 def chosen(model: Any, tokenizer: Any, question: Question) -> int:
     """The choice with the highest log-likelihood after the context."""
     start = len(tokenizer.encode(question.context, add_special_tokens=False))
-    rows = [tokenizer.encode(f"{question.context} {choice}", add_special_tokens=False) for choice in question.choices]
+    texts = [f"{question.context} {choice}" for choice in question.choices]
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     tokens = torch.tensor(rows)
     logprobs = model(tokens).logits[:, start - 1 : -1].double().log_softmax(-1)
     return int(logprobs.gather(2, tokens[:, start:, None]).sum((1, 2)).argmax())
@@ -45,4 +46,4 @@ def chosen(model: Any, tokenizer: Any, question: Question) -> int:
 
 def accuracy(model: Any, tokenizer: Any, questions: Sequence[Question]) -> float:
     """The share answered right; chance is 0.25."""
-    return sum(chosen(model, tokenizer, question) == question.answer for question in questions) / len(questions)
+    return sum(chosen(model, tokenizer, asked) == asked.answer for asked in questions) / len(questions)

@@ -31,10 +31,10 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT = 512
 # small steps on short windows until recall is learnt, then larger ones of mixed lengths, so that every position is trained
 EARLY_LENGTHS, LATE_LENGTHS, LATE = (128,), (256, 128, 256, 512), 0.4
-EARLY_TOKENS, LATE_TOKENS = 1024, 2048
+EARLY_TOKENS, LATE_TOKENS = 512, 1536
 # windows that repeat themselves teach at every token the recall that stories teach at few: all windows of the first step,
 # falling to none at this share of the run
-REHEARSAL = 0.3
+REHEARSAL = 0.2
 # the loss weighs tokens that the story decides this much more at first, 1 at last: recall is learnt sooner, and as the
 # weight depends on the prefix alone, the true process stays the optimum
 DECIDED = 5.0
@@ -108,7 +108,9 @@ def _repeat(tokens: torch.Tensor, nats: torch.Tensor, rows: int) -> None:
         nats[row, period - 1 :] = 0.0
 
 
-def train(family: str, tokenizer: Any, steps: int, peak: float, minutes: float, seed: int = 0) -> tuple[Any, dict[str, Any]]:
+def train(
+    family: str, tokenizer: Any, steps: int, peak: float, minutes: float, seed: int = 0
+) -> tuple[Any, dict[str, Any]]:
     """The trained model, float32, and what training it took. `minutes` shortens the schedule, where it is reached."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(family, len(tokenizer)), dtype=torch.float32).train()
@@ -134,7 +136,12 @@ def train(family: str, tokenizer: Any, steps: int, peak: float, minutes: float, 
         step, seen = step + 1, seen + tokens.numel()
         if step % 50 == 0:
             spent = time.monotonic() - began
-            print(f"{family} {step}/{steps}: {loss:.3f} nats, {excess:.3f} above the process, {spent:.0f} s", flush=True)
+            decided = losses[nats == 0].mean().item()
+            print(
+                f"{family} {step} ({progress:.0%}): {loss:.3f} nats, {excess:.3f} above the process, "
+                f"{decided:.3f} where the story decides, {spent:.0f} s",
+                flush=True,
+            )
     seconds = time.monotonic() - began
     return model.eval(), {"steps": step, "tokens": seen, "seconds": round(seconds), "seed": seed}
 
@@ -180,7 +187,12 @@ def main() -> None:
     for family in FAMILIES if asked.family == "all" else [asked.family]:
         model, record = train(family, tokenizer, asked.steps, asked.rate, asked.minutes)
         save(model, tokenizer, asked.out / family)
-        record = {"family": family, **record, "peak_learning_rate": asked.rate, "evaluation": evaluate(asked.out / family)}
+        record = {
+            "family": family,
+            **record,
+            "peak_learning_rate": asked.rate,
+            "evaluation": evaluate(asked.out / family),
+        }
         (asked.out / family / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         print(json.dumps(record, indent=2), flush=True)
 

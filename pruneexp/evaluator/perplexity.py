@@ -47,7 +47,7 @@ class Perplexity:
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 2:
             raise ConfigError(f"length={self.length!r}: expected null or an int >= 2")
-        if self.stride is not None and not 1 <= self.stride <= (self.length or math.inf):
+        if self.stride is not None and not 1 <= self.stride <= (self.length or 0):
             raise ConfigError(f"stride={self.stride!r}: expected null or an int from 1 to length={self.length}")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
@@ -63,11 +63,11 @@ class Perplexity:
 
     def prepare(self, tokenizer: Any, vocabulary: int) -> None:
         """Makes the windows, so that text that is too short or foreign to the model is found before weights load."""
-        check_vocabulary(self._windows(tokenizer), vocabulary, self.dataset.key("evaluation"))
+        check_vocabulary(self.windows(tokenizer), vocabulary, self.dataset.key("evaluation"))
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         self.prepare(tokenizer, model.vocab_size)
-        windows_NT = self._windows(tokenizer)
+        windows_NT = self.windows(tokenizer)
         name = self._name(windows_NT)
         length = windows_NT.shape[1]
         if model.max_length is not None and length > model.max_length:
@@ -94,7 +94,7 @@ class Perplexity:
         """The tokenizer and its windows, once made: dense and pruned model get the same ones, tokenised once."""
         return []
 
-    def _windows(self, tokenizer: Any) -> Tensor:
+    def windows(self, tokenizer: Any) -> Tensor:
         """int64 [N, T], or [N, T+1] with `bos`."""
         if not self._made or self._made[0][0] is not tokenizer:
             self._made[:] = [(tokenizer, self._make(tokenizer))]

@@ -178,7 +178,9 @@ def load_into_(
     for name, tensor in list(module.state_dict().items()):
         loaded = checkpoint[prefix + name].to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         if loaded.shape != tensor.shape:
-            raise RunError(f"{prefix}{name}: the checkpoint holds shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}")
+            raise RunError(
+                f"{prefix}{name}: the checkpoint holds shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}"
+            )
         owner_path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_path)
         if leaf in owner._parameters:

@@ -6,7 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pruneexp.modeling_pruned import Family, LayerStructure, RemovedAttention, Writer, head_size, is_pre_norm, slope_heads
+from pruneexp.modeling_pruned import (
+    Family,
+    LayerStructure,
+    RemovedAttention,
+    Writer,
+    head_size,
+    is_pre_norm,
+    slope_heads,
+)
 from pruneexp.types import Block, Cost, Site, SiteWeights
 
 

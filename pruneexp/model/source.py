@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import nn
 from pruneexp import modeling_pruned
 from pruneexp.model.checkpoint import Checkpoint, safetensors_files
 from pruneexp.model.loaded import Model, load_into_
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, Site
 
 EMBEDDED = "embedded:"  # path prefix of the models inside the package
+WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,7 +53,9 @@ class ModelSource:
         """Everything that can be told from files and the machine without loading a weight. Raises ConfigError."""
         device = torch.device(self.device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"model.device={self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+            raise ConfigError(
+                f"model.device={self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices"
+            )
         folder = self.local_folder()
         if folder is None:
             return
@@ -86,22 +90,60 @@ class ModelSource:
             hint = ""
             if "auto_map" in config and not self.trust_remote_code:
                 hint = "; it brings its own code, which only model.trust_remote_code=true would run"
-            raise ConfigError(f"model.path={self.path!r}: model_type {model_type!r} is not supported; expected one of "
-                              f"{families}{hint}")
+            raise ConfigError(
+                f"model.path={self.path!r}: model_type {model_type!r} is not supported; expected one of "
+                f"{families}{hint}"
+            )
         if "quantization_config" in config:
             raise ConfigError(f"model.path={self.path!r}: is quantised; expected the full-precision checkpoint")
         return config
 
-    def load(self) -> Model:
-        """The model, ready to run: evaluation mode, no gradients."""
-        from transformers import AutoTokenizer
+    def describe(self) -> tuple[Any, int, int | None]:
+        """The tokenizer (None where the checkpoint has none), the size of the vocabulary and the longest window that
+        the position embeddings allow (None: any), without a weight."""
+        folder = self.folder()
+        config = self.stock_config(folder)
+        return _tokenizer(folder, config), config.vocab_size, getattr(config, "max_position_embeddings", None)
 
-        folder = self.local_folder() or self._download()
+    def outline(self) -> tuple[int, tuple[Site, ...], int, int]:
+        """Layers, sites, parameters in the decoder layers and in all, from the config alone."""
+        folder = self.folder()
+        model_class, config, family = _model_class(folder, self.read_config(folder)["model_type"])
+        with torch.device("meta"):
+            module = model_class._from_config(config)
+        model = self._model(module, None, family, config, torch.float32, None)
+        total = sum(p.numel() for p in module.parameters())
+        return len(model.layers), model.sites(), model.decoder_params, total
+
+    def folder(self) -> Path:
+        """The checkpoint's folder; a Hub id is downloaded first."""
+        return self.local_folder() or self._download()
+
+    def stock_config(self, folder: Path) -> Any:
+        """The config of the stock architecture: a pruned checkpoint's, without its structure."""
+        _, config, _ = _model_class(folder, self.read_config(folder)["model_type"])
+        return modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Where the weights came from and what identifies them: SHA-256 of config.json and of every weight file,
+        of files over 256 MiB the header and the size alone."""
+        folder = self.folder()
+        files = {}
+        for name in ["config.json", *safetensors_files(folder)]:
+            path = folder / name
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
+            files[name] = {"bytes": size, "sha256": hashlib.sha256(content).hexdigest(), "whole": size <= WHOLE_FILE}
+        return {"name": self.name, "path": self.path, "revision": self.revision, "files": files}
+
+    def load(self, tokenizer: Any = None) -> Model:
+        """The model, ready to run: evaluation mode, no gradients. `tokenizer`: the one of `describe`, if at hand."""
+        folder = self.folder()
         config_json = self.read_config(folder)
         dtype = self._dtype(config_json)
-        family = modeling_pruned.FAMILIES[config_json["model_type"].removeprefix("pruned_")]
         _quiet_transformers()
-        model_class, config = _model_class(folder, config_json["model_type"], family)
+        model_class, config, family = _model_class(folder, config_json["model_type"])
         device = torch.device(self.device)
         checkpoint = Checkpoint(folder, model_class.base_model_prefix) if self.stream else None
         if checkpoint is None:
@@ -109,16 +151,26 @@ class ModelSource:
         else:
             module = _load_without_layers(model_class, config, family, checkpoint, device, dtype)
         module.eval().requires_grad_(False)
-        stock = modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config
-        has_tokenizer = any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=stock) if has_tokenizer else None
+        if tokenizer is None:
+            tokenizer = _tokenizer(folder, self.stock_config(folder))
+        return self._model(module, tokenizer, family, config, dtype, checkpoint)
+
+    def _model(
+        self,
+        module: Any,
+        tokenizer: Any,
+        family: modeling_pruned.Family,
+        config: Any,
+        dtype: torch.dtype,
+        checkpoint: Checkpoint | None,
+    ) -> Model:
         return Model(
             module,
             tokenizer,
             family,
-            stock,
+            modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config,
             name=self.name,
-            device=device,
+            device=torch.device(self.device),
             dtype=dtype,
             batch_size=self.batch_size,
             checkpoint=checkpoint,
@@ -139,27 +191,41 @@ class ModelSource:
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
         except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"model.path={self.path!r}: no such folder, and not had from the Hub ({reason})") from error
+            raise ConfigError(
+                f"model.path={self.path!r}: no such folder, and not had from the Hub ({reason})"
+            ) from error
 
 
-def _model_class(folder: Path, model_type: str, family: modeling_pruned.Family) -> tuple[Any, Any]:
+def _model_class(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pruned.Family]:
+    """The class that loads a checkpoint (stock, or with pruned layers), its config and its table."""
     import transformers
 
-    stock = model_type.removeprefix("pruned_") == model_type
+    family = modeling_pruned.FAMILIES[model_type.removeprefix("pruned_")]
     names = (f"{family.stock}ForCausalLM", f"{family.stock}Config")
-    if stock:
+    if model_type in modeling_pruned.FAMILIES:
         model_class, config_class = (getattr(transformers, name) for name in names)
     else:
         model_class, config_class = (modeling_pruned.__getattr__(f"Pruned{name}") for name in names)
-    return model_class, config_class.from_pretrained(folder)
+    return model_class, config_class.from_pretrained(folder), family
+
+
+def _tokenizer(folder: Path, config: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return AutoTokenizer.from_pretrained(folder, config=config)
 
 
 def _load_whole(model_class: Any, folder: Path, config: Any, dtype: torch.dtype) -> Any:
     module, info = model_class.from_pretrained(
         folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
-    problems = [f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind]))[:3])}"
-                for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
+    problems = [
+        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind]))[:3])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind)
+    ]
     if problems:
         raise ConfigError(f"model.path={str(folder)!r}: the checkpoint does not fit its config ({'; '.join(problems)})")
     return module
@@ -189,7 +255,9 @@ def _load_without_layers(
         part._buffers.update(own._buffers)
         computed = [k for k in part._non_persistent_buffers_set if part._buffers.get(k) is not None]
         if computed:  # rotary frequencies: not stored anywhere, computed when the module is made
-            fresh: Any = type(part)(config=modeling_pruned.stock_config(config) if "pruned" in config.model_type else config)
+            fresh: Any = type(part)(
+                config=modeling_pruned.stock_config(config) if "pruned" in config.model_type else config
+            )
             for key in computed:
                 part._buffers[key] = fresh._buffers[key].to(device)
     if config.tie_word_embeddings:

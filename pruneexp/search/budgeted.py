@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import by_layer, in_order, layer_budgets, planned, prunable_params, raw, require, standardised
+from pruneexp.search.common import (
+    by_layer,
+    in_order,
+    layer_budgets,
+    planned,
+    prunable_params,
+    raw,
+    require,
+    standardised,
+)
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
 Granularity = list[Literal["heads", "channels", "blocks"]]
 KIND = {"heads": "attention", "channels": "mlp", "blocks": "block"}
 
-# Shares that differ by rounding alone (0.3 * 10 against 3) must not end on different sides of a tie.
-_EPSILON = 1e-9
+# Numbers that differ by rounding alone (0.3 * 10 against 3) must not end on different sides of a tie.
+_UNITS_EPSILON = 1e-9
+_PARAMS_EPSILON = 1e-3
 
 
 @dataclass(frozen=True)
@@ -41,27 +51,40 @@ class Uniform:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        values, chosen = raw(scores, sites), _chosen(sites, self.granularity, self.min_units, budget)
+        values, chosen = raw(scores, sites), _chosen(sites, self.granularity, budget)
+        if chosen and _complete(sites, budget):
+            require(budget, _removable(chosen, self.min_units))
         keep, over = {}, 0.0
-        for layer, share in layer_budgets(budget, chosen).items():
+        for layer, share in layer_budgets(budget, sites).items():
+            share = replace(share, added=share.added + over)
             own = [site for site in chosen if site.layer == layer]
-            counts, over = self._counts(own, share, share.remove + over)
+            counts, over = self._counts(own, share) if own else ({}, share.remove)
             keep.update({site.name: _all_but_lowest(values[site.name], counts[site.name]) for site in own})
         return planned(keep, sites, budget)
 
-    def _counts(self, sites: list[Site], budget: Budget, target: float) -> tuple[dict[str, int], float]:
+    def _counts(self, sites: list[Site], budget: Budget) -> tuple[dict[str, int], float]:
         """How many units leave each site of a layer, and the parameters still to be removed."""
+        *dearer, cheapest = sorted(sites, key=lambda site: (-site.cost.params, site.name))
+        # what a layer leaves over, rounding aside, no other layer would make up for
+        require(budget, _removable(sites, self.min_units) + len(sites) * cheapest.cost.params)
         share = budget.ratio * budget.total / prunable_params(sites)
-        dearest_first = sorted(sites, key=lambda site: (-site.cost.params, site.name))
-        most = {site.name: max(0, site.units - self.min_units) for site in sites}
-        counts = {site.name: min(_nearest(share * site.units), most[site.name]) for site in dearest_first[:-1]}
-        left = target - sum(counts[site.name] * site.cost.params for site in dearest_first[:-1])
-        # Cheapest first, the others where that one is exhausted (or where the heads took too much).
-        for site in reversed(dearest_first):
-            before = counts.get(site.name, 0)
-            counts[site.name] = min(max(before + _nearest(left / site.cost.params), 0), most[site.name])
-            left -= (counts[site.name] - before) * site.cost.params
-        return counts, left
+        counts, target = {site.name: 0 for site in sites}, budget.remove
+
+        def remove(site: Site, more: int) -> None:
+            nonlocal target
+            most = max(0, site.units - self.min_units)
+            more = min(max(counts[site.name] + more, 0), most) - counts[site.name]
+            counts[site.name] += more
+            target -= more * site.cost.params
+
+        for site in dearer:
+            remove(site, _nearest(share * site.units))
+        remove(cheapest, _nearest(target / cheapest.cost.params))
+        for site in dearer:  # where the cheapest have run out, or the dearer took too much
+            if abs(target) > cheapest.cost.params / 2 + _PARAMS_EPSILON:
+                remove(site, math.ceil(abs(target) / site.cost.params) * (1 if target > 0 else -1))
+                remove(cheapest, _nearest(target / cheapest.cost.params))
+        return counts, target
 
 
 @dataclass(frozen=True)
@@ -71,8 +94,8 @@ class Global:
     `normalise` makes sites comparable: zscore (`common.standardised`), mean (score over the mean of the site's
     scores), per_parameter (score over the unit's cost: for scores that are losses), none. A unit that would overshoot
     by more than half the cheapest unit is passed over, and cheaper ones fill up, so that the budget is met to half
-    the cheapest unit as long as there are any (to half a unit of the next dearer kind otherwise). Ties leave in the
-    order of layer, site name, unit. Only sites of a kind in `granularity` lose units; each keeps `min_units`.
+    the cheapest unit. Ties leave in the order of layer, site name, unit. Only sites of a kind in `granularity` lose
+    units; each keeps `min_units`.
     """
 
     local: ClassVar[bool] = False
@@ -87,15 +110,15 @@ class Global:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        chosen = _chosen(sites, self.granularity, self.min_units, budget)
+        chosen = _chosen(sites, self.granularity, budget)
+        require(budget, _removable(chosen, self.min_units))
         values = self._comparable(scores, sites)
         sizes = [site.units for site in chosen]
         score = torch.cat([values[site.name].double() for site in chosen])
         cost = torch.cat([torch.full((site.units,), site.cost.params) for site in chosen])
         free = torch.cat([~_all_but_lowest(values[site.name], site.units - self.min_units) for site in chosen])
         order = score.sort(stable=True).indices
-        leaves = torch.zeros(len(score), dtype=torch.bool)
-        leaves[_until(budget.remove, order[free[order]], cost)] = True
+        leaves = _until(budget.remove, order[free[order]], cost)
         keep = {site.name: ~gone for site, gone in zip(chosen, leaves.split(sizes), strict=True)}
         return planned(keep, sites, budget)
 
@@ -111,25 +134,28 @@ class Global:
 
 
 def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
-    """Of units in the order in which they may leave, those that do: indices, their costs adding up to the target."""
-    gone, left = [order[:0]], target
-    slack = cost[order].min() / 2 if len(order) else 0
-    passed_over = order
+    """Mask of the units that leave, given the order in which they may: their costs add up to the target."""
+    gone = torch.zeros(len(cost), dtype=torch.bool)
+    if len(order) == 0:
+        return gone
+    cheapest = int(cost[order].min())
+    slack, left, rest = cheapest / 2 + _PARAMS_EPSILON, target, order
     # Every turn takes the longest run that fits, then drops the units that no longer do: at most one turn per cost.
-    rest = order[cost[order] <= left + slack + _EPSILON]
-    while len(rest):
-        fits = cost[rest].cumsum(0) <= left + slack + _EPSILON
-        gone.append(rest[fits])
-        left -= int(cost[gone[-1]].sum())
+    while len(rest := rest[cost[rest] <= left + slack]):
+        fits = cost[rest].cumsum(0) <= left + slack
+        gone[rest[fits]] = True
+        left -= int(cost[rest[fits]].sum())
         rest = rest[~fits]
-        rest = rest[cost[rest] <= left + slack + _EPSILON]
-    # The cheap ones are used up: a dearer one where that comes nearer.
-    passed_over = passed_over[~torch.isin(passed_over, torch.cat(gone))]
-    for unit in passed_over.tolist() if left > slack else ():
-        if int(cost[unit]) / 2 <= left + _EPSILON:
-            gone.append(torch.tensor([unit]))
-            left -= int(cost[unit])
-    return torch.cat(gone)
+    if left > slack:
+        # The cheapest have run out: dearer ones leave, and for what these are too much, the last of the cheapest stay.
+        passed_over = order[~gone[order]]
+        run = passed_over[: int((cost[passed_over].cumsum(0) < left - slack).sum()) + 1]
+        gone[run] = True
+        left -= int(cost[run].sum())
+        back = max(0, math.ceil(-left / cheapest - 0.5 - _PARAMS_EPSILON))  # halves down: ties remove more
+        taken = order[gone[order] & (cost[order] == cheapest)]
+        gone[taken[max(0, len(taken) - back) :]] = False
+    return gone
 
 
 def _check(min_units: int, granularity: Granularity) -> None:
@@ -141,22 +167,27 @@ def _check(min_units: int, granularity: Granularity) -> None:
         raise ConfigError(f"granularity={granularity!r}: expected blocks alone, which hold the heads and channels")
 
 
-def _chosen(sites: Sequence[Site], granularity: Granularity, min_units: int, budget: Budget) -> list[Site]:
-    """The sites that may lose units. Raises ConfigError where the budget is more than they can give."""
+def _chosen(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
+    """The sites that may lose units. Raises ConfigError where there are none (one layer of several may have none)."""
     chosen = [site for site in in_order(sites) if site.kind in {KIND[name] for name in granularity}]
-    if not chosen:
-        found = sorted({name for name, kind in KIND.items() if kind in {site.kind for site in sites}})
-        raise ConfigError(f"search.granularity={list(granularity)!r}: expected some of {found}, which the model has")
-    cheapest = min(site.cost.params for site in chosen)
-    for own in by_layer(chosen).values():
-        pass
-    require(budget, sum(max(0, s.units - min_units) * s.cost.params for s in chosen) + cheapest / 2)
+    if not chosen and _complete(sites, budget):
+        there = [name for name, kind in KIND.items() if any(site.kind == kind for site in sites)]
+        raise ConfigError(f"search.granularity={list(granularity)!r}: expected some of {', '.join(there)}")
     return chosen
+
+
+def _complete(sites: Sequence[Site], budget: Budget) -> bool:
+    """Whether these are all layers, not one of several."""
+    return budget.layers is None or budget.layers == len(by_layer(sites))
+
+
+def _removable(sites: Sequence[Site], min_units: int) -> int:
+    return sum(max(0, site.units - min_units) * site.cost.params for site in sites)
 
 
 def _nearest(x: float) -> int:
     """Nearest whole number, halves up."""
-    return math.floor(x + 0.5 + _EPSILON)
+    return math.floor(x + 0.5 + _UNITS_EPSILON)
 
 
 def _all_but_lowest(score_U: Tensor, n: int) -> Tensor:

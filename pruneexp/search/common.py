@@ -1,4 +1,4 @@
-"""What searches share: checked scores in one order, standardised scores, budgets of single layers, the plan's figures."""
+"""What searches share: checked scores, standardised scores, budgets of single layers, the plan's figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def checked(scores: Scores, sites: Sequence[Site]) -> dict[str, Score]:
             raise RunError(f"{site.name}: the criterion gave no scores")
         values_U = unit_scores(scores[site.name])
         if values_U.shape != (site.units,):
-            raise RunError(f"{site.name}: {list(values_U.shape)} scores, expected one for each of its {site.units} units")
+            raise RunError(
+                f"{site.name}: {list(values_U.shape)} scores, expected one for each of its {site.units} units"
+            )
         if not torch.isfinite(values_U).all():
             raise RunError(f"{site.name}: scores hold NaN or Inf")
     return {site.name: scores[site.name] for site in sites}
@@ -100,8 +102,8 @@ def planned(keep: Mapping[str, Tensor], sites: Sequence[Site], budget: Budget) -
 
 def require(budget: Budget, most: float) -> None:
     """Raises ConfigError, naming the largest ratio, where more is to leave than `most` parameters."""
-    if budget.ratio > 0 and budget.remove > most:
+    if budget.remove > most + 1e-3:  # more than rounding
         largest = max(0.0, (most - budget.added) / budget.total)
         raise ConfigError(
-            f"sparsity.ratio={budget.ratio!r}: expected at most {int(largest * 1e4) / 1e4}, all that this search may remove"
+            f"sparsity.ratio={budget.ratio!r}: expected at most {int(largest * 1e4) / 1e4}, all that search may remove"
         )

@@ -8,6 +8,7 @@ minimum: a sublayer may lose all its units. A ratio of 0 keeps everything (there
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -53,10 +54,10 @@ class UlMm:
         values, layers, keep = raw(scores, sites), by_layer(sites), {}
         heads = self.heads // (budget.layers or len(layers)) if budget.ratio > 0 else 0
         for own in layers.values():
-            _require_at_most(self.heads, heads, own, budget.layers or len(layers))
-            channels = _channels(budget.ratio, budget.total / len(layers), heads, own, self.heads)
-            for site in own:
-                keep[site.name] = _at_least(values[site.name], heads if site.kind == "attention" else channels)
+            wanted = budget.ratio * (budget.total / len(layers))
+            channels = _channels(wanted, heads, own, self.heads, budget.layers or len(layers))
+            keep.update({site.name: _at_least(values[site.name], heads) for site in _attention(own)})
+            keep.update({site.name: _at_least(values[site.name], channels) for site in _ffn(own)})
         return planned(keep, sites, budget)
 
 
@@ -80,9 +81,8 @@ class AlMm:
     ) -> Plan:
         layers = len(by_layer(sites))
         heads = self.heads if budget.ratio > 0 else 0
-        _require_at_most(self.heads, heads, sites, 1)
         # L times the ratio first: the order in which that code multiplies decides what the floor sees
-        channels = _channels(layers * budget.ratio, budget.total / layers, heads, sites, self.heads)
+        channels = _channels(layers * budget.ratio * (budget.total / layers), heads, sites, self.heads, 1)
         z, keep = standardised(scores, sites), {}
         for group, n in ((_attention(sites), heads), (_ffn(sites), channels)):
             threshold = _nth_lowest([z[site.name] for site in group], n)
@@ -104,7 +104,7 @@ class AlAm:
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
         require(budget, prunable_params(sites))
-        costs = {site.name: float(site.cost.params) for site in sites}
+        costs = {site.name: site.cost.params for site in sites}
         stay = torch.tensor(prunable_params(sites) - budget.remove, dtype=torch.float64)
         return planned(_above_closest(scores, sites, costs, stay, budget), sites, budget)
 
@@ -142,7 +142,7 @@ def _nth_lowest(scores: Sequence[Tensor], n: int) -> float:
 
 
 def _above_closest(
-    scores: Scores, sites: Sequence[Site], costs: Mapping[str, float], stay: Tensor, budget: Budget
+    scores: Scores, sites: Sequence[Site], costs: Mapping[str, int], stay: Tensor, budget: Budget
 ) -> dict[str, Tensor]:
     if budget.ratio == 0:
         return {}
@@ -150,8 +150,7 @@ def _above_closest(
     z = standardised(scores, sites)
     ranked = torch.cat([z[site.name] for site in ordered]).sort(descending=True, stable=True)
     cost = torch.cat([torch.full((site.units,), costs[site.name]) for site in ordered])
-    kept = cost[ranked.indices].cumsum(0, dtype=torch.float64 if stay.dtype == torch.float64 else None)
-    threshold = ranked.values[(kept - stay).abs().argmin()]
+    threshold = ranked.values[(cost[ranked.indices].cumsum(0) - stay).abs().argmin()]
     return {site.name: z[site.name] > threshold for site in ordered}
 
 
@@ -160,32 +159,34 @@ def _attention(sites: Sequence[Site]) -> list[Site]:
 
 
 def _ffn(sites: Sequence[Site]) -> list[Site]:
-    return [site for site in sites if site.kind != "attention"]
+    return [site for site in sites if site.kind == "mlp"]
 
 
-def _channels(ratio: float, params: float, heads: int, sites: Sequence[Site], asked: int) -> int:
-    """FFN channels that make up `ratio` of `params` once `heads` heads are gone. Raises ConfigError where none can."""
-    if ratio == 0:
+def _channels(wanted: float, heads: int, sites: Sequence[Site], asked: int, per: int) -> int:
+    """FFN channels that leave the sites together for `wanted` parameters to go with them and `heads` heads.
+
+    Raises ConfigError, naming the heads `asked` for (`heads` times `per` layers), where there are fewer heads, where
+    they alone are more than wanted, or where all channels cannot make up for what they leave.
+    """
+    attention, ffn = _attention(sites), _ffn(sites)
+    if wanted == 0:
         return 0
-    ffn, attention = _ffn(sites), _attention(sites)
-    head = attention[0].cost.params if attention else 0
-    if not ffn:
-        raise ConfigError("search: the manual structures remove FFN channels for what heads do not cover: found none")
-    channels = int((ratio * params - head * heads) / ffn[0].cost.params)
-    most = sum(site.units for site in ffn)
-    if channels < 0:
-        raise ConfigError(f"search.heads={asked}: they alone are more than sparsity.ratio removes; expected fewer")
-    if channels > most:
-        raise ConfigError(f"search.heads={asked}: all FFN channels are too few for the rest of sparsity.ratio; expected more")
+    if not ffn or not attention:
+        raise ConfigError(f"search.heads={asked}: expected a model with attention and FFN sites, both are cut")
+    head, channel = attention[0].cost.params, ffn[0].cost.params
+    channels = int((wanted - heads * head) / channel)
+    there, all_channels = sum(site.units for site in attention), sum(site.units for site in ffn)
+    most = min(there, math.floor(wanted / head))
+    least = math.ceil((wanted - all_channels * channel) / head)
+    if heads > most:
+        why = "all heads (KV groups)" if most == there else "what the sparsity.ratio pays for"
+        raise ConfigError(f"search.heads={asked}: expected at most {most * per}, {why}")
+    if channels > all_channels:
+        fits = f"at least {least * per}" if least <= there else "a lower sparsity.ratio"
+        raise ConfigError(f"search.heads={asked}: expected {fits}, all FFN channels together are too few for the rest")
     return channels
 
 
 def _require_heads(heads: int) -> None:
     if heads < 0:
         raise ConfigError(f"heads={heads!r}: expected an integer >= 0, the heads (KV groups) to remove over all layers")
-
-
-def _require_at_most(asked: int, heads: int, sites: Sequence[Site], layers: int) -> None:
-    most = sum(site.units for site in _attention(sites))
-    if heads > most:
-        raise ConfigError(f"search.heads={asked}: expected at most {most * layers}, the heads (KV groups) there are")

@@ -1,13 +1,14 @@
 """The only code that changes models: masking for a while, shrinking for good, saving and proving what was saved."""
 
 from pruneexp.surgery.mask import masked
-from pruneexp.surgery.prove import prove_in_place, prove_in_process
-from pruneexp.surgery.save import Form, ShardWriter, save, save_form, write_description
+from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
+from pruneexp.surgery.save import Form, StreamedSave, save, save_form
 from pruneexp.surgery.shrink import remove_blocks_, shrink_, shrink_layer_
 
 __all__ = [
+    "BlockProof",
     "Form",
-    "ShardWriter",
+    "StreamedSave",
     "masked",
     "prove_in_place",
     "prove_in_process",
@@ -16,5 +17,4 @@ __all__ = [
     "save_form",
     "shrink_",
     "shrink_layer_",
-    "write_description",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.model import Checkpoint, Model
+from pruneexp.model import Model, ModelSource
 from pruneexp.types import RunError
 
 # Runs in a process of its own, isolated from this package (-I: no working directory, no PYTHONPATH).
@@ -72,26 +72,56 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str,
 
 def prove_in_place(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str, Any]:
     """Reloads `folder` here, with the modeling file of this package, and compares logits."""
-    from pruneexp.model import ModelSource
+    difference = (
+        (_logits(_source(model, folder, stream=False).load(), tokens_BT) - _logits(model, tokens_BT)).abs().max().item()
+    )
+    return {"prove": "in_place", "max_logit_difference": difference, "windows": list(tokens_BT.shape)}
 
-    source = ModelSource(
+
+class BlockProof:
+    """Proof of a streamed checkpoint, block by block: what each shrunk block computed on a few windows while it was at
+    hand, against what the reloaded one computes on the same input."""
+
+    def __init__(self, model: Model, tokens_BT: Tensor):
+        self.model = model
+        self.hidden_BTD, self.calls = model.enter(tokens_BT)
+        self.tokens_BT = tokens_BT
+        self.outputs: list[Tensor] = []
+
+    def record(self, index: int) -> None:
+        """Runs the shrunk layer `index`, which must be loaded."""
+        self.hidden_BTD = self.model.run_layer(self.model.layers[index], self.hidden_BTD, self.calls[index])
+        self.outputs.append(self.hidden_BTD)
+
+    def compare(self, folder: Path) -> dict[str, Any]:
+        """Reloads `folder` through its own config, one block at a time, then the head."""
+        reloaded = _source(self.model, folder, stream=True).load()
+        hidden, calls = reloaded.enter(self.tokens_BT)
+        gaps = []
+        for index, expected in enumerate(self.outputs):
+            with reloaded.loaded(index) as layer:
+                hidden = reloaded.run_layer(layer, hidden, calls[index])
+            gaps.append((hidden - expected).abs().max().item())
+        logits = [m.leave(self.tokens_BT, h).float() for m, h in ((reloaded, hidden), (self.model, self.outputs[-1]))]
+        return {
+            "prove": "block_by_block",
+            "max_block_difference": max(gaps),
+            "max_logit_difference": (logits[0] - logits[1]).abs().max().item(),
+            "windows": list(self.tokens_BT.shape),
+        }
+
+
+def _source(model: Model, folder: Path, stream: bool) -> ModelSource:
+    return ModelSource(
         name="proof",
         path=str(folder),
         revision=None,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
-        stream=False,
+        stream=stream,
         trust_remote_code=False,
         batch_size=model.batch_size,
     )
-    difference = (_logits(source.load(), tokens_BT) - _logits(model, tokens_BT)).abs().max().item()
-    return {"prove": "in_place", "max_logit_difference": difference, "windows": list(tokens_BT.shape)}
-
-
-def prove_block(checkpoint: Checkpoint, prefix: str, tensors: dict[str, Tensor]) -> float:
-    """Largest difference between a streamed block's tensors and what was written of them."""
-    gaps = [(checkpoint[prefix + name].to(t) - t).abs().max() for name, t in tensors.items() if t.numel()]
-    return max((gap.item() for gap in gaps), default=0.0)
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from pruneexp import modeling_pruned
-from pruneexp.model import Model, layer_structure
+from pruneexp.model import Checkpoint, Model, layer_structure
 from pruneexp.modeling_pruned import FAMILIES, LayerStructure, head_size
+from pruneexp.surgery.prove import BlockProof
 from pruneexp.types import RunError
 
 SHARD_BYTES = 4 * 2**30
+STREAMED_SHARD_BYTES = 2**20  # what waits to be written counts as memory: a layer fills a shard
 REMOTE_CODE = Path(modeling_pruned.__file__)
 
 
@@ -54,20 +57,15 @@ def save(model: Model, folder: Path) -> Form:
     """
     form = save_form(model)
     aside = folder.with_name(folder.name + ".partial")
-    try:
+    with _writing(folder, aside):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_weights(_tensors(model, form), aside)
+        writer = ShardWriter(aside)
+        for name, tensor in _tensors(model, form):
+            writer.add({name: tensor})
+        writer.close()
         write_description(model, form, aside)
         aside.rename(folder)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"{folder}: the checkpoint cannot be written ({error.strerror or error})") from error
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if "No space left" in str(error) or "os error" in str(error).lower():  # safetensors raises its own kind
-            raise RunError(f"{folder}: the checkpoint cannot be written ({error})") from error
-        raise
     return form
 
 
@@ -196,14 +194,60 @@ def _tensors(model: Model, form: Form) -> Iterable[tuple[str, Tensor]]:
         for path in form.zero_biases:
             linear: Any = layer.get_submodule(path)
             if linear.bias is None:
-                yield f"{model.layers_path}.{index}.{path}.bias", linear.weight.new_zeros(linear.out_features)
+                zeros = torch.zeros(linear.out_features, dtype=model.dtype)
+                yield f"{model.layers_path}.{index}.{path}.bias", zeros
 
 
-def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    writer = ShardWriter(folder)
-    for name, tensor in tensors:
-        writer.add({name: tensor})
-    writer.close()
+class StreamedSave:
+    """A checkpoint written layer by layer, while each shrunk layer is at hand; aside first, renamed when finished."""
+
+    def __init__(self, model: Model, folder: Path, proof: BlockProof):
+        self.model, self.folder, self.proof = model, folder, proof
+        self.aside = folder.with_name(folder.name + ".partial")
+        try:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            self.aside.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"{folder}: the checkpoint cannot be written ({error.strerror or error})") from error
+        self.writer = ShardWriter(self.aside, shard_bytes=STREAMED_SHARD_BYTES)
+
+    def layer(self, index: int) -> None:
+        """Takes up decoder layer `index` as it stands."""
+        prefix = f"{self.model.layers_path}.{index}."
+        layer = self.model.layers[index]
+        self.proof.record(index)
+        with _writing(self.folder, self.aside):
+            self.writer.add({prefix + name: tensor for name, tensor in layer.state_dict().items()})
+
+    def finish(self) -> Form:
+        """Writes the rest and puts the checkpoint in its place; the model streams from it from here on."""
+        form = save_form(self.model)
+        with _writing(self.folder, self.aside):
+            for name, tensor in _tensors(self.model, form):
+                if not tensor.is_meta:
+                    self.writer.add({name: tensor})
+            self.writer.close()
+            write_description(self.model, form, self.aside)
+            self.aside.rename(self.folder)
+        self.model.checkpoint = Checkpoint(self.folder, self.model.module.base_model_prefix)
+        return form
+
+    def prove(self) -> dict[str, Any]:
+        """Reloads the checkpoint block by block, by its own config, and compares what each block computes."""
+        return self.proof.compare(self.folder)
+
+
+@contextmanager
+def _writing(folder: Path, aside: Path) -> Iterator[None]:
+    """Whatever goes wrong while writing leaves nothing behind; a full or read-only disk becomes one clear line."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        # safetensors reports the disk's errors as a kind of its own, with the system's words in the message
+        if isinstance(error, OSError) or "os error" in str(error).lower() or "No space left" in str(error):
+            raise RunError(f"{folder}: the checkpoint cannot be written ({error})") from error
+        raise
 
 
 class ShardWriter:
@@ -237,9 +281,11 @@ class ShardWriter:
         """Names the shards as transformers expects them."""
         self.flush()
         count = len(self._shards)
-        names = ["model.safetensors"] if count == 1 else [
-            f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
-        ]
+        names = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
         for index, name in enumerate(names):
             (self.folder / f"shard-{index:05d}").rename(self.folder / name)
         if count > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -69,9 +68,7 @@ def remove_blocks_(model: Model, plan: Plan) -> None:
     number_caches_(model.layers, model.family)
 
 
-def _structure_after(
-    model: Model, layer: nn.Module, sites: list[Site], plan: Plan, readers: Readers
-) -> LayerStructure:
+def _structure_after(model: Model, layer: nn.Module, sites: list[Site], plan: Plan, readers: Readers) -> LayerStructure:
     structure = layer_structure(layer, model.family, model.config)
     for site in sites:
         kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))

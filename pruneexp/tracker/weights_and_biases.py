@@ -106,7 +106,7 @@ class Wandb:
 
     def _say_where(self) -> None:
         run = self._live.run
-        where = f"{Path(run.dir).parent}, for `wandb sync`" if run.offline else run.url
+        where = f"{Path(run.dir).parent}, for `wandb sync`" if run.offline else run.url or "disabled"
         logger.info("Weights & Biases: %s", where)
 
     def log(self, metrics: Mapping[str, float]) -> None:

@@ -1,0 +1,272 @@
+"""A run, from a composed experiment to a finished run folder.
+
+tokens -> calibrate -> score -> search -> compensate + shrink -> evaluate -> track
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pruneexp.calibrate import Meter
+from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
+from pruneexp.model import Model, ModelSource
+from pruneexp.prune import Method, Pruned, prune_
+from pruneexp.report import print_summary
+from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, prove_in_process, save
+from pruneexp.tracker import LocalRun, Trackers, check_folder, run_folder, write_atomic
+from pruneexp.types import Compensator, ConfigError, Criterion, Evaluator, RunError, Search, Sparsity, Tracker
+
+logger = logging.getLogger("pruneexp")
+
+PROOF_WINDOWS, PROOF_LENGTH = 2, 64  # tokens on which a saved checkpoint is compared
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run's record goes and what of it is kept; `prove` says how a saved checkpoint is checked."""
+
+    dir: str | None
+    name: str | None
+    overwrite: bool
+    save: bool
+    prove: Literal["process", "in_place", "off"]
+    dry: bool
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One choice of every group, and the run's own settings. `config`: the composed config; `job`: recipe, sweep."""
+
+    model: ModelSource
+    dataset: WindowSource
+    criterion: Criterion
+    sparsity: Sparsity
+    search: Search
+    compensator: Compensator
+    evaluators: Mapping[str, Evaluator]
+    tracker: Tracker
+    run: RunSettings
+    seed: int
+    config: Mapping[str, Any]
+    job: Mapping[str, Any]
+
+    def check(self) -> None:
+        """What files and the machine can tell without loading a weight. Raises ConfigError."""
+        if self.run.dir is not None and not self.run.dry:
+            check_folder(Path(self.run.dir), self.run.overwrite)
+        self.model.check()
+        self.dataset.check(evaluation=False)
+        for evaluator in self.evaluators.values():
+            check = getattr(evaluator, "check", None)
+            if check is not None:
+                check()
+
+
+def run_experiment(experiment: Experiment) -> dict[str, float]:
+    """Runs it and returns its metrics; the run folder records how it ended.
+
+    Raises ConfigError or RunError, one line each, for what the user can mend; both are in status.json by then.
+    """
+    tokenizer, tokens_NT = _inputs(experiment)
+    if experiment.run.dry:
+        return _dry(experiment, tokens_NT)
+    settings, job = experiment.run, experiment.job
+    folder = run_folder(settings.dir, job["recipe"], settings.name, datetime.now())
+    local = LocalRun(settings.overwrite)
+    trackers = Trackers((local, experiment.tracker))
+    try:
+        trackers.start(folder, experiment.config, job["sweep"], settings.name, "job" if job["sweep"] else "run")
+        return _Run(experiment, folder, local, trackers).execute(tokenizer, tokens_NT)
+    except (ConfigError, RunError) as error:
+        trackers.fail(str(error))
+        raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        trackers.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "terminated")
+        raise
+    except MemoryError as error:
+        reason = "out of memory; a smaller model.batch_size or model.stream=true needs less"
+        trackers.fail(reason, traceback.format_exc())
+        raise RunError(reason) from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        trackers.fail(reason, traceback.format_exc())
+        raise RunError(f"{reason} (the traceback is in {folder / 'log.txt'})") from error
+
+
+def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
+    """Tokenizer and calibration windows, and every check of texts that needs them, before a weight is loaded."""
+    tokenizer, vocabulary, max_length = experiment.model.describe()
+    tokens_NT = experiment.dataset.calibration(tokenizer)
+    check_vocabulary(tokens_NT, vocabulary, experiment.dataset.key("calibration"))
+    if max_length is not None and tokens_NT.shape[1] > max_length:
+        raise ConfigError(
+            f"dataset.length={tokens_NT.shape[1]}: expected at most {max_length}, the model's longest window"
+        )
+    for evaluator in experiment.evaluators.values():
+        prepare = getattr(evaluator, "prepare", None)
+        if prepare is not None:
+            prepare(tokenizer, vocabulary)
+        windows = getattr(evaluator, "windows", None)
+        if windows is not None:
+            share = overlap(tokens_NT, windows(tokenizer))
+            if share:
+                logger.warning(
+                    "%.0f %% of the windows that %s is measured on share text with the calibration windows",
+                    100 * share,
+                    evaluator.dataset.name,  # type: ignore[attr-defined]
+                )
+    return tokenizer, tokens_NT
+
+
+def _dry(experiment: Experiment, tokens_NT: Tensor) -> dict[str, float]:
+    """The model's structure and what would leave it, from its config alone."""
+    layers, sites, decoder, total = experiment.model.outline()
+    kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
+    units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
+    print(f"{experiment.model.name}: {layers} layers, {units}; {total:,} parameters, {decoder:,} in decoder layers")
+    print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
+    print(f"to remove: {experiment.sparsity.ratio:.1%} = {round(experiment.sparsity.ratio * decoder):,} parameters")
+    return {"dense/params": total, "dense/params/decoder": decoder}
+
+
+class _Run:
+    """One run under way: its parts, its clock, its metrics."""
+
+    def __init__(self, experiment: Experiment, folder: Path, local: LocalRun, trackers: Trackers):
+        self.experiment, self.folder, self.local, self.trackers = experiment, folder, local, trackers
+        self.metrics: dict[str, float] = {}
+        self.meter = Meter()
+
+    def execute(self, tokenizer: Any, tokens_NT: Tensor) -> dict[str, float]:
+        experiment = self.experiment
+        torch.manual_seed(experiment.seed)
+        with self.clock("load"):
+            model = experiment.model.load(tokenizer)
+        self._record_inputs(tokens_NT)
+        self._measure(model, "dense")
+        pruned = self._prune(model, tokens_NT)
+        self._measure(model, "pruned")
+        if model.streamed and not experiment.run.save:
+            shutil.rmtree(self.folder / "streamed", ignore_errors=True)
+        decoder = [self.metrics[f"{when}/params/decoder"] for when in ("dense", "pruned")]
+        total = [self.metrics[f"{when}/params"] for when in ("dense", "pruned")]
+        self.metrics |= {"sparsity/decoder": 1 - decoder[1] / decoder[0], "sparsity/model": 1 - total[1] / total[0]}
+        self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
+        self.metrics["memory/peak_bytes"] = _peak_bytes(model)
+        self.trackers.finish(self.metrics)
+        print_summary(self.metrics, pruned.plan, pruned.sites, self.folder)
+        return self.metrics
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Adds the time spent inside to seconds/<stage>."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"seconds/{stage}"
+            self.metrics[key] = self.metrics.get(key, 0.0) + time.perf_counter() - start
+
+    def _record_inputs(self, tokens_NT: Tensor) -> None:
+        experiment = self.experiment
+        data = {**experiment.dataset.description(), "calibration_windows": list(tokens_NT.shape)}
+        self.local.environment(
+            experiment.model.fingerprint(), {**data, "calibration_tokens_sha256": fingerprint(tokens_NT)}
+        )
+
+    def _measure(self, model: Model, when: str) -> None:
+        """Every evaluator's figures, prefixed "dense/" or "pruned/"."""
+        found: dict[str, float] = {"params": _params(model), "params/decoder": model.decoder_params}
+        with self.clock(f"evaluate_{when}"):
+            for evaluator in self.experiment.evaluators.values():
+                found |= evaluator(model, model.tokenizer)
+        named = {f"{when}/{key}": value for key, value in found.items()}
+        self.trackers.log(named)
+        self.metrics |= named
+
+    def _prune(self, model: Model, tokens_NT: Tensor) -> Pruned:
+        """Prunes round by round, records the plan, and writes and proves the checkpoint."""
+        experiment = self.experiment
+        method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
+        if not experiment.search.local and experiment.criterion.sequential:
+            logger.info("the search decides over all layers at once: scores are those of the dense model")
+        probe_BT = tokens_NT[:PROOF_WINDOWS, :PROOF_LENGTH]
+        streamed = None
+        if model.streamed:
+            target = self.folder / ("model" if experiment.run.save else "streamed")
+            streamed = StreamedSave(model, target, BlockProof(model, probe_BT))
+        (ratio,) = experiment.sparsity.rounds()
+        pruned = prune_(
+            model,
+            tokens_NT,
+            method,
+            ratio,
+            meter=self.meter,
+            rng=torch.Generator().manual_seed(experiment.seed),
+            shrunk=streamed.layer if streamed is not None else _nothing,
+            clock=self.clock,
+        )
+        self.trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
+        with self.clock("save"):
+            if streamed is not None:
+                self._prove_streamed(streamed)
+            elif experiment.run.save:
+                self._save(model, probe_BT)
+        return pruned
+
+    def _save(self, model: Model, probe_BT: Tensor) -> None:
+        target = self.folder / "model"
+        form = save(model, target)
+        write_atomic(target / "plan.json", (self.folder / "plan.json").read_bytes())
+        proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": self.experiment.run.prove}
+        if self.experiment.run.prove != "off":
+            prove = prove_in_process if self.experiment.run.prove == "process" else prove_in_place
+            proof |= prove(model, target, probe_BT)
+        self._record_proof(proof)
+
+    def _prove_streamed(self, streamed: StreamedSave) -> None:
+        form = streamed.finish()
+        proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": "off"}
+        if self.experiment.run.save and self.experiment.run.prove != "off":
+            proof |= streamed.prove()
+        self._record_proof(proof)
+
+    def _record_proof(self, proof: Mapping[str, Any]) -> None:
+        """proof.json, and the difference as a metric. A checkpoint that differs is worth a warning, not a lost run."""
+        write_atomic(self.folder / "proof.json", json.dumps(proof, indent=1) + "\n")
+        if "max_logit_difference" in proof:
+            self.metrics["proof/max_logit_difference"] = proof["max_logit_difference"]
+            if proof["max_logit_difference"] > 1e-2:
+                logger.warning("the reloaded checkpoint's logits differ by up to %g", proof["max_logit_difference"])
+
+
+def _nothing(index: int) -> None:
+    """A model in memory has nothing to write layer by layer."""
+
+
+def _params(model: Model) -> int:
+    """Parameters of the whole model, tied ones once."""
+    return sum(p.numel() for p in model.module.parameters())
+
+
+def _peak_bytes(model: Model) -> int:
+    """The largest resident memory of this process so far, or the device's allocations where that is more."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if model.device.type == "cuda":
+        peak = max(peak, torch.cuda.max_memory_allocated(model.device))
+    return peak

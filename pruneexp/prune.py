@@ -1,0 +1,200 @@
+"""Calibrate, score, search, compensate, shrink: a model and a budget to a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.calibrate import Meter, Probe, Visit, walk
+from pruneexp.model import Model, layer_structure
+from pruneexp.surgery import remove_blocks_, shrink_layer_
+from pruneexp.types import (
+    Budget,
+    Compensator,
+    Criterion,
+    Plan,
+    RunError,
+    Score,
+    Search,
+    Site,
+    Sparsity,
+    unit_scores,
+)
+
+Shrunk = Callable[[int], None]  # called with each layer's index while the shrunk layer is at hand
+
+
+@dataclass(frozen=True)
+class Method:
+    """What decides which units leave, and what makes up for them."""
+
+    criterion: Criterion
+    sparsity: Sparsity
+    search: Search
+    compensator: Compensator
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning decided, and on what grounds."""
+
+    plan: Plan
+    scores: Mapping[str, Score]
+    sites: tuple[Site, ...]  # of the model before
+
+
+@dataclass
+class _Pruning:
+    """One round of pruning: the parts it needs at every step."""
+
+    model: Model
+    tokens_NT: Tensor | None
+    method: Method
+    ratio: float
+    meter: Meter
+    rng: torch.Generator
+    shrunk: Shrunk
+    clock: Callable[[str], Any]
+    scores: dict[str, Score] = field(default_factory=dict)
+
+
+def prune_(
+    model: Model,
+    tokens_NT: Tensor | None,
+    method: Method,
+    ratio: float,
+    *,
+    meter: Meter,
+    rng: torch.Generator,
+    shrunk: Shrunk,
+    clock: Callable[[str], Any],
+) -> Pruned:
+    """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
+
+    Layer by layer in one walk where the criterion is sequential and the search decides each layer alone; otherwise
+    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage.
+    """
+    sites = model.sites()
+    work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock)
+    if method.search.local and method.criterion.sequential and method.criterion.evidence is not None:
+        plan = _layer_by_layer(work, sites)
+    else:
+        plan = _all_at_once(work)
+    removed = sum(plan.removed(site) * site.cost.params for site in sites)
+    plan = replace(plan, budget={**plan.budget, "ratio": ratio, "of": method.sparsity.of, "removed_params": removed})
+    return Pruned(plan, work.scores, sites)
+
+
+def _all_at_once(work: _Pruning) -> Plan:
+    """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
+    criterion, compensator = work.method.criterion, work.method.compensator
+    dense_kind = None if compensator.sequential else compensator.evidence
+    kinds = _distinct(criterion.evidence, dense_kind)
+    sites: list[Site] = []
+    kept_evidence: dict[str, Any] = {}
+    with work.clock("calibrate"):
+        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True):
+            work.scores.update(_checked(criterion(visit.block, visit.of(criterion.evidence))))
+            kept_evidence.update(visit.of(dense_kind))
+            sites.extend(visit.block.sites)
+    with work.clock("search"):
+        plan = _searched(work, sites)
+    with work.clock("shrink"):
+        kinds = _distinct(compensator.evidence if compensator.sequential else None)
+        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
+            evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
+            _shrink(work, visit, plan, evidence)
+        remove_blocks_(work.model, plan)
+    return plan
+
+
+def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
+    """Each layer is scored, searched and shrunk on what the pruned layers before it produce."""
+    criterion, compensator = work.method.criterion, work.method.compensator
+    dense: dict[str, Any] = {}
+    if compensator.evidence is not None and not compensator.sequential:
+        with work.clock("calibrate"):
+            for visit in walk(work.model, work.tokens_NT, (compensator.evidence,), work.meter, "dense", read_only=True):
+                dense.update(visit.of(compensator.evidence))
+    kinds = _distinct(criterion.evidence, compensator.evidence if compensator.sequential else None)
+    plan, carry = Plan({}), 0.0
+    with work.clock("calibrate"):
+        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):
+            scores = _checked(criterion(visit.block, visit.of(criterion.evidence)))
+            work.scores.update(scores)
+            budget = _budget(work, visit.block.sites, [visit.index])
+            budget = replace(budget, added=budget.added + carry, layers=len(work.model.layers))
+            layer_plan = work.method.search(scores, visit.block.sites, budget, None, work.rng)
+            carry = budget.remove - sum(layer_plan.removed(s) * s.cost.params for s in visit.block.sites)
+            plan = plan.merged(Plan(layer_plan.sites))
+            evidence = visit.of(compensator.evidence) if compensator.sequential else dense
+            _shrink(work, visit, plan, evidence)
+    return plan
+
+
+def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
+    """The search's plan. New biases are paid for by removing more; sites that stay whole get none, so that a search
+    which spends nothing is asked again once it is known which sites those are."""
+    model, search = work.model, work.method.search
+    oracle = None
+    if work.tokens_NT is not None and not model.streamed:
+        oracle = Probe(model, work.tokens_NT, work.meter)
+    budget = _budget(work, sites, range(len(model.layers)))
+    for _ in range(4):
+        plan = search(work.scores, sites, budget, oracle, work.rng)
+        touched = [site for site in sites if plan.removed(site)]
+        added = _biases_added(work, touched)
+        if added == budget.added or work.ratio == 0 or (oracle is not None and oracle.passes):
+            break
+        budget = replace(budget, added=added)
+    return plan
+
+
+def _budget(work: _Pruning, sites: Sequence[Site], layers: Sequence[int]) -> Budget:
+    """The share of these layers' parameters: all of them (of=decoder), or those that units hold (of=prunable)."""
+    if work.method.sparsity.of == "prunable":
+        total = sum(site.units * site.cost.params for site in sites)
+    else:
+        total = sum(p.numel() for index in layers for p in work.model.layers[index].parameters())
+    return Budget(work.ratio, total, _biases_added(work, sites))
+
+
+def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:
+    """Parameters of the biases that compensation gives to readers without one, were all `sites` to lose units. What
+    counts only units (of=prunable) does not count them."""
+    if not work.method.compensator.adds_bias or work.ratio == 0 or work.method.sparsity.of == "prunable":
+        return 0
+    added = 0
+    for site in sites:
+        structure = layer_structure(work.model.layers[site.layer], work.model.family, work.model.config)
+        has_bias = structure.attention_output_bias if site.kind == "attention" else structure.mlp_output_bias
+        added += 0 if has_bias else work.model.config.hidden_size
+    return added
+
+
+def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
+    """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
+    readers = {}
+    for site in visit.block.sites:
+        if plan.removed(site):
+            weights = visit.block.weights[site.name]
+            keep_C = site.keep_C(plan.sites[site.name].kept)
+            found = evidence.get(site.name)
+            readers[site.name] = work.method.compensator(weights.reader, weights.reader_bias, found, keep_C)
+    shrink_layer_(work.model, visit.index, plan, readers)
+    work.shrunk(visit.index)
+
+
+def _distinct(*kinds: type | None) -> tuple[type, ...]:
+    return tuple(dict.fromkeys(kind for kind in kinds if kind is not None))
+
+
+def _checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:
+    for name, score in scores.items():
+        if not torch.isfinite(unit_scores(score)).all():
+            raise RunError(f"{name}: scores hold NaN or Inf")
+    return scores

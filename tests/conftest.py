@@ -1,0 +1,107 @@
+"""Tiny models of every family, made on the spot, and the pieces that tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PARITY = Path(__file__).parent / "data" / "flap_tiny"
+FAMILIES = ("llama", "opt", "bloom")
+
+
+def tiny_config(family: str) -> Any:
+    """Three layers, six query heads of 8 (llama: three KV groups), 40 FFN channels (bloom: 4 x hidden)."""
+    import transformers
+
+    common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if family == "llama":
+        return transformers.LlamaConfig(
+            hidden_size=48,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            **common,
+        )
+    if family == "opt":
+        return transformers.OPTConfig(
+            hidden_size=48,
+            ffn_dim=40,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            max_position_embeddings=64,
+            word_embed_proj_dim=48,
+            dropout=0.0,
+            **common,
+        )
+    return transformers.BloomConfig(hidden_size=48, n_layer=3, n_head=6, **common)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoint folders of tiny random models (float64, weights large enough for every part to matter)."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            from transformers import AutoModelForCausalLM
+
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(tiny_config(family)).double()
+            for name, parameter in model.named_parameters():
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.15)
+            made[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture
+def source() -> Callable[..., Any]:
+    """A ModelSource of a folder, with everything else at its plainest."""
+    from pruneexp.model import ModelSource
+
+    def make(path: Path | str, **settings: Any) -> Any:
+        plain = {"name": "tiny", "revision": None, "dtype": "auto", "device": "cpu", "stream": False}
+        plain |= {"trust_remote_code": False, "batch_size": 4}
+        return ModelSource(path=str(path), **{**plain, **settings})
+
+    return make
+
+
+@pytest.fixture
+def tiny(tiny_folder: Callable[[str], Path], source: Callable[..., Any]) -> Callable[..., Any]:
+    """A loaded tiny model of a family."""
+    return lambda family, **settings: source(tiny_folder(family), **settings).load()
+
+
+@pytest.fixture
+def tokens_NT() -> torch.Tensor:
+    return torch.randint(3, 96, (10, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def build_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """An Experiment from command-line overrides, in a folder of its own."""
+
+    def make(*overrides: str) -> Any:
+        from hydra.types import RunMode
+
+        from pruneexp.build import build
+        from pruneexp.compose import compose_raw, composed, open_hydra
+
+        monkeypatch.chdir(tmp_path)
+        return build(composed(compose_raw(open_hydra(), list(overrides), RunMode.RUN)))
+
+    return make

@@ -1,0 +1,371 @@
+"""The command line: what it answers to mistakes, how runs and sweeps get their settings, and every exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import pruneexp
+from pruneexp import experiment as experiments
+from pruneexp.__main__ import main
+from pruneexp.experiment import Experiment
+from pruneexp.multirun import config_hash
+from pruneexp.types import ConfigError, RunError
+
+HEAVY = ("transformers", "datasets", "wandb", "lm_eval")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Ended]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Runs the command in this process, in an empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str) -> Ended:
+        try:
+            code = main(arguments)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return Ended(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
+    """What would have run. A seed of 13 fails as a run fails, one of 14 as a bug does."""
+    started: list[Experiment] = []
+
+    def run_experiment(experiment: Experiment) -> dict[str, float]:
+        started.append(experiment)
+        if experiment.seed == 13:
+            raise RunError("unlucky")
+        if experiment.seed == 14:
+            raise ValueError("a bug\nof two lines")
+        if experiment.run.dir is not None:
+            folder = Path(experiment.run.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "status.json").write_text(json.dumps({"status": "done", "seed": experiment.seed}))
+            (folder / "metrics.json").write_text(json.dumps({"pruned/x": experiment.sparsity.ratio}))
+            if experiment.run.save:
+                (folder / "model").mkdir(exist_ok=True)
+        return {"pruned/x": experiment.sparsity.ratio}
+
+    monkeypatch.setattr(experiments, "run_experiment", run_experiment)
+    monkeypatch.setattr(Experiment, "check", lambda self: None)
+    return started
+
+
+MISTAKES = [
+    ("criterion=flapp", "criterion=flapp: expected one of flap, .*; did you mean criterion=flap?"),
+    ("evaluator=[size,sise]", "evaluator=sise: expected one of .*; did you mean evaluator=size?"),
+    ("recipe=null", "recipe=null: expected one of flap, "),
+    ("search=null", "search=null: expected one of al_am, "),
+    ("~search", "search is missing: expected one of al_am, "),
+    ("hydra/launcher=joblibb", "hydra/launcher=joblibb: expected one of .*basic.* (is its plug-in installed?)"),
+    ("search.headz=3", "search.headz=3: search=al_am has no keys; did you mean search.heads?"),
+    ("search.heads=3", "search.heads=3: search=al_am has no such key; it is one of search=al_mm, ul_mm"),
+    ("sparsty.ratio=0.3", "sparsty.ratio=0.3: unknown key; did you mean sparsity.ratio?"),
+    ("sparsty=one_shot", "sparsty=one_shot: unknown key; did you mean sparsity?"),
+    ("sparsity.ration=0.3", "sparsity.ration=0.3: unknown key; expected one of .*; did you mean sparsity.ratio?"),
+    ("run.foo=1", "run.foo=1: unknown key; expected one of run.dir, run.name, "),
+    ("+criterion.foo=1", "criterion.foo=1: unknown key; expected one of criterion.metric, "),
+    ("+foo=1", "foo: unknown key; expected one of model, dataset, "),
+    ("+sweep.foo=1", "sweep.foo: unknown key; expected one of sweep.dir, sweep.objective"),
+    ("+criterion=flap", "+criterion=flap: this group has a choice already; expected criterion=flap"),
+    ("search=ul_mm", "search.heads is missing: expected heads (KV groups) to remove over all layers"),
+    ("model=hf", "model.path is missing: expected a folder "),
+    ("sparsity.ratio=???", "sparsity.ratio is missing: expected share to remove, in [0, 1)"),
+    ("sparsity.ratio=abc", "sparsity.ratio='abc': expected a number"),
+    ("sparsity.ratio=true", "sparsity.ratio=True: expected a number"),
+    ("sparsity.ratio=1.5", "sparsity.ratio=1.5: expected "),
+    ("sparsity.ratio=0.2,0.3", "sparsity.ratio=0.2,0.3: several values need --multirun"),
+    ("evaluator=perplexity,size", ".*a list is written evaluator=[perplexity,size]"),
+    ("run.overwrite=maybe", "run.overwrite='maybe': expected true or false"),
+    ("run.prove=in_plaice", "run.prove='in_plaice': expected one of process, in_place, off; did you mean in_place?"),
+    ("run=null", "run=None: expected its keys"),
+    ("seed=-1", "seed=-1: expected an integer >= 0"),
+    ("seed=1.5", "seed=1.5: expected an integer"),
+    ("model.device=cudaa", "model.device='cudaa': expected cpu, cuda or cuda:N"),
+    ("criterion._target_=my.module.Thing", "criterion._target_='my.module.Thing': cannot import it: ModuleNotFound"),
+    ("criterion._target_=pruneexp.criterion.Flapp", ".*no Flapp; did you mean pruneexp.criterion.Flap?"),
+    ("criterion._target_=Flap", "criterion._target_='Flap': expected a dotted path to a class"),
+    ("criterion._target_=pruneexp.search.AlAm", ".*"),
+    ("flap", "flap: expected key=value; did you mean recipe=flap?"),
+    ("sparsity.ratio==", "sparsity.ratio==: cannot be read; expected key=value"),
+    ("sparsity.ratio=[", "sparsity.ratio=[: cannot be read; expected key=value"),
+    ("sparsity.ratio=${foo.bar}", "sparsity.ratio: Interpolation key 'foo.bar' not found"),
+    ("sweep.dir=x", "sweep.dir='x': expected null in a single run; add --multirun"),
+    ("hydra.run.dir=x", "hydra.run.dir=x: the folders of runs are not Hydra's here; expected run.dir"),
+    ("hydra.mode=foo", "hydra.mode=foo: Invalid value 'foo'"),
+    ("+sweep=flap_ration", "sweep=flap_ration: expected one of .*; did you mean sweep=flap_ratios?"),
+    ("evaluator=[latency] model.stream=true", "model.stream=True: evaluator=latency needs the whole model"),
+    ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected "),
+    ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
+    ("--multirun seed=1,2 run.dir=x", "run.dir='x': expected null in a multirun"),
+    ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),
+    ("--multirunn", "unrecognized arguments: --multirunn"),
+    ("--cfg foo", "argument --cfg/-c: invalid choice: 'foo'"),
+    ("--cfg job criterion=flapp", "criterion=flapp: expected one of flap, "),
+    ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
+]
+
+
+@pytest.mark.parametrize(("command", "answer"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_is_answered_in_one_line(command: str, answer: str, cli: Cli, runs: list[Experiment]) -> None:
+    ended = cli(*command.split())
+    assert ended.code == 2
+    assert ended.out == "" and ended.err.count("\n") == 1, ended
+    line = ended.err.removeprefix("pruneexp: ")
+    parts = answer.split(".*")
+    assert line.startswith(parts[0])
+    for part in parts[1:]:
+        assert part in line
+    assert not runs and not list(Path().iterdir())
+
+
+def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: list[Experiment]) -> None:
+    ended = cli("search=ul_mm", "search.heads=2", "run.name=2024", "sparsity.ratio=0", "run.prove=off")
+    assert ended.code == 0, ended.err
+    (run,) = runs
+    assert run.run == experiments.RunSettings(None, "2024", False, True, "off", False)
+    assert run.sparsity.ratio == 0.0 and isinstance(run.sparsity.ratio, float)
+    assert run.job["overrides"][:2] == ["search=ul_mm", "search.heads=2"] and run.job["choices"]["search"] == "ul_mm"
+    assert run.config["search"] == {"_target_": "pruneexp.search.UlMm", "heads": 2}
+    assert not list(Path().iterdir())
+
+
+def test_a_run_without_a_recipe(cli: Cli, runs: list[Experiment]) -> None:
+    assert cli("~recipe").code == 0
+    assert runs[0].job["recipe"] == "custom"
+
+
+def test_evaluators_may_be_one_or_none(cli: Cli, runs: list[Experiment]) -> None:
+    assert cli("evaluator=size").code == cli("evaluator=[]").code == 0
+    assert [set(run.evaluators) for run in runs] == [{"size"}, set()]
+
+
+@pytest.mark.parametrize(
+    ("seed", "line"), [(13, "failed: unlucky"), (14, "failed: ValueError: a bug of two lines")], ids=["run", "bug"]
+)
+def test_a_failed_run_is_one_line_and_code_1(seed: int, line: str, cli: Cli, runs: list[Experiment]) -> None:
+    assert cli(f"seed={seed}") == (1, "", f"pruneexp: {line}\n")
+
+
+def test_a_config_error_found_by_the_check_is_code_2(
+    cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: Experiment) -> None:
+        raise ConfigError("model.path='x': no such folder")
+
+    monkeypatch.setattr(Experiment, "check", check)
+    assert cli() == (2, "", "pruneexp: model.path='x': no such folder\n")
+    assert not runs
+
+
+@pytest.mark.parametrize(("end", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"])
+def test_an_ended_run_has_the_shells_code(
+    end: BaseException, code: int, cli: Cli, monkeypatch: pytest.MonkeyPatch, runs: list[Experiment]
+) -> None:
+    def run_experiment(experiment: Experiment) -> Any:
+        raise end
+
+    monkeypatch.setattr(experiments, "run_experiment", run_experiment)
+    assert cli().code == code
+
+
+def test_sigterm_becomes_an_exception(cli: Cli, monkeypatch: pytest.MonkeyPatch, runs: list[Experiment]) -> None:
+    monkeypatch.setattr(experiments, "run_experiment", lambda experiment: os.kill(os.getpid(), signal.SIGTERM))
+    ended = cli()
+    assert ended.code == 143 and ended.err == "pruneexp: terminated\n"
+
+
+def test_a_method_of_ones_own(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
+    (tmp_path / "mine_for_test.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine:\n"
+        "    power: int\n"
+        "    sequential: bool\n"
+        "    evidence: ClassVar[type | None] = None\n"
+        "    def __call__(self, block, evidence): ...\n"
+        "class NoCriterion: ...\n"
+    )
+    folder = tmp_path / "own" / "criterion"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        "# mine\n_target_: mine_for_test.Mine\npower: ???  # of the score\nsequential: false\n"
+    )
+    own = ("--config-dir", "own", "criterion=mine")
+    assert cli(*own).err == "pruneexp: criterion.power is missing: expected of the score\n"
+    assert cli(*own, "criterion.power=x").err == "pruneexp: criterion.power='x': expected an integer\n"
+    assert cli("--config-dir", "own", "criterion=mines").err.endswith("did you mean criterion=mine?\n")
+    assert cli(*own, "criterion.power=2").code == 0
+    assert runs[0].criterion.power == 2  # type: ignore[attr-defined]
+    assert (
+        "NoCriterion has no evidence"
+        in cli(
+            "search=al_am",
+            "criterion=magnitude",
+            "~criterion.members",
+            "~criterion.norm",
+            "criterion._target_=mine_for_test.NoCriterion",
+        ).err
+    )
+
+
+def test_a_multirun_names_its_folders_by_config(cli: Cli, runs: list[Experiment]) -> None:
+    ended = cli("--multirun", "sparsity.ratio=0.2,0.3", "search=al_am,ul_um")
+    assert ended.code == 0, ended.err
+    assert len(runs) == 4
+    for run in runs:
+        folder = Path("outputs/sweeps/flap") / config_hash(dict(run.config))
+        assert run.run.dir == str(folder) and folder.is_dir()
+        assert not run.run.save and run.run.prove == "off"
+        assert run.job["sweep"] == "flap" and run.config["sweep"]["dir"] == "outputs/sweeps/flap"
+        assert run.config["run"]["dir"] == run.run.dir
+    assert not list(Path().rglob(".hydra"))
+
+
+def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
+    command = ("-m", "seed=1,2", "sweep.dir=x")
+    assert cli(*command).code == 0
+    again = cli(*command)
+    assert again.code == 0 and again.err.count("done already") == 2 and len(runs) == 2
+    assert cli(*command, "run.overwrite=true").code == 0 and len(runs) == 4
+
+
+def test_a_checkpoint_asked_for_later_is_not_skipped(cli: Cli, runs: list[Experiment]) -> None:
+    assert cli("-m", "seed=1", "sweep.dir=x").code == 0
+    assert cli("-m", "seed=1", "sweep.dir=x", "run.save=true", "run.prove=in_place").code == 0
+    assert [(run.run.save, run.run.prove, run.run.overwrite) for run in runs] == [
+        (False, "off", False),
+        (True, "in_place", True),
+    ]
+
+
+def test_a_sweep_goes_on_after_failures_and_says_so(cli: Cli, runs: list[Experiment]) -> None:
+    ended = cli("--multirun", "seed=13,14,15", "sweep.dir=x y")
+    assert ended.code == 1 and [run.seed for run in runs] == [13, 14, 15]
+    states = {Path(str(run.run.dir)): json.loads(Path(str(run.run.dir), "status.json").read_text()) for run in runs}
+    assert [state["status"] for state in states.values()] == ["failed", "failed", "done"]
+    assert [state.get("reason") for state in states.values()][:2] == ["unlucky", "ValueError: a bug of two lines"]
+    assert "3 jobs ran, failed: " in ended.out and all(folder.name in ended.out for folder in list(states)[:2])
+
+
+def test_a_ready_sweep(cli: Cli, runs: list[Experiment]) -> None:
+    ended = cli("+sweep=flap_ratios", "sparsity.ratio=0.4,0.6")
+    assert ended.code == 0, ended.err
+    assert [run.sparsity.ratio for run in runs] == [0.4, 0.4, 0.6, 0.6]
+    assert {run.job["sweep"] for run in runs} == {"flap_ratios"}
+    assert {Path(str(run.run.dir)).parent for run in runs} == {Path("outputs/sweeps/flap_ratios")}
+
+
+def test_a_sweep_file_may_ask_for_checkpoints(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
+    (tmp_path / "own" / "sweep").mkdir(parents=True)
+    (tmp_path / "own" / "sweep" / "mine.yaml").write_text(
+        "# @package _global_\n# mine\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 1,2\n"
+        "run:\n  save: true\n"
+    )
+    assert cli("--config-dir", "own", "+sweep=mine").code == 0
+    assert [(run.run.save, run.run.prove) for run in runs] == [(True, "off")] * 2
+
+
+def test_the_hash_ignores_where_a_run_goes_and_nothing_else(cli: Cli) -> None:
+    config = {"seed": 0, "criterion": {"a": 1.0}, "run": {"dir": None}, "tracker": {"b": 1}}
+    assert config_hash(config) == config_hash({**config, "run": {"dir": "x"}, "tracker": {}, "sweep": {}, "cache": 1})
+    assert config_hash(config) == config_hash(dict(reversed(list(config.items()))))
+    assert config_hash(config) != config_hash({**config, "seed": 1})
+    assert config_hash(config) != config_hash({**config, "criterion": {"a": 2.0}})
+
+
+def test_an_optimising_sweeper_is_given_the_objective(runs: list[Experiment], tmp_path: Path) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    from pruneexp.compose import compose_raw, open_hydra
+    from pruneexp.multirun import run_job
+
+    def value(*overrides: str) -> float | None:
+        typed = ["sweep.objective=pruned/x", f"hydra.sweep.dir={tmp_path}", "+hydra.job.num=0", *overrides]
+        config = compose_raw(open_hydra(), typed, RunMode.RUN)
+        HydraConfig.instance().set_config(config)
+        return run_job(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+
+    assert value("sparsity.ratio=0.3") == 0.3
+    assert value("seed=13") == float("inf")
+    with pytest.raises(RunError, match="sweep.objective='nothing': expected one of pruned/x"):
+        value("sweep.objective=nothing")
+
+
+def test_cfg_prints_the_composed_config(cli: Cli) -> None:
+    ended = cli("--cfg", "job", "recipe=wanda_sp", "--package", "search", "--resolve")
+    assert ended == (0, "# @package search\n_target_: pruneexp.search.UlUm\n", "")
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version") == (0, f"pruneexp {pruneexp.__version__}\n", "")
+
+
+def test_help_shows_every_choice_and_key(cli: Cli) -> None:
+    from pruneexp.config_files import conf_folder
+
+    ended = cli("recipe=flap", "--help")
+    assert ended.code == 0
+    for path in conf_folder().glob("*/*.yaml"):
+        assert path.stem in ended.out
+    for key in ("seed=0", "run.dir=null", "run.prove=process", "sweep.dir=null", "+sweep=NAME", "flap_ratios"):
+        assert key in ended.out
+    assert len([line for line in ended.out.splitlines() if line.startswith("  pruneexp")]) >= 5
+
+
+def run_python(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(pruneexp.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = "import sys; from pruneexp.__main__ import main; code = main(['--help'])\n"
+    ended = run_python(code + "sys.exit(code or any(m in sys.modules for m in ('torch', 'hydra')))", tmp_path)
+    assert ended.returncode == 0 and "usage: pruneexp" in ended.stdout
+
+
+@pytest.mark.parametrize("mistake", ["sparsity.ratio=abc", "tracker=wandb evaluator=[latency,questions] seed=-1"])
+def test_a_mistake_in_the_config_imports_torch_at_most(mistake: str, tmp_path: Path) -> None:
+    code = f"import sys; from pruneexp.__main__ import main; code = main({mistake.split()!r})\n"
+    ended = run_python(code + f"print([m for m in {HEAVY!r} if m in sys.modules]); sys.exit(code)", tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "[]\n"), ended.stderr
+
+
+def test_the_module_and_its_exit_code(tmp_path: Path) -> None:
+    ended = run_python(
+        "import runpy, sys; sys.argv = ['pruneexp', 'seed=x']; runpy.run_module('pruneexp', run_name='__main__')",
+        tmp_path,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "pruneexp: seed='x': expected an integer\n")
+    assert not list(tmp_path.iterdir())

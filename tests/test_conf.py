@@ -1,0 +1,137 @@
+"""Every choice of every group composes and builds, and the config files and the classes name the same keys."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.types import RunMode
+
+from pruneexp.build import build, located
+from pruneexp.compose import SECTIONS, compose, compose_raw, open_hydra
+from pruneexp.config_files import choices, conf_folder, first_comment, inherited, key_comments, sweep_files
+from pruneexp.multirun import as_job, job_configs
+from pruneexp.types import ConfigError
+
+GROUPS = [path.name for path in sorted(conf_folder().iterdir()) if path.is_dir()]
+OPTIONS = [(group, option) for group in GROUPS for option in choices(conf_folder() / group)]
+RECIPES = {
+    "magnitude": ("magnitude", "one_shot", "ul_um", "none"),
+    "wanda_sp": ("wanda_sp", "one_shot", "ul_um", "none"),
+    "flap": ("flap", "one_shot", "al_am", "bias"),
+    "flap_official": ("flap_official", "flap_official", "al_am_official", "flap_official"),
+}
+
+
+def mandatory(group: str, option: str) -> list[str]:
+    """Overrides that give every missing value of a choice something of a likely type."""
+    prefix = f"{group}.{option}" if group == "evaluator" else group
+    keys: dict[str, Any] = {}
+    for path in inherited(conf_folder() / group / f"{option}.yaml"):
+        keys = {**(yaml.safe_load(path.read_text()) or {}), **keys}
+    return [f"{prefix}.{key}=1" for key, value in keys.items() if value == "???"]
+
+
+def overrides(group: str, option: str) -> list[str]:
+    choice = f"{group}=[{option}]" if group == "evaluator" else f"{group}={option}"
+    return [choice, *mandatory(group, option)]
+
+
+def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield key, node
+        for name, value in node.items():
+            yield from targets(value, f"{key}.{name}".lstrip("."))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
+def test_every_option_builds_and_names_the_fields_of_its_class(group: str, option: str) -> None:
+    composed = compose(overrides(group, option))
+    build(composed)
+    for key, node in targets(composed.config):
+        parameters = inspect.signature(located(node["_target_"], key)).parameters
+        assert set(node) - {"_target_"} == set(parameters), key
+        defaults = [name for name, each in parameters.items() if each.default is not inspect.Parameter.empty]
+        assert not defaults, f"{key}: defaults live in conf/, not in Python"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
+def test_every_option_says_what_it_is(group: str, option: str) -> None:
+    assert first_comment(conf_folder() / group / f"{option}.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(conf_folder().rglob("*.yaml")) + list(sweep_files().values()), ids=str)
+def test_hydra_sees_the_package_header(path: Path) -> None:
+    # Hydra reads headers up to the first other line, and silently ignores one below it.
+    lines = path.read_text().splitlines()
+    assert not [line for line in lines[1:] if line.startswith("# @package")]
+
+
+def test_the_default_config_is_the_main_job() -> None:
+    composed = compose([])
+    assert set(composed.config) == set(SECTIONS)
+    assert composed.job["recipe"] == "flap" and composed.job["sweep"] is None and composed.job["overrides"] == []
+    assert set(composed.config["evaluator"]) == {"perplexity", "size"}
+    assert composed.config["sparsity"]["ratio"] == 0.2
+    experiment = build(composed)
+    assert experiment.run.prove == "process" and experiment.run.dir is None and experiment.seed == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_selects(recipe: str) -> None:
+    chosen = compose([f"recipe={recipe}"]).job["choices"]
+    assert tuple(chosen[group] for group in ("criterion", "sparsity", "search", "compensator")) == RECIPES[recipe]
+
+
+@pytest.mark.parametrize("path", sorted((conf_folder() / "recipe").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_only_selects_and_names_no_model_and_no_data(path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    assert set(content) == {"defaults"}
+    groups = [key.removeprefix("override /") for entry in content["defaults"] for key in entry]
+    assert not {"model", "dataset"} & set(groups)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("choice", ["search=global", "criterion=magnitude"])
+def test_what_is_typed_wins_over_a_recipe_in_any_order(recipe: str, choice: str) -> None:
+    first, second = compose([f"recipe={recipe}", choice]), compose([choice, f"recipe={recipe}"])
+    assert first.config == second.config
+    group, _, option = choice.partition("=")
+    selected = dict(zip(("criterion", "sparsity", "search", "compensator"), RECIPES[recipe], strict=True))
+    assert first.job["choices"].items() >= {**selected, group: option}.items()
+
+
+@pytest.mark.parametrize("name", sweep_files())
+def test_every_sweep_composes_and_builds_its_jobs(name: str, tmp_path: Path) -> None:
+    hydra = open_hydra()
+    config = compose_raw(hydra, [f"+sweep={name}"], RunMode.MULTIRUN)
+    assert config.hydra.mode == RunMode.MULTIRUN, "a sweep sets hydra.mode: MULTIRUN"
+    jobs = [as_job(job, tmp_path) for job in job_configs(hydra, config)]
+    assert len(jobs) > 1
+    for job in jobs:
+        build(job)
+        assert job.job["sweep"] == name
+    assert len({job.config["run"]["dir"] for job in jobs}) == len(jobs), "two jobs are the same run"
+
+
+@pytest.mark.parametrize("name", sweep_files())
+def test_every_sweep_says_how_to_run_it(name: str) -> None:
+    assert f"+sweep={name}" in first_comment(sweep_files()[name])
+
+
+def test_comments_of_nested_keys_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text('# what\na: 1  # one\nb:\n  a: "x # y"\n  c: null  # three\nd:\n  c: 2\n')
+    assert key_comments(path)["a"] == "one"
+    assert key_comments(path)["b.c"] == "three"
+    assert key_comments(path)["d.c"] == ""
+
+
+def test_a_missing_choice_is_answered() -> None:
+    with pytest.raises(ConfigError, match=r"^search is missing: expected one of al_am, "):
+        build(compose(["~search"]))

@@ -1,0 +1,159 @@
+"""Each criterion against the formula of its docstring, written out as a loop over columns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
+from pruneexp.evidence import Moments, RunningFluctuation
+from pruneexp.types import Block, ColumnScores, Site, unit_scores
+from tests.toy_sites import activations, block
+
+METRICS = ["WIFV", "IFV", "WIFN"]
+BLOCK = block()
+X = {site.name: activations(site, 6, 10, seed=site.units) for site in BLOCK.sites}
+DATA_FREE = [Random(0), Magnitude("reader", 2), Magnitude("reader", 1), Magnitude("coupled", 1)]
+FORWARD = [WandaSp("sum", True), *(Flap(m, False) for m in METRICS), *(FlapOfficial(m, False) for m in METRICS)]
+
+
+def seen(kind: type, dtype: torch.dtype = torch.float64) -> dict:
+    return {site.name: kind.empty(site).update(X[site.name].to(dtype)) for site in BLOCK.sites}
+
+
+def summed_by_unit(site: Site, columns: list[float]) -> Tensor:
+    return torch.tensor(columns, dtype=torch.float64).reshape(site.units, site.width).sum(1)
+
+
+def columns_of(block: Block, site: Site) -> list[tuple[Tensor, Tensor]]:
+    """(weights of column j [O], what its channel carried [N]) for all j."""
+    reader, x = block.weights[site.name].reader.double(), X[site.name].reshape(-1, site.channels)
+    return [(reader[:, j], x[:, j]) for j in range(site.channels)]
+
+
+LOOPS = {
+    "WIFV": lambda w, x: (((x - x.mean()) ** 2).sum() / (len(x) - 1) * (w * w).sum()).item(),
+    "IFV": lambda w, x: (((x - x.mean()) ** 2).sum() / (len(x) - 1)).item(),
+    "WIFN": lambda w, x: (w.abs().sum() / len(w) * ((x * x).sum() / len(x)).sqrt()).item(),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_flap(metric):
+    scores = Flap(metric, False)(BLOCK, seen(Moments))
+    for site in BLOCK.sites:
+        columns = [LOOPS[metric](w, x) for w, x in columns_of(BLOCK, site)]
+        expected = torch.tensor(columns, dtype=torch.float64)
+        torch.testing.assert_close(scores[site.name].columns_C, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(scores[site.name].scores_U, summed_by_unit(site, columns), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("heads", ["sum", "mean"])
+def test_wanda_sp(heads):
+    scores = WandaSp(heads, True)(BLOCK, seen(Moments))
+    for site in BLOCK.sites:
+        columns = [LOOPS["WIFN"](w, x) for w, x in columns_of(BLOCK, site)]
+        expected = summed_by_unit(site, columns) / (1 if heads == "sum" else site.width)
+        torch.testing.assert_close(scores[site.name].scores_U, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_flap_official_has_the_running_estimates_and_squares_attention(metric):
+    float32 = block(dtype=torch.float32)
+    evidence = seen(RunningFluctuation, torch.float32)
+    scores = FlapOfficial(metric, False)(float32, evidence)
+    for site in float32.sites:
+        w, e = float32.weights[site.name].reader, evidence[site.name]
+        columns = {
+            "WIFV": e.fluctuation_C * torch.sum(w.pow(2), dim=0),
+            "IFV": e.fluctuation_C,
+            "WIFN": (torch.abs(w) * torch.sqrt(e.scaler_C.reshape(1, -1))).mean(axis=0),
+        }[metric]
+        columns = columns**2 if site.kind == "attention" else columns
+        assert torch.equal(scores[site.name].columns_C, columns)
+        assert torch.equal(scores[site.name].scores_U, columns.reshape(site.units, -1).sum(1))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_magnitude_of_the_reader(p):
+    scores = Magnitude("reader", p)(BLOCK, {})
+    for site in BLOCK.sites:
+        columns = [sum(abs(v) ** p for v in w.tolist()) ** (1 / p) for w, _ in columns_of(BLOCK, site)]
+        torch.testing.assert_close(scores[site.name].scores_U, summed_by_unit(site, columns), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_magnitude_of_all_coupled_weights_is_the_mean_over_matrices(p):
+    scores = Magnitude("coupled", p)(BLOCK, {})
+    for site in BLOCK.sites:
+        weights = BLOCK.weights[site.name]
+        for u in range(site.units):
+            parts = [w[u] for w in weights.writers.values()]
+            parts.append(weights.reader[:, u * site.width : (u + 1) * site.width])
+            expected = sum((part.abs() ** p).sum().item() for part in parts) / len(parts)
+            assert scores[site.name][u].item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_random_depends_on_the_seed_and_the_site_alone():
+    alone = Block(BLOCK.name, 0, BLOCK.sites[1:], BLOCK.weights)
+    first, again, other = Random(1)(BLOCK, {}), Random(1)(alone, {}), Random(2)(BLOCK, {})
+    name = BLOCK.sites[1].name
+    assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+    assert first[name].min() >= 0 and first[name].max() < 1
+    # the same on every machine and in every process
+    assert Random(0)(BLOCK, {})[name][:3].tolist() == pytest.approx(RANDOM_0, abs=1e-12)
+
+
+RANDOM_0 = [0.10729477126491793, 0.9349447156932376, 0.8677773860545764]
+
+
+@pytest.mark.parametrize("criterion", [*DATA_FREE, *FORWARD], ids=repr)
+def test_one_score_per_unit_and_weights_left_alone(criterion):
+    before = {name: w.reader.clone() for name, w in BLOCK.weights.items()}
+    evidence = {} if criterion.evidence is None else seen(criterion.evidence)
+    scores = criterion(BLOCK, evidence)
+    assert set(scores) == {site.name for site in BLOCK.sites}
+    for site in BLOCK.sites:
+        assert unit_scores(scores[site.name]).shape == (site.units,)
+        assert torch.isfinite(unit_scores(scores[site.name])).all()
+        if isinstance(scores[site.name], ColumnScores):
+            assert scores[site.name].columns_C.shape == (site.channels,)
+    assert all(torch.equal(BLOCK.weights[name].reader, reader) for name, reader in before.items())
+
+
+@pytest.mark.parametrize("criterion", [*DATA_FREE[1:], *FORWARD], ids=repr)
+def test_a_unit_without_weights_or_signal_scores_lowest(criterion):
+    quiet = block()
+    evidence = {}
+    for site in quiet.sites:
+        first = slice(0, site.width)
+        quiet.weights[site.name].reader[:, first] = 0
+        for writer in quiet.weights[site.name].writers.values():
+            writer[0] = 0
+        x = X[site.name].clone()
+        x[..., first] = 0
+        evidence[site.name] = None if criterion.evidence is None else criterion.evidence.empty(site).update(x)
+    for score in criterion(quiet, evidence).values():
+        assert unit_scores(score).argmin() == 0 and unit_scores(score)[0] == 0
+
+
+@pytest.mark.parametrize("criterion", [*DATA_FREE[1:], *FORWARD], ids=repr)
+def test_half_precision_weights_are_widened_first(criterion):
+    half = block(dtype=torch.float16)
+    wide = Block(half.name, 0, half.sites, {name: _widened(w) for name, w in half.weights.items()})
+    evidence = {} if criterion.evidence is None else seen(criterion.evidence)
+    for a, b in zip(criterion(half, evidence).values(), criterion(wide, evidence).values(), strict=True):
+        assert torch.equal(unit_scores(a), unit_scores(b))
+
+
+def _widened(weights):
+    writers = {role: w.float() for role, w in weights.writers.items()}
+    return type(weights)(writers, {}, weights.reader.float(), None)
+
+
+def test_rows_in_chunks_make_no_difference(monkeypatch):
+    whole = Magnitude("reader", 2)(BLOCK, {})
+    monkeypatch.setattr("pruneexp.criterion._CHUNK", 50)
+    for name, score in Magnitude("reader", 2)(BLOCK, {}).items():
+        torch.testing.assert_close(score.scores_U, whole[name].scores_U, rtol=1e-12, atol=0)

@@ -1,0 +1,143 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from tracker_samples import CONFIG, METRICS, contents, finished
+
+from pruneexp.tracker import LocalRun, run_folder, status_of, write_atomic
+from pruneexp.types import ConfigError, RunError
+
+NOW = datetime(2026, 1, 2, 3, 4, 5)
+
+
+# Names
+
+
+def test_run_folder_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_folder("somewhere/else", "flap", None, NOW) == Path("somewhere/else")
+    assert run_folder(None, "flap", None, NOW) == Path("outputs/flap/2026-01-02_03-04-05")
+    assert run_folder(None, "flap", None, NOW) == Path("outputs/flap/2026-01-02_03-04-05-2")
+    assert run_folder(None, "flap", None, NOW) == Path("outputs/flap/2026-01-02_03-04-05-3")
+    assert run_folder(None, "flap", "probe", NOW) == Path("outputs/flap/2026-01-02_03-04-05_probe")
+    assert not Path("somewhere").exists() and Path("outputs/flap/2026-01-02_03-04-05-3").is_dir()
+    for name in ("a/b", "..", ""):
+        with pytest.raises(ConfigError, match=r"^run.name=.*: expected a plain name"):
+            run_folder(None, "flap", name, NOW)
+
+
+def test_run_folder_where_nothing_can_be_created(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").touch()
+    with pytest.raises(RunError, match=r"^run.dir='outputs/flap/.*': cannot create it: "):
+        run_folder(None, "flap", None, NOW)
+
+
+def test_a_finished_run_is_refused_and_nothing_of_it_is_lost(tmp_path):
+    finished(tmp_path)
+    before = contents(tmp_path)
+    run = LocalRun(overwrite=False)
+    with pytest.raises(ConfigError, match=r"^run.dir=.*holds a finished run; expected .* or run.overwrite=true"):
+        run.start(tmp_path, CONFIG)
+    run.fail("the refusal")  # a runner that reports every error must not mark the old run failed
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_removes_the_runs_files_and_no_others(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "model" / "notes.md").write_text("mine")
+    (tmp_path / "paper.pdf").write_text("mine")
+    run = LocalRun(overwrite=True)
+    run.start(tmp_path, CONFIG)
+    assert sorted(contents(tmp_path)) == [
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        "model/notes.md",
+        "paper.pdf",
+        "status.json",
+    ]
+    assert status_of(tmp_path) == "running"
+    run.finish(METRICS)
+    assert status_of(tmp_path) == "done"
+
+
+def test_somebody_elses_files_are_not_taken_for_a_runs(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine: true")
+    with pytest.raises(ConfigError, match=r"^run.dir=.*holds config.yaml, from no run"):
+        LocalRun(False).start(tmp_path, CONFIG)
+    assert (tmp_path / "config.yaml").read_text() == "mine: true"
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_even_with_overwrite(tmp_path):
+    run = LocalRun(False)
+    run.start(tmp_path, CONFIG)
+    with pytest.raises(ConfigError, match=rf"^run.dir=.*process {os.getpid()} is still writing"):
+        LocalRun(True).start(tmp_path, CONFIG)
+    run.fail("over")
+    finished(tmp_path)  # a failed run makes room without being asked
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^run.dir='.*file': expected a folder, found a file"):
+        LocalRun(False).start(tmp_path / "file", CONFIG)
+    with pytest.raises(RunError, match=r"^run.dir='.*file/run': cannot write there: "):
+        LocalRun(False).start(tmp_path / "file" / "run", CONFIG)
+
+
+def test_write_atomic_keeps_the_old_file_when_it_cannot_write_the_new_one(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "a.json", "old")
+
+    def broken(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="no"):
+        write_atomic(tmp_path / "a.json", b"new")
+    assert contents(tmp_path) == {"a.json": b"old"}
+
+
+# Status
+
+
+def test_a_killed_run_counts_as_interrupted(tmp_path):
+    code = (
+        "import sys, time; from pruneexp.tracker import LocalRun; LocalRun(False).start(sys.argv[1], {});"
+        "print('up', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    assert status_of(tmp_path) == "running"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
+    assert status_of(tmp_path) == "interrupted"
+    finished(tmp_path)
+    assert status_of(tmp_path) == "done"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to tell processes apart")
+def test_a_process_number_used_again_is_not_the_run(tmp_path):
+    run = LocalRun(False)
+    run.start(tmp_path, CONFIG)
+    status = json.loads((tmp_path / "status.json").read_text())
+    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": "another boot:1"}))
+    assert status_of(tmp_path) == "interrupted"
+    write_atomic(tmp_path / "status.json", json.dumps({**status, "host": "elsewhere", "pid": 1}))
+    assert status_of(tmp_path) == "running"
+    run.fail("over")
+
+
+def test_status_of_a_folder_without_a_run(tmp_path):
+    assert status_of(tmp_path / "none") == status_of(tmp_path) == "absent"
+    (tmp_path / "status.json").write_text("[]")
+    assert status_of(tmp_path) == "absent"

@@ -1,0 +1,144 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tracker_samples import CONFIG, METRICS, PLAN, SCORES, SITES
+
+from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
+from pruneexp.types import ConfigError
+
+
+@pytest.fixture
+def no_account(tmp_path, monkeypatch):
+    """A user whom W&B has never heard of, with a home of their own."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    return home
+
+
+def tracker(mode: str | None = None) -> Wandb:
+    return Wandb(project="pruneexp", entity=None, mode=mode, tags=["probe"])
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("project", ""), ("entity", 3), ("mode", "onlin"), ("tags", "probe"), ("tags", [1])],
+)
+def test_wandb_settings_that_cannot_work(field, value):
+    settings = {"project": "p", "entity": None, "mode": None, "tags": [], field: value}
+    with pytest.raises(ConfigError, match=rf"^{field}=.*: expected "):
+        Wandb(**settings)
+
+
+def read_back(folder: Path) -> tuple[dict, list[dict]]:
+    """Summary and records of the one W&B run in `folder`, as the W&B library's own reader gives them."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    summary = subprocess.run([*read, "--summary"], check=True, capture_output=True, text=True).stdout
+    records = subprocess.run(read, check=True, capture_output=True, text=True).stdout
+    return json.loads(summary), [json.loads(line) for line in records.splitlines()]
+
+
+def test_an_offline_run_can_be_read_back(tmp_path, no_account):
+    folder = tmp_path / "run"
+    trackers = Trackers((LocalRun(False), tracker()))
+    trackers.start(folder, CONFIG, group="sweep", name="probe", job_type="run")
+    trackers.log({"sparsity/decoder": 0.25})
+    trackers.artifacts(PLAN, SCORES, SITES)
+    trackers.finish(METRICS)
+    run, records = read_back(folder)
+    assert run["project"] == "pruneexp" and run["tags"] == ["probe"] and run["name"] == "probe"
+    assert run["config"] == CONFIG and run["exit_code"] == 0
+    assert METRICS.items() <= run["summary"].items()
+    assert {"structure", "scores/attention", "scores/mlp"} <= run["summary"].keys()
+    assert '"plan"' in json.dumps([record for record in records if "artifact" in record["type"]])
+    assert "could not" not in (folder / "log.txt").read_text()
+    assert status_of(folder) == "done"
+    written = [str(file) for file in no_account.rglob("*") if file.is_file() and file.suffix != ".log"]
+    assert written == []  # nothing but W&B's own debug logs outside the run folder
+
+
+def test_a_failed_run_is_failed_in_wandb(tmp_path, no_account):
+    trackers = Trackers((LocalRun(False), tracker("offline")))
+    trackers.start(tmp_path / "run", CONFIG)
+    trackers.fail("out of memory")
+    run, _ = read_back(tmp_path / "run")
+    assert run["exit_code"] == 1 and run["summary"]["failure"] == "out of memory"
+
+
+class Broken:
+    """A W&B run whose every method fails."""
+
+    id, url, dir, offline = "x", None, "here", False
+
+    def __getattr__(self, name: str):
+        raise ConnectionError(f"no network for {name}")
+
+
+@pytest.mark.parametrize("where", ["init", "after"])
+def test_what_breaks_inside_wandb_never_breaks_the_run(tmp_path, monkeypatch, where, capsys):
+    modes = []
+
+    def init(**arguments):
+        modes.append(arguments["mode"])
+        if where == "init":
+            raise ConnectionError("no network")
+        return Broken()
+
+    monkeypatch.setattr("wandb.init", init)
+    trackers = Trackers((LocalRun(False), tracker("online")))
+    trackers.start(tmp_path, CONFIG)
+    trackers.log({"sparsity/decoder": 0.25})
+    trackers.artifacts(PLAN, SCORES, SITES)
+    trackers.finish(METRICS)
+    assert status_of(tmp_path) == "done"
+    assert modes == (["online", "offline"] if where == "init" else ["online"])
+    assert capsys.readouterr().err.count("the run goes on: ConnectionError") == 1
+
+
+def test_whoever_stops_waiting_for_an_upload_keeps_the_run(tmp_path, monkeypatch):
+    class Slow(Broken):
+        summary: dict = {}
+
+        def finish(self, exit_code: int) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("wandb.init", lambda **_: Slow())
+    trackers = Trackers((LocalRun(False), tracker("online")))
+    trackers.start(tmp_path, CONFIG)
+    trackers.finish(METRICS)
+    assert status_of(tmp_path) == "done"
+
+
+@pytest.mark.parametrize(
+    "variables, login, mode, expected",
+    [
+        ({}, None, None, "offline"),
+        ({"WANDB_MODE": "online"}, None, None, None),
+        ({"WANDB_MODE": "disabled"}, None, None, None),
+        ({"WANDB_API_KEY": "k"}, None, None, None),
+        ({}, "api.wandb.ai", None, None),
+        ({}, "elsewhere.org", None, "offline"),
+        ({"WANDB_BASE_URL": "https://elsewhere.org"}, "elsewhere.org", None, None),
+        ({"WANDB_API_KEY": "k"}, None, "offline", "offline"),
+        ({}, None, "online", "online"),
+    ],
+)
+def test_the_mode_follows_the_users_environment(tmp_path, no_account, monkeypatch, variables, login, mode, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if login:
+        (no_account / ".netrc").write_text(f"machine {login} login user password k\n")
+        (no_account / ".netrc").chmod(0o600)
+    asked = []
+    monkeypatch.setattr("wandb.init", lambda **arguments: asked.append(arguments["mode"]) or Broken())
+    tracker(mode).start(tmp_path, CONFIG)
+    assert asked == [expected]  # None: W&B reads its environment itself

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(text())
         return 0
-    arguments = _parser().parse_intermixed_args(argv)
+    arguments = _arguments(argv)
     from pruneexp.types import ConfigError, RunError
 
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
@@ -66,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"pruneexp: {message}; see pruneexp --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     import pruneexp
 
     parser = _Parser("pruneexp", add_help=False, allow_abbrev=False)
@@ -80,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     what.add_argument("--info", "-i", choices=INFO, nargs="?", const="all")
     what.add_argument("--shell-completion", "-sc", action="store_true")
-    return parser
+    arguments = parser.parse_intermixed_args(argv)
+    if (arguments.package or arguments.resolve) and not arguments.cfg:
+        parser.error("--package and --resolve go with --cfg")
+    return arguments
 
 
 def _command(arguments: argparse.Namespace) -> int:
@@ -90,10 +93,7 @@ def _command(arguments: argparse.Namespace) -> int:
     from pruneexp.types import ConfigError
 
     hydra, overrides = open_hydra(arguments.config_dir), arguments.overrides
-    if arguments.shell_completion:
-        hydra.shell_completion("config", overrides)
-        return 0
-    if arguments.cfg or arguments.info:
+    if arguments.cfg or arguments.info or arguments.shell_completion:
         return _show(hydra, arguments)
     for text in overrides:
         if text.lstrip("+~").startswith(("hydra.run.", "hydra.sweep.")):
@@ -111,7 +111,9 @@ def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
     from pruneexp.explain import explained
 
     try:
-        if arguments.cfg:
+        if arguments.shell_completion:
+            hydra.shell_completion("config", arguments.overrides)
+        elif arguments.cfg:
             hydra.show_cfg("config", arguments.overrides, arguments.cfg, arguments.package, arguments.resolve)
         else:
             hydra.show_info(arguments.info, "config", arguments.overrides)

@@ -127,6 +127,8 @@ MISTAKES = [
     ("--multirunn", "unrecognized arguments: --multirunn"),
     ("--cfg foo", "argument --cfg/-c: invalid choice: 'foo'"),
     ("--cfg job criterion=flapp", "criterion=flapp: expected one of flap, "),
+    ("--resolve", "--package and --resolve go with --cfg"),
+    ("--shell-completion", "Expecting one subcommand"),
     ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
 ]
 

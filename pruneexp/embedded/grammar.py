@@ -2,32 +2,34 @@
 
 A story is a coroutine: it yields the distribution of the next word, is sent the word, and goes on from there.
 It hears nothing but the words, so a text determines its state, and with it the exact probability of every
-word given all words before it. A story introduces four people, each with a coloured object that lies
-somewhere, and tells of them: facts come back word for word, pronouns and verbs agree, sums come out right.
-Only genuine choices have entropy.
+word given all words before it. A story tells of a hero, the hero's object, a place and a friend: what was said
+once comes back word for word, pronouns and verbs agree, sums come out right. Only genuine choices have entropy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pruneexp.embedded import lexicon as lex
 
-CAST = 4
-# weight of "a new person comes in" against everything else, by how many are there already
-ARRIVAL = (1.0, 0.6, 0.5, 0.4, 0.0)
-FIRST_WORD = {"name": 0.33, "The": 0.27, "pronoun": 0.21, "Today": 0.065, "Yesterday": 0.065, "end": 0.06}
-DOES = {"visited": 2.5, "wanted": 2.0, "met": 2.0, "felt": 1.0, "liked": 1.0, "had": 1.5}
+FIRST_WORD = {
+    "hero": 0.23, "friend": 0.14, "The": 0.14, "pronoun": 0.25, "Today": 0.09, "Yesterday": 0.09, "end": 0.08,
+}  # fmt: skip
+DOES = {"visited": 1.5, "wanted": 1.5, "met": 2.0, "liked": 1.5, "felt": 1.5, "had": 1.5}
 
 
 class Ask(NamedTuple):
-    """A question that the story answers at this word: the phrase that follows, and phrases that must not."""
+    """A question that the story answers at this word: the words that follow, and each one's class.
+
+    `near` are wrong answers that stand in the same story.
+    """
 
     kind: str
-    answer: str
-    rivals: tuple[str, ...]
+    answer: tuple[str, ...]
+    classes: tuple[Sequence[str], ...]
+    near: tuple[str, ...] = ()
 
 
 class Step(NamedTuple):
@@ -46,11 +48,11 @@ Clause = Generator[Step, str, None]
 class Person:
     name: str
     family: str = ""
-    colour: str = ""
-    thing: str = ""
-    site: str = ""
-    place: str = ""
     food: str = ""  # once told
+
+    @property
+    def full(self) -> tuple[str, str]:
+        return self.name, self.family
 
 
 def _skewed(words: Iterable[str]) -> dict[str, float]:
@@ -63,10 +65,11 @@ def _normal(weights: Mapping[str, float]) -> dict[str, float]:
     return {word: weight / total for word, weight in weights.items()}
 
 
+_NAMES = [name for pair in zip(lex.WOMEN, lex.MEN, strict=True) for name in pair]
 _WEIGHTS = {
     name: _skewed(words)
     for name, words in {
-        "names": [name for pair in zip(lex.WOMEN, lex.MEN, strict=True) for name in pair],
+        "names": _NAMES,
         "animals": [name for pair in zip(lex.ANIMALS, lex.HERDS, strict=True) for name in pair],
         "put": lex.PUT, "colours": lex.COLOURS, "objects": lex.OBJECTS, "places": lex.PLACES,
         "families": lex.FAMILIES, "sites": lex.SITES,
@@ -76,122 +79,119 @@ _WEIGHTS = {
     }.items()
 }  # fmt: skip
 _ANY = {name: Step(_normal(weights), "choice") for name, weights in _WEIGHTS.items()}
+_DOES, _BE = Step(_normal(DOES), "choice"), Step({"was": 0.6, "belonged": 0.4}, "choice")
 _FIXED: dict[str, Step] = {}
 
 
-def _fixed(text: str) -> Words:
-    word = ""
+def _fixed(text: str) -> Clause:
     for word in text.split(" "):
         if word not in _FIXED:
             _FIXED[word] = Step({word: 1.0}, "fixed")
         yield _FIXED[word]
-    return word
 
 
-def _sure(text: str, kind: str, ask: str = "", rivals: Iterable[str] = ()) -> Words:
-    """Words that the story so far decides; `ask`: the kind of question that stands at the first of them."""
-    head, *rest = text.split(" ")
-    others = tuple(rival for rival in rivals if rival != text)
-    yield Step({head: 1.0}, kind, Ask(ask, text, others) if ask and len(others) >= 3 else None)
-    for word in rest:
-        yield Step({word: 1.0}, kind)
-    return text
+def _sure(words: Iterable[str], kind: str, ask: Ask | None = None) -> Clause:
+    """Words that the story so far decides; `ask` is the question that stands at the first of them."""
+    for word in words:
+        yield Step({word: 1.0}, kind, ask)
+        ask = None
 
 
 def _pick(weights: Mapping[str, float]) -> Words:
     return (yield Step(_normal(weights), "choice"))
 
 
-def _new(name: str, used: Iterable[str]) -> Words:
-    """A word of the class that the story has not used in that role yet."""
-    gone = set(used)
-    return (yield from _pick({word: weight for word, weight in _WEIGHTS[name].items() if word not in gone}))
-
-
 class Story:
     """What the words so far have established. `tell()` is the coroutine; nothing but the text drives it."""
 
     def __init__(self) -> None:
-        self.cast: list[Person] = []
+        self.hero = Person("")
+        self.friend: Person | None = None
+        self.thing = ("", "")  # colour, object
+        self.place = ("", "")  # what it is like, place
         self.pronoun = ""  # of the last sentence's subject
         self.concrete = False  # the last sentence's subject is an object: it looks, it does not act
 
     def tell(self) -> Clause:
+        yield from self._opening()
         while True:
+            yield from _fixed(".")
             word = yield self._first_word()
             if word == lex.END:
                 return
-            if word in lex.PRONOUN:
-                person = next((p for p in self.cast if p.name == word), None)
-                yield from self._person(person) if person else self._arrival(word)
+            if word == self.hero.name:
+                yield from self._person(self.hero)
+            elif self.friend and word == self.friend.name:
+                yield from self._person(self.friend)
             elif word == "The":
                 yield from self._object()
             elif word in ("Today", "Yesterday"):
                 yield from self._animal(word)
             else:
                 yield from self._pronoun()
-            yield from _fixed(".")
 
     def _first_word(self) -> Step:
-        arrival = ARRIVAL[len(self.cast)]
-        here = [p.name for p in self.cast]
-        new = _normal({word: weight for word, weight in _WEIGHTS["names"].items() if word not in here})
-        probs = {name: arrival * p for name, p in new.items()} if arrival else {}
-        if arrival < 1:
-            weights = {name: FIRST_WORD["name"] / len(here) for name in here}
-            weights |= {word: FIRST_WORD[word] for word in ("The", "Today", "Yesterday")}
-            weights[self.pronoun] = FIRST_WORD["pronoun"]
-            if len(here) == CAST:
-                weights[lex.END] = FIRST_WORD["end"]
-            probs |= {word: (1 - arrival) * p for word, p in _normal(weights).items()}
-        others = tuple(word for word in ("He", "She", "They", "It") if word != self.pronoun)
-        return Step(probs, "choice", Ask("pronoun", self.pronoun, others))
+        weights = {word: FIRST_WORD[word] for word in ("The", "Today", "Yesterday")}
+        weights[self.hero.name] = FIRST_WORD["hero"]
+        weights[self.pronoun] = FIRST_WORD["pronoun"]
+        if self.friend:
+            weights[self.friend.name] = FIRST_WORD["friend"]
+            weights[lex.END] = FIRST_WORD["end"]
+        return Step(_normal(weights), "choice", Ask("pronoun", (self.pronoun,), (lex.PRONOUNS,)))
 
     def _subject(self, pronoun: str, concrete: bool = False) -> None:
         self.pronoun, self.concrete = pronoun, concrete
 
-    def _arrival(self, name: str) -> Clause:
-        """`Mara Reed hid the red key in the dark barn`: no two people of a story share any of it but the verb."""
-        person = Person(name)
-        person.family = yield from _new("families", (p.family for p in self.cast))
+    def _opening(self) -> Clause:
+        """`Mara Reed hid the red key in the dark barn`"""
+        self.hero.name = yield _ANY["names"]
+        self.hero.family = yield _ANY["families"]
         yield _ANY["put"]
         yield from _fixed("the")
-        person.colour = yield from _new("colours", (p.colour for p in self.cast))
-        person.thing = yield from _new("objects", (p.thing for p in self.cast))
+        self.thing = ((yield _ANY["colours"]), (yield _ANY["objects"]))
         yield from _fixed("in the")
-        person.site = yield from _new("sites", (p.site for p in self.cast))
-        person.place = yield from _new("places", (p.place for p in self.cast))
-        self.cast.append(person)
-        self._subject(lex.PRONOUN[name])
+        self.place = ((yield _ANY["sites"]), (yield _ANY["places"]))
+        self._subject(lex.PRONOUN[self.hero.name])
 
     def _person(self, person: Person) -> Clause:
-        yield from self._family(person)
-        alone = len(self.cast) == 1
-        verb = yield from _pick({word: weight for word, weight in DOES.items() if word != "met" or not alone})
+        other = self.friend if person is self.hero else self.hero
+        near = (other.family,) if other else ()
+        yield from _sure([person.family], "recall", Ask("family", (person.family,), (lex.FAMILIES,), near))
+        verb = yield _DOES
         self._subject(lex.PRONOUN[person.name])
         if verb == "felt":
             yield _ANY["felt"]
         elif verb == "liked":
-            person.food = (yield from _sure(person.food, "recall")) if person.food else (yield _ANY["liked"])
+            yield from self._food(person, other)
         elif verb == "wanted":
             yield from _fixed("the")
-            things = [f"{p.colour} {p.thing}" for p in self.cast]
-            yield from _sure(f"{person.colour} {person.thing}", "recall", "object", things)
+            yield from _sure(self.thing, "recall", Ask("object", self.thing, (lex.COLOURS, lex.OBJECTS)))
+            yield _ANY["ways"]
         elif verb == "visited":
             yield from _fixed("the")
-            site = yield from _pick({p.site: 1.0 for p in self.cast})
-            place = next(p.place for p in self.cast if p.site == site)
-            yield from _sure(place, "recall", "site", [p.place for p in self.cast])
+            yield from _sure(self.place, "recall", Ask("visit", self.place, (lex.SITES, lex.PLACES)))
+            yield _ANY["ways"]
         elif verb == "had":
             yield from self._sum(person)
         else:
-            name = yield from _pick({p.name: 1.0 for p in self.cast if p is not person})
-            yield from self._family(next(p for p in self.cast if p.name == name))
-            yield _ANY["ways"]
-            self._subject("They")
+            yield from self._meeting(other)
 
-    def _family(self, person: Person) -> Words:
-        return (yield from _sure(person.family, "recall", "family", [p.family for p in self.cast]))
+    def _food(self, person: Person, other: Person | None) -> Clause:
+        if person.food:
+            near = (other.food,) if other and other.food not in ("", person.food) else ()
+            yield from _sure([person.food], "recall", Ask("food", (person.food,), (lex.FOODS,), near))
+        else:
+            person.food = yield _ANY["liked"]
+
+    def _meeting(self, other: Person | None) -> Clause:
+        if other:
+            yield from _sure(other.full, "recall")
+        else:
+            name = yield from _pick({name: w for name, w in _WEIGHTS["names"].items() if name != self.hero.name})
+            family = yield from _pick({f: w for f, w in _WEIGHTS["families"].items() if f != self.hero.family})
+            self.friend = Person(name, family)
+        yield _ANY["ways"]
+        self._subject("They")
 
     def _sum(self, person: Person) -> Clause:
         """`had three coins and got two more , so she had five coins`"""
@@ -200,29 +200,22 @@ class Story:
         yield from _fixed("and got")
         more = yield _ANY["more"]
         yield from _fixed("more , so")
-        yield from _sure(lex.PRONOUN[person.name].lower(), "agreement")
+        yield from _sure([lex.PRONOUN[person.name].lower()], "agreement")
         yield from _fixed("had")
-        total = lex.NUMBERS.index(start) + lex.NUMBERS.index(more) + 1
-        yield from _sure(lex.NUMBERS[total], "count", "count", lex.NUMBERS[max(total - 3, 0) : total + 4])
-        yield from _sure(thing, "recall")
+        total = lex.NUMBERS[lex.NUMBERS.index(start) + lex.NUMBERS.index(more) + 1]
+        yield from _sure([total], "count", Ask("count", (total,), (lex.NUMBERS[1:],)))
+        yield from _sure([thing], "recall")
 
     def _object(self) -> Clause:
-        word = yield from _pick({p.colour: 4.0 for p in self.cast} | {p.thing: 1.0 for p in self.cast})
-        self._subject("It", concrete=True)
-        person = next(p for p in self.cast if word in (p.colour, p.thing))
-        if word == person.thing:
-            yield from _fixed("was")
-            yield from _sure(person.colour, "recall", "colour", [p.colour for p in self.cast])
-            return
-        yield from _sure(person.thing, "recall", "thing", [p.thing for p in self.cast])
-        if (yield from _pick({"was": 1.0, "belonged": 1.0})) == "was":
+        yield from _sure(self.thing, "recall", Ask("thing", self.thing, (lex.COLOURS, lex.OBJECTS)))
+        if (yield _BE) == "was":
             yield from _fixed("in the")
-            places = [f"{p.site} {p.place}" for p in self.cast]
-            yield from _sure(f"{person.site} {person.place}", "recall", "place", places)
+            yield from _sure(self.place, "recall", Ask("place", self.place, (lex.SITES, lex.PLACES)))
         else:
             yield from _fixed("to")
-            owners = [f"{p.name} {p.family}" for p in self.cast]
-            yield from _sure(f"{person.name} {person.family}", "recall", "owner", owners)
+            near = self.friend.full if self.friend else ()
+            yield from _sure(self.hero.full, "recall", Ask("owner", self.hero.full, (_NAMES, lex.FAMILIES), near))
+        self._subject("It", concrete=True)
 
     def _animal(self, day: str) -> Clause:
         """`Today the old dogs near the cow are loud`: the verb agrees with the day and with the far noun."""
@@ -231,7 +224,8 @@ class Story:
         many = (yield _ANY["animals"]) in lex.HERDS
         yield from _fixed("near the")
         yield _ANY["animals"]
-        yield from _sure(lex.VERBS[day, many], "agreement", "agreement", lex.VERBS.values())
+        verb = lex.VERBS[day, many]
+        yield from _sure([verb], "agreement", Ask("agreement", (verb,), (list(lex.VERBS.values()),)))
         yield _ANY["states"]
         self._subject("They" if many else "It")
 
@@ -240,5 +234,8 @@ class Story:
             yield from _fixed("looked")
             yield _ANY["looks"]
         else:
+            yield _ANY["acts"]
+            yield _ANY["ways"]
+            yield from _fixed("and")
             yield _ANY["acts"]
             yield _ANY["ways"]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pruneexp.embedded import grammar, lexicon
-from pruneexp.embedded.grammar import Step
+from pruneexp.embedded.grammar import Ask, Step
 
 TRAINING = range(0, 1_000_000)
 CALIBRATION = range(1_000_000, 2_000_000)
@@ -197,14 +197,28 @@ def windows(tokenizer: Any, seed: int, samples: int, length: int) -> tuple[np.nd
     return tokens, nats
 
 
-KINDS = ("thing", "site", "family", "place", "owner", "object", "count", "agreement", "pronoun")
+KINDS = ("thing", "place", "visit", "object", "owner", "family", "food", "count", "agreement", "pronoun")
 
 
 def _askable(told: Telling, kind: str, limit: int) -> Iterator[int]:
     """Where the story, within its first `limit` words, gives the answer to a question of that kind."""
     for i, (step, word) in enumerate(told[:limit]):
-        if step.ask and step.ask.kind == kind and step.ask.answer.split(" ")[0] == word:
+        if step.ask and step.ask.kind == kind and step.ask.answer[0] == word:
             yield i
+
+
+def _wrong(ask: Ask, rng: random.Random) -> list[str]:
+    """Three wrong answers: one from the same story where there is one, and half-right ones of two words."""
+    answer = " ".join(ask.answer)
+    near = [" ".join(ask.near)] if ask.near else []
+    others = [[word for word in words if word not in (*ask.answer, *ask.near)] for words in ask.classes]
+    drawn = [sorted(words, key=lambda _: rng.random())[:3] for words in others]
+    if len(drawn) == 1:
+        return [*near, *drawn[0]][:3]
+    (first, second), (a, b) = ask.answer, drawn
+    wrong = [*near, f"{first} {b[0]}", f"{a[0]} {second}", f"{a[1]} {b[1]}"][:3]
+    assert answer not in wrong
+    return wrong
 
 
 def questions(seed: int, n: int, limit: int = 200) -> list[Question]:
@@ -222,8 +236,8 @@ def questions(seed: int, n: int, limit: int = 200) -> list[Question]:
         at = places[int(rng.random() * len(places))]
         ask = told[at][0].ask
         assert ask is not None
-        wrong = sorted(ask.rivals, key=lambda _: rng.random())[:3]
+        wrong = _wrong(ask, rng)
         answer = (len(asked) // len(KINDS) + len(asked) % len(KINDS)) % 4
-        a, b, c, d = (*wrong[:answer], ask.answer, *wrong[answer:])
+        a, b, c, d = (*wrong[:answer], " ".join(ask.answer), *wrong[answer:])
         asked.append(Question(_text(told[:at]), (a, b, c, d), answer, kind))
     return asked

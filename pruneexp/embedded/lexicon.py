@@ -4,6 +4,7 @@ from __future__ import annotations
 
 WOMEN = "Mara Anna Lucy Nora Emma Rosa Ivy Ella Kate Ruth Jane Lena".split()
 MEN = "Omar Tom Ben Sam Jack Paul Luke Max Hugo Carl Adam Finn".split()
+PRONOUNS = "He She They It".split()
 FAMILIES = "Reed Stone Wood Hall Lake West Ford Hill Bell Cook Page Lane Gray Fox Shaw Dale".split()
 PRONOUN = {name: "She" for name in WOMEN} | {name: "He" for name in MEN}
 

@@ -29,15 +29,12 @@ from pruneexp.embedded import language, measure
 FAMILIES = ("llama", "opt", "bloom")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT = 512
-# small steps on short windows until recall is learnt, then larger ones of mixed lengths, so that every position is trained
-EARLY_LENGTHS, LATE_LENGTHS, LATE = (128,), (256, 128, 256, 512), 0.4
-EARLY_TOKENS, LATE_TOKENS = 512, 1536
-# windows that repeat themselves teach at every token the recall that stories teach at few: all windows of the first step,
-# falling to none at this share of the run
-REHEARSAL = 0.2
+# short windows first; then all lengths, so that every position is trained
+EARLY_LENGTHS, LATE_LENGTHS, LATE = (128,), (256, 128, 256, 512), 0.5
+EARLY_TOKENS, LATE_TOKENS = 1024, 2048
 # the loss weighs tokens that the story decides this much more at first, 1 at last: recall is learnt sooner, and as the
 # weight depends on the prefix alone, the true process stays the optimum
-DECIDED = 5.0
+DECIDED = 3.0
 TOKENIZER_STORIES = 4000
 EVALUATION_WINDOWS, EVALUATION_QUESTIONS = 256, 360
 
@@ -100,14 +97,6 @@ def _batch(tokenizer: Any, step: int, progress: float) -> tuple[torch.Tensor, to
     return torch.from_numpy(tokens), torch.from_numpy(nats[:, 1:]).float()
 
 
-def _repeat(tokens: torch.Tensor, nats: torch.Tensor, rows: int) -> None:
-    """Makes the first `rows` windows, in place, repeat their first few words over and over."""
-    for row in range(rows):
-        period = 12 + (row * 5) % 37
-        tokens[row] = tokens[row, torch.arange(tokens.shape[1]) % period]
-        nats[row, period - 1 :] = 0.0
-
-
 def train(
     family: str, tokenizer: Any, steps: int, peak: float, minutes: float, seed: int = 0
 ) -> tuple[Any, dict[str, Any]]:
@@ -121,7 +110,6 @@ def train(
     began, step, seen, excess = time.monotonic(), 0, 0, 0.0
     while (progress := max(step / steps, (time.monotonic() - began) / 60 / minutes)) < 1:
         tokens, nats = _batch(tokenizer, step, progress)
-        _repeat(tokens, nats, round(len(tokens) * max(0.0, 1 - progress / REHEARSAL)))
         best, weights = nats.mean().item(), torch.where(nats == 0, DECIDED + (1 - DECIDED) * progress, 1.0)
         logits = model(tokens, use_cache=False).logits[:, :-1]
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")

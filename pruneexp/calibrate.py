@@ -60,12 +60,12 @@ def walk(
     """
     total = len(model.layers)
     if not kinds or tokens_NT is None:
-        for index in progress(range(total), stage, total, "block"):
+        for index in progress(range(total), stage, total, "blocks"):
             with model.loaded(index) as layer:
                 yield Visit(index, layer, model.block(index))
         return
     hidden, calls = _enter_all(model, tokens_NT)
-    for index in progress(range(total), stage, total, "block"):
+    for index in progress(range(total), stage, total, "blocks"):
         with model.loaded(index) as layer:
             block = model.block(index)
             output = hidden if read_only else [torch.empty(0)] * len(hidden)
@@ -109,7 +109,7 @@ def _observe(
     at_block = [kind for kind in kinds if kind.source == "block"]  # type: ignore[attr-defined]
     with ExitStack() as hooks:
         for site in block.sites if at_reader else ():
-            hooks.enter_context(_watched(layer, model, site, at_reader, evidence))
+            hooks.enter_context(_watched(layer, model, site, at_reader, evidence, hidden[0].shape[1]))
         for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
             y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
             if not torch.isfinite(y_BTD.sum(dtype=torch.float32)) and not torch.isfinite(y_BTD).all():
@@ -121,11 +121,13 @@ def _observe(
     return evidence
 
 
-def _watched(layer: nn.Module, model: Model, site: Site, kinds: Sequence[type], evidence: dict[type, dict]) -> Any:
+def _watched(
+    layer: nn.Module, model: Model, site: Site, kinds: Sequence[type], evidence: dict[type, dict], length: int
+) -> Any:
     """A hook on the site's reader that updates its evidence with the reader's input; removed on exit."""
 
     def update(_reader: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0] if args[0].dim() == 3 else args[0][None]  # OPT flattens windows in front of its FFN
+        x = args[0].view(-1, length, args[0].shape[-1])  # OPT flattens windows in front of its FFN
         for kind in kinds:
             evidence[kind][site.name] = evidence[kind][site.name].update(x)
 

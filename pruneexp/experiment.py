@@ -25,6 +25,7 @@ from torch import Tensor
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
 from pruneexp.model import Model, ModelSource
+from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned, prune_
 from pruneexp.report import print_summary
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, prove_in_process, save
@@ -110,8 +111,10 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
 
 def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     """Tokenizer and calibration windows, and every check of texts that needs them, before a weight is loaded."""
-    tokenizer, vocabulary, max_length = experiment.model.describe()
-    tokens_NT = experiment.dataset.calibration(tokenizer)
+    with waiting("loading the tokenizer"):
+        tokenizer, vocabulary, max_length = experiment.model.describe()
+    with waiting("tokenising the calibration text"):
+        tokens_NT = experiment.dataset.calibration(tokenizer)
     check_vocabulary(tokens_NT, vocabulary, experiment.dataset.key("calibration"))
     if max_length is not None and tokens_NT.shape[1] > max_length:
         raise ConfigError(
@@ -120,7 +123,8 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     for evaluator in experiment.evaluators.values():
         prepare = getattr(evaluator, "prepare", None)
         if prepare is not None:
-            prepare(tokenizer, vocabulary)
+            with waiting("tokenising the evaluation text"):
+                prepare(tokenizer, vocabulary)
         windows = getattr(evaluator, "windows", None)
         if windows is not None:
             share = overlap(tokens_NT, windows(tokenizer))
@@ -266,7 +270,11 @@ def _params(model: Model) -> int:
 
 def _peak_bytes(model: Model) -> int:
     """The largest resident memory of this process so far, or the device's allocations where that is more."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:  # not getrusage's: a child process starts with its parent's peak there
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if model.device.type == "cuda":
         peak = max(peak, torch.cuda.max_memory_allocated(model.device))
     return peak

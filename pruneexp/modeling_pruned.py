@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partialmethod
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class LayerStructure:
 class RemovedAttention(nn.Module):
     """Attention that lost all its heads: what it still adds is its output bias, if it owns one."""
 
-    def __init__(self, reader_name: str, reader: nn.Linear, adds_residual: bool):
+    def __init__(self, reader_name: str, reader: nn.Module, adds_residual: bool):
         super().__init__()
         self.reader_name, self.adds_residual = reader_name, adds_residual
         self.add_module(reader_name, reader)
@@ -170,7 +170,7 @@ def number_caches_(layers: nn.ModuleList, family: Family) -> bool:
     attentions = [layer.get_submodule(family.attention) for layer in layers]
     attentions = [a for a in attentions if not isinstance(a, RemovedAttention)]
     for index, attention in enumerate(attentions):
-        attention.layer_idx = index
+        attention.layer_idx = index  # pyright: ignore[reportArgumentType]
     return bool(attentions)
 
 
@@ -224,7 +224,7 @@ def _keep_slopes_(attention: nn.Module, kept_heads: tuple[int, ...]) -> None:
 
     if not hasattr(attention, "kept_heads"):
         attention.register_forward_pre_hook(select, with_kwargs=True)
-    attention.kept_heads = kept_heads  # pyright: ignore[reportAttributeAccessIssue]
+    attention.kept_heads = kept_heads  # pyright: ignore[reportArgumentType]
 
 
 def stock_config(config: Any) -> Any:
@@ -255,9 +255,9 @@ def layer_structures(config: Any) -> list[LayerStructure]:
     return structures
 
 
-def _init_pruned(model: Any, stock_class: type, config: Any) -> None:
+def _init_pruned(model: Any, stock_class: type, config: Any, *args: Any, **kwargs: Any) -> None:
     stock = stock_config(config)
-    stock_class.__init__(model, stock)
+    stock_class.__init__(model, stock, *args, **kwargs)  # type: ignore[misc]
     family = FAMILIES[config.model_type.removeprefix("pruned_")]
     layers = model.base_model.get_submodule(family.layers)
     for layer, structure in zip(layers, layer_structures(config), strict=True):
@@ -270,6 +270,8 @@ def _init_pruned(model: Any, stock_class: type, config: Any) -> None:
 @cache
 def __getattr__(name: str) -> type:
     """PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel ...: made from the stock class when asked for."""
+    if not name.startswith("Pruned"):  # Python itself asks for names like __path__: no reason to import transformers
+        raise AttributeError(name)
     transformers = importlib.import_module("transformers")
     families = {family.stock: model_type for model_type, family in FAMILIES.items()}
     for suffix in ("Config", "ForCausalLM", "Model"):
@@ -284,6 +286,6 @@ def __getattr__(name: str) -> type:
             body["validate_architecture"] = lambda self: None  # heads need not divide the hidden size here
             return strict(type(name, (stock_class,), body))
         body["config_class"] = __getattr__(f"Pruned{stock}Config")
-        body["__init__"] = lambda self, config: _init_pruned(self, stock_class, config)
+        body["__init__"] = partialmethod(_init_pruned, stock_class)
         return type(name, (stock_class,), body)
     raise AttributeError(name)

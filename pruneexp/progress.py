@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -34,6 +36,18 @@ def _shape() -> dict[str, Any]:
         sized = False
     # Terminals inside containers and job runners may say 0 x 0, where tqdm would draw nothing.
     return {"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 24}
+
+
+@contextmanager
+def waiting(stage: str) -> Iterator[None]:
+    """Says on stderr what is being done, once it has lasted `BAR_AFTER`: for work that cannot be counted."""
+    timer = threading.Timer(BAR_AFTER, lambda: print(f"{stage} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _lines(iterable: Iterable[T], stage: str, total: int | None, unit: str) -> Iterator[T]:

@@ -159,7 +159,8 @@ def _figure(name: str, value: float | None) -> str:
     if value is None:
         return ""
     if "bytes" in name:
-        return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+        units = [("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)]
+        return next((f"{value / size:,.2f} {unit}" for unit, size in units if value >= size), f"{value:,.0f} B")
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 

@@ -47,7 +47,9 @@ def tokenizer() -> Any:
 
 
 def test_importing_stays_light() -> None:
-    code = "import sys, pruneexp.embedded as e; e.text(1, 1); print({'torch', 'transformers'} & {*sys.modules})"
+    code = (
+        "import sys, pruneexp.embedded as e; e.text(1, 1); print({'torch', 'transformers'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 
@@ -78,7 +80,7 @@ def test_deterministic() -> None:
 
 def test_the_stream_is_the_same_everywhere() -> None:
     assert embedded.text(EVALUATION[0], 1).startswith(
-        "Rosa dropped the pink book behind the fence. Yesterday the small bird near the mouse was sleepy."
+        "Rosa Page put the blue doll in the broad field. Yesterday the small bears near the goats were happy."
     )
 
 
@@ -197,8 +199,8 @@ def test_tokenizer(tokenizer: Any, sample: list[embedded.Story]) -> None:
 
 def test_questions() -> None:
     """The context is a story's prefix, the right choice its only continuation; kinds and answers balance."""
-    asked = embedded.questions(QUESTIONS, 360)
-    assert set(Counter(q.answer for q in asked).values()) == {90}
+    asked = embedded.questions(QUESTIONS, 400)
+    assert set(Counter(q.answer for q in asked).values()) == {100}
     assert Counter(q.kind for q in asked) == dict.fromkeys(KINDS, 40)
     assert max(Counter((q.kind, q.answer) for q in asked).values()) == 10
     for question in asked:
@@ -215,10 +217,16 @@ def test_questions() -> None:
         assert possible == [question.choices[question.answer]]
 
 
-def test_wrong_choices_stand_in_the_story() -> None:
-    for question in embedded.questions(QUESTIONS, 90):
-        if question.kind not in ("agreement", "pronoun", "count"):
-            assert all(choice in question.context for choice in question.choices)
+def test_wrong_choices_are_near() -> None:
+    """Names, foods and numbers of the same story, or half of the right answer."""
+    asked = [q for q in embedded.questions(QUESTIONS, 200) if q.kind not in ("agreement", "pronoun", "count")]
+    for question in asked:
+        words = set(question.choices[question.answer].split())
+        wrong = [choice for i, choice in enumerate(question.choices) if i != question.answer]
+        if question.kind in ("thing", "place", "visit", "object"):
+            assert sum(bool(words & set(choice.split())) for choice in wrong) == 2
+    owners = [q for q in asked if q.kind == "owner"]
+    assert sum(sum(choice in q.context for choice in q.choices) == 2 for q in owners) > len(owners) / 5
 
 
 def test_committed_files(checkpoint: tuple[str, Any, Any]) -> None:
@@ -245,4 +253,4 @@ def test_questions_are_answered(checkpoint: tuple[str, Any, Any]) -> None:
     from pruneexp.embedded import measure
 
     _, model, tokenizer = checkpoint
-    assert measure.accuracy(model, tokenizer, embedded.questions(QUESTIONS, 144)) > 0.85
+    assert measure.accuracy(model, tokenizer, embedded.questions(QUESTIONS, 160)) > 0.85

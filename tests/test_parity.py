@@ -13,8 +13,7 @@ import torch
 
 from pruneexp.calibrate import Meter
 from pruneexp.prune import Method, prune_
-
-from .conftest import PARITY
+from tests.conftest import PARITY
 
 ORACLE = json.loads((PARITY / "oracle.json").read_text())
 ARRAYS = np.load(PARITY / "oracle.npz")

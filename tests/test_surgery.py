@@ -13,8 +13,7 @@ import torch
 from pruneexp.model import Model
 from pruneexp.surgery import masked, prove_in_place, prove_in_process, save, shrink_
 from pruneexp.types import Plan, RunError, SitePlan
-
-from .conftest import FAMILIES
+from tests.conftest import FAMILIES
 
 CASES = ("uneven", "uniform", "emptied", "block")
 
@@ -181,9 +180,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_relabelled(
     assert prove_in_process(model, tmp_path / "model", tokens_NT)["max_logit_difference"] < 1e-5
 
 
-def test_opt_with_narrower_ffn_is_stock(
-    tiny: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path
-) -> None:
+def test_opt_with_narrower_ffn_is_stock(tiny: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path) -> None:
     model = tiny("opt")
     plan = Plan({s.name: SitePlan(s.kind, s.units, tuple(range(25))) for s in model.sites() if s.kind == "mlp"})
     shrink_(model, plan, readers_for(model, plan))

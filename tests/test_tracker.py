@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, contents, finished
 
 from pruneexp.tracker import Local, LocalRun, Trackers, flat_metrics, status_of, write_atomic
 from pruneexp.tracker.environment import git_revision
 from pruneexp.types import Plan, RunError
+from tests.tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, contents, finished
 
 # The run folder
 

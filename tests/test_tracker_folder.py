@@ -7,10 +7,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from tracker_samples import CONFIG, METRICS, contents, finished
 
 from pruneexp.tracker import LocalRun, run_folder, status_of, write_atomic
 from pruneexp.types import ConfigError, RunError
+from tests.tracker_samples import CONFIG, METRICS, contents, finished
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 

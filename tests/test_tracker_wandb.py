@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tracker_samples import CONFIG, METRICS, PLAN, SCORES, SITES
 
 from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
 from pruneexp.types import ConfigError
+from tests.tracker_samples import CONFIG, METRICS, PLAN, SCORES, SITES
 
 
 @pytest.fixture

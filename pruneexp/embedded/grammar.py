@@ -2,8 +2,9 @@
 
 A story is a coroutine: it yields the distribution of the next word, is sent the word, and goes on from there.
 It hears nothing but the words, so a text determines its state, and with it the exact probability of every
-word given all words before it. A story tells of a hero, the hero's object, a place and a friend: what was said
-once comes back word for word, pronouns and verbs agree, sums come out right. Only genuine choices have entropy.
+word given all words before it. A story tells of a hero, the hero's object, a place and a friend: what was
+said once comes back word for word, pronouns and verbs agree, sums come out right. Only genuine choices have
+entropy.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def _sure(words: Iterable[str], kind: str, ask: Ask | None = None) -> Clause:
         ask = None
 
 
-def _pick(weights: Mapping[str, float]) -> Words:
+def _other(name: str, used: str) -> Words:
+    """A word of the class, but not that one."""
+    weights = {word: weight for word, weight in _WEIGHTS[name].items() if word != used}
     return (yield Step(_normal(weights), "choice"))
 
 
@@ -187,9 +190,8 @@ class Story:
         if other:
             yield from _sure(other.full, "recall")
         else:
-            name = yield from _pick({name: w for name, w in _WEIGHTS["names"].items() if name != self.hero.name})
-            family = yield from _pick({f: w for f, w in _WEIGHTS["families"].items() if f != self.hero.family})
-            self.friend = Person(name, family)
+            name = yield from _other("names", self.hero.name)
+            self.friend = Person(name, (yield from _other("families", self.hero.family)))
         yield _ANY["ways"]
         self._subject("They")
 
@@ -213,8 +215,8 @@ class Story:
             yield from _sure(self.place, "recall", Ask("place", self.place, (lex.SITES, lex.PLACES)))
         else:
             yield from _fixed("to")
-            near = self.friend.full if self.friend else ()
-            yield from _sure(self.hero.full, "recall", Ask("owner", self.hero.full, (_NAMES, lex.FAMILIES), near))
+            full, near = self.hero.full, self.friend.full if self.friend else ()
+            yield from _sure(full, "recall", Ask("owner", full, (_NAMES, lex.FAMILIES), near))
         self._subject("It", concrete=True)
 
     def _animal(self, day: str) -> Clause:

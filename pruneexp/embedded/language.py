@@ -85,7 +85,7 @@ def _draw(probs: Mapping[str, float], uniform: float) -> str:
         uniform -= p
         if uniform < 0:
             return word
-    return next(reversed(probs))  # rounding left the sum a hair below 1
+    return list(probs)[-1]  # rounding left the sum a hair below 1
 
 
 Telling = list[tuple[Step, str]]  # a story: every word, and the distribution it was drawn from

@@ -1,6 +1,7 @@
-"""Trains the tokenizer and the embedded models: `python -m pruneexp.embedded.train --family llama|opt|bloom|all`.
+"""Trains the tokenizer and the embedded models: `python -m pruneexp.embedded.train --family all`.
 
-Step i draws its windows from training seed i, so a run is fixed by its number of steps (and the machine's arithmetic).
+Step i draws its windows from training seed i + 1 (the tokenizer has seed 0). With `--steps` a run is fixed,
+up to the machine's arithmetic; `--minutes` runs the same schedule by the clock.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +28,16 @@ from transformers import (
 from pruneexp.embedded import language, measure
 
 FAMILIES = ("llama", "opt", "bloom")
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+SPECIAL: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 CONTEXT = 512
 # short windows first; then all lengths, so that every position is trained
 EARLY_LENGTHS, LATE_LENGTHS, LATE = (128,), (256, 128, 256, 512), 0.5
 EARLY_TOKENS, LATE_TOKENS = 1024, 2048
-# the loss weighs tokens that the story decides this much more at first, 1 at last: recall is learnt sooner, and as the
-# weight depends on the prefix alone, the true process stays the optimum
+# the loss weighs tokens that the story decides this more at first, 1 at last: recall is learnt sooner, and
+# as the weight depends on the prefix alone, the true process stays the optimum
 DECIDED = 3.0
 TOKENIZER_STORIES = 4000
-EVALUATION_WINDOWS, EVALUATION_QUESTIONS = 256, 360
+EVALUATION_WINDOWS, EVALUATION_QUESTIONS = 256, 400
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -60,11 +61,13 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(family: str, vocabulary: int) -> Any:
-    common = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    common = {"vocab_size": vocabulary, **special}
     if family == "llama":
         return LlamaConfig(
-            hidden_size=128, intermediate_size=344, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-            head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=True, initializer_range=0.08, **common,
+            hidden_size=128, intermediate_size=344, num_hidden_layers=6, num_attention_heads=8,
+            num_key_value_heads=4, head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+            initializer_range=0.08, **common,
         )  # fmt: skip
     if family == "opt":
         return OPTConfig(
@@ -73,9 +76,22 @@ def config(family: str, vocabulary: int) -> Any:
             init_std=0.08, **common,
         )  # fmt: skip
     return BloomConfig(
-        hidden_size=128, n_layer=6, n_head=4, hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.08,
-        **common,
+        hidden_size=128, n_layer=6, n_head=4, hidden_dropout=0.0, attention_dropout=0.0,
+        initializer_range=0.08, **common,
     )  # fmt: skip
+
+
+Record = dict[str, Any]
+
+
+class Limit(NamedTuple):
+    """Training ends at whichever comes first; the schedule follows the share that is done."""
+
+    steps: int
+    minutes: float
+
+    def progress(self, step: int, seconds: float) -> float:
+        return max(step / self.steps, seconds / 60 / self.minutes)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -97,20 +113,23 @@ def _batch(tokenizer: Any, step: int, progress: float) -> tuple[torch.Tensor, to
     return torch.from_numpy(tokens), torch.from_numpy(nats[:, 1:]).float()
 
 
-def train(
-    family: str, tokenizer: Any, steps: int, peak: float, minutes: float, seed: int = 0
-) -> tuple[Any, dict[str, Any]]:
-    """The trained model, float32, and what training it took. `minutes` shortens the schedule, where it is reached."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family, len(tokenizer)), dtype=torch.float32).train()
+def optimizer_for(model: Any, peak: float) -> torch.optim.AdamW:
+    """AdamW; matrices decay, biases and norms do not."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-9)
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-9)
+
+
+def train(family: str, tokenizer: Any, limit: Limit, peak: float, seed: int = 0) -> tuple[Any, Record]:
+    """The trained model, float32, and what its training took."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config(family, len(tokenizer)), dtype=torch.float32).train()
+    optimizer = optimizer_for(model, peak)
     began, step, seen, excess = time.monotonic(), 0, 0, 0.0
-    while (progress := max(step / steps, (time.monotonic() - began) / 60 / minutes)) < 1:
+    while (progress := limit.progress(step, time.monotonic() - began)) < 1:
         tokens, nats = _batch(tokenizer, step, progress)
-        best, weights = nats.mean().item(), torch.where(nats == 0, DECIDED + (1 - DECIDED) * progress, 1.0)
+        weights = torch.where(nats == 0, DECIDED + (1 - DECIDED) * progress, 1.0)
         logits = model(tokens, use_cache=False).logits[:, :-1]
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         optimizer.zero_grad()
@@ -119,36 +138,34 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, peak)
         optimizer.step()
-        loss = losses.mean().item()
-        excess += (loss - best - excess) / min(step + 1, 50)
         step, seen = step + 1, seen + tokens.numel()
+        excess += ((losses - nats).mean().item() - excess) / min(step, 50)
         if step % 50 == 0:
-            spent = time.monotonic() - began
-            decided = losses[nats == 0].mean().item()
-            print(
-                f"{family} {step} ({progress:.0%}): {loss:.3f} nats, {excess:.3f} above the process, "
-                f"{decided:.3f} where the story decides, {spent:.0f} s",
-                flush=True,
-            )
-    seconds = time.monotonic() - began
-    return model.eval(), {"steps": step, "tokens": seen, "seconds": round(seconds), "seed": seed}
+            spent, decided = time.monotonic() - began, losses[nats == 0].mean().item()
+            figures = f"{excess:.3f} nats above the process, {decided:.3f} where the story decides"
+            print(f"{family} step {step} ({progress:.0%}): {figures}, {spent:.0f} s", flush=True)
+    seeds = [language.TRAINING[0], language.TRAINING[step]]
+    record = {"steps": step, "tokens": seen, "seconds": round(time.monotonic() - began), "seed": seed}
+    return model.eval(), record | {"training_seeds": seeds}
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """An ordinary checkpoint folder, weights in float16; its config names no path."""
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    path = folder / "config.json"
-    settings = json.loads(path.read_text())
-    settings.pop("_name_or_path", None)
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    # a class name that every version of transformers knows
+    changes = {"config.json": {}, "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    for name, change in changes.items():
+        settings = json.loads((folder / name).read_text()) | change
+        settings.pop("_name_or_path", None)
+        (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def evaluate(folder: Path) -> dict[str, Any]:
+def evaluate(folder: Path) -> Record:
     """Held-out figures of the folder as stored, computed in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    figures: dict[str, Any] = {}
+    figures: dict[str, float] = {}
     for length in (128, 256):
         tokens, nats = language.windows(tokenizer, language.EVALUATION[0], EVALUATION_WINDOWS, length)
         figures[f"perplexity@{length}"] = measure.perplexity(model, tokens)
@@ -156,15 +173,21 @@ def evaluate(folder: Path) -> dict[str, Any]:
     asked = language.questions(language.EVALUATION[1], EVALUATION_QUESTIONS)
     figures["question_accuracy"] = measure.accuracy(model, tokenizer, asked)
     for kind in language.KINDS:
-        figures[f"question_accuracy/{kind}"] = measure.accuracy(model, tokenizer, [q for q in asked if q.kind == kind])
-    return {name: round(value, 4) for name, value in figures.items()}
+        mine = [question for question in asked if question.kind == kind]
+        figures[f"question_accuracy/{kind}"] = measure.accuracy(model, tokenizer, mine)
+    protocol = (
+        f"float16 weights computed in float32; {EVALUATION_WINDOWS} windows per length, each from a story's "
+        f"beginning, first token not predicted; {EVALUATION_QUESTIONS} questions, chance 0.25"
+    )
+    seeds = [language.EVALUATION[0], language.EVALUATION[1]]
+    return {"protocol": protocol, "seeds": seeds, **{key: round(value, 4) for key, value in figures.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=[*FAMILIES, "all"], default="all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="holds one folder per family")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=2)
@@ -173,14 +196,11 @@ def main() -> None:
     tokenizer = train_tokenizer()
     print(f"{len(tokenizer)} tokens in the vocabulary", flush=True)
     for family in FAMILIES if asked.family == "all" else [asked.family]:
-        model, record = train(family, tokenizer, asked.steps, asked.rate, asked.minutes)
+        limit = Limit(asked.steps, asked.minutes)
+        model, record = train(family, tokenizer, limit, asked.rate)
         save(model, tokenizer, asked.out / family)
-        record = {
-            "family": family,
-            **record,
-            "peak_learning_rate": asked.rate,
-            "evaluation": evaluate(asked.out / family),
-        }
+        record = {"family": family, "peak_learning_rate": asked.rate, **record}
+        record["evaluation"] = evaluate(asked.out / family)
         (asked.out / family / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         print(json.dumps(record, indent=2), flush=True)
 

@@ -72,7 +72,7 @@ class Perplexity:
         length = windows_NT.shape[1]
         if model.max_length is not None and length > model.max_length:
             log.warning("%s: windows of %d tokens, more than the model's %d", name, length, model.max_length)
-        losses_NT = model.token_losses(windows_NT, self.batch_size).double()
+        losses_NT = model.token_losses(windows_NT, self.batch_size, name).double()
         broken = torch.nonzero(~losses_NT.isfinite().all(dim=1)).flatten().tolist()
         if broken:
             where = f"{len(broken)} of {len(losses_NT)} windows, first in window {broken[0]}"

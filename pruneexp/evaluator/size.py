@@ -33,11 +33,11 @@ class Size:
         decoder = {id(p): p for layer in model.layers for p in layer.parameters()}
         head = model.module.get_output_embeddings()
         return {
-            "params": float(sum(p.numel() for p in parameters)),
-            "params/decoder": float(sum(p.numel() for p in decoder.values())),
-            "bytes": float(sum(p.numel() * p.element_size() for p in parameters)),
-            "macs/token": float(_matrices(model.layers) + head.weight.numel()),
-            "kv_bytes/token": float(model.kv_elements * model.dtype.itemsize),
+            "params": sum(p.numel() for p in parameters),
+            "params/decoder": sum(p.numel() for p in decoder.values()),
+            "bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "macs/token": _matrices(model.layers) + head.weight.numel(),
+            "kv_bytes/token": model.kv_elements * model.dtype.itemsize,
         }
 
 

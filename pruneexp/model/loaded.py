@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pruneexp.model.checkpoint import Checkpoint
 from pruneexp.model.sites import decoder_layer_block, layer_sites
 from pruneexp.modeling_pruned import Family
+from pruneexp.progress import progress
 from pruneexp.types import Block, RunError, Site
 
 
@@ -142,15 +143,15 @@ class Model:
             return self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
-    def token_losses(self, tokens_NT: Tensor, batch_size: int) -> Tensor:
+    def token_losses(self, tokens_NT: Tensor, batch_size: int, stage: str = "losses") -> Tensor:
         """Nats of every predicted token, float64 [N, T-1] on the CPU. Streamed: one walk through the blocks."""
         batches = tokens_NT.split(batch_size)
         if not self.streamed:
-            logits = (self.module(input_ids=b.to(self.device), use_cache=False).logits for b in batches)
-            return torch.cat([_losses(x, b) for x, b in zip(logits, batches, strict=True)])
+            shown = progress(batches, stage, len(batches), "batches")
+            return torch.cat([_losses(self.module(b.to(self.device), use_cache=False).logits, b) for b in shown])
         entered = [self.enter(b) for b in batches]
         hidden, calls = [h for h, _ in entered], [c for _, c in entered]
-        for index in range(len(self.layers)):
+        for index in progress(range(len(self.layers)), stage, len(self.layers), "blocks"):
             with self.loaded(index) as layer:
                 hidden = [self.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
         return torch.cat([_losses(self.leave(b, h), b) for h, b in zip(hidden, batches, strict=True)])

@@ -20,7 +20,7 @@ from pruneexp.types import Block, Cost, Site, SiteWeights
 
 def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStructure:
     """The layer's widths, as it stands."""
-    reader, down = layer.get_submodule(family.attention_reader), layer.get_submodule(family.mlp_reader)
+    reader, down = _linear(layer, family.attention_reader), _linear(layer, family.mlp_reader)
     heads = reader.in_features // head_size(config)
     return LayerStructure(
         num_attention_heads=heads,
@@ -45,11 +45,11 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
     sites = []
     head_dim, group = head_size(config), query_group(config)
     if not isinstance(layer.get_submodule(family.attention), RemovedAttention):
-        reader = layer.get_submodule(family.attention_reader)
+        reader = _linear(layer, family.attention_reader)
         units = reader.in_features // (group * head_dim)
         cost = _unit_cost(layer, family.attention_writers, reader, units, kv=2 * head_dim)
         sites.append(Site(f"{prefix}.{family.attention}", "attention", index, units, group * head_dim, cost))
-    down = layer.get_submodule(family.mlp_reader)
+    down = _linear(layer, family.mlp_reader)
     if down.in_features:
         cost = _unit_cost(layer, family.mlp_writers, down, down.in_features, kv=0)
         sites.append(Site(f"{prefix}.{family.mlp}", "mlp", index, down.in_features, 1, cost))
@@ -63,12 +63,13 @@ def decoder_layer_block(layer: nn.Module, index: int, family: Family, config: An
     for site in sites:
         attention = site.kind == "attention"
         writers = family.attention_writers if attention else family.mlp_writers
-        reader = layer.get_submodule(family.attention_reader if attention else family.mlp_reader)
+        reader = _linear(layer, family.attention_reader if attention else family.mlp_reader)
         rows = _role_rows(config) if attention else {"gate": 1, "up": 1}
         weights[site.name] = _site_weights(layer, writers, reader, site.units, rows)
         norm = layer.get_submodule(family.attention_norm if attention else family.mlp_norm)
-        if is_pre_norm(family, config) and isinstance(getattr(norm, "weight", None), Tensor):
-            norms[site.name] = norm.weight.detach()
+        scale = getattr(norm, "weight", None)
+        if is_pre_norm(family, config) and isinstance(scale, Tensor):
+            norms[site.name] = scale.detach()
     return Block(prefix, index, sites, weights, norms)
 
 
@@ -79,25 +80,31 @@ def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
     return family.mlp_writers, family.mlp_reader
 
 
+def _linear(layer: nn.Module, path: str) -> nn.Linear:
+    found = layer.get_submodule(path)
+    assert isinstance(found, nn.Linear), path
+    return found
+
+
 def _role_rows(config: Any) -> dict[str, int]:
     """Rows of one KV group in each part: its query heads, its key head, its value head."""
     head_dim = head_size(config)
     return {"query": query_group(config) * head_dim, "key": head_dim, "value": head_dim}
 
 
-def _unit_cost(layer: nn.Module, writers: tuple[Writer, ...], reader: Any, units: int, kv: int) -> Cost:
-    linears: list[Any] = [layer.get_submodule(w.path) for w in writers]
+def _unit_cost(layer: nn.Module, writers: tuple[Writer, ...], reader: nn.Linear, units: int, kv: int) -> Cost:
+    linears = [_linear(layer, w.path) for w in writers]
     macs = (sum(w.weight.numel() for w in linears) + reader.weight.numel()) // units
     biases = sum(w.bias.numel() for w in linears if w.bias is not None) // units
     return Cost(params=macs + biases, macs=macs, kv=kv)
 
 
 def _site_weights(
-    layer: nn.Module, writers: tuple[Writer, ...], reader: Any, units: int, rows: dict[str, int]
+    layer: nn.Module, writers: tuple[Writer, ...], reader: nn.Linear, units: int, rows: dict[str, int]
 ) -> SiteWeights:
     weights, biases = {}, {}
     for writer in writers:
-        linear: Any = layer.get_submodule(writer.path)
+        linear = _linear(layer, writer.path)
         sizes = [rows[role] for role in writer.roles]
         by_unit = linear.weight.detach().view(units, sum(sizes), -1)
         weights.update(zip(writer.roles, by_unit.split(sizes, dim=1), strict=True))

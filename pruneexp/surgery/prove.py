@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.model import Model, ModelSource
+from pruneexp.progress import waiting
 from pruneexp.types import RunError
 
 # Runs in a process of its own, isolated from this package (-I: no working directory, no PYTHONPATH).
@@ -53,7 +54,8 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str,
         save_file({"tokens": tokens_BT.contiguous()}, tokens_file)
         dtype = str(model.dtype).removeprefix("torch.")
         command = [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), tokens_file, out_file, scratch, dtype]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        with waiting("proving the checkpoint in a clean process"):
+            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RunError(f"{folder}: the saved checkpoint does not reload in a clean process ({reason})")

@@ -1,0 +1,506 @@
+"""Loading and its mistakes, the sites of every family counted by hand, and decoder layers as tensors by role."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pruneexp.__main__ import main
+from pruneexp.evaluator import Size
+from pruneexp.model import Model
+from pruneexp.surgery import save
+from pruneexp.types import ConfigError, Cost
+
+from tests.conftest import FAMILIES, PARITY
+
+D, HEAD = 48, 8  # hidden size and head size of the tiny models
+
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Exit code and stderr of a short run in `tmp_path`; arguments typed later win."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        files = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
+        plain = ["model=hf", f"model.path={PARITY}", "dataset=tokens", "dataset.length=64", *files]
+        try:
+            code = main([*plain, "run.dir=run", "run.prove=off", "evaluator=[size]", *arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return code, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of a small LLaMA checkpoint, to be damaged."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(PARITY, folder, ignore=shutil.ignore_patterns("oracle*", "*.npy", "README.md"))
+    return folder
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def rename_to_bin(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def point_to_a_missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": names[0], "lm_head.weight": names[1]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def break_the_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {')
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+FAMILY_NAMES = "bloom, granite, llama, mistral, opt"
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config.json": (
+        lambda folder: (folder / "config.json").unlink(),
+        "model.path={path}: holds no model; expected a folder with config.json",
+    ),
+    "config.json no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "model.path={path}: config.json is not JSON (Expecting property name enclosed in double quotes: line 1 "
+        "column 2 (char 1))",
+    ),
+    "config.json a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "model.path={path}: config.json holds a list; expected an object",
+    ),
+    "impossible config": (
+        lambda folder: edit_config(folder, num_attention_heads=5),
+        "model.path={path}: config.json does not describe a llama model (...",
+    ),
+    "another family": (
+        lambda folder: edit_config(folder, model_type="gpt2"),
+        f"model.path={{path}}: model_type 'gpt2' is not supported; expected one of {FAMILY_NAMES}",
+    ),
+    "another family with its own code": (
+        lambda folder: edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+        f"model.path={{path}}: model_type 'mine' is not supported; expected one of {FAMILY_NAMES}; it brings its own "
+        "code, which only model.trust_remote_code=true would run",
+    ),
+    "quantised": (
+        lambda folder: edit_config(folder, quantization_config={"bits": 4}),
+        "model.path={path}: is quantised; expected the full-precision checkpoint",
+    ),
+    "pickled": (
+        rename_to_bin,
+        "model.path={path}: holds pickled weights (pytorch_model.bin), which can run code when loaded; expected "
+        "safetensors (convert them with transformers: from_pretrained, then save_pretrained)",
+    ),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "model.path={path}: holds no weights; expected model.safetensors or model.safetensors.index.json",
+    ),
+    "a missing shard": (
+        point_to_a_missing_shard,
+        "model.path={path}: model.safetensors.index.json points to model-00002-of-00002.safetensors, which is not "
+        "there",
+    ),
+    "a broken index": (
+        break_the_index,
+        "model.path={path}: model.safetensors.index.json is no index of tensors (...",
+    ),
+    "truncated": (truncate, "model.path={path}: model.safetensors cannot be read (..."),
+}
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
+    case: str, stream: str, cli: Cli, checkpoint: Path
+) -> None:
+    damage, message = DAMAGED[case]
+    damage(checkpoint)
+    code, err = cli(f"model.path={checkpoint}", f"model.stream={stream}")
+    expected = f"pruneexp: {message.format(path=repr(str(checkpoint)))}"
+    if expected.endswith("(..."):
+        assert err.startswith(expected.removesuffix("...")) and err.count("\n") == 1
+    else:
+        assert err == f"{expected}\n"
+    assert code == 2
+    assert not Path("run").exists()
+
+
+def test_a_path_that_does_not_exist(cli: Cli, tmp_path: Path) -> None:
+    path = str(tmp_path / "nowhere")
+    expected = f"pruneexp: model.path={path!r}: no such folder; expected one with config.json, or a Hub id\n"
+    assert cli(f"model.path={path}") == (2, expected)
+
+
+def test_a_hub_id_that_cannot_be_had(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError("offline\nand more words")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    line = "pruneexp: model.path='some/model': no such folder, and not had from the Hub (offline)\n"
+    assert cli("model.path=some/model") == (2, line)
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda t: t.pop("model.layers.3.mlp.up_proj.weight"), "model.layers.3.mlp.up_proj.weight"),
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
+        (
+            lambda t: t.update({"model.layers.2.self_attn.o_proj.bias": torch.ones(64)}),
+            "model.layers.2.self_attn.o_proj.bias",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(171, 64)}),
+            "model.layers.2.mlp.up_proj.weight",
+        ),
+    ],
+    ids=["missing in a layer", "missing", "extra", "shape"],
+)
+def test_tensors_that_do_not_fit_are_named(
+    edit: Callable[[dict[str, torch.Tensor]], object], named: str, stream: str, cli: Cli, checkpoint: Path
+) -> None:
+    edit_tensors(checkpoint, edit)
+    code, err = cli(f"model.path={checkpoint}", f"model.stream={stream}")
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith(f"pruneexp: model.path={str(checkpoint)!r}: the checkpoint does not fit its config (")
+    assert named in err
+    status = json.loads(Path("run/status.json").read_text())
+    assert status["status"] == "failed" and status["reason"] == err.removeprefix("pruneexp: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("part", ["calibration", "evaluation"])
+@pytest.mark.parametrize("token", [256, -1])
+def test_token_ids_out_of_the_vocabulary(part: str, token: int, cli: Cli, tmp_path: Path) -> None:
+    windows = np.full((2, 64), 7)
+    windows[1, 5] = token
+    np.save("bad.npy", windows)
+    code, err = cli(f"dataset.{part}=bad.npy", "evaluator=[perplexity]")
+    where = f"token id {token} at window 1, position 5 is"
+    what = f"{where} out of the model's vocabulary (256)" if token > 0 else f"{where} negative"
+    assert code == 2 and err.startswith(f"pruneexp: dataset.{part}=bad.npy: {what}") and err.count("\n") == 1
+    assert not Path("run").exists()
+
+
+def test_calibration_windows_longer_than_the_model_reads(cli: Cli) -> None:
+    np.save("long.npy", np.full((2, 300), 7))
+    code, err = cli("dataset.calibration=long.npy")
+    assert (code, err) == (
+        2,
+        "pruneexp: dataset.calibration=long.npy: windows of 300 tokens; expected at most 256, the model's longest "
+        "window\n",
+    )
+    assert not Path("run").exists()
+
+
+def test_evaluation_windows_beyond_learned_positions(
+    cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    np.save("short.npy", np.full((2, 64), 7))
+    np.save("long.npy", np.full((2, 80), 7))
+    files = ["dataset.calibration=short.npy", "dataset.evaluation=long.npy", "dataset.length=null"]
+    code, err = cli(f"model.path={tiny_folder('opt')}", *files, "evaluator=[perplexity]")
+    assert (code, err) == (
+        2,
+        "pruneexp: dataset.evaluation=long.npy: windows of 80 tokens; expected at most 64, the model's longest "
+        "window\n",
+    )
+    assert not Path("run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(cli: Cli) -> None:
+    line = "pruneexp: model.device='cuda:1': this machine has 0 CUDA devices\n"
+    assert cli("model.device=cuda:1") == (2, line)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "held"),
+    [
+        ("float16", "auto", torch.float32),
+        ("float16", "float16", torch.float16),
+        ("bfloat16", "auto", torch.bfloat16),
+        ("float32", "float64", torch.float64),
+    ],
+)
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_precision(
+    stored: str,
+    asked: str,
+    held: torch.dtype,
+    key: str,
+    stream: bool,
+    source: Callable[..., Any],
+    checkpoint: Path,
+) -> None:
+    kept = getattr(torch, stored)
+    edit_tensors(checkpoint, lambda tensors: tensors.update({k: t.to(kept) for k, t in tensors.items()}))
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["torch_dtype"]
+    (checkpoint / "config.json").write_text(json.dumps({**config, key: stored}))
+    model = source(checkpoint, dtype=asked, stream=stream).load()
+    assert model.dtype == held
+    assert {p.dtype for p in model.module.parameters()} == {held}
+    with model.loaded(1) as layer:
+        assert {p.dtype for p in layer.parameters()} == {held}
+
+
+# name, units, width, cost of one unit (written out: rows of the writers, columns of the reader, biases)
+ATTENTION_COST = {
+    "llama": Cost(params=(16 + 8 + 8) * D + D * 16, macs=48 * D, kv=2 * HEAD),
+    "opt": Cost(params=3 * (8 * D + 8) + D * 8, macs=32 * D, kv=2 * HEAD),
+    "bloom": Cost(params=3 * (8 * D + 8) + D * 8, macs=32 * D, kv=2 * HEAD),
+}
+MLP_COST = {
+    "llama": Cost(params=3 * D, macs=3 * D, kv=0),
+    "opt": Cost(params=2 * D + 1, macs=2 * D, kv=0),
+    "bloom": Cost(params=2 * D + 1, macs=2 * D, kv=0),
+}
+NAMES = {
+    "llama": ("model.layers.{}.self_attn", "model.layers.{}.mlp"),
+    "opt": ("model.decoder.layers.{}.self_attn", "model.decoder.layers.{}.fc2"),
+    "bloom": ("transformer.h.{}.self_attention", "transformer.h.{}.mlp"),
+}
+UNITS = {"llama": (3, 40), "opt": (6, 40), "bloom": (6, 192)}
+WIDTH = {"llama": (16, 1), "opt": (8, 1), "bloom": (8, 1)}
+REST_OF_A_LAYER = {  # norms, and the readers' biases
+    "llama": 2 * D,
+    "opt": 2 * 2 * D + 2 * D,
+    "bloom": 2 * 2 * D + 2 * D,
+}
+OUTSIDE = {  # embeddings (tied ones once), positions, norms around the layers
+    "llama": 2 * 96 * D + D,
+    "opt": 96 * D + (64 + 2) * D + 2 * D,
+    "bloom": 96 * D + 2 * D + 2 * D,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_by_hand(family: str, tiny: Callable[..., Model]) -> None:
+    model = tiny(family)
+    found = [(s.name, s.kind, s.layer, s.units, s.width, s.cost) for s in model.sites()]
+    expected = []
+    for layer in range(3):
+        for which, (kind, cost) in enumerate((("attention", ATTENTION_COST), ("mlp", MLP_COST))):
+            name = NAMES[family][which].format(layer)
+            expected.append((name, kind, layer, UNITS[family][which], WIDTH[family][which], cost[family]))
+    assert found == expected
+    for site in model.sites():
+        model.module.get_submodule(site.name)  # names are module paths
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_by_hand(family: str, stream: bool, tiny: Callable[..., Model]) -> None:
+    model = tiny(family, stream=stream)
+    units = zip(UNITS[family], (ATTENTION_COST[family], MLP_COST[family]), strict=True)
+    layer = sum(count * cost.params for count, cost in units) + REST_OF_A_LAYER[family]
+    sizes = Size()(model, None)
+    assert model.decoder_params == sizes["params/decoder"] == 3 * layer
+    assert sizes["params"] == 3 * layer + OUTSIDE[family], "tied embeddings count once"
+    assert sizes["bytes"] == 8 * sizes["params"]
+    heads = UNITS[family][0]
+    assert sizes["kv_bytes/token"] == 3 * heads * 2 * HEAD * 8
+    units = zip(UNITS[family], (ATTENTION_COST[family], MLP_COST[family]), strict=True)
+    assert sizes["macs/token"] == 3 * sum(count * cost.macs for count, cost in units) + 96 * D
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_outline_needs_no_weights(
+    family: str, tiny: Callable[..., Model], tiny_folder: Callable[[str], Path], source: Callable[..., Any]
+) -> None:
+    model = tiny(family)
+    layers, sites, decoder, total = source(tiny_folder(family)).outline()
+    assert (layers, sites, decoder) == (3, model.sites(), model.decoder_params)
+    assert total == Size()(model, None)["params"]
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_tied_embeddings_are_stored_once_and_stay_tied(
+    family: str, tiny: Callable[..., Model], source: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny(family)
+    assert model.module.get_output_embeddings().weight is model.module.get_input_embeddings().weight
+    save(model, tmp_path / "saved")
+    assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+    for stream in (False, True):
+        again = source(tmp_path / "saved", stream=stream).load().module
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+
+
+def test_query_rows_of_a_group_are_those_of_its_heads(tiny: Callable[..., Model]) -> None:
+    model = tiny("llama")
+    block, attention = model.block(1), model.layers[1].self_attn
+    weights = block.weights["model.layers.1.self_attn"]
+    assert {role: tuple(w.shape) for role, w in weights.writers.items()} == {
+        "query": (3, 16, D),
+        "key": (3, 8, D),
+        "value": (3, 8, D),
+    }
+    assert weights.writer_biases == {} and weights.reader_bias is None
+    for head in range(6):
+        group, within = head // 2, head % 2  # as transformers repeats keys and values: head h reads KV head h // G
+        rows = attention.q_proj.weight[head * HEAD : (head + 1) * HEAD]
+        assert torch.equal(weights.writers["query"][group, within * HEAD : (within + 1) * HEAD], rows)
+    for group in range(3):
+        rows = slice(group * HEAD, (group + 1) * HEAD)
+        assert torch.equal(weights.writers["key"][group], attention.k_proj.weight[rows])
+        assert torch.equal(weights.writers["value"][group], attention.v_proj.weight[rows])
+    assert torch.equal(weights.reader, attention.o_proj.weight)
+    assert torch.equal(block.norms["model.layers.1.self_attn"], model.layers[1].input_layernorm.weight)
+
+
+def test_a_gated_ffn_by_role(tiny: Callable[..., Model]) -> None:
+    model = tiny("llama")
+    mlp, weights = model.layers[2].mlp, model.block(2).weights["model.layers.2.mlp"]
+    assert torch.equal(weights.writers["gate"], mlp.gate_proj.weight[:, None])
+    assert torch.equal(weights.writers["up"], mlp.up_proj.weight[:, None])
+    assert torch.equal(weights.reader, mlp.down_proj.weight)
+    norms = model.block(2).norms
+    assert torch.equal(norms["model.layers.2.mlp"], model.layers[2].post_attention_layernorm.weight)
+
+
+def test_opt_by_role(tiny: Callable[..., Model]) -> None:
+    model = tiny("opt")
+    layer, block = model.layers[0], model.block(0)
+    weights = block.weights["model.decoder.layers.0.self_attn"]
+    for role, linear in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        part = layer.self_attn.get_submodule(linear)
+        for head in range(6):
+            rows = slice(head * HEAD, (head + 1) * HEAD)
+            assert torch.equal(weights.writers[role][head], part.weight[rows])
+            assert torch.equal(weights.writer_biases[role][head], part.bias[rows])
+    assert weights.reader_bias is not None and torch.equal(weights.reader_bias, layer.self_attn.out_proj.bias)
+    ffn = block.weights["model.decoder.layers.0.fc2"]
+    assert list(ffn.writers) == ["up"] and torch.equal(ffn.writers["up"][:, 0], layer.fc1.weight)
+    assert torch.equal(ffn.writer_biases["up"][:, 0], layer.fc1.bias) and torch.equal(ffn.reader, layer.fc2.weight)
+    assert torch.equal(block.norms["model.decoder.layers.0.fc2"], layer.final_layer_norm.weight)
+
+
+def test_blooms_fused_rows_are_interleaved_by_head(tiny: Callable[..., Model]) -> None:
+    model = tiny("bloom")
+    attention, name = model.layers[1].self_attention, "transformer.h.1.self_attention"
+    weights, fused = model.block(1).weights[name], attention.query_key_value
+    for head in range(6):
+        for number, role in enumerate(("query", "key", "value")):
+            rows = slice((3 * head + number) * HEAD, (3 * head + number + 1) * HEAD)
+            assert torch.equal(weights.writers[role][head], fused.weight[rows])
+            assert torch.equal(weights.writer_biases[role][head], fused.bias[rows])
+    x_BTD = torch.randn(2, 5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    split = attention._reshape(fused(x_BTD))  # the module's own reading of the fused rows: [B, heads, T, head]
+    for role, expected in zip(("query", "key", "value"), split, strict=True):
+        own = torch.einsum("btd,urd->butr", x_BTD, weights.writers[role])
+        own = own + weights.writer_biases[role][None, :, None]
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_by_role_are_views_and_add_up(family: str, tiny: Callable[..., Model]) -> None:
+    model = tiny(family)
+    own = {p.untyped_storage().data_ptr() for p in model.layers[0].parameters()}
+    block = model.block(0)
+    for site in block.sites:
+        weights = block.weights[site.name]
+        biases = [] if weights.reader_bias is None else [weights.reader_bias]
+        tensors = [*weights.writers.values(), *weights.writer_biases.values(), weights.reader]
+        assert all(t.untyped_storage().data_ptr() in own for t in [*tensors, *biases])
+        assert sum(t.numel() for t in tensors) == site.units * site.cost.params
+        assert weights.reader.shape == (D, site.channels)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_are_those_in_memory(
+    family: str, tiny: Callable[..., Model], tokens_NT: torch.Tensor
+) -> None:
+    held, streamed = tiny(family), tiny(family, stream=True)
+    assert torch.equal(held.token_losses(tokens_NT, 4), streamed.token_losses(tokens_NT, 4))
+    assert all(p.is_meta for p in streamed.layers.parameters())
+
+
+def test_a_checkpoint_that_cannot_be_written(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def read_only(self: Path, *args: Any, **kwargs: Any) -> None:
+        if self.name.startswith("model"):
+            raise PermissionError(13, "Permission denied", str(self))
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    for stream in ("false", "true"):
+        code, err = cli(f"model.stream={stream}", "run.overwrite=true")
+        assert code == 1 and err.count("\n") == 1
+        assert err.startswith("pruneexp: failed: run/model: the checkpoint cannot be written (")
+        assert "Permission denied" in err
+        status = json.loads(Path("run/status.json").read_text())
+        assert status["status"] == "failed" and "cannot be written" in status["reason"]
+        assert not list(Path("run").glob("model*")) and not Path("run/metrics.json").exists()
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_disk_that_fills_up_leaves_no_half_checkpoint(
+    stream: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    written = []
+
+    def full(tensors: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "model" not in str(file):
+            return save_file(tensors, file, *args, **kwargs)
+        written.append(file)
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    code, err = cli(f"model.stream={stream}")
+    assert code == 1 and "No space left on device" in err and err.count("\n") == 1 and written
+    assert not list(Path("run").glob("model*"))
+    assert json.loads(Path("run/status.json").read_text())["status"] == "failed"
+
+
+def test_settings_that_cannot_be(source: Callable[..., Any]) -> None:
+    for settings, message in (
+        ({"dtype": "float8"}, "dtype='float8': expected auto or one of float64, float32, bfloat16, float16"),
+        ({"batch_size": 0}, "batch_size=0: expected an int >= 1"),
+        ({"device": "abacus"}, "device='abacus': expected cpu, cuda or cuda:N"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            source(PARITY, **settings)
+        assert str(error.value) == message

@@ -47,9 +47,7 @@ def tokenizer() -> Any:
 
 
 def test_importing_stays_light() -> None:
-    code = (
-        "import sys, pruneexp.embedded as e; e.text(1, 1); print({'torch', 'transformers'} & {*sys.modules})"
-    )
+    code = "import sys, pruneexp.embedded as e; e.text(1, 1); print({'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 

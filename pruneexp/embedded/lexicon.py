@@ -14,9 +14,7 @@ OBJECTS = (
     "key lamp book ring box cup map drum rope bell knife flute coat ball clock spoon brush kite chain mask "
     "doll bag jar hat"
 ).split()
-PLACES = (
-    "barn cellar tower garden kitchen cave forest attic church mill hut stable yard field castle school"
-).split()
+PLACES = ("barn cellar tower garden kitchen cave forest attic church mill hut stable yard field castle school").split()
 SITES = "dark dusty sunny windy shady empty crowded narrow broad lofty gloomy icy".split()
 
 MOODS = "glad sad angry tired proud afraid calm lonely bored brave shy sick".split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ class Checkpoint:
             raise ConfigError(f"model.path={str(self.folder)!r}: the checkpoint lacks tensor {name!r}")
         return self._handle(self._files[spelling]).get_tensor(spelling)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there, from its file's header."""
+        spelling = self._spelling(name)
+        assert spelling is not None, name
+        return tuple(self._handle(self._files[spelling]).get_slice(spelling).get_shape())
+
+    def names_beside(self, expected: Iterable[str]) -> list[str]:
+        """Tensors of the checkpoint that go by none of the expected names."""
+        return sorted(set(self._files) - {self._spelling(name) for name in expected})
+
     def _spelling(self, name: str) -> str | None:
         prefix = f"{self.base_prefix}."
         for spelling in (name, name.removeprefix(prefix), prefix + name):
@@ -69,7 +80,11 @@ def safetensors_files(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"model.path={str(folder)!r}: {INDEX} is no index of tensors ({reason})") from None
         missing = [f for f in files if not (folder / f).is_file()]
         if missing:
             raise ConfigError(f"model.path={str(folder)!r}: {INDEX} points to {missing[0]}, which is not there")

@@ -173,11 +173,20 @@ class Model:
 
 
 def load_into_(
-    module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    copy: bool = False,
 ) -> None:
-    """Gives `module`'s parameters and persistent buffers the checkpoint's tensors, called `prefix` + name there."""
+    """Gives `module`'s parameters and persistent buffers the checkpoint's tensors, called `prefix` + name there.
+
+    `copy`: into memory of their own, so that the checkpoint can be closed; else they may be its mapped pages.
+    """
     for name, tensor in list(module.state_dict().items()):
-        loaded = checkpoint[prefix + name].to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        kind = dtype if tensor.is_floating_point() else None
+        loaded = checkpoint[prefix + name].to(device=device, dtype=kind, copy=copy)
         if loaded.shape != tensor.shape:
             raise RunError(
                 f"{prefix}{name}: the checkpoint holds shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}"

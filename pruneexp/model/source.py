@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from torch import nn
 from pruneexp import modeling_pruned
 from pruneexp.model.checkpoint import Checkpoint, safetensors_files
 from pruneexp.model.loaded import Model, load_into_
-from pruneexp.types import ConfigError, RunError, Site
+from pruneexp.progress import progress
+from pruneexp.types import ConfigError, Site
 
 EMBEDDED = "embedded:"  # path prefix of the models inside the package
 WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
@@ -60,7 +63,7 @@ class ModelSource:
         if folder is None:
             return
         self.read_config(folder)
-        safetensors_files(folder)
+        Checkpoint(folder).close()  # reads the files' headers: what is damaged or cut short is found here
 
     def local_folder(self) -> Path | None:
         """The checkpoint's folder where `path` is one; None for a Hub id."""
@@ -84,6 +87,8 @@ class ModelSource:
             config = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise ConfigError(f"model.path={self.path!r}: config.json is not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise ConfigError(f"model.path={self.path!r}: config.json holds a {type(config).__name__}; expected an object")
         model_type = str(config.get("model_type"))
         if model_type.removeprefix("pruned_") not in modeling_pruned.FAMILIES:
             families = ", ".join(sorted(modeling_pruned.FAMILIES))
@@ -109,8 +114,7 @@ class ModelSource:
         """Layers, sites, parameters in the decoder layers and in all, from the config alone."""
         folder = self.folder()
         model_class, config, family = _model_class(folder, self.read_config(folder)["model_type"])
-        with torch.device("meta"):
-            module = model_class._from_config(config)
+        module = _skeleton(model_class, config, torch.float32)
         model = self._model(module, None, family, config, torch.float32, None)
         total = sum(p.numel() for p in module.parameters())
         return len(model.layers), model.sites(), model.decoder_params, total
@@ -145,15 +149,20 @@ class ModelSource:
         _quiet_transformers()
         model_class, config, family = _model_class(folder, config_json["model_type"])
         device = torch.device(self.device)
-        checkpoint = Checkpoint(folder, model_class.base_model_prefix) if self.stream else None
-        if checkpoint is None:
-            module = _load_whole(model_class, folder, config, dtype).to(device)
-        else:
-            module = _load_without_layers(model_class, config, family, checkpoint, device, dtype)
+        checkpoint = Checkpoint(folder, model_class.base_model_prefix)
+        module = _skeleton(model_class, config, dtype)
+        layers_path = f"{module.base_model_prefix}.{family.layers}"
+        _check_names(module, checkpoint, self.path)
+        _load_outside_(module, config, layers_path, checkpoint, device, dtype)
+        if not self.stream:
+            layers = list(module.get_submodule(layers_path).children())
+            for index, layer in enumerate(progress(layers, "load", len(layers), "blocks")):
+                load_into_(layer, checkpoint, f"{layers_path}.{index}.", device, dtype, copy=True)
+                checkpoint.close()
         module.eval().requires_grad_(False)
         if tokenizer is None:
             tokenizer = _tokenizer(folder, self.stock_config(folder))
-        return self._model(module, tokenizer, family, config, dtype, checkpoint)
+        return self._model(module, tokenizer, family, config, dtype, checkpoint if self.stream else None)
 
     def _model(
         self,
@@ -206,7 +215,13 @@ def _model_class(folder: Path, model_type: str) -> tuple[Any, Any, modeling_prun
         model_class, config_class = (getattr(transformers, name) for name in names)
     else:
         model_class, config_class = (modeling_pruned.__getattr__(f"Pruned{name}") for name in names)
-    return model_class, config_class.from_pretrained(folder), family
+    try:
+        return model_class, config_class.from_pretrained(folder), family
+    except Exception as error:  # each config class checks itself in its own way
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model.path={str(folder)!r}: config.json does not describe a {model_type} model ({reason})"
+        ) from error
 
 
 def _tokenizer(folder: Path, config: Any) -> Any:
@@ -217,32 +232,36 @@ def _tokenizer(folder: Path, config: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder, config=config)
 
 
-def _load_whole(model_class: Any, folder: Path, config: Any, dtype: torch.dtype) -> Any:
-    module, info = model_class.from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model on the meta device: its structure, no weights."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of sublayers that are gone
+        return model_class._from_config(config, dtype=dtype)
+
+
+def _check_names(module: Any, checkpoint: Checkpoint, path: str) -> None:
+    """Raises ConfigError, naming tensors, where checkpoint and config do not fit."""
+    tied = set(module.all_tied_weights_keys) if module.config.tie_word_embeddings else set()
+    expected = [name for name in module.state_dict() if name not in tied]
+    missing = [name for name in expected if name not in checkpoint]
+    shapes = {name: tuple(t.shape) for name, t in module.state_dict().items() if name in checkpoint}
+    misshapen = [name for name, shape in shapes.items() if checkpoint.shape(name) != shape]
+    ignored = [*(module._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"attn\.(masked_)?bias$"]
+    extra = checkpoint.names_beside([*expected, *tied])
+    extra = [name for name in extra if not any(re.search(pattern, name) for pattern in ignored)]
     problems = [
-        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind]))[:3])}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info.get(kind)
+        f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in (("lacks", missing), ("has besides", extra), ("has in another shape", misshapen))
+        if names
     ]
     if problems:
-        raise ConfigError(f"model.path={str(folder)!r}: the checkpoint does not fit its config ({'; '.join(problems)})")
-    return module
+        raise ConfigError(f"model.path={path!r}: the checkpoint does not fit its config: it {' and '.join(problems)}")
 
 
-def _load_without_layers(
-    model_class: Any,
-    config: Any,
-    family: modeling_pruned.Family,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Any:
-    """The model on the meta device, but for everything outside its decoder layers, which is loaded."""
-    with torch.device("meta"):
-        module = model_class._from_config(config, dtype=dtype)
-    layers_path = f"{module.base_model_prefix}.{family.layers}"
+def _load_outside_(
+    module: Any, config: Any, layers_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Loads everything outside the decoder layers: embeddings, final norm, head."""
     layers = module.get_submodule(layers_path)
     module.set_submodule(layers_path, nn.ModuleList())
     tied = set(module.all_tied_weights_keys) if config.tie_word_embeddings else set()
@@ -250,23 +269,19 @@ def _load_without_layers(
         own = nn.Module()  # the part's own tensors alone
         own._parameters = {k: v for k, v in part._parameters.items() if f"{path}.{k}" not in tied}
         own._buffers = {k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set}
-        load_into_(own, checkpoint, f"{path}." if path else "", device, dtype)
+        load_into_(own, checkpoint, f"{path}." if path else "", device, dtype, copy=True)
         part._parameters.update(own._parameters)
         part._buffers.update(own._buffers)
         computed = [k for k in part._non_persistent_buffers_set if part._buffers.get(k) is not None]
         if computed:  # rotary frequencies: not stored anywhere, computed when the module is made
-            fresh: Any = type(part)(
-                config=modeling_pruned.stock_config(config) if "pruned" in config.model_type else config
-            )
+            pruned = config.model_type.startswith("pruned_")
+            fresh: Any = type(part)(config=modeling_pruned.stock_config(config) if pruned else config)
             for key in computed:
                 part._buffers[key] = fresh._buffers[key].to(device)
     if config.tie_word_embeddings:
         module.tie_weights()
     module.set_submodule(layers_path, layers)
-    leftovers = [n for n, p in module.named_parameters() if p.is_meta and not n.startswith(layers_path)]
-    if leftovers:
-        raise RunError(f"{leftovers[0]}: was not loaded")
-    return module
+    checkpoint.close()
 
 
 def _quiet_transformers() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pruneexp import progress, report
 from pruneexp.__main__ import main
 from pruneexp.evaluator import Size
 from pruneexp.model import Model
@@ -32,6 +33,8 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
     """Exit code and stderr of a short run in `tmp_path`; arguments typed later win."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)  # what a slow machine says about waiting is not asked here
+    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -197,7 +200,9 @@ def test_tensors_that_do_not_fit_are_named(
     edit_tensors(checkpoint, edit)
     code, err = cli(f"model.path={checkpoint}", f"model.stream={stream}")
     assert code == 2 and err.count("\n") == 1
-    assert err.startswith(f"pruneexp: model.path={str(checkpoint)!r}: the checkpoint does not fit its config: it {named}")
+    assert err.startswith(
+        f"pruneexp: model.path={str(checkpoint)!r}: the checkpoint does not fit its config: it {named}"
+    )
     status = json.loads(Path("run/status.json").read_text())
     assert status["status"] == "failed" and status["reason"] == err.removeprefix("pruneexp: ").rstrip("\n")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 WOMEN = "Mara Anna Lucy Nora Emma Rosa Ivy Ella Kate Ruth Jane Lena".split()
 MEN = "Omar Tom Ben Sam Jack Paul Luke Max Hugo Carl Adam Finn".split()
 PRONOUNS = "He She They It".split()
@@ -14,16 +16,17 @@ OBJECTS = (
     "key lamp book ring box cup map drum rope bell knife flute coat ball clock spoon brush kite chain mask "
     "doll bag jar hat"
 ).split()
-PLACES = ("barn cellar tower garden kitchen cave forest attic church mill hut stable yard field castle school").split()
+PLACES = "barn cellar tower garden kitchen cave forest attic church mill hut stable yard field castle".split()
+PLACES += ["school"]
 SITES = "dark dusty sunny windy shady empty crowded narrow broad lofty gloomy icy".split()
 
 MOODS = "glad sad angry tired proud afraid calm lonely bored brave shy sick".split()
 FOODS = "bread soup rice cheese honey milk cake fish corn jam tea fruit".split()
 THINGS = "coins apples eggs nuts shells pears beads cards".split()
-NUMBERS: list[str] = "one two three four five six seven eight nine".split()
+NUMBERS: Sequence[str] = "one two three four five six seven eight nine".split()
 
 ANIMALS = "dog cat horse goat cow bird hen pig duck bear frog mouse".split()
-HERDS: list[str] = "dogs cats horses goats cows birds hens pigs ducks bears frogs mice".split()
+HERDS = "dogs cats horses goats cows birds hens pigs ducks bears frogs mice".split()
 SHAPES = "old young big small wild tame thin fat lazy quick".split()
 STATES = "loud hungry thirsty sleepy wet happy dirty quiet warm cold".split()
 LOOKS = "new heavy broken cheap rare pretty plain strange lovely useless".split()

@@ -36,6 +36,7 @@ EARLY_TOKENS, LATE_TOKENS = 1024, 2048
 # the loss weighs tokens that the story decides this more at first, 1 at last: recall is learnt sooner, and
 # as the weight depends on the prefix alone, the true process stays the optimum
 DECIDED = 3.0
+SEED = 0
 TOKENIZER_STORIES = 4000
 EVALUATION_WINDOWS, EVALUATION_QUESTIONS = 256, 400
 
@@ -84,6 +85,10 @@ def config(family: str, vocabulary: int) -> Any:
 Record = dict[str, Any]
 
 
+def read(path: Path) -> Record:
+    return json.loads(path.read_text())
+
+
 class Limit(NamedTuple):
     """Training ends at whichever comes first; the schedule follows the share that is done."""
 
@@ -121,14 +126,24 @@ def optimizer_for(model: Any, peak: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-9)
 
 
-def train(family: str, tokenizer: Any, limit: Limit, peak: float, seed: int = 0) -> tuple[Any, Record]:
-    """The trained model, float32, and what its training took."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family, len(tokenizer)), dtype=torch.float32).train()
+def begin(family: str, vocabulary: int, folder: Path | None) -> tuple[Any, Record]:
+    """The model to train, new or from a folder, and the record of what was spent on it so far."""
+    if folder:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), read(folder / "training.json")
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(config(family, vocabulary), dtype=torch.float32)
+    return model, {"family": family, "seed": SEED, "legs": 0, "steps": 0, "tokens": 0, "seconds": 0}
+
+
+def train(tokenizer: Any, model: Any, record: Record, limit: Limit, peak: float) -> Record:
+    """Trains in place; the record with this leg added. A later leg runs the schedule from `LATE` on."""
+    family, first, start = record["family"], record["steps"], LATE if record["legs"] else 0.0
+    model.train()
     optimizer = optimizer_for(model, peak)
     began, step, seen, excess = time.monotonic(), 0, 0, 0.0
-    while (progress := limit.progress(step, time.monotonic() - began)) < 1:
-        tokens, nats = _batch(tokenizer, step, progress)
+    while (share := limit.progress(step, time.monotonic() - began)) < 1:
+        progress = start + (1 - start) * share
+        tokens, nats = _batch(tokenizer, first + step, progress)
         weights = torch.where(nats == 0, DECIDED + (1 - DECIDED) * progress, 1.0)
         logits = model(tokens, use_cache=False).logits[:, :-1]
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
@@ -144,9 +159,10 @@ def train(family: str, tokenizer: Any, limit: Limit, peak: float, seed: int = 0)
             spent, decided = time.monotonic() - began, losses[nats == 0].mean().item()
             figures = f"{excess:.3f} nats above the process, {decided:.3f} where the story decides"
             print(f"{family} step {step} ({progress:.0%}): {figures}, {spent:.0f} s", flush=True)
-    seeds = [language.TRAINING[0], language.TRAINING[step]]
-    record = {"steps": step, "tokens": seen, "seconds": round(time.monotonic() - began), "seed": seed}
-    return model.eval(), record | {"training_seeds": seeds}
+    model.eval()
+    spent = {"legs": 1, "steps": step, "tokens": seen, "seconds": round(time.monotonic() - began)}
+    seeds = [language.TRAINING[0], language.TRAINING[first + step]]
+    return record | {key: record[key] + more for key, more in spent.items()} | {"training_seeds": seeds}
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -156,7 +172,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     # a class name that every version of transformers knows
     changes = {"config.json": {}, "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
     for name, change in changes.items():
-        settings = json.loads((folder / name).read_text()) | change
+        settings = read(folder / name) | change
         settings.pop("_name_or_path", None)
         (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -190,18 +206,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--resume", action="store_true", help="train what is in --out further")
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     tokenizer = train_tokenizer()
     print(f"{len(tokenizer)} tokens in the vocabulary", flush=True)
     for family in FAMILIES if asked.family == "all" else [asked.family]:
-        limit = Limit(asked.steps, asked.minutes)
-        model, record = train(family, tokenizer, limit, asked.rate)
-        save(model, tokenizer, asked.out / family)
-        record = {"family": family, "peak_learning_rate": asked.rate, **record}
-        record["evaluation"] = evaluate(asked.out / family)
-        (asked.out / family / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        folder = asked.out / family
+        model, record = begin(family, len(tokenizer), folder if asked.resume else None)
+        record = train(tokenizer, model, record, Limit(asked.steps, asked.minutes), asked.rate)
+        save(model, tokenizer, folder)
+        record |= {"peak_learning_rate": asked.rate, "evaluation": evaluate(folder)}
+        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         print(json.dumps(record, indent=2), flush=True)
 
 

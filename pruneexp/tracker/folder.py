@@ -18,6 +18,7 @@ FILES = (
     "metrics.json",
     "status.json",
     "plan.json",
+    "proof.json",
     "scores.safetensors",
     "structure.png",
     "environment.json",

@@ -1,0 +1,53 @@
+"""The README's own examples."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pruneexp.__main__ import main
+from tests.conftest import PARITY
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def block(language: str) -> str:
+    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    assert len(found) == 1
+    return found[0]
+
+
+def test_a_criterion_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_criteria.py").write_text(block("python"))
+    (tmp_path / "my_conf" / "criterion").mkdir(parents=True)
+    (tmp_path / "my_conf" / "criterion" / "energy.yaml").write_text(block("yaml"))
+    command = next(line for line in README.splitlines() if "--config-dir my_conf" in line).split()
+    assert command[0] == "pruneexp"
+    data = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
+    ours = ["model=hf", f"model.path={PARITY}", "dataset=tokens", "dataset.length=64", *data]
+    assert main([*command[1:], *ours, "run.dir=run", "run.prove=off"]) == 0
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["sparsity/decoder"] == pytest.approx(0.2, abs=2e-3)
+    assert "my_criteria.Energy" in Path("run/config.yaml").read_text()
+
+
+def test_every_choice_that_the_readme_names_exists() -> None:
+    conf = Path(__file__).parent.parent / "conf"
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", README, flags=re.MULTILINE)
+    assert {group for group, _ in rows} >= {"recipe", "criterion", "search", "compensator", "dataset", "evaluator"}
+    for group, text in rows:
+        known = {path.stem for path in (conf / group).glob("*.yaml")}
+        named = set(re.findall(r"`([a-z0-9_]+)`", text))
+        assert named <= known | {"flap"}, (group, named - known)
+
+
+def test_the_two_commands_stand_first() -> None:
+    install = [line.strip() for line in README.splitlines() if line.strip().startswith("pip install")]
+    assert install[:2] == [
+        "pip install -c constraints.txt -e . && pruneexp",
+        'pip install -c constraints.txt -e ".[test]" && pytest',
+    ]

@@ -43,9 +43,17 @@ def build(composed: Composed) -> Experiment:
     run = builder.call(RunSettings, config["run"], "run")
     parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
     evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}
+    if getattr(parts["model"], "stream", False) and not _typed(composed, "evaluator"):
+        # The default list is for a model in memory; what was typed is checked below instead.
+        evaluators = {name: each for name, each in evaluators.items() if getattr(each, "streams", False)}
     experiment = Experiment(**parts, evaluators=evaluators, run=run, seed=seed, config=config, job=composed.job)
     check_together(experiment)
     return experiment
+
+
+def _typed(composed: Composed, group: str) -> bool:
+    """Whether the command line or a sweep's job chose `group`, rather than the defaults."""
+    return any(text.lstrip("+~").startswith(f"{group}=") for text in composed.job["overrides"])
 
 
 def check_together(experiment: Experiment) -> None:

@@ -162,6 +162,9 @@ class _Run:
         with self.clock("load"):
             model = experiment.model.load(tokenizer)
         self._record_inputs(tokens_NT)
+        left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
+        if left_out:
+            logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
         self._measure(model, "dense")
         pruned = self._prune(model, tokens_NT)
         self._measure(model, "pruned")
@@ -215,16 +218,21 @@ class _Run:
             target = self.folder / ("model" if experiment.run.save else "streamed")
             streamed = StreamedSave(model, target, BlockProof(model, probe_BT))
         (ratio,) = experiment.sparsity.rounds()
-        pruned = prune_(
-            model,
-            tokens_NT,
-            method,
-            ratio,
-            meter=self.meter,
-            rng=torch.Generator().manual_seed(experiment.seed),
-            shrunk=streamed.layer if streamed is not None else _nothing,
-            clock=self.clock,
-        )
+        try:
+            pruned = prune_(
+                model,
+                tokens_NT,
+                method,
+                ratio,
+                meter=self.meter,
+                rng=torch.Generator().manual_seed(experiment.seed),
+                shrunk=streamed.layer if streamed is not None else _nothing,
+                clock=self.clock,
+            )
+        except BaseException:
+            if streamed is not None:
+                streamed.discard()
+            raise
         self.trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
         with self.clock("save"):
             if streamed is not None:

@@ -126,10 +126,8 @@ def optimizer_for(model: Any, peak: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-9)
 
 
-def begin(family: str, vocabulary: int, folder: Path | None) -> tuple[Any, Record]:
-    """The model to train, new or from a folder, and the record of what was spent on it so far."""
-    if folder:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), read(folder / "training.json")
+def begin(family: str, vocabulary: int) -> tuple[Any, Record]:
+    """A new model, and the record of what was spent on it so far."""
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config(family, vocabulary), dtype=torch.float32)
     return model, {"family": family, "seed": SEED, "legs": 0, "steps": 0, "tokens": 0, "seconds": 0}
@@ -151,7 +149,7 @@ def train(tokenizer: Any, model: Any, record: Record, limit: Limit, peak: float)
         (losses * weights).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, peak)
+            group["lr"] = learning_rate(progress, peak) * min(1, (step + 1) / 40)
         optimizer.step()
         step, seen = step + 1, seen + tokens.numel()
         excess += ((losses - nats).mean().item() - excess) / min(step, 50)
@@ -177,10 +175,13 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
         (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
+def stored(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def evaluate(folder: Path) -> Record:
     """Held-out figures of the folder as stored, computed in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = stored(folder), AutoTokenizer.from_pretrained(folder)
     figures: dict[str, float] = {}
     for length in (128, 256):
         tokens, nats = language.windows(tokenizer, language.EVALUATION[0], EVALUATION_WINDOWS, length)
@@ -210,11 +211,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer()  # the same every time
     print(f"{len(tokenizer)} tokens in the vocabulary", flush=True)
     for family in FAMILIES if asked.family == "all" else [asked.family]:
         folder = asked.out / family
-        model, record = begin(family, len(tokenizer), folder if asked.resume else None)
+        if asked.resume:
+            model, record = stored(folder), read(folder / "training.json")
+        else:
+            model, record = begin(family, len(tokenizer))
         record = train(tokenizer, model, record, Limit(asked.steps, asked.minutes), asked.rate)
         save(model, tokenizer, folder)
         record |= {"peak_learning_rate": asked.rate, "evaluation": evaluate(folder)}

@@ -21,7 +21,7 @@ from pruneexp.surgery.prove import BlockProof
 from pruneexp.types import RunError
 
 SHARD_BYTES = 4 * 2**30
-STREAMED_SHARD_BYTES = 2**20  # what waits to be written counts as memory: a layer fills a shard
+STREAMED_SHARD_BYTES = 2**26  # what waits to be written counts as memory, so that a large layer is a shard
 REMOTE_CODE = Path(modeling_pruned.__file__)
 
 
@@ -231,6 +231,10 @@ class StreamedSave:
             self.aside.rename(self.folder)
         self.model.checkpoint = Checkpoint(self.folder, self.model.module.base_model_prefix)
         return form
+
+    def discard(self) -> None:
+        """Removes what has been written of a checkpoint that will not be finished."""
+        shutil.rmtree(self.aside, ignore_errors=True)
 
     def prove(self) -> dict[str, Any]:
         """Reloads the checkpoint block by block, by its own config, and compares what each block computes."""

@@ -1,0 +1,439 @@
+"""Pruning as a whole: deterministic, the same however it is batched or held, on budget, for every combination."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from pruneexp.build import build, check_together
+from pruneexp.calibrate import Meter, Probe
+from pruneexp.compensator import Bias, BiasOfficial, NoCompensation
+from pruneexp.compose import compose
+from pruneexp.config_files import choices, conf_folder, inherited
+from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
+from pruneexp.experiment import Experiment
+from pruneexp.model import Model
+from pruneexp.prune import Method, Pruned, prune_
+from pruneexp.search import AlAm, Global, UlUm, Uniform
+from pruneexp.sparsity import OneShot
+from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_
+from pruneexp.types import ConfigError, Plan, Score, SitePlan, unit_scores
+from tests.conftest import FAMILIES
+
+FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
+NONE, BIAS, SEQUENTIAL_BIAS = NoCompensation(False), Bias(False), Bias(True)
+UNIFORM, GLOBAL = Uniform(1, ["heads", "channels"]), Global(1, ["heads", "channels"], "zscore")
+
+
+def method(criterion: Any, search: Any, compensator: Any, ratio: float = 0.3, of: Any = "decoder") -> Method:
+    return Method(criterion, OneShot(ratio, of), search, compensator)
+
+
+def prune(
+    model: Model,
+    tokens_NT: Tensor | None,
+    chosen: Method,
+    meter: Meter | None = None,
+    shrunk: Callable[[int], None] = lambda index: None,
+) -> Pruned:
+    return prune_(
+        model,
+        tokens_NT,
+        chosen,
+        chosen.sparsity.ratio,
+        meter=meter or Meter(),
+        rng=torch.Generator().manual_seed(0),
+        shrunk=shrunk,
+        clock=lambda stage: contextlib.nullcontext(),
+    )
+
+
+def weights(model: Model) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+
+
+def assert_same_scores(first: Mapping[str, Score], second: Mapping[str, Score], rtol: float) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(unit_scores(first[name]), unit_scores(second[name]), rtol=rtol, atol=0)
+
+
+# The same answer, however it is had
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        method(FLAP, AlAm(), BIAS),
+        method(WANDA, UlUm(), NONE),
+        method(OFFICIAL, GLOBAL, BiasOfficial(False)),
+        method(Random(3), UNIFORM, SEQUENTIAL_BIAS),
+        method(Magnitude("coupled", 1), GLOBAL, NONE),
+    ],
+    ids=["flap", "wanda_sp", "flap_official", "random", "magnitude"],
+)
+def test_twice_is_the_same_to_the_bit(chosen: Method, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    models = [tiny("llama"), tiny("llama")]
+    first, second = (prune(model, tokens_NT, chosen) for model in models)
+    assert first.plan.to_json() == second.plan.to_json()
+    assert_same_scores(first.scores, second.scores, rtol=0)
+    states = [weights(model) for model in models]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "search", "compensator"),
+    [
+        (FLAP, AlAm(), BIAS),
+        (FLAP, GLOBAL, SEQUENTIAL_BIAS),
+        (WANDA, UlUm(), NONE),
+        (WANDA, UNIFORM, SEQUENTIAL_BIAS),
+        (OFFICIAL, AlAm(), BiasOfficial(False)),
+    ],
+    ids=["flap", "flap-sequential_bias", "wanda_sp", "wanda_sp-sequential_bias", "flap_official"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_batch_size_is_the_same(
+    family: str, criterion: Any, search: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    found = []
+    for batch_size in (1, 3, 10):
+        model = tiny(family, batch_size=batch_size)
+        pruned = prune(model, tokens_NT, method(criterion, search, compensator))
+        found.append((pruned, model.token_losses(tokens_NT, 5)))
+    assert any(found[0][0].plan.removed(site) for site in found[0][0].sites)
+    for pruned, losses in found[1:]:
+        assert pruned.plan == found[0][0].plan
+        assert_same_scores(pruned.scores, found[0][0].scores, rtol=1e-9)
+        torch.testing.assert_close(losses, found[0][1], rtol=1e-9, atol=1e-9)
+
+
+STREAMED = {
+    "flap": method(FLAP, AlAm(), BIAS),
+    "wanda_sp": method(WANDA, UlUm(), NONE),
+    "wanda_sp, dense bias": method(WANDA, UNIFORM, BIAS),
+    "flap, sequential bias": method(FLAP, GLOBAL, SEQUENTIAL_BIAS),
+    "wanda_sp, sequential bias": method(WANDA, UNIFORM, SEQUENTIAL_BIAS),
+    "magnitude": method(Magnitude("reader", 2), GLOBAL, NONE),
+}
+
+
+@pytest.mark.parametrize("case", STREAMED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_is_in_memory(
+    family: str, case: str, tiny: Callable[..., Model], tokens_NT: Tensor, tmp_path: Path
+) -> None:
+    held, streamed = tiny(family), tiny(family, stream=True)
+    meters = Meter(), Meter()
+    expected = prune(held, tokens_NT, STREAMED[case], meters[0])
+    saving = StreamedSave(streamed, tmp_path / "model", BlockProof(streamed, tokens_NT[:2]))
+    found = prune(streamed, tokens_NT, STREAMED[case], meters[1], saving.layer)
+    saving.finish()
+    assert found.plan == expected.plan and any(found.plan.removed(site) for site in found.sites)
+    assert_same_scores(found.scores, expected.scores, rtol=0)
+    assert torch.equal(streamed.token_losses(tokens_NT, 4), held.token_losses(tokens_NT, 4))
+    assert streamed.decoder_params == held.decoder_params
+    assert meters[0] == meters[1]
+    proof = saving.prove()
+    assert proof["max_block_difference"] == proof["max_logit_difference"] == 0
+
+
+# The walk, as pruning uses it
+
+
+@pytest.mark.parametrize(
+    ("chosen", "passes"),
+    [
+        (method(FLAP, AlAm(), BIAS), 1),
+        (method(FLAP, UlUm(), NONE), 1),
+        (method(OFFICIAL, AlAm(), BIAS), 1),
+        (method(Magnitude("reader", 2), UlUm(), NONE), 0),
+        (method(Magnitude("reader", 2), UlUm(), BIAS), 1),
+        (method(WANDA, UlUm(), NONE), 1 + 2 / 3),
+        (method(WANDA, UlUm(), SEQUENTIAL_BIAS), 1 + 2 / 3),
+        (method(WANDA, UlUm(), BIAS), 2 + 2 / 3),
+        (method(WANDA, AlAm(), NONE), 1),
+        (method(FLAP, AlAm(), SEQUENTIAL_BIAS), 2 + 2 / 3),
+    ],
+    ids=str,
+)
+def test_what_a_method_costs(chosen: Method, passes: float, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    meter = Meter()
+    pruned = prune(tiny("llama"), tokens_NT, chosen, meter)
+    assert all(pruned.plan.removed(site) for site in pruned.sites if site.layer < 2), "each block is touched"
+    assert meter.forward == pytest.approx(passes) and meter.backward == 0
+
+
+def test_a_sequential_criterion_scores_what_pruned_layers_produce(
+    tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    sequential = prune(tiny("llama"), tokens_NT, method(WANDA, UlUm(), NONE))
+    dense = prune(tiny("llama"), tokens_NT, method(replace(WANDA, sequential=False), UlUm(), NONE))
+    for site in sequential.sites:
+        same = torch.equal(unit_scores(sequential.scores[site.name]), unit_scores(dense.scores[site.name]))
+        assert same == (site.layer == 0)
+    for index in (1, 2):  # from scratch: the dense scores of a model whose layers before are those of the plan
+        model = tiny("llama")
+        before = {s.name: sequential.plan.sites[s.name] for s in sequential.sites if s.layer < index}
+        shrink_(model, Plan(before))
+        scratch = prune(model, tokens_NT, method(replace(WANDA, sequential=False), GLOBAL, NONE, ratio=0.0))
+        for site in sequential.sites:
+            if site.layer == index:
+                expected = unit_scores(scratch.scores[site.name])
+                assert torch.equal(unit_scores(sequential.scores[site.name]), expected)
+
+
+def test_sequential_compensation_is_another_one(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    models = [tiny("llama"), tiny("llama")]
+    dense, sequential = (
+        prune(model, tokens_NT, method(FLAP, UlUm(), compensator))
+        for model, compensator in zip(models, (BIAS, SEQUENTIAL_BIAS), strict=True)
+    )
+    assert dense.plan == sequential.plan, "the plan is that of the dense model in both"
+    for index, (first, second) in enumerate(zip(models[0].layers, models[1].layers, strict=True)):
+        for path in ("self_attn.o_proj", "mlp.down_proj"):
+            one, other = first.get_submodule(path), second.get_submodule(path)
+            assert torch.equal(one.weight, other.weight)  # type: ignore[arg-type]
+            same = torch.equal(one.bias, other.bias)  # type: ignore[arg-type]
+            assert same == (index == 0), "only behind a pruned block do the means differ"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bias_is_what_the_removed_channels_gave_on_average(
+    family: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    dense, model = tiny(family), tiny(family)
+    pruned = prune(model, tokens_NT, method(FLAP, UlUm(), BIAS))
+    read: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for index, layer in enumerate(dense.layers):
+            for site, path in zip(dense.layer_sites(index), readers_of(dense), strict=True):
+                layer.get_submodule(path).register_forward_pre_hook(
+                    lambda _m, args, name=site.name: read.update({name: args[0].flatten(0, -2).mean(0)})
+                )
+        dense.module(tokens_NT)
+        for index, layer in enumerate(model.layers):
+            for site, path in zip(dense.layer_sites(index), readers_of(dense), strict=True):
+                before, after = dense.layers[index].get_submodule(path), layer.get_submodule(path)
+                gone = torch.ones(site.channels, dtype=torch.bool)
+                gone[site.keep_C(pruned.plan.sites[site.name].kept)] = False
+                expected = before.weight[:, gone] @ read[site.name][gone]
+                if before.bias is not None:
+                    expected = expected + before.bias
+                torch.testing.assert_close(after.bias, expected, rtol=1e-9, atol=1e-11)
+
+
+def readers_of(model: Model) -> tuple[str, str]:
+    return model.family.attention_reader, model.family.mlp_reader
+
+
+# The budget
+
+
+@pytest.mark.parametrize("compensator", [NONE, BIAS, SEQUENTIAL_BIAS], ids=["none", "bias", "sequential"])
+@pytest.mark.parametrize(
+    ("criterion", "search"),
+    [(FLAP, UNIFORM), (FLAP, GLOBAL), (WANDA, UNIFORM), (WANDA, GLOBAL)],
+    ids=["flap-uniform", "flap-global", "wanda_sp-uniform", "wanda_sp-global"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_budget_is_met_to_the_nearest_unit(
+    family: str, criterion: Any, search: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    dense = tiny(family)
+    whole, cheapest = dense.decoder_params, min(site.cost.params for site in dense.sites())
+    missed = {}
+    for ratio in (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7):
+        model = deepcopy(dense)
+        pruned = prune(model, tokens_NT[:4], method(criterion, search, compensator, ratio))
+        gone = whole - model.decoder_params  # what biases add is in here
+        if abs(gone - ratio * whole) > cheapest / 2 + 1e-6:
+            missed[ratio] = (gone, ratio * whole)
+        units = sum(pruned.plan.removed(site) * site.cost.params for site in pruned.sites)
+        assert pruned.plan.budget["removed_params"] == units
+        assert all(pruned.plan.sites[site.name].kept for site in pruned.sites), "each sublayer keeps a unit"
+    assert not missed, f"{missed}; the cheapest unit has {cheapest} parameters"
+
+
+@pytest.mark.parametrize("search", [UNIFORM, GLOBAL], ids=["uniform", "global"])
+@pytest.mark.parametrize("compensator", [NONE, BIAS], ids=["none", "bias"])
+def test_a_share_of_what_units_hold(
+    search: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    model = tiny("llama")
+    held = sum(site.units * site.cost.params for site in model.sites())
+    pruned = prune(model, tokens_NT, method(FLAP, search, compensator, 0.3, of="prunable"))
+    gone = sum(pruned.plan.removed(site) * site.cost.params for site in pruned.sites)
+    assert abs(gone - 0.3 * held) <= min(site.cost.params for site in pruned.sites) / 2
+    assert pruned.plan.budget["of"] == "prunable" and pruned.plan.budget["ratio"] == 0.3
+
+
+@pytest.mark.parametrize("criterion", [FLAP, WANDA, OFFICIAL], ids=["flap", "wanda_sp", "flap_official"])
+@pytest.mark.parametrize("compensator", [BIAS, SEQUENTIAL_BIAS], ids=["bias", "sequential"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_ratio_of_0_changes_nothing(
+    family: str, criterion: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    dense = tiny(family)
+    before = weights(dense)
+    for search in (UNIFORM, GLOBAL, AlAm(), UlUm()):
+        model = deepcopy(dense)
+        pruned = prune(model, tokens_NT[:2], method(criterion, search, compensator, 0.0))
+        assert pruned.plan.sites == Plan.keep_all(pruned.sites).sites
+        after = model.module.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("ratio", [0.9999, 0.97])
+@pytest.mark.parametrize("search", [UNIFORM, GLOBAL], ids=["uniform", "global"])
+def test_more_than_there_is_is_refused(
+    ratio: float, search: Any, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    model = tiny("llama")
+    before = weights(model)
+    with pytest.raises(ConfigError, match=r"^sparsity\.ratio=0\.9\d+: expected at most 0\.\d+, all that search may"):
+        prune(model, tokens_NT, method(FLAP, search, BIAS, ratio))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.module.state_dict().items())
+
+
+# Sublayers that go altogether
+
+
+@pytest.mark.parametrize("compensator", [NONE, BIAS], ids=["none", "bias"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sublayer_that_loses_everything_still_works_and_reloads(
+    family: str,
+    compensator: Any,
+    tiny: Callable[..., Model],
+    source: Callable[..., Any],
+    tokens_NT: Tensor,
+    tmp_path: Path,
+) -> None:
+    model = tiny(family)
+    victims = {model.sites()[0].name, model.sites()[3].name}  # attention of layer 0, FFN of layer 1
+
+    class Doomed(Flap):
+        def __call__(self, block: Any, evidence: Any) -> Any:
+            columns = super().__call__(block, evidence)
+            return {n: unit_scores(s) * 0 + (0 if n in victims else 1) + torch.rand(s.scores_U.shape) * 1e-3
+                    for n, s in columns.items()}  # fmt: skip
+
+    class ByScore(AlAm):
+        def __call__(self, scores: Any, sites: Any, budget: Any, oracle: Any, rng: Any) -> Plan:
+            # al_am standardises within each sublayer, so that one that is bad as a whole goes only by its threshold
+            kept = {s.name: unit_scores(scores[s.name]) > 0.5 for s in sites}
+            return Plan.from_masks(sites, kept)
+
+    pruned = prune(model, tokens_NT, method(Doomed("WIFV", False), ByScore(), compensator))
+    assert {name for name, site in pruned.plan.sites.items() if not site.kept} == victims
+    losses = model.token_losses(tokens_NT, 4)
+    assert torch.isfinite(losses).all()
+    save(model, tmp_path / "model")
+    assert prove_in_place(model, tmp_path / "model", tokens_NT[:2])["max_logit_difference"] == 0
+    for stream in (False, True):  # and is a model that can be pruned again
+        again = source(tmp_path / "model", stream=stream).load()
+        assert torch.equal(again.token_losses(tokens_NT, 4), losses)
+        assert {site.name for site in again.sites()} == {site.name for site in pruned.sites} - victims
+    again = source(tmp_path / "model").load()
+    second = prune(again, tokens_NT, method(FLAP, GLOBAL, compensator, 0.2))
+    assert second.plan.sites.keys() == {site.name for site in pruned.sites} - victims
+    assert torch.isfinite(again.token_losses(tokens_NT, 4)).all()
+
+
+def test_al_am_empties_a_sublayer_where_the_ratio_asks_for_it(
+    tiny: Callable[..., Model], tokens_NT: Tensor, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    pruned = prune(model, tokens_NT, method(FLAP, AlAm(), BIAS, 0.8))
+    assert [name for name, site in pruned.plan.sites.items() if not site.kept]
+    save(model, tmp_path / "model")
+    assert prove_in_place(model, tmp_path / "model", tokens_NT[:2])["max_logit_difference"] == 0
+
+
+# Every combination
+
+
+def mandatory(group: str, option: str) -> list[str]:
+    """Values for what a choice leaves open: 3, one for each of the tiny model's layers."""
+    keys: dict[str, Any] = {}
+    for path in inherited(conf_folder() / group / f"{option}.yaml"):
+        keys = {**(yaml.safe_load(path.read_text()) or {}), **keys}
+    return [f"{group}.{key}=3" for key, value in keys.items() if value == "???"]
+
+
+@cache
+def built(group: str, option: str) -> Experiment:
+    typed = ["model=hf", "model.path=x", "dataset=tokens", "sparsity.ratio=0.3", "evaluator=[size]"]
+    return build(compose([*typed, f"{group}={option}", *mandatory(group, option)]))
+
+
+@pytest.mark.parametrize("compensator", choices(conf_folder() / "compensator"))
+@pytest.mark.parametrize("search", choices(conf_folder() / "search"))
+@pytest.mark.parametrize("criterion", choices(conf_folder() / "criterion"))
+def test_every_combination_runs_or_is_refused_before_it_starts(
+    criterion: str, search: str, compensator: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    parts = {"criterion": criterion, "search": search, "compensator": compensator}
+    chosen = {group: getattr(built(group, option), group) for group, option in parts.items()}
+    experiment = replace(built("criterion", criterion), **chosen)
+    try:
+        check_together(experiment)
+    except ConfigError as error:
+        line = str(error)
+        assert "\n" not in line and any(f"{group}" in line for group in parts), line
+        return
+    model = tiny("llama")
+    before = model.decoder_params
+    one = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
+    pruned = prune(model, tokens_NT, one)
+    assert torch.isfinite(model.token_losses(tokens_NT, 5)).all()
+    assert pruned.scores.keys() == {site.name for site in pruned.sites}
+    kinds = {site.kind for site in pruned.plan.sites.values()}
+    if "block" in kinds:
+        return
+    assert pruned.plan.sites.keys() == {site.name for site in pruned.sites}
+    removed = sum(pruned.plan.removed(site) * site.cost.params for site in pruned.sites)
+    assert removed > 0
+    touched = [site for site in pruned.sites if pruned.plan.removed(site)]
+    emptied = [site for site in touched if not pruned.plan.sites[site.name].kept]
+    biases = 48 * len(touched) if one.compensator.adds_bias else 0
+    assert before - model.decoder_params == removed + 48 * len(emptied) - biases  # an emptied sublayer's norm goes too
+
+
+def test_the_combinations_are_those_of_conf() -> None:
+    assert {"flap", "wanda_sp", "magnitude"} <= set(choices(conf_folder() / "criterion"))
+    assert {"al_am", "uniform", "global"} <= set(choices(conf_folder() / "search"))
+    assert {"none", "bias"} <= set(choices(conf_folder() / "compensator"))
+
+
+# Oracle searches
+
+
+def test_a_search_that_probes_is_charged_and_asked_once(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    class Probing(AlAm):
+        asked = 0
+
+        def __call__(self, scores: Any, sites: Any, budget: Any, oracle: Any, rng: Any) -> Plan:
+            Probing.asked += 1
+            assert isinstance(oracle, Probe)
+            plan = Plan({s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units))) for s in sites})
+            from pruneexp.types import Candidate
+
+            assert oracle.losses([Candidate(plan), Candidate(Plan.keep_all(sites))]).isfinite().all()
+            return plan
+
+    meter = Meter()
+    prune(tiny("llama"), tokens_NT, method(FLAP, Probing(), BIAS), meter)
+    assert Probing.asked == 1 and meter.forward == pytest.approx(3)

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from pruneexp.compose import Composed, compose_raw, composed
 from pruneexp.config_files import option_file, sweep_files
 from pruneexp.explain import explained, one_line
+from pruneexp.summary import write_summary
 from pruneexp.tracker import status_of, write_atomic
 from pruneexp.tracker.folder import new_status, timestamp
 from pruneexp.types import ConfigError, RunError
@@ -62,7 +63,9 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     # The folders say how the jobs ended, whatever process or machine a launcher ran them on.
     ran = [path.parent for path, text in _statuses(folder).items() if before.get(path) != text]
     failed = sorted(job.name for job in ran if status_of(job) != "done")
+    summary = write_summary(folder)
     print(f"sweep in {folder}: {len(ran)} jobs ran" + (f", failed: {', '.join(failed)}" if failed else ""))
+    print(f"all its jobs are in {summary}")
     return 1 if failed else 0
 
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache"),
     ("prune", "recovery", "export"),
     ("experiment",),
-    ("explain", "coerce", "compose", "build", "multirun", "cli_help"),
+    ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary"),
     ("__main__",),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}

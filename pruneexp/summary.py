@@ -1,0 +1,65 @@
+"""A sweep's jobs as one table, read from their folders alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pruneexp.tracker import status_of, write_atomic
+
+LEFT_OUT = ("run", "sweep", "tracker")  # where a job runs and reports, not what it computes
+
+
+def write_summary(folder: Path) -> Path:
+    """Writes summary.csv: a row for every job in `folder`, with its status, the settings in which the jobs differ, and
+    its metrics. A job that is not done has a row without metrics."""
+    jobs = sorted(path.parent for path in folder.glob("*/status.json"))
+    settings = [_settings(job) for job in jobs]
+    keys = _differing(settings)
+    metrics = [_metrics(job) for job in jobs]
+    figures = sorted({key for found in metrics for key in found})
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["job", "status", *keys, *figures])
+    for job, setting, found in zip(jobs, settings, metrics, strict=True):
+        row = [*(setting.get(key, "") for key in keys), *(found.get(key, "") for key in figures)]
+        table.writerow([job.name, status_of(job), *row])
+    path = folder / "summary.csv"
+    write_atomic(path, text.getvalue())
+    return path
+
+
+def _settings(job: Path) -> dict[str, Any]:
+    """The job's config, flat: {"sparsity.ratio": 0.2}. Empty where it did not come far enough to write it."""
+    try:
+        config = yaml.safe_load((job / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return dict(_flat({key: value for key, value in config.items() if key not in LEFT_OUT}))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys whose value is not the same in all jobs that have settings."""
+    known = [setting for setting in settings if setting]
+    keys = dict.fromkeys(key for setting in known for key in setting)
+    return [key for key in keys if len({str(setting.get(key)) for setting in known}) > 1]
+
+
+def _metrics(job: Path) -> dict[str, Any]:
+    if status_of(job) != "done":
+        return {}
+    return json.loads((job / "metrics.json").read_text())

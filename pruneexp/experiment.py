@@ -71,6 +71,9 @@ class Experiment:
         if self.run.dir is not None and not self.run.dry:
             check_folder(Path(self.run.dir), self.run.overwrite)
         self.model.check()
+        source = self.model.local_folder()
+        if self.run.dir is not None and source is not None and source.resolve() == Path(self.run.dir, "model").resolve():
+            raise ConfigError(f"run.dir={self.run.dir!r}: its model/ is the model to prune; expected another folder")
         self.dataset.check(evaluation=False)
         for evaluator in self.evaluators.values():
             check = getattr(evaluator, "check", None)
@@ -253,6 +256,7 @@ class _Run:
 
     def _prove_streamed(self, streamed: StreamedSave) -> None:
         form = streamed.finish()
+        write_atomic(streamed.folder / "plan.json", (self.folder / "plan.json").read_bytes())
         proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": "off"}
         if self.experiment.run.save and self.experiment.run.prove != "off":
             proof |= streamed.prove()

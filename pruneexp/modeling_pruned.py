@@ -197,8 +197,9 @@ def _resize_(
     bias = old.bias is not None if bias is None else bias
     if (inputs, outputs, bias) == (old.in_features, old.out_features, old.bias is not None):
         return
-    with torch.device("meta"):  # skips the random initialisation
-        new = nn.Linear(inputs, outputs, bias=bias)
+    with torch.device("meta"):  # skips the random initialisation, which would warn of nothing to initialise
+        new = nn.Linear(inputs or 1, outputs or 1, bias=bias)
+    new.in_features, new.out_features = inputs, outputs
     empty = {"device": old.weight.device, "dtype": old.weight.dtype}
     new.weight = nn.Parameter(torch.empty(outputs, inputs, **empty), requires_grad=old.weight.requires_grad)
     if bias:

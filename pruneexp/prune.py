@@ -126,10 +126,8 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
         for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):
             scores = _checked(criterion(visit.block, visit.of(criterion.evidence)))
             work.scores.update(scores)
-            budget = _budget(work, visit.block.sites, [visit.index])
-            budget = replace(budget, added=budget.added + carry, layers=len(work.model.layers))
-            layer_plan = work.method.search(scores, visit.block.sites, budget, None, work.rng)
-            carry = budget.remove - sum(layer_plan.removed(s) * s.cost.params for s in visit.block.sites)
+            budget = replace(_budget(work, visit.block.sites, [visit.index]), layers=len(work.model.layers))
+            layer_plan, carry = _asked(work, scores, visit.block.sites, replace(budget, added=carry), None)
             plan = plan.merged(Plan(layer_plan.sites))
             evidence = visit.of(compensator.evidence) if compensator.sequential else dense
             _shrink(work, visit, plan, evidence)
@@ -137,21 +135,33 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
 
 
 def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
-    """The search's plan. New biases are paid for by removing more; sites that stay whole get none, so that a search
-    which spends nothing is asked again once it is known which sites those are."""
-    model, search = work.model, work.method.search
+    """The plan of a search over all layers, which may probe the model where it is held in memory."""
     oracle = None
-    if work.tokens_NT is not None and not model.streamed:
-        oracle = Probe(model, work.tokens_NT, work.meter)
-    budget = _budget(work, sites, range(len(model.layers)))
+    if work.tokens_NT is not None and not work.model.streamed:
+        oracle = Probe(work.model, work.tokens_NT, work.meter)
+    return _asked(work, work.scores, sites, _budget(work, sites, range(len(work.model.layers))), oracle)[0]
+
+
+def _asked(
+    work: _Pruning, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget, oracle: Probe | None
+) -> tuple[Plan, float]:
+    """The search's plan, and the parameters that it falls short of the budget (below 0: removed too many).
+
+    New biases are paid for by removing more. Sites that stay whole get none, so that a search which spends nothing is
+    asked again once it is known which sites those are; where its answers go round in circles, the nearest counts.
+    """
+    answers: list[tuple[Plan, float]] = []
+    added = _biases_added(work, sites)
     for _ in range(4):
-        plan = search(work.scores, sites, budget, oracle, work.rng)
-        touched = [site for site in sites if plan.removed(site)]
-        added = _biases_added(work, touched)
-        if added == budget.added or work.ratio == 0 or (oracle is not None and oracle.passes):
-            break
-        budget = replace(budget, added=added)
-    return plan
+        asked = replace(budget, added=budget.added + added)
+        plan = work.method.search(scores, sites, asked, oracle, work.rng)
+        needed = _biases_added(work, [site for site in sites if plan.removed(site)])
+        removed = sum(plan.removed(site) * site.cost.params for site in sites)
+        answers.append((plan, replace(budget, added=budget.added + needed).remove - removed))
+        if needed == added or work.ratio == 0 or (oracle is not None and oracle.passes):
+            return answers[-1]
+        added = needed
+    return min(answers, key=lambda answer: abs(answer[1]))
 
 
 def _budget(work: _Pruning, sites: Sequence[Site], layers: Sequence[int]) -> Budget:
@@ -160,7 +170,7 @@ def _budget(work: _Pruning, sites: Sequence[Site], layers: Sequence[int]) -> Bud
         total = sum(site.units * site.cost.params for site in sites)
     else:
         total = sum(p.numel() for index in layers for p in work.model.layers[index].parameters())
-    return Budget(work.ratio, total, _biases_added(work, sites))
+    return Budget(work.ratio, total)
 
 
 def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:

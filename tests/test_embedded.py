@@ -242,7 +242,7 @@ def test_perplexity_is_near_the_process(checkpoint: tuple[str, Any, Any]) -> Non
     from pruneexp.embedded import measure
 
     _, model, tokenizer = checkpoint
-    tokens, nats = embedded.windows(tokenizer, WINDOWS, 96, 128)
+    tokens, nats = embedded.windows(tokenizer, WINDOWS, 80, 128)
     best, found = measure.best_perplexity(nats), measure.perplexity(model, tokens)
     assert 0.97 * best < found < 1.10 * best
 
@@ -251,4 +251,4 @@ def test_questions_are_answered(checkpoint: tuple[str, Any, Any]) -> None:
     from pruneexp.embedded import measure
 
     _, model, tokenizer = checkpoint
-    assert measure.accuracy(model, tokenizer, embedded.questions(QUESTIONS, 160)) > 0.85
+    assert measure.accuracy(model, tokenizer, embedded.questions(QUESTIONS, 120, limit=90)) > 0.85

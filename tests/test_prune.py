@@ -35,7 +35,7 @@ NONE, BIAS, SEQUENTIAL_BIAS = NoCompensation(False), Bias(False), Bias(True)
 UNIFORM, GLOBAL = Uniform(1, ["heads", "channels"]), Global(1, ["heads", "channels"], "zscore")
 
 
-def method(criterion: Any, search: Any, compensator: Any, ratio: float = 0.3, of: Any = "decoder") -> Method:
+def method(criterion: Any, search: Any, compensator: Any, ratio: float = 0.4, of: Any = "decoder") -> Method:
     return Method(criterion, OneShot(ratio, of), search, compensator)
 
 
@@ -171,7 +171,7 @@ def test_streamed_is_in_memory(
 def test_what_a_method_costs(chosen: Method, passes: float, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     meter = Meter()
     pruned = prune(tiny("llama"), tokens_NT, chosen, meter)
-    assert all(pruned.plan.removed(site) for site in pruned.sites if site.layer < 2), "each block is touched"
+    assert {s.layer for s in pruned.sites if pruned.plan.removed(s)} == {0, 1, 2}, "each block is touched"
     assert meter.forward == pytest.approx(passes) and meter.backward == 0
 
 

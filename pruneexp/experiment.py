@@ -72,7 +72,8 @@ class Experiment:
             check_folder(Path(self.run.dir), self.run.overwrite)
         self.model.check()
         source = self.model.local_folder()
-        if self.run.dir is not None and source is not None and source.resolve() == Path(self.run.dir, "model").resolve():
+        target = None if self.run.dir is None else Path(self.run.dir, "model").resolve()
+        if source is not None and source.resolve() == target:
             raise ConfigError(f"run.dir={self.run.dir!r}: its model/ is the model to prune; expected another folder")
         self.dataset.check(evaluation=False)
         for evaluator in self.evaluators.values():
@@ -115,7 +116,8 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
 def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     """Tokenizer and calibration windows, and every check of texts that needs them, before a weight is loaded."""
     with waiting("loading the tokenizer"):
-        tokenizer, vocabulary, max_length = experiment.model.describe()
+        model = experiment.model.describe()
+    tokenizer, vocabulary, max_length = model.tokenizer, model.vocab_size, model.max_length
     with waiting("tokenising the calibration text"):
         tokens_NT = experiment.dataset.calibration(tokenizer)
     check_vocabulary(tokens_NT, vocabulary, experiment.dataset.key("calibration"))
@@ -123,13 +125,18 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
         raise ConfigError(
             f"dataset.length={tokens_NT.shape[1]}: expected at most {max_length}, the model's longest window"
         )
-    for evaluator in experiment.evaluators.values():
+    for name, evaluator in experiment.evaluators.items():
         prepare = getattr(evaluator, "prepare", None)
         if prepare is not None:
             with waiting("tokenising the evaluation text"):
                 prepare(tokenizer, vocabulary)
         windows = getattr(evaluator, "windows", None)
         if windows is not None:
+            wide = windows(tokenizer).shape[1]
+            if model.hard_limit and max_length is not None and wide > max_length:
+                raise ConfigError(
+                    f"evaluator.{name}.length={wide}: expected at most {max_length}, the model's positions"
+                )
             share = overlap(tokens_NT, windows(tokenizer))
             if share:
                 logger.warning(

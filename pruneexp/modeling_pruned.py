@@ -46,6 +46,7 @@ class Family:
     adds_residual: bool = False  # the sublayers take the residual as second argument and add it themselves
     returns_tuple: bool = False  # the decoder layer returns (hidden states, ...)
     alibi: bool = False  # attention receives `alibi` [B*heads, 1, T], one slope a head
+    learned_positions: bool = False  # positions are looked up in a table: beyond its end there is no answer
     post_norm: tuple[str, bool] | None = None  # (config attribute, value) with which the norms follow the sublayers
 
 
@@ -79,6 +80,7 @@ OPT = Family(
     mlp_reader="fc2",
     mlp_norm="final_layer_norm",
     head_count="num_heads",
+    learned_positions=True,
     post_norm=("do_layer_norm_before", False),
 )
 BLOOM = Family(

@@ -79,7 +79,9 @@ def test_the_main_job(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
     (dense,) = (value for key, value in found.items() if key.startswith("dense/ppl/embedded@"))
     (pruned,) = (value for key, value in found.items() if key.startswith("pruned/ppl/embedded@"))
     assert 1 < dense < pruned < 10 * dense, "a trained model, and a pruned one that still knows its language"
-    assert found["sparsity/decoder"] == pytest.approx(0.2, abs=0.01)
+    sites = plan(str(folder))["sites"].values()
+    assert {site["kind"] for site in sites} == {"attention", "mlp"} and all(site["kept"] for site in sites)
+    assert found["sparsity/decoder"] == pytest.approx(0.2, abs=0.025), "al_am stops at a head, which is a large unit"
     proof = json.loads((folder / "proof.json").read_text())
     assert proof["prove"] == "process" and proof["max_logit_difference"] < 1e-3 and proof["greedy_tokens_equal"]
     assert json.loads((folder / "status.json").read_text())["status"] == "done"
@@ -87,7 +89,7 @@ def test_the_main_job(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
 
 
 def test_a_run_with_emptied_sublayers_is_proved_in_a_clean_process(cli: Cli, capfd: pytest.CaptureFixture[str]) -> None:
-    typed = ["recipe=flap", "sparsity.ratio=0.7", "model.dtype=float64", "evaluator=[perplexity,size]"]
+    typed = ["recipe=flap", "sparsity.ratio=0.9", "model.dtype=float64", "evaluator=[perplexity,size]"]
     found = cli("run", *SMALL, *typed)
     printed = capfd.readouterr()
     assert "Warning" not in printed.err and "Traceback" not in printed.err
@@ -101,6 +103,15 @@ def test_a_run_with_emptied_sublayers_is_proved_in_a_clean_process(cli: Cli, cap
     assert not [name for name in tensors if any(name.startswith(f"{n}.") and "bias" not in name for n in emptied)
                 and tensors[name].numel()]  # fmt: skip
     assert found["pruned/kv_bytes/token"] < found["dense/kv_bytes/token"]
+
+
+def test_a_model_without_any_attention_left(cli: Cli) -> None:
+    found = cli("run", *QUICK, "recipe=flap", "sparsity.ratio=0.95", "model.dtype=float64", "run.prove=in_place")
+    assert [site["kept"] for site in plan("run")["sites"].values() if site["kind"] == "attention"] == [[]] * 4
+    assert found["pruned/kv_bytes/token"] == 0 and found["proof/max_logit_difference"] == 0
+    again = cli("again", *QUICK, "model.path=run/model", "search=global", "sparsity.ratio=0.2")
+    assert again["dense/ppl/test@64"] == found["pruned/ppl/test@64"]
+    assert {site["kind"] for site in plan("again")["sites"].values()} == {"mlp"}
 
 
 @pytest.mark.parametrize(

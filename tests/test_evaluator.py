@@ -37,7 +37,10 @@ class Loaded:
     max_length: int | None = 64
     kv_elements: int = 0
 
-    def token_losses(self, tokens_NT: Tensor, batch_size: int) -> Tensor:
+    def broken_layer(self, tokens_BT: Tensor) -> str | None:
+        return None
+
+    def token_losses(self, tokens_NT: Tensor, batch_size: int, stage: str = "") -> Tensor:
         with torch.no_grad():
             logits = torch.cat([self.module(batch).logits for batch in tokens_NT.split(batch_size)])
         return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens_NT[:, 1:], reduction="none")
@@ -342,7 +345,7 @@ class Knows:
         self.good = [(i == q.answer) == right for q in asked for i in range(4)]
         self.contexts = [len(Bytes().encode(q.context)) for q in asked for _ in range(4)]
 
-    def token_losses(self, tokens_NT: Tensor, batch_size: int) -> Tensor:
+    def token_losses(self, tokens_NT: Tensor, batch_size: int, stage: str = "") -> Tensor:
         losses = torch.full((tokens_NT.shape[0], tokens_NT.shape[1] - 1), 1e3)
         for i, (row, good, context) in enumerate(zip(self.rows, self.good, self.contexts, strict=True)):
             assert tokens_NT[i, : len(row)].tolist() == row

@@ -230,7 +230,6 @@ def test_calibration_windows_longer_than_the_model_reads(cli: Cli) -> None:
     assert not Path("run").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="known defect: an IndexError once the model runs, not a ConfigError before")
 def test_evaluation_windows_beyond_learned_positions(
     cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

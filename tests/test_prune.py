@@ -254,7 +254,7 @@ def test_the_budget_is_met_to_the_nearest_unit(
     dense = tiny(family)
     whole, cheapest = dense.decoder_params, min(site.cost.params for site in dense.sites())
     missed = {}
-    for ratio in (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7):
+    for ratio in (0.02, 0.1, 0.2, 0.35, 0.7):
         model = deepcopy(dense)
         pruned = prune(model, tokens_NT[:4], method(criterion, search, compensator, ratio))
         gone = whole - model.decoder_params  # what biases add is in here

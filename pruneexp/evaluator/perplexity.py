@@ -76,7 +76,9 @@ class Perplexity:
         broken = torch.nonzero(~losses_NT.isfinite().all(dim=1)).flatten().tolist()
         if broken:
             where = f"{len(broken)} of {len(losses_NT)} windows, first in window {broken[0]}"
-            raise RunError(f"{name}: the model's loss is not finite in {where}")
+            layer = model.broken_layer(windows_NT[broken[:1]])
+            blame = f": {layer}'s activations hold NaN or Inf" if layer else ""
+            raise RunError(f"{name}: the model's loss is not finite in {where}{blame}")
         mean = self._mean(losses_NT)
         if mean > math.log(sys.float_info.max):
             raise RunError(f"{name}: a mean loss of {mean:.1f} nats has no finite perplexity")

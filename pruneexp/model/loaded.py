@@ -93,14 +93,13 @@ class Model:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights. Raises RunError where they are not finite."""
+        """Decoder layer `index` with its weights. Raises RunError where they are not finite (held ones are checked when
+        they are loaded)."""
         layer, prefix = self.layers[index], f"{self.layers_path}.{index}"
         if self.checkpoint is not None:
             load_into_(layer, self.checkpoint, f"{prefix}.", self.device, self.dtype)
+            check_finite(layer, f"{prefix}.")
         try:
-            for name, parameter in layer.named_parameters():
-                if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-                    raise RunError(f"{prefix}.{name}: weights hold NaN or Inf")
             yield layer
         finally:
             if self.checkpoint is not None:
@@ -156,6 +155,17 @@ class Model:
                 hidden = [self.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
         return torch.cat([_losses(self.leave(b, h), b) for h, b in zip(hidden, batches, strict=True)])
 
+    @torch.no_grad()
+    def broken_layer(self, tokens_BT: Tensor) -> str | None:
+        """The first decoder layer whose output for these windows holds NaN or Inf; None where all are finite."""
+        hidden, calls = self.enter(tokens_BT)
+        for index in range(len(self.layers)):
+            with self.loaded(index) as layer:
+                hidden = self.run_layer(layer, hidden, calls[index])
+            if not torch.isfinite(hidden).all():
+                return f"{self.layers_path}.{index}"
+        return None
+
     def _as_output(self, hidden: Tensor) -> Any:
         return (hidden, None) if self.family.returns_tuple else hidden
 
@@ -170,6 +180,14 @@ class Model:
         finally:
             for layer in layers:
                 layer.__dict__.pop("forward", None)
+
+
+def check_finite(module: nn.Module, prefix: str) -> None:
+    """Raises RunError, naming the tensor, where a parameter holds NaN or Inf."""
+    for name, parameter in module.named_parameters():
+        # a sum is finite unless a part is not, or it overflows: only then look at every element
+        if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
+            raise RunError(f"{prefix}{name}: weights hold NaN or Inf")
 
 
 def load_into_(

@@ -15,13 +15,24 @@ from torch import nn
 
 from pruneexp import modeling_pruned
 from pruneexp.model.checkpoint import Checkpoint, safetensors_files
-from pruneexp.model.loaded import Model, load_into_
+from pruneexp.model.loaded import Model, check_finite, load_into_
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError, Site
 
 EMBEDDED = "embedded:"  # path prefix of the models inside the package
 WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model as its texts see it. `max_length`: the longest window it was made for (None: any); `hard_limit`: longer
+    ones have no positions at all."""
+
+    tokenizer: Any  # None where the checkpoint has none
+    vocab_size: int
+    max_length: int | None
+    hard_limit: bool
 
 
 @dataclass(frozen=True)
@@ -104,12 +115,16 @@ class ModelSource:
             raise ConfigError(f"model.path={self.path!r}: is quantised; expected the full-precision checkpoint")
         return config
 
-    def describe(self) -> tuple[Any, int, int | None]:
-        """The tokenizer (None where the checkpoint has none), the size of the vocabulary and the longest window that
-        the position embeddings allow (None: any), without a weight."""
+    def describe(self) -> Described:
+        """What a run must know of the model to prepare its texts, without a weight."""
         folder = self.folder()
         config = self.stock_config(folder)
-        return _tokenizer(folder, config), config.vocab_size, getattr(config, "max_position_embeddings", None)
+        return Described(
+            _tokenizer(folder, config),
+            config.vocab_size,
+            getattr(config, "max_position_embeddings", None),
+            modeling_pruned.FAMILIES[config.model_type].learned_positions,
+        )
 
     def outline(self) -> tuple[int, tuple[Site, ...], int, int]:
         """Layers, sites, parameters in the decoder layers and in all, from the config alone."""
@@ -159,6 +174,7 @@ class ModelSource:
             layers = list(module.get_submodule(layers_path).children())
             for index, layer in enumerate(progress(layers, "load", len(layers), "blocks")):
                 load_into_(layer, checkpoint, f"{layers_path}.{index}.", device, dtype, copy=True)
+                check_finite(layer, f"{layers_path}.{index}.")
                 checkpoint.close()
         module.eval().requires_grad_(False)
         if tokenizer is None:
@@ -281,6 +297,7 @@ def _load_outside_(
                 part._buffers[key] = fresh._buffers[key].to(device)
     if config.tie_word_embeddings:
         module.tie_weights()
+    check_finite(module, "")
     module.set_submodule(layers_path, layers)
     checkpoint.close()
 

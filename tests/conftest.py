@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tests run side by side: threads of their own would only wait for each other
+# Tests run side by side: threads of their own would only wait for each other.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -122,9 +122,9 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
         tokens_NT = experiment.dataset.calibration(tokenizer)
     check_vocabulary(tokens_NT, vocabulary, experiment.dataset.key("calibration"))
     if max_length is not None and tokens_NT.shape[1] > max_length:
-        raise ConfigError(
-            f"dataset.length={tokens_NT.shape[1]}: expected at most {max_length}, the model's longest window"
-        )
+        where = experiment.dataset.key("calibration")
+        wide = f"{where}: windows of {tokens_NT.shape[1]} tokens"
+        raise ConfigError(f"{wide}; expected dataset.length of at most {max_length}, the model's longest window")
     for name, evaluator in experiment.evaluators.items():
         prepare = getattr(evaluator, "prepare", None)
         if prepare is not None:
@@ -177,9 +177,11 @@ class _Run:
             logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
         self._measure(model, "dense")
         pruned = self._prune(model, tokens_NT)
-        self._measure(model, "pruned")
-        if model.streamed and not experiment.run.save:
-            shutil.rmtree(self.folder / "streamed", ignore_errors=True)
+        try:
+            self._measure(model, "pruned")
+        finally:
+            if model.streamed and not experiment.run.save:
+                shutil.rmtree(self.folder / "streamed", ignore_errors=True)
         decoder = [self.metrics[f"{when}/params/decoder"] for when in ("dense", "pruned")]
         total = [self.metrics[f"{when}/params"] for when in ("dense", "pruned")]
         self.metrics |= {"sparsity/decoder": 1 - decoder[1] / decoder[0], "sparsity/model": 1 - total[1] / total[0]}

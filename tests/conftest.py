@@ -20,6 +20,14 @@ PARITY = Path(__file__).parent / "data" / "flap_tiny"
 FAMILIES = ("llama", "opt", "bloom")
 
 
+@pytest.fixture(autouse=True)
+def fresh_hydra() -> None:
+    """Hydra keeps one global instance: each test starts without the last one's."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+
+
 def tiny_config(family: str) -> Any:
     """Three layers, six query heads of 8 (llama: three KV groups), 40 FFN channels (bloom: 4 x hidden)."""
     import transformers

@@ -225,7 +225,8 @@ def test_calibration_windows_longer_than_the_model_reads(cli: Cli) -> None:
     code, err = cli("dataset.calibration=long.npy")
     assert (code, err) == (
         2,
-        "pruneexp: dataset.length=300: expected at most 256, the model's longest window\n",
+        "pruneexp: dataset.calibration=long.npy: windows of 300 tokens; "
+        "expected dataset.length of at most 256, the model's longest window\n",
     )
     assert not Path("run").exists()
 

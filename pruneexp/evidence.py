@@ -96,6 +96,36 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class AbsoluteMoments:
+    """Mean size of each reader channel over all tokens: sum_C = sum_t |x_t|, float64 [C], of sums within a chunk in
+    float32 (float64 for float64 input). Chunk-invariant up to that rounding."""
+
+    source: ClassVar[str] = "reader"
+
+    n: int  # tokens
+    sum_C: Tensor
+
+    @classmethod
+    def empty(cls, site: Site) -> AbsoluteMoments:
+        return cls(0, torch.zeros(site.channels, dtype=torch.float64))
+
+    def update(self, x_BTC: Tensor) -> AbsoluteMoments:
+        total = self
+        for x_NC in _chunks_NC(x_BTC.detach()):
+            total = total.merge(AbsoluteMoments(len(x_NC), _wide(x_NC).abs().sum(0).double()))
+        return total
+
+    def merge(self, other: AbsoluteMoments) -> AbsoluteMoments:
+        return AbsoluteMoments(self.n + other.n, self.sum_C.to(other.sum_C.device) + other.sum_C)
+
+    @property
+    def mean_C(self) -> Tensor:
+        """mean_t |x_t|. Raises RunError without tokens."""
+        _require_tokens(self.n, 1)
+        return self.sum_C / self.n
+
+
+@dataclass(frozen=True)
 class Gram:
     """Second moments of a reader's input: gram_CC = sum_t x_t x_t^T (not centred) and sum_C = sum_t x_t, float64.
 

@@ -51,6 +51,13 @@ def build(composed: Composed) -> Experiment:
 def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
     if getattr(experiment.model, "stream", False):
+        for kind in types.evidence_kinds(experiment.criterion.evidence):
+            if kind.source == "gradient":
+                chosen = experiment.job["choices"]["criterion"]
+                raise ConfigError(
+                    f"model.stream=True: criterion={chosen} needs backward passes through the whole model; "
+                    "expected model.stream=false, or a criterion that only needs forward passes"
+                )
         held = [name for name, each in experiment.evaluators.items() if not getattr(each, "streams", False)]
         if held:
             raise ConfigError(

@@ -22,6 +22,7 @@ from pruneexp.types import (
     Search,
     Site,
     Sparsity,
+    evidence_kinds,
     unit_scores,
 )
 
@@ -189,8 +190,8 @@ def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any
     work.shrunk(visit.index)
 
 
-def _distinct(*kinds: type | None) -> tuple[type, ...]:
-    return tuple(dict.fromkeys(kind for kind in kinds if kind is not None))
+def _distinct(*wanted: Any) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(kind for each in wanted for kind in evidence_kinds(each)))
 
 
 def _checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:

@@ -211,7 +211,8 @@ class Evidence(Protocol):
 
     - "reader": `update(x_BTC)`, the reader's input, batch by batch
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
-    - "gradient": `update(weights, gradients)`, two SiteWeights: a batch's loss gradient beside the weights
+    - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
+      `per_sample` (a class variable) asks for one window at a time
     - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions and the directional
       derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
     """
@@ -227,13 +228,21 @@ class Evidence(Protocol):
 
 
 class Criterion(Protocol):
-    """Importance of every unit. `sequential`: where the search decides layer by layer, layer l is scored on what the
-    already pruned layers before it produce."""
+    """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
+    value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
+    search decides layer by layer, layer l is scored on what the already pruned layers before it produce."""
 
-    evidence: ClassVar[type | None]
+    evidence: ClassVar[Any]
     sequential: bool
 
     def __call__(self, block: Block, evidence: Mapping[str, Any]) -> Scores: ...
+
+
+def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
+    """What a method's `evidence` names, as a tuple: nothing, one kind, or several."""
+    if wanted is None:
+        return ()
+    return wanted if isinstance(wanted, tuple) else (wanted,)
 
 
 class Oracle(Protocol):

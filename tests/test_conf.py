@@ -24,6 +24,7 @@ RECIPES = {
     "wanda_sp": ("wanda_sp", "one_shot", "ul_um", "none"),
     "flap": ("flap", "one_shot", "al_am", "bias"),
     "flap_official": ("flap_official", "flap_official", "al_am_official", "flap_official"),
+    "llm_pruner": ("taylor", "one_shot", "llm_pruner", "none"),
     "llm_bip": ("llm_bip", "one_shot", "uniform", "none"),
 }
 

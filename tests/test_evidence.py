@@ -62,7 +62,7 @@ def test_chunks_and_merges_make_no_difference_in_float64(kind):
 def test_one_update_may_be_many_chunks(monkeypatch):
     x = activations(MLP, 12, 7)
     whole, gram = fed(Moments, MLP, x), fed(Gram, MLP, x)
-    monkeypatch.setattr("pruneexp.evidence._CPU_CHUNK", 3 * MLP.channels)
+    monkeypatch.setattr("pruneexp.evidence.statistics._CPU_CHUNK", 3 * MLP.channels)
     torch.testing.assert_close(fed(Moments, MLP, x).m2_C, whole.m2_C, rtol=1e-12, atol=0)
     torch.testing.assert_close(fed(Gram, MLP, x).gram_CC, gram.gram_CC, rtol=1e-12, atol=0)
 

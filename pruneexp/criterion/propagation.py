@@ -50,7 +50,7 @@ class LlmBip:
         return scores
 
     def _path_D(self, block: Block) -> Tensor | None:
-        """u [D]: how much of a change of each hidden channel the FFN and the residual path pass on; None without FFN."""
+        """u [D]: what the FFN and the residual path make of a change of each hidden channel; None without FFN."""
         for site in block.sites:
             if site.kind == "mlp":
                 ffn = block.weights[site.name]

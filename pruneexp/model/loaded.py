@@ -87,9 +87,11 @@ class Model:
     def layer_sites(self, index: int) -> tuple[Site, ...]:
         return layer_sites(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
 
-    def block(self, index: int) -> Block:
-        """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`."""
-        return decoder_layer_block(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
+    def block(self, index: int, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Block:
+        """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`. `read`: what stands for a
+        parameter of a site, of its shape."""
+        prefix = f"{self.layers_path}.{index}"
+        return decoder_layer_block(self.layers[index], index, self.family, self.config, prefix, read)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -155,6 +157,12 @@ class Model:
             with self.loaded(index) as layer:
                 hidden = [self.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
         return torch.cat([_losses(self.leave(b, h), b) for h, b in zip(hidden, batches, strict=True)])
+
+    def mean_loss(self, tokens_BT: Tensor) -> Tensor:
+        """Mean next-token loss in nats, differentiable; of a model in memory."""
+        logits = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return nn.functional.cross_entropy(logits, tokens_BT[:, 1:].to(logits.device).flatten())
 
     def _as_output(self, hidden: Tensor) -> Any:
         return (hidden, None) if self.family.returns_tuple else hidden

@@ -37,30 +37,56 @@ class Uniform:
     Within a layer the dearer sites (heads) lose round(share * U) units, the cheapest (FFN channels) as many as come
     nearest to the layer's budget; what rounding leaves over goes into the next layer's. The whole is so met to half
     the cost of the cheapest unit, ties removing more. Only sites of a kind in `granularity` lose units; each keeps
-    `min_units`.
+    `min_units`. The first and last layers, `protect_first` and `protect_last` as shares of the depth (to the nearest
+    layer), keep everything, and the others lose so much more that the whole budget is met.
     """
-
-    local: ClassVar[bool] = True
 
     min_units: int
     granularity: Granularity
+    protect_first: float
+    protect_last: float
 
     def __post_init__(self) -> None:
         _check(self.min_units, self.granularity)
+        for name in ("protect_first", "protect_last"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share of the layers, in [0, 1)")
+        if self.protect_first + self.protect_last >= 1:
+            raise ConfigError(
+                f"protect_last={self.protect_last!r}: expected less than {1 - self.protect_first:g}, "
+                "what protect_first leaves"
+            )
+
+    @property
+    def local(self) -> bool:
+        """A protected layer's share goes to all others: then no layer can be decided alone."""
+        return not (self.protect_first or self.protect_last)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        values, chosen = raw(scores, sites), _chosen(sites, self.granularity, budget)
+        free = self._unprotected(sites)
+        values, chosen = raw(scores, sites), _chosen(free, self.granularity, budget)
         if chosen and _complete(sites, budget):
             require(budget, _removable(chosen, self.min_units))
         keep, over = {}, 0.0
-        for layer, share in layer_budgets(budget, sites).items():
+        for layer, share in layer_budgets(budget, free).items():
             share = replace(share, added=share.added + over)
             own = [site for site in chosen if site.layer == layer]
             counts, over = self._counts(own, share) if own else ({}, share.remove)
             keep.update({site.name: _all_but_lowest(values[site.name], counts[site.name]) for site in own})
         return planned(keep, sites, budget)
+
+    def _unprotected(self, sites: Sequence[Site]) -> list[Site]:
+        layers = list(by_layer(sites))
+        first, last = _nearest(self.protect_first * len(layers)), _nearest(self.protect_last * len(layers))
+        if len(layers) > 1 and first + last >= len(layers):
+            raise ConfigError(
+                f"search.protect_first={self.protect_first!r}: expected less, with search.protect_last="
+                f"{self.protect_last!r} all {len(layers)} layers are protected"
+            )
+        kept = set(layers[first : len(layers) - last])
+        return [site for site in sites if site.layer in kept]
 
     def _counts(self, sites: list[Site], budget: Budget) -> tuple[dict[str, int], float]:
         """How many units leave each site of a layer, and the parameters still to be removed."""

@@ -1,4 +1,4 @@
-"""What calibration collects at a reader's input: values that grow by `update` and join by `merge`.
+"""What calibration collects at a reader's input.
 
 Every evidence here has source "reader": `update(x_BTC)` receives the input of the site's reader (o_proj, down_proj,
 fc2), batch by batch. All are immutable: `update` and `merge` return new values.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -32,17 +33,19 @@ class Visit:
     index: int
     layer: nn.Module
     block: Block
-    evidence: Mapping[type, Mapping[str, Any]] = field(default_factory=dict)  # evidence type -> site name -> evidence
+    evidence: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)  # evidence type -> site name -> evidence
 
-    def of(self, kind: type | None) -> Mapping[str, Any]:
-        """This block's evidence of one type, by site name."""
-        return {} if kind is None else self.evidence[kind]
+    def of(self, wanted: Any) -> Mapping[str, Any]:
+        """This block's evidence of one type, by site name; of several types, tuples of them."""
+        if isinstance(wanted, tuple):
+            return {site.name: tuple(self.evidence[kind][site.name] for kind in wanted) for site in self.block.sites}
+        return {} if wanted is None else self.evidence[wanted]
 
 
 def walk(
     model: Model,
     tokens_NT: Tensor | None,
-    kinds: Sequence[type],
+    kinds: Sequence[Any],
     meter: Meter,
     stage: str,
     *,
@@ -59,10 +62,13 @@ def walk(
         RunError: NaN or Inf in weights or activations; the message names the block.
     """
     total = len(model.layers)
+    ahead = _Ahead(model, tokens_NT, kinds, meter)
+    kinds = [kind for kind in kinds if kind.source in ("reader", "block")]
     if not kinds or tokens_NT is None:
         for index in progress(range(total), stage, total, "blocks"):
             with model.loaded(index) as layer:
-                yield Visit(index, layer, model.block(index))
+                block = model.block(index)
+                yield Visit(index, layer, block, ahead.of(block))
         return
     hidden, calls = _enter_all(model, tokens_NT)
     for index in progress(range(total), stage, total, "blocks"):
@@ -72,7 +78,7 @@ def walk(
             evidence = _observe(model, layer, block, hidden, calls, kinds, output)
             meter.forward += 1 / total
             before = _fingerprint(layer)
-            yield Visit(index, layer, block, evidence)
+            yield Visit(index, layer, block, evidence | ahead.of(block))
             touched = _fingerprint(layer) != before
             if touched and read_only:
                 raise AssertionError(f"{block.name} was changed during a read-only walk")
@@ -81,6 +87,20 @@ def walk(
                 _observe(model, layer, block, hidden, calls, (), output)
                 meter.forward += 1 / total
             hidden = output
+
+
+class _Ahead:
+    """Evidence that whole passes through the model give before the walk, handed out block by block."""
+
+    def __init__(self, model: Model, tokens_NT: Tensor | None, kinds: Sequence[Any], meter: Meter):
+        self.gradients: dict[Any, dict[str, Any]] = {}
+        if tokens_NT is not None:
+            wanted = [kind for kind in kinds if kind.source == "gradient"]
+            self.gradients = {kind: gradient_evidence(model, tokens_NT, kind, meter) for kind in wanted}
+
+    def of(self, block: Block) -> dict[Any, dict[str, Any]]:
+        """The block's share; what was handed out is no longer held."""
+        return {kind: {s.name: found.pop(s.name) for s in block.sites} for kind, found in self.gradients.items()}
 
 
 def _enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
@@ -100,13 +120,13 @@ def _observe(
     block: Block,
     hidden: list[Tensor],
     calls: list[list[Call]],
-    kinds: Sequence[type],
+    kinds: Sequence[Any],
     output: list[Tensor],
-) -> dict[type, dict[str, Any]]:
+) -> dict[Any, dict[str, Any]]:
     """Runs the layer over all batches into `output` (which may be `hidden`) and returns the evidence."""
-    evidence = {kind: {site.name: kind.empty(site) for site in block.sites} for kind in kinds}  # type: ignore[attr-defined]
-    at_reader = [kind for kind in kinds if kind.source == "reader"]  # type: ignore[attr-defined]
-    at_block = [kind for kind in kinds if kind.source == "block"]  # type: ignore[attr-defined]
+    evidence = {kind: {site.name: kind.empty(site) for site in block.sites} for kind in kinds}
+    at_reader = [kind for kind in kinds if kind.source == "reader"]
+    at_block = [kind for kind in kinds if kind.source == "block"]
     with ExitStack() as hooks:
         for site in block.sites if at_reader else ():
             hooks.enter_context(_watched(layer, model, site, at_reader, evidence, hidden[0].shape[1]))
@@ -122,7 +142,7 @@ def _observe(
 
 
 def _watched(
-    layer: nn.Module, model: Model, site: Site, kinds: Sequence[type], evidence: dict[type, dict], length: int
+    layer: nn.Module, model: Model, site: Site, kinds: Sequence[Any], evidence: dict[Any, dict], length: int
 ) -> Any:
     """A hook on the site's reader that updates its evidence with the reader's input; removed on exit."""
 

@@ -210,11 +210,12 @@ class Evidence(Protocol):
     `source` says which collector feeds it, and so what `update` receives:
 
     - "reader": `update(x_BTC)`, the reader's input, batch by batch
+    - "writer": `update(x_BTD)`, what the site's writers read
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
     - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
       `per_sample` (a class variable) asks for one window at a time
-    - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions and the directional
-      derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
+    - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
+      and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
     """
 
     source: ClassVar[str]

@@ -25,6 +25,7 @@ RECIPES = {
     "flap": ("flap", "one_shot", "al_am", "bias"),
     "flap_official": ("flap_official", "flap_official", "al_am_official", "flap_official"),
     "llm_pruner": ("taylor", "one_shot", "llm_pruner", "none"),
+    "mini_llm": ("mini_llm", "one_shot", "uniform", "none"),
     "llm_bip": ("llm_bip", "one_shot", "uniform", "none"),
 }
 

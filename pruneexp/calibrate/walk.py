@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.calibrate.gradients import gradient_evidence
+from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -63,7 +64,7 @@ def walk(
     """
     total = len(model.layers)
     ahead = _Ahead(model, tokens_NT, kinds, meter)
-    kinds = [kind for kind in kinds if kind.source in ("reader", "block")]
+    kinds = [kind for kind in kinds if kind.source in ("reader", "writer", "block")]
     if not kinds or tokens_NT is None:
         for index in progress(range(total), stage, total, "blocks"):
             with model.loaded(index) as layer:
@@ -94,13 +95,19 @@ class _Ahead:
 
     def __init__(self, model: Model, tokens_NT: Tensor | None, kinds: Sequence[Any], meter: Meter):
         self.gradients: dict[Any, dict[str, Any]] = {}
-        if tokens_NT is not None:
-            wanted = [kind for kind in kinds if kind.source == "gradient"]
-            self.gradients = {kind: gradient_evidence(model, tokens_NT, kind, meter) for kind in wanted}
+        self.slopes: dict[Any, Slopes] = {}
+        for kind in kinds:
+            if tokens_NT is None:
+                continue
+            if kind.source == "gradient":
+                self.gradients[kind] = gradient_evidence(model, tokens_NT, kind, meter)
+            elif kind.source == "zeroth_order":
+                self.slopes[kind] = Slopes(model, tokens_NT, kind, meter)
 
     def of(self, block: Block) -> dict[Any, dict[str, Any]]:
         """The block's share; what was handed out is no longer held."""
-        return {kind: {s.name: found.pop(s.name) for s in block.sites} for kind, found in self.gradients.items()}
+        gradients = {kind: {s.name: found.pop(s.name) for s in block.sites} for kind, found in self.gradients.items()}
+        return gradients | {kind: slopes.of(block) for kind, slopes in self.slopes.items()}
 
 
 def _enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
@@ -126,10 +133,15 @@ def _observe(
     """Runs the layer over all batches into `output` (which may be `hidden`) and returns the evidence."""
     evidence = {kind: {site.name: kind.empty(site) for site in block.sites} for kind in kinds}
     at_reader = [kind for kind in kinds if kind.source == "reader"]
+    at_writer = [kind for kind in kinds if kind.source == "writer"]
     at_block = [kind for kind in kinds if kind.source == "block"]
     with ExitStack() as hooks:
-        for site in block.sites if at_reader else ():
-            hooks.enter_context(_watched(layer, model, site, at_reader, evidence, hidden[0].shape[1]))
+        for site in block.sites if at_reader or at_writer else ():
+            writers, reader = site_parts(model.family, site)
+            for path, wanted in ((reader, at_reader), (writers[0].path, at_writer)):
+                if wanted:
+                    module = layer.get_submodule(path)
+                    hooks.enter_context(_watched(module, site, wanted, evidence, hidden[0].shape[1]))
         for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
             y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
             if not torch.isfinite(y_BTD.sum(dtype=torch.float32)) and not torch.isfinite(y_BTD).all():
@@ -141,18 +153,15 @@ def _observe(
     return evidence
 
 
-def _watched(
-    layer: nn.Module, model: Model, site: Site, kinds: Sequence[Any], evidence: dict[Any, dict], length: int
-) -> Any:
-    """A hook on the site's reader that updates its evidence with the reader's input; removed on exit."""
+def _watched(module: nn.Module, site: Site, kinds: Sequence[Any], evidence: dict[Any, dict], length: int) -> Any:
+    """A hook on the site's reader or writer that updates its evidence with the module's input; removed on exit."""
 
-    def update(_reader: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def update(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].view(-1, length, args[0].shape[-1])  # OPT flattens windows in front of its FFN
         for kind in kinds:
             evidence[kind][site.name] = evidence[kind][site.name].update(x)
 
-    reader = layer.get_submodule(site_parts(model.family, site)[1])
-    return reader.register_forward_pre_hook(update)
+    return module.register_forward_pre_hook(update)
 
 
 def _fingerprint(layer: nn.Module) -> tuple:

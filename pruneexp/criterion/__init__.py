@@ -7,7 +7,8 @@ paper's formula has them, never standardised here: comparing sites is the search
 
 from pruneexp.criterion.activations import Flap, FlapOfficial, WandaSp
 from pruneexp.criterion.propagation import LlmBip
+from pruneexp.criterion.sensitivity import MiniLlm
 from pruneexp.criterion.taylor import Taylor
 from pruneexp.criterion.weights import Magnitude, Random
 
-__all__ = ["Flap", "FlapOfficial", "LlmBip", "Magnitude", "Random", "Taylor", "WandaSp"]
+__all__ = ["Flap", "FlapOfficial", "LlmBip", "Magnitude", "MiniLlm", "Random", "Taylor", "WandaSp"]

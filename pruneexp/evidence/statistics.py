@@ -96,6 +96,17 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class InputMoments(Moments):
+    """`Moments` of what the site's writers read, [D]: source "writer"."""
+
+    source: ClassVar[str] = "writer"
+
+    @classmethod
+    def empty(cls, site: Site) -> InputMoments:
+        return cls(0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
 class AbsoluteMoments:
     """Mean size of each reader channel over all tokens: sum_C = sum_t |x_t|, float64 [C], of sums within a chunk in
     float32 (float64 for float64 input). Chunk-invariant up to that rounding."""

@@ -212,6 +212,7 @@ class Evidence(Protocol):
     - "reader": `update(x_BTC)`, the reader's input, batch by batch
     - "writer": `update(x_BTD)`, what the site's writers read
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
+    - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
     - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
       `per_sample` (a class variable) asks for one window at a time
     - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
@@ -231,7 +232,8 @@ class Evidence(Protocol):
 class Criterion(Protocol):
     """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
     value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
-    search decides layer by layer, layer l is scored on what the already pruned layers before it produce."""
+    search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges` (not
+    required): the kinds of sites it can score, where these are not attention and mlp."""
 
     evidence: ClassVar[Any]
     sequential: bool
@@ -258,7 +260,8 @@ class Oracle(Protocol):
 
 
 class Search(Protocol):
-    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone."""
+    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity` (not
+    required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses."""
 
     local: ClassVar[bool]
 

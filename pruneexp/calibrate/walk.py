@@ -16,7 +16,7 @@ from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.surgery import masked
-from pruneexp.types import Block, Candidate, RunError, Site
+from pruneexp.types import Block, Candidate, Plan, RunError, Site, SitePlan
 
 
 @dataclass
@@ -51,6 +51,7 @@ def walk(
     stage: str,
     *,
     read_only: bool = False,
+    whole: bool = False,
 ) -> Iterator[Visit]:
     """Goes block by block: runs a block on all windows, collecting evidence of every type in `kinds`, and yields it.
 
@@ -58,23 +59,25 @@ def walk(
     statistics of the dense model for one forward pass in all; one that prunes it gets sequential statistics, each
     block running once more. `read_only`: the caller promises not to touch blocks, and the windows' hidden states are
     held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
+    `whole`: each block is shown as one site of one unit.
 
     Raises:
         RunError: NaN or Inf in weights or activations; the message names the block.
     """
     total = len(model.layers)
+    look = model.whole_block if whole else model.block
     ahead = _Ahead(model, tokens_NT, kinds, meter)
     kinds = [kind for kind in kinds if kind.source in ("reader", "writer", "block")]
     if not kinds or tokens_NT is None:
         for index in progress(range(total), stage, total, "blocks"):
             with model.loaded(index) as layer:
-                block = model.block(index)
+                block = look(index)
                 yield Visit(index, layer, block, ahead.of(block))
         return
     hidden, calls = _enter_all(model, tokens_NT)
     for index in progress(range(total), stage, total, "blocks"):
         with model.loaded(index) as layer:
-            block = model.block(index)
+            block = look(index)
             output = hidden if read_only else [torch.empty(0)] * len(hidden)
             evidence = _observe(model, layer, block, hidden, calls, kinds, output)
             meter.forward += 1 / total
@@ -96,6 +99,7 @@ class _Ahead:
     def __init__(self, model: Model, tokens_NT: Tensor | None, kinds: Sequence[Any], meter: Meter):
         self.gradients: dict[Any, dict[str, Any]] = {}
         self.slopes: dict[Any, Slopes] = {}
+        self.losses: dict[Any, tuple[Tensor, Tensor]] = {}  # without each block, of the whole model
         for kind in kinds:
             if tokens_NT is None:
                 continue
@@ -103,11 +107,19 @@ class _Ahead:
                 self.gradients[kind] = gradient_evidence(model, tokens_NT, kind, meter)
             elif kind.source == "zeroth_order":
                 self.slopes[kind] = Slopes(model, tokens_NT, kind, meter)
+            elif kind.source == "probe":
+                plans = [Plan({f"{model.layers_path}.{i}": SitePlan("block", 1, ())}) for i in range(len(model.layers))]
+                *without, whole = Probe(model, tokens_NT, meter).losses([Candidate(p) for p in (*plans, Plan({}))])
+                self.losses[kind] = torch.stack(without), whole
 
     def of(self, block: Block) -> dict[Any, dict[str, Any]]:
         """The block's share; what was handed out is no longer held."""
         gradients = {kind: {s.name: found.pop(s.name) for s in block.sites} for kind, found in self.gradients.items()}
-        return gradients | {kind: slopes.of(block) for kind, slopes in self.slopes.items()}
+        found = gradients | {kind: slopes.of(block) for kind, slopes in self.slopes.items()}
+        for kind, (without, whole) in self.losses.items():
+            loss = without[block.layer].item()
+            found[kind] = {site.name: kind.empty(site).update(loss, whole.item()) for site in block.sites}
+        return found
 
 
 def _enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:

@@ -6,9 +6,21 @@ paper's formula has them, never standardised here: comparing sites is the search
 """
 
 from pruneexp.criterion.activations import Flap, FlapOfficial, WandaSp
+from pruneexp.criterion.depth import BlockInfluence, LossDrop
 from pruneexp.criterion.propagation import LlmBip
 from pruneexp.criterion.sensitivity import MiniLlm
 from pruneexp.criterion.taylor import Taylor
 from pruneexp.criterion.weights import Magnitude, Random
 
-__all__ = ["Flap", "FlapOfficial", "LlmBip", "Magnitude", "MiniLlm", "Random", "Taylor", "WandaSp"]
+__all__ = [
+    "BlockInfluence",
+    "Flap",
+    "FlapOfficial",
+    "LlmBip",
+    "LossDrop",
+    "Magnitude",
+    "MiniLlm",
+    "Random",
+    "Taylor",
+    "WandaSp",
+]

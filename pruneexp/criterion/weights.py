@@ -23,6 +23,7 @@ class Random:
 
     evidence: ClassVar[None] = None
     sequential: ClassVar[bool] = False
+    judges: ClassVar[tuple[str, ...]] = ("attention", "mlp", "block")
 
     seed: int
 

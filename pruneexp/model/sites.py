@@ -82,6 +82,13 @@ def decoder_layer_block(
     return Block(prefix, index, sites, weights, norms)
 
 
+def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site:
+    """The whole decoder layer as a site of one unit; all its parameters leave with it."""
+    sites = layer_sites(layer, index, family, config, prefix)
+    macs, kv = (sum(site.units * getattr(site.cost, what) for site in sites) for what in ("macs", "kv"))
+    return Site(prefix, "block", index, 1, 0, Cost(sum(p.numel() for p in layer.parameters()), macs, kv))
+
+
 def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
     """The writers and the reader's path of a site."""
     if site.kind == "attention":

@@ -253,6 +253,11 @@ class Oracle(Protocol):
 
     passes: float  # spent so far, in plain passes over the calibration tokens
 
+    @property
+    def batches(self) -> int:
+        """How many batches `losses(batch=...)` can choose from."""
+        ...
+
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean next-token loss in nats of each candidate: float64 [len(candidates)], over all calibration windows or
         batch number `batch` of them."""

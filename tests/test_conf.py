@@ -28,6 +28,7 @@ RECIPES = {
     "mini_llm": ("mini_llm", "one_shot", "uniform", "none"),
     "shortgpt": ("block_influence", "one_shot", "blocks", "none"),
     "sleb": ("loss_drop", "one_shot", "greedy", "none"),
+    "policy_gradient": ("wanda_sp", "one_shot", "policy_gradient", "none"),
     "llm_bip": ("llm_bip", "one_shot", "uniform", "none"),
 }
 

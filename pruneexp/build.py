@@ -58,13 +58,50 @@ def _typed(composed: Composed, group: str) -> bool:
 
 def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
+    _check_granularity(experiment)
     if getattr(experiment.model, "stream", False):
+        for kind in types.evidence_kinds(experiment.criterion.evidence):
+            if kind.source == "gradient":
+                chosen = experiment.job["choices"]["criterion"]
+                raise ConfigError(
+                    f"model.stream=True: criterion={chosen} needs backward passes through the whole model; "
+                    "expected model.stream=false, or a criterion that only needs forward passes"
+                )
+            if kind.source == "probe":
+                chosen = experiment.job["choices"]["criterion"]
+                raise ConfigError(
+                    f"model.stream=True: criterion={chosen} measures the loss of many structures; "
+                    "expected model.stream=false, or a criterion that goes block by block"
+                )
+        if getattr(experiment.search, "probes", False):
+            chosen = experiment.job["choices"]["search"]
+            raise ConfigError(
+                f"model.stream=True: search={chosen} measures the loss of many structures; "
+                "expected model.stream=false, or a search that goes by scores"
+            )
         held = [name for name, each in experiment.evaluators.items() if not getattr(each, "streams", False)]
         if held:
             raise ConfigError(
                 f"model.stream=True: evaluator={','.join(held)} needs the whole model in memory; "
                 "expected model.stream=false, or only evaluators that can stream"
             )
+
+
+def _check_granularity(experiment: Experiment) -> None:
+    """Raises ConfigError where the search removes what the criterion does not score."""
+    criterion, search = (experiment.job["choices"][group] for group in ("criterion", "search"))
+    judges = getattr(experiment.criterion, "judges", ("attention", "mlp"))
+    blocks = "blocks" in getattr(experiment.search, "granularity", ())
+    if blocks and "block" not in judges:
+        raise ConfigError(
+            f"search={search} removes whole blocks, of which criterion={criterion} has no scores; "
+            "expected criterion=block_influence, loss_drop or random, or a search over heads and channels"
+        )
+    if not blocks and judges == ("block",):
+        raise ConfigError(
+            f"criterion={criterion} scores whole blocks, which search={search} does not remove; "
+            "expected search=blocks or greedy, or a criterion of heads and channels"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pruneexp.types import (
     Search,
     Site,
     Sparsity,
+    evidence_kinds,
     unit_scores,
 )
 
@@ -79,12 +80,13 @@ def prune_(
     all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage.
     """
     sites = model.sites()
+    blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock)
     if method.search.local and method.criterion.sequential and method.criterion.evidence is not None:
         plan = _layer_by_layer(work, sites)
     else:
         plan = _all_at_once(work)
-    removed = sum(plan.removed(site) * site.cost.params for site in sites)
+    removed = sum(plan.removed(site) * site.cost.params for site in (*sites, *blocks))
     plan = replace(plan, budget={**plan.budget, "ratio": ratio, "of": method.sparsity.of, "removed_params": removed})
     return Pruned(plan, work.scores, sites)
 
@@ -92,23 +94,39 @@ def prune_(
 def _all_at_once(work: _Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    dense_kind = None if compensator.sequential else compensator.evidence
+    whole = "blocks" in getattr(work.method.search, "granularity", ())  # nothing is left to compensate
+    dense_kind = None if compensator.sequential or whole else compensator.evidence
     kinds = _distinct(criterion.evidence, dense_kind)
     sites: list[Site] = []
     kept_evidence: dict[str, Any] = {}
     with work.clock("calibrate"):
-        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True):
+        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True, whole=whole):
             work.scores.update(_checked(criterion(visit.block, visit.of(criterion.evidence))))
             kept_evidence.update(visit.of(dense_kind))
             sites.extend(visit.block.sites)
     with work.clock("search"):
         plan = _searched(work, sites)
+    if whole:
+        return _remove_blocks(work, plan)
     with work.clock("shrink"):
         kinds = _distinct(compensator.evidence if compensator.sequential else None)
         for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
             evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
             _shrink(work, visit, plan, evidence)
-        remove_blocks_(work.model, plan)
+    return plan
+
+
+def _remove_blocks(work: _Pruning, plan: Plan) -> Plan:
+    """Takes out the blocks that `plan` drops. The plan returned names them, and the sites of those that stay."""
+    model = work.model
+    gone = {name: site for name, site in plan.sites.items() if not site.kept}
+    stay = [site for i in range(len(model.layers)) for site in model.layer_sites(i)]
+    stay = [site for site in stay if f"{model.layers_path}.{site.layer}" not in gone]
+    plan = Plan({**Plan.keep_all(stay).sites, **gone}, plan.budget)
+    with work.clock("shrink"):
+        remove_blocks_(model, plan)
+        for visit in walk(model, None, (), work.meter, "shrink"):
+            work.shrunk(visit.index)
     return plan
 
 
@@ -180,6 +198,8 @@ def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:
         return 0
     added = 0
     for site in sites:
+        if site.kind == "block":
+            continue
         structure = layer_structure(work.model.layers[site.layer], work.model.family, work.model.config)
         has_bias = structure.attention_output_bias if site.kind == "attention" else structure.mlp_output_bias
         added += 0 if has_bias else work.model.config.hidden_size
@@ -199,8 +219,8 @@ def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any
     work.shrunk(visit.index)
 
 
-def _distinct(*kinds: type | None) -> tuple[type, ...]:
-    return tuple(dict.fromkeys(kind for kind in kinds if kind is not None))
+def _distinct(*wanted: Any) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(kind for each in wanted for kind in evidence_kinds(each)))
 
 
 def _checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:

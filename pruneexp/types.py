@@ -210,10 +210,13 @@ class Evidence(Protocol):
     `source` says which collector feeds it, and so what `update` receives:
 
     - "reader": `update(x_BTC)`, the reader's input, batch by batch
+    - "writer": `update(x_BTD)`, what the site's writers read
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
-    - "gradient": `update(weights, gradients)`, two SiteWeights: a batch's loss gradient beside the weights
-    - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions and the directional
-      derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
+    - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
+    - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
+      `per_sample` (a class variable) asks for one window at a time
+    - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
+      and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
     """
 
     source: ClassVar[str]
@@ -227,19 +230,33 @@ class Evidence(Protocol):
 
 
 class Criterion(Protocol):
-    """Importance of every unit. `sequential`: where the search decides layer by layer, layer l is scored on what the
-    already pruned layers before it produce."""
+    """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
+    value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
+    search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges` (not
+    required): the kinds of sites it can score, where these are not attention and mlp."""
 
-    evidence: ClassVar[type | None]
+    evidence: ClassVar[Any]
     sequential: bool
 
     def __call__(self, block: Block, evidence: Mapping[str, Any]) -> Scores: ...
+
+
+def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
+    """What a method's `evidence` names, as a tuple: nothing, one kind, or several."""
+    if wanted is None:
+        return ()
+    return wanted if isinstance(wanted, tuple) else (wanted,)
 
 
 class Oracle(Protocol):
     """What the runner lends to searches: the calibration loss of masked (or compensated) structures."""
 
     passes: float  # spent so far, in plain passes over the calibration tokens
+
+    @property
+    def batches(self) -> int:
+        """How many batches `losses(batch=...)` can choose from."""
+        ...
 
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean next-token loss in nats of each candidate: float64 [len(candidates)], over all calibration windows or
@@ -248,7 +265,8 @@ class Oracle(Protocol):
 
 
 class Search(Protocol):
-    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone."""
+    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity` (not
+    required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses."""
 
     local: ClassVar[bool]
 

@@ -77,7 +77,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
 
 
 MISTAKES = [
-    ("criterion=flapp", "criterion=flapp: expected one of flap, .*; did you mean criterion=flap?"),
+    ("criterion=flapp", "criterion=flapp: expected one of block_influence, .*; did you mean criterion=flap?"),
     ("evaluator=[size,sise]", "evaluator=sise: expected one of .*; did you mean evaluator=size?"),
     ("recipe=null", "recipe=null: expected one of flap, "),
     ("search=null", "search=null: expected one of al_am, "),
@@ -126,7 +126,7 @@ MISTAKES = [
     ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),
     ("--multirunn", "unrecognized arguments: --multirunn"),
     ("--cfg foo", "argument --cfg/-c: invalid choice: 'foo'"),
-    ("--cfg job criterion=flapp", "criterion=flapp: expected one of flap, "),
+    ("--cfg job criterion=flapp", "criterion=flapp: expected one of block_influence, "),
     ("--resolve", "--package and --resolve go with --cfg"),
     ("--shell-completion", "Expecting one subcommand"),
     ("--config-dir nowhere", "--config-dir nowhere: no such folder"),

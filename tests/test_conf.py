@@ -24,6 +24,12 @@ RECIPES = {
     "wanda_sp": ("wanda_sp", "one_shot", "ul_um", "none"),
     "flap": ("flap", "one_shot", "al_am", "bias"),
     "flap_official": ("flap_official", "flap_official", "al_am_official", "flap_official"),
+    "llm_pruner": ("taylor", "one_shot", "llm_pruner", "none"),
+    "mini_llm": ("mini_llm", "one_shot", "uniform", "none"),
+    "shortgpt": ("block_influence", "one_shot", "blocks", "none"),
+    "sleb": ("loss_drop", "one_shot", "greedy", "none"),
+    "policy_gradient": ("wanda_sp", "one_shot", "policy_gradient", "none"),
+    "llm_bip": ("llm_bip", "one_shot", "uniform", "none"),
 }
 
 
@@ -36,9 +42,15 @@ def mandatory(group: str, option: str) -> list[str]:
     return [f"{prefix}.{key}=1" for key, value in keys.items() if value == "???"]
 
 
+# Options that only make sense with a partner: whole blocks.
+PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random"}
+PARTNERS |= {"block_influence": "search=blocks", "loss_drop": "search=blocks"}
+
+
 def overrides(group: str, option: str) -> list[str]:
     choice = f"{group}=[{option}]" if group == "evaluator" else f"{group}={option}"
-    return [choice, *mandatory(group, option)]
+    partner = [PARTNERS[option]] if option in PARTNERS else []
+    return [choice, *partner, *mandatory(group, option)]
 
 
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
+from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Random, WandaSp
 from pruneexp.evidence import Moments, RunningFluctuation
 from pruneexp.types import Block, ColumnScores, Site, unit_scores
 from tests.toy_sites import activations, block
@@ -15,7 +15,8 @@ METRICS = ["WIFV", "IFV", "WIFN"]
 BLOCK = block()
 X = {site.name: activations(site, 6, 10, seed=site.units) for site in BLOCK.sites}
 DATA_FREE = [Random(0), Magnitude("reader", 2), Magnitude("reader", 1), Magnitude("coupled", 1)]
-FORWARD = [WandaSp("sum", True), *(Flap(m, False) for m in METRICS), *(FlapOfficial(m, False) for m in METRICS)]
+BIP = [LlmBip("l2", "up", "ignore", False), LlmBip("l1", "up_plus_gate", "scale", False)]
+FORWARD = [WandaSp("sum", True), *BIP, *(Flap(m, False) for m in METRICS), *(FlapOfficial(m, False) for m in METRICS)]
 
 
 def seen(kind: type, dtype: torch.dtype = torch.float64) -> dict:
@@ -154,6 +155,6 @@ def _widened(weights):
 
 def test_rows_in_chunks_make_no_difference(monkeypatch):
     whole = Magnitude("reader", 2)(BLOCK, {})
-    monkeypatch.setattr("pruneexp.criterion._CHUNK", 50)
+    monkeypatch.setattr("pruneexp.criterion.common._CHUNK", 50)
     for name, score in Magnitude("reader", 2)(BLOCK, {}).items():
         torch.testing.assert_close(score.scores_U, whole[name].scores_U, rtol=1e-12, atol=0)

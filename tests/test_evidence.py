@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.evidence import Gram, Moments, RunningFluctuation
+from pruneexp.evidence import AbsoluteMoments, Gram, Moments, RunningFluctuation
 from pruneexp.types import Cost, Evidence, RunError, Site
 from tests.toy_sites import activations, layer_sites
 
@@ -22,7 +22,7 @@ def fed(kind: type, site: Site, *batches: Tensor):
     return evidence
 
 
-@pytest.mark.parametrize("kind", [Moments, Gram, RunningFluctuation])
+@pytest.mark.parametrize("kind", [Moments, AbsoluteMoments, Gram, RunningFluctuation])
 def test_satisfies_the_protocol_and_never_changes(kind):
     empty = kind.empty(MLP)
     assert isinstance(empty, Evidence) and empty.source == "reader"
@@ -44,7 +44,7 @@ def test_moments_are_the_mean_the_variance_and_the_mean_square():
     torch.testing.assert_close(moments.mean_square_C, flat.square().mean(0), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("kind", [Moments, Gram])
+@pytest.mark.parametrize("kind", [Moments, AbsoluteMoments, Gram])
 def test_chunks_and_merges_make_no_difference_in_float64(kind):
     x = activations(MLP, 12, 7)
     whole = fed(kind, MLP, x)
@@ -62,7 +62,7 @@ def test_chunks_and_merges_make_no_difference_in_float64(kind):
 def test_one_update_may_be_many_chunks(monkeypatch):
     x = activations(MLP, 12, 7)
     whole, gram = fed(Moments, MLP, x), fed(Gram, MLP, x)
-    monkeypatch.setattr("pruneexp.evidence._CPU_CHUNK", 3 * MLP.channels)
+    monkeypatch.setattr("pruneexp.evidence.statistics._CPU_CHUNK", 3 * MLP.channels)
     torch.testing.assert_close(fed(Moments, MLP, x).m2_C, whole.m2_C, rtol=1e-12, atol=0)
     torch.testing.assert_close(fed(Gram, MLP, x).gram_CC, gram.gram_CC, rtol=1e-12, atol=0)
 

@@ -37,9 +37,10 @@ def kept(plan: Plan, kind: str) -> list[int]:
     return [len(site.kept) for site in plan.sites.values() if site.kind == kind]
 
 
-EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH), Global(1, BOTH, "zscore"),
+EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH, 0, 0), Global(1, BOTH, "zscore"),
          Global(1, BOTH, "none"), Global(0, BOTH, "mean"), Global(1, BOTH, "per_parameter")]  # fmt: skip
-LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH), Uniform(0, ["channels"]), Uniform(2, ["heads"])]
+LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0), Uniform(0, ["channels"], 0, 0),
+         Uniform(2, ["heads"], 0, 0)]
 
 
 @pytest.mark.parametrize("method", EVERY, ids=repr)
@@ -259,9 +260,9 @@ def random_model(draw: random.Random) -> list[Site]:
     return model_sites(draw.randint(1, 6), heads, channels)
 
 
-@pytest.mark.parametrize("method", [Uniform(1, BOTH), Uniform(0, BOTH), Global(1, BOTH, "zscore"),
+@pytest.mark.parametrize("method", [Uniform(1, BOTH, 0, 0), Uniform(0, BOTH, 0.0, 0.0), Global(1, BOTH, "zscore"),
                                     Global(0, BOTH, "none"), Global(3, ["channels"], "mean"),
-                                    Uniform(1, ["channels"])], ids=repr)  # fmt: skip
+                                    Uniform(1, ["channels"], 0.0, 0.0)], ids=repr)  # fmt: skip
 def test_the_budget_is_met_to_the_nearest_unit(method):
     met = 0
     for seed in range(60):
@@ -289,7 +290,7 @@ def kinds(method) -> set[str]:
     return {{"heads": "attention", "channels": "mlp"}[name] for name in method.granularity}
 
 
-@pytest.mark.parametrize("method", [Uniform(1, ["heads"]), Global(1, ["heads"], "zscore")], ids=repr)
+@pytest.mark.parametrize("method", [Uniform(1, ["heads"], 0.0, 0.0), Global(1, ["heads"], "zscore")], ids=repr)
 def test_heads_alone_meet_it_to_the_nearest_head(method):
     for seed in range(30):
         draw = random.Random(seed)
@@ -301,7 +302,7 @@ def test_heads_alone_meet_it_to_the_nearest_head(method):
 
 
 def test_the_largest_ratio_named_is_one_that_works():
-    for method in (Uniform(1, BOTH), Global(1, BOTH, "none")):
+    for method in (Uniform(1, BOTH, 0, 0), Global(1, BOTH, "none")):
         with pytest.raises(ConfigError, match="expected at most") as caught:
             search(method, draws(SITES), SITES, 0.99)
         largest = float(str(caught.value).split("at most ")[1].split(",")[0])
@@ -312,20 +313,43 @@ def test_the_largest_ratio_named_is_one_that_works():
 def test_ties_in_the_budget_remove_more():
     sites = model_sites(1, channels=60)
     half = Budget(0.5, 2 * 10 * CHANNEL_COST + CHANNEL_COST)  # ten and a half channels
-    for method in (Uniform(1, ["channels"]), Global(1, ["channels"], "none")):
+    for method in (Uniform(1, ["channels"], 0.0, 0.0), Global(1, ["channels"], "none")):
         assert len(method(draws(sites), sites, half, None, RNG).sites["model.layers.0.mlp"].kept) == 60 - 11
 
 
 def test_uniform_gives_every_site_the_same_share():
     sites = model_sites(4, heads=10, channels=300)
-    plan = search(Uniform(1, BOTH), draws(sites), sites, 0.3)
+    plan = search(Uniform(1, BOTH, 0, 0), draws(sites), sites, 0.3)
     assert kept(plan, "attention") == [7] * 4 and kept(plan, "mlp") == [210] * 4
 
 
 def test_uniform_passes_on_what_rounding_leaves():
     sites = model_sites(10, heads=4, channels=33)
-    counts = kept(search(Uniform(1, ["channels"]), draws(sites), sites, 0.1), "mlp")
+    counts = kept(search(Uniform(1, ["channels"], 0.0, 0.0), draws(sites), sites, 0.1), "mlp")
     assert len(set(counts)) == 2 and max(counts) - min(counts) == 1
+
+
+def test_protected_layers_stay_whole_and_the_others_make_up_for_them():
+    sites = model_sites(16, heads=8, channels=100)
+    method = Uniform(1, BOTH, 4 / 32, 2 / 32)  # the first 2 and the last 1 of 16
+    assert not method.local and Uniform(1, BOTH, 0, 0).local
+    plan = search(method, draws(sites), sites, 0.3)
+    assert abs(removed(plan, sites) - 0.3 * params(sites)) <= CHANNEL_COST / 2
+    counts = kept(plan, "mlp")
+    assert counts[:2] == [100, 100] and counts[-1] == 100 and kept(plan, "attention")[:2] == [8, 8]
+    assert all(count < 70 for count in counts[2:-1]) and max(counts[2:-1]) - min(counts[2:-1]) <= 8
+    with pytest.raises(ConfigError, match=r"^sparsity.ratio=0.9: expected at most 0.\d+"):
+        search(method, draws(sites), sites, 0.9)
+
+
+def test_protection_that_leaves_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"^protect_first=1.0: expected a share"):
+        Uniform(1, BOTH, 1.0, 0.0)
+    with pytest.raises(ConfigError, match=r"^protect_last=0.5: expected less than 0.5, what protect_first leaves"):
+        Uniform(1, BOTH, 0.5, 0.5)
+    sites = model_sites(3)
+    with pytest.raises(ConfigError, match=r"^search.protect_first=0.5: expected less, .* all 3 layers"):
+        search(Uniform(1, BOTH, 0.5, 0.4), draws(sites), sites, 0.1)
 
 
 def test_global_ranks_over_all_sites():
@@ -360,7 +384,7 @@ def test_global_accepts_a_removal_path():
     assert set(range(40)) - set(plan.sites[site.name].kept) == set(order[:10].tolist())
 
 
-@pytest.mark.parametrize("make", [lambda m, g: Uniform(m, g), lambda m, g: Global(m, g, "none")])
+@pytest.mark.parametrize("make", [lambda m, g: Uniform(m, g, 0.0, 0.0), lambda m, g: Global(m, g, "none")])
 def test_settings_that_cannot_be(make):
     with pytest.raises(ConfigError, match=r"^min_units=-1: expected an integer >= 0"):
         make(-1, BOTH)
@@ -369,7 +393,8 @@ def test_settings_that_cannot_be(make):
             make(1, wrong)
     with pytest.raises(ConfigError, match=r"^granularity=.*: expected blocks alone"):
         make(1, ["blocks", "heads"])
-    with pytest.raises(ConfigError, match=r"^search\.granularity=\['blocks'\]: expected some of heads, channels"):
+    neither = r"granularity=\['blocks'\]: expected (some of heads, channels|heads, channels or both)"
+    with pytest.raises(ConfigError, match=neither):
         search(make(1, ["blocks"]), draws(SITES), SITES, 0.2)
 
 

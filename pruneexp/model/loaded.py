@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model.checkpoint import Checkpoint
-from pruneexp.model.sites import decoder_layer_block, layer_sites
+from pruneexp.model.sites import block_site, decoder_layer_block, layer_sites
 from pruneexp.modeling_pruned import Family
 from pruneexp.progress import progress
 from pruneexp.types import Block, RunError, Site
@@ -50,6 +50,7 @@ class Model:
         self.name, self.device, self.dtype, self.batch_size = name, device, dtype, batch_size
         self.checkpoint = checkpoint
         self.layers_path = f"{module.base_model_prefix}.{family.layers}"
+        self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
 
     @property
     def streamed(self) -> bool:
@@ -87,9 +88,17 @@ class Model:
     def layer_sites(self, index: int) -> tuple[Site, ...]:
         return layer_sites(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
 
-    def block(self, index: int) -> Block:
-        """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`."""
-        return decoder_layer_block(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
+    def whole_block(self, index: int) -> Block:
+        """Decoder layer `index` as one site of one unit, without its tensors."""
+        prefix = f"{self.layers_path}.{index}"
+        site = block_site(self.layers[index], index, self.family, self.config, prefix)
+        return Block(prefix, index, (site,), {})
+
+    def block(self, index: int, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Block:
+        """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`. `read`: what stands for a
+        parameter of a site, of its shape."""
+        prefix = f"{self.layers_path}.{index}"
+        return decoder_layer_block(self.layers[index], index, self.family, self.config, prefix, read)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -97,8 +106,9 @@ class Model:
         they are loaded)."""
         layer, prefix = self.layers[index], f"{self.layers_path}.{index}"
         if self.checkpoint is not None:
-            load_into_(layer, self.checkpoint, f"{prefix}.", self.device, self.dtype)
-            check_finite(layer, f"{prefix}.")
+            origin = f"{self.layers_path}.{self.origin[index]}."
+            load_into_(layer, self.checkpoint, origin, self.device, self.dtype)
+            check_finite(layer, origin)
         try:
             yield layer
         finally:
@@ -165,6 +175,12 @@ class Model:
             if not torch.isfinite(hidden).all():
                 return f"{self.layers_path}.{index}"
         return None
+
+    def mean_loss(self, tokens_BT: Tensor) -> Tensor:
+        """Mean next-token loss in nats, differentiable; of a model in memory."""
+        logits = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return nn.functional.cross_entropy(logits, tokens_BT[:, 1:].to(logits.device).flatten())
 
     def _as_output(self, hidden: Tensor) -> Any:
         return (hidden, None) if self.family.returns_tuple else hidden

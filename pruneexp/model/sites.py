@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,8 +57,16 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
     return tuple(sites)
 
 
-def decoder_layer_block(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Block:
-    """The layer as tensors by role. The tensors are views: never write to them."""
+def decoder_layer_block(
+    layer: nn.Module,
+    index: int,
+    family: Family,
+    config: Any,
+    prefix: str,
+    read: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Block:
+    """The layer as tensors by role. The tensors are views: never write to them. `read`: what stands for a parameter of
+    the sites, of its shape (its gradient, say)."""
     sites = layer_sites(layer, index, family, config, prefix)
     weights, norms = {}, {}
     for site in sites:
@@ -65,12 +74,19 @@ def decoder_layer_block(layer: nn.Module, index: int, family: Family, config: An
         writers = family.attention_writers if attention else family.mlp_writers
         reader = _linear(layer, family.attention_reader if attention else family.mlp_reader)
         rows = _role_rows(config) if attention else {"gate": 1, "up": 1}
-        weights[site.name] = _site_weights(layer, writers, reader, site.units, rows)
+        weights[site.name] = _site_weights(layer, writers, reader, site.units, rows, read)
         norm = layer.get_submodule(family.attention_norm if attention else family.mlp_norm)
         scale = getattr(norm, "weight", None)
         if is_pre_norm(family, config) and isinstance(scale, Tensor):
             norms[site.name] = scale.detach()
     return Block(prefix, index, sites, weights, norms)
+
+
+def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site:
+    """The whole decoder layer as a site of one unit; all its parameters leave with it."""
+    sites = layer_sites(layer, index, family, config, prefix)
+    macs, kv = (sum(site.units * getattr(site.cost, what) for site in sites) for what in ("macs", "kv"))
+    return Site(prefix, "block", index, 1, 0, Cost(sum(p.numel() for p in layer.parameters()), macs, kv))
 
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
@@ -100,15 +116,20 @@ def _unit_cost(layer: nn.Module, writers: tuple[Writer, ...], reader: nn.Linear,
 
 
 def _site_weights(
-    layer: nn.Module, writers: tuple[Writer, ...], reader: nn.Linear, units: int, rows: dict[str, int]
+    layer: nn.Module,
+    writers: tuple[Writer, ...],
+    reader: nn.Linear,
+    units: int,
+    rows: dict[str, int],
+    read: Callable[[Tensor], Tensor],
 ) -> SiteWeights:
     weights, biases = {}, {}
     for writer in writers:
         linear = _linear(layer, writer.path)
         sizes = [rows[role] for role in writer.roles]
-        by_unit = linear.weight.detach().view(units, sum(sizes), -1)
+        by_unit = read(linear.weight).view(units, sum(sizes), -1)
         weights.update(zip(writer.roles, by_unit.split(sizes, dim=1), strict=True))
         if linear.bias is not None:
-            biases.update(zip(writer.roles, linear.bias.detach().view(units, -1).split(sizes, dim=1), strict=True))
-    bias = None if reader.bias is None else reader.bias.detach()
-    return SiteWeights(weights, biases, reader.weight.detach(), bias)
+            biases.update(zip(writer.roles, read(linear.bias).view(units, -1).split(sizes, dim=1), strict=True))
+    bias = None if reader.bias is None else read(reader.bias)
+    return SiteWeights(weights, biases, read(reader.weight), bias)

@@ -3,5 +3,18 @@
 from pruneexp.search.budgeted import Global, Uniform
 from pruneexp.search.common import layer_budgets
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
+from pruneexp.search.greedy import Greedy
+from pruneexp.search.policy import PolicyGradient
 
-__all__ = ["AlAm", "AlAmOfficial", "AlMm", "Global", "UlMm", "UlUm", "Uniform", "layer_budgets"]
+__all__ = [
+    "AlAm",
+    "AlAmOfficial",
+    "AlMm",
+    "Global",
+    "Greedy",
+    "PolicyGradient",
+    "UlMm",
+    "UlUm",
+    "Uniform",
+    "layer_budgets",
+]

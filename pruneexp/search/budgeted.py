@@ -37,36 +37,66 @@ class Uniform:
     Within a layer the dearer sites (heads) lose round(share * U) units, the cheapest (FFN channels) as many as come
     nearest to the layer's budget; what rounding leaves over goes into the next layer's. The whole is so met to half
     the cost of the cheapest unit, ties removing more. Only sites of a kind in `granularity` lose units; each keeps
-    `min_units`.
+    `min_units`. The first and last layers, `protect_first` and `protect_last` as shares of the depth (to the nearest
+    layer), keep everything, and the others lose so much more that the whole budget is met.
     """
-
-    local: ClassVar[bool] = True
 
     min_units: int
     granularity: Granularity
+    protect_first: float
+    protect_last: float
 
     def __post_init__(self) -> None:
-        _check(self.min_units, self.granularity)
+        check_settings(self.min_units, self.granularity)
+        if "blocks" in self.granularity:
+            raise ConfigError(
+                f"granularity={self.granularity!r}: expected heads, channels or both; a block has no share to lose"
+            )
+        for name in ("protect_first", "protect_last"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share of the layers, in [0, 1)")
+        if self.protect_first + self.protect_last >= 1:
+            raise ConfigError(
+                f"protect_last={self.protect_last!r}: expected less than {1 - self.protect_first:g}, "
+                "what protect_first leaves"
+            )
+
+    @property
+    def local(self) -> bool:
+        """A protected layer's share goes to all others: then no layer can be decided alone."""
+        return not (self.protect_first or self.protect_last)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        values, chosen = raw(scores, sites), _chosen(sites, self.granularity, budget)
+        free = self._unprotected(sites)
+        values, chosen = raw(scores, sites), chosen_sites(free, self.granularity, budget)
         if chosen and _complete(sites, budget):
-            require(budget, _removable(chosen, self.min_units))
+            require(budget, removable(chosen, self.min_units))
         keep, over = {}, 0.0
-        for layer, share in layer_budgets(budget, sites).items():
+        for layer, share in layer_budgets(budget, free).items():
             share = replace(share, added=share.added + over)
             own = [site for site in chosen if site.layer == layer]
             counts, over = self._counts(own, share) if own else ({}, share.remove)
             keep.update({site.name: _all_but_lowest(values[site.name], counts[site.name]) for site in own})
         return planned(keep, sites, budget)
 
+    def _unprotected(self, sites: Sequence[Site]) -> list[Site]:
+        layers = list(by_layer(sites))
+        first, last = _nearest(self.protect_first * len(layers)), _nearest(self.protect_last * len(layers))
+        if len(layers) > 1 and first + last >= len(layers):
+            raise ConfigError(
+                f"search.protect_first={self.protect_first!r}: expected less, with search.protect_last="
+                f"{self.protect_last!r} all {len(layers)} layers are protected"
+            )
+        kept = set(layers[first : len(layers) - last])
+        return [site for site in sites if site.layer in kept]
+
     def _counts(self, sites: list[Site], budget: Budget) -> tuple[dict[str, int], float]:
         """How many units leave each site of a layer, and the parameters still to be removed."""
         *dearer, cheapest = sorted(sites, key=lambda site: (-site.cost.params, site.name))
         # what a layer leaves over, rounding aside, no other layer would make up for
-        require(budget, _removable(sites, self.min_units) + len(sites) * cheapest.cost.params)
+        require(budget, removable(sites, self.min_units) + len(sites) * cheapest.cost.params)
         share = budget.ratio * budget.total / prunable_params(sites)
         counts, target = {site.name: 0 for site in sites}, budget.remove
 
@@ -105,18 +135,20 @@ class Global:
     normalise: Literal["none", "zscore", "mean", "per_parameter"]
 
     def __post_init__(self) -> None:
-        _check(self.min_units, self.granularity)
+        check_settings(self.min_units, self.granularity)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        chosen = _chosen(sites, self.granularity, budget)
-        require(budget, _removable(chosen, self.min_units))
+        chosen = chosen_sites(sites, self.granularity, budget)
+        require(budget, removable(chosen, self.min_units))
         values = self._comparable(scores, sites)
         sizes = [site.units for site in chosen]
         score = torch.cat([values[site.name].double() for site in chosen])
         cost = torch.cat([torch.full((site.units,), site.cost.params) for site in chosen])
-        free = torch.cat([~_all_but_lowest(values[site.name], site.units - self.min_units) for site in chosen])
+        free = torch.cat(
+            [~_all_but_lowest(values[site.name], site.units - least_units(site, self.min_units)) for site in chosen]
+        )
         order = score.sort(stable=True).indices
         leaves = _until(budget.remove, order[free[order]], cost)
         keep = {site.name: ~gone for site, gone in zip(chosen, leaves.split(sizes), strict=True)}
@@ -158,7 +190,7 @@ def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
     return gone
 
 
-def _check(min_units: int, granularity: Granularity) -> None:
+def check_settings(min_units: int, granularity: Granularity) -> None:
     if min_units < 0:
         raise ConfigError(f"min_units={min_units!r}: expected an integer >= 0")
     if not granularity or len(set(granularity)) < len(granularity):
@@ -167,7 +199,7 @@ def _check(min_units: int, granularity: Granularity) -> None:
         raise ConfigError(f"granularity={granularity!r}: expected blocks alone, which hold the heads and channels")
 
 
-def _chosen(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
+def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
     """The sites that may lose units. Raises ConfigError where there are none (one layer of several may have none)."""
     chosen = [site for site in in_order(sites) if site.kind in {KIND[name] for name in granularity}]
     if not chosen and _complete(sites, budget):
@@ -181,8 +213,16 @@ def _complete(sites: Sequence[Site], budget: Budget) -> bool:
     return budget.layers is None or budget.layers == len(by_layer(sites))
 
 
-def _removable(sites: Sequence[Site], min_units: int) -> int:
-    return sum(max(0, site.units - min_units) * site.cost.params for site in sites)
+def least_units(site: Site, min_units: int) -> int:
+    """Units that a site keeps: `min_units`, of a block none (one block of all stays)."""
+    return 0 if site.kind == "block" else min_units
+
+
+def removable(sites: Sequence[Site], min_units: int, all_blocks: bool = True) -> int:
+    """Parameters that may leave at most. `all_blocks`: where sites are blocks, there are no others."""
+    most = sum(max(0, site.units - least_units(site, min_units)) * site.cost.params for site in sites)
+    blocks = [site.cost.params for site in sites if site.kind == "block"]
+    return most - max(blocks) if blocks and all_blocks else most
 
 
 def _nearest(x: float) -> int:

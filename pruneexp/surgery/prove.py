@@ -92,7 +92,8 @@ class BlockProof:
 
     def record(self, index: int) -> None:
         """Runs the shrunk layer `index`, which must be loaded."""
-        self.hidden_BTD = self.model.run_layer(self.model.layers[index], self.hidden_BTD, self.calls[index])
+        call = self.calls[self.model.origin[index]]
+        self.hidden_BTD = self.model.run_layer(self.model.layers[index], self.hidden_BTD, call)
         self.outputs.append(self.hidden_BTD)
 
     def compare(self, folder: Path) -> dict[str, Any]:

@@ -230,6 +230,7 @@ class StreamedSave:
             write_description(self.model, form, self.aside)
             self.aside.rename(self.folder)
         self.model.checkpoint = Checkpoint(self.folder, self.model.module.base_model_prefix)
+        self.model.origin = list(range(len(self.model.layers)))
         return form
 
     def discard(self) -> None:

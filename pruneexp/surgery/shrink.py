@@ -56,13 +56,14 @@ def shrink_layer_(model: Model, index: int, plan: Plan, readers: Readers | None 
 def remove_blocks_(model: Model, plan: Plan) -> None:
     """Takes whole decoder layers out; those behind them move up."""
     kept = [
-        layer
+        (layer, model.origin[index])
         for index, layer in enumerate(model.layers)
         if plan.sites.get(f"{model.layers_path}.{index}") is None or plan.sites[f"{model.layers_path}.{index}"].kept
     ]
     if len(kept) == len(model.layers):
         return
-    model.module.set_submodule(model.layers_path, nn.ModuleList(kept))
+    model.module.set_submodule(model.layers_path, nn.ModuleList(layer for layer, _ in kept))
+    model.origin = [origin for _, origin in kept]
     for config in (model.config, model.module.config, model.module.base_model.config):
         config.num_hidden_layers = len(kept)
     number_caches_(model.layers, model.family)

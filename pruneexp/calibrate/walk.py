@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneexp.calibrate.gradients import gradient_evidence
+from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.surgery import masked
-from pruneexp.types import Block, Candidate, RunError, Site
+from pruneexp.types import Block, Candidate, Plan, RunError, Site, SitePlan
 
 
 @dataclass
@@ -32,21 +34,24 @@ class Visit:
     index: int
     layer: nn.Module
     block: Block
-    evidence: Mapping[type, Mapping[str, Any]] = field(default_factory=dict)  # evidence type -> site name -> evidence
+    evidence: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)  # evidence type -> site name -> evidence
 
-    def of(self, kind: type | None) -> Mapping[str, Any]:
-        """This block's evidence of one type, by site name."""
-        return {} if kind is None else self.evidence[kind]
+    def of(self, wanted: Any) -> Mapping[str, Any]:
+        """This block's evidence of one type, by site name; of several types, tuples of them."""
+        if isinstance(wanted, tuple):
+            return {site.name: tuple(self.evidence[kind][site.name] for kind in wanted) for site in self.block.sites}
+        return {} if wanted is None else self.evidence[wanted]
 
 
 def walk(
     model: Model,
     tokens_NT: Tensor | None,
-    kinds: Sequence[type],
+    kinds: Sequence[Any],
     meter: Meter,
     stage: str,
     *,
     read_only: bool = False,
+    whole: bool = False,
 ) -> Iterator[Visit]:
     """Goes block by block: runs a block on all windows, collecting evidence of every type in `kinds`, and yields it.
 
@@ -54,25 +59,30 @@ def walk(
     statistics of the dense model for one forward pass in all; one that prunes it gets sequential statistics, each
     block running once more. `read_only`: the caller promises not to touch blocks, and the windows' hidden states are
     held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
+    `whole`: each block is shown as one site of one unit.
 
     Raises:
         RunError: NaN or Inf in weights or activations; the message names the block.
     """
     total = len(model.layers)
+    look = model.whole_block if whole else model.block
+    ahead = _Ahead(model, tokens_NT, kinds, meter)
+    kinds = [kind for kind in kinds if kind.source in ("reader", "writer", "block")]
     if not kinds or tokens_NT is None:
         for index in progress(range(total), stage, total, "blocks"):
             with model.loaded(index) as layer:
-                yield Visit(index, layer, model.block(index))
+                block = look(index)
+                yield Visit(index, layer, block, ahead.of(block))
         return
     hidden, calls = _enter_all(model, tokens_NT)
     for index in progress(range(total), stage, total, "blocks"):
         with model.loaded(index) as layer:
-            block = model.block(index)
+            block = look(index)
             output = hidden if read_only else [torch.empty(0)] * len(hidden)
             evidence = _observe(model, layer, block, hidden, calls, kinds, output)
             meter.forward += 1 / total
             before = _fingerprint(layer)
-            yield Visit(index, layer, block, evidence)
+            yield Visit(index, layer, block, evidence | ahead.of(block))
             touched = _fingerprint(layer) != before
             if touched and read_only:
                 raise AssertionError(f"{block.name} was changed during a read-only walk")
@@ -81,6 +91,35 @@ def walk(
                 _observe(model, layer, block, hidden, calls, (), output)
                 meter.forward += 1 / total
             hidden = output
+
+
+class _Ahead:
+    """Evidence that whole passes through the model give before the walk, handed out block by block."""
+
+    def __init__(self, model: Model, tokens_NT: Tensor | None, kinds: Sequence[Any], meter: Meter):
+        self.gradients: dict[Any, dict[str, Any]] = {}
+        self.slopes: dict[Any, Slopes] = {}
+        self.losses: dict[Any, tuple[Tensor, Tensor]] = {}  # without each block, of the whole model
+        for kind in kinds:
+            if tokens_NT is None:
+                continue
+            if kind.source == "gradient":
+                self.gradients[kind] = gradient_evidence(model, tokens_NT, kind, meter)
+            elif kind.source == "zeroth_order":
+                self.slopes[kind] = Slopes(model, tokens_NT, kind, meter)
+            elif kind.source == "probe":
+                plans = [Plan({f"{model.layers_path}.{i}": SitePlan("block", 1, ())}) for i in range(len(model.layers))]
+                *without, whole = Probe(model, tokens_NT, meter).losses([Candidate(p) for p in (*plans, Plan({}))])
+                self.losses[kind] = torch.stack(without), whole
+
+    def of(self, block: Block) -> dict[Any, dict[str, Any]]:
+        """The block's share; what was handed out is no longer held."""
+        gradients = {kind: {s.name: found.pop(s.name) for s in block.sites} for kind, found in self.gradients.items()}
+        found = gradients | {kind: slopes.of(block) for kind, slopes in self.slopes.items()}
+        for kind, (without, whole) in self.losses.items():
+            loss = without[block.layer].item()
+            found[kind] = {site.name: kind.empty(site).update(loss, whole.item()) for site in block.sites}
+        return found
 
 
 def _enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
@@ -100,16 +139,21 @@ def _observe(
     block: Block,
     hidden: list[Tensor],
     calls: list[list[Call]],
-    kinds: Sequence[type],
+    kinds: Sequence[Any],
     output: list[Tensor],
-) -> dict[type, dict[str, Any]]:
+) -> dict[Any, dict[str, Any]]:
     """Runs the layer over all batches into `output` (which may be `hidden`) and returns the evidence."""
-    evidence = {kind: {site.name: kind.empty(site) for site in block.sites} for kind in kinds}  # type: ignore[attr-defined]
-    at_reader = [kind for kind in kinds if kind.source == "reader"]  # type: ignore[attr-defined]
-    at_block = [kind for kind in kinds if kind.source == "block"]  # type: ignore[attr-defined]
+    evidence = {kind: {site.name: kind.empty(site) for site in block.sites} for kind in kinds}
+    at_reader = [kind for kind in kinds if kind.source == "reader"]
+    at_writer = [kind for kind in kinds if kind.source == "writer"]
+    at_block = [kind for kind in kinds if kind.source == "block"]
     with ExitStack() as hooks:
-        for site in block.sites if at_reader else ():
-            hooks.enter_context(_watched(layer, model, site, at_reader, evidence, hidden[0].shape[1]))
+        for site in block.sites if at_reader or at_writer else ():
+            writers, reader = site_parts(model.family, site)
+            for path, wanted in ((reader, at_reader), (writers[0].path, at_writer)):
+                if wanted:
+                    module = layer.get_submodule(path)
+                    hooks.enter_context(_watched(module, site, wanted, evidence, hidden[0].shape[1]))
         for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
             y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
             if not torch.isfinite(y_BTD.sum(dtype=torch.float32)) and not torch.isfinite(y_BTD).all():
@@ -121,18 +165,15 @@ def _observe(
     return evidence
 
 
-def _watched(
-    layer: nn.Module, model: Model, site: Site, kinds: Sequence[type], evidence: dict[type, dict], length: int
-) -> Any:
-    """A hook on the site's reader that updates its evidence with the reader's input; removed on exit."""
+def _watched(module: nn.Module, site: Site, kinds: Sequence[Any], evidence: dict[Any, dict], length: int) -> Any:
+    """A hook on the site's reader or writer that updates its evidence with the module's input; removed on exit."""
 
-    def update(_reader: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def update(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].view(-1, length, args[0].shape[-1])  # OPT flattens windows in front of its FFN
         for kind in kinds:
             evidence[kind][site.name] = evidence[kind][site.name].update(x)
 
-    reader = layer.get_submodule(site_parts(model.family, site)[1])
-    return reader.register_forward_pre_hook(update)
+    return module.register_forward_pre_hook(update)
 
 
 def _fingerprint(layer: nn.Module) -> tuple:

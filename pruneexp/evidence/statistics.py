@@ -1,4 +1,4 @@
-"""What calibration collects at a reader's input: values that grow by `update` and join by `merge`.
+"""What calibration collects at a reader's input.
 
 Every evidence here has source "reader": `update(x_BTC)` receives the input of the site's reader (o_proj, down_proj,
 fc2), batch by batch. All are immutable: `update` and `merge` return new values.
@@ -93,6 +93,47 @@ class Moments:
         """mean_t x_t^2 = m2 / n + mean^2."""
         _require_tokens(self.n, 1)
         return self.m2_C / self.n + self.mean_C.square()
+
+
+@dataclass(frozen=True)
+class InputMoments(Moments):
+    """`Moments` of what the site's writers read, [D]: source "writer"."""
+
+    source: ClassVar[str] = "writer"
+
+    @classmethod
+    def empty(cls, site: Site) -> InputMoments:
+        return cls(0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class AbsoluteMoments:
+    """Mean size of each reader channel over all tokens: sum_C = sum_t |x_t|, float64 [C], of sums within a chunk in
+    float32 (float64 for float64 input). Chunk-invariant up to that rounding."""
+
+    source: ClassVar[str] = "reader"
+
+    n: int  # tokens
+    sum_C: Tensor
+
+    @classmethod
+    def empty(cls, site: Site) -> AbsoluteMoments:
+        return cls(0, torch.zeros(site.channels, dtype=torch.float64))
+
+    def update(self, x_BTC: Tensor) -> AbsoluteMoments:
+        total = self
+        for x_NC in _chunks_NC(x_BTC.detach()):
+            total = total.merge(AbsoluteMoments(len(x_NC), _wide(x_NC).abs().sum(0).double()))
+        return total
+
+    def merge(self, other: AbsoluteMoments) -> AbsoluteMoments:
+        return AbsoluteMoments(self.n + other.n, self.sum_C.to(other.sum_C.device) + other.sum_C)
+
+    @property
+    def mean_C(self) -> Tensor:
+        """mean_t |x_t|. Raises RunError without tokens."""
+        _require_tokens(self.n, 1)
+        return self.sum_C / self.n
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""Importance from weights and what the reader is given: Wanda and FLAP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from pruneexp.criterion.common import of_columns, powers_C, wide, wifn_C
+from pruneexp.evidence import Moments, RunningFluctuation
+from pruneexp.types import Block, ColumnScores, Score, Site, SiteWeights
+
+
+@dataclass(frozen=True)
+class WandaSp:
+    """Wanda made structured: channel j = mean_i |W_ij| * sqrt(mean_t x_tj^2), W [O,C] the reader, x its input.
+
+    Element score of Wanda (Sun et al., ICLR 2024, eq. 1), averaged over the output rows i as FLAP's baseline wanda_sp
+    does; a head is the `heads` = sum (FLAP) or mean (backprop-free pruning) of its channels. The released code takes
+    the mean over sequences of ||x||_2^2, which differs by the factor T that no ranking sees.
+    """
+
+    evidence: ClassVar[type[Moments]] = Moments
+
+    heads: Literal["sum", "mean"]
+    sequential: bool
+
+    def __call__(self, block: Block, evidence: Mapping[str, Moments]) -> dict[str, Score]:
+        return {site.name: self._score(site, block.weights[site.name], evidence[site.name]) for site in block.sites}
+
+    def _score(self, site: Site, weights: SiteWeights, moments: Moments) -> ColumnScores:
+        scale = {"sum": 1.0, "mean": 1 / site.width}[self.heads]
+        return of_columns(site, wifn_C(weights.reader, moments.mean_square_C) * scale)
+
+
+@dataclass(frozen=True)
+class Flap:
+    """FLAP's fluctuation metrics as the paper means them (An et al., AAAI 2024).
+
+    With W [O,C] the reader and x its input, channel j scores
+        WIFV  var_t(x_tj) * sum_i W_ij^2      IFV  var_t(x_tj)      WIFN  mean_i |W_ij| * sqrt(mean_t x_tj^2)
+    var_t is the unbiased variance over all calibration tokens; heads add up their channels. The paper's metric is per
+    channel; the released code estimates the variance otherwise and squares the metric of attention: `FlapOfficial`.
+    """
+
+    evidence: ClassVar[type[Moments]] = Moments
+
+    metric: Literal["WIFV", "IFV", "WIFN"]
+    sequential: bool
+
+    def __call__(self, block: Block, evidence: Mapping[str, Moments]) -> dict[str, Score]:
+        metric = _FLAP[self.metric]
+        return {s.name: of_columns(s, metric(block.weights[s.name].reader, evidence[s.name])) for s in block.sites}
+
+
+@dataclass(frozen=True)
+class FlapOfficial:
+    """FLAP's metrics as the released code computes them (commit 3bb57db), in float32 and in its order of operations.
+
+    `Flap`'s three formulas with the running fluctuation for the variance and the running squared norm for the mean
+    square. Quirk: for attention the metric of each channel is squared before anything else. Departs: weights in half
+    precision are widened to float32 first. That code knows LLaMA without grouped queries alone; elsewhere a unit is
+    a KV group with all its query heads' channels.
+    """
+
+    evidence: ClassVar[type[RunningFluctuation]] = RunningFluctuation
+
+    metric: Literal["WIFV", "IFV", "WIFN"]
+    sequential: bool
+
+    def __call__(self, block: Block, evidence: Mapping[str, RunningFluctuation]) -> dict[str, Score]:
+        return {s.name: self._score(s, block.weights[s.name].reader, evidence[s.name]) for s in block.sites}
+
+    def _score(self, site: Site, reader_OC: Tensor, seen: RunningFluctuation) -> ColumnScores:
+        metric_C = _FLAP_OFFICIAL[self.metric](wide(reader_OC), seen)
+        return of_columns(site, metric_C**2 if site.kind == "attention" else metric_C)
+
+
+_FLAP: dict[str, Callable[[Tensor, Moments], Tensor]] = {
+    "WIFV": lambda reader_OC, moments: moments.variance_C * powers_C(reader_OC, 2),
+    "IFV": lambda reader_OC, moments: moments.variance_C,
+    "WIFN": lambda reader_OC, moments: wifn_C(reader_OC, moments.mean_square_C),
+}
+
+_FLAP_OFFICIAL: dict[str, Callable[[Tensor, RunningFluctuation], Tensor]] = {
+    "WIFV": lambda reader_OC, seen: seen.fluctuation_C * reader_OC.square().sum(0),
+    "IFV": lambda reader_OC, seen: seen.fluctuation_C,
+    "WIFN": lambda reader_OC, seen: (reader_OC.abs() * seen.scaler_C.sqrt()).mean(0),
+}

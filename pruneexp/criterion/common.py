@@ -1,0 +1,42 @@
+"""What criteria share: sums over a weight's columns, and units made of columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pruneexp.types import ColumnScores, Site
+
+_CHUNK = 2**20  # elements of a weight that are widened and squared together: the temporary stays in the cache
+
+
+def of_columns(site: Site, columns_C: Tensor) -> ColumnScores:
+    return ColumnScores(columns_C.reshape(site.units, site.width).sum(1), columns_C)
+
+
+def powers_C(weight_OC: Tensor, p: int) -> Tensor:
+    """sum_i |w_ij|^p, float64 [C]; float64 weights in float64, others in float32 within a chunk of rows."""
+    total_C = torch.zeros(weight_OC.shape[1], dtype=torch.float64, device=weight_OC.device)
+    for w_OC in weight_OC.split(max(1, _CHUNK // max(1, weight_OC.shape[1]))):
+        w_OC = wide(w_OC)
+        total_C += (w_OC.abs() if p == 1 else w_OC.square()).sum(0)
+    return total_C
+
+
+def wide(weight: Tensor) -> Tensor:
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+def wifn_C(reader_OC: Tensor, mean_square_C: Tensor) -> Tensor:
+    # sqrt(mean_t x_tj^2) is the same for every row i, so that it leaves the mean
+    return powers_C(reader_OC, 1) / reader_OC.shape[0] * mean_square_C.sqrt()
+
+
+def weighted_C(weight_OC: Tensor, rows_O: Tensor) -> Tensor:
+    """sum_i |w_ij| rows_i, float64 [C]; in chunks of rows, as `powers_C`."""
+    total_C = torch.zeros(weight_OC.shape[1], dtype=torch.float64, device=weight_OC.device)
+    size = max(1, _CHUNK // max(1, weight_OC.shape[1]))
+    for w_OC, rows in zip(weight_OC.split(size), rows_O.to(weight_OC.device).split(size), strict=True):
+        w_OC = wide(w_OC).abs()
+        total_C += rows.to(w_OC.dtype) @ w_OC
+    return total_C

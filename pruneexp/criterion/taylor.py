@@ -1,0 +1,75 @@
+"""What the loss would change were a unit's weights zero, by its Taylor series: LLM-Pruner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pruneexp.evidence import Gradient, PerSampleGradient
+from pruneexp.types import Block, Score, SiteWeights
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """LLM-Pruner's importance (Ma et al., NeurIPS 2023; formulas of the released code, commit 128a07d).
+
+    With weights w, g their gradient of the mean loss over all windows, and A the mean over windows of each window's
+    squared gradient, every row of a writer and every column of the reader scores, summed over its elements:
+        vectorize     |sum w g|            (the paper's Vector)
+        param_first   sum |w g|            (Element^1)
+        param_second  sum |w A w|          (Element^2)
+        param_mix     sum |w g - w A w / 2|
+    Coupled rows and columns are reduced by `members` (sum, mean, max or prod over the matrices), then added up over the
+    unit. Biases are not counted. With grouped queries a KV group's query rows and reader columns are folded onto its
+    key and value rows; query head h belongs to group h // G (as attention pairs them), not to h mod K, to which the
+    released code's fold leads.
+    """
+
+    sequential: ClassVar[bool] = False
+
+    element: Literal["vectorize", "param_first", "param_second", "param_mix"]
+    members: Literal["sum", "mean", "max", "prod"]
+
+    @property
+    def evidence(self) -> type[Gradient] | type[PerSampleGradient]:
+        return PerSampleGradient if self.element in ("param_second", "param_mix") else Gradient
+
+    def __call__(self, block: Block, evidence: Mapping[str, Gradient | PerSampleGradient]) -> dict[str, Score]:
+        return {site.name: self._score_U(block.weights[site.name], evidence[site.name]) for site in block.sites}
+
+    def _score_U(self, weights: SiteWeights, seen: Gradient | PerSampleGradient) -> Tensor:
+        gradient = seen.mean
+        second = seen.mean_square if isinstance(seen, PerSampleGradient) else None
+        units = len(next(iter(weights.writers.values())))
+        parts_UR = []
+        for role, w_URD in weights.writers.items():
+            parts_UR.append(self._rows(w_URD, gradient.writers[role], None if second is None else second.writers[role]))
+        columns_C = self._rows(weights.reader.T, gradient.reader.T, None if second is None else second.reader.T)
+        parts_UR.append(columns_C.reshape(units, -1))
+        shortest = min(part.shape[1] for part in parts_UR)
+        folded = torch.stack([part.reshape(units, -1, shortest).sum(1) for part in parts_UR])
+        return _MEMBERS[self.members](folded).sum(1)
+
+    def _rows(self, w: Tensor, g: Tensor, a: Tensor | None) -> Tensor:
+        """Scores of all rows: the last dimension is summed over, in float64."""
+        w = w.to(g.dtype)
+        if self.element == "vectorize":
+            return (w * g).sum(-1, dtype=torch.float64).abs()
+        if self.element == "param_first":
+            return (w * g).abs().sum(-1, dtype=torch.float64)
+        assert a is not None
+        if self.element == "param_second":
+            return (w * a * w).abs().sum(-1, dtype=torch.float64)
+        return (w * g - 0.5 * w * a * w).abs().sum(-1, dtype=torch.float64)
+
+
+_MEMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda parts: parts.sum(0),
+    "mean": lambda parts: parts.mean(0),
+    "max": lambda parts: parts.amax(0),
+    "prod": lambda parts: parts.prod(0),
+}

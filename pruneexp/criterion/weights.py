@@ -1,0 +1,65 @@
+"""Importance without data: chance, and the size of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pruneexp.criterion.common import of_columns, powers_C
+from pruneexp.types import Block, ColumnScores, Score, Site, SiteWeights
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform draws from [0, 1): the floor that every criterion has to beat.
+
+    A site's draws depend on `seed` and the site's name alone, not on which other sites there are.
+    """
+
+    evidence: ClassVar[None] = None
+    sequential: ClassVar[bool] = False
+    judges: ClassVar[tuple[str, ...]] = ("attention", "mlp", "block")
+
+    seed: int
+
+    def __call__(self, block: Block, evidence: Mapping[str, object]) -> dict[str, Score]:
+        return {site.name: self._draw_U(site) for site in block.sites}
+
+    def _draw_U(self, site: Site) -> Tensor:
+        digest = hashlib.sha256(f"{self.seed}:{site.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.rand(site.units, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Size of a unit's weights.
+
+    members=reader: sum over the unit's channels j of (sum_i |W_ij|^p)^(1/p), W [O,C] the reader, p = `norm`; p = 2 is
+    FLAP's baseline mag_sp (released code, commit 3bb57db).
+    members=coupled: mean over the site's matrices of sum |w|^p over the unit's rows (writers) or columns (reader), no
+    root: the L1 and L2 baselines of LLM-Pruner (Ma et al., NeurIPS 2023), biases not counted.
+    """
+
+    evidence: ClassVar[None] = None
+    sequential: ClassVar[bool] = False
+
+    members: Literal["reader", "coupled"]
+    norm: Literal[1, 2]
+
+    def __call__(self, block: Block, evidence: Mapping[str, object]) -> dict[str, Score]:
+        score = {"reader": self._reader, "coupled": self._coupled}[self.members]
+        return {site.name: score(site, block.weights[site.name]) for site in block.sites}
+
+    def _reader(self, site: Site, weights: SiteWeights) -> ColumnScores:
+        return of_columns(site, powers_C(weights.reader, self.norm) ** (1 / self.norm))
+
+    def _coupled(self, site: Site, weights: SiteWeights) -> Tensor:
+        rows = [powers_C(w_URD.reshape(site.units, -1).T, self.norm) for w_URD in weights.writers.values()]
+        columns_U = powers_C(weights.reader, self.norm).reshape(site.units, -1).sum(1)
+        return torch.stack([*rows, columns_U]).mean(0)

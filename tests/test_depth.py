@@ -1,0 +1,271 @@
+"""Whole blocks: influence, loss without, greedy removal; the same structure masked, shrunk, saved and streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruneexp.calibrate import Meter, Probe, walk
+from pruneexp.criterion import BlockInfluence, LossDrop, Random
+from pruneexp.evidence import BlockChange, LossWithout
+from pruneexp.experiment import run_experiment
+from pruneexp.model import Model
+from pruneexp.prune import Method, prune_
+from pruneexp.search import Global, Greedy
+from pruneexp.surgery import masked
+from pruneexp.types import Budget, Candidate, ConfigError, Cost, Plan, RunError, Site, SitePlan
+from tests.conftest import FAMILIES
+from tests.toy_sites import model_sites
+
+RNG = torch.Generator()
+QUIET: dict[str, Any] = {"rng": RNG, "shrunk": lambda i: None, "clock": lambda s: contextlib.nullcontext()}
+GREEDY = Greedy(0, ["blocks"], 0, 0, None, "scores")
+
+
+def block_sites(*costs: int) -> list[Site]:
+    return [Site(f"model.layers.{i}", "block", i, 1, 0, Cost(cost, cost, 1)) for i, cost in enumerate(costs)]
+
+
+class Additive:
+    """An oracle whose loss adds up what each block is worth, and a bonus where two leave together."""
+
+    def __init__(self, worth: Sequence[float], together: dict[frozenset[int], float] | None = None):
+        self.worth, self.together, self.passes, self.asked = worth, together or {}, 0.0, 0
+
+    def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
+        self.asked += len(candidates)
+        return torch.tensor([self._loss(candidate.plan) for candidate in candidates], dtype=torch.float64)
+
+    def _loss(self, plan: Plan) -> float:
+        out = frozenset(gone(plan))
+        return sum(self.worth[i] for i in out) + self.together.get(out, 0.0)
+
+
+def gone(plan: Plan) -> list[int]:
+    return [int(name.split(".")[2]) for name, site in plan.sites.items() if not site.kept]
+
+
+def scores_of(worth: Sequence[float]) -> dict[str, Tensor]:
+    return {f"model.layers.{i}": torch.tensor([w], dtype=torch.float64) for i, w in enumerate(worth)}
+
+
+def test_influence_is_one_minus_the_mean_cosine() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 6, 5, 8, generator=draw, dtype=torch.float64)
+    (site,) = block_sites(1)
+    parts, whole = BlockChange.empty(site), BlockChange.empty(site).update(x, y)
+    for a, b in zip(x.split([1, 2, 3]), y.split([1, 2, 3]), strict=True):
+        parts = parts.merge(BlockChange.empty(site).update(a, b))
+    cosines = [(a @ b / (a.norm() * b.norm())).item() for a, b in zip(x.flatten(0, 1), y.flatten(0, 1), strict=True)]
+    for seen in (parts, whole):
+        assert seen.n == 30
+        assert seen.mean_cosine == pytest.approx(sum(cosines) / 30, rel=1e-10)
+        assert seen.mean_angle == pytest.approx(sum(math.acos(c) for c in cosines) / (30 * math.pi), rel=1e-10)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "angular"])
+def test_what_only_scales_has_no_influence_and_what_turns_back_has_all(distance: str) -> None:
+    (site,) = block_sites(1)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for factor, expected in ((3.0, 0.0), (-1.0, 2.0 if distance == "cosine" else 1.0)):
+        seen = {site.name: BlockChange.empty(site).update(x, factor * x)}
+        whole = next(iter(BlockInfluence(distance)(whole_block(site), seen).values()))
+        assert whole.item() == pytest.approx(expected, abs=1e-7)
+
+
+def whole_block(site: Site) -> Any:
+    from pruneexp.types import Block
+
+    return Block(site.name, site.layer, (site,), {})
+
+
+def test_loss_without_cannot_be_merged_or_guessed() -> None:
+    (site,) = block_sites(1)
+    assert LossWithout.empty(site).update(3.0, 1.0).rise == 2
+    with pytest.raises(RunError, match="cannot be merged"):
+        LossWithout.empty(site).merge(LossWithout.empty(site))
+    with pytest.raises(RunError, match="was not measured"):
+        _ = LossWithout.empty(site).rise
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_drop_is_the_loss_of_the_model_without_the_block(
+    family: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    model, meter = tiny(family), Meter()
+    dense = model.token_losses(tokens_NT, 4).mean()
+    for visit in walk(model, tokens_NT, (LossWithout,), meter, "test", read_only=True, whole=True):
+        with masked(model, Plan({visit.block.name: SitePlan("block", 1, ())})):
+            expected = model.token_losses(tokens_NT, 4).mean() - dense
+        score = LossDrop()(visit.block, visit.of(LossWithout))[visit.block.name]
+        assert score.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert meter.forward == pytest.approx(4)  # three blocks, and the whole
+
+
+def test_blocks_meet_the_budget_to_the_nearest_and_ties_remove_more() -> None:
+    sites, scores = block_sites(*[10] * 8), scores_of(range(8))
+    search = Global(1, ["blocks"], "none")
+    for removed, expected in ((24.9, 2), (25, 3), (34, 3), (36, 4)):
+        for method, oracle in ((search, None), (GREEDY, Additive(range(8)))):
+            plan = method(scores, sites, Budget(removed / 80, 80), oracle, RNG)
+            assert gone(plan) == list(range(expected)), method
+
+
+@pytest.mark.parametrize("method", [Global(0, ["blocks"], "none"), GREEDY], ids=repr)
+def test_one_block_always_stays(method: Any) -> None:
+    sites, scores = block_sites(10, 10, 10), scores_of([1, 2, 3])
+    with pytest.raises(ConfigError, match=r"^sparsity.ratio=0.9: expected at most 0.6666"):
+        method(scores, sites, Budget(0.9, 30), Additive([1, 2, 3]), RNG)
+    assert gone(method(scores, sites, Budget(0.66, 30), Additive([1, 2, 3]), RNG)) == [0, 1]
+
+
+def test_greedy_measures_again_after_every_removal() -> None:
+    worth, synergy = [9, 1.0, 1.1, 1.5, 9], {frozenset({1, 2}): 5.0}
+    oracle = Additive(worth, synergy)
+    plan = GREEDY(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), oracle, RNG)
+    assert gone(plan) == [1, 3] and oracle.asked == 4  # the first left by its score
+    assert gone(
+        Global(0, ["blocks"], "none")(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), None, RNG)
+    ) == [1, 2]
+    probing = Additive(worth, synergy)
+    Greedy(0, ["blocks"], 0, 0, None, "probes")(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), probing, RNG)
+    assert probing.asked == 5 + 4
+    short = Additive(worth, synergy)
+    Greedy(0, ["blocks"], 0, 0, 2, "probes")(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), short, RNG)
+    assert short.asked == 4
+
+
+def test_greedy_keeps_the_ends_and_passes_over_nan() -> None:
+    worth = [0, 0, 5.0, math.nan, 7.0, 0]
+    method = Greedy(0, ["blocks"], 2, 1, None, "probes")
+    assert gone(method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(1 / 6, 60), Additive(worth), RNG)) == [2]
+    assert gone(method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(2 / 6, 60), Additive(worth), RNG)) == [2, 4]
+    with pytest.raises(RunError, match="the losses of all 1 candidates are NaN or Inf"):
+        method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(3 / 6, 60), Additive(worth), RNG)
+    with pytest.raises(ConfigError, match=r"^sparsity.ratio=0.7: expected at most 0.5"):
+        method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(0.7, 60), Additive(worth), RNG)
+
+
+def test_greedy_removes_heads_and_channels_too() -> None:
+    sites = model_sites(2, heads=3, channels=4)
+    scores = {site.name: torch.arange(site.units, dtype=torch.float64) for site in sites}
+
+    class Count:
+        passes = 0.0
+
+        def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
+            kept = [sum(len(s.kept) * (1 if s.kind == "mlp" else 9) for s in c.plan.sites.values()) for c in candidates]
+            return -torch.tensor(kept, dtype=torch.float64)  # loses most of what keeps most: channels leave first
+
+    total = sum(site.units * site.cost.params for site in sites)
+    budget = Budget(4 * sites[1].cost.params / total, total)
+    plan = Greedy(1, ["heads", "channels"], 0, 0, None, "probes")(scores, sites, budget, Count(), RNG)
+    assert [len(plan.sites[s.name].kept) for s in sites] == [3, 1, 3, 3]
+
+
+@pytest.mark.parametrize("recipe", ["shortgpt", "sleb", "random"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_leave_every_family(
+    family: str, recipe: str, tiny: Callable[..., Model], tokens_NT: Tensor, build_from: Callable[..., Any]
+) -> None:
+    chosen = ["recipe=shortgpt", "criterion=random", "compensator=bias"] if recipe == "random" else [f"recipe={recipe}"]
+    experiment = build_from(*chosen)
+    method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
+    model, meter = tiny(family), Meter()
+    with torch.no_grad():
+        dense = model.module(tokens_NT).logits
+    pruned = prune_(model, tokens_NT, method, 0.3, meter=meter, **QUIET)
+    (removed,) = [name for name, site in pruned.plan.sites.items() if site.kind == "block"]
+    assert pruned.plan.sites[removed] == SitePlan("block", 1, ()) and len(model.layers) == 2
+    assert not [name for name in pruned.plan.sites if name.startswith(f"{removed}.")]
+    assert len(pruned.plan.sites) == 5 and all(pruned.plan.removed(site) == 0 for site in pruned.sites)
+    assert len(pruned.scores) == 3 and all(score.shape == (1,) for score in pruned.scores.values())  # type: ignore
+    fresh = tiny(family)
+    assert pruned.plan.budget["removed_params"] == fresh.decoder_params - model.decoder_params
+    with torch.no_grad(), masked(fresh, pruned.plan):
+        expected = fresh.module(tokens_NT).logits
+        torch.testing.assert_close(model.module(tokens_NT).logits, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(expected, dense)
+    # shortgpt: one pass; sleb: three blocks and the whole, and the first of the rest by its score
+    assert meter.forward == pytest.approx({"shortgpt": 1, "sleb": 4, "random": 0}[recipe])
+
+
+def test_the_best_block_by_loss_is_the_one_that_sleb_removes(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    model = tiny("opt")
+    probe = Probe(model, tokens_NT, Meter())
+    plans = [Plan({f"{model.layers_path}.{i}": SitePlan("block", 1, ())}) for i in range(3)]
+    best = int(probe.losses([Candidate(plan) for plan in plans]).argmin())
+    scores = {f"{model.layers_path}.{i}": torch.zeros(1) for i in range(3)}
+    sites = [model.whole_block(i).sites[0] for i in range(3)]
+    plan = Greedy(0, ["blocks"], 0, 0, None, "probes")(scores, sites, Budget(0.3, model.decoder_params), probe, RNG)
+    assert [name for name, site in plan.sites.items() if not site.kept] == [f"{model.layers_path}.{best}"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_saves_what_is_left_and_it_reloads(
+    family: str, stream: bool, tiny_folder: Callable[[str], Path], build_from: Callable[..., Any], tmp_path: Path
+) -> None:
+    import numpy as np
+
+    windows = np.random.default_rng(0).integers(3, 96, (6, 24))
+    np.save(tmp_path / "tokens.npy", windows)
+    data = [f"dataset.{part}={tmp_path / 'tokens.npy'}" for part in ("calibration", "evaluation")]
+    plain = [
+        "model=hf",
+        f"model.path={tiny_folder(family)}",
+        f"model.stream={stream}",
+        "dataset=tokens",
+        "dataset.length=24",
+    ]
+    rest = ["evaluator=[perplexity]", "run.dir=run", "run.prove=in_place", "sparsity.ratio=0.3"]
+    metrics = run_experiment(build_from("recipe=shortgpt", *plain, *data, *rest))
+    assert metrics["proof/max_logit_difference"] < 1e-6
+    assert metrics["sparsity/decoder"] == pytest.approx(1 / 3)
+    plan = json.loads(Path("run/plan.json").read_text())
+    gone = [entry for entry in plan["sites"].values() if entry["kind"] == "block"]
+    assert gone == [{"kind": "block", "units": 1, "kept": []}]
+    assert (
+        math.isfinite(metrics["pruned/ppl/tokens@24"])
+        and metrics["pruned/ppl/tokens@24"] != metrics["dense/ppl/tokens@24"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["search=blocks"], r"^search=blocks removes whole blocks, of which criterion=flap has no scores; expected"),
+        (["recipe=sleb", "criterion=taylor"], r"^search=greedy removes whole blocks, of which criterion=taylor"),
+        (["criterion=block_influence"], r"^criterion=block_influence scores whole blocks, which search=al_am does not"),
+        (["recipe=sleb", "search=uniform"], r"^criterion=loss_drop scores whole blocks, which search=uniform does not"),
+        (
+            ["search=uniform", "search.granularity=[blocks]"],
+            r"^search.granularity=\['blocks'\]: expected heads, channels",
+        ),
+        (["recipe=sleb", "model.stream=true", "evaluator=[size]"], r"^model.stream=True: criterion=loss_drop measures"),
+        (
+            ["recipe=sleb", "criterion=random", "model.stream=true", "evaluator=[size]"],
+            r"^model.stream=True: search=greedy",
+        ),
+        (["recipe=sleb", "search.shortlist=0"], r"^search.shortlist=0: expected an integer >= 1"),
+        (["recipe=sleb", "search.keep_last=-1"], r"^search.keep_last=-1: expected an integer >= 0"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_at_once(
+    overrides: list[str], message: str, build_from: Callable[..., Any]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_from(*overrides)
+
+
+def test_random_scores_blocks() -> None:
+    (site,) = block_sites(1)
+    assert Random(0)(whole_block(site), {})[site.name].shape == (1,)

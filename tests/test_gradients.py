@@ -1,0 +1,196 @@
+"""Gradients as evidence, and Taylor importance: against autograd by hand, numerical derivatives and plain loops."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruneexp.calibrate import Meter, gradient_evidence, walk
+from pruneexp.criterion import Taylor
+from pruneexp.evidence import Gradient, Moments, PerSampleGradient
+from pruneexp.model import Model
+from pruneexp.prune import Method, prune_
+from pruneexp.types import Block, Cost, Site, SiteWeights
+from tests.conftest import FAMILIES
+
+ELEMENTS = ("vectorize", "param_first", "param_second", "param_mix")
+
+
+def loss_of(model: Model, tokens_NT: Tensor) -> Tensor:
+    logits = model.module(tokens_NT).logits[:, :-1]  # the model's own loss rounds to float32
+    return -logits.log_softmax(-1).gather(-1, tokens_NT[:, 1:, None]).mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_autograd_whatever_the_batches(
+    family: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    model, meter = tiny(family), Meter()
+    found = gradient_evidence(model, tokens_NT, Gradient, meter)
+    assert meter.forward == meter.backward == pytest.approx(1)
+    assert all(not p.requires_grad and p.grad is None for p in model.module.parameters())
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(True)
+    loss_of(model, tokens_NT).backward()
+    for index in range(len(model.layers)):
+        expected = model.block(index, read=lambda p: p.grad)
+        for site in expected.sites:
+            mine, theirs = found[site.name].mean, expected.weights[site.name]
+            torch.testing.assert_close(mine.reader, theirs.reader, rtol=1e-3, atol=1e-7)  # norms in float32
+            assert set(mine.writers) == set(theirs.writers)
+            for role, gradient in mine.writers.items():
+                torch.testing.assert_close(gradient, theirs.writers[role], rtol=1e-3, atol=1e-7)
+
+
+def test_a_gradient_is_the_numerical_derivative(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    model, eps = tiny("opt"), 1e-5
+    found = gradient_evidence(model, tokens_NT, Gradient, Meter())
+    weight = model.layers[1].fc2.weight
+    for i, j in ((0, 0), (7, 31), (47, 39)):
+        before = weight[i, j].item()
+        losses = []
+        for step in (eps, -eps):
+            with torch.no_grad():
+                weight[i, j] = before + step
+                losses.append(loss_of(model, tokens_NT).item())
+                weight[i, j] = before
+        slope = (losses[0] - losses[1]) / (2 * eps)
+        assert found["model.decoder.layers.1.fc2"].mean.reader[i, j].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
+
+
+def test_squares_go_by_window(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    model, meter = tiny("llama"), Meter()
+    found = gradient_evidence(model, tokens_NT, PerSampleGradient, meter)["model.layers.0.self_attn"]
+    assert meter.backward == pytest.approx(1) and found.n == len(tokens_NT)
+    weight = model.layers[0].self_attn.o_proj.weight.requires_grad_(True)
+    each = torch.stack([torch.autograd.grad(loss_of(model, window[None]), weight)[0] for window in tokens_NT])
+    torch.testing.assert_close(found.mean_square.reader, each.square().mean(0), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(found.mean.reader, each.mean(0), rtol=1e-3, atol=1e-7)
+
+
+def test_the_walk_hands_gradients_out_beside_statistics(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    model, meter = tiny("opt"), Meter()
+    whole = gradient_evidence(model, tokens_NT, Gradient, Meter())
+    for visit in walk(model, tokens_NT, (Moments, Gradient), meter, "test", read_only=True):
+        both = visit.of((Moments, Gradient))
+        for site in visit.block.sites:
+            moments, gradient = both[site.name]
+            assert moments.n == tokens_NT.numel()
+            assert torch.equal(gradient.mean.reader, whole[site.name].mean.reader)
+    assert meter.forward == pytest.approx(2) and meter.backward == pytest.approx(1)
+
+
+def toy(group: int = 3, units: int = 2, rows: int = 4, hidden: int = 5) -> tuple[Block, dict[str, Any]]:
+    """A site with grouped queries, and three windows' gradients for it."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random() -> SiteWeights:
+        shapes = {"query": group * rows, "key": rows, "value": rows}
+        writers = {k: torch.randn(units, n, hidden, generator=draw, dtype=torch.float64) for k, n in shapes.items()}
+        reader = torch.randn(hidden, units * group * rows, generator=draw, dtype=torch.float64)
+        return SiteWeights(writers, {}, reader, None)
+
+    site = Site("model.layers.0.self_attn", "attention", 0, units, group * rows, Cost(1, 1, 1))
+    windows = [random() for _ in range(3)]
+    block = Block("model.layers.0", 0, (site,), {site.name: random()})
+    first, second = Gradient.empty(site), PerSampleGradient.empty(site)
+    for window in windows:
+        first, second = first.update(window, 1), second.update(window, 1)
+    return block, {"windows": windows, Gradient: first, PerSampleGradient: second}
+
+
+@pytest.mark.parametrize("members", ["sum", "mean", "max", "prod"])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_the_formula_row_by_row_with_a_groups_query_heads_on_its_own_keys(element: str, members: str) -> None:
+    block, seen = toy()
+    (site,) = block.sites
+    criterion = Taylor(element, members)
+    score_U = criterion(block, {site.name: seen[criterion.evidence]})[site.name]
+    weights, windows = block.weights[site.name], seen["windows"]
+
+    def importance(pick: Callable[..., Tensor], *at: int) -> float:
+        w, gs = pick(weights, *at), torch.stack([pick(window, *at) for window in windows])
+        g, a = gs.mean(0), gs.square().mean(0)
+        terms = {"vectorize": w * g, "param_first": (w * g).abs(), "param_second": (w * a * w).abs()}
+        terms["param_mix"] = (w * g - 0.5 * w * a * w).abs()
+        return terms[element].sum().abs().item()
+
+    for unit in range(2):
+        total = 0.0
+        for row in range(4):
+            heads = [4 * head + row for head in range(3)]  # this row in each of the unit's three query heads
+            parts = [
+                sum(importance(lambda s, u, r: s.writers["query"][u, r], unit, r) for r in heads),
+                importance(lambda s, u, r: s.writers["key"][u, r], unit, row),
+                importance(lambda s, u, r: s.writers["value"][u, r], unit, row),
+                sum(importance(lambda s, u, r: s.reader[:, 12 * u + r], unit, r) for r in heads),
+            ]
+            values = torch.tensor(parts, dtype=torch.float64)
+            reduced = {"sum": values.sum(), "mean": values.mean(), "max": values.max(), "prod": values.prod()}
+            total += reduced[members].item()
+        assert score_U[unit].item() == pytest.approx(total, rel=1e-10)
+
+
+def test_removing_a_unit_changes_the_loss_by_the_signed_first_order_sum(
+    tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    """vectorize over a reader column is the derivative by the channel's gate: check it on a scaled-down column."""
+    model, eps = tiny("opt"), 1e-5
+    found = gradient_evidence(model, tokens_NT, Gradient, Meter())["model.decoder.layers.2.fc2"].mean
+    weight = model.layers[2].fc2.weight
+    for j in (0, 17):
+        expected = (weight[:, j] * found.reader[:, j]).sum().item()
+        column, losses = weight[:, j].clone(), []
+        for step in (eps, -eps):
+            with torch.no_grad():
+                weight[:, j] = column * (1 + step)
+                losses.append(loss_of(model, tokens_NT).item())
+                weight[:, j] = column
+        assert (losses[0] - losses[1]) / (2 * eps) == pytest.approx(expected, rel=1e-4, abs=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llm_pruner_runs_on_every_family(
+    family: str, tiny: Callable[..., Model], tokens_NT: Tensor, build_from: Callable[..., Any]
+) -> None:
+    experiment = build_from("recipe=llm_pruner", "sparsity.ratio=0.3", "search.protect_first=0.34")
+    method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
+    model, meter = tiny(family), Meter()
+    before, cheapest = model.decoder_params, model.sites()[1].cost.params
+    quiet = {"rng": torch.Generator(), "shrunk": lambda i: None, "clock": lambda s: contextlib.nullcontext()}
+    pruned = prune_(model, tokens_NT, method, 0.3, meter=meter, **quiet)
+    assert abs(before - model.decoder_params - 0.3 * before) <= cheapest / 2 + 1
+    assert all(pruned.plan.removed(site) == 0 for site in pruned.sites if site.layer == 0)
+    assert meter.backward == pytest.approx(1)
+    assert all(not p.requires_grad and p.grad is None for p in model.module.parameters())
+
+
+def test_half_precision_gradients_are_kept_in_float32() -> None:
+    block, seen = toy()
+    half = SiteWeights({}, {}, torch.ones(2, 2, dtype=torch.bfloat16), None)
+    assert Gradient.empty(block.sites[0]).update(half, 3).mean.reader.dtype == torch.float32
+    with pytest.raises(ValueError, match="one window at a time"):
+        PerSampleGradient.empty(block.sites[0]).update(half, 3)
+
+
+def test_a_loss_that_is_not_finite_is_named(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    from pruneexp.types import RunError
+
+    model = tiny("llama")
+    with torch.no_grad():
+        model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(RunError, match=r"the calibration loss is NaN or Inf \(batch 0\)"):
+        gradient_evidence(model, tokens_NT, Gradient, Meter())
+    assert all(not p.requires_grad for p in model.module.parameters())
+
+
+def test_a_streamed_model_is_refused_before_it_is_loaded(build_from: Callable[..., Any]) -> None:
+    from pruneexp.types import ConfigError
+
+    with pytest.raises(ConfigError, match=r"^model.stream=True: criterion=taylor needs backward passes"):
+        build_from("criterion=taylor", "model.stream=true", "evaluator=[size]", "search=uniform")

@@ -1,0 +1,77 @@
+"""LLM-BIP: the score as its formula, and as a bound on what the block's output really loses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruneexp.criterion import LlmBip
+from pruneexp.evidence import AbsoluteMoments, Moments
+from pruneexp.types import Block
+from tests.toy_sites import HIDDEN, activations, block
+
+BLOCK = block()
+ATTENTION, MLP = BLOCK.sites
+HEADS = activations(ATTENTION, 5, 7)
+EVIDENCE = {"l1": AbsoluteMoments, "l2": Moments}
+
+
+def size(x: Tensor, tokens: str) -> Tensor:
+    return x.abs().mean(0) if tokens == "l1" else x.square().mean(0).sqrt()
+
+
+def seen(tokens: str, ffn: Tensor) -> dict:
+    kind = EVIDENCE[tokens]
+    return {ATTENTION.name: kind.empty(ATTENTION).update(HEADS), MLP.name: kind.empty(MLP).update(ffn)}
+
+
+@pytest.mark.parametrize("gate", ["up", "up_plus_gate"])
+@pytest.mark.parametrize("norm", ["ignore", "scale"])
+@pytest.mark.parametrize("tokens", ["l1", "l2"])
+def test_the_formula_with_explicit_matrices(tokens: str, gate: str, norm: str) -> None:
+    scale = torch.linspace(-2, 2, HIDDEN, dtype=torch.float64)
+    normed = Block(BLOCK.name, 0, BLOCK.sites, BLOCK.weights, {MLP.name: scale})
+    x = activations(MLP, 5, 7)
+    scores = LlmBip(tokens, gate, norm, False)(normed, seen(tokens, x))
+    ffn, reader = BLOCK.weights[MLP.name], BLOCK.weights[ATTENTION.name].reader
+    up = ffn.writers["up"][:, 0].abs() + (ffn.writers["gate"][:, 0].abs() if gate == "up_plus_gate" else 0)
+    up = up * scale.abs() if norm == "scale" else up
+    through = torch.eye(HIDDEN, dtype=torch.float64) + ffn.reader.abs() @ up
+    attention_C = size(HEADS.flatten(0, 1), tokens) * (through @ reader.abs()).sum(0)
+    mlp_C = size(x.flatten(0, 1), tokens) * ffn.reader.abs().sum(0)
+    torch.testing.assert_close(scores[ATTENTION.name].columns_C, attention_C, rtol=1e-10, atol=0)
+    torch.testing.assert_close(scores[ATTENTION.name].scores_U, attention_C.reshape(4, -1).sum(1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(scores[MLP.name].columns_C, mlp_C, rtol=1e-10, atol=0)
+
+
+def test_the_score_bounds_the_true_change_of_a_relu_block_without_norm() -> None:
+    reader, ffn = BLOCK.weights[ATTENTION.name].reader, BLOCK.weights[MLP.name]
+    residual = activations(MLP, 5, 7, seed=3)[..., :HIDDEN]
+
+    def inner(z: Tensor) -> Tensor:
+        return torch.relu(z @ ffn.writers["up"][:, 0].T)
+
+    def output(heads: Tensor, without: int | None = None) -> Tensor:
+        z = residual + heads @ reader.T
+        h = inner(z)
+        if without is not None:
+            h = h.index_fill(-1, torch.tensor(without), 0)
+        return z + h @ ffn.reader.T
+
+    whole = output(HEADS)
+    for tokens in ("l1", "l2"):
+        scores = LlmBip(tokens, "up", "ignore", False)(BLOCK, seen(tokens, inner(residual + HEADS @ reader.T)))
+        for j in range(ATTENTION.channels):
+            changed = (output(HEADS.index_fill(-1, torch.tensor(j), 0)) - whole).abs().sum(-1).flatten()
+            assert 0 < size(changed, tokens) <= scores[ATTENTION.name].columns_C[j]
+        for j in range(MLP.channels):  # there is nothing behind the FFN, one output at a time the bound is exact
+            changed = (output(HEADS, without=j) - whole).abs().sum(-1).flatten()
+            torch.testing.assert_close(size(changed, tokens), scores[MLP.name].columns_C[j], rtol=1e-9, atol=1e-12)
+
+
+def test_attention_of_a_block_without_ffn_reaches_the_output_by_the_residual_path() -> None:
+    alone = Block(BLOCK.name, 0, (ATTENTION,), BLOCK.weights)
+    scores = LlmBip("l2", "up", "ignore", False)(alone, {ATTENTION.name: Moments.empty(ATTENTION).update(HEADS)})
+    expected = size(HEADS.flatten(0, 1), "l2") * BLOCK.weights[ATTENTION.name].reader.abs().sum(0)
+    torch.testing.assert_close(scores[ATTENTION.name].columns_C, expected, rtol=1e-10, atol=0)

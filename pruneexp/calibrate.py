@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruneexp.model import Call, Model
+from pruneexp.model import Call, Model, next_token_losses
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.surgery import masked
+from pruneexp.surgery import masked_layer
 from pruneexp.types import Block, Candidate, RunError, Site
 
 
@@ -143,7 +143,9 @@ def _fingerprint(layer: nn.Module) -> tuple:
 class Probe:
     """The oracle lent to searches: calibration losses of candidate structures, by masking the model in place.
 
-    `passes` counts plain passes over the calibration windows spent so far.
+    Candidates that begin alike share the layers they have in common: each layer is run once for all candidates that
+    are the same up to it, batch by batch. `passes` counts what was run so far, in plain passes of all decoder layers
+    over the calibration windows.
     """
 
     def __init__(self, model: Model, tokens_NT: Tensor, meter: Meter):
@@ -155,13 +157,55 @@ class Probe:
         """How many batches `losses(batch=...)` can choose from."""
         return -(-len(self.tokens_NT) // self.model.batch_size)
 
+    @torch.no_grad()
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean next-token loss in nats of each candidate, float64 [len(candidates)]."""
-        tokens = self.tokens_NT if batch is None else self.tokens_NT.split(self.model.batch_size)[batch]
-        losses = []
-        for candidate in candidates:
-            with masked(self.model, candidate.plan, candidate.readers):
-                losses.append(self.model.token_losses(tokens, self.model.batch_size).mean())
-            self.passes += len(tokens) / len(self.tokens_NT)
-            self.meter.forward += len(tokens) / len(self.tokens_NT)
-        return torch.stack(losses)
+        batches = self.tokens_NT.split(self.model.batch_size)
+        layers = [self._layer_keys(candidate) for candidate in candidates]
+        sums, windows = torch.zeros(len(candidates), dtype=torch.float64), 0
+        for tokens_BT in batches if batch is None else batches[batch : batch + 1]:
+            hidden, calls = self.model.enter(tokens_BT)
+            self._descend(0, hidden, list(range(len(candidates))), candidates, layers, calls, tokens_BT, sums)
+            windows += len(tokens_BT)
+        return sums / windows
+
+    def _descend(
+        self,
+        index: int,
+        hidden_BTD: Tensor,
+        alike: list[int],
+        candidates: Sequence[Candidate],
+        layers: list[list[Any]],
+        calls: list[Call],
+        tokens_BT: Tensor,
+        sums: Tensor,
+    ) -> None:
+        """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
+        model = self.model
+        if index == len(model.layers):
+            sums[alike] += next_token_losses(model.leave(tokens_BT, hidden_BTD), tokens_BT).mean(1).sum()
+            return
+        variants: dict[Any, list[int]] = {}
+        for number in alike:
+            variants.setdefault(layers[number][index], []).append(number)
+        for same in variants.values():
+            first = candidates[same[0]]
+            with masked_layer(model, index, first.plan, first.readers) as layer:
+                output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
+            spent = len(tokens_BT) / len(self.tokens_NT) / len(model.layers)
+            self.passes += spent
+            self.meter.forward += spent
+            self._descend(index + 1, output_BTD, same, candidates, layers, calls, tokens_BT, sums)
+
+    def _layer_keys(self, candidate: Candidate) -> list[Any]:
+        """What tells a candidate's layers from another's: units kept, and the very tensors of its readers."""
+        keys: list[list[Any]] = [[] for _ in self.model.layers]
+        for index, own in enumerate(keys):
+            block = candidate.plan.sites.get(f"{self.model.layers_path}.{index}")
+            if block is not None and not block.kept:
+                own.append("removed")
+        for site in self.model.sites():
+            plan = candidate.plan.sites.get(site.name)
+            reader = candidate.readers.get(site.name)
+            keys[site.layer].append((plan and plan.kept, reader and (id(reader[0]), id(reader[1]))))
+        return [tuple(own) for own in keys]

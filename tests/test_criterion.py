@@ -154,6 +154,6 @@ def _widened(weights):
 
 def test_rows_in_chunks_make_no_difference(monkeypatch):
     whole = Magnitude("reader", 2)(BLOCK, {})
-    monkeypatch.setattr("pruneexp.criterion._CHUNK", 50)
+    monkeypatch.setattr("pruneexp.criterion.channels._CHUNK", 50)
     for name, score in Magnitude("reader", 2)(BLOCK, {}).items():
         torch.testing.assert_close(score.scores_U, whole[name].scores_U, rtol=1e-12, atol=0)

@@ -88,7 +88,9 @@ class ModelSource:
         except json.JSONDecodeError as error:
             raise ConfigError(f"model.path={self.path!r}: config.json is not JSON ({error})") from None
         if not isinstance(config, dict):
-            raise ConfigError(f"model.path={self.path!r}: config.json holds a {type(config).__name__}; expected an object")
+            raise ConfigError(
+                f"model.path={self.path!r}: config.json holds a {type(config).__name__}; expected an object"
+            )
         model_type = str(config.get("model_type"))
         if model_type.removeprefix("pruned_") not in modeling_pruned.FAMILIES:
             families = ", ".join(sorted(modeling_pruned.FAMILIES))

@@ -51,6 +51,12 @@ def build(composed: Composed) -> Experiment:
 def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
     if getattr(experiment.model, "stream", False):
+        if getattr(experiment.search, "needs_oracle", False):
+            search = experiment.job["choices"].get("search") or type(experiment.search).__name__
+            raise ConfigError(
+                f"model.stream=True: search={search} measures losses of the whole model in memory; "
+                "expected model.stream=false, or a search that goes by scores alone, such as search=uniform"
+            )
         held = [name for name, each in experiment.evaluators.items() if not getattr(each, "streams", False)]
         if held:
             raise ConfigError(

@@ -241,6 +241,11 @@ class Oracle(Protocol):
 
     passes: float  # spent so far, in plain passes over the calibration tokens
 
+    @property
+    def batches(self) -> int:
+        """How many batches `losses(batch=...)` can choose from."""
+        ...
+
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean next-token loss in nats of each candidate: float64 [len(candidates)], over all calibration windows or
         batch number `batch` of them."""
@@ -248,7 +253,8 @@ class Oracle(Protocol):
 
 
 class Search(Protocol):
-    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone."""
+    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. One that cannot do
+    without the oracle says so with a class variable `needs_oracle` = True: it needs the whole model in memory."""
 
     local: ClassVar[bool]
 

@@ -24,6 +24,7 @@ RECIPES = {
     "wanda_sp": ("wanda_sp", "one_shot", "ul_um", "none"),
     "flap": ("flap", "one_shot", "al_am", "bias"),
     "flap_official": ("flap_official", "flap_official", "al_am_official", "flap_official"),
+    "best": ("obs", "one_shot", "evolutionary", "least_squares"),
 }
 
 

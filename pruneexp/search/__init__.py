@@ -2,6 +2,7 @@
 
 from pruneexp.search.budgeted import Global, Uniform
 from pruneexp.search.common import layer_budgets
+from pruneexp.search.evolutionary import Evolutionary
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
 
-__all__ = ["AlAm", "AlAmOfficial", "AlMm", "Global", "UlMm", "UlUm", "Uniform", "layer_budgets"]
+__all__ = ["AlAm", "AlAmOfficial", "AlMm", "Evolutionary", "Global", "UlMm", "UlUm", "Uniform", "layer_budgets"]

@@ -46,14 +46,14 @@ class Uniform:
     granularity: Granularity
 
     def __post_init__(self) -> None:
-        _check(self.min_units, self.granularity)
+        check_settings(self.min_units, self.granularity)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        values, chosen = raw(scores, sites), _chosen(sites, self.granularity, budget)
+        values, chosen = raw(scores, sites), chosen_sites(sites, self.granularity, budget)
         if chosen and _complete(sites, budget):
-            require(budget, _removable(chosen, self.min_units))
+            require(budget, removable(chosen, self.min_units))
         keep, over = {}, 0.0
         for layer, share in layer_budgets(budget, sites).items():
             share = replace(share, added=share.added + over)
@@ -66,7 +66,7 @@ class Uniform:
         """How many units leave each site of a layer, and the parameters still to be removed."""
         *dearer, cheapest = sorted(sites, key=lambda site: (-site.cost.params, site.name))
         # what a layer leaves over, rounding aside, no other layer would make up for
-        require(budget, _removable(sites, self.min_units) + len(sites) * cheapest.cost.params)
+        require(budget, removable(sites, self.min_units) + len(sites) * cheapest.cost.params)
         share = budget.ratio * budget.total / prunable_params(sites)
         counts, target = {site.name: 0 for site in sites}, budget.remove
 
@@ -105,13 +105,13 @@ class Global:
     normalise: Literal["none", "zscore", "mean", "per_parameter"]
 
     def __post_init__(self) -> None:
-        _check(self.min_units, self.granularity)
+        check_settings(self.min_units, self.granularity)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        chosen = _chosen(sites, self.granularity, budget)
-        require(budget, _removable(chosen, self.min_units))
+        chosen = chosen_sites(sites, self.granularity, budget)
+        require(budget, removable(chosen, self.min_units))
         values = self._comparable(scores, sites)
         sizes = [site.units for site in chosen]
         score = torch.cat([values[site.name].double() for site in chosen])
@@ -158,7 +158,7 @@ def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
     return gone
 
 
-def _check(min_units: int, granularity: Granularity) -> None:
+def check_settings(min_units: int, granularity: Granularity) -> None:
     if min_units < 0:
         raise ConfigError(f"min_units={min_units!r}: expected an integer >= 0")
     if not granularity or len(set(granularity)) < len(granularity):
@@ -167,7 +167,7 @@ def _check(min_units: int, granularity: Granularity) -> None:
         raise ConfigError(f"granularity={granularity!r}: expected blocks alone, which hold the heads and channels")
 
 
-def _chosen(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
+def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
     """The sites that may lose units. Raises ConfigError where there are none (one layer of several may have none)."""
     chosen = [site for site in in_order(sites) if site.kind in {KIND[name] for name in granularity}]
     if not chosen and _complete(sites, budget):
@@ -181,7 +181,7 @@ def _complete(sites: Sequence[Site], budget: Budget) -> bool:
     return budget.layers is None or budget.layers == len(by_layer(sites))
 
 
-def _removable(sites: Sequence[Site], min_units: int) -> int:
+def removable(sites: Sequence[Site], min_units: int) -> int:
     return sum(max(0, site.units - min_units) * site.cost.params for site in sites)
 
 

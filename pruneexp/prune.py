@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter, Probe, Visit, walk
+from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
 from pruneexp.model import Model, layer_structure
 from pruneexp.surgery import remove_blocks_, shrink_layer_
 from pruneexp.types import (
@@ -104,12 +104,35 @@ def _all_at_once(work: _Pruning) -> Plan:
     with work.clock("search"):
         plan = _searched(work, sites)
     with work.clock("shrink"):
-        kinds = _distinct(compensator.evidence if compensator.sequential else None)
-        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
-            evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
-            _shrink(work, visit, plan, evidence)
+        if _by_site(compensator):
+            _site_by_site(work, lambda visit: plan, ())
+        else:
+            kinds = _distinct(compensator.evidence if compensator.sequential else None)
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
+                evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
+                _shrink(work, visit, plan, evidence)
         remove_blocks_(work.model, plan)
     return plan
+
+
+def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type]) -> None:
+    """Each sublayer is compensated and shrunk on what the pruned sublayers before it produce."""
+    wanted = work.method.compensator.evidence
+    assert wanted is not None
+    if work.tokens_NT is None:
+        raise RunError("compensator.target='dense': expected calibration windows")
+    plan = Plan({})
+    for visit, site, evidence in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink"):
+        sites = visit.block.sites
+        plan = decide(visit) if site is sites[0] else plan
+        alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
+        shrink_layer_(work.model, visit.index, alone, _readers(work, visit, [site], plan, {site.name: evidence}))
+        if site is sites[-1]:
+            work.shrunk(visit.index)
+
+
+def _by_site(compensator: Compensator) -> bool:
+    return compensator.sequential and getattr(compensator.evidence, "source", "") == "wanted"
 
 
 def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
@@ -120,20 +143,38 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
         with work.clock("calibrate"):
             for visit in walk(work.model, work.tokens_NT, (compensator.evidence,), work.meter, "dense", read_only=True):
                 dense.update(visit.of(compensator.evidence))
-    kinds = _distinct(criterion.evidence, compensator.evidence if compensator.sequential else None)
-    plan, carry = Plan({}), 0.0
+    by_site = _by_site(compensator)
+    kinds = _distinct(criterion.evidence, compensator.evidence if compensator.sequential and not by_site else None)
+    decided = _Decided(work)
     with work.clock("calibrate"):
-        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):
-            scores = _checked(criterion(visit.block, visit.of(criterion.evidence)))
-            work.scores.update(scores)
-            budget = _budget(work, visit.block.sites, [visit.index])
-            budget = replace(budget, added=budget.added + carry, layers=len(work.model.layers))
-            layer_plan = work.method.search(scores, visit.block.sites, budget, None, work.rng)
-            carry = budget.remove - sum(layer_plan.removed(s) * s.cost.params for s in visit.block.sites)
-            plan = plan.merged(Plan(layer_plan.sites))
-            evidence = visit.of(compensator.evidence) if compensator.sequential else dense
-            _shrink(work, visit, plan, evidence)
-    return plan
+        if by_site:
+            _site_by_site(work, decided.at, kinds)
+        else:
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):
+                evidence = visit.of(compensator.evidence) if compensator.sequential else dense
+                _shrink(work, visit, decided.at(visit), evidence)
+    return decided.plan
+
+
+@dataclass
+class _Decided:
+    """The layers decided so far, and the parameters that they left over or took too much."""
+
+    work: _Pruning
+    plan: Plan = field(default_factory=lambda: Plan({}))
+    carry: float = 0.0
+
+    def at(self, visit: Visit) -> Plan:
+        """Scores and decides the visited layer."""
+        work, sites = self.work, visit.block.sites
+        scores = _checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
+        work.scores.update(scores)
+        budget = _budget(work, sites, [visit.index])
+        budget = replace(budget, added=budget.added + self.carry, layers=len(work.model.layers))
+        layer_plan = work.method.search(scores, sites, budget, None, work.rng)
+        self.carry = budget.remove - sum(layer_plan.removed(site) * site.cost.params for site in sites)
+        self.plan = self.plan.merged(Plan(layer_plan.sites))
+        return self.plan
 
 
 def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
@@ -148,9 +189,12 @@ def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
         plan = search(work.scores, sites, budget, oracle, work.rng)
         touched = [site for site in sites if plan.removed(site)]
         added = _biases_added(work, touched)
-        if added == budget.added or work.ratio == 0 or (oracle is not None and oracle.passes):
+        if added == budget.added or work.ratio == 0:
             break
         budget = replace(budget, added=added)
+        if oracle is not None and oracle.passes:  # too dear to ask again
+            rebalanced = getattr(search, "rebalanced", None)
+            return plan if rebalanced is None else rebalanced(plan, work.scores, sites, budget)
     return plan
 
 
@@ -178,15 +222,22 @@ def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:
 
 def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
     """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
+    shrink_layer_(work.model, visit.index, plan, _readers(work, visit, visit.block.sites, plan, evidence))
+    work.shrunk(visit.index)
+
+
+def _readers(
+    work: _Pruning, visit: Visit, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Compensated readers of the sites that lose units."""
     readers = {}
-    for site in visit.block.sites:
+    for site in sites:
         if plan.removed(site):
             weights = visit.block.weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
             readers[site.name] = work.method.compensator(weights.reader, weights.reader_bias, found, keep_C)
-    shrink_layer_(work.model, visit.index, plan, readers)
-    work.shrunk(visit.index)
+    return readers
 
 
 def _distinct(*kinds: type | None) -> tuple[type, ...]:

@@ -210,6 +210,8 @@ class Evidence(Protocol):
     `source` says which collector feeds it, and so what `update` receives:
 
     - "reader": `update(x_BTC)`, the reader's input, batch by batch
+    - "wanted": `update(x_BTC, y_BTO)`, the reader's input in the partly pruned model, and the output with which the
+      hidden state behind it would be the dense model's (compensators that walk site by site)
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
     - "gradient": `update(weights, gradients)`, two SiteWeights: a batch's loss gradient beside the weights
     - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions and the directional

@@ -71,6 +71,12 @@ class Evolutionary:
         if self.steps is not None and self.steps < 0:
             raise ConfigError(f"steps={self.steps!r}: expected null or an integer >= 0")
 
+    def rebalanced(self, plan: Plan, scores: Scores, sites: Sequence[Site], budget: Budget) -> Plan:
+        """The plan at a budget that differs a little (biases that nothing has to pay for), without a probe."""
+        chosen = chosen_sites(sites, self.granularity, budget)
+        structures = Structures(scores, sites, chosen, budget, self.min_units)
+        return structures.plan(structures.balanced({site.name: plan.removed(site) for site in chosen}))
+
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:

@@ -183,10 +183,19 @@ def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
     model, search = work.model, work.method.search
     oracle = None
     if work.tokens_NT is not None and not model.streamed:
-        oracle = Probe(model, work.tokens_NT, work.meter)
-    budget = _budget(work, sites, range(len(model.layers)))
-    for _ in range(4):
-        plan = search(work.scores, sites, budget, oracle, work.rng)
+        oracle = Probe(model, work.tokens_NT, work.meter, getattr(search, "effort", None))
+    try:
+        return _asked(work, sites, oracle)
+    finally:
+        if oracle is not None:
+            oracle.close()
+
+
+def _asked(work: _Pruning, sites: Sequence[Site], oracle: Probe | None) -> Plan:
+    search = work.method.search
+    budget = _budget(work, sites, range(len(work.model.layers)))
+    plan = search(work.scores, sites, budget, oracle, work.rng)
+    for _ in range(3):
         touched = [site for site in sites if plan.removed(site)]
         added = _biases_added(work, touched)
         if added == budget.added or work.ratio == 0:
@@ -195,6 +204,7 @@ def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
         if oracle is not None and oracle.passes:  # too dear to ask again
             rebalanced = getattr(search, "rebalanced", None)
             return plan if rebalanced is None else rebalanced(plan, work.scores, sites, budget)
+        plan = search(work.scores, sites, budget, oracle, work.rng)
     return plan
 
 

@@ -1,0 +1,143 @@
+"""The walk over a model's blocks that collects evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruneexp.model import Call, Model
+from pruneexp.model.sites import site_parts
+from pruneexp.progress import progress
+from pruneexp.types import Block, RunError, Site
+
+
+@dataclass
+class Meter:
+    """What calibration spent, in plain passes of all decoder layers over the calibration windows."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One stop of the walk: a decoder layer with its weights at hand, and what was seen there."""
+
+    index: int
+    layer: nn.Module
+    block: Block
+    evidence: Mapping[type, Mapping[str, Any]] = field(default_factory=dict)  # evidence type -> site name -> evidence
+
+    def of(self, kind: type | None) -> Mapping[str, Any]:
+        """This block's evidence of one type, by site name."""
+        return {} if kind is None else self.evidence[kind]
+
+
+def walk(
+    model: Model,
+    tokens_NT: Tensor | None,
+    kinds: Sequence[type],
+    meter: Meter,
+    stage: str,
+    *,
+    read_only: bool = False,
+) -> Iterator[Visit]:
+    """Goes block by block: runs a block on all windows, collecting evidence of every type in `kinds`, and yields it.
+
+    The next block's input is made by the block *as the caller left it*. A caller that does not touch it gets
+    statistics of the dense model for one forward pass in all; one that prunes it gets sequential statistics, each
+    block running once more. `read_only`: the caller promises not to touch blocks, and the windows' hidden states are
+    held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
+
+    Raises:
+        RunError: NaN or Inf in weights or activations; the message names the block.
+    """
+    total = len(model.layers)
+    if not kinds or tokens_NT is None:
+        for index in progress(range(total), stage, total, "blocks"):
+            with model.loaded(index) as layer:
+                yield Visit(index, layer, model.block(index))
+        return
+    hidden, calls = enter_all(model, tokens_NT)
+    for index in progress(range(total), stage, total, "blocks"):
+        with model.loaded(index) as layer:
+            block = model.block(index)
+            output = hidden if read_only else [torch.empty(0)] * len(hidden)
+            evidence = observe(model, layer, block, hidden, calls, kinds, output)
+            meter.forward += 1 / total
+            before = _fingerprint(layer)
+            yield Visit(index, layer, block, evidence)
+            touched = _fingerprint(layer) != before
+            if touched and read_only:
+                raise AssertionError(f"{block.name} was changed during a read-only walk")
+            if touched and index + 1 < total:
+                output = [torch.empty(0)] * len(hidden)
+                observe(model, layer, block, hidden, calls, (), output)
+                meter.forward += 1 / total
+            hidden = output
+
+
+def check_finite(y_BTD: Tensor, block: Block, number: int) -> None:
+    if not torch.isfinite(y_BTD.sum(dtype=torch.float32)) and not torch.isfinite(y_BTD).all():
+        raise RunError(f"{block.name}: activations hold NaN or Inf (calibration batch {number})")
+
+
+def enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
+    """Hidden states in front of the first block, batch by batch; the calls are shared by batches of one size."""
+    hidden, calls, by_size = [], [], {}
+    for batch in tokens_NT.split(model.batch_size):
+        entered, made = model.enter(batch)
+        hidden.append(entered)
+        calls.append(by_size.setdefault(len(batch), made))
+    return hidden, calls
+
+
+@torch.no_grad()
+def observe(
+    model: Model,
+    layer: nn.Module,
+    block: Block,
+    hidden: list[Tensor],
+    calls: list[list[Call]],
+    kinds: Sequence[type],
+    output: list[Tensor],
+) -> dict[type, dict[str, Any]]:
+    """Runs the layer over all batches into `output` (which may be `hidden`) and returns the evidence."""
+    evidence = {kind: {site.name: kind.empty(site) for site in block.sites} for kind in kinds}  # type: ignore[attr-defined]
+    at_reader = [kind for kind in kinds if kind.source == "reader"]  # type: ignore[attr-defined]
+    at_block = [kind for kind in kinds if kind.source == "block"]  # type: ignore[attr-defined]
+    with ExitStack() as hooks:
+        for site in block.sites if at_reader else ():
+            hooks.enter_context(_watched(layer, model, site, at_reader, evidence, hidden[0].shape[1]))
+        for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
+            y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
+            check_finite(y_BTD, block, number)
+            for kind in at_block:
+                seen = evidence[kind]
+                seen.update({name: e.update(x_BTD, y_BTD) for name, e in seen.items()})
+            output[number] = y_BTD
+    return evidence
+
+
+def _watched(
+    layer: nn.Module, model: Model, site: Site, kinds: Sequence[type], evidence: dict[type, dict], length: int
+) -> Any:
+    """A hook on the site's reader that updates its evidence with the reader's input; removed on exit."""
+
+    def update(_reader: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].view(-1, length, args[0].shape[-1])  # OPT flattens windows in front of its FFN
+        for kind in kinds:
+            evidence[kind][site.name] = evidence[kind][site.name].update(x)
+
+    reader = layer.get_submodule(site_parts(model.family, site)[1])
+    return reader.register_forward_pre_hook(update)
+
+
+def _fingerprint(layer: nn.Module) -> tuple:
+    """Changes when a parameter is replaced, resized or written to in place."""
+    return tuple((name, id(p), p._version, tuple(p.shape)) for name, p in layer.named_parameters())

@@ -17,6 +17,7 @@ from pruneexp.types import (
     Compensator,
     Criterion,
     Plan,
+    RemovalPath,
     RunError,
     Score,
     Search,
@@ -98,11 +99,13 @@ def _all_at_once(work: _Pruning) -> Plan:
     kept_evidence: dict[str, Any] = {}
     with work.clock("calibrate"):
         for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True):
-            work.scores.update(_checked(criterion(visit.block, visit.of(criterion.evidence))))
+            scores = _checked(criterion(visit.block, visit.of(criterion.evidence)))
+            work.scores.update(_without_readers(scores) if work.model.streamed else scores)
             kept_evidence.update(visit.of(dense_kind))
             sites.extend(visit.block.sites)
     with work.clock("search"):
         plan = _searched(work, sites)
+    work.scores = _without_readers(work.scores)
     with work.clock("shrink"):
         if _by_site(compensator):
             _site_by_site(work, lambda visit: plan, ())
@@ -168,7 +171,7 @@ class _Decided:
         """Scores and decides the visited layer."""
         work, sites = self.work, visit.block.sites
         scores = _checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
-        work.scores.update(scores)
+        work.scores.update(_without_readers(scores))
         budget = _budget(work, sites, [visit.index])
         budget = replace(budget, added=budget.added + self.carry, layers=len(work.model.layers))
         layer_plan = work.method.search(scores, sites, budget, None, work.rng)
@@ -248,6 +251,11 @@ def _readers(
             found = evidence.get(site.name)
             readers[site.name] = work.method.compensator(weights.reader, weights.reader_bias, found, keep_C)
     return readers
+
+
+def _without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """Removal paths without what only probes need: weights and covariances of whole blocks."""
+    return {n: replace(score, readers={}) if isinstance(score, RemovalPath) else score for n, score in scores.items()}
 
 
 def _distinct(*kinds: type | None) -> tuple[type, ...]:

@@ -148,3 +148,39 @@ def test_kinds_of_the_criterion_are_seen_on_the_pruned_stream(tiny, tokens_NT):
     model = tiny("llama")
     for visit, site, _ in walk_sites(model, tokens_NT, Raw, (Moments,), Meter(), "test"):
         assert visit.of(Moments)[site.name].n == tokens_NT.numel()
+
+
+def test_no_readers_are_held_once_the_search_is_over(tiny, tokens_NT):
+    method = Method(
+        Obs(1e-3, 1, 8, "none", False), OneShot(0.3, "decoder"), Uniform(1, BOTH), LeastSquares(1e-3, "dense", True)
+    )
+    pruned = prune(tiny("llama"), tokens_NT, method, 0.3)
+    assert all(not score.readers for score in pruned.scores.values())
+
+
+def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
+    plans, logits = [], []
+    for stream in (False, True):
+        model = tiny("llama", stream=stream)
+        method = Method(
+            Obs(1e-3, 1, 8, "none", False), OneShot(0.3, "decoder"), Uniform(1, BOTH), LeastSquares(1e-3, "dense", True)
+        )
+        readers = []
+
+        def keep(index, model=model, readers=readers):
+            readers.extend(p.detach().clone() for n, p in model.layers[index].named_parameters() if "_proj" in n)
+
+        pruned = prune_(
+            model,
+            tokens_NT,
+            method,
+            0.3,
+            meter=Meter(),
+            rng=torch.Generator().manual_seed(0),
+            shrunk=keep,
+            clock=lambda stage: nullcontext(),
+        )
+        plans.append(pruned.plan.to_json())
+        logits.append(readers)
+    assert plans[0] == plans[1]
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))

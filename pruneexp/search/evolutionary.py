@@ -18,6 +18,7 @@ from pruneexp.types import Budget, ConfigError, Oracle, Plan, RemovalPath, RunEr
 
 log = logging.getLogger(__name__)
 
+_SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
 _HEAD_SHARES = (0.0, 0.5, 1.0, 1.5)  # of the uniform share: heads that leave, in the structures to start from
 
@@ -39,8 +40,9 @@ class Evolutionary:
        many, together with the parent, which the best one replaces. At most `steps` generations (null: what `effort`
        pays for).
 
-    `tokens` is the share of the calibration windows that decides between structures in 1 and 2 and in the last
-    turn of 3. Losses that are not finite are skipped and counted.
+    `tokens` is the share of the calibration windows that decides between structures in 1 and 2 (less of them where the
+    effort would not pay for two rounds of 2) and in the last turn of 3. Losses that are not finite are skipped and
+    counted.
 
     Raises:
         RunError: no loss is finite.
@@ -173,9 +175,11 @@ class _Work:
         distance = self.method.distance
         for _ in range(self.method.rounds):
             around = self._around(levels, distance)
-            if self.left < self.price(1 + len(around) + _STEPS, self.method.tokens):
+            structures = 1 + len(around) + _STEPS
+            share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / (2 * structures))
+            if self.left < self.price(structures, share):
                 break
-            found = self._step(levels, around)
+            found = self._step(levels, around, share)
             if found == levels:
                 distance /= 2
             levels = found
@@ -190,9 +194,9 @@ class _Work:
             around += [(site.name, level) for level in sorted(beside - {levels[site.name]})]
         return around
 
-    def _step(self, levels: Levels, around: list[tuple[str, int]]) -> Levels:
+    def _step(self, levels: Levels, around: list[tuple[str, int]], share: float) -> Levels:
         population = [levels, *({**levels, name: level} for name, level in around)]
-        losses = self.losses(population, self.drawn(self.method.tokens))
+        losses = self.losses(population, self.drawn(share))
         if not losses[0].isfinite():
             return levels
         points: dict[str, dict[int, float]] = {name: {} for name in levels}
@@ -204,7 +208,7 @@ class _Work:
         heads = {site.name for site in self.structures.dear}
         spared = self._allotted(levels, {name: {} if name in heads else own for name, own in points.items()})
         steps = _distinct([levels, full, self.structures.balanced(half), spared])
-        return steps[int(self.losses(steps, self.drawn(self.method.tokens)).argmin())]
+        return steps[int(self.losses(steps, self.drawn(share)).argmin())]
 
     def _allotted(self, levels: Levels, points: dict[str, dict[int, float]]) -> Levels:
         curves = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter, Probe, Visit, walk
+from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
 from pruneexp.model import Model, layer_structure
 from pruneexp.surgery import remove_blocks_, shrink_layer_
 from pruneexp.types import (
@@ -17,6 +17,7 @@ from pruneexp.types import (
     Compensator,
     Criterion,
     Plan,
+    RemovalPath,
     RunError,
     Score,
     Search,
@@ -101,18 +102,23 @@ def _all_at_once(work: _Pruning) -> Plan:
     kept_evidence: dict[str, Any] = {}
     with work.clock("calibrate"):
         for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True, whole=whole):
-            work.scores.update(_checked(criterion(visit.block, visit.of(criterion.evidence))))
+            scores = _checked(criterion(visit.block, visit.of(criterion.evidence)))
+            work.scores.update(_without_readers(scores) if work.model.streamed else scores)
             kept_evidence.update(visit.of(dense_kind))
             sites.extend(visit.block.sites)
     with work.clock("search"):
         plan = _searched(work, sites)
+    work.scores = _without_readers(work.scores)
     if whole:
         return _remove_blocks(work, plan)
     with work.clock("shrink"):
-        kinds = _distinct(compensator.evidence if compensator.sequential else None)
-        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
-            evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
-            _shrink(work, visit, plan, evidence)
+        if _by_site(compensator):
+            _site_by_site(work, lambda visit: plan, ())
+        else:
+            kinds = _distinct(compensator.evidence if compensator.sequential else None)
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
+                evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
+                _shrink(work, visit, plan, evidence)
     return plan
 
 
@@ -130,6 +136,26 @@ def _remove_blocks(work: _Pruning, plan: Plan) -> Plan:
     return plan
 
 
+def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type]) -> None:
+    """Each sublayer is compensated and shrunk on what the pruned sublayers before it produce."""
+    wanted = work.method.compensator.evidence
+    assert wanted is not None
+    if work.tokens_NT is None:
+        raise RunError("compensator.target='dense': expected calibration windows")
+    plan = Plan({})
+    for visit, site, evidence in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink"):
+        sites = visit.block.sites
+        plan = decide(visit) if site is sites[0] else plan
+        alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
+        shrink_layer_(work.model, visit.index, alone, _readers(work, visit, [site], plan, {site.name: evidence}))
+        if site is sites[-1]:
+            work.shrunk(visit.index)
+
+
+def _by_site(compensator: Compensator) -> bool:
+    return compensator.sequential and getattr(compensator.evidence, "source", "") == "wanted"
+
+
 def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
     """Each layer is scored, searched and shrunk on what the pruned layers before it produce."""
     criterion, compensator = work.method.criterion, work.method.compensator
@@ -138,26 +164,49 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
         with work.clock("calibrate"):
             for visit in walk(work.model, work.tokens_NT, (compensator.evidence,), work.meter, "dense", read_only=True):
                 dense.update(visit.of(compensator.evidence))
-    kinds = _distinct(criterion.evidence, compensator.evidence if compensator.sequential else None)
-    plan, carry = Plan({}), 0.0
+    by_site = _by_site(compensator)
+    kinds = _distinct(criterion.evidence, compensator.evidence if compensator.sequential and not by_site else None)
+    decided = _Decided(work)
     with work.clock("calibrate"):
-        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):
-            scores = _checked(criterion(visit.block, visit.of(criterion.evidence)))
-            work.scores.update(scores)
-            budget = replace(_budget(work, visit.block.sites, [visit.index]), layers=len(work.model.layers))
-            layer_plan, carry = _asked(work, scores, visit.block.sites, replace(budget, added=carry), None)
-            plan = plan.merged(Plan(layer_plan.sites))
-            evidence = visit.of(compensator.evidence) if compensator.sequential else dense
-            _shrink(work, visit, plan, evidence)
-    return plan
+        if by_site:
+            _site_by_site(work, decided.at, kinds)
+        else:
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):
+                plan = decided.at(visit)
+                evidence = visit.of(compensator.evidence) if compensator.sequential else dense
+                _shrink(work, visit, plan, evidence)
+    return decided.plan
+
+
+@dataclass
+class _Decided:
+    """The layers decided so far, and the parameters that they left over or took too much."""
+
+    work: _Pruning
+    plan: Plan = field(default_factory=lambda: Plan({}))
+    carry: float = 0.0
+
+    def at(self, visit: Visit) -> Plan:
+        """Scores and decides the visited layer."""
+        work, sites = self.work, visit.block.sites
+        scores = _checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
+        work.scores.update(_without_readers(scores))
+        budget = replace(_budget(work, sites, [visit.index]), layers=len(work.model.layers))
+        layer_plan, self.carry = _asked(work, scores, sites, replace(budget, added=self.carry), None)
+        self.plan = self.plan.merged(Plan(layer_plan.sites))
+        return self.plan
 
 
 def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
     """The plan of a search over all layers, which may probe the model where it is held in memory."""
     oracle = None
     if work.tokens_NT is not None and not work.model.streamed:
-        oracle = Probe(work.model, work.tokens_NT, work.meter)
-    return _asked(work, work.scores, sites, _budget(work, sites, range(len(work.model.layers))), oracle)[0]
+        oracle = Probe(work.model, work.tokens_NT, work.meter, getattr(work.method.search, "effort", None))
+    try:
+        return _asked(work, work.scores, sites, _budget(work, sites, range(len(work.model.layers))), oracle)[0]
+    finally:
+        if oracle is not None:
+            oracle.close()
 
 
 def _asked(
@@ -166,17 +215,26 @@ def _asked(
     """The search's plan, and the parameters that it falls short of the budget (below 0: removed too many).
 
     New biases are paid for by removing more. Sites that stay whole get none, so that a search which spends nothing is
-    asked again once it is known which sites those are; where its answers go round in circles, the nearest counts.
+    asked again once it is known which sites those are; where its answers go round in circles, the nearest counts. One
+    that probes is too dear to ask again: it may offer to rebalance its plan instead.
     """
+    search = work.method.search
     answers: list[tuple[Plan, float]] = []
     added = _biases_added(work, sites)
+    plan: Plan | None = None
     for _ in range(4):
         asked = replace(budget, added=budget.added + added)
-        plan = work.method.search(scores, sites, asked, oracle, work.rng)
+        rebalanced = getattr(search, "rebalanced", None)
+        if plan is None or oracle is None or not oracle.passes:
+            plan = search(scores, sites, asked, oracle, work.rng)
+        elif rebalanced is not None:
+            plan = rebalanced(plan, scores, sites, asked)
+        assert plan is not None
         needed = _biases_added(work, [site for site in sites if plan.removed(site)])
         removed = sum(plan.removed(site) * site.cost.params for site in sites)
         answers.append((plan, replace(budget, added=budget.added + needed).remove - removed))
-        if needed == added or work.ratio == 0 or (oracle is not None and oracle.passes):
+        probed = oracle is not None and oracle.passes > 0
+        if needed == added or work.ratio == 0 or (probed and (rebalanced is None or len(answers) > 1)):
             return answers[-1]
         added = needed
     return min(answers, key=lambda answer: abs(answer[1]))
@@ -208,15 +266,27 @@ def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:
 
 def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
     """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
+    shrink_layer_(work.model, visit.index, plan, _readers(work, visit, visit.block.sites, plan, evidence))
+    work.shrunk(visit.index)
+
+
+def _readers(
+    work: _Pruning, visit: Visit, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Compensated readers of the sites that lose units."""
     readers = {}
-    for site in visit.block.sites:
+    for site in sites:
         if plan.removed(site):
             weights = visit.block.weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
             readers[site.name] = work.method.compensator(weights.reader, weights.reader_bias, found, keep_C)
-    shrink_layer_(work.model, visit.index, plan, readers)
-    work.shrunk(visit.index)
+    return readers
+
+
+def _without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """Removal paths without what only probes need: weights and covariances of whole blocks."""
+    return {n: replace(score, readers={}) if isinstance(score, RemovalPath) else score for n, score in scores.items()}
 
 
 def _distinct(*wanted: Any) -> tuple[Any, ...]:

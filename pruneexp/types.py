@@ -211,6 +211,8 @@ class Evidence(Protocol):
 
     - "reader": `update(x_BTC)`, the reader's input, batch by batch
     - "writer": `update(x_BTD)`, what the site's writers read
+    - "wanted": `update(x_BTC, y_BTO)`, the reader's input in the partly pruned model, and the output with which the
+      hidden state behind it would be the dense model's (compensators that walk site by site)
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
     - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
     - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
@@ -266,7 +268,8 @@ class Oracle(Protocol):
 
 class Search(Protocol):
     """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity` (not
-    required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses."""
+    required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses,
+    and so needs the whole model in memory."""
 
     local: ClassVar[bool]
 

@@ -79,7 +79,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
 MISTAKES = [
     ("criterion=flapp", "criterion=flapp: expected one of block_influence, .*; did you mean criterion=flap?"),
     ("evaluator=[size,sise]", "evaluator=sise: expected one of .*; did you mean evaluator=size?"),
-    ("recipe=null", "recipe=null: expected one of flap, "),
+    ("recipe=null", "recipe=null: expected one of best, flap, "),
     ("search=null", "search=null: expected one of al_am, "),
     ("~search", "search is missing: expected one of al_am, "),
     ("hydra/launcher=joblibb", "hydra/launcher=joblibb: expected one of .*basic.* (is its plug-in installed?)"),

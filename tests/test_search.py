@@ -39,8 +39,7 @@ def kept(plan: Plan, kind: str) -> list[int]:
 
 EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH, 0, 0), Global(1, BOTH, "zscore"),
          Global(1, BOTH, "none"), Global(0, BOTH, "mean"), Global(1, BOTH, "per_parameter")]  # fmt: skip
-LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0), Uniform(0, ["channels"], 0, 0),
-         Uniform(2, ["heads"], 0, 0)]
+LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0), Uniform(0, ["channels"], 0, 0), Uniform(2, ["heads"], 0, 0)]
 
 
 @pytest.mark.parametrize("method", EVERY, ids=repr)

@@ -1,4 +1,4 @@
-"""The walk over a model's blocks that collects evidence, and loss probes of masked structures."""
+"""The walk over a model's blocks that collects evidence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.surgery import masked
 from pruneexp.types import Block, Candidate, Plan, RunError, Site, SitePlan
 
 
@@ -74,12 +73,12 @@ def walk(
                 block = look(index)
                 yield Visit(index, layer, block, ahead.of(block))
         return
-    hidden, calls = _enter_all(model, tokens_NT)
+    hidden, calls = enter_all(model, tokens_NT)
     for index in progress(range(total), stage, total, "blocks"):
         with model.loaded(index) as layer:
             block = look(index)
             output = hidden if read_only else [torch.empty(0)] * len(hidden)
-            evidence = _observe(model, layer, block, hidden, calls, kinds, output)
+            evidence = observe(model, layer, block, hidden, calls, kinds, output)
             meter.forward += 1 / total
             before = _fingerprint(layer)
             yield Visit(index, layer, block, evidence | ahead.of(block))
@@ -88,7 +87,7 @@ def walk(
                 raise AssertionError(f"{block.name} was changed during a read-only walk")
             if touched and index + 1 < total:
                 output = [torch.empty(0)] * len(hidden)
-                _observe(model, layer, block, hidden, calls, (), output)
+                observe(model, layer, block, hidden, calls, (), output)
                 meter.forward += 1 / total
             hidden = output
 
@@ -109,7 +108,11 @@ class _Ahead:
                 self.slopes[kind] = Slopes(model, tokens_NT, kind, meter)
             elif kind.source == "probe":
                 plans = [Plan({f"{model.layers_path}.{i}": SitePlan("block", 1, ())}) for i in range(len(model.layers))]
-                *without, whole = Probe(model, tokens_NT, meter).losses([Candidate(p) for p in (*plans, Plan({}))])
+                from pruneexp.calibrate.probe import Probe  # which walks, too
+
+                probe = Probe(model, tokens_NT, meter)
+                *without, whole = probe.losses([Candidate(p) for p in (*plans, Plan({}))])
+                probe.close()
                 self.losses[kind] = torch.stack(without), whole
 
     def of(self, block: Block) -> dict[Any, dict[str, Any]]:
@@ -122,7 +125,12 @@ class _Ahead:
         return found
 
 
-def _enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
+def check_finite(y_BTD: Tensor, block: Block, number: int) -> None:
+    if not torch.isfinite(y_BTD.sum(dtype=torch.float32)) and not torch.isfinite(y_BTD).all():
+        raise RunError(f"{block.name}: activations hold NaN or Inf (calibration batch {number})")
+
+
+def enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
     """Hidden states in front of the first block, batch by batch; the calls are shared by batches of one size."""
     hidden, calls, by_size = [], [], {}
     for batch in tokens_NT.split(model.batch_size):
@@ -133,7 +141,7 @@ def _enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list
 
 
 @torch.no_grad()
-def _observe(
+def observe(
     model: Model,
     layer: nn.Module,
     block: Block,
@@ -156,8 +164,7 @@ def _observe(
                     hooks.enter_context(_watched(module, site, wanted, evidence, hidden[0].shape[1]))
         for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
             y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
-            if not torch.isfinite(y_BTD.sum(dtype=torch.float32)) and not torch.isfinite(y_BTD).all():
-                raise RunError(f"{block.name}: activations hold NaN or Inf (calibration batch {number})")
+            check_finite(y_BTD, block, number)
             for kind in at_block:
                 seen = evidence[kind]
                 seen.update({name: e.update(x_BTD, y_BTD) for name, e in seen.items()})
@@ -179,30 +186,3 @@ def _watched(module: nn.Module, site: Site, kinds: Sequence[Any], evidence: dict
 def _fingerprint(layer: nn.Module) -> tuple:
     """Changes when a parameter is replaced, resized or written to in place."""
     return tuple((name, id(p), p._version, tuple(p.shape)) for name, p in layer.named_parameters())
-
-
-class Probe:
-    """The oracle lent to searches: calibration losses of candidate structures, by masking the model in place.
-
-    `passes` counts plain passes over the calibration windows spent so far.
-    """
-
-    def __init__(self, model: Model, tokens_NT: Tensor, meter: Meter):
-        self.model, self.tokens_NT, self.meter = model, tokens_NT, meter
-        self.passes = 0.0
-
-    @property
-    def batches(self) -> int:
-        """How many batches `losses(batch=...)` can choose from."""
-        return -(-len(self.tokens_NT) // self.model.batch_size)
-
-    def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-        """Mean next-token loss in nats of each candidate, float64 [len(candidates)]."""
-        tokens = self.tokens_NT if batch is None else self.tokens_NT.split(self.model.batch_size)[batch]
-        losses = []
-        for candidate in candidates:
-            with masked(self.model, candidate.plan, candidate.readers):
-                losses.append(self.model.token_losses(tokens, self.model.batch_size).mean())
-            self.passes += len(tokens) / len(self.tokens_NT)
-            self.meter.forward += len(tokens) / len(self.tokens_NT)
-        return torch.stack(losses)

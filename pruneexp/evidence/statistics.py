@@ -1,7 +1,7 @@
 """What calibration collects at a reader's input.
 
-Every evidence here has source "reader": `update(x_BTC)` receives the input of the site's reader (o_proj, down_proj,
-fc2), batch by batch. All are immutable: `update` and `merge` return new values.
+`update(x_BTC)` receives the input of the site's reader (o_proj, down_proj, fc2), batch by batch; that of
+`WantedOutput` beside it what the reader should give. All are immutable: `update` and `merge` return new values.
 """
 
 from __future__ import annotations
@@ -182,6 +182,50 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class WantedOutput:
+    """A reader's input beside the output that is wanted of it: sums, centred when they are read.
+
+    `update(x_BTC, y_BTO)`: y is what the reader would have to give for the hidden state behind it to be the dense
+    model's, x what the layers before give it as they are. inputs is the Gram of x; cross_CO = sum_t x_t y_t^T and
+    wanted_O = sum_t y_t, float64.
+    """
+
+    source: ClassVar[str] = "wanted"
+
+    inputs: Gram
+    wanted_O: Tensor
+    cross_CO: Tensor
+
+    @classmethod
+    def empty(cls, site: Site) -> WantedOutput:
+        return cls(Gram.empty(site), torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64))
+
+    def update(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
+        x_NC, y_NO = x_BTC.detach().flatten(0, -2).double(), y_BTO.detach().flatten(0, -2).double()
+        return self.merge(WantedOutput(Gram(0, *_nothing(x_NC)).update(x_BTC), y_NO.sum(0), x_NC.T @ y_NO))
+
+    def merge(self, other: WantedOutput) -> WantedOutput:
+        if self.inputs.n == 0:
+            return other
+        if other.inputs.n == 0:
+            return self
+        device = other.wanted_O.device
+        wanted_O, cross_CO = self.wanted_O.to(device) + other.wanted_O, self.cross_CO.to(device) + other.cross_CO
+        return WantedOutput(self.inputs.merge(other.inputs), wanted_O, cross_CO)
+
+    @property
+    def wanted_mean_O(self) -> Tensor:
+        _require_tokens(self.inputs.n, 1)
+        return self.wanted_O / self.inputs.n
+
+    @property
+    def covariance_CO(self) -> Tensor:
+        """Of x with y, unbiased. Raises RunError for fewer than two tokens."""
+        _require_tokens(self.inputs.n, 2)
+        return torch.addr(self.cross_CO, self.inputs.sum_C, self.wanted_mean_O, alpha=-1) / (self.inputs.n - 1)
+
+
+@dataclass(frozen=True)
 class RunningFluctuation:
     """The estimators of FLAP's released code (`BiasGPT`, commit 3bb57db), operation by operation, in float32.
 
@@ -225,6 +269,11 @@ class RunningFluctuation:
             "RunningFluctuation depends on the order of the sequences and cannot be merged: collect it in one pass, "
             "or use criterion=flap, whose moments can"
         )
+
+
+def _nothing(x_NC: Tensor) -> tuple[Tensor, Tensor]:
+    c = x_NC.shape[1]
+    return x_NC.new_zeros(c, dtype=torch.float64), x_NC.new_zeros(c, c, dtype=torch.float64)
 
 
 def _require_tokens(n: int, least: int) -> None:

@@ -157,13 +157,15 @@ class Model:
         batches = tokens_NT.split(batch_size)
         if not self.streamed:
             shown = progress(batches, stage, len(batches), "batches")
-            return torch.cat([_losses(self.module(b.to(self.device), use_cache=False).logits, b) for b in shown])
+            return torch.cat(
+                [next_token_losses(self.module(b.to(self.device), use_cache=False).logits, b) for b in shown]
+            )
         entered = [self.enter(b) for b in batches]
         hidden, calls = [h for h, _ in entered], [c for _, c in entered]
         for index in progress(range(len(self.layers)), stage, len(self.layers), "blocks"):
             with self.loaded(index) as layer:
                 hidden = [self.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
-        return torch.cat([_losses(self.leave(b, h), b) for h, b in zip(hidden, batches, strict=True)])
+        return torch.cat([next_token_losses(self.leave(b, h), b) for h, b in zip(hidden, batches, strict=True)])
 
     @torch.no_grad()
     def broken_layer(self, tokens_BT: Tensor) -> str | None:
@@ -233,7 +235,8 @@ def load_into_(
             setattr(owner, leaf, loaded)
 
 
-def _losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+def next_token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Nats of every predicted token, float64 [B, T-1] on the CPU."""
     targets = tokens_BT[:, 1:].to(logits_BTV.device)
     logits = logits_BTV[:, :-1].flatten(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -2,6 +2,7 @@
 
 from pruneexp.search.budgeted import Global, Uniform
 from pruneexp.search.common import layer_budgets
+from pruneexp.search.evolutionary import Evolutionary
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.policy import PolicyGradient
@@ -10,6 +11,7 @@ __all__ = [
     "AlAm",
     "AlAmOfficial",
     "AlMm",
+    "Evolutionary",
     "Global",
     "Greedy",
     "PolicyGradient",

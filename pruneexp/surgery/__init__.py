@@ -1,6 +1,6 @@
 """The only code that changes models: masking for a while, shrinking for good, saving and proving what was saved."""
 
-from pruneexp.surgery.mask import masked
+from pruneexp.surgery.mask import masked, masked_layer
 from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
 from pruneexp.surgery.save import Form, StreamedSave, save, save_form
 from pruneexp.surgery.shrink import remove_blocks_, shrink_, shrink_layer_
@@ -10,6 +10,7 @@ __all__ = [
     "Form",
     "StreamedSave",
     "masked",
+    "masked_layer",
     "prove_in_place",
     "prove_in_process",
     "remove_blocks_",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,25 +23,32 @@ def masked(model: Model, plan: Plan, readers: Readers | None = None) -> Iterator
     Where `readers` names a site, its reader is replaced by that weight and bias on the kept channels (a compensated
     candidate). No weight is copied or written; on exit the model is as before.
     """
-    readers = readers or {}
+    with ExitStack() as layers:
+        for index in range(len(model.layers)):
+            layers.enter_context(masked_layer(model, index, plan, readers))
+        yield model
+
+
+@contextmanager
+def masked_layer(model: Model, index: int, plan: Plan, readers: Readers | None = None) -> Iterator[nn.Module]:
+    """`masked` for decoder layer `index` alone."""
+    layer, readers = model.layers[index], readers or {}
     handles: list[Any] = []
     silenced: list[nn.Module] = []
+    name = f"{model.layers_path}.{index}"
     try:
-        for index, layer in enumerate(model.layers):
-            name = f"{model.layers_path}.{index}"
-            if name in plan.sites and not plan.sites[name].kept:
-                layer.forward = _skip(model)
-                silenced.append(layer)
-                continue
-            for site in model.layer_sites(index):
-                if plan.removed(site) or site.name in readers:
-                    reader = layer.get_submodule(site_parts(model.family, site)[1])
-                    if site.name in readers:
-                        reader.forward = _replacement(site, plan, *readers[site.name], device=model.device)
-                        silenced.append(reader)
-                    else:
-                        handles.append(reader.register_forward_pre_hook(_zeroing(site, plan, model.device)))
-        yield model
+        if name in plan.sites and not plan.sites[name].kept:
+            layer.forward = _skip(model)
+            silenced.append(layer)
+        for site in () if silenced else model.layer_sites(index):
+            if site.name in readers:
+                reader = layer.get_submodule(site_parts(model.family, site)[1])
+                reader.forward = _replacement(site, plan, *readers[site.name], device=model.device)
+                silenced.append(reader)
+            elif plan.removed(site):
+                reader = layer.get_submodule(site_parts(model.family, site)[1])
+                handles.append(reader.register_forward_pre_hook(_zeroing(site, plan, model.device)))
+        yield layer
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""The reader's weight and bias after units are gone: what the removed channels gave, given by what stays."""
+"""Compensators that need no more than means: none at all, and FLAP's bias."""
 
 from __future__ import annotations
 

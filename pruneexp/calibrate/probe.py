@@ -1,0 +1,97 @@
+"""Loss probes of masked structures: the oracle that searches are lent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.calibrate.walk import Meter
+from pruneexp.model import Call, Model, next_token_losses
+from pruneexp.progress import progress
+from pruneexp.surgery import masked_layer
+from pruneexp.types import Candidate
+
+
+class Probe:
+    """The oracle lent to searches: calibration losses of candidate structures, by masking the model in place.
+
+    Candidates that begin alike share the layers they have in common: each layer is run once for all candidates that
+    are the same up to it, batch by batch. `passes` counts what was run so far, in plain passes of all decoder layers
+    over the calibration windows; `effort` is how many there will be, for a progress bar (until `close`).
+    """
+
+    def __init__(self, model: Model, tokens_NT: Tensor, meter: Meter, effort: float | None = None):
+        self.model, self.tokens_NT, self.meter, self.effort = model, tokens_NT, meter, effort
+        self.passes, self._shown = 0.0, 0
+        self._bar = iter(progress(range(100), "search", 100, "%"))
+
+    def close(self) -> None:
+        """Takes the progress bar away."""
+        self.effort, self._bar = None, iter(())
+
+    @property
+    def batches(self) -> int:
+        """How many batches `losses(batch=...)` can choose from."""
+        return -(-len(self.tokens_NT) // self.model.batch_size)
+
+    @torch.no_grad()
+    def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
+        """Mean next-token loss in nats of each candidate, float64 [len(candidates)]."""
+        batches = self.tokens_NT.split(self.model.batch_size)
+        layers = [self._layer_keys(candidate) for candidate in candidates]
+        sums, windows = torch.zeros(len(candidates), dtype=torch.float64), 0
+        for tokens_BT in batches if batch is None else batches[batch : batch + 1]:
+            hidden, calls = self.model.enter(tokens_BT)
+            self._descend(0, hidden, list(range(len(candidates))), candidates, layers, calls, tokens_BT, sums)
+            windows += len(tokens_BT)
+            self._show()
+        return sums / windows
+
+    def _show(self) -> None:
+        while self.effort and self._shown < min(99, 100 * self.passes / self.effort):
+            self._shown += 1
+            next(self._bar, None)
+
+    def _descend(
+        self,
+        index: int,
+        hidden_BTD: Tensor,
+        alike: list[int],
+        candidates: Sequence[Candidate],
+        layers: list[list[Any]],
+        calls: list[Call],
+        tokens_BT: Tensor,
+        sums: Tensor,
+    ) -> None:
+        """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
+        model = self.model
+        if index == len(model.layers):
+            sums[alike] += next_token_losses(model.leave(tokens_BT, hidden_BTD), tokens_BT).mean(1).sum()
+            return
+        variants: dict[Any, list[int]] = {}
+        for number in alike:
+            variants.setdefault(layers[number][index], []).append(number)
+        for same in variants.values():
+            first = candidates[same[0]]
+            with masked_layer(model, index, first.plan, first.readers) as layer:
+                output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
+            spent = len(tokens_BT) / len(self.tokens_NT) / len(model.layers)
+            self.passes += spent
+            self.meter.forward += spent
+            self._descend(index + 1, output_BTD, same, candidates, layers, calls, tokens_BT, sums)
+
+    def _layer_keys(self, candidate: Candidate) -> list[Any]:
+        """What tells a candidate's layers from another's: units kept, and the very tensors of its readers."""
+        keys: list[list[Any]] = [[] for _ in self.model.layers]
+        for index, own in enumerate(keys):
+            block = candidate.plan.sites.get(f"{self.model.layers_path}.{index}")
+            if block is not None and not block.kept:
+                own.append("removed")
+        for site in self.model.sites():
+            plan = candidate.plan.sites.get(site.name)
+            reader = candidate.readers.get(site.name)
+            keys[site.layer].append((plan and plan.kept, reader and (id(reader[0]), id(reader[1]))))
+        return [tuple(own) for own in keys]

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from pruneexp.compensator import LeastSquares
+from pruneexp.criterion import Obs
+from pruneexp.evidence import Gram
+from pruneexp.types import Block, ConfigError, RunError, Site, SiteWeights
+from tests.toy_sites import activations, block, layer_sites
+
+ATTENTION, MLP = layer_sites(0)
+BLOCK = block()
+
+
+def mixed(site: Site, seed: int = 0) -> torch.Tensor:
+    x, c = activations(site, 8, 64, seed), site.channels
+    mix = torch.randn(c, c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / c**0.5
+    return x @ (torch.eye(c, dtype=torch.float64) + mix)
+
+
+SEEN = {site.name: Gram.empty(site).update(mixed(site)) for site in (ATTENTION, MLP)}
+
+
+def lost(site: Site, reader: torch.Tensor, bias: torch.Tensor | None, keep_C: torch.Tensor) -> float:
+    """Squared error per token of a reader on the kept channels, measured on the data (unbiased, as a variance)."""
+    x = mixed(site).reshape(-1, site.channels)
+    weights = BLOCK.weights[site.name]
+    error = x @ weights.reader.T - (x[:, keep_C] @ reader.T + (0 if bias is None else bias))
+    return float(error.square().sum() / (len(x) - 1))
+
+
+@pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
+@pytest.mark.parametrize("step", [1, 7])
+def test_the_cost_is_the_increase_of_the_squared_error(site, step):
+    path = Obs(0.0, step, 8, "none", False)(BLOCK, SEEN)[site.name]
+    assert sorted(path.order_U.tolist()) == list(range(site.units))
+    assert (path.cost_U.diff() >= -1e-9).all()
+    for removed in range(1, site.units + 1):
+        keep_C = site.keep_C(sorted(path.order_U[removed:].tolist()))
+        weight, bias = LeastSquares(0.0, "pruned", True)(BLOCK.weights[site.name].reader, None, SEEN[site.name], keep_C)
+        assert lost(site, weight, bias, keep_C) == pytest.approx(float(path.cost_U[removed - 1]), rel=1e-6)
+        torch.testing.assert_close(path.readers[removed], (weight, bias))
+
+
+@pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
+def test_each_step_takes_the_unit_whose_removal_costs_least(site):
+    path = Obs(0.0, 1, 8, "none", False)(BLOCK, SEEN)[site.name]
+    kept = list(range(site.units))
+    for removed in range(min(5, site.units - 1)):
+        costs = {}
+        for unit in kept:
+            keep_C = site.keep_C([u for u in kept if u != unit])
+            reader = LeastSquares(0.0, "pruned", True)(BLOCK.weights[site.name].reader, None, SEEN[site.name], keep_C)
+            costs[unit] = lost(site, *reader, keep_C)
+        assert int(path.order_U[removed]) == min(costs, key=costs.__getitem__)
+        kept.remove(int(path.order_U[removed]))
+
+
+def test_it_is_the_closed_form_of_a_single_weight():
+    """w_j^T w_j / [(S + lambda I)^-1]_jj for the unit that leaves first."""
+    path = Obs(1e-2, 1, 8, "none", False)(BLOCK, SEEN)[MLP.name]
+    cov = SEEN[MLP.name].covariance_CC
+    inverse = torch.linalg.inv(cov + 1e-2 * cov.diagonal().mean() * torch.eye(MLP.channels, dtype=torch.float64))
+    cost = BLOCK.weights[MLP.name].reader.square().sum(0) / inverse.diagonal()
+    assert int(path.order_U[0]) == int(cost.argmin())
+    assert float(path.cost_U[0]) == pytest.approx(float(cost.min()))
+
+
+def test_output_scale_ends_at_one_and_changes_no_order():
+    plain = Obs(1e-9, 1, 8, "none", False)(BLOCK, SEEN)
+    relative = Obs(1e-9, 1, 8, "output", False)(BLOCK, SEEN)
+    for site in (ATTENTION, MLP):
+        assert torch.equal(plain[site.name].order_U, relative[site.name].order_U)
+        assert float(relative[site.name].cost_U[-1]) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_levels_are_evenly_spaced_and_any_other_is_answered():
+    readers = Obs(1e-3, 1, 8, "none", False)(BLOCK, SEEN)[MLP.name].readers
+    assert list(readers) == [5, 10, 15, 20, 25, 30, 35, 40] and len(readers) == 8
+    assert readers[7][0].shape == (24, 33) and readers[40][0].shape == (24, 0) and 41 not in readers
+    assert readers[0] == (BLOCK.weights[MLP.name].reader, None)
+    with pytest.raises(KeyError):
+        readers[41]
+
+
+def test_duplicated_and_constant_channels_leave_first_and_free():
+    x = mixed(MLP)
+    x[..., 11], x[..., 20] = 2 * x[..., 30], 5.0
+    seen = {**SEEN, MLP.name: Gram.empty(MLP).update(x)}
+    path = Obs(1e-9, 1, 8, "none", False)(BLOCK, seen)[MLP.name]
+    first = set(path.order_U[:2].tolist())
+    assert 20 in first and first & {11, 30}
+    assert float(path.cost_U[1]) < 1e-5 * float(path.cost_U[2])
+    with pytest.raises(RunError, match=r"^ridge=0\.0: the inputs' covariance is singular"):
+        Obs(0.0, 1, 8, "none", False)(BLOCK, seen)
+
+
+def test_a_thousand_channels_take_about_a_second():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 1024, generator=generator, dtype=torch.float64)
+    site = Site("wide", "mlp", 0, 1024, 1, MLP.cost)
+    reader = torch.randn(256, 1024, generator=generator)
+    wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, reader, None)})
+    gram = Gram.empty(site).update(x[None])
+    start = time.process_time()
+    Obs(1e-3, 4, 8, "none", False)(wide, {"wide": gram})
+    assert time.process_time() - start < 10  # about 0.6 s alone on one thread
+
+
+@pytest.mark.parametrize(("key", "settings"), [("step", (0.0, 0, 8)), ("levels", (0.0, 1, 0)), ("ridge", (-1.0, 1, 8))])
+def test_settings_that_cannot_be(key, settings):
+    with pytest.raises(ConfigError, match=f"^{key}="):
+        Obs(*settings, "none", False)

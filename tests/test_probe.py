@@ -1,0 +1,64 @@
+"""Calibration losses of candidates: shared beginnings are run once and change no number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pruneexp.calibrate import Meter, Probe
+from pruneexp.surgery import masked
+from pruneexp.types import Candidate, Plan, SitePlan
+from tests.conftest import FAMILIES
+
+
+def candidate(model, removed: dict[int, int], refit: int | None = None) -> Candidate:
+    """Site number -> units that leave it; site number `refit` gets a reader of its own."""
+    sites, readers = model.sites(), {}
+    plan = Plan.keep_all(sites)
+    for number, units in removed.items():
+        site = sites[number]
+        plan = plan.merged(Plan({site.name: SitePlan(site.kind, site.units, tuple(range(units, site.units)))}))
+    if refit is not None:
+        site, width = sites[refit], model.config.hidden_size
+        kept = site.width * len(plan.sites[site.name].kept)
+        generator = torch.Generator().manual_seed(refit)
+        weight = torch.randn(width, kept, generator=generator, dtype=model.dtype) / 10
+        readers[site.name] = weight, torch.ones(width, dtype=model.dtype)
+    return Candidate(plan, readers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_the_masked_model(family, tiny, tokens_NT):
+    model = tiny(family)
+    probe = Probe(model, tokens_NT, Meter())
+    candidates = [
+        candidate(model, {}),
+        candidate(model, {0: 1}),
+        candidate(model, {0: 1, 3: 20}),
+        candidate(model, {5: 7}, refit=5),
+        candidate(model, {5: 7}),
+    ]
+    for batch, tokens in ((None, tokens_NT), (0, tokens_NT[:4]), (2, tokens_NT[8:])):
+        losses = probe.losses(candidates, batch)
+        for each, loss in zip(candidates, losses, strict=True):
+            with masked(model, each.plan, each.readers):
+                assert loss == pytest.approx(float(model.token_losses(tokens, 4).mean()), rel=1e-12)
+    assert probe.batches == 3
+
+
+def test_what_is_shared_is_counted_once(tiny, tokens_NT):
+    model, meter = tiny("llama"), Meter()
+    probe = Probe(model, tokens_NT, meter)
+    probe.losses([candidate(model, {})])
+    assert probe.passes == meter.forward == pytest.approx(1)
+    probe.losses([candidate(model, {}), candidate(model, {5: 3}), candidate(model, {4: 1})], batch=2)
+    assert probe.passes == pytest.approx(1 + 0.2 * 5 / 3)  # two of ten windows; three variants of the third layer
+
+
+def test_a_removed_block_is_passed_over(tiny, tokens_NT):
+    model = tiny("llama")
+    name = f"{model.layers_path}.1"
+    gone = Candidate(Plan({name: SitePlan("block", 1, ())}))
+    with masked(model, gone.plan):
+        expected = float(model.token_losses(tokens_NT, 4).mean())
+    assert float(Probe(model, tokens_NT, Meter()).losses([candidate(model, {}), gone])[1]) == pytest.approx(expected)

@@ -1,0 +1,186 @@
+"""The walk that holds the dense model's hidden states beside the pruned one's."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from pruneexp.calibrate import Meter, walk_sites
+from pruneexp.compensator import LeastSquares
+from pruneexp.criterion import Obs, WandaSp
+from pruneexp.evidence import Moments
+from pruneexp.model.sites import site_parts
+from pruneexp.prune import Method, prune_
+from pruneexp.search import Evolutionary, Uniform
+from pruneexp.sparsity import OneShot
+from tests.conftest import FAMILIES
+
+BOTH = ["heads", "channels"]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Everything that was seen, as it was."""
+
+    source = "wanted"
+
+    x: tuple[Any, ...] = ()
+    y: tuple[Any, ...] = ()
+
+    @classmethod
+    def empty(cls, site):
+        return cls()
+
+    def update(self, x_BTC, y_BTO):
+        return Raw((*self.x, x_BTC), (*self.y, y_BTO))
+
+    def seen(self):
+        return torch.cat(self.x), torch.cat(self.y)
+
+
+def reader_of(model, visit, site):
+    return visit.layer.get_submodule(site_parts(model.family, site)[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untouched_model_wants_what_its_readers_give(family, tiny, tokens_NT):
+    model, meter, names = tiny(family), Meter(), []
+    for visit, site, raw in walk_sites(model, tokens_NT, Raw, (), meter, "test"):
+        x, y = raw.seen()
+        torch.testing.assert_close(y, reader_of(model, visit, site)(x), rtol=1e-9, atol=1e-9)
+        names.append(site.name)
+    assert names == [site.name for site in model.sites()]
+    assert meter.forward == pytest.approx(4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_that_gives_what_is_wanted_restores_the_dense_hidden_states(family, tiny, tokens_NT):
+    dense, model = tiny(family), tiny(family)
+    hidden, calls = dense.enter(tokens_NT[:4])
+    before = []  # dense hidden states behind each layer
+    for index, layer in enumerate(dense.layers):
+        hidden = dense.run_layer(layer, hidden, calls[index])
+        before.append(hidden)
+    for visit, site, raw in walk_sites(model, tokens_NT[:4], Raw, (), Meter(), "test"):
+        reader = reader_of(model, visit, site)
+        if visit.index == 0:
+            reader.weight.data.mul_(0.5)  # what leaves here is made up for in the next layer
+        elif visit.index == 1 and site.kind == "mlp":
+            _, wanted = raw.seen()
+            reader.forward = lambda x, wanted=wanted: wanted.view(*x.shape[:-1], -1)
+        elif visit.index == 2 and site.kind == "attention":
+            x, wanted = raw.seen()
+            torch.testing.assert_close(wanted, reader(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_targets_come_nearer_to_the_dense_model(family, tiny, tokens_NT):
+    errors = {}
+    for target in ("pruned", "dense"):
+        dense, model = tiny(family), tiny(family)
+        method = Method(
+            Obs(1e-3, 1, 8, "none", False),
+            OneShot(0.3, "decoder"),
+            Uniform(1, BOTH),
+            LeastSquares(1e-3, target, True),
+        )
+        prune(model, tokens_NT, method, 0.3)
+        errors[target] = float((last_hidden(model, tokens_NT) - last_hidden(dense, tokens_NT)).square().mean())
+    assert errors["dense"] < errors["pruned"]
+
+
+def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, tokens_NT):
+    """A criterion and a search that decide layer by layer, with a compensator that goes site by site."""
+    plans = {}
+    for target in ("pruned", "dense"):
+        model = tiny("llama")
+        method = Method(
+            WandaSp("sum", True), OneShot(0.3, "decoder"), Uniform(1, BOTH), LeastSquares(1e-3, target, True)
+        )
+        plans[target] = prune(model, tokens_NT, method, 0.3)
+    first = [site.name for site in plans["dense"].sites if site.layer == 0]
+    assert all(plans["dense"].plan.sites[name] == plans["pruned"].plan.sites[name] for name in first)
+    assert plans["dense"].plan.budget["removed_params"] == plans["pruned"].plan.budget["removed_params"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(family, ratio, tiny, tokens_NT):
+    model, meter = tiny(family), Meter()
+    search = Evolutionary(1, BOTH, 12.0, 0.34, 2, 0.2, 4, None)
+    before = model.decoder_params
+    method = Method(
+        Obs(1e-3, 1, 8, "none", False), OneShot(ratio, "decoder"), search, LeastSquares(1e-3, "dense", True)
+    )
+    pruned = prune(model, tokens_NT, method, ratio, meter)
+    cheapest = min(site.cost.params for site in pruned.sites)
+    norms = sum(plan.kept == () for plan in pruned.plan.sites.values())  # a sublayer that goes takes its norm along
+    assert norms == 0
+    assert abs(before - model.decoder_params - ratio * before) <= cheapest / 2
+    assert meter.forward <= 1 + 12 + 4
+
+
+def prune(model, tokens_NT, method, ratio, meter=None):
+    return prune_(
+        model,
+        tokens_NT,
+        method,
+        ratio,
+        meter=meter or Meter(),
+        rng=torch.Generator().manual_seed(0),
+        shrunk=lambda index: None,
+        clock=lambda stage: nullcontext(),
+    )
+
+
+def last_hidden(model, tokens_NT):
+    hidden, calls = model.enter(tokens_NT)
+    for index, layer in enumerate(model.layers):
+        hidden = model.run_layer(layer, hidden, calls[index])
+    return hidden
+
+
+def test_kinds_of_the_criterion_are_seen_on_the_pruned_stream(tiny, tokens_NT):
+    model = tiny("llama")
+    for visit, site, _ in walk_sites(model, tokens_NT, Raw, (Moments,), Meter(), "test"):
+        assert visit.of(Moments)[site.name].n == tokens_NT.numel()
+
+
+def test_no_readers_are_held_once_the_search_is_over(tiny, tokens_NT):
+    method = Method(
+        Obs(1e-3, 1, 8, "none", False), OneShot(0.3, "decoder"), Uniform(1, BOTH), LeastSquares(1e-3, "dense", True)
+    )
+    pruned = prune(tiny("llama"), tokens_NT, method, 0.3)
+    assert all(not score.readers for score in pruned.scores.values())
+
+
+def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
+    plans, logits = [], []
+    for stream in (False, True):
+        model = tiny("llama", stream=stream)
+        method = Method(
+            Obs(1e-3, 1, 8, "none", False), OneShot(0.3, "decoder"), Uniform(1, BOTH), LeastSquares(1e-3, "dense", True)
+        )
+        readers = []
+
+        def keep(index, model=model, readers=readers):
+            readers.extend(p.detach().clone() for n, p in model.layers[index].named_parameters() if "_proj" in n)
+
+        pruned = prune_(
+            model,
+            tokens_NT,
+            method,
+            0.3,
+            meter=Meter(),
+            rng=torch.Generator().manual_seed(0),
+            shrunk=keep,
+            clock=lambda stage: nullcontext(),
+        )
+        plans.append(pruned.plan.to_json())
+        logits.append(readers)
+    assert plans[0] == plans[1]
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))

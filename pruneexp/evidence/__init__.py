@@ -2,7 +2,7 @@
 
 from pruneexp.evidence.depth import BlockChange, LossWithout
 from pruneexp.evidence.gradients import Gradient, PerSampleGradient
-from pruneexp.evidence.statistics import AbsoluteMoments, Gram, InputMoments, Moments, RunningFluctuation
+from pruneexp.evidence.statistics import AbsoluteMoments, Gram, InputMoments, Moments, RunningFluctuation, WantedOutput
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "PerSampleGradient",
     "Perturbation",
     "RunningFluctuation",
+    "WantedOutput",
 ]

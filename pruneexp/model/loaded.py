@@ -104,7 +104,7 @@ class Model:
     def loaded(self, index: int) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights. Raises RunError where they are not finite (held ones are checked when
         they are loaded)."""
-        layer, prefix = self.layers[index], f"{self.layers_path}.{index}"
+        layer = self.layers[index]
         if self.checkpoint is not None:
             origin = f"{self.layers_path}.{self.origin[index]}."
             load_into_(layer, self.checkpoint, origin, self.device, self.dtype)

@@ -89,7 +89,7 @@ def test_the_default_config_is_the_main_job() -> None:
     composed = compose([])
     assert set(composed.config) == set(SECTIONS)
     assert composed.job["recipe"] == "flap" and composed.job["sweep"] is None and composed.job["overrides"] == []
-    assert set(composed.config["evaluator"]) == {"perplexity", "size"}
+    assert set(composed.config["evaluator"]) == {"perplexity", "size", "latency"}
     assert composed.config["sparsity"]["ratio"] == 0.2
     experiment = build(composed)
     assert experiment.run.prove == "process" and experiment.run.dir is None and experiment.seed == 0

@@ -197,7 +197,9 @@ def test_allotment_equalises_marginal_losses():
 
 
 def test_it_is_refused_where_layers_are_streamed(build_from):
-    with pytest.raises(ConfigError, match=r"^model\.stream=True: search=evolutionary measures losses"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.stream=True: search=evolutionary measures the loss of many structures"
+    ):
         build_from("recipe=best", "model.stream=true", "evaluator=[perplexity]")
 
 

@@ -85,7 +85,7 @@ def test_dense_targets_come_nearer_to_the_dense_model(family, tiny, tokens_NT):
         method = Method(
             Obs(1e-3, 1, 8, "none", False),
             OneShot(0.3, "decoder"),
-            Uniform(1, BOTH),
+            Uniform(1, BOTH, 0.0, 0.0),
             LeastSquares(1e-3, target, True),
         )
         prune(model, tokens_NT, method, 0.3)
@@ -99,7 +99,7 @@ def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, token
     for target in ("pruned", "dense"):
         model = tiny("llama")
         method = Method(
-            WandaSp("sum", True), OneShot(0.3, "decoder"), Uniform(1, BOTH), LeastSquares(1e-3, target, True)
+            WandaSp("sum", True), OneShot(0.3, "decoder"), Uniform(1, BOTH, 0.0, 0.0), LeastSquares(1e-3, target, True)
         )
         plans[target] = prune(model, tokens_NT, method, 0.3)
     first = [site.name for site in plans["dense"].sites if site.layer == 0]
@@ -152,7 +152,10 @@ def test_kinds_of_the_criterion_are_seen_on_the_pruned_stream(tiny, tokens_NT):
 
 def test_no_readers_are_held_once_the_search_is_over(tiny, tokens_NT):
     method = Method(
-        Obs(1e-3, 1, 8, "none", False), OneShot(0.3, "decoder"), Uniform(1, BOTH), LeastSquares(1e-3, "dense", True)
+        Obs(1e-3, 1, 8, "none", False),
+        OneShot(0.3, "decoder"),
+        Uniform(1, BOTH, 0.0, 0.0),
+        LeastSquares(1e-3, "dense", True),
     )
     pruned = prune(tiny("llama"), tokens_NT, method, 0.3)
     assert all(not score.readers for score in pruned.scores.values())
@@ -163,7 +166,10 @@ def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
     for stream in (False, True):
         model = tiny("llama", stream=stream)
         method = Method(
-            Obs(1e-3, 1, 8, "none", False), OneShot(0.3, "decoder"), Uniform(1, BOTH), LeastSquares(1e-3, "dense", True)
+            Obs(1e-3, 1, 8, "none", False),
+            OneShot(0.3, "decoder"),
+            Uniform(1, BOTH, 0.0, 0.0),
+            LeastSquares(1e-3, "dense", True),
         )
         readers = []
 

@@ -40,8 +40,11 @@ def _shape() -> dict[str, Any]:
 
 @contextmanager
 def waiting(stage: str) -> Iterator[None]:
-    """Says on stderr what is being done, once it has lasted `BAR_AFTER`: for work that cannot be counted."""
-    timer = threading.Timer(BAR_AFTER, lambda: print(f"{stage} ...", file=sys.stderr, flush=True))
+    """Says on stderr what is being done, for work that cannot be counted: once it has lasted as long as a bar waits, or
+    where stderr is a file or a pipe, as long as lines are apart."""
+    timer = threading.Timer(
+        BAR_AFTER if sys.stderr.isatty() else LINE_EVERY, lambda: print(f"{stage} ...", file=sys.stderr, flush=True)
+    )
     timer.daemon = True
     timer.start()
     try:

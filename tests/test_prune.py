@@ -32,7 +32,7 @@ from tests.conftest import FAMILIES
 
 FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
 NONE, BIAS, SEQUENTIAL_BIAS = NoCompensation(False), Bias(False), Bias(True)
-UNIFORM, GLOBAL = Uniform(1, ["heads", "channels"]), Global(1, ["heads", "channels"], "zscore")
+UNIFORM, GLOBAL = Uniform(1, ["heads", "channels"], 0.0, 0.0), Global(1, ["heads", "channels"], "zscore")
 
 
 def method(criterion: Any, search: Any, compensator: Any, ratio: float = 0.4, of: Any = "decoder") -> Method:
@@ -373,10 +373,15 @@ def mandatory(group: str, option: str) -> list[str]:
     return [f"{group}.{key}=3" for key, value in keys.items() if value == "???"]
 
 
+PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random"}
+PARTNERS |= {"block_influence": "search=blocks", "loss_drop": "search=blocks"}
+
+
 @cache
 def built(group: str, option: str) -> Experiment:
     typed = ["model=hf", "model.path=x", "dataset=tokens", "sparsity.ratio=0.3", "evaluator=[size]"]
-    return build(compose([*typed, f"{group}={option}", *mandatory(group, option)]))
+    partner = [PARTNERS[option]] if option in PARTNERS else []  # alone it would be refused, which is not asked here
+    return build(compose([*typed, f"{group}={option}", *partner, *mandatory(group, option)]))
 
 
 @pytest.mark.parametrize("compensator", choices(conf_folder() / "compensator"))
@@ -399,10 +404,11 @@ def test_every_combination_runs_or_is_refused_before_it_starts(
     one = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     pruned = prune(model, tokens_NT, one)
     assert torch.isfinite(model.token_losses(tokens_NT, 5)).all()
-    assert pruned.scores.keys() == {site.name for site in pruned.sites}
-    kinds = {site.kind for site in pruned.plan.sites.values()}
-    if "block" in kinds:
+    if any(site.kind == "block" for site in pruned.plan.sites.values()):
+        assert pruned.scores.keys() == {f"model.layers.{index}" for index in range(3)}
+        assert len(model.layers) < 3 and model.decoder_params < before
         return
+    assert pruned.scores.keys() == {site.name for site in pruned.sites}
     assert pruned.plan.sites.keys() == {site.name for site in pruned.sites}
     removed = sum(pruned.plan.removed(site) * site.cost.params for site in pruned.sites)
     assert removed > 0

@@ -83,12 +83,16 @@ def prune_(
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock)
+    budget = _budget(work, sites, range(len(model.layers)))
     if method.search.local and method.criterion.sequential and method.criterion.evidence is not None:
         plan = _layer_by_layer(work, sites)
     else:
         plan = _all_at_once(work)
-    removed = sum(plan.removed(site) * site.cost.params for site in (*sites, *blocks))
-    plan = replace(plan, budget={**plan.budget, "ratio": ratio, "of": method.sparsity.of, "removed_params": removed})
+    figures = {"ratio": ratio, "of": method.sparsity.of, f"total_{budget.counts}": budget.total}
+    for counted in {budget, replace(budget, counts="params")}:
+        removed = sum(plan.removed(site) * counted.price(site) for site in (*sites, *blocks))
+        figures[f"removed_{counted.counts}"] = removed
+    plan = replace(plan, budget={**plan.budget, **figures})
     return Pruned(plan, work.scores, sites)
 
 
@@ -220,7 +224,7 @@ def _asked(
     """
     search = work.method.search
     answers: list[tuple[Plan, float]] = []
-    added = _biases_added(work, sites)
+    added = budget.added_params(_biases_added(work, sites))
     plan: Plan | None = None
     for _ in range(4):
         asked = replace(budget, added=budget.added + added)
@@ -230,8 +234,8 @@ def _asked(
         elif rebalanced is not None:
             plan = rebalanced(plan, scores, sites, asked)
         assert plan is not None
-        needed = _biases_added(work, [site for site in sites if plan.removed(site)])
-        removed = sum(plan.removed(site) * site.cost.params for site in sites)
+        needed = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
+        removed = sum(plan.removed(site) * budget.price(site) for site in sites)
         answers.append((plan, replace(budget, added=budget.added + needed).remove - removed))
         probed = oracle is not None and oracle.passes > 0
         if needed == added or work.ratio == 0 or (probed and (rebalanced is None or len(answers) > 1)):
@@ -241,12 +245,15 @@ def _asked(
 
 
 def _budget(work: _Pruning, sites: Sequence[Site], layers: Sequence[int]) -> Budget:
-    """The share of these layers' parameters: all of them (of=decoder), or those that units hold (of=prunable)."""
-    if work.method.sparsity.of == "prunable":
-        total = sum(site.units * site.cost.params for site in sites)
-    else:
-        total = sum(p.numel() for index in layers for p in work.model.layers[index].parameters())
-    return Budget(work.ratio, total)
+    """The share of what these layers hold, counted as the sparsity says."""
+    sparsity, model = work.method.sparsity, work.model
+    counts: Any = {"decoder": "params", "prunable": "params"}.get(sparsity.of, sparsity.of)
+    budget = Budget(work.ratio, 0, 0, None, counts, sparsity.context, model.dtype.itemsize)
+    total = sum(site.units * budget.price(site) for site in sites)
+    if sparsity.of in ("decoder", "bytes"):  # norms and readers' biases too
+        params = sum(p.numel() for index in layers for p in model.layers[index].parameters())
+        total += budget.added_params(params - sum(site.units * site.cost.params for site in sites))
+    return replace(budget, total=total)
 
 
 def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,8 +42,9 @@ class Cost:
     """What leaves the model with one unit."""
 
     params: int  # parameters: the unit's writer rows (and their biases) and its reader columns
-    macs: int  # multiply-accumulates per token in those matrices (attention over the context is not counted)
+    macs: int  # multiply-accumulates per token in those matrices
     kv: int  # KV-cache elements per token
+    context_macs: int = 0  # multiply-accumulates of attention per token, for each token of context it looks at
 
 
 @dataclass(frozen=True)
@@ -146,19 +147,37 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a search is to remove from the sites it is given."""
+    """How much a search is to remove from the sites it is given, in what it `counts`."""
 
     ratio: float  # share to remove, in [0, 1)
-    total: int  # parameters that the ratio is a share of
+    total: int  # what the ratio is a share of
     added: float = (
         0  # to be removed on top: parameters that compensation adds (new biases), what layers before left over
     )
     layers: int | None = None  # decoder layers of the whole run, where the sites given are not all; None: they are
+    counts: Literal["params", "macs", "bytes", "kv_cache"] = "params"
+    context: int = 0  # tokens of context that macs and bytes are counted at
+    element_size: int = 1  # bytes of a weight, and of an entry of the KV cache
 
     @property
     def remove(self) -> float:
-        """Parameters to remove; 0 for a ratio of 0, whatever compensation would add."""
+        """What is to be removed; 0 for a ratio of 0, whatever compensation would add."""
         return self.ratio * self.total + self.added if self.ratio > 0 else 0.0
+
+    def price(self, site: Site) -> int:
+        """What leaves with one unit of `site`: parameters; multiply-accumulates per token, over `context` tokens; bytes
+        of weights and of the KV cache of `context` tokens; bytes of KV cache per token."""
+        cost = site.cost
+        return {
+            "params": cost.params,
+            "macs": cost.macs + self.context * cost.context_macs,
+            "bytes": self.element_size * (cost.params + self.context * cost.kv),
+            "kv_cache": self.element_size * cost.kv,
+        }[self.counts]
+
+    def added_params(self, count: int) -> int:
+        """What so many parameters without a unit (new biases) add."""
+        return {"params": count, "bytes": self.element_size * count}.get(self.counts, 0)
 
 
 @dataclass(frozen=True)
@@ -283,6 +302,7 @@ class Sparsity(Protocol):
 
     ratio: float
     of: str
+    context: int
 
     def rounds(self) -> tuple[float, ...]:
         """Cumulative share removed after each round; the last is `ratio`."""

@@ -283,9 +283,9 @@ def test_precision(
 
 # name, units, width, cost of one unit (written out: rows of the writers, columns of the reader, biases)
 ATTENTION_COST = {
-    "llama": Cost(params=(16 + 8 + 8) * D + D * 16, macs=48 * D, kv=2 * HEAD),
-    "opt": Cost(params=3 * (8 * D + 8) + D * 8, macs=32 * D, kv=2 * HEAD),
-    "bloom": Cost(params=3 * (8 * D + 8) + D * 8, macs=32 * D, kv=2 * HEAD),
+    "llama": Cost(params=(16 + 8 + 8) * D + D * 16, macs=48 * D, kv=2 * HEAD, context_macs=2 * 16),
+    "opt": Cost(params=3 * (8 * D + 8) + D * 8, macs=32 * D, kv=2 * HEAD, context_macs=2 * 8),
+    "bloom": Cost(params=3 * (8 * D + 8) + D * 8, macs=32 * D, kv=2 * HEAD, context_macs=2 * 8),
 }
 MLP_COST = {
     "llama": Cost(params=3 * D, macs=3 * D, kv=0),

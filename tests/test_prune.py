@@ -36,7 +36,7 @@ UNIFORM, GLOBAL = Uniform(1, ["heads", "channels"], 0.0, 0.0), Global(1, ["heads
 
 
 def method(criterion: Any, search: Any, compensator: Any, ratio: float = 0.4, of: Any = "decoder") -> Method:
-    return Method(criterion, OneShot(ratio, of), search, compensator)
+    return Method(criterion, OneShot(ratio, of, 0), search, compensator)
 
 
 def prune(

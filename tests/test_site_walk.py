@@ -84,7 +84,7 @@ def test_dense_targets_come_nearer_to_the_dense_model(family, tiny, tokens_NT):
         dense, model = tiny(family), tiny(family)
         method = Method(
             Obs(1e-3, 1, 8, "none", False),
-            OneShot(0.3, "decoder"),
+            OneShot(0.3, "decoder", 0),
             Uniform(1, BOTH, 0.0, 0.0),
             LeastSquares(1e-3, target, True),
         )
@@ -99,7 +99,10 @@ def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, token
     for target in ("pruned", "dense"):
         model = tiny("llama")
         method = Method(
-            WandaSp("sum", True), OneShot(0.3, "decoder"), Uniform(1, BOTH, 0.0, 0.0), LeastSquares(1e-3, target, True)
+            WandaSp("sum", True),
+            OneShot(0.3, "decoder", 0),
+            Uniform(1, BOTH, 0.0, 0.0),
+            LeastSquares(1e-3, target, True),
         )
         plans[target] = prune(model, tokens_NT, method, 0.3)
     first = [site.name for site in plans["dense"].sites if site.layer == 0]
@@ -114,7 +117,7 @@ def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(fami
     search = Evolutionary(1, BOTH, 12.0, 0.34, 2, 0.2, 4, None)
     before = model.decoder_params
     method = Method(
-        Obs(1e-3, 1, 8, "none", False), OneShot(ratio, "decoder"), search, LeastSquares(1e-3, "dense", True)
+        Obs(1e-3, 1, 8, "none", False), OneShot(ratio, "decoder", 0), search, LeastSquares(1e-3, "dense", True)
     )
     pruned = prune(model, tokens_NT, method, ratio, meter)
     cheapest = min(site.cost.params for site in pruned.sites)
@@ -153,7 +156,7 @@ def test_kinds_of_the_criterion_are_seen_on_the_pruned_stream(tiny, tokens_NT):
 def test_no_readers_are_held_once_the_search_is_over(tiny, tokens_NT):
     method = Method(
         Obs(1e-3, 1, 8, "none", False),
-        OneShot(0.3, "decoder"),
+        OneShot(0.3, "decoder", 0),
         Uniform(1, BOTH, 0.0, 0.0),
         LeastSquares(1e-3, "dense", True),
     )
@@ -167,7 +170,7 @@ def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
         model = tiny("llama", stream=stream)
         method = Method(
             Obs(1e-3, 1, 8, "none", False),
-            OneShot(0.3, "decoder"),
+            OneShot(0.3, "decoder", 0),
             Uniform(1, BOTH, 0.0, 0.0),
             LeastSquares(1e-3, "dense", True),
         )

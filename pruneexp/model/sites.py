@@ -48,11 +48,13 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
     if not isinstance(layer.get_submodule(family.attention), RemovedAttention):
         reader = _linear(layer, family.attention_reader)
         units = reader.in_features // (group * head_dim)
-        cost = _unit_cost(layer, family.attention_writers, reader, units, kv=2 * head_dim)
+        cost = _unit_cost(
+            layer, family.attention_writers, reader, units, kv=2 * head_dim, context_macs=2 * group * head_dim
+        )
         sites.append(Site(f"{prefix}.{family.attention}", "attention", index, units, group * head_dim, cost))
     down = _linear(layer, family.mlp_reader)
     if down.in_features:
-        cost = _unit_cost(layer, family.mlp_writers, down, down.in_features, kv=0)
+        cost = _unit_cost(layer, family.mlp_writers, down, down.in_features)
         sites.append(Site(f"{prefix}.{family.mlp}", "mlp", index, down.in_features, 1, cost))
     return tuple(sites)
 
@@ -85,8 +87,8 @@ def decoder_layer_block(
 def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site:
     """The whole decoder layer as a site of one unit; all its parameters leave with it."""
     sites = layer_sites(layer, index, family, config, prefix)
-    macs, kv = (sum(site.units * getattr(site.cost, what) for site in sites) for what in ("macs", "kv"))
-    return Site(prefix, "block", index, 1, 0, Cost(sum(p.numel() for p in layer.parameters()), macs, kv))
+    rest = (sum(site.units * getattr(site.cost, what) for site in sites) for what in ("macs", "kv", "context_macs"))
+    return Site(prefix, "block", index, 1, 0, Cost(sum(p.numel() for p in layer.parameters()), *rest))
 
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
@@ -108,11 +110,13 @@ def _role_rows(config: Any) -> dict[str, int]:
     return {"query": query_group(config) * head_dim, "key": head_dim, "value": head_dim}
 
 
-def _unit_cost(layer: nn.Module, writers: tuple[Writer, ...], reader: nn.Linear, units: int, kv: int) -> Cost:
+def _unit_cost(
+    layer: nn.Module, writers: tuple[Writer, ...], reader: nn.Linear, units: int, kv: int = 0, context_macs: int = 0
+) -> Cost:
     linears = [_linear(layer, w.path) for w in writers]
     macs = (sum(w.weight.numel() for w in linears) + reader.weight.numel()) // units
     biases = sum(w.bias.numel() for w in linears if w.bias is not None) // units
-    return Cost(params=macs + biases, macs=macs, kv=kv)
+    return Cost(params=macs + biases, macs=macs, kv=kv, context_macs=context_macs)
 
 
 def _site_weights(

@@ -15,7 +15,7 @@ from pruneexp.search.common import (
     in_order,
     layer_budgets,
     planned,
-    prunable_params,
+    prunable,
     raw,
     require,
     standardised,
@@ -72,7 +72,7 @@ class Uniform:
         free = self._unprotected(sites)
         values, chosen = raw(scores, sites), chosen_sites(free, self.granularity, budget)
         if chosen and _complete(sites, budget):
-            require(budget, removable(chosen, self.min_units))
+            require(budget, removable(chosen, self.min_units, budget))
         keep, over = {}, 0.0
         for layer, share in layer_budgets(budget, free).items():
             share = replace(share, added=share.added + over)
@@ -94,10 +94,10 @@ class Uniform:
 
     def _counts(self, sites: list[Site], budget: Budget) -> tuple[dict[str, int], float]:
         """How many units leave each site of a layer, and the parameters still to be removed."""
-        *dearer, cheapest = sorted(sites, key=lambda site: (-site.cost.params, site.name))
+        *dearer, cheapest = sorted(sites, key=lambda site: (-budget.price(site), site.name))
         # what a layer leaves over, rounding aside, no other layer would make up for
-        require(budget, removable(sites, self.min_units) + len(sites) * cheapest.cost.params)
-        share = budget.ratio * budget.total / prunable_params(sites)
+        require(budget, removable(sites, self.min_units, budget) + len(sites) * budget.price(cheapest))
+        share = budget.ratio * budget.total / prunable(sites, budget)
         counts, target = {site.name: 0 for site in sites}, budget.remove
 
         def remove(site: Site, more: int) -> None:
@@ -105,15 +105,15 @@ class Uniform:
             most = max(0, site.units - self.min_units)
             more = min(max(counts[site.name] + more, 0), most) - counts[site.name]
             counts[site.name] += more
-            target -= more * site.cost.params
+            target -= more * budget.price(site)
 
         for site in dearer:
             remove(site, _nearest(share * site.units))
-        remove(cheapest, _nearest(target / cheapest.cost.params))
+        remove(cheapest, _nearest(target / budget.price(cheapest)))
         for site in dearer:  # where the cheapest have run out, or the dearer took too much
-            if abs(target) > cheapest.cost.params / 2 + _PARAMS_EPSILON:
-                remove(site, math.ceil(abs(target) / site.cost.params) * (1 if target > 0 else -1))
-                remove(cheapest, _nearest(target / cheapest.cost.params))
+            if abs(target) > budget.price(cheapest) / 2 + _PARAMS_EPSILON:
+                remove(site, math.ceil(abs(target) / budget.price(site)) * (1 if target > 0 else -1))
+                remove(cheapest, _nearest(target / budget.price(cheapest)))
         return counts, target
 
 
@@ -141,11 +141,11 @@ class Global:
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
         chosen = chosen_sites(sites, self.granularity, budget)
-        require(budget, removable(chosen, self.min_units))
-        values = self._comparable(scores, sites)
+        require(budget, removable(chosen, self.min_units, budget))
+        values = self._comparable(scores, sites, budget)
         sizes = [site.units for site in chosen]
         score = torch.cat([values[site.name].double() for site in chosen])
-        cost = torch.cat([torch.full((site.units,), site.cost.params) for site in chosen])
+        cost = torch.cat([torch.full((site.units,), budget.price(site)) for site in chosen])
         free = torch.cat(
             [~_all_but_lowest(values[site.name], site.units - least_units(site, self.min_units)) for site in chosen]
         )
@@ -154,12 +154,12 @@ class Global:
         keep = {site.name: ~gone for site, gone in zip(chosen, leaves.split(sizes), strict=True)}
         return planned(keep, sites, budget)
 
-    def _comparable(self, scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def _comparable(self, scores: Scores, sites: Sequence[Site], budget: Budget) -> dict[str, Tensor]:
         if self.normalise == "zscore":
             return standardised(scores, sites)
         values = {name: value_U.double() for name, value_U in raw(scores, sites).items()}
         if self.normalise == "per_parameter":
-            return {site.name: values[site.name] / site.cost.params for site in sites}
+            return {site.name: values[site.name] / max(1, budget.price(site)) for site in sites}
         if self.normalise == "mean":
             return {name: value_U / value_U.mean().abs().clamp_min(1e-300) for name, value_U in values.items()}
         return values
@@ -202,6 +202,7 @@ def check_settings(min_units: int, granularity: Granularity) -> None:
 def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
     """The sites that may lose units. Raises ConfigError where there are none (one layer of several may have none)."""
     chosen = [site for site in in_order(sites) if site.kind in {KIND[name] for name in granularity}]
+    chosen = [site for site in chosen if budget.price(site)]  # FFN channels, say, fill no KV cache: they stay
     if not chosen and _complete(sites, budget):
         there = [name for name, kind in KIND.items() if any(site.kind == kind for site in sites)]
         raise ConfigError(f"search.granularity={list(granularity)!r}: expected some of {', '.join(there)}")
@@ -218,10 +219,10 @@ def least_units(site: Site, min_units: int) -> int:
     return 0 if site.kind == "block" else min_units
 
 
-def removable(sites: Sequence[Site], min_units: int, all_blocks: bool = True) -> int:
-    """Parameters that may leave at most. `all_blocks`: where sites are blocks, there are no others."""
-    most = sum(max(0, site.units - least_units(site, min_units)) * site.cost.params for site in sites)
-    blocks = [site.cost.params for site in sites if site.kind == "block"]
+def removable(sites: Sequence[Site], min_units: int, budget: Budget, all_blocks: bool = True) -> int:
+    """What may leave at most. `all_blocks`: where sites are blocks, there are no others."""
+    most = sum(max(0, site.units - least_units(site, min_units)) * budget.price(site) for site in sites)
+    blocks = [budget.price(site) for site in sites if site.kind == "block"]
     return most - max(blocks) if blocks and all_blocks else most
 
 

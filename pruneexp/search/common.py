@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -68,24 +69,29 @@ def _z(x: Tensor) -> Tensor:
     return (x - x.mean()) / spread if spread > 0 else torch.zeros_like(x)
 
 
-def prunable_params(sites: Sequence[Site]) -> int:
-    """Parameters that the sites' units hold."""
-    return sum(site.units * site.cost.params for site in sites)
+def prunable(sites: Sequence[Site], budget: Budget) -> int:
+    """What the sites' units hold, in what the budget counts."""
+    return sum(site.units * budget.price(site) for site in sites)
+
+
+def removed(plan: Plan, sites: Sequence[Site], budget: Budget) -> int:
+    """What leaves with a plan, in what the budget counts."""
+    return sum(plan.removed(site) * budget.price(site) for site in sites)
 
 
 def layer_budgets(budget: Budget, sites: Sequence[Site]) -> dict[int, Budget]:
-    """The share of each layer, in proportion to what its units hold; whole parameters, adding up to the budget's.
+    """The share of each layer, in proportion to what its units hold; in whole numbers, adding up to the budget's.
 
-    For a runner that decides layer by layer: what a layer left over (or took too much: its plan's target_params -
-    removed_params) goes into `added` of the next one's budget, which then meets the budget as a whole.
+    For a runner that decides layer by layer: what a layer left over (or took too much: its plan's target -
+    removed) goes into `added` of the next one's budget, which then meets the budget as a whole.
     """
-    layers, whole = by_layer(sites), max(1, prunable_params(sites))
+    layers, whole = by_layer(sites), max(1, prunable(sites, budget))
     shares, before = {}, 0
     for layer, own in layers.items():
-        after = before + prunable_params(own)
+        after = before + prunable(own, budget)
         total = budget.total * after // whole - budget.total * before // whole
         added = budget.added * (after - before) / whole
-        shares[layer] = Budget(budget.ratio, total, added, budget.layers or len(layers))
+        shares[layer] = replace(budget, total=total, added=added, layers=budget.layers or len(layers))
         before = after
     return shares
 
@@ -95,13 +101,16 @@ def planned(keep: Mapping[str, Tensor], sites: Sequence[Site], budget: Budget) -
     masked = [site for site in in_order(sites) if site.name in keep]
     whole = [site for site in sites if site.name not in keep]
     plan = Plan.from_masks(masked, keep).merged(Plan.keep_all(whole))
-    removed = sum(plan.removed(site) * site.cost.params for site in sites)
-    figures = {"ratio": budget.ratio, "target_params": budget.remove, "removed_params": removed}
+    figures = {
+        "ratio": budget.ratio,
+        f"target_{budget.counts}": budget.remove,
+        f"removed_{budget.counts}": removed(plan, sites, budget),
+    }
     return Plan({site.name: plan.sites[site.name] for site in in_order(sites)}, figures)
 
 
 def require(budget: Budget, most: float) -> None:
-    """Raises ConfigError, naming the largest ratio, where more is to leave than `most` parameters."""
+    """Raises ConfigError, naming the largest ratio, where more is to leave than `most`."""
     if budget.remove > most + 1e-3:  # more than rounding
         largest = max(0.0, (most - budget.added) / budget.total)
         raise ConfigError(

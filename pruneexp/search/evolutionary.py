@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.budgeted import Granularity, check_settings, chosen_sites, removable
-from pruneexp.search.common import require
+from pruneexp.search.common import prunable, require
 from pruneexp.search.levels import Levels, Structures, parabola
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, RemovalPath, RunError, Scores, Site
 
@@ -83,7 +83,7 @@ class Evolutionary:
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
         chosen = chosen_sites(sites, self.granularity, budget)
-        require(budget, removable(chosen, self.min_units))
+        require(budget, removable(chosen, self.min_units, budget))
         structures = Structures(scores, sites, chosen, budget, self.min_units)
         if budget.remove <= 0:
             return structures.plan({site.name: 0 for site in chosen})
@@ -155,7 +155,7 @@ class _Work:
     def _uniform(self, head_share: float) -> Levels:
         """The same share of every cheap site, of the dearer ones `head_share` times the overall share."""
         structures = self.structures
-        share = structures.budget.remove / sum(s.units * s.cost.params for s in structures.chosen)
+        share = structures.budget.remove / prunable(structures.chosen, structures.budget)
         dear = {site.name: round(min(1.0, share * head_share) * site.units) for site in structures.dear}
         return structures.balanced({**{site.name: 0 for site in structures.cheap}, **dear})
 
@@ -238,10 +238,10 @@ class _Work:
         structures, sites, child = self.structures, self.structures.chosen, dict(levels)
         for _ in range(1 + self._draw(3)):
             loses, gains = sites[self._draw(len(sites))], sites[self._draw(len(sites))]
-            largest = self.method.distance * max(site.units * site.cost.params for site in (loses, gains))
+            largest = self.method.distance * max(site.units * structures.budget.price(site) for site in (loses, gains))
             amount = largest * 2.0 ** -self._draw(5)
             for site, sign in ((loses, 1), (gains, -1)):
-                units = max(1, round(amount / site.cost.params)) * sign
+                units = max(1, round(amount / structures.budget.price(site))) * sign
                 child[site.name] = min(max(child[site.name] + units, 0), structures.most[site.name])
         return structures.balanced(child)
 

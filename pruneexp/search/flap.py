@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import by_layer, in_order, planned, prunable_params, raw, require, standardised
+from pruneexp.search.common import by_layer, in_order, planned, prunable, raw, require, standardised
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
 
@@ -55,7 +55,7 @@ class UlMm:
         heads = self.heads // (budget.layers or len(layers)) if budget.ratio > 0 else 0
         for own in layers.values():
             wanted = budget.ratio * (budget.total / len(layers))
-            channels = _channels(wanted, heads, own, self.heads, budget.layers or len(layers))
+            channels = _channels(wanted, heads, own, budget, self.heads, budget.layers or len(layers))
             keep.update({site.name: _at_least(values[site.name], heads) for site in _attention(own)})
             keep.update({site.name: _at_least(values[site.name], channels) for site in _ffn(own)})
         return planned(keep, sites, budget)
@@ -82,7 +82,7 @@ class AlMm:
         layers = len(by_layer(sites))
         heads = self.heads if budget.ratio > 0 else 0
         # L times the ratio first: the order in which that code multiplies decides what the floor sees
-        channels = _channels(layers * budget.ratio * (budget.total / layers), heads, sites, self.heads, 1)
+        channels = _channels(layers * budget.ratio * (budget.total / layers), heads, sites, budget, self.heads, 1)
         z, keep = standardised(scores, sites), {}
         for group, n in ((_attention(sites), heads), (_ffn(sites), channels)):
             threshold = _nth_lowest([z[site.name] for site in group], n)
@@ -95,7 +95,7 @@ class AlAm:
     """AL-AM, FLAP's own: heads and channels of all layers in one ranking of standardised scores.
 
     Going down it, the parameters kept add up; the threshold is the score at which they come closest to what should
-    stay (all units' parameters - the budget's), and units above it are kept. Costs are the units' parameters.
+    stay (all units' parameters - the budget's), and units above it are kept. Costs are in what the budget counts.
     """
 
     local: ClassVar[bool] = False
@@ -103,9 +103,9 @@ class AlAm:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        require(budget, prunable_params(sites))
-        costs = {site.name: site.cost.params for site in sites}
-        stay = torch.tensor(prunable_params(sites) - budget.remove, dtype=torch.float64)
+        require(budget, prunable(sites, budget))
+        costs = {site.name: budget.price(site) for site in sites}
+        stay = torch.tensor(prunable(sites, budget) - budget.remove, dtype=torch.float64)
         return planned(_above_closest(scores, sites, costs, stay, budget), sites, budget)
 
 
@@ -146,7 +146,7 @@ def _above_closest(
 ) -> dict[str, Tensor]:
     if budget.ratio == 0:
         return {}
-    ordered = in_order(sites)
+    ordered = in_order([site for site in sites if costs[site.name]])
     z = standardised(scores, sites)
     ranked = torch.cat([z[site.name] for site in ordered]).sort(descending=True, stable=True)
     cost = torch.cat([torch.full((site.units,), costs[site.name]) for site in ordered])
@@ -162,8 +162,8 @@ def _ffn(sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if site.kind == "mlp"]
 
 
-def _channels(wanted: float, heads: int, sites: Sequence[Site], asked: int, per: int) -> int:
-    """FFN channels that leave the sites together for `wanted` parameters to go with them and `heads` heads.
+def _channels(wanted: float, heads: int, sites: Sequence[Site], budget: Budget, asked: int, per: int) -> int:
+    """FFN channels that leave the sites together for `wanted` (as the budget counts) to go with them and `heads` heads.
 
     Raises ConfigError, naming the heads `asked` for (`heads` times `per` layers), where there are fewer heads, where
     they alone are more than wanted, or where all channels cannot make up for what they leave.
@@ -173,7 +173,11 @@ def _channels(wanted: float, heads: int, sites: Sequence[Site], asked: int, per:
         return 0
     if not ffn or not attention:
         raise ConfigError(f"search.heads={asked}: expected a model with attention and FFN sites, both are cut")
-    head, channel = attention[0].cost.params, ffn[0].cost.params
+    head, channel = budget.price(attention[0]), budget.price(ffn[0])
+    if not channel:
+        raise ConfigError(
+            f"search.heads={asked}: expected a budget that FFN channels count in, sparsity.of=decoder say"
+        )
     channels = int((wanted - heads * head) / channel)
     there, all_channels = sum(site.units for site in attention), sum(site.units for site in ffn)
     most = min(there, math.floor(wanted / head))

@@ -54,23 +54,23 @@ class Greedy:
         layers = sorted({site.layer for site in sites})
         inner = set(layers[self.keep_first : len(layers) - self.keep_last])
         chosen = [site for site in chosen_sites(sites, self.granularity, budget) if site.layer in inner]
-        require(budget, removable(chosen, self.min_units, all_blocks=len(inner) == len(layers)))
+        require(budget, removable(chosen, self.min_units, budget, all_blocks=len(inner) == len(layers)))
         keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in chosen}
         left, by_score = budget.remove, self.first == "scores"
-        while units := self._units(chosen, keep, left):
+        while units := self._units(chosen, keep, left, budget):
             units.sort(key=lambda unit: values[unit[0].name][unit[1]].item())
             units = units[:1] if by_score else self._probed(units[: self.shortlist], keep, sites, oracle)
             (site, index), by_score = units[0], False
             keep[site.name][index] = False
-            left -= site.cost.params
+            left -= budget.price(site)
         return planned(keep, sites, budget)
 
-    def _units(self, chosen: Sequence[Site], keep: Mapping[str, Tensor], left: float) -> list[Unit]:
+    def _units(self, chosen: Sequence[Site], keep: Mapping[str, Tensor], left: float, budget: Budget) -> list[Unit]:
         """The units that may leave, and whose removal brings what is removed nearer to the budget, or as near."""
         units = []
         for site in chosen:
             free = int(keep[site.name].sum()) > least_units(site, self.min_units)
-            if free and 0 < site.cost.params <= 2 * left + 1e-3:
+            if free and 0 < budget.price(site) <= 2 * left + 1e-3:
                 units.extend((site, index) for index in torch.nonzero(keep[site.name]).flatten().tolist())
         return units
 

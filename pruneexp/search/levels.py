@@ -26,12 +26,12 @@ class Structures:
         self.chosen = in_order(chosen)
         self.most = {site.name: max(0, site.units - min_units) for site in self.chosen}
         self.order = {name: _order_U(scores[name], value_U) for name, value_U in raw(scores, sites).items()}
-        cheapest = min(site.cost.params for site in self.chosen)
-        self.cheap = [site for site in self.chosen if site.cost.params == cheapest]
-        self.dear = [site for site in self.chosen if site.cost.params > cheapest]
+        cheapest = min(budget.price(site) for site in self.chosen)
+        self.cheap = [site for site in self.chosen if budget.price(site) == cheapest]
+        self.dear = [site for site in self.chosen if budget.price(site) > cheapest]
 
     def removed(self, levels: Levels) -> int:
-        return sum(levels[site.name] * site.cost.params for site in self.chosen)
+        return sum(levels[site.name] * self.budget.price(site) for site in self.chosen)
 
     def plan(self, levels: Levels) -> Plan:
         keep = {}
@@ -54,7 +54,7 @@ class Structures:
         same number at every site that has room; dearer ones only where the cheapest do not suffice. Ties remove
         more."""
         met = {site.name: min(max(levels[site.name], 0), self.most[site.name]) for site in self.chosen}
-        cost = self.cheap[0].cost.params
+        cost = self.budget.price(self.cheap[0])
         while self.dear:
             left = self.budget.remove - self.removed(met)
             room = sum(self.most[site.name] - met[site.name] for site in self.cheap) * cost
@@ -85,7 +85,7 @@ class Structures:
     def allotted(self, curves: Mapping[str, tuple[Sequence[int], Curve]]) -> Levels:
         """Levels of least total loss, where losses add up over sites: each site takes the level, of those given, with
         the least loss + price * parameters kept; the price of a parameter is found by bisection. Balanced."""
-        cost = {site.name: site.cost.params for site in self.chosen}
+        cost = {site.name: self.budget.price(site) for site in self.chosen}
         known = {
             name: (
                 torch.tensor([float(level * cost[name]) for level in levels], dtype=torch.float64),

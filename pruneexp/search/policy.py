@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from pruneexp.search.budgeted import KIND, Global, Granularity, check_settings, chosen_sites, removable
-from pruneexp.search.common import in_order, planned, prunable_params, raw, require
+from pruneexp.search.common import in_order, planned, prunable, raw, removed, require
 from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site
 
 logger = logging.getLogger("pruneexp")
@@ -68,13 +68,15 @@ class PolicyGradient:
         if oracle is None:
             raise RunError("the policy gradient measures losses: it needs a model in memory and calibration windows")
         chosen = chosen_sites(sites, self.granularity, budget)
-        require(budget, removable(chosen, self.min_units))
+        require(budget, removable(chosen, self.min_units, budget))
         if budget.ratio == 0:
             return planned({}, sites, budget)
-        share = 1 - budget.remove / prunable_params(chosen)
+        share = 1 - budget.remove / prunable(chosen, budget)
         values = raw(scores, sites)
         start = [self._started(values[site.name].double(), share, rng) for site in chosen]
-        learned = dict(zip((s.name for s in chosen), self._learned(start, chosen, share, oracle, rng), strict=True))
+        learned = dict(
+            zip((s.name for s in chosen), self._learned(start, chosen, share, budget, oracle, rng), strict=True)
+        )
         return self._planned({**values, **learned}, sites, chosen, budget)
 
     def _started(self, score_U: Tensor, share: float, rng: torch.Generator) -> Tensor:
@@ -85,11 +87,17 @@ class PolicyGradient:
         return (shaped_U + share - shaped_U.mean()).clamp(0, 1)
 
     def _learned(
-        self, start: list[Tensor], chosen: list[Site], share: float, oracle: Oracle, rng: torch.Generator
+        self,
+        start: list[Tensor],
+        chosen: list[Site],
+        share: float,
+        budget: Budget,
+        oracle: Oracle,
+        rng: torch.Generator,
     ) -> tuple[Tensor, ...]:
         sizes = [len(s_U) for s_U in start]
         groups = self._groups(chosen)
-        cost = torch.cat([torch.full((site.units,), float(site.cost.params)) for site in chosen]).double()
+        cost = torch.cat([torch.full((site.units,), float(budget.price(site))) for site in chosen]).double()
         s = self._projected(torch.cat(start), cost, groups, share)
         steps = self.steps or max(1, round(self.passes * oracle.batches / self.samples))
         baseline, lost = None, 0
@@ -131,18 +139,18 @@ class PolicyGradient:
         if self.budgets == "joint" or len(self.granularity) == 1:
             return Global(self.min_units, self.granularity, "none")(values, sites, budget, None, torch.Generator())
         names = sorted(
-            self.granularity, key=lambda n: -max((s.cost.params for s in chosen if s.kind == KIND[n]), default=0)
+            self.granularity, key=lambda n: -max((budget.price(s) for s in chosen if s.kind == KIND[n]), default=0)
         )
-        left, plan, whole = budget.remove, Plan({}), prunable_params(chosen)
+        left, plan, whole = budget.remove, Plan({}), prunable(chosen, budget)
         for name in names:
             own = [site for site in chosen if site.kind == KIND[name]]
-            wanted = left if name == names[-1] else budget.remove * prunable_params(own) / whole
+            wanted = left if name == names[-1] else budget.remove * prunable(own, budget) / whole
             if not own:
                 continue
-            wanted = min(max(wanted, 0.0), float(removable(own, self.min_units)))
-            part = Budget(budget.ratio, round(wanted / budget.ratio))
+            wanted = min(max(wanted, 0.0), float(removable(own, self.min_units, budget)))
+            part = replace(budget, total=round(wanted / budget.ratio), added=0)
             plan = plan.merged(Global(self.min_units, [name], "none")(values, own, part, None, torch.Generator()))
-            left -= sum(plan.removed(site) * site.cost.params for site in own)
+            left -= removed(plan, own, budget)
         keep = {}
         for site in in_order(chosen):
             keep[site.name] = torch.zeros(site.units, dtype=torch.bool)

@@ -26,8 +26,9 @@ from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
 from pruneexp.model import Model, ModelSource
 from pruneexp.progress import waiting
-from pruneexp.prune import Method, Pruned, prune_
+from pruneexp.prune import Method, Pruned
 from pruneexp.report import print_summary
+from pruneexp.rounds import prune_in_rounds_
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, prove_in_process, save
 from pruneexp.tracker import LocalRun, Trackers, check_folder, run_folder, write_atomic
 from pruneexp.types import Compensator, ConfigError, Criterion, Evaluator, RunError, Search, Sparsity, Tracker
@@ -229,13 +230,11 @@ class _Run:
         if model.streamed:
             target = self.folder / ("model" if experiment.run.save else "streamed")
             streamed = StreamedSave(model, target, BlockProof(model, probe_BT))
-        (ratio,) = experiment.sparsity.rounds()
         try:
-            pruned = prune_(
+            pruned = prune_in_rounds_(
                 model,
                 tokens_NT,
                 method,
-                ratio,
                 meter=self.meter,
                 rng=torch.Generator().manual_seed(experiment.seed),
                 shrunk=streamed.layer if streamed is not None else _nothing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +21,58 @@ class OneShot:
     of: Literal["decoder", "prunable"]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise ConfigError(f"ratio={self.ratio!r}: expected a number in [0, 1)")
+        _check_ratio(self.ratio)
 
-    def rounds(self) -> tuple[float, ...]:
+    def shares(self) -> tuple[float, ...]:
         """Cumulative share removed after each round."""
         return (self.ratio,)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """As much in every round: ratio k / n of the original model has left after round k of n. `of`: as OneShot's."""
+
+    ratio: float
+    of: Literal["decoder", "prunable"]
+    rounds: int
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+        _check_rounds(self.rounds)
+
+    def shares(self) -> tuple[float, ...]:
+        """Cumulative share removed after each round."""
+        return _shares(self.ratio, self.rounds, lambda x: x)
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """Much at first, little at last: ratio (1 - (1 - k / n)^3) of the original model has left after round k of n (Zhu &
+    Gupta 2017, their schedule from a sparsity of 0). `of`: as OneShot's."""
+
+    ratio: float
+    of: Literal["decoder", "prunable"]
+    rounds: int
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+        _check_rounds(self.rounds)
+
+    def shares(self) -> tuple[float, ...]:
+        """Cumulative share removed after each round."""
+        return _shares(self.ratio, self.rounds, lambda x: 1 - (1 - x) ** 3)
+
+
+def _shares(ratio: float, rounds: int, curve: Callable[[float], float]) -> tuple[float, ...]:
+    # The last is `ratio` itself: a rounding error there would be another budget than that of one shot.
+    return (*(ratio * curve(k / rounds) for k in range(1, rounds)), ratio)
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"ratio={ratio!r}: expected a number in [0, 1)")
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise ConfigError(f"rounds={rounds!r}: expected an integer >= 1")

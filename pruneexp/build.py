@@ -29,6 +29,7 @@ PROTOCOLS: dict[str, type | None] = {
     "sparsity": types.Sparsity,
     "search": types.Search,
     "compensator": types.Compensator,
+    "recovery": types.Recovery,
     "tracker": types.Tracker,
 }
 
@@ -79,6 +80,11 @@ def check_together(experiment: Experiment) -> None:
             raise ConfigError(
                 f"model.stream=True: search={chosen} measures the loss of many structures; "
                 "expected model.stream=false, or a search that goes by scores"
+            )
+        if experiment.recovery.trains:
+            raise ConfigError(
+                f"model.stream=True: recovery={experiment.job['choices']['recovery']} needs backward passes "
+                "through the whole model; expected model.stream=false, or recovery=none"
             )
         held = [name for name, each in experiment.evaluators.items() if not getattr(each, "streams", False)]
         if held:

@@ -20,6 +20,7 @@ LAYERS = (
     ("criterion", "compensator", "search", "sparsity"),
     ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache"),
     ("prune", "rounds", "recovery", "export"),
+    ("delivery",),
     ("experiment",),
     ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary"),
     ("__main__",),

@@ -115,6 +115,20 @@ class Compensator(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
+class Recovery(Protocol):
+    """Training after pruning. `trains`: it does (and so needs backward passes through the whole model)."""
+
+    trains: ClassVar[bool]
+
+    def prepare(self, family: Any, windows: int) -> None:
+        """Checks itself against the model's architecture and the number of calibration windows. Raises ConfigError."""
+        ...
+
+    def __call__(self, model: Any, tokens_NT: Tensor, meter: Any, seed: int) -> Any:
+        """Trains the model in place; gives `metrics` and the `adapter` that is not merged into it, or None."""
+        ...
+
+
 class Evaluator(Protocol):
     """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}."""
 

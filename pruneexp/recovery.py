@@ -59,6 +59,7 @@ class Adapter:
         from safetensors.torch import save_file
 
         self.config.inference_mode, self.config.base_model_name_or_path = True, str(base)
+        self.config.target_modules = sorted(self.config.target_modules)  # a set: written as it comes otherwise
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.config.save_pretrained(folder)

@@ -29,6 +29,7 @@ PROTOCOLS: dict[str, type | None] = {
     "sparsity": types.Sparsity,
     "search": types.Search,
     "compensator": types.Compensator,
+    "recovery": types.Recovery,
     "tracker": types.Tracker,
 }
 
@@ -59,6 +60,7 @@ def _typed(composed: Composed, group: str) -> bool:
 def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
     _check_granularity(experiment)
+    _check_rounds(experiment)
     if getattr(experiment.model, "stream", False):
         for kind in types.evidence_kinds(experiment.criterion.evidence):
             if kind.source == "gradient":
@@ -78,6 +80,11 @@ def check_together(experiment: Experiment) -> None:
             raise ConfigError(
                 f"model.stream=True: search={chosen} measures the loss of many structures; "
                 "expected model.stream=false, or a search that goes by scores"
+            )
+        if experiment.recovery.trains:
+            raise ConfigError(
+                f"model.stream=True: recovery={experiment.job['choices']['recovery']} needs backward passes "
+                "through the whole model; expected model.stream=false, or recovery=none"
             )
         held = [name for name, each in experiment.evaluators.items() if not getattr(each, "streams", False)]
         if held:
@@ -101,6 +108,24 @@ def _check_granularity(experiment: Experiment) -> None:
         raise ConfigError(
             f"criterion={criterion} scores whole blocks, which search={search} does not remove; "
             "expected search=blocks or greedy, or a criterion of heads and channels"
+        )
+
+
+def _check_rounds(experiment: Experiment) -> None:
+    """Raises ConfigError where what is pruned in several rounds can only be pruned in one."""
+    rounds = len(experiment.sparsity.shares())
+    if rounds == 1:
+        return
+    if getattr(experiment.model, "stream", False):
+        raise ConfigError(
+            f"sparsity.rounds={rounds}: with model.stream=true a model is written out once, as it is pruned; "
+            "expected model.stream=false, or sparsity=one_shot"
+        )
+    heads = getattr(experiment.search, "heads", None)
+    if heads is not None:
+        raise ConfigError(
+            f"search.heads={heads}: a count for all rounds together, of which none knows its part; "
+            "expected sparsity=one_shot, or a search that goes by the ratio"
         )
 
 

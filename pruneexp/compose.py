@@ -35,6 +35,7 @@ SECTIONS = (
     "sparsity",
     "search",
     "compensator",
+    "recovery",
     "evaluator",
     "tracker",
     "seed",

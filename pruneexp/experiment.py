@@ -1,6 +1,6 @@
 """A run, from a composed experiment to a finished run folder.
 
-tokens -> calibrate -> score -> search -> compensate + shrink -> evaluate -> track
+tokens -> calibrate -> score -> search -> compensate + shrink -> recover -> evaluate -> track
 """
 
 from __future__ import annotations
@@ -24,13 +24,25 @@ from torch import Tensor
 
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
+from pruneexp.delivery import deliver, deliver_streamed
 from pruneexp.model import Model, ModelSource
 from pruneexp.progress import waiting
-from pruneexp.prune import Method, Pruned, prune_
+from pruneexp.prune import Method, Pruned
 from pruneexp.report import print_summary
-from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, prove_in_process, save
+from pruneexp.rounds import prune_in_rounds_
+from pruneexp.surgery import BlockProof, StreamedSave
 from pruneexp.tracker import LocalRun, Trackers, check_folder, run_folder, write_atomic
-from pruneexp.types import Compensator, ConfigError, Criterion, Evaluator, RunError, Search, Sparsity, Tracker
+from pruneexp.types import (
+    Compensator,
+    ConfigError,
+    Criterion,
+    Evaluator,
+    Recovery,
+    RunError,
+    Search,
+    Sparsity,
+    Tracker,
+)
 
 logger = logging.getLogger("pruneexp")
 
@@ -59,6 +71,7 @@ class Experiment:
     sparsity: Sparsity
     search: Search
     compensator: Compensator
+    recovery: Recovery
     evaluators: Mapping[str, Evaluator]
     tracker: Tracker
     run: RunSettings
@@ -125,6 +138,7 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
         where = experiment.dataset.key("calibration")
         wide = f"{where}: windows of {tokens_NT.shape[1]} tokens"
         raise ConfigError(f"{wide}; expected dataset.length of at most {max_length}, the model's longest window")
+    experiment.recovery.prepare(model.family, len(tokens_NT))
     for name, evaluator in experiment.evaluators.items():
         prepare = getattr(evaluator, "prepare", None)
         if prepare is not None:
@@ -210,7 +224,8 @@ class _Run:
 
     def _measure(self, model: Model, when: str) -> None:
         """Every evaluator's figures, prefixed "dense/" or "pruned/"."""
-        found: dict[str, float] = {"params": _params(model), "params/decoder": model.decoder_params}
+        tied_once = sum(p.numel() for p in model.module.parameters())
+        found: dict[str, float] = {"params": tied_once, "params/decoder": model.decoder_params}
         with self.clock(f"evaluate_{when}"):
             for evaluator in self.experiment.evaluators.values():
                 found |= evaluator(model, model.tokenizer)
@@ -219,7 +234,7 @@ class _Run:
         self.metrics |= named
 
     def _prune(self, model: Model, tokens_NT: Tensor) -> Pruned:
-        """Prunes round by round, records the plan, and writes and proves the checkpoint."""
+        """Prunes round by round, records the plan, trains where asked to, and writes and proves the checkpoint."""
         experiment = self.experiment
         method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
         if not experiment.search.local and experiment.criterion.sequential:
@@ -229,13 +244,11 @@ class _Run:
         if model.streamed:
             target = self.folder / ("model" if experiment.run.save else "streamed")
             streamed = StreamedSave(model, target, BlockProof(model, probe_BT))
-        (ratio,) = experiment.sparsity.rounds()
         try:
-            pruned = prune_(
+            pruned = prune_in_rounds_(
                 model,
                 tokens_NT,
                 method,
-                ratio,
                 meter=self.meter,
                 rng=torch.Generator().manual_seed(experiment.seed),
                 shrunk=streamed.layer if streamed is not None else _nothing,
@@ -246,30 +259,19 @@ class _Run:
                 streamed.discard()
             raise
         self.trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
+        adapter = None
+        if experiment.recovery.trains:
+            with self.clock("recover"):
+                recovered = experiment.recovery(model, tokens_NT, self.meter, experiment.seed)
+            adapter, self.metrics = recovered.adapter, {**self.metrics, **recovered.metrics}
         with self.clock("save"):
+            settings = experiment.run
             if streamed is not None:
-                self._prove_streamed(streamed)
-            elif experiment.run.save:
-                self._save(model, probe_BT)
+                proved = settings.save and settings.prove != "off"
+                self._record_proof(deliver_streamed(streamed, self.folder, proved))
+            elif settings.save:
+                self._record_proof(deliver(model, self.folder, settings.prove, probe_BT, adapter))
         return pruned
-
-    def _save(self, model: Model, probe_BT: Tensor) -> None:
-        target = self.folder / "model"
-        form = save(model, target)
-        write_atomic(target / "plan.json", (self.folder / "plan.json").read_bytes())
-        proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": self.experiment.run.prove}
-        if self.experiment.run.prove != "off":
-            prove = prove_in_process if self.experiment.run.prove == "process" else prove_in_place
-            proof |= prove(model, target, probe_BT)
-        self._record_proof(proof)
-
-    def _prove_streamed(self, streamed: StreamedSave) -> None:
-        form = streamed.finish()
-        write_atomic(streamed.folder / "plan.json", (self.folder / "plan.json").read_bytes())
-        proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": "off"}
-        if self.experiment.run.save and self.experiment.run.prove != "off":
-            proof |= streamed.prove()
-        self._record_proof(proof)
 
     def _record_proof(self, proof: Mapping[str, Any]) -> None:
         """proof.json, and the difference as a metric. A checkpoint that differs is worth a warning, not a lost run."""
@@ -282,11 +284,6 @@ class _Run:
 
 def _nothing(index: int) -> None:
     """A model in memory has nothing to write layer by layer."""
-
-
-def _params(model: Model) -> int:
-    """Parameters of the whole model, tied ones once."""
-    return sum(p.numel() for p in model.module.parameters())
 
 
 def _peak_bytes(model: Model) -> int:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -15,12 +16,25 @@ T = TypeVar("T")
 BAR_AFTER = 2.0  # seconds; what is over sooner shows nothing
 LINE_EVERY = 30.0  # seconds between lines where stderr is a file or a pipe
 
+_part: ContextVar[str] = ContextVar("part", default="")
+
+
+@contextmanager
+def part_of(whole: str) -> Iterator[None]:
+    """Adds to every stage that is shown inside what it is a part of: "calibrate (round 2 of 4)"."""
+    token = _part.set(f" ({whole})" if whole else "")
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
 
 def progress(iterable: Iterable[T], stage: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """The items of `iterable`, with stage, count, rate and time left shown while they are consumed. `total`: how many
     there are (taken from the iterable where it knows); `unit`: the plural of what one item is ("blocks")."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
+    stage += _part.get()
     if not sys.stderr.isatty():
         return _lines(iterable, stage, total, unit)
     from tqdm import tqdm

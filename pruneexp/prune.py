@@ -47,6 +47,7 @@ class Pruned:
     plan: Plan
     scores: Mapping[str, Score]
     sites: tuple[Site, ...]  # of the model before
+    counted: int  # what the ratio is a share of, in the model before
 
 
 @dataclass
@@ -74,16 +75,20 @@ def prune_(
     rng: torch.Generator,
     shrunk: Shrunk,
     clock: Callable[[str], Any],
+    original: int | None = None,
 ) -> Pruned:
     """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
 
     Layer by layer in one walk where the criterion is sequential and the search decides each layer alone; otherwise
-    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage.
+    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage. `original`:
+    what the ratio is a share of, where that is not this model but a larger one that it was pruned from.
     """
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock)
-    budget = _budget(work, sites, range(len(model.layers)))
+    budget = _budget(work, blocks if _whole(method.search) else sites, range(len(model.layers)))
+    if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
+        work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
     if method.search.local and method.criterion.sequential and method.criterion.evidence is not None:
         plan = _layer_by_layer(work, sites)
     else:
@@ -93,13 +98,13 @@ def prune_(
         removed = sum(plan.removed(site) * counted.price(site) for site in (*sites, *blocks))
         figures[f"removed_{counted.counts}"] = removed
     plan = replace(plan, budget={**plan.budget, **figures})
-    return Pruned(plan, work.scores, sites)
+    return Pruned(plan, work.scores, sites, budget.total)
 
 
 def _all_at_once(work: _Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    whole = "blocks" in getattr(work.method.search, "granularity", ())  # nothing is left to compensate
+    whole = _whole(work.method.search)  # nothing is left to compensate
     dense_kind = None if compensator.sequential or whole else compensator.evidence
     kinds = _distinct(criterion.evidence, dense_kind)
     sites: list[Site] = []
@@ -124,6 +129,11 @@ def _all_at_once(work: _Pruning) -> Plan:
                 evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
                 _shrink(work, visit, plan, evidence)
     return plan
+
+
+def _whole(search: Search) -> bool:
+    """Whether whole blocks leave."""
+    return "blocks" in getattr(search, "granularity", ())
 
 
 def _remove_blocks(work: _Pruning, plan: Plan) -> Plan:
@@ -222,26 +232,39 @@ def _asked(
     asked again once it is known which sites those are; where its answers go round in circles, the nearest counts. One
     that probes is too dear to ask again: it may offer to rebalance its plan instead.
     """
-    search = work.method.search
     answers: list[tuple[Plan, float]] = []
     added = budget.added_params(_biases_added(work, sites))
-    plan: Plan | None = None
     for _ in range(4):
         asked = replace(budget, added=budget.added + added)
-        rebalanced = getattr(search, "rebalanced", None)
-        if plan is None or oracle is None or not oracle.passes:
-            plan = search(scores, sites, asked, oracle, work.rng)
-        elif rebalanced is not None:
-            plan = rebalanced(plan, scores, sites, asked)
-        assert plan is not None
-        needed = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
-        removed = sum(plan.removed(site) * budget.price(site) for site in sites)
-        answers.append((plan, replace(budget, added=budget.added + needed).remove - removed))
-        probed = oracle is not None and oracle.passes > 0
-        if needed == added or work.ratio == 0 or (probed and (rebalanced is None or len(answers) > 1)):
+        plan = work.method.search(scores, sites, asked, oracle, work.rng)
+        needed, short = _left_over(work, plan, sites, budget)
+        settled = needed == added or work.ratio == 0
+        if oracle is not None and oracle.passes:
+            return (plan, short) if settled else _rebalanced(work, plan, scores, sites, budget)
+        answers.append((plan, short))
+        if settled:
             return answers[-1]
         added = needed
     return min(answers, key=lambda answer: abs(answer[1]))
+
+
+def _rebalanced(
+    work: _Pruning, plan: Plan, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget
+) -> tuple[Plan, float]:
+    """A probing search's plan at the biases that it really adds, where the search offers that for nothing."""
+    needed, short = _left_over(work, plan, sites, budget)
+    rebalanced = getattr(work.method.search, "rebalanced", None)
+    if rebalanced is None:
+        return plan, short
+    plan = rebalanced(plan, scores, sites, replace(budget, added=budget.added + needed))
+    return plan, _left_over(work, plan, sites, budget)[1]
+
+
+def _left_over(work: _Pruning, plan: Plan, sites: Sequence[Site], budget: Budget) -> tuple[int, float]:
+    """What the biases that `plan` leads to add, and what is missing for the budget and them together."""
+    needed = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
+    removed = sum(plan.removed(site) * budget.price(site) for site in sites)
+    return needed, replace(budget, added=budget.added + needed).remove - removed
 
 
 def _budget(work: _Pruning, sites: Sequence[Site], layers: Sequence[int]) -> Budget:

@@ -345,7 +345,7 @@ def test_every_end_is_recorded(
     def broken(*_args: Any, **_kwargs: Any) -> None:
         raise end
 
-    monkeypatch.setattr(experiment, "prune_", broken)
+    monkeypatch.setattr(experiment, "prune_in_rounds_", broken)
     ended = cli("run.dir=run", "evaluator=[size]")
     assert ended.code == code and ended.err.count("\n") == 1 and "Traceback" not in ended.err
     assert ended.err.startswith(f"pruneexp: {line or 'failed: ' + reason}")

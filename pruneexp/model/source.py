@@ -33,6 +33,7 @@ class Described:
     vocab_size: int
     max_length: int | None
     hard_limit: bool
+    family: modeling_pruned.Family
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,13 @@ class ModelSource:
         """What a run must know of the model to prepare its texts, without a weight."""
         folder = self.folder()
         config = self.stock_config(folder)
+        family = modeling_pruned.FAMILIES[config.model_type]
         return Described(
             _tokenizer(folder, config),
             config.vocab_size,
             getattr(config, "max_position_embeddings", None),
-            modeling_pruned.FAMILIES[config.model_type].learned_positions,
+            family.learned_positions,
+            family,
         )
 
     def outline(self) -> tuple[int, tuple[Site, ...], int, int]:

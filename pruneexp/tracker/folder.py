@@ -40,6 +40,7 @@ CHECKPOINT_FILES = (
     "*.model",
     "modeling_*.py",
     "configuration_*.py",
+    "adapter/adapter_*",
 )
 
 
@@ -125,6 +126,9 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
             for pattern in CHECKPOINT_FILES:
                 for file in checkpoint.glob(pattern):
                     file.unlink()
+            adapter = checkpoint / "adapter"
+            if adapter.is_dir() and not any(adapter.iterdir()):
+                adapter.rmdir()
             if not any(checkpoint.iterdir()):
                 shutil.rmtree(checkpoint)
     except OSError as error:

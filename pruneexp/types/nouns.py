@@ -1,30 +1,14 @@
-"""The nouns of a pruning run: sites, blocks, plans, budgets, and the protocols that methods satisfy.
-
-Shape letters, used as suffixes of tensor names everywhere in this package:
-
-    B batch        T time (tokens of a window)   N tokens in all, N = B*T (of a token array: windows)
-    D hidden size  C input channels of a reader  U units of a site
-    W channels per unit, C = U*W                 R writer rows per unit
-    K kept channels                              O outputs of a reader (= D)
-
-A *site* is one prunable axis of one decoder layer: U interchangeable units. Removing a unit removes its rows of the
-*writers* (query, key, value; gate, up; fc1) and its columns of the one *reader* (o_proj, down_proj, fc2).
-"""
+"""Sites, blocks, plans, budgets, scores, and the two ways a run can end badly."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from typing_extensions import Self
 
 PLAN_VERSION = 1
 
@@ -220,141 +204,3 @@ class Candidate:
 
     plan: Plan
     readers: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # site -> weight [O,K], bias [O]
-
-
-@runtime_checkable
-class Evidence(Protocol):
-    """What calibration collects for one site. Values: `update` and `merge` return new evidence.
-
-    `source` says which collector feeds it, and so what `update` receives:
-
-    - "reader": `update(x_BTC)`, the reader's input, batch by batch
-    - "writer": `update(x_BTD)`, what the site's writers read
-    - "wanted": `update(x_BTC, y_BTO)`, the reader's input in the partly pruned model, and the output with which the
-      hidden state behind it would be the dense model's (compensators that walk site by site)
-    - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
-    - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
-    - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
-      `per_sample` (a class variable) asks for one window at a time
-    - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
-      and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
-    """
-
-    source: ClassVar[str]
-
-    @classmethod
-    def empty(cls, site: Site) -> Self: ...
-
-    def update(self, *observed: Any) -> Self: ...
-
-    def merge(self, other: Self) -> Self: ...
-
-
-class Criterion(Protocol):
-    """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
-    value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
-    search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges` (not
-    required): the kinds of sites it can score, where these are not attention and mlp."""
-
-    evidence: ClassVar[Any]
-    sequential: bool
-
-    def __call__(self, block: Block, evidence: Mapping[str, Any]) -> Scores: ...
-
-
-def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
-    """What a method's `evidence` names, as a tuple: nothing, one kind, or several."""
-    if wanted is None:
-        return ()
-    return wanted if isinstance(wanted, tuple) else (wanted,)
-
-
-class Oracle(Protocol):
-    """What the runner lends to searches: the calibration loss of masked (or compensated) structures."""
-
-    passes: float  # spent so far, in plain passes over the calibration tokens
-
-    @property
-    def batches(self) -> int:
-        """How many batches `losses(batch=...)` can choose from."""
-        ...
-
-    def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-        """Mean next-token loss in nats of each candidate: float64 [len(candidates)], over all calibration windows or
-        batch number `batch` of them."""
-        ...
-
-
-class Search(Protocol):
-    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity` (not
-    required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses,
-    and so needs the whole model in memory."""
-
-    local: ClassVar[bool]
-
-    def __call__(
-        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
-    ) -> Plan: ...
-
-
-class Sparsity(Protocol):
-    """How much leaves, in which rounds."""
-
-    ratio: float
-    of: str
-    context: int
-
-    def rounds(self) -> tuple[float, ...]:
-        """Cumulative share removed after each round; the last is `ratio`."""
-        ...
-
-
-class Compensator(Protocol):
-    """The reader's weight and bias after units are gone. `sequential`: its evidence is collected on what the pruned
-    layers before produce (a second walk)."""
-
-    evidence: ClassVar[type | None]
-    adds_bias: ClassVar[bool]
-    sequential: bool
-
-    def __call__(
-        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Any, keep_C: Tensor
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-
-class Evaluator(Protocol):
-    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}."""
-
-    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]: ...
-
-
-class Dataset(Protocol):
-    """Token windows, int64 [N, T], for calibration and for evaluation."""
-
-    name: str
-
-    def calibration(self, tokenizer: Any) -> Tensor: ...
-
-    def evaluation(self, tokenizer: Any, length: int) -> Tensor: ...
-
-
-class Tracker(Protocol):
-    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `group`: the sweep
-    that a run belongs to; `trace`: the traceback of what killed it, where it is no user's mistake."""
-
-    def start(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        group: str | None = None,
-        name: str | None = None,
-        job_type: str | None = None,
-    ) -> None: ...
-
-    def log(self, metrics: Mapping[str, float]) -> None: ...
-
-    def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None: ...
-
-    def finish(self, metrics: Mapping[str, float]) -> None: ...
-
-    def fail(self, reason: str, trace: str = "") -> None: ...

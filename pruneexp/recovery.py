@@ -1,0 +1,247 @@
+"""Recovery: a little training after pruning, where it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pruneexp.calibrate import Meter
+from pruneexp.model import Model
+from pruneexp.model.sites import site_parts
+from pruneexp.modeling_pruned import Family
+from pruneexp.progress import progress
+from pruneexp.types import ConfigError, RunError
+
+logger = logging.getLogger("pruneexp")
+
+Role = Literal["query", "key", "value", "output", "gate", "up", "down"]
+
+
+@dataclass
+class Adapter:
+    """Low-rank updates that are not merged: y + alpha / r B A x, added behind the linear layers by hooks. The layers
+    themselves, and so the model's weights and parameter counts, are as without it."""
+
+    config: Any  # peft.LoraConfig
+    tensors: Mapping[str, Tensor]  # as peft stores them
+    active: bool = field(default=True, init=False)
+
+    def attach(self, linear: nn.Linear, down: nn.Linear, up: nn.Linear, scale: float) -> None:
+        """Adds `scale` * up(down(x)) to what `linear` gives."""
+
+        def add(_linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self.active:
+                return None
+            return (output + up(down(args[0].to(down.weight.dtype))) * scale).to(output.dtype)
+
+        linear.register_forward_hook(add)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model without it."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+    def save(self, folder: Path, base: Path) -> None:
+        """Writes what `peft.PeftModel.from_pretrained(model, folder)` reads; `base`: the checkpoint that it is for."""
+        from safetensors.torch import save_file
+
+        self.config.inference_mode, self.config.base_model_name_or_path = True, str(base)
+        self.config.target_modules = sorted(self.config.target_modules)  # a set: written as it comes otherwise
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.config.save_pretrained(folder)
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        except Exception as error:  # safetensors reports the disk's errors as a kind of its own
+            raise RunError(f"{folder}: the adapter cannot be written ({error})") from error
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What the training came to: its figures, and the adapter where it is kept."""
+
+    metrics: Mapping[str, float]
+    adapter: Adapter | None
+
+
+@dataclass(frozen=True)
+class NoRecovery:
+    """The pruned model as it is."""
+
+    trains: ClassVar[bool] = False
+
+    def prepare(self, family: Family, windows: int) -> None:
+        """Needs nothing."""
+
+    def __call__(self, model: Model, tokens_NT: Tensor, meter: Meter, seed: int) -> Recovered:
+        return Recovered({}, None)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adaptation of the pruned model (Hu et al., 2021), as LLM-Pruner recovers its models (Ma et al., 2023):
+    W + alpha / r B A for the decoder's linear layers, B starting at 0; AdamW without weight decay.
+
+    The rate of step s of n, w of them warm-up, is `rate` * min((s + 1) / w, (n - s) / (n - w)), s from 0. Loss: mean
+    next-token loss over whole windows (LLM-Pruner's: of Alpaca's responses alone). Windows are shuffled anew in every
+    epoch; batches are run `model.batch_size` windows at a time. Only the updates have dropout, in float32 where the
+    model is in half precision; every other weight stays as it is, to the bit.
+    """
+
+    trains: ClassVar[bool] = True
+
+    tokens: Literal["calibration"]
+    samples: int | None
+    epochs: int
+    steps: int | None
+    batch: int
+    targets: list[Role]
+    r: int
+    alpha: int
+    dropout: float
+    rate: float
+    warmup: float
+    clip: float
+    merge: bool
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected null or an integer >= 1")
+        for name in ("epochs", "batch", "r", "alpha"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer >= 1")
+        for name in ("rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number > 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout!r}: expected a number in [0, 1)")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup={self.warmup!r}: expected a share of the steps, in [0, 1]")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"targets={list(self.targets)!r}: expected one or more roles, each once")
+
+    def prepare(self, family: Family, windows: int) -> None:
+        """What can be told once model and texts are known. Raises ConfigError."""
+        writers = (*family.attention_writers, *family.mlp_writers)
+        there = {*(role for writer in writers for role in writer.roles), "output", "down"}
+        if not there & set(self.targets):
+            raise ConfigError(f"recovery.targets={list(self.targets)!r}: expected some of {', '.join(sorted(there))}")
+        if self.samples is not None and self.samples > windows:
+            raise ConfigError(f"recovery.samples={self.samples}: expected at most {windows}, the calibration windows")
+
+    def __call__(self, model: Model, tokens_NT: Tensor, meter: Meter, seed: int) -> Recovered:
+        """Trains `model` in place. Raises RunError where the loss is NaN or Inf, or nothing is left to train."""
+        linears = self._linears(model)
+        if not linears:
+            raise RunError(f"recovery.targets={list(self.targets)!r}: pruning left none of these layers")
+        on_gpu = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=on_gpu):
+            torch.manual_seed(seed)  # of the updates' first values and of dropout
+            tuned = self._wrapped(model, list(linears))
+            losses = self._train(model, tuned, tokens_NT, meter, seed)
+        count = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        metrics = {"recovery/params": count, "recovery/steps": len(losses)}
+        metrics |= {"recovery/loss_first": losses[0], "recovery/loss_last": losses[-1]}
+        adapter = None if self.merge else self._adapter(tuned, linears)
+        tuned.merge_and_unload() if self.merge else tuned.unload()
+        model.module.eval().requires_grad_(False)
+        logger.info("recovery: loss %.4f in the first step, %.4f in the last of %d", losses[0], losses[-1], len(losses))
+        return Recovered(metrics, adapter)
+
+    def _linears(self, model: Model) -> dict[str, nn.Linear]:
+        """The layers to adapt, by their path; sublayers that are gone have none."""
+        found: dict[str, nn.Linear] = {}
+        for index, layer in enumerate(model.layers):
+            for site in model.layer_sites(index):
+                writers, reader = site_parts(model.family, site)
+                roles = {writer.path: writer.roles for writer in writers}
+                roles[reader] = ("output" if site.kind == "attention" else "down",)
+                for path in (path for path, own in roles.items() if set(own) & set(self.targets)):
+                    linear = layer.get_submodule(path)
+                    assert isinstance(linear, nn.Linear)
+                    found[f"{model.layers_path}.{index}.{path}"] = linear
+        return found
+
+    def _wrapped(self, model: Model, names: list[str]) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=names,
+            bias="none",
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks it
+            tuned = get_peft_model(model.module, config).eval()
+        for name, module in tuned.named_modules():
+            module.training = "lora_dropout" in name
+        return tuned
+
+    def _train(self, model: Model, tuned: Any, tokens_NT: Tensor, meter: Meter, seed: int) -> list[float]:
+        """The loss of every step."""
+        windows = tokens_NT[: self.samples]
+        steps = self.steps or self.epochs * math.ceil(len(windows) / self.batch)
+        parameters = [p for p in tuned.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=0.0)
+        losses = []
+        batches = _batches(windows, self.batch, steps, torch.Generator().manual_seed(seed))
+        for step, batch in enumerate(progress(batches, "recover", steps, "steps")):
+            losses.append(0.0)
+            for part in batch.split(model.batch_size):
+                with torch.enable_grad():
+                    loss = model.mean_loss(part) * (len(part) / len(batch))
+                    loss.backward()
+                losses[-1] += loss.item()
+                meter.forward += len(part) / len(tokens_NT)
+                meter.backward += len(part) / len(tokens_NT)
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip)
+            if not math.isfinite(losses[-1]) or not torch.isfinite(norm):
+                raise RunError(f"recovery: the loss or its gradient is NaN or Inf (step {step + 1} of {steps})")
+            for group in optimiser.param_groups:
+                group["lr"] = self.rate * rate_factor(step, steps, round(self.warmup * steps))
+            optimiser.step()
+            optimiser.zero_grad()
+        if not all(torch.isfinite(p).all() for p in parameters):
+            raise RunError("recovery: the trained updates hold NaN or Inf; a smaller recovery.rate may help")
+        return losses
+
+    def _adapter(self, tuned: Any, linears: Mapping[str, nn.Linear]) -> Adapter:
+        from peft import get_peft_model_state_dict
+
+        tensors = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+        adapter = Adapter(tuned.peft_config["default"], {n: t.detach().clone() for n, t in tensors.items()})
+        for name, linear in linears.items():
+            wrapper = tuned.base_model.model.get_submodule(name)
+            adapter.attach(linear, wrapper.lora_A["default"], wrapper.lora_B["default"], wrapper.scaling["default"])
+        return adapter
+
+
+def rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Up to 1 over the warm-up, then down towards 0: min((s + 1) / w, (n - s) / (n - w)), s from 0."""
+    return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
+
+
+def _batches(windows: Tensor, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`steps` batches, epoch after epoch, each in an order of its own."""
+    left = steps
+    while left > 0:
+        epoch: Sequence[Tensor] = windows[torch.randperm(len(windows), generator=generator)].split(size)
+        yield from epoch[:left]
+        left -= len(epoch)

@@ -1,0 +1,74 @@
+"""The nouns of a pruning run: sites, blocks, plans, budgets, and the protocols that methods satisfy.
+
+Shape letters, used as suffixes of tensor names everywhere in this package:
+
+    B batch        T time (tokens of a window)   N tokens in all, N = B*T (of a token array: windows)
+    D hidden size  C input channels of a reader  U units of a site
+    W channels per unit, C = U*W                 R writer rows per unit
+    K kept channels                              O outputs of a reader (= D)
+
+A *site* is one prunable axis of one decoder layer: U interchangeable units. Removing a unit removes its rows of the
+*writers* (query, key, value; gate, up; fc1) and its columns of the one *reader* (o_proj, down_proj, fc2).
+"""
+
+from pruneexp.types.nouns import (
+    PLAN_VERSION,
+    Block,
+    Budget,
+    Candidate,
+    ColumnScores,
+    ConfigError,
+    Cost,
+    Plan,
+    RemovalPath,
+    RunError,
+    Score,
+    Scores,
+    Site,
+    SitePlan,
+    SiteWeights,
+    unit_scores,
+)
+from pruneexp.types.protocols import (
+    Compensator,
+    Criterion,
+    Dataset,
+    Evaluator,
+    Evidence,
+    Oracle,
+    Recovery,
+    Search,
+    Sparsity,
+    Tracker,
+    evidence_kinds,
+)
+
+__all__ = [
+    "Block",
+    "Budget",
+    "Candidate",
+    "ColumnScores",
+    "Compensator",
+    "ConfigError",
+    "Cost",
+    "Criterion",
+    "Dataset",
+    "Evaluator",
+    "Evidence",
+    "Oracle",
+    "PLAN_VERSION",
+    "Plan",
+    "Recovery",
+    "RemovalPath",
+    "RunError",
+    "Score",
+    "Scores",
+    "Search",
+    "Site",
+    "SitePlan",
+    "SiteWeights",
+    "Sparsity",
+    "Tracker",
+    "evidence_kinds",
+    "unit_scores",
+]

@@ -61,7 +61,7 @@ def check_together(experiment: Experiment) -> None:
     _check_granularity(experiment)
     if getattr(experiment.model, "stream", False):
         for kind in types.evidence_kinds(experiment.criterion.evidence):
-            if kind.source == "gradient":
+            if kind.source in ("gradient", "influence"):
                 chosen = experiment.job["choices"]["criterion"]
                 raise ConfigError(
                     f"model.stream=True: criterion={chosen} needs backward passes through the whole model; "

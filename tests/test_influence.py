@@ -270,6 +270,9 @@ def test_what_cannot_be_had_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"^model.stream=True: criterion=ifso needs backward passes"):
         build_from("recipe=ifso", "model.stream=true", "evaluator=[size]")
+    with pytest.raises(ConfigError, match=r"^model.dtype='bfloat16': its rounding hides the finite differences of"):
+        build_from("recipe=ifso", "model.dtype=bfloat16")
+    build_from("recipe=ifso", "model.dtype=bfloat16", "criterion.hessian=exact")
     with pytest.raises(RunError, match="need the whole model in memory"):
         influence_evidence(tiny("opt", stream=True), tokens_NT, KIND, Meter())
     half = tiny("opt", dtype="bfloat16")

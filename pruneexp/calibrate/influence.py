@@ -39,7 +39,7 @@ def influence_evidence(model: Model, tokens_NT: Tensor, kind: Influence, meter: 
     """
     if model.streamed:
         raise RunError("second derivatives need the whole model in memory: expected model.stream=false")
-    if kind.hessian == "finite_difference" and model.dtype not in (torch.float32, torch.float64):
+    if kind.wide and model.dtype not in (torch.float32, torch.float64):
         raise RunError(
             f"model.dtype={str(model.dtype).removeprefix('torch.')}: its rounding hides finite differences; "
             "expected float32 or float64, or criterion.hessian=exact"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from pruneexp.criterion.common import with_settings
 from pruneexp.evidence import BatchDerivatives, GateDerivatives, Influence
 from pruneexp.types import Block, Score
 
@@ -56,7 +57,7 @@ class Ifso:
 
     @property
     def evidence(self) -> Influence:
-        return Influence(**{field.name: getattr(self, field.name) for field in fields(Influence)})
+        return with_settings(Influence, self)
 
     def __call__(self, block: Block, evidence: Mapping[str, GateDerivatives]) -> dict[str, Score]:
         scores: dict[str, Score] = {}

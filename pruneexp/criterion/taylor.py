@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from pruneexp.criterion.common import MEMBERS
 from pruneexp.evidence import Gradient, PerSampleGradient
 from pruneexp.types import Block, Score, SiteWeights
 
@@ -55,7 +56,7 @@ class Taylor:
         parts_UR.sort(key=lambda part: part.shape[1])  # stable: a group's key stands before its many query rows
         shortest = parts_UR[0].shape[1]
         folded = torch.stack([part.reshape(units, -1, shortest).sum(1) for part in parts_UR])
-        return _MEMBERS[self.members](folded).sum(1)
+        return MEMBERS[self.members](folded).sum(1)
 
     def _rows(self, w: Tensor, g: Tensor, a: Tensor | None) -> Tensor:
         """Scores of all rows: the last dimension is summed over, in float64."""
@@ -68,13 +69,3 @@ class Taylor:
         if self.element == "param_second":
             return (w * a * w).abs().sum(-1, dtype=torch.float64)
         return (w * g - 0.5 * w * a * w).abs().sum(-1, dtype=torch.float64)
-
-
-_MEMBERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda parts: parts.sum(0),
-    "mean": lambda parts: parts.mean(0),
-    "max": lambda parts: parts.amax(0),
-    "prod": lambda parts: parts.prod(0),
-    "first": lambda parts: parts[0],
-    "second": lambda parts: parts[1],
-}

@@ -53,6 +53,11 @@ class Influence:
         if self.windows is not None and self.windows < 1:
             raise ConfigError(f"windows={self.windows!r}: expected an integer >= 1, or null for all")
 
+    @property
+    def wide(self) -> bool:
+        """Whether the rounding of half precision would hide what is measured."""
+        return self.hessian == "finite_difference"
+
     def empty(self, site: Site) -> GateDerivatives:
         return GateDerivatives(())
 

@@ -46,6 +46,7 @@ def influence_evidence(model: Model, tokens_NT: Tensor, kind: Influence, meter: 
         )
     sites = model.sites()
     weights = _weights(model, kind)
+    survivors = _survivors(model, sites, weights)
     evidence = {site.name: kind.empty(site) for site in sites}
     chosen_NT = tokens_NT[: kind.windows]
     parts = chosen_NT.tensor_split(min(kind.batches, len(chosen_NT)))
@@ -60,11 +61,7 @@ def influence_evidence(model: Model, tokens_NT: Tensor, kind: Influence, meter: 
             used = partial(spend, len(part_NT) / len(tokens_NT))
             units = sum(site.units for site in sites)
             landscape = Landscape(loss, batches, weights, units, kind, model.device, used)
-            found = (
-                landscape.together()
-                if kind.directions == "together"
-                else landscape.apart(_owners(model, sites, weights))
-            )
+            found = landscape.together() if kind.directions == "together" else landscape.apart(survivors)
             start = 0
             for site in sites:
                 evidence[site.name] = evidence[site.name].update(found.part(start, site.units))
@@ -258,11 +255,11 @@ def _weights(model: Model, kind: Influence) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _owners(model: Model, sites: Sequence[Site], weights: Sequence[Tensor]) -> Callable[[int, Tensors], None]:
+def _survivors(model: Model, sites: Sequence[Site], weights: Sequence[Tensor]) -> Callable[[int, Tensors], None]:
     """What sets the entries of one unit (counted over all sites) to 0, in tensors that stand for `weights`."""
     owned = [(site, unit) for site in sites for unit in range(site.units)]
 
-    def survivors(number: int, tensors: Tensors) -> None:
+    def silence(number: int, tensors: Tensors) -> None:
         site, unit = owned[number]
         by_parameter = {id(w): each for w, each in zip(weights, tensors, strict=True)}
         block = model.block(site.layer, read=lambda p: by_parameter.get(id(p), torch.zeros(p.shape)))
@@ -271,4 +268,4 @@ def _owners(model: Model, sites: Sequence[Site], weights: Sequence[Tensor]) -> C
         for rows_URD in own.writers.values():
             rows_URD[unit] = 0
 
-    return survivors
+    return silence

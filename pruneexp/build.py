@@ -61,9 +61,16 @@ def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
     _check_granularity(experiment)
     _check_rounds(experiment)
+    half = getattr(experiment.model, "dtype", "auto") in ("float16", "bfloat16")
+    if half and any(getattr(kind, "wide", False) for kind in types.evidence_kinds(experiment.criterion.evidence)):
+        chosen = experiment.job["choices"]["criterion"]
+        raise ConfigError(
+            f"model.dtype={experiment.model.dtype!r}: its rounding hides the finite differences of criterion={chosen}; "
+            "expected float32 or float64, or criterion.hessian=exact"
+        )
     if getattr(experiment.model, "stream", False):
         for kind in types.evidence_kinds(experiment.criterion.evidence):
-            if kind.source == "gradient":
+            if kind.source in ("gradient", "influence"):
                 chosen = experiment.job["choices"]["criterion"]
                 raise ConfigError(
                     f"model.stream=True: criterion={chosen} needs backward passes through the whole model; "

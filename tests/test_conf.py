@@ -30,6 +30,7 @@ RECIPES = {
     "sleb": ("loss_drop", "one_shot", "greedy", "none"),
     "policy_gradient": ("wanda_sp", "one_shot", "policy_gradient", "none"),
     "llm_bip": ("llm_bip", "one_shot", "uniform", "none"),
+    "ifso": ("ifso", "one_shot", "ranking", "none"),
     "best": ("obs", "one_shot", "evolutionary", "least_squares"),
 }
 

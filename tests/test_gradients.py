@@ -104,7 +104,7 @@ def toy(group: int = 3, units: int = 2, rows: int = 4, hidden: int = 5) -> tuple
     return block, {"windows": windows, Gradient: first, PerSampleGradient: second}
 
 
-@pytest.mark.parametrize("members", ["sum", "mean", "max", "prod"])
+@pytest.mark.parametrize("members", ["sum", "mean", "max", "prod", "first", "second"])
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_the_formula_row_by_row_with_a_groups_query_heads_on_its_own_keys(element: str, members: str) -> None:
     block, seen = toy()
@@ -132,8 +132,23 @@ def test_the_formula_row_by_row_with_a_groups_query_heads_on_its_own_keys(elemen
             ]
             values = torch.tensor(parts, dtype=torch.float64)
             reduced = {"sum": values.sum(), "mean": values.mean(), "max": values.max(), "prod": values.prod()}
+            reduced |= {"first": values[1], "second": values[2]}  # grouped queries: the key, the value
             total += reduced[members].item()
         assert score_U[unit].item() == pytest.approx(total, rel=1e-10)
+
+
+def test_the_first_matrix_of_a_group_is_the_one_that_it_is_grown_from() -> None:
+    """Query and gate, their rows as many as the other matrices'; where there is no gate, up."""
+    g = torch.rand(2, 4, 5, dtype=torch.float64)
+    for roles in (("query", "key", "value"), ("gate", "up"), ("up",)):
+        writers = {role: torch.full_like(g, float(n + 1)) for n, role in enumerate(roles)}
+        weights = SiteWeights(writers, {}, torch.full((5, 8), 9.0, dtype=torch.float64), None)
+        seen = Gradient(1, SiteWeights(dict.fromkeys(roles, g), {}, torch.ones(5, 8, dtype=torch.float64), None))
+        site = Site("toy", "mlp", 0, 2, 4, Cost(1, 1, 0))
+        toy, found = Block("toy", 0, (site,), {site.name: weights}), {site.name: seen}
+        torch.testing.assert_close(Taylor("param_first", "first")(toy, found)[site.name], g.sum((1, 2)))
+        second = 2 * g.sum((1, 2)) if len(roles) > 1 else torch.full((2,), 9.0 * 5 * 4, dtype=torch.float64)
+        torch.testing.assert_close(Taylor("param_first", "second")(toy, found)[site.name], second)
 
 
 def test_removing_a_unit_changes_the_loss_by_the_signed_first_order_sum(

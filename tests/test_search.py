@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.search import AlAm, AlAmOfficial, AlMm, Global, UlMm, UlUm, Uniform, layer_budgets
+from pruneexp.search import AlAm, AlAmOfficial, AlMm, Global, Layerwise, UlMm, UlUm, Uniform, layer_budgets
 from pruneexp.search.common import standardised
 from pruneexp.types import Budget, ColumnScores, ConfigError, Cost, Plan, RemovalPath, RunError, Site
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, layer_sites, model_sites, params
@@ -38,8 +38,10 @@ def kept(plan: Plan, kind: str) -> list[int]:
 
 
 EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH, 0, 0), Global(1, BOTH, "zscore"),
-         Global(1, BOTH, "none"), Global(0, BOTH, "mean"), Global(1, BOTH, "per_parameter")]  # fmt: skip
-LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0), Uniform(0, ["channels"], 0, 0), Uniform(2, ["heads"], 0, 0)]
+         Global(1, BOTH, "none"), Global(0, BOTH, "mean"), Global(1, BOTH, "per_parameter"),
+         Layerwise(1, BOTH, "none"), Layerwise(0, BOTH, "per_parameter")]  # fmt: skip
+LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0), Uniform(0, ["channels"], 0, 0), Uniform(2, ["heads"], 0, 0),
+         Layerwise(1, BOTH, "none"), Layerwise(0, ["channels"], "zscore"), Layerwise(2, ["heads"], "mean")]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", EVERY, ids=repr)

@@ -37,7 +37,7 @@ def test_a_slope_is_the_gradient_along_the_direction(
 ) -> None:
     model, meter = tiny(family), Meter()
     # so many weights move at once that the third derivative and kinks show at larger steps
-    kind = replace(KIND, over=over, distribution=distribution, epsilon=1e-6)
+    kind = replace(KIND, perturb=over, distribution=distribution, epsilon=1e-6)
     slopes = Slopes(model, tokens_NT, kind, meter)
     assert meter.forward == pytest.approx(6) and meter.backward == 0
     exact = gradient_evidence(model, tokens_NT, Gradient, Meter())
@@ -61,7 +61,7 @@ def test_a_slope_is_the_gradient_along_the_direction(
 def test_weights_and_logits_are_restored_to_the_bit_even_after_an_error(
     over: str, family: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
-    model, kind = tiny(family, dtype="bfloat16"), replace(KIND, over=over, epsilon=0.05)
+    model, kind = tiny(family, dtype="bfloat16"), replace(KIND, perturb=over, epsilon=0.05)
     before = {name: p.clone() for name, p in model.module.named_parameters()}
     with torch.no_grad():
         logits = model.module(tokens_NT).logits
@@ -78,7 +78,7 @@ def test_weights_and_logits_are_restored_to_the_bit_even_after_an_error(
 
 @pytest.mark.parametrize("over", ["weights", "gates"])
 def test_a_streamed_model_gives_the_same_slopes(over: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
-    kind = replace(KIND, over=over, windows=4)
+    kind = replace(KIND, perturb=over, windows=4)
     held = Slopes(tiny("llama"), tokens_NT, kind, Meter())
     model, meter = tiny("llama", stream=True), Meter()
     streamed = Slopes(model, tokens_NT, kind, meter)
@@ -115,16 +115,16 @@ def estimate(kind: Perturbation, directions: int, epsilon: float = 0.3) -> Tenso
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_the_estimate_converges_to_the_gradient(distribution: str) -> None:
     g, _ = quadratic()
-    kind = replace(KIND, over="gates", distribution=distribution)
+    kind = replace(KIND, perturb="gates", distribution=distribution)
     errors = [(estimate(kind, n) - g).norm() / g.norm() for n in (30, 3000)]
     assert errors[1] < 0.08 and errors[1] < errors[0] / 3
 
 
 def test_dividing_is_multiplying_for_signs_and_blows_up_for_gaussians() -> None:
     g, _ = quadratic()
-    signs = replace(KIND, over="gates", distribution="rademacher")
+    signs = replace(KIND, perturb="gates", distribution="rademacher")
     torch.testing.assert_close(estimate(signs, 50), estimate(replace(signs, estimate="divide"), 50))
-    gaussian = replace(KIND, over="gates")
+    gaussian = replace(KIND, perturb="gates")
     off = [(estimate(replace(gaussian, estimate=how), 500) - g).norm() for how in ("multiply", "divide")]
     assert off[1] > 3 * off[0]
 

@@ -1,9 +1,21 @@
-"""The walk over a model's blocks that collects evidence, gradients, slopes, and loss probes of masked structures."""
+"""The walk over a model's blocks that collects evidence, derivatives, slopes, and loss probes of masked structures."""
 
 from pruneexp.calibrate.gradients import gradient_evidence
+from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.probe import Probe
 from pruneexp.calibrate.site_walk import walk_sites
 from pruneexp.calibrate.walk import Meter, Visit, walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
 
-__all__ = ["Meter", "Probe", "Slopes", "Visit", "gradient_evidence", "perturbed", "walk", "walk_sites"]
+__all__ = [
+    "Landscape",
+    "Meter",
+    "Probe",
+    "Slopes",
+    "Visit",
+    "gradient_evidence",
+    "influence_evidence",
+    "perturbed",
+    "walk",
+    "walk_sites",
+]

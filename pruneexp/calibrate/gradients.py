@@ -31,7 +31,7 @@ def gradient_evidence(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter) 
     evidence = {site.name: kind.empty(site) for site in model.sites()}
     parameters = _site_parameters(model)
     batches = tokens_NT.split(1 if kind.per_sample else model.batch_size)
-    with _differentiable(parameters), torch.enable_grad():
+    with differentiable(parameters), torch.enable_grad():
         for number, batch in enumerate(progress(batches, "gradients", len(batches), "batches")):
             loss = model.mean_loss(batch)
             if not torch.isfinite(loss):
@@ -59,7 +59,8 @@ def _site_parameters(model: Model) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """`requires_grad` for these parameters, and afterwards as before."""
     before = [p.requires_grad for p in parameters]
     try:
         for parameter in parameters:

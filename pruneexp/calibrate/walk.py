@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.calibrate.gradients import gradient_evidence
+from pruneexp.calibrate.influence import influence_evidence
 from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
@@ -96,7 +97,7 @@ class _Ahead:
     """Evidence that whole passes through the model give before the walk, handed out block by block."""
 
     def __init__(self, model: Model, tokens_NT: Tensor | None, kinds: Sequence[Any], meter: Meter):
-        self.gradients: dict[Any, dict[str, Any]] = {}
+        self.gradients: dict[Any, dict[str, Any]] = {}  # first or second derivatives, by site name
         self.slopes: dict[Any, Slopes] = {}
         self.losses: dict[Any, tuple[Tensor, Tensor]] = {}  # without each block, of the whole model
         for kind in kinds:
@@ -104,6 +105,8 @@ class _Ahead:
                 continue
             if kind.source == "gradient":
                 self.gradients[kind] = gradient_evidence(model, tokens_NT, kind, meter)
+            elif kind.source == "influence":
+                self.gradients[kind] = influence_evidence(model, tokens_NT, kind, meter)
             elif kind.source == "zeroth_order":
                 self.slopes[kind] = Slopes(model, tokens_NT, kind, meter)
             elif kind.source == "probe":

@@ -60,7 +60,7 @@ class Slopes:
 
     def _directions(self, block: Block, number: int) -> dict[str, Any]:
         model, kind = self.model, self.kind
-        if kind.over == "gates":
+        if kind.perturb == "gates":
             return {
                 site.name: kind.draw(number, site.name, torch.Size([site.units]), model.device) for site in block.sites
             }
@@ -83,7 +83,7 @@ def perturbed(model: Model, kind: Perturbation, number: int, step: float) -> Ite
     """
     with ExitStack() as hooks:
         for index, layer in enumerate(model.layers):
-            if kind.over == "gates":
+            if kind.perturb == "gates":
                 for site in model.layer_sites(index):
                     z_U = kind.draw(number, site.name, torch.Size([site.units]), model.device)
                     gates_C = (1 + step * z_U.to(model.dtype)).repeat_interleave(site.width)

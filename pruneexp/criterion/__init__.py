@@ -7,6 +7,7 @@ paper's formula has them, never standardised here: comparing sites is the search
 
 from pruneexp.criterion.activations import Flap, FlapOfficial, WandaSp
 from pruneexp.criterion.depth import BlockInfluence, LossDrop
+from pruneexp.criterion.influence import Ifso
 from pruneexp.criterion.obs import Obs
 from pruneexp.criterion.propagation import LlmBip
 from pruneexp.criterion.sensitivity import MiniLlm
@@ -17,6 +18,7 @@ __all__ = [
     "BlockInfluence",
     "Flap",
     "FlapOfficial",
+    "Ifso",
     "LlmBip",
     "LossDrop",
     "Magnitude",

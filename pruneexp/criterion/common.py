@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from pruneexp.types import ColumnScores, Site
 
+Kind = TypeVar("Kind")
+
+# How the scores of a unit's coupled matrices, stacked in the first dimension, become one.
+MEMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda parts: parts.sum(0),
+    "mean": lambda parts: parts.mean(0),
+    "max": lambda parts: parts.amax(0),
+    "prod": lambda parts: parts.prod(0),
+    "first": lambda parts: parts[0],
+    "second": lambda parts: parts[1],
+}
 _CHUNK = 2**20  # elements of a weight that are widened and squared together: the temporary stays in the cache
+
+
+def with_settings(kind: type[Kind], criterion: Any) -> Kind:
+    """A kind of evidence with the criterion's settings of the same names. Raises ConfigError where they cannot be."""
+    return kind(**{field.name: getattr(criterion, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def of_columns(site: Site, columns_C: Tensor) -> ColumnScores:

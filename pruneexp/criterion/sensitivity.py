@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from pruneexp.criterion.common import MEMBERS, with_settings
 from pruneexp.evidence import DirectionalGradient, Gradient, InputMoments, Moments, Perturbation
 from pruneexp.types import Block, Score, Site, SiteWeights
 
@@ -45,15 +46,11 @@ class MiniLlm:
     seed: int
 
     def __post_init__(self) -> None:
-        self._perturbation()  # raises ConfigError for settings that cannot be
-
-    def _perturbation(self) -> Perturbation:
-        settings = (self.directions, self.epsilon, self.distribution, self.estimate, self.windows, self.seed)
-        return Perturbation(self.perturb, *settings)
+        with_settings(Perturbation, self)  # raises ConfigError for settings that cannot be
 
     @property
     def evidence(self) -> tuple[Any, ...]:
-        gradient = Gradient if self.gradient == "exact" else self._perturbation()
+        gradient = Gradient if self.gradient == "exact" else with_settings(Perturbation, self)
         return (Moments, gradient) if self.perturb == "gates" else (Moments, gradient, InputMoments)
 
     def __call__(self, block: Block, evidence: Mapping[str, tuple[Any, ...]]) -> dict[str, Score]:
@@ -75,7 +72,7 @@ class MiniLlm:
             parts_U.append(sensitivity_URD.sum(1, dtype=torch.float64) @ size_D.to(w_URD.device))
         columns_C = (weights.reader.to(g.reader) * g.reader).abs().sum(0, dtype=torch.float64)
         parts_U.append((columns_C * size_C.to(columns_C.device)).reshape(site.units, -1).sum(1))
-        return _MEMBERS[self.members](torch.stack(parts_U))
+        return MEMBERS[self.members](torch.stack(parts_U))
 
     def _of_gates(
         self, site: Site, weights: SiteWeights, moments: Moments, gradient: Gradient | DirectionalGradient
@@ -91,10 +88,3 @@ class MiniLlm:
 
     def _size(self, moments: Moments) -> Tensor:
         return moments.mean_square_C.sqrt() if self.tokens == "l2" else moments.mean_C.abs()
-
-
-_MEMBERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda parts: parts.sum(0),
-    "mean": lambda parts: parts.mean(0),
-    "max": lambda parts: parts.amax(0),
-}

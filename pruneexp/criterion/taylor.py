@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from pruneexp.criterion.common import MEMBERS
 from pruneexp.evidence import Gradient, PerSampleGradient
 from pruneexp.types import Block, Score, SiteWeights
 
@@ -23,16 +24,18 @@ class Taylor:
         param_first   sum |w g|            (Element^1)
         param_second  sum |w A w|          (Element^2)
         param_mix     sum |w g - w A w / 2|
-    Coupled rows and columns are reduced by `members` (sum, mean, max or prod over the matrices), then added up over the
-    unit. Biases are not counted. With grouped queries a KV group's query rows and reader columns are folded onto its
-    key and value rows; query head h belongs to group h // G (as attention pairs them), not to h mod K, to which the
-    released code's fold leads.
+    Coupled rows and columns are reduced by `members` over the matrices, then added up over the unit: sum, mean, max or
+    prod of them, or the first or second alone. The first is the one that the code grows the group from: query (key
+    where queries are grouped), gate (up without one); the second the next of query, key, value, reader or of gate, up,
+    reader, where the code's is the next of its trace through the model. Biases are not counted.
+    With grouped queries a KV group's query rows and reader columns are folded onto its key and value rows; query head h
+    belongs to group h // G (as attention pairs them), not to h mod K, to which the released code's fold leads.
     """
 
     sequential: ClassVar[bool] = False
 
     element: Literal["vectorize", "param_first", "param_second", "param_mix"]
-    members: Literal["sum", "mean", "max", "prod"]
+    members: Literal["sum", "mean", "max", "prod", "first", "second"]
 
     @property
     def evidence(self) -> type[Gradient] | type[PerSampleGradient]:
@@ -50,9 +53,10 @@ class Taylor:
             parts_UR.append(self._rows(w_URD, gradient.writers[role], None if second is None else second.writers[role]))
         columns_C = self._rows(weights.reader.T, gradient.reader.T, None if second is None else second.reader.T)
         parts_UR.append(columns_C.reshape(units, -1))
-        shortest = min(part.shape[1] for part in parts_UR)
+        parts_UR.sort(key=lambda part: part.shape[1])  # stable: a group's key stands before its many query rows
+        shortest = parts_UR[0].shape[1]
         folded = torch.stack([part.reshape(units, -1, shortest).sum(1) for part in parts_UR])
-        return _MEMBERS[self.members](folded).sum(1)
+        return MEMBERS[self.members](folded).sum(1)
 
     def _rows(self, w: Tensor, g: Tensor, a: Tensor | None) -> Tensor:
         """Scores of all rows: the last dimension is summed over, in float64."""
@@ -65,11 +69,3 @@ class Taylor:
         if self.element == "param_second":
             return (w * a * w).abs().sum(-1, dtype=torch.float64)
         return (w * g - 0.5 * w * a * w).abs().sum(-1, dtype=torch.float64)
-
-
-_MEMBERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda parts: parts.sum(0),
-    "mean": lambda parts: parts.mean(0),
-    "max": lambda parts: parts.amax(0),
-    "prod": lambda parts: parts.prod(0),
-}

@@ -2,15 +2,19 @@
 
 from pruneexp.evidence.depth import BlockChange, LossWithout
 from pruneexp.evidence.gradients import Gradient, PerSampleGradient
+from pruneexp.evidence.influence import BatchDerivatives, GateDerivatives, Influence
 from pruneexp.evidence.statistics import AbsoluteMoments, Gram, InputMoments, Moments, RunningFluctuation, WantedOutput
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
 
 __all__ = [
     "AbsoluteMoments",
+    "BatchDerivatives",
     "BlockChange",
     "DirectionalGradient",
+    "GateDerivatives",
     "Gradient",
     "Gram",
+    "Influence",
     "InputMoments",
     "LossWithout",
     "Moments",

@@ -21,14 +21,14 @@ from pruneexp.types import ConfigError, RunError, Site, SiteWeights
 class Perturbation:
     """Simultaneous perturbation (SPSA): the loss at +epsilon z and at -epsilon z along random directions z.
 
-    over=weights: z has an entry for every weight of every writer and reader; gates: one for every unit, which scales
+    perturb=weights: z has an entry for every weight of every writer and reader; gates: one for every unit, which scales
     what the unit hands to its reader by 1 + epsilon z. distribution: gaussian (standard normal) or rademacher (+-1).
     windows: calibration windows on which one direction is measured, taken in turn; None: all of them.
     """
 
     source: ClassVar[str] = "zeroth_order"
 
-    over: Literal["weights", "gates"]
+    perturb: Literal["weights", "gates"]
     directions: int
     epsilon: float
     distribution: Literal["gaussian", "rademacher"]

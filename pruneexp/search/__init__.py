@@ -5,6 +5,7 @@ from pruneexp.search.common import layer_budgets
 from pruneexp.search.evolutionary import Evolutionary
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
 from pruneexp.search.greedy import Greedy
+from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Evolutionary",
     "Global",
     "Greedy",
+    "Layerwise",
     "PolicyGradient",
     "UlMm",
     "UlUm",

@@ -30,6 +30,8 @@ class Evidence(Protocol):
     - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
     - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
       `per_sample` (a class variable) asks for one window at a time
+    - "influence": `update(derivatives)`, second derivatives of the loss by gates on the site's units; once for each of
+      the parts that the windows are split into
     - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
       and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
     """

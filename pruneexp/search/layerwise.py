@@ -1,0 +1,68 @@
+"""Heads and FFN channels in one ranking inside each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from pruneexp.search.budgeted import Global, Granularity, chosen_sites, removable
+from pruneexp.search.common import by_layer, in_order, layer_budgets, planned, require
+from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """Every layer loses the same share; inside a layer, heads and channels are ranked together, lowest first.
+
+    `Global` for one layer at a time, `normalise` included (none: scores on one scale, as LLM-BIP's bounds of what a
+    block's output changes by are; per_parameter: the same, by what a unit costs). What a layer leaves over or takes
+    too much goes into the next layer's budget, so that the whole is met to half the cost of the cheapest unit.
+    """
+
+    local: ClassVar[bool] = True
+
+    min_units: int
+    granularity: Granularity
+    normalise: Literal["none", "zscore", "mean", "per_parameter"]
+
+    def __post_init__(self) -> None:
+        _ = self._inside  # raises ConfigError for settings that cannot be
+        if "blocks" in self.granularity:
+            raise ConfigError(
+                f"granularity={self.granularity!r}: expected heads, channels or both; a layer has no second block"
+            )
+
+    @property
+    def _inside(self) -> Global:
+        return Global(self.min_units, self.granularity, self.normalise)
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan:
+        chosen = chosen_sites(sites, self.granularity, budget)
+        if budget.layers is None:
+            require(budget, removable(chosen, self.min_units, budget))
+        plan, over = Plan({}), 0.0
+        for layer, share in layer_budgets(budget, sites).items():
+            own = [site for site in by_layer(sites)[layer] if site in chosen]
+            share = replace(share, added=share.added + over)
+            over = share.remove
+            if own:
+                most = removable(own, self.min_units, budget)
+                require(share, most + min(budget.price(site) for site in own))  # rounding may be carried on
+                within = replace(share, added=share.added + min(0.0, most - share.remove))
+                part = self._inside(scores, own, within, oracle, rng)
+                plan = plan.merged(part)
+                over -= sum(plan.removed(site) * budget.price(site) for site in own)
+        return planned(_masks(plan, chosen), sites, budget)
+
+
+def _masks(plan: Plan, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    masks = {}
+    for site in in_order(sites):
+        masks[site.name] = torch.zeros(site.units, dtype=torch.bool)
+        masks[site.name][list(plan.sites[site.name].kept)] = True
+    return masks

@@ -59,6 +59,7 @@ def _typed(composed: Composed, group: str) -> bool:
 def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
     _check_granularity(experiment)
+    _check_quantity(experiment)
     if getattr(experiment.model, "stream", False):
         for kind in types.evidence_kinds(experiment.criterion.evidence):
             if kind.source == "gradient":
@@ -101,6 +102,23 @@ def _check_granularity(experiment: Experiment) -> None:
         raise ConfigError(
             f"criterion={criterion} scores whole blocks, which search={search} does not remove; "
             "expected search=blocks or greedy, or a criterion of heads and channels"
+        )
+
+
+def _check_quantity(experiment: Experiment) -> None:
+    """Raises ConfigError where the search removes nothing that the sparsity counts."""
+    if experiment.sparsity.of != "kv_cache":
+        return
+    heads, granularity = (getattr(experiment.search, name, None) for name in ("heads", "granularity"))
+    if heads is not None:
+        raise ConfigError(
+            f"sparsity.of='kv_cache': FFN channels, which make up for the rest of search.heads={heads}, fill none; "
+            "expected decoder, prunable, macs or bytes"
+        )
+    if granularity is not None and not {"heads", "blocks"} & set(granularity):
+        raise ConfigError(
+            f"search.granularity={list(granularity)!r}: expected heads or blocks with sparsity.of=kv_cache, "
+            "which nothing else fills"
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pruneexp.budget import check_pruning, whole_budget
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
 from pruneexp.model import Model, ModelSource
@@ -30,7 +31,7 @@ from pruneexp.prune import Method, Pruned, prune_
 from pruneexp.report import print_summary
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, prove_in_process, save
 from pruneexp.tracker import LocalRun, Trackers, check_folder, run_folder, write_atomic
-from pruneexp.types import Compensator, ConfigError, Criterion, Evaluator, RunError, Search, Sparsity, Tracker
+from pruneexp.types import Budget, Compensator, ConfigError, Criterion, Evaluator, RunError, Search, Sparsity, Tracker
 
 logger = logging.getLogger("pruneexp")
 
@@ -87,9 +88,12 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
 
     Raises ConfigError or RunError, one line each, for what the user can mend; both are in status.json by then.
     """
+    with waiting("reading the model's config"):
+        outline = experiment.model.outline()
+    budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
     tokenizer, tokens_NT = _inputs(experiment)
     if experiment.run.dry:
-        return _dry(experiment, tokens_NT)
+        return _dry(experiment, outline, budget, tokens_NT)
     settings, job = experiment.run, experiment.job
     folder = run_folder(settings.dir, job["recipe"], settings.name, datetime.now())
     local = LocalRun(settings.overwrite)
@@ -147,14 +151,15 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     return tokenizer, tokens_NT
 
 
-def _dry(experiment: Experiment, tokens_NT: Tensor) -> dict[str, float]:
+def _dry(experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor) -> dict[str, float]:
     """The model's structure and what would leave it, from its config alone."""
-    layers, sites, decoder, total = experiment.model.outline()
+    sites, total, decoder = model.sites(), _params(model), model.decoder_params
     kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
     units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
-    print(f"{experiment.model.name}: {layers} layers, {units}; {total:,} parameters, {decoder:,} in decoder layers")
+    layers = f"{len(model.layers)} layers, {units}"
+    print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
     print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
-    print(f"to remove: {experiment.sparsity.ratio:.1%} = {round(experiment.sparsity.ratio * decoder):,} parameters")
+    print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
     return {"dense/params": total, "dense/params/decoder": decoder}
 
 
@@ -176,6 +181,7 @@ class _Run:
         if left_out:
             logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
         self._measure(model, "dense")
+        counted = [self._counted(model)]
         pruned = self._prune(model, tokens_NT)
         try:
             self._measure(model, "pruned")
@@ -185,6 +191,9 @@ class _Run:
         decoder = [self.metrics[f"{when}/params/decoder"] for when in ("dense", "pruned")]
         total = [self.metrics[f"{when}/params"] for when in ("dense", "pruned")]
         self.metrics |= {"sparsity/decoder": 1 - decoder[1] / decoder[0], "sparsity/model": 1 - total[1] / total[0]}
+        if experiment.sparsity.of != "decoder":
+            counted.append(self._counted(model))
+            self.metrics[f"sparsity/{experiment.sparsity.of}"] = 1 - counted[1] / counted[0] if counted[0] else 0.0
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
         self.metrics["memory/peak_bytes"] = _peak_bytes(model)
         self.trackers.finish(self.metrics)
@@ -200,6 +209,10 @@ class _Run:
         finally:
             key = f"seconds/{stage}"
             self.metrics[key] = self.metrics.get(key, 0.0) + time.perf_counter() - start
+
+    def _counted(self, model: Model) -> int:
+        """What the sparsity counts in the model as it stands."""
+        return whole_budget(model, self.experiment.search, self.experiment.sparsity, 0.0).total
 
     def _record_inputs(self, tokens_NT: Tensor) -> None:
         experiment = self.experiment

@@ -175,6 +175,16 @@ class Budget:
             "kv_cache": self.element_size * cost.kv,
         }[self.counts]
 
+    @property
+    def unit(self) -> str:
+        """What it counts, in words."""
+        return {
+            "params": "parameters",
+            "macs": f"multiply-accumulates per token over {self.context} tokens",
+            "bytes": f"bytes, the KV cache of {self.context} tokens with them",
+            "kv_cache": "bytes of KV cache per token",
+        }[self.counts]
+
     def added_params(self, count: int) -> int:
         """What so many parameters without a unit (new biases) add."""
         return {"params": count, "bytes": self.element_size * count}.get(self.counts, 0)
@@ -288,7 +298,8 @@ class Oracle(Protocol):
 class Search(Protocol):
     """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity` (not
     required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses,
-    and so needs the whole model in memory."""
+    and so needs the whole model in memory. `check(sites, budget)` (not required): raises ConfigError for a budget that
+    it cannot meet, before there are scores."""
 
     local: ClassVar[bool]
 

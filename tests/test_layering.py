@@ -19,7 +19,7 @@ LAYERS = (
     ("evidence",),
     ("criterion", "compensator", "search", "sparsity"),
     ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache"),
-    ("prune", "recovery", "export"),
+    ("budget", "prune", "recovery", "export"),
     ("experiment",),
     ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary"),
     ("__main__",),

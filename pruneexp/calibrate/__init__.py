@@ -2,8 +2,18 @@
 
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.probe import Probe
-from pruneexp.calibrate.site_walk import walk_sites
+from pruneexp.calibrate.site_walk import require_sums, walk_sites
 from pruneexp.calibrate.walk import Meter, Visit, walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
 
-__all__ = ["Meter", "Probe", "Slopes", "Visit", "gradient_evidence", "perturbed", "walk", "walk_sites"]
+__all__ = [
+    "Meter",
+    "Probe",
+    "Slopes",
+    "Visit",
+    "gradient_evidence",
+    "perturbed",
+    "require_sums",
+    "walk",
+    "walk_sites",
+]

@@ -31,7 +31,18 @@ from pruneexp.prune import Method, Pruned, prune_
 from pruneexp.report import print_summary
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, prove_in_process, save
 from pruneexp.tracker import LocalRun, Trackers, check_folder, run_folder, write_atomic
-from pruneexp.types import Budget, Compensator, ConfigError, Criterion, Evaluator, RunError, Search, Sparsity, Tracker
+from pruneexp.types import (
+    Budget,
+    Compensator,
+    ConfigError,
+    Criterion,
+    Evaluator,
+    RunError,
+    RunRecord,
+    Search,
+    Sparsity,
+    Tracker,
+)
 
 logger = logging.getLogger("pruneexp")
 
@@ -99,7 +110,8 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     local = LocalRun(settings.overwrite)
     trackers = Trackers((local, experiment.tracker))
     try:
-        trackers.start(folder, experiment.config, job["sweep"], settings.name, "job" if job["sweep"] else "run")
+        kind = "job" if job["sweep"] else "run"
+        trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
         return _Run(experiment, folder, local, trackers).execute(tokenizer, tokens_NT)
     except (ConfigError, RunError) as error:
         trackers.fail(str(error))

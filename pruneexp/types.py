@@ -349,18 +349,22 @@ class Dataset(Protocol):
     def evaluation(self, tokenizer: Any, length: int) -> Tensor: ...
 
 
-class Tracker(Protocol):
-    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `group`: the sweep
-    that a run belongs to; `trace`: the traceback of what killed it, where it is no user's mistake."""
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as trackers know it when it starts."""
 
-    def start(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        group: str | None = None,
-        name: str | None = None,
-        job_type: str | None = None,
-    ) -> None: ...
+    folder: Path  # the run folder
+    config: Mapping[str, Any]  # the composed config
+    group: str | None  # the sweep that it belongs to
+    name: str | None
+    job_type: str | None  # "run", or "job" of a sweep
+
+
+class Tracker(Protocol):
+    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `trace`: the
+    traceback of what killed it, where it is no user's mistake."""
+
+    def start(self, record: RunRecord) -> None: ...
 
     def log(self, metrics: Mapping[str, float]) -> None: ...
 

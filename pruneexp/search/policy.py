@@ -147,7 +147,7 @@ class PolicyGradient:
             if not own:
                 continue
             wanted = min(max(wanted, 0.0), float(removable(own, self.min_units, budget)))
-            part = replace(budget, total=round(wanted / budget.ratio), added=0)
+            part = replace(budget, total=0, added=wanted)
             plan = plan.merged(Global(self.min_units, [name], "none")(values, own, part, None, torch.Generator()))
             left -= removed(plan, own, budget)
         keep = {}

@@ -68,6 +68,7 @@ def check_together(experiment: Experiment) -> None:
             f"model.dtype={experiment.model.dtype!r}: its rounding hides the finite differences of criterion={chosen}; "
             "expected float32 or float64, or criterion.hessian=exact"
         )
+    _check_quantity(experiment)
     if getattr(experiment.model, "stream", False):
         for kind in types.evidence_kinds(experiment.criterion.evidence):
             if kind.source in ("gradient", "influence"):
@@ -133,6 +134,23 @@ def _check_rounds(experiment: Experiment) -> None:
         raise ConfigError(
             f"search.heads={heads}: a count for all rounds together, of which none knows its part; "
             "expected sparsity=one_shot, or a search that goes by the ratio"
+        )
+
+
+def _check_quantity(experiment: Experiment) -> None:
+    """Raises ConfigError where the search removes nothing that the sparsity counts."""
+    if experiment.sparsity.of != "kv_cache":
+        return
+    heads, granularity = (getattr(experiment.search, name, None) for name in ("heads", "granularity"))
+    if heads is not None:
+        raise ConfigError(
+            f"sparsity.of='kv_cache': FFN channels, which make up for the rest of search.heads={heads}, fill none; "
+            "expected decoder, prunable, macs or bytes"
+        )
+    if granularity is not None and not {"heads", "blocks"} & set(granularity):
+        raise ConfigError(
+            f"search.granularity={list(granularity)!r}: expected heads or blocks with sparsity.of=kv_cache, "
+            "which nothing else fills"
         )
 
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -22,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pruneexp.budget import check_pruning, whole_budget
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
 from pruneexp.delivery import deliver, deliver_streamed
@@ -31,14 +30,16 @@ from pruneexp.prune import Method, Pruned
 from pruneexp.report import print_summary
 from pruneexp.rounds import prune_in_rounds_
 from pruneexp.surgery import BlockProof, StreamedSave
-from pruneexp.tracker import LocalRun, Trackers, check_folder, run_folder, write_atomic
+from pruneexp.tracker import LocalRun, Trackers, check_folder, peak_bytes, run_folder, write_atomic
 from pruneexp.types import (
+    Budget,
     Compensator,
     ConfigError,
     Criterion,
     Evaluator,
     Recovery,
     RunError,
+    RunRecord,
     Search,
     Sparsity,
     Tracker,
@@ -100,15 +101,19 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
 
     Raises ConfigError or RunError, one line each, for what the user can mend; both are in status.json by then.
     """
+    with waiting("reading the model's config"):
+        outline = experiment.model.outline()
+    budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
     tokenizer, tokens_NT = _inputs(experiment)
     if experiment.run.dry:
-        return _dry(experiment, tokens_NT)
+        return _dry(experiment, outline, budget, tokens_NT)
     settings, job = experiment.run, experiment.job
     folder = run_folder(settings.dir, job["recipe"], settings.name, datetime.now())
     local = LocalRun(settings.overwrite)
     trackers = Trackers((local, experiment.tracker))
     try:
-        trackers.start(folder, experiment.config, job["sweep"], settings.name, "job" if job["sweep"] else "run")
+        kind = "job" if job["sweep"] else "run"
+        trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
         return _Run(experiment, folder, local, trackers).execute(tokenizer, tokens_NT)
     except (ConfigError, RunError) as error:
         trackers.fail(str(error))
@@ -161,14 +166,15 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     return tokenizer, tokens_NT
 
 
-def _dry(experiment: Experiment, tokens_NT: Tensor) -> dict[str, float]:
+def _dry(experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor) -> dict[str, float]:
     """The model's structure and what would leave it, from its config alone."""
-    layers, sites, decoder, total = experiment.model.outline()
+    sites, total, decoder = model.sites(), model.params, model.decoder_params
     kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
     units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
-    print(f"{experiment.model.name}: {layers} layers, {units}; {total:,} parameters, {decoder:,} in decoder layers")
+    layers = f"{len(model.layers)} layers, {units}"
+    print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
     print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
-    print(f"to remove: {experiment.sparsity.ratio:.1%} = {round(experiment.sparsity.ratio * decoder):,} parameters")
+    print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
     return {"dense/params": total, "dense/params/decoder": decoder}
 
 
@@ -190,6 +196,7 @@ class _Run:
         if left_out:
             logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
         self._measure(model, "dense")
+        counted = [self._counted(model)]
         pruned = self._prune(model, tokens_NT)
         try:
             self._measure(model, "pruned")
@@ -199,8 +206,11 @@ class _Run:
         decoder = [self.metrics[f"{when}/params/decoder"] for when in ("dense", "pruned")]
         total = [self.metrics[f"{when}/params"] for when in ("dense", "pruned")]
         self.metrics |= {"sparsity/decoder": 1 - decoder[1] / decoder[0], "sparsity/model": 1 - total[1] / total[0]}
+        if experiment.sparsity.of != "decoder":
+            counted.append(self._counted(model))
+            self.metrics[f"sparsity/{experiment.sparsity.of}"] = 1 - counted[1] / counted[0] if counted[0] else 0.0
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
-        self.metrics["memory/peak_bytes"] = _peak_bytes(model)
+        self.metrics["memory/peak_bytes"] = peak_bytes(model.device)
         self.trackers.finish(self.metrics)
         print_summary(self.metrics, pruned.plan, pruned.sites, self.folder)
         return self.metrics
@@ -215,6 +225,10 @@ class _Run:
             key = f"seconds/{stage}"
             self.metrics[key] = self.metrics.get(key, 0.0) + time.perf_counter() - start
 
+    def _counted(self, model: Model) -> int:
+        """What the sparsity counts in the model as it stands."""
+        return whole_budget(model, self.experiment.search, self.experiment.sparsity, 0.0).total
+
     def _record_inputs(self, tokens_NT: Tensor) -> None:
         experiment = self.experiment
         data = {**experiment.dataset.description(), "calibration_windows": list(tokens_NT.shape)}
@@ -224,8 +238,7 @@ class _Run:
 
     def _measure(self, model: Model, when: str) -> None:
         """Every evaluator's figures, prefixed "dense/" or "pruned/"."""
-        tied_once = sum(p.numel() for p in model.module.parameters())
-        found: dict[str, float] = {"params": tied_once, "params/decoder": model.decoder_params}
+        found: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
         with self.clock(f"evaluate_{when}"):
             for evaluator in self.experiment.evaluators.values():
                 found |= evaluator(model, model.tokenizer)
@@ -284,15 +297,3 @@ class _Run:
 
 def _nothing(index: int) -> None:
     """A model in memory has nothing to write layer by layer."""
-
-
-def _peak_bytes(model: Model) -> int:
-    """The largest resident memory of this process so far, or the device's allocations where that is more."""
-    try:  # not getrusage's: a child process starts with its parent's peak there
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if model.device.type == "cuda":
-        peak = max(peak, torch.cuda.max_memory_allocated(model.device))
-    return peak

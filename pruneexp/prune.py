@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.budget import biases_added, budget_of, refusal, removes_blocks, whole_budget
 from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
-from pruneexp.model import Model, layer_structure
+from pruneexp.model import Model
 from pruneexp.surgery import remove_blocks_, shrink_layer_
 from pruneexp.types import (
     Budget,
@@ -86,7 +87,7 @@ def prune_(
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock)
-    budget = _budget(work, blocks if _whole(method.search) else sites, range(len(model.layers)))
+    budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
         work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
     if method.search.local and method.criterion.sequential and method.criterion.evidence is not None:
@@ -94,7 +95,7 @@ def prune_(
     else:
         plan = _all_at_once(work)
     figures = {"ratio": ratio, "of": method.sparsity.of, f"total_{budget.counts}": budget.total}
-    for counted in {budget, replace(budget, counts="params")}:
+    for counted in (budget, replace(budget, counts="params")):
         removed = sum(plan.removed(site) * counted.price(site) for site in (*sites, *blocks))
         figures[f"removed_{counted.counts}"] = removed
     plan = replace(plan, budget={**plan.budget, **figures})
@@ -104,7 +105,7 @@ def prune_(
 def _all_at_once(work: _Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    whole = _whole(work.method.search)  # nothing is left to compensate
+    whole = removes_blocks(work.method.search)  # nothing is left to compensate
     dense_kind = None if compensator.sequential or whole else compensator.evidence
     kinds = _distinct(criterion.evidence, dense_kind)
     sites: list[Site] = []
@@ -129,11 +130,6 @@ def _all_at_once(work: _Pruning) -> Plan:
                 evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
                 _shrink(work, visit, plan, evidence)
     return plan
-
-
-def _whole(search: Search) -> bool:
-    """Whether whole blocks leave."""
-    return "blocks" in getattr(search, "granularity", ())
 
 
 def _remove_blocks(work: _Pruning, plan: Plan) -> Plan:
@@ -234,6 +230,8 @@ def _asked(
     """
     answers: list[tuple[Plan, float]] = []
     added = budget.added_params(_biases_added(work, sites))
+    if refusal(work.method.search, sites, replace(budget, added=budget.added + added)) is not None:
+        added = 0  # most of these sites may have to stay whole
     for _ in range(4):
         asked = replace(budget, added=budget.added + added)
         plan = work.method.search(scores, sites, asked, oracle, work.rng)
@@ -268,30 +266,13 @@ def _left_over(work: _Pruning, plan: Plan, sites: Sequence[Site], budget: Budget
 
 
 def _budget(work: _Pruning, sites: Sequence[Site], layers: Sequence[int]) -> Budget:
-    """The share of what these layers hold, counted as the sparsity says."""
-    sparsity, model = work.method.sparsity, work.model
-    counts: Any = {"decoder": "params", "prunable": "params"}.get(sparsity.of, sparsity.of)
-    budget = Budget(work.ratio, 0, 0, None, counts, sparsity.context, model.dtype.itemsize)
-    total = sum(site.units * budget.price(site) for site in sites)
-    if sparsity.of in ("decoder", "bytes"):  # norms and readers' biases too
-        params = sum(p.numel() for index in layers for p in model.layers[index].parameters())
-        total += budget.added_params(params - sum(site.units * site.cost.params for site in sites))
-    return replace(budget, total=total)
+    """The share of what these layers hold."""
+    return budget_of(work.model, work.method.sparsity, work.ratio, sites, layers)
 
 
 def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:
-    """Parameters of the biases that compensation gives to readers without one, were all `sites` to lose units. What
-    counts only units (of=prunable) does not count them."""
-    if not work.method.compensator.adds_bias or work.ratio == 0 or work.method.sparsity.of == "prunable":
-        return 0
-    added = 0
-    for site in sites:
-        if site.kind == "block":
-            continue
-        structure = layer_structure(work.model.layers[site.layer], work.model.family, work.model.config)
-        has_bias = structure.attention_output_bias if site.kind == "attention" else structure.mlp_output_bias
-        added += 0 if has_bias else work.model.config.hidden_size
-    return added
+    """Parameters of the biases that compensation would add, were all `sites` to lose units."""
+    return biases_added(work.model, work.method.sparsity, work.method.compensator, sites) if work.ratio else 0
 
 
 def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:

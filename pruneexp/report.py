@@ -27,6 +27,12 @@ GROUPS = {  # first part of a metric's name -> heading
     "passes": "passes",
     "seconds": "seconds",
 }
+COUNTED = {  # share removed of what the sparsity counts, where that is not the decoder's parameters
+    "sparsity/prunable": "parameters that units hold",
+    "sparsity/macs": "multiply-accumulates",
+    "sparsity/bytes": "weights and KV cache, bytes",
+    "sparsity/kv_cache": "KV cache",
+}
 ORDER = ("removed", "perplexity", "accuracy", "speed", "memory", "size", "other", "passes", "seconds")
 KEPT, GONE = "#2f6f9f", "#e9edf0"
 OUTLINE, MARK = "#9aa5ad", "#b3412f"
@@ -111,12 +117,15 @@ def _removed(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) ->
         rows.append(Row("removed", "parameters", f"{dense:,}", f"{pruned:,}", _share(dense - pruned, dense)))
     if "sparsity/decoder" in metrics:
         rows.append(Row("removed", "decoder parameters", "", "", _share(metrics["sparsity/decoder"], 1)))
+    for key, what in COUNTED.items():
+        if key in metrics:
+            rows.append(Row("removed", what, "", "", _share(metrics[key], 1)))
     return rows
 
 
 def _measured(metrics: Mapping[str, float]) -> list[Row]:
     rows = []
-    told = {"dense/params", "pruned/params", "sparsity/decoder"}
+    told = {"dense/params", "pruned/params", "sparsity/decoder", *COUNTED}
     for key, value in metrics.items():
         side, _, name = key.partition("/")
         if key in told or (side == "dense" and f"pruned/{name}" in metrics):

@@ -19,7 +19,7 @@ LAYERS = (
     ("evidence",),
     ("criterion", "compensator", "search", "sparsity"),
     ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache"),
-    ("prune", "rounds", "recovery", "export"),
+    ("budget", "prune", "rounds", "recovery", "export"),
     ("delivery",),
     ("experiment",),
     ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pruneexp.tracker import Local, LocalRun, Trackers, flat_metrics, status_of, write_atomic
 from pruneexp.tracker.environment import git_revision
 from pruneexp.types import Plan, RunError
-from tests.tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, contents, finished
+from tests.tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, contents, finished, record
 
 # The run folder
 
@@ -45,7 +45,7 @@ def test_a_finished_run_holds_what_the_contract_says(tmp_path):
 
 def test_environment(tmp_path):
     run = LocalRun(False)
-    run.start(tmp_path, CONFIG)
+    run.start(record(tmp_path))
     run.environment({"sha256": "abc"}, {"windows": 8})
     known = json.loads((tmp_path / "environment.json").read_text())
     assert known["model"] == {"sha256": "abc"} and known["data"] == {"windows": 8}
@@ -89,7 +89,7 @@ def test_metrics_are_the_last_thing_written(tmp_path, monkeypatch):
 
 def test_a_full_disk_names_the_folder_and_the_file(tmp_path, monkeypatch):
     run = LocalRun(False)
-    run.start(tmp_path, CONFIG)
+    run.start(record(tmp_path))
 
     def full(path: Path, data: bytes | str) -> None:
         raise OSError(28, "No space left on device")
@@ -104,7 +104,7 @@ def test_a_full_disk_names_the_folder_and_the_file(tmp_path, monkeypatch):
 def test_a_metric_that_is_no_finite_number_is_refused_by_name(tmp_path, value):
     other = Recorder([])
     trackers = Trackers((LocalRun(False), other))
-    trackers.start(tmp_path, CONFIG)
+    trackers.start(record(tmp_path))
     with pytest.raises(RunError, match=r"^pruned/ppl/x@8=.*: expected a finite number"):
         trackers.finish({"pruned/ppl/x@8": value})
     assert "finish" not in other.calls and status_of(tmp_path) == "running"
@@ -119,7 +119,7 @@ def test_metrics_become_plain_numbers():
 
 def test_a_failed_run_says_why(tmp_path, capsys):
     run = LocalRun(False)
-    run.start(tmp_path, CONFIG)
+    run.start(record(tmp_path))
     run.fail("out of memory", "Traceback (most recent call last):\n  deep inside")
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["status"] == "failed" and status["reason"] == "out of memory" and status["ended"]
@@ -137,7 +137,7 @@ def test_the_log_holds_its_own_run_only_and_warnings_reach_stderr(tmp_path, caps
     before = (list(logger.handlers), logger.level)
     for name in ("a", "b"):
         run = LocalRun(False)
-        run.start(tmp_path / name, CONFIG)
+        run.start(record(tmp_path / name))
         logging.getLogger("pruneexp.calibrate").info("quiet %s", name)
         logger.warning("loud %s", name)
         run.log({"sparsity/decoder": 0.5, "dense/params": 12345678})
@@ -163,7 +163,7 @@ class Recorder:
 def test_trackers_start_first_to_last_and_end_last_to_first():
     calls: list[str] = []
     trackers = Trackers((Recorder(calls, "a."), Recorder(calls, "b."), Local()))
-    trackers.start(Path(), {}, group="g")
+    trackers.start(record(Path(), group="g"))
     trackers.log({})
     trackers.artifacts(PLAN, SCORES, SITES)
     trackers.finish({})

@@ -10,7 +10,7 @@ import pytest
 
 from pruneexp.tracker import LocalRun, run_folder, status_of, write_atomic
 from pruneexp.types import ConfigError, RunError
-from tests.tracker_samples import CONFIG, METRICS, contents, finished
+from tests.tracker_samples import METRICS, contents, finished, record
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 
@@ -43,7 +43,7 @@ def test_a_finished_run_is_refused_and_nothing_of_it_is_lost(tmp_path):
     before = contents(tmp_path)
     run = LocalRun(overwrite=False)
     with pytest.raises(ConfigError, match=r"^run.dir=.*holds a finished run; expected .* or run.overwrite=true"):
-        run.start(tmp_path, CONFIG)
+        run.start(record(tmp_path))
     run.fail("the refusal")  # a runner that reports every error must not mark the old run failed
     assert contents(tmp_path) == before
 
@@ -55,7 +55,7 @@ def test_overwrite_removes_the_runs_files_and_no_others(tmp_path):
     (tmp_path / "model" / "notes.md").write_text("mine")
     (tmp_path / "paper.pdf").write_text("mine")
     run = LocalRun(overwrite=True)
-    run.start(tmp_path, CONFIG)
+    run.start(record(tmp_path))
     assert sorted(contents(tmp_path)) == [
         "config.yaml",
         "environment.json",
@@ -72,15 +72,15 @@ def test_overwrite_removes_the_runs_files_and_no_others(tmp_path):
 def test_somebody_elses_files_are_not_taken_for_a_runs(tmp_path):
     (tmp_path / "config.yaml").write_text("mine: true")
     with pytest.raises(ConfigError, match=r"^run.dir=.*holds config.yaml, from no run"):
-        LocalRun(False).start(tmp_path, CONFIG)
+        LocalRun(False).start(record(tmp_path))
     assert (tmp_path / "config.yaml").read_text() == "mine: true"
 
 
 def test_a_folder_that_another_run_writes_to_is_refused_even_with_overwrite(tmp_path):
     run = LocalRun(False)
-    run.start(tmp_path, CONFIG)
+    run.start(record(tmp_path))
     with pytest.raises(ConfigError, match=rf"^run.dir=.*process {os.getpid()} is still writing"):
-        LocalRun(True).start(tmp_path, CONFIG)
+        LocalRun(True).start(record(tmp_path))
     run.fail("over")
     finished(tmp_path)  # a failed run makes room without being asked
 
@@ -88,9 +88,9 @@ def test_a_folder_that_another_run_writes_to_is_refused_even_with_overwrite(tmp_
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^run.dir='.*file': expected a folder, found a file"):
-        LocalRun(False).start(tmp_path / "file", CONFIG)
+        LocalRun(False).start(record(tmp_path / "file"))
     with pytest.raises(RunError, match=r"^run.dir='.*file/run': cannot write there: "):
-        LocalRun(False).start(tmp_path / "file" / "run", CONFIG)
+        LocalRun(False).start(record(tmp_path / "file" / "run"))
 
 
 def test_write_atomic_keeps_the_old_file_when_it_cannot_write_the_new_one(tmp_path, monkeypatch):
@@ -110,7 +110,9 @@ def test_write_atomic_keeps_the_old_file_when_it_cannot_write_the_new_one(tmp_pa
 
 def test_a_killed_run_counts_as_interrupted(tmp_path):
     code = (
-        "import sys, time; from pruneexp.tracker import LocalRun; LocalRun(False).start(sys.argv[1], {});"
+        "import sys, time; from pathlib import Path; from pruneexp.tracker import LocalRun;"
+        "from pruneexp.types import RunRecord;"
+        "LocalRun(False).start(RunRecord(Path(sys.argv[1]), {}, None, None, None));"
         "print('up', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
@@ -128,7 +130,7 @@ def test_a_killed_run_counts_as_interrupted(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to tell processes apart")
 def test_a_process_number_used_again_is_not_the_run(tmp_path):
     run = LocalRun(False)
-    run.start(tmp_path, CONFIG)
+    run.start(record(tmp_path))
     status = json.loads((tmp_path / "status.json").read_text())
     write_atomic(tmp_path / "status.json", json.dumps({**status, "process": "another boot:1"}))
     assert status_of(tmp_path) == "interrupted"

@@ -8,7 +8,7 @@ import pytest
 
 from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
 from pruneexp.types import ConfigError
-from tests.tracker_samples import CONFIG, METRICS, PLAN, SCORES, SITES
+from tests.tracker_samples import CONFIG, METRICS, PLAN, SCORES, SITES, record
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def read_back(folder: Path) -> tuple[dict, list[dict]]:
 def test_an_offline_run_can_be_read_back(tmp_path, no_account):
     folder = tmp_path / "run"
     trackers = Trackers((LocalRun(False), tracker()))
-    trackers.start(folder, CONFIG, group="sweep", name="probe", job_type="run")
+    trackers.start(record(folder, group="sweep", name="probe"))
     trackers.log({"sparsity/decoder": 0.25})
     trackers.artifacts(PLAN, SCORES, SITES)
     trackers.finish(METRICS)
@@ -68,7 +68,7 @@ def test_an_offline_run_can_be_read_back(tmp_path, no_account):
 
 def test_a_failed_run_is_failed_in_wandb(tmp_path, no_account):
     trackers = Trackers((LocalRun(False), tracker("offline")))
-    trackers.start(tmp_path / "run", CONFIG)
+    trackers.start(record(tmp_path / "run"))
     trackers.fail("out of memory")
     run, _ = read_back(tmp_path / "run")
     assert run["exit_code"] == 1 and run["summary"]["failure"] == "out of memory"
@@ -95,7 +95,7 @@ def test_what_breaks_inside_wandb_never_breaks_the_run(tmp_path, monkeypatch, wh
 
     monkeypatch.setattr("wandb.init", init)
     trackers = Trackers((LocalRun(False), tracker("online")))
-    trackers.start(tmp_path, CONFIG)
+    trackers.start(record(tmp_path))
     trackers.log({"sparsity/decoder": 0.25})
     trackers.artifacts(PLAN, SCORES, SITES)
     trackers.finish(METRICS)
@@ -113,7 +113,7 @@ def test_whoever_stops_waiting_for_an_upload_keeps_the_run(tmp_path, monkeypatch
 
     monkeypatch.setattr("wandb.init", lambda **_: Slow())
     trackers = Trackers((LocalRun(False), tracker("online")))
-    trackers.start(tmp_path, CONFIG)
+    trackers.start(record(tmp_path))
     trackers.finish(METRICS)
     assert status_of(tmp_path) == "done"
 
@@ -140,5 +140,5 @@ def test_the_mode_follows_the_users_environment(tmp_path, no_account, monkeypatc
         (no_account / ".netrc").chmod(0o600)
     asked = []
     monkeypatch.setattr("wandb.init", lambda **arguments: asked.append(arguments["mode"]) or Broken())
-    tracker(mode).start(tmp_path, CONFIG)
+    tracker(mode).start(record(tmp_path))
     assert asked == [expected]  # None: W&B reads its environment itself

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from pruneexp.tracker import LocalRun
-from pruneexp.types import Cost, Plan, RemovalPath, Site, SitePlan
+from pruneexp.types import Cost, Plan, RemovalPath, RunRecord, Site, SitePlan
 
 CONFIG = {"criterion": {"_target_": "x.Y", "metric": "WIFV", "ridge": "1e-5"}, "seed": 0, "list": [1, None]}
 METRICS = {"sparsity/decoder": 0.25, "dense/params": 100, "pruned/ppl/stories@128": 6.5}
@@ -21,9 +21,13 @@ SCORES = {
 }
 
 
+def record(folder: Path, group: str | None = None, name: str | None = None) -> RunRecord:
+    return RunRecord(folder, CONFIG, group, name, "run")
+
+
 def finished(folder: Path, overwrite: bool = False) -> None:
     run = LocalRun(overwrite)
-    run.start(folder, CONFIG)
+    run.start(record(folder))
     run.artifacts(PLAN, SCORES, SITES)
     run.finish(METRICS)
 

@@ -3,7 +3,7 @@
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.probe import Probe
-from pruneexp.calibrate.site_walk import walk_sites
+from pruneexp.calibrate.site_walk import require_sums, walk_sites
 from pruneexp.calibrate.walk import Meter, Visit, walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
 
@@ -16,6 +16,7 @@ __all__ = [
     "gradient_evidence",
     "influence_evidence",
     "perturbed",
+    "require_sums",
     "walk",
     "walk_sites",
 ]

@@ -28,13 +28,10 @@ def walk_sites(
     states, as in `walk`. Four plain passes, one more with `kinds`; holds three times the hidden states, N x D each.
 
     Raises:
-        ConfigError: normalisation behind the sublayers, where hidden states are no sums.
+        ConfigError: as `require_sums`.
         RunError: NaN or Inf in weights or activations.
     """
-    if not is_pre_norm(model.family, model.config):
-        raise ConfigError(
-            "compensator.target='dense': expected pruned for a model that normalises behind its sublayers"
-        )
+    require_sums(model)
     total = len(model.layers)
     dense, calls = enter_all(model, tokens_NT)
     hidden = list(dense)
@@ -50,6 +47,14 @@ def walk_sites(
                 yield visit, site, _wanted(model, visit, site, kind, hidden, wanted, calls)
             _run(model, visit, hidden, calls)
             meter.forward += (2 + len(block.sites) + bool(kinds)) / total
+
+
+def require_sums(model: Model) -> None:
+    """Raises ConfigError for normalisation behind the sublayers, where hidden states are no sums."""
+    if not is_pre_norm(model.family, model.config):
+        raise ConfigError(
+            "compensator.target='dense': expected pruned for a model that normalises behind its sublayers"
+        )
 
 
 def _run(model: Model, visit: Visit, hidden: list[Tensor], calls: list[list[Call]]) -> list[Tensor]:

@@ -77,6 +77,11 @@ class Model:
         return sum(site.units * site.cost.kv for site in self.sites())
 
     @property
+    def params(self) -> int:
+        """Parameters of the whole model, tied ones once."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
     def decoder_params(self) -> int:
         """Parameters in the decoder layers, every tensor counted."""
         return sum(p.numel() for p in self.layers.parameters())

@@ -17,7 +17,7 @@ from pruneexp import modeling_pruned
 from pruneexp.model.checkpoint import Checkpoint, safetensors_files
 from pruneexp.model.loaded import Model, check_finite, load_into_
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, Site
+from pruneexp.types import ConfigError
 
 EMBEDDED = "embedded:"  # path prefix of the models inside the package
 WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
@@ -129,14 +129,13 @@ class ModelSource:
             family,
         )
 
-    def outline(self) -> tuple[int, tuple[Site, ...], int, int]:
-        """Layers, sites, parameters in the decoder layers and in all, from the config alone."""
+    def outline(self) -> Model:
+        """The model's structure, from the config alone: every tensor on the meta device."""
         folder = self.folder()
-        model_class, config, family = _model_class(folder, self.read_config(folder)["model_type"])
-        module = _skeleton(model_class, config, torch.float32)
-        model = self._model(module, None, family, config, torch.float32, None)
-        total = sum(p.numel() for p in module.parameters())
-        return len(model.layers), model.sites(), model.decoder_params, total
+        config_json = self.read_config(folder)
+        dtype = self._dtype(config_json)
+        model_class, config, family = _model_class(folder, config_json["model_type"])
+        return self._model(_skeleton(model_class, config, dtype), None, family, config, dtype, None)
 
     def folder(self) -> Path:
         """The checkpoint's folder; a Hub id is downloaded first."""

@@ -69,17 +69,23 @@ class Uniform:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
+        values, counts = raw(scores, sites), self._all_counts(sites, budget)
+        keep = {name: _all_but_lowest(values[name], count) for name, count in counts.items()}
+        return planned(keep, sites, budget)
+
+    def _all_counts(self, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
+        """How many units leave each site that may lose any. Raises ConfigError where that is too little."""
         free = self._unprotected(sites)
-        values, chosen = raw(scores, sites), chosen_sites(free, self.granularity, budget)
+        chosen = chosen_sites(free, self.granularity, budget)
         if chosen and _complete(sites, budget):
             require(budget, removable(chosen, self.min_units, budget))
-        keep, over = {}, 0.0
+        counts, over = {}, 0.0
         for layer, share in layer_budgets(budget, free).items():
             share = replace(share, added=share.added + over)
             own = [site for site in chosen if site.layer == layer]
-            counts, over = self._counts(own, share) if own else ({}, share.remove)
-            keep.update({site.name: _all_but_lowest(values[site.name], counts[site.name]) for site in own})
-        return planned(keep, sites, budget)
+            found, over = self._counts(own, share) if own else ({}, share.remove)
+            counts.update(found)
+        return counts
 
     def _unprotected(self, sites: Sequence[Site]) -> list[Site]:
         layers = list(by_layer(sites))
@@ -116,6 +122,9 @@ class Uniform:
                 remove(cheapest, _nearest(target / budget.price(cheapest)))
         return counts, target
 
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        self._all_counts(sites, budget)
+
 
 @dataclass(frozen=True)
 class Global:
@@ -140,8 +149,7 @@ class Global:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        chosen = chosen_sites(sites, self.granularity, budget)
-        require(budget, removable(chosen, self.min_units, budget))
+        chosen = within_reach(sites, self.granularity, self.min_units, budget)
         values = self._comparable(scores, sites, budget)
         sizes = [site.units for site in chosen]
         score = torch.cat([values[site.name].double() for site in chosen])
@@ -163,6 +171,9 @@ class Global:
         if self.normalise == "mean":
             return {name: value_U / value_U.mean().abs().clamp_min(1e-300) for name, value_U in values.items()}
         return values
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        within_reach(sites, self.granularity, self.min_units, budget)
 
 
 def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
@@ -204,8 +215,15 @@ def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget
     chosen = [site for site in in_order(sites) if site.kind in {KIND[name] for name in granularity}]
     chosen = [site for site in chosen if budget.price(site)]  # FFN channels, say, fill no KV cache: they stay
     if not chosen and _complete(sites, budget):
-        there = [name for name, kind in KIND.items() if any(site.kind == kind for site in sites)]
+        there = [name for name, kind in KIND.items() if any(s.kind == kind and budget.price(s) for s in sites)]
         raise ConfigError(f"search.granularity={list(granularity)!r}: expected some of {', '.join(there)}")
+    return chosen
+
+
+def within_reach(sites: Sequence[Site], granularity: Granularity, min_units: int, budget: Budget) -> list[Site]:
+    """`chosen_sites`. Raises ConfigError, naming the largest ratio, where all they may lose is less than the budget."""
+    chosen = chosen_sites(sites, granularity, budget)
+    require(budget, removable(chosen, min_units, budget))
     return chosen
 
 

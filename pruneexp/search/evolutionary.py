@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.search.budgeted import Granularity, check_settings, chosen_sites, removable
-from pruneexp.search.common import prunable, require
+from pruneexp.search.budgeted import Granularity, check_settings, chosen_sites, within_reach
+from pruneexp.search.common import prunable
 from pruneexp.search.levels import Levels, Structures, parabola
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, RemovalPath, RunError, Scores, Site
 
@@ -82,8 +82,7 @@ class Evolutionary:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        chosen = chosen_sites(sites, self.granularity, budget)
-        require(budget, removable(chosen, self.min_units, budget))
+        chosen = within_reach(sites, self.granularity, self.min_units, budget)
         structures = Structures(scores, sites, chosen, budget, self.min_units)
         if budget.remove <= 0:
             return structures.plan({site.name: 0 for site in chosen})
@@ -94,6 +93,9 @@ class Evolutionary:
         if work.skipped:
             log.warning("search: %d of %d losses were not finite and were skipped", work.skipped, work.asked)
         return structures.plan(best)
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        within_reach(sites, self.granularity, self.min_units, budget)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
 @dataclass(frozen=True)
 class UlUm:
-    """UL-UM: every site loses its int(ratio * U) lowest units, whatever they cost."""
+    """UL-UM: every site loses its int(ratio * U) lowest units, whatever they cost and the sparsity counts."""
 
     local: ClassVar[bool] = True
 
@@ -51,14 +51,22 @@ class UlMm:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        values, layers, keep = raw(scores, sites), by_layer(sites), {}
-        heads = self.heads // (budget.layers or len(layers)) if budget.ratio > 0 else 0
-        for own in layers.values():
-            wanted = budget.ratio * (budget.total / len(layers))
-            channels = _channels(wanted, heads, own, budget, self.heads, budget.layers or len(layers))
+        values, keep = raw(scores, sites), {}
+        for own, heads, channels in self._counts(sites, budget):
             keep.update({site.name: _at_least(values[site.name], heads) for site in _attention(own)})
             keep.update({site.name: _at_least(values[site.name], channels) for site in _ffn(own)})
         return planned(keep, sites, budget)
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        self._counts(sites, budget)
+
+    def _counts(self, sites: Sequence[Site], budget: Budget) -> list[tuple[list[Site], int, int]]:
+        """Each layer's sites, and how many heads and channels leave it."""
+        layers = by_layer(sites)
+        total = budget.layers or len(layers)
+        heads = self.heads // total if budget.ratio > 0 else 0
+        wanted = budget.ratio * (budget.total / len(layers))
+        return [(own, heads, _channels(wanted, heads, own, budget, self.heads, total)) for own in layers.values()]
 
 
 @dataclass(frozen=True)
@@ -79,15 +87,23 @@ class AlMm:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        layers = len(by_layer(sites))
-        heads = self.heads if budget.ratio > 0 else 0
-        # L times the ratio first: the order in which that code multiplies decides what the floor sees
-        channels = _channels(layers * budget.ratio * (budget.total / layers), heads, sites, budget, self.heads, 1)
+        heads, channels = self._counts(sites, budget)
         z, keep = standardised(scores, sites), {}
         for group, n in ((_attention(sites), heads), (_ffn(sites), channels)):
             threshold = _nth_lowest([z[site.name] for site in group], n)
             keep.update({site.name: z[site.name] > threshold for site in group})
         return planned(keep, sites, budget)
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        self._counts(sites, budget)
+
+    def _counts(self, sites: Sequence[Site], budget: Budget) -> tuple[int, int]:
+        """Heads and channels that leave, over all layers."""
+        layers = len(by_layer(sites))
+        heads = self.heads if budget.ratio > 0 else 0
+        # L times the ratio first: the order in which that code multiplies decides what the floor sees
+        wanted = layers * budget.ratio * (budget.total / layers)
+        return heads, _channels(wanted, heads, sites, budget, self.heads, 1)
 
 
 @dataclass(frozen=True)
@@ -103,10 +119,13 @@ class AlAm:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        require(budget, prunable(sites, budget))
+        self.check(sites, budget)
         costs = {site.name: budget.price(site) for site in sites}
         stay = torch.tensor(prunable(sites, budget) - budget.remove, dtype=torch.float64)
         return planned(_above_closest(scores, sites, costs, stay, budget), sites, budget)
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        require(budget, prunable(sites, budget))
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,8 @@ def _channels(wanted: float, heads: int, sites: Sequence[Site], budget: Budget, 
     head, channel = budget.price(attention[0]), budget.price(ffn[0])
     if not channel:
         raise ConfigError(
-            f"search.heads={asked}: expected a budget that FFN channels count in, sparsity.of=decoder say"
+            f"sparsity.of={budget.counts!r}: expected decoder, prunable, macs or bytes; FFN channels, of which none of "
+            "it is, make up for the heads of search.heads"
         )
     channels = int((wanted - heads * head) / channel)
     there, all_channels = sum(site.units for site in attention), sum(site.units for site in ffn)

@@ -50,11 +50,7 @@ class Greedy:
     ) -> Plan:
         if oracle is None:
             raise RunError("the greedy search measures losses: it needs a model in memory and calibration windows")
-        values = raw(scores, sites)
-        layers = sorted({site.layer for site in sites})
-        inner = set(layers[self.keep_first : len(layers) - self.keep_last])
-        chosen = [site for site in chosen_sites(sites, self.granularity, budget) if site.layer in inner]
-        require(budget, removable(chosen, self.min_units, budget, all_blocks=len(inner) == len(layers)))
+        values, chosen = raw(scores, sites), self._chosen(sites, budget)
         keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in chosen}
         left, by_score = budget.remove, self.first == "scores"
         while units := self._units(chosen, keep, left, budget):
@@ -89,3 +85,19 @@ class Greedy:
         if not losses.isfinite().any():
             raise RunError(f"the losses of all {len(units)} candidates are NaN or Inf")
         return [units[int(losses.argmin())]]
+
+    def _chosen(self, sites: Sequence[Site], budget: Budget) -> list[Site]:
+        """The sites that may lose units. Raises ConfigError, naming the largest ratio, where that is too little."""
+        layers = sorted({site.layer for site in sites})
+        inner = set(layers[self.keep_first : max(0, len(layers) - self.keep_last)])
+        if not inner and budget.ratio > 0:
+            raise ConfigError(
+                f"search.keep_first={self.keep_first!r}: expected less, with search.keep_last={self.keep_last!r} "
+                f"all {len(layers)} layers stay whole"
+            )
+        chosen = [site for site in chosen_sites(sites, self.granularity, budget) if site.layer in inner]
+        require(budget, removable(chosen, self.min_units, budget, all_blocks=len(inner) == len(layers)))
+        return chosen
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        self._chosen(sites, budget)

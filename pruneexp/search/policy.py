@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.search.budgeted import KIND, Global, Granularity, check_settings, chosen_sites, removable
-from pruneexp.search.common import in_order, planned, prunable, raw, removed, require
+from pruneexp.search.budgeted import KIND, Global, Granularity, check_settings, removable, within_reach
+from pruneexp.search.common import in_order, planned, prunable, raw, removed
 from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site
 
 logger = logging.getLogger("pruneexp")
@@ -67,8 +67,7 @@ class PolicyGradient:
     ) -> Plan:
         if oracle is None:
             raise RunError("the policy gradient measures losses: it needs a model in memory and calibration windows")
-        chosen = chosen_sites(sites, self.granularity, budget)
-        require(budget, removable(chosen, self.min_units, budget))
+        chosen = within_reach(sites, self.granularity, self.min_units, budget)
         if budget.ratio == 0:
             return planned({}, sites, budget)
         share = 1 - budget.remove / prunable(chosen, budget)
@@ -148,7 +147,7 @@ class PolicyGradient:
             if not own:
                 continue
             wanted = min(max(wanted, 0.0), float(removable(own, self.min_units, budget)))
-            part = replace(budget, total=round(wanted / budget.ratio), added=0)
+            part = replace(budget, total=0, added=wanted)
             plan = plan.merged(Global(self.min_units, [name], "none")(values, own, part, None, torch.Generator()))
             left -= removed(plan, own, budget)
         keep = {}
@@ -156,6 +155,9 @@ class PolicyGradient:
             keep[site.name] = torch.zeros(site.units, dtype=torch.bool)
             keep[site.name][list(plan.sites[site.name].kept)] = True
         return planned(keep, sites, budget)
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        within_reach(sites, self.granularity, self.min_units, budget)
 
 
 def policy_gradient(

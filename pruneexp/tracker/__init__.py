@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from pruneexp.tracker.environment import peak_bytes
 from pruneexp.tracker.folder import check_folder, claim_folder, run_folder, status_of, write_atomic
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
-from pruneexp.types import Plan, Scores, Site, Tracker
+from pruneexp.types import Plan, RunRecord, Scores, Site, Tracker
 
 __all__ = [
     "Local",
@@ -24,6 +23,7 @@ __all__ = [
     "check_folder",
     "claim_folder",
     "flat_metrics",
+    "peak_bytes",
     "run_folder",
     "status_of",
     "write_atomic",
@@ -34,14 +34,7 @@ __all__ = [
 class Local:
     """Nothing beside the run folder."""
 
-    def start(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        group: str | None = None,
-        name: str | None = None,
-        job_type: str | None = None,
-    ) -> None: ...
+    def start(self, record: RunRecord) -> None: ...
 
     def log(self, metrics: Mapping[str, float]) -> None: ...
 
@@ -61,16 +54,9 @@ class Trackers:
 
     members: tuple[Tracker, ...]
 
-    def start(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        group: str | None = None,
-        name: str | None = None,
-        job_type: str | None = None,
-    ) -> None:
+    def start(self, record: RunRecord) -> None:
         for member in self.members:
-            member.start(folder, config, group, name, job_type)
+            member.start(record)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         for member in self.members:

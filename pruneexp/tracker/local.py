@@ -15,7 +15,7 @@ import torch
 
 from pruneexp.tracker.environment import environment
 from pruneexp.tracker.folder import claim_folder, new_status, timestamp, write_atomic
-from pruneexp.types import Plan, RunError, Scores, Site, unit_scores
+from pruneexp.types import Plan, RunError, RunRecord, Scores, Site, unit_scores
 
 logger = logging.getLogger("pruneexp")
 
@@ -38,22 +38,15 @@ class LocalRun:
             raise RuntimeError("the run has not started, or has ended")
         return self._folder
 
-    def start(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        group: str | None = None,
-        name: str | None = None,
-        job_type: str | None = None,
-    ) -> None:
+    def start(self, record: RunRecord) -> None:
         """Claims the folder; writes status.json, config.yaml, environment.json; opens log.txt, to which everything
         logged under "pruneexp" goes from here on. Raises ConfigError where another run is in the way."""
-        folder = Path(folder)
+        folder = record.folder
         claim_folder(folder, self.overwrite)
         self._folder, self._status = folder, new_status()
         self._write_json("status.json", self._status)
         self._open_log()
-        self._write("config.yaml", _yaml(config))
+        self._write("config.yaml", _yaml(record.config))
         self.environment({}, {})
         logger.info("started in %s", folder.resolve())
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from pruneexp.types import ConfigError, Plan, Scores, Site, unit_scores
+from pruneexp.types import ConfigError, Plan, RunRecord, Scores, Site, unit_scores
 
 MODES = ("online", "offline", "shared", "disabled")
 INIT_SECONDS = 30  # to reach the server or log in, before the run goes on offline
@@ -56,31 +56,23 @@ class Wandb:
         if isinstance(self.tags, str) or not all(isinstance(tag, str) and tag for tag in self.tags):
             raise ConfigError(f"tags={self.tags!r}: expected a list of words")
 
-    def start(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        group: str | None = None,
-        name: str | None = None,
-        job_type: str | None = None,
-    ) -> None:
-        """Opens the W&B run, its files under `folder`. `group`: the sweep; `name` and `job_type` as W&B shows them."""
-        self._live.run, self._live.folder, self._live.warned = None, Path(folder), False
-        labels = {"group": group, "name": name, "job_type": job_type}
+    def start(self, record: RunRecord) -> None:
+        """Opens the W&B run, its files in the run folder."""
+        self._live.run, self._live.folder, self._live.warned = None, record.folder, False
         mode = self.mode if self.mode or _environment_decides() else "offline"
-        self._attempt_start(mode, config, labels)
+        self._attempt_start(mode, record)
         if self._live.run is None and mode != "offline":
             # A server out of reach costs the upload alone: offline, the files are there for `wandb sync`.
-            self._attempt_start("offline", config, labels)
+            self._attempt_start("offline", record)
 
-    def _attempt_start(self, mode: str | None, config: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
+    def _attempt_start(self, mode: str | None, record: RunRecord) -> None:
         try:
-            self._live.run = self._init(mode, config, labels)
+            self._live.run = self._init(mode, record)
             self._say_where()
         except Exception as error:
             self._warn("start", error)
 
-    def _init(self, mode: str | None, config: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
+    def _init(self, mode: str | None, record: RunRecord) -> Any:
         import wandb
 
         settings = {"init_timeout": INIT_SECONDS, "login_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
@@ -96,13 +88,16 @@ class Wandb:
             "entity": self.entity,
             "mode": mode,  # None: wandb reads the environment and its own files
             "tags": list(self.tags),
-            "config": dict(config),
+            "config": dict(record.config),
+            "group": record.group,
+            "name": record.name,
+            "job_type": record.job_type,
             "dir": str(self._live.folder),
             # A run that is still open in this process is the caller's own, or another job's: never write into it.
             "reinit": "create_new",
             "settings": wandb.Settings(**options),
         }
-        return wandb.init(**arguments, **labels)
+        return wandb.init(**arguments)
 
     def _say_where(self) -> None:
         run = self._live.run

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PLAN_VERSION = 1
 
@@ -159,6 +162,16 @@ class Budget:
             "kv_cache": self.element_size * cost.kv,
         }[self.counts]
 
+    @property
+    def unit(self) -> str:
+        """What it counts, in words."""
+        return {
+            "params": "parameters",
+            "macs": f"multiply-accumulates per token over {self.context} tokens",
+            "bytes": f"bytes, the KV cache of {self.context} tokens with them",
+            "kv_cache": "bytes of KV cache per token",
+        }[self.counts]
+
     def added_params(self, count: int) -> int:
         """What so many parameters without a unit (new biases) add."""
         return {"params": count, "bytes": self.element_size * count}.get(self.counts, 0)
@@ -204,3 +217,14 @@ class Candidate:
 
     plan: Plan
     readers: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # site -> weight [O,K], bias [O]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as trackers know it when it starts."""
+
+    folder: Path  # the run folder
+    config: Mapping[str, Any]  # the composed config
+    group: str | None  # the sweep that it belongs to
+    name: str | None
+    job_type: str | None  # "run", or "job" of a sweep

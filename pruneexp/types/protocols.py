@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pruneexp.types.nouns import Block, Budget, Candidate, Plan, Scores, Site
+from pruneexp.types.nouns import Block, Budget, Candidate, Plan, RunRecord, Scores, Site
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from typing_extensions import Self
 
 
@@ -84,7 +82,8 @@ class Oracle(Protocol):
 class Search(Protocol):
     """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity` (not
     required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses,
-    and so needs the whole model in memory."""
+    and so needs the whole model in memory. `check(sites, budget)` (not required): raises ConfigError for a budget that
+    it cannot meet, before there are scores."""
 
     local: ClassVar[bool]
 
@@ -149,17 +148,10 @@ class Dataset(Protocol):
 
 
 class Tracker(Protocol):
-    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `group`: the sweep
-    that a run belongs to; `trace`: the traceback of what killed it, where it is no user's mistake."""
+    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `trace`: the
+    traceback of what killed it, where it is no user's mistake."""
 
-    def start(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        group: str | None = None,
-        name: str | None = None,
-        job_type: str | None = None,
-    ) -> None: ...
+    def start(self, record: RunRecord) -> None: ...
 
     def log(self, metrics: Mapping[str, float]) -> None: ...
 

@@ -1,0 +1,86 @@
+"""What a ratio is a share of: the sparsity's quantity, counted on a model; and whether so much of it can leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pruneexp.calibrate import require_sums
+from pruneexp.model import Model, layer_structure
+from pruneexp.types import Budget, Compensator, ConfigError, Search, Site, Sparsity
+
+COUNTS: dict[str, Any] = {"decoder": "params", "prunable": "params"}  # the others are called what they count
+
+
+def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Site], layers: Sequence[int]) -> Budget:
+    """A share of what these layers hold, counted as the sparsity says; `sites`: all of theirs that may lose units."""
+    counts = COUNTS.get(sparsity.of, sparsity.of)
+    budget = Budget(ratio, 0, 0, None, counts, sparsity.context, model.dtype.itemsize)
+    total = sum(site.units * budget.price(site) for site in sites)
+    if sparsity.of in ("decoder", "bytes"):  # norms and readers' biases too
+        params = sum(p.numel() for index in layers for p in model.layers[index].parameters())
+        total += budget.added_params(params - sum(site.units * site.cost.params for site in sites))
+    return replace(budget, total=total)
+
+
+def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float) -> Budget:
+    """The share of all layers, of the sites that the search removes. Raises ConfigError where nothing is counted."""
+    budget = budget_of(model, sparsity, ratio, searched_sites(model, search), range(len(model.layers)))
+    if ratio > 0 and not budget.total:
+        raise ConfigError(f"sparsity.of={sparsity.of!r}: expected another quantity, this model has none of it")
+    return budget
+
+
+def searched_sites(model: Model, search: Search) -> tuple[Site, ...]:
+    """Of all layers: whole blocks, or the sites in them."""
+    if removes_blocks(search):
+        return tuple(site for index in range(len(model.layers)) for site in model.whole_block(index).sites)
+    return model.sites()
+
+
+def removes_blocks(search: Search) -> bool:
+    return "blocks" in getattr(search, "granularity", ())
+
+
+def biases_added(model: Model, sparsity: Sparsity, compensator: Compensator, sites: Sequence[Site]) -> int:
+    """Parameters of the biases that compensation gives to readers without one, were all `sites` to lose units. What
+    counts only units (of=prunable) does not count them."""
+    if not compensator.adds_bias or sparsity.of == "prunable":
+        return 0
+    added = 0
+    for site in sites:
+        if site.kind == "block":
+            continue
+        structure = layer_structure(model.layers[site.layer], model.family, model.config)
+        has_bias = structure.attention_output_bias if site.kind == "attention" else structure.mlp_output_bias
+        added += 0 if has_bias else model.config.hidden_size
+    return added
+
+
+def refusal(search: Search, sites: Sequence[Site], budget: Budget) -> ConfigError | None:
+    """Why the search cannot remove so much, where it can tell."""
+    check = getattr(search, "check", None)
+    try:
+        if check is not None:
+            check(sites, budget)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator: Compensator) -> Budget:
+    """The whole run's budget, where it is within reach. Needs the model's structure, no weights.
+
+    Raises:
+        ConfigError: the search cannot remove so much, even if compensation added no bias (the largest ratio it names
+            leaves room for all of them); or the compensator cannot walk through such a model.
+    """
+    if not removes_blocks(search) and getattr(compensator.evidence, "source", "") == "wanted":
+        require_sums(model)
+    budget, sites = whole_budget(model, search, sparsity, sparsity.ratio), searched_sites(model, search)
+    biases = budget.added_params(biases_added(model, sparsity, compensator, sites))
+    error = refusal(search, sites, replace(budget, added=biases))
+    if error is not None and refusal(search, sites, budget) is not None:
+        raise error
+    return budget

@@ -1,0 +1,127 @@
+"""What a criterion is worth: at the same share removed, each must leave a better model than random choices do.
+
+The embedded models at 30 %, uniform, nothing compensated. Three ways to lose are the methods' own, and stand below as
+what they are:
+
+- magnitude, heads included (OPT: 6.9 against the median 5.0 of five random draws; BLOOM: no better than they). It looks
+  at weights alone. Of channels alone, its choice is better than random in every family.
+- taylor of BLOOM's channels (3.51 against 3.32, with LLM-Pruner's default, the sum of |w g|). Gradients of single
+  weights that cancel count as large there; what the loss would change, |sum w g|, from the same gradients: 3.26.
+- loss_drop asked once for two blocks (LLaMA: 3.90 against 3.62): losses of single blocks do not add up. The greedy
+  search, which asks again after every block, as the paper does, is better than random.
+
+Of heads, a uniform search takes one of four in every layer here, and in OPT nearly all that is lost is lost in the
+first one: 0.18 nats without one of its heads, 0.27 to 0.29 without any other, 0.02 at most without a head of another
+layer. One draw of four is there as good as any ranking of what is so nearly alike: on which side of the median
+wanda_sp, taylor and mini_llm come to lie, and mini_llm in BLOOM, changes with the calibration text. So every family is
+held to the comparison on channels, and LLaMA on both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from functools import cache
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruneexp.build import build
+from pruneexp.calibrate import Meter
+from pruneexp.compose import compose
+from pruneexp.model import Model
+from pruneexp.prune import Method, prune_
+from tests.conftest import FAMILIES
+
+MODELS = {"llama": "embedded", "opt": "embedded_opt", "bloom": "embedded_bloom"}
+WIDTHS = ("magnitude", "wanda_sp", "flap", "llm_bip", "taylor", "mini_llm", "mini_llm_exact", "obs")
+QUICK = {"mini_llm": ("criterion.directions=8",)}
+UNIFORM = ("search=uniform", "search.granularity=[heads,channels]")
+CHANNELS = ("search=uniform", "search.granularity=[channels]")
+WINDOWS = 16  # of calibration and of evaluation, 128 tokens each
+
+
+@cache
+def texts(family: str) -> tuple[Tensor, Tensor]:
+    """Calibration and evaluation windows."""
+    experiment = build(compose([f"model={MODELS[family]}", f"dataset.samples={WINDOWS}"]))
+    tokenizer = experiment.model.describe().tokenizer
+    return experiment.dataset.calibration(tokenizer), experiment.dataset.evaluation(tokenizer, 128)[:WINDOWS]
+
+
+def pruned(family: str, criterion: str, *typed: str) -> tuple[float, float]:
+    """Perplexity, and the share of the decoder's parameters that left."""
+    parts = [f"model={MODELS[family]}", f"criterion={criterion}", "compensator=none", "sparsity.ratio=0.3"]
+    experiment = build(compose([*parts, *QUICK.get(criterion, ()), *typed]))
+    model: Model = experiment.model.load()
+    calibration_NT, evaluation_NT = texts(family)
+    before = model.decoder_params
+    method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
+    nothing: Any = lambda *_: contextlib.nullcontext()  # noqa: E731
+    rng = torch.Generator().manual_seed(0)
+    prune_(model, calibration_NT, method, 0.3, meter=Meter(), rng=rng, shrunk=nothing, clock=nothing)
+    return math.exp(model.token_losses(evaluation_NT, 16).mean()), 1 - model.decoder_params / before
+
+
+@cache
+def drawn(family: str, *typed: str) -> tuple[float, float]:
+    """The median perplexity of five random draws, and the share removed."""
+    found = [pruned(family, "random", *typed, f"seed={seed}") for seed in range(5)]
+    return median(perplexity for perplexity, _ in found), found[0][1]
+
+
+def assert_beats_random(family: str, criterion: str, search: tuple[str, ...], random: tuple[str, ...]) -> None:
+    perplexity, share = pruned(family, criterion, *search)
+    floor, as_much = drawn(family, *random)
+    assert share == pytest.approx(as_much, abs=1e-3), "the comparison is at one size"
+    assert perplexity < floor
+
+
+CANCELLING = pytest.mark.xfail(reason="gradients that cancel count as large", strict=False)
+OF_CHANNELS = [
+    pytest.param(family, criterion, marks=[CANCELLING] if (family, criterion) == ("bloom", "taylor") else [])
+    for family in FAMILIES
+    for criterion in WIDTHS
+]
+
+
+@pytest.mark.parametrize(("family", "criterion"), OF_CHANNELS)
+def test_channels_are_chosen_better_than_at_random(family: str, criterion: str) -> None:
+    assert_beats_random(family, criterion, CHANNELS, CHANNELS)
+
+
+def test_gradients_that_may_cancel_choose_better_than_at_random() -> None:
+    assert_beats_random("bloom", "taylor", (*CHANNELS, "criterion.element=vectorize"), CHANNELS)
+
+
+@pytest.mark.parametrize("criterion", WIDTHS)
+def test_heads_and_channels_are_chosen_better_than_at_random(criterion: str) -> None:
+    assert_beats_random("llama", criterion, UNIFORM, UNIFORM)
+
+
+@pytest.mark.xfail(reason="magnitude looks at weights alone", strict=False)
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_magnitude_of_heads(family: str) -> None:
+    assert_beats_random(family, "magnitude", UNIFORM, UNIFORM)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "search"),
+    [("block_influence", "blocks"), ("loss_drop", "greedy")],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_chosen_better_than_at_random(family: str, criterion: str, search: str) -> None:
+    assert_beats_random(family, criterion, (f"search={search}",), ("search=blocks",))
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_losses_of_single_blocks_may_do(family: str) -> None:
+    assert_beats_random(family, "loss_drop", ("search=blocks",), ("search=blocks",))
+
+
+@pytest.mark.xfail(reason="losses of single blocks do not add up", strict=False)
+def test_losses_of_single_blocks_may_mislead() -> None:
+    assert_beats_random("llama", "loss_drop", ("search=blocks",), ("search=blocks",))

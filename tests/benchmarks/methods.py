@@ -1,0 +1,194 @@
+"""Every method at every ratio on given models: perplexity, parameters, seconds, peak memory (Linux).
+
+    python -m tests.benchmarks.methods OUT --models ../shared/models/wikitext2-* --text ../shared/data/wikitext2 \
+        [--methods flap best ...] [--ratios 0.2 0.3 0.5] [--windows 1000] [--match flap] \
+        [--override search.effort=5 --label @5]
+
+OUT/cells.jsonl gets a line a cell; cells that are there are not run again, so that a killed table goes on where it
+stopped. `--match METHOD` asks every other method for the share of decoder parameters that METHOD really removed at the
+same ratio: FLAP's thresholds overshoot. OUT/table.md has ppl as a share of FLAP's excess log-perplexity beside it. Each
+cell runs in a process of its own; memory is the peak from before the model is loaded to the end of the pruning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+METHODS: dict[str, list[str]] = {
+    "random": ["recipe=wanda_sp", "criterion=random", "search=uniform"],
+    "magnitude": ["recipe=magnitude", "search=uniform"],
+    "wanda_sp": ["recipe=wanda_sp", "search=uniform"],
+    "flap": ["recipe=flap"],
+    "flap_official": ["recipe=flap_official"],
+    "llm_pruner": ["recipe=llm_pruner"],
+    "llm_bip": ["recipe=llm_bip"],
+    "mini_llm": ["recipe=mini_llm"],
+    "mini_llm_exact": ["recipe=mini_llm", "criterion=mini_llm_exact"],
+    "policy_gradient": ["recipe=policy_gradient"],
+    "ifso": ["recipe=ifso"],
+    "shortgpt": ["recipe=shortgpt"],
+    "sleb": ["recipe=sleb"],
+    "flap+least_squares": ["recipe=flap", "compensator=least_squares"],
+    "best": ["recipe=best"],
+}
+
+
+def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """Prunes and measures in this process."""
+    import torch
+
+    from pruneexp.build import build
+    from pruneexp.calibrate import Meter
+    from pruneexp.compose import compose
+    from pruneexp.prune import Method
+    from pruneexp.rounds import prune_in_rounds_
+
+    torch.set_num_threads(cell["threads"])
+    experiment = build(compose(cell["overrides"]))
+    described = experiment.model.describe()
+    tokens_NT = experiment.dataset.calibration(described.tokenizer)
+    before = resident()  # tokenising leaves much behind that is no business of the method's
+    model = experiment.model.load(described.tokenizer)
+    dense = {"params": model.params, "decoder": model.decoder_params}
+    found: dict[str, Any] = {"dense/params": dense["params"], "dense/params/decoder": dense["decoder"]}
+    evaluator = experiment.evaluators["perplexity"]
+    if cell["method"] == "dense":
+        return found | evaluator(model, model.tokenizer)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def clock(stage: str) -> Any:
+        start = time.perf_counter()
+        yield
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
+    meter = Meter()
+    rng = torch.Generator().manual_seed(experiment.seed)
+    prune_in_rounds_(model, tokens_NT, method, meter=meter, rng=rng, shrunk=lambda index: None, clock=clock)
+    found["memory/added_bytes"] = resident("VmHWM") - before
+    found |= {"params": model.params, "params/decoder": model.decoder_params}
+    found["sparsity/decoder"] = 1 - model.decoder_params / dense["decoder"]
+    found |= {"passes/forward": meter.forward, "passes/backward": meter.backward}
+    found |= {"seconds": sum(seconds.values()), **{f"seconds/{k}": v for k, v in seconds.items()}}
+    return found | evaluator(model, model.tokenizer)
+
+
+def resident(what: str = "VmRSS") -> int:
+    """Bytes resident now, after the peak was set back to that; VmHWM: at the peak since."""
+    if what == "VmRSS":
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def overrides(args: argparse.Namespace, folder: Path, method: str, ratio: float, seed: int) -> list[str]:
+    text, windows = args.text, "null" if args.windows is None else str(args.windows)
+    return [
+        *METHODS.get(method, ["recipe=flap"]),
+        f"sparsity.ratio={ratio!r}",
+        f"seed={seed}",
+        "model=hf",
+        f"model.path={folder}",
+        "dataset=text",
+        f"dataset.calibration={text / 'train.txt'}",
+        f"dataset.evaluation={text / 'test.txt'}",
+        f"dataset.samples={args.samples}",
+        "dataset.length=128",
+        "evaluator=[perplexity]",
+        f"evaluator.perplexity.samples={windows}",
+        *args.override,
+    ]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--cell"]:
+        print(json.dumps(run_cell(json.loads(sys.argv[2]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", type=Path, nargs="+", required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.5])
+    parser.add_argument("--seeds", type=int, default=1, help="of criterion=random")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--match", default=None, help="method whose real share the others are asked for")
+    parser.add_argument("--override", nargs="*", default=[], help="settings for every method, such as search.effort=5")
+    parser.add_argument("--label", default="", help="added to the methods' names, to tell overrides apart")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "cells.jsonl"
+    cells = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def cell_of(model: str, method: str, ratio: float, seed: int) -> dict[str, Any] | None:
+        key = (model, method, ratio, seed)
+        return next((c for c in cells if (c["model"], c["method"], c["asked"], c["seed"]) == key), None)
+
+    for folder in args.models:
+        for method in ["dense", *args.methods]:
+            for asked in [0.0] if method == "dense" else args.ratios:
+                for seed in range(args.seeds if method == "random" else 1):
+                    name = method if method == "dense" else method + args.label
+                    if cell_of(folder.name, name, asked, seed):
+                        continue
+                    ratio = asked
+                    if args.match and method not in ("dense", args.match):
+                        like = cell_of(folder.name, args.match, asked, 0)
+                        ratio = like["sparsity/decoder"] if like else asked
+                    cell = {"model": folder.name, "method": name, "asked": asked, "ratio": ratio, "seed": seed}
+                    cell |= {"threads": args.threads, "overrides": overrides(args, folder, method, ratio, seed)}
+                    command = [sys.executable, "-m", "tests.benchmarks.methods", "--cell"]
+                    done = subprocess.run(
+                        [*command, json.dumps({**cell, "method": method})], stdout=subprocess.PIPE, text=True
+                    )
+                    if done.returncode:
+                        print(f"failed: {cell}", file=sys.stderr)
+                        continue
+                    cells.append(cell | json.loads(done.stdout.splitlines()[-1]))
+                    with path.open("a") as lines:
+                        lines.write(json.dumps(cells[-1]) + "\n")
+                    print(row(cells[-1], cells), flush=True)
+    table = "\n".join([HEAD, *(row(cell, cells) for cell in cells)])
+    (args.out / "table.md").write_text(table + "\n")
+
+
+HEAD = (
+    "| model | method | ratio | seed | removed | ppl | of FLAP's excess | decoder params | passes | seconds "
+    "| peak MiB added |"
+    "\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def row(cell: dict[str, Any], cells: list[dict[str, Any]]) -> str:
+    ppl = perplexity(cell)
+    like = {c["method"]: c for c in cells if c["model"] == cell["model"] and c["asked"] in (0.0, cell["asked"])}
+    share = ""
+    if "dense" in like and "flap" in like and cell["method"] != "dense":
+        dense, flap = perplexity(like["dense"]), perplexity(like["flap"])
+        share = f"{math.log(ppl / dense) / math.log(flap / dense):.3f}"
+    if cell["method"] == "dense":
+        return f"| {cell['model']} | dense | | | | {ppl:.3f} | | {cell['dense/params/decoder']:,} | | | |"
+    return (
+        f"| {cell['model']} | {cell['method']} | {cell['asked']} | {cell['seed']} | {cell['sparsity/decoder']:.4f} "
+        f"| {ppl:.3f} | {share} | {cell['params/decoder']:,} | {cell['passes/forward']:.1f} | {cell['seconds']:.1f} "
+        f"| {cell.get('memory/added_bytes', 0) / 2**20:.0f} |"
+    )
+
+
+def perplexity(cell: dict[str, Any]) -> float:
+    return next(value for key, value in cell.items() if key.startswith("ppl/"))
+
+
+if __name__ == "__main__":
+    main()

@@ -103,7 +103,6 @@ class Lora:
 
     trains: ClassVar[bool] = True
 
-    tokens: Literal["calibration"]
     samples: int | None
     epochs: int
     steps: int | None

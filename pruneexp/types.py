@@ -254,7 +254,7 @@ class Criterion(Protocol):
     """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
     value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
     search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges` (not
-    required): the kinds of sites it can score, where these are not attention and mlp."""
+    required): what it can score, where that is not the units of attention and mlp: "sublayer", "block", as a whole."""
 
     evidence: ClassVar[Any]
     sequential: bool
@@ -287,8 +287,8 @@ class Oracle(Protocol):
 
 class Search(Protocol):
     """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity` (not
-    required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses,
-    and so needs the whole model in memory."""
+    required): what may leave: units ("heads", "channels"), whole sublayers ("attention", "ffn"), "blocks". `probes`
+    (not required): it cannot do without losses, and so needs the whole model in memory."""
 
     local: ClassVar[bool]
 

@@ -102,10 +102,10 @@ def test_loss_drop_is_the_loss_of_the_model_without_the_block(
 ) -> None:
     model, meter = tiny(family), Meter()
     dense = model.token_losses(tokens_NT, 4).mean()
-    for visit in walk(model, tokens_NT, (LossWithout,), meter, "test", read_only=True, whole=True):
+    for visit in walk(model, tokens_NT, (LossWithout,), meter, "test", read_only=True, whole=["block"]):
         with masked(model, Plan({visit.block.name: SitePlan("block", 1, ())})):
             expected = model.token_losses(tokens_NT, 4).mean() - dense
-        score = LossDrop()(visit.block, visit.of(LossWithout))[visit.block.name]
+        score = LossDrop()(visit.whole, visit.of(LossWithout))[visit.block.name]
         assert score.item() == pytest.approx(expected.item(), abs=1e-12)
     assert meter.forward == pytest.approx(3)  # three blocks: 2 + 2 + 2 layers without one, and 3
 
@@ -248,8 +248,10 @@ def test_a_run_saves_what_is_left_and_it_reloads(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["search=blocks"], r"^search=blocks removes whole blocks, of which criterion=flap has no scores; expected"),
-        (["recipe=sleb", "criterion=taylor"], r"^search=greedy removes whole blocks, of which criterion=taylor"),
+        (
+            ["criterion=loss_drop", "search=global", "search.granularity=[heads,ffn]"],
+            r"^search.granularity=\['heads', 'ffn'\]: criterion=loss_drop has no scores of heads, which search=global",
+        ),
         (["criterion=block_influence"], r"^criterion=block_influence scores whole blocks, which search=al_am does not"),
         (["recipe=sleb", "search=uniform"], r"^criterion=loss_drop scores whole blocks, which search=uniform does not"),
         (

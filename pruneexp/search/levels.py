@@ -37,6 +37,9 @@ class Structures:
     ):
         self.scores, self.sites, self.budget = scores, sites, budget
         self.chosen = in_order(chosen)
+        if grain is not None:
+            able = [site for site in self.chosen if len(grain.steps[site.name]) > 1]
+            self.chosen = able or self.chosen[:1]
         if grain is None:
             raw(scores, sites)
             self.steps = {site.name: removal_steps(site, min_units, 1) for site in self.chosen}
@@ -48,10 +51,10 @@ class Structures:
         composites = [] if grain is None else [site for _, site in grain.composites]
         self.composites = bool(composites)
         self.wholes = [site for site in composites if grain is not None and site in grain.fine]  # may lose all at once
-        self.most = {name: len(steps) - 1 for name, steps in self.steps.items()}
+        self.most = {site.name: len(self.steps[site.name]) - 1 for site in self.chosen}
         self.order = {site.name: unit_order(scores[site.name], site.units) for site in self.chosen}
         able = [site for site in self.chosen if self.most[site.name] or grain is None]
-        cheapest = min(self.cost[site.name] for site in able or self.chosen)
+        cheapest = min(self.cost[site.name] for site in self.chosen)
         self.cheap = [site for site in self.chosen if self.cost[site.name] == cheapest]
         self.dear = [site for site in self.chosen if self.cost[site.name] > cheapest]
 
@@ -96,18 +99,21 @@ class Structures:
         more."""
         met = {site.name: min(max(levels[site.name], 0), self.most[site.name]) for site in self.chosen}
         cost = self.cost[self.cheap[0].name]
-        while self.dear:
+        seen: list[Levels] = []
+        while self.dear and met not in seen:
+            seen.append(dict(met))
             left = self.budget.remove - self.removed(met)
-            most = {site.name: self.most[site.name] for site in self.cheap}
             there = self._cost_of({site.name: met[site.name] for site in self.cheap})
-            room = self._cost_of(most) - there
+            room = self._cost_of({site.name: self.most[site.name] for site in self.cheap}) - there
             up = 1 if left > room + cost / 2 else -1 if left < -there - cost / 2 else 0
             able = [site for site in self.dear if 0 <= met[site.name] + up <= self.most[site.name]]
             if not up or not able:
-                break
+                return self._filled(met)
             site = (min if up > 0 else max)(able, key=lambda site: met[site.name] / self.size[site.name])
             met[site.name] += up
-        return self._filled(met)
+        # the cheapest are too few to make up for a dear one: the nearest of those that it went round in
+        ends = [self._filled(dict(end)) for end in seen[seen.index(met) :]] if seen else [self._filled(met)]
+        return min(ends, key=lambda end: abs(self.budget.remove - self.removed(end)))
 
     def _cost_of(self, levels: Levels) -> int:
         units = self.units(levels)

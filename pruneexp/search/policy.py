@@ -175,9 +175,9 @@ class PolicyGradient:
 
     def _planned(self, scores: Scores, sites: Sequence[Site], chosen: list[Site], budget: Budget) -> Plan:
         """The units of lowest probability leave: of each kind its share, the cheapest kind making up for rounding."""
+        together = Global(self.min_units, self.granularity, "none", self.multiple)
         if self.budgets == "joint" or len(self.granularity) == 1:
-            search = Global(self.min_units, self.granularity, "none", self.multiple)
-            return search(scores, sites, budget, None, torch.Generator())
+            return together(scores, sites, budget, None, torch.Generator())
         names = sorted(self.granularity, key=lambda name: -self._step_price(name, chosen, budget))
         left, plan, whole = budget.remove, Plan({}), prunable(chosen, budget)
         for name in names:
@@ -191,6 +191,10 @@ class PolicyGradient:
             search = Global(self.min_units, [name], "none", self.multiple)
             plan = plan.merged(search(scores, own, part, None, torch.Generator()))
             left -= removed(plan, own, budget)
+        if abs(left) > self._step_price(names[-1], chosen, budget) / 2 + 1e-3 and not is_plain(
+            self.granularity, self.multiple
+        ):
+            return together(scores, sites, budget, None, torch.Generator())  # what is left of one kind is too much
         keep = {}
         for site in in_order(chosen):
             keep[site.name] = torch.zeros(site.units, dtype=torch.bool)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from pruneexp.search.grain import BLOCK, SUBLAYER, UNIT, Gone, Grain, Item
-from pruneexp.types import Plan
+from pruneexp.types import Plan, Site
 
 _EPSILON = 1e-3  # numbers that differ by rounding alone must not end on different sides of a tie
+_MANY = 4096  # options of all layers, beyond which sums are not searched
 
 Event = tuple[Item, int, int]  # what left, how many of its units were gone before, what it took along
 
@@ -17,18 +20,20 @@ def ranked(
     grain: Grain, unit_values: Mapping[str, Sequence[float]], composite_value: Callable[[Item, Gone], float]
 ) -> Plan:
     """The plan of a walk up the ranking: the item of lowest value leaves unless it overshoots by more than half the
-    cheapest one.
+    cheapest one (or half of itself).
 
     `unit_values`: by site, of what leaves with each step; a site's units leave in the order of its scores.
     `composite_value`: of a whole sublayer or block given what has left, asked anew whenever something in it leaves.
     Where the walk ends too early, the first item in the ranking that can be made up for leaves, and the last of those
-    that have left come back. Ties leave in the order of layer, units before sublayers before blocks, site name.
+    that have left come back; where that does not do, layers change as little as they have to. Ties leave in the order
+    of layer, units before sublayers before blocks, site name.
     """
     walk = _Walk(grain, unit_values, composite_value)
     walk.up()
     if walk.left > walk.slack:
         walk.repair()
-    return grain.plan_without(walk.gone)
+    met = abs(walk.left) <= walk.slack
+    return grain.plan_without(walk.gone if met else _nearest(grain, walk.gone, abs(walk.left)))
 
 
 class _Walk:
@@ -62,7 +67,8 @@ class _Walk:
             item = self.items[tier, name]
             if version != self.version[tier, name] or not self._there(item):
                 continue
-            if self._cost(item) > self.left + self.slack:  # and ever after: what is left shrinks at least as fast
+            cost = self._cost(item)
+            if cost > self.left + min(self.slack, cost / 2 + _EPSILON):  # and ever after: `left` shrinks as fast
                 self.passed.append(item)
                 self.version[tier, name] = -1
                 continue
@@ -162,3 +168,50 @@ class _Walk:
         else:
             value = self.composite_value(item, self.gone)
         heapq.heappush(self.heap, (value, site.layer, tier, site.name, version))
+
+
+def _nearest(grain: Grain, gone: Gone, off: float) -> Gone:
+    """What comes nearest to the budget of all there is, else like `gone`, which is `off` by so much: a subset-sum over
+    the layers, of few options each; where they have many, `gone`."""
+    layers = sorted({site.layer for site in grain.chosen})
+    if sum(math.prod(len(grain.steps[s.name]) for s in _inside(grain, layer)) for layer in layers) > _MANY:
+        return gone
+    options = [_options(grain, layer) for layer in layers]
+    unit = math.gcd(*(cost for own in options for cost, _, _ in own)) or 1
+    reach = [1]  # of the layers from each on: bit n for a sum of n
+    for own in reversed(options):
+        found = 0
+        for cost, _, _ in own:
+            found |= reach[-1] << cost // unit
+        reach.append(found)
+    sums = [n for n in range(reach[-1].bit_length()) if reach[-1] >> n & 1]
+    rest = min(reversed(sums), key=lambda n: abs(n * unit - grain.budget.remove))
+    if abs(rest * unit - grain.budget.remove) >= off:
+        return gone
+    result = grain.nothing()
+    for layer, own, after in zip(layers, options, reversed(reach[:-1]), strict=True):
+        now = next(cost for cost, units, out in own if _is(gone, layer, units, out))
+        able = [o for o in own if o[0] // unit <= rest and after >> (rest - o[0] // unit) & 1]
+        cost, units, out = min(able, key=lambda option: abs(option[0] - now))
+        rest -= cost // unit
+        result.units.update(units)
+        result.layers |= {layer} if out else set()
+    return result
+
+
+def _inside(grain: Grain, layer: int) -> list[Site]:
+    return [site for site in grain.chosen if site.layer == layer and site.kind != "block"]
+
+
+def _options(grain: Grain, layer: int) -> list[tuple[int, dict[str, int], bool]]:
+    """What may leave a layer: its cost, the units of each site, whether the block leaves."""
+    own, found = _inside(grain, layer), []
+    for counts in itertools.product(*(grain.steps[site.name] for site in own)):
+        cost = sum(count * grain.budget.price(site) for count, site in zip(counts, own, strict=True))
+        found.append((cost, {site.name: count for count, site in zip(counts, own, strict=True)}, False))
+    blocks = [site for tier, site in grain.composites if tier == BLOCK and site.layer == layer]
+    return found + [(grain.budget.price(site), {}, True) for site in blocks]
+
+
+def _is(gone: Gone, layer: int, units: Mapping[str, int], out: bool) -> bool:
+    return out if layer in gone.layers else not out and all(gone.units[n] == count for n, count in units.items())

@@ -26,21 +26,24 @@ def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Si
 
 def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float) -> Budget:
     """The share of all layers, of the sites that the search removes. Raises ConfigError where nothing is counted."""
-    budget = budget_of(model, sparsity, ratio, searched_sites(model, search), range(len(model.layers)))
+    sites = searched_sites(model, search)
+    held = [site for site in sites if site.kind != "block"] or sites  # what blocks hold is counted once
+    budget = budget_of(model, sparsity, ratio, held, range(len(model.layers)))
     if ratio > 0 and not budget.total:
         raise ConfigError(f"sparsity.of={sparsity.of!r}: expected another quantity, this model has none of it")
     return budget
 
 
-def searched_sites(model: Model, search: Search) -> tuple[Site, ...]:
-    """Of all layers: whole blocks, or the sites in them."""
-    if removes_blocks(search):
-        return tuple(site for index in range(len(model.layers)) for site in model.whole_block(index).sites)
-    return model.sites()
+def searched_sites(model: Model, search: Search) -> list[Site]:
+    """What a search may choose from: the sublayers, and whole blocks where these may leave; or blocks alone."""
+    granularity = getattr(search, "granularity", ())
+    sites = [] if _blocks_alone(search) else list(model.sites())
+    layers = range(len(model.layers)) if "blocks" in granularity else ()
+    return sites + [site for index in layers for site in model.whole_block(index).sites]
 
 
-def removes_blocks(search: Search) -> bool:
-    return "blocks" in getattr(search, "granularity", ())
+def _blocks_alone(search: Search) -> bool:
+    return set(getattr(search, "granularity", ())) == {"blocks"}
 
 
 def biases_added(model: Model, sparsity: Sparsity, compensator: Compensator, sites: Sequence[Site]) -> int:
@@ -76,7 +79,7 @@ def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator:
         ConfigError: the search cannot remove so much, even if compensation added no bias (the largest ratio it names
             leaves room for all of them); or the compensator cannot walk through such a model.
     """
-    if not removes_blocks(search) and getattr(compensator.evidence, "source", "") == "wanted":
+    if not _blocks_alone(search) and getattr(compensator.evidence, "source", "") == "wanted":
         require_sums(model)
     budget, sites = whole_budget(model, search, sparsity, sparsity.ratio), searched_sites(model, search)
     biases = budget.added_params(biases_added(model, sparsity, compensator, sites))

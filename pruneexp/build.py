@@ -19,6 +19,7 @@ from pruneexp.coerce import coerced, described
 from pruneexp.compose import Composed
 from pruneexp.experiment import Experiment, RunSettings
 from pruneexp.explain import did_you_mean, missing_key, one_line
+from pruneexp.search import scored_as
 from pruneexp.types import ConfigError
 
 Parameters = Mapping[str, inspect.Parameter]
@@ -106,17 +107,19 @@ def _check_granularity(experiment: Experiment) -> None:
     """Raises ConfigError where the search removes what the criterion does not score."""
     criterion, search = (experiment.job["choices"][group] for group in ("criterion", "search"))
     judges = getattr(experiment.criterion, "judges", ("attention", "mlp"))
-    blocks = "blocks" in getattr(experiment.search, "granularity", ())
-    if blocks and "block" not in judges:
-        raise ConfigError(
-            f"search={search} removes whole blocks, of which criterion={criterion} has no scores; "
-            "expected criterion=block_influence, loss_drop or random, or a search over heads and channels"
-        )
-    if not blocks and judges == ("block",):
+    granularity = getattr(experiment.search, "granularity", ("heads", "channels"))
+    if scored_as(granularity, judges) is not None:
+        return
+    if not {"attention", "mlp"} & set(judges) and not {"attention", "ffn", "blocks"} & set(granularity):
         raise ConfigError(
             f"criterion={criterion} scores whole blocks, which search={search} does not remove; "
-            "expected search=blocks or greedy, or a criterion of heads and channels"
+            "expected search=blocks, sublayers or greedy, or a criterion of heads and channels"
         )
+    unscored = [name for name in granularity if scored_as([name], judges) is None]
+    raise ConfigError(
+        f"search.granularity={list(granularity)!r}: criterion={criterion} has no scores of {', '.join(unscored)}, "
+        f"which search={search} removes; expected a criterion of heads and channels, or search.granularity without them"
+    )
 
 
 def _check_rounds(experiment: Experiment) -> None:

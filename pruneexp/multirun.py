@@ -169,15 +169,16 @@ def _run_recorded(job: Composed, number: str) -> dict[str, float] | None:
         expected = isinstance(error, (ConfigError, RunError))
         reason = str(error) if expected else f"{type(error).__name__}: {one_line(error)}"
         print(f"pruneexp: job {number} failed: {reason}", file=sys.stderr)
-        _record_failure(folder, reason)
+        _record_failure(job, folder, reason)
         return None
 
 
-def _record_failure(folder: Path, reason: str) -> None:
+def _record_failure(job: Composed, folder: Path, reason: str) -> None:
     """Marks the folder failed where the run did not come far enough to do so itself."""
     if status_of(folder) in ("absent", "interrupted"):
         folder.mkdir(parents=True, exist_ok=True)
         status = {**new_status(), "status": "failed", "reason": reason, "ended": timestamp()}
+        write_atomic(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
         write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.budget import biases_added, budget_of, refusal, removes_blocks, whole_budget
+from pruneexp.budget import biases_added, budget_of, refusal, searched_sites, whole_budget
 from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
 from pruneexp.model import Model
+from pruneexp.search import KIND, scored_as
 from pruneexp.surgery import remove_blocks_, shrink_layer_
 from pruneexp.types import (
     Budget,
@@ -105,45 +106,47 @@ def prune_(
 def _all_at_once(work: _Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    whole = removes_blocks(work.method.search)  # nothing is left to compensate
-    dense_kind = None if compensator.sequential or whole else compensator.evidence
+    granularity = getattr(work.method.search, "granularity", ("heads", "channels"))
+    wholes = scored_as(granularity, getattr(criterion, "judges", ("attention", "mlp"))) == "wholes"
+    blocks_alone = set(granularity) == {"blocks"}  # nothing is left to compensate
+    dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
     kinds = _distinct(criterion.evidence, dense_kind)
-    sites: list[Site] = []
+    shown = [KIND[name] for name in granularity] if wholes else ()
     kept_evidence: dict[str, Any] = {}
     with work.clock("calibrate"):
-        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True, whole=whole):
-            scores = _checked(criterion(visit.block, visit.of(criterion.evidence)))
+        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True, whole=shown):
+            scores = _checked(criterion(visit.whole or visit.block, visit.of(criterion.evidence)))
             work.scores.update(_without_readers(scores) if work.model.streamed else scores)
             kept_evidence.update(visit.of(dense_kind))
-            sites.extend(visit.block.sites)
     with work.clock("search"):
-        plan = _searched(work, sites)
+        plan = _searched(work, searched_sites(work.model, work.method.search))
     work.scores = _without_readers(work.scores)
-    if whole:
-        return _remove_blocks(work, plan)
+    plan, moved = _remove_blocks(work.model, plan)
+    renamed = Plan({new: plan.sites[old] for new, old in moved.items()})
+    kept_evidence = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.clock("shrink"):
-        if _by_site(compensator):
-            _site_by_site(work, lambda visit: plan, ())
+        if _by_site(compensator) and not blocks_alone:
+            _site_by_site(work, lambda visit: renamed, ())
         else:
-            kinds = _distinct(compensator.evidence if compensator.sequential else None)
+            kinds = _distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
             for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
-                evidence = visit.of(compensator.evidence) if compensator.sequential else kept_evidence
-                _shrink(work, visit, plan, evidence)
+                evidence = visit.of(compensator.evidence) if kinds else kept_evidence
+                _shrink(work, visit, renamed, evidence)
     return plan
 
 
-def _remove_blocks(work: _Pruning, plan: Plan) -> Plan:
-    """Takes out the blocks that `plan` drops. The plan returned names them, and the sites of those that stay."""
-    model = work.model
-    gone = {name: site for name, site in plan.sites.items() if not site.kept}
-    stay = [site for i in range(len(model.layers)) for site in model.layer_sites(i)]
-    stay = [site for site in stay if f"{model.layers_path}.{site.layer}" not in gone]
-    plan = Plan({**Plan.keep_all(stay).sites, **gone}, plan.budget)
-    with work.clock("shrink"):
-        remove_blocks_(model, plan)
-        for visit in walk(model, None, (), work.meter, "shrink"):
-            work.shrunk(visit.index)
-    return plan
+def _remove_blocks(model: Model, plan: Plan) -> tuple[Plan, dict[str, str]]:
+    """Takes out the blocks that `plan` drops. The plan returned names them, and the sites of those that stay; beside
+    it, the sites' names from here on (layers behind a gap move up), and what they are called in the plan."""
+    blocks = {name: site for name, site in plan.sites.items() if site.kind == "block"}
+    gone = {name: site for name, site in blocks.items() if not site.kept}
+    stay = [site for site in model.sites() if f"{model.layers_path}.{site.layer}" not in gone]
+    if not blocks:
+        return plan, {site.name: site.name for site in stay}
+    chosen = {site.name: plan.sites[site.name] for site in stay if site.name in plan.sites}
+    plan = Plan({**Plan.keep_all(stay).sites, **chosen, **gone}, plan.budget)
+    remove_blocks_(model, plan)
+    return plan, dict(zip((site.name for site in model.sites()), (site.name for site in stay), strict=True))
 
 
 def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type]) -> None:
@@ -213,7 +216,8 @@ def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
     if work.tokens_NT is not None and not work.model.streamed:
         oracle = Probe(work.model, work.tokens_NT, work.meter, getattr(work.method.search, "effort", None))
     try:
-        return _asked(work, work.scores, sites, _budget(work, sites, range(len(work.model.layers))), oracle)[0]
+        held = [site for site in sites if site.kind != "block"] or sites  # what blocks hold is counted once
+        return _asked(work, work.scores, sites, _budget(work, held, range(len(work.model.layers))), oracle)[0]
     finally:
         if oracle is not None:
             oracle.close()

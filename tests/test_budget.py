@@ -46,20 +46,25 @@ COUNTS = {"decoder": "params", "prunable": "params"}
 CONTEXT = 10
 BOTH: Any = ["heads", "channels"]
 NONE, BIAS = NoCompensation(False), Bias(False)
-EVOLUTIONARY = Evolutionary(1, BOTH, 3.0, 0.5, 1, 0.2, 2, 1)
-POLICY = PolicyGradient(1, BOTH, "separate", "scores", "sqrt", 2, 0.002, 5, 2.0, 2)
-GREEDY = Greedy(1, BOTH, 0, 0, 1, "scores")
+EVOLUTIONARY = Evolutionary(1, BOTH, 3.0, 0.5, 1, 0.2, 2, 1, 1)
+POLICY = PolicyGradient(1, BOTH, "separate", "scores", "sqrt", 2, 0.002, 5, 2.0, 2, 1)
+GREEDY = Greedy(1, BOTH, 0, 0, 1, "scores", "none", 1)
 EXACT = {
-    "uniform": Uniform(1, BOTH, 0.0, 0.0),
-    "protected": Uniform(1, BOTH, 0.34, 0.0),
-    "global": Global(1, BOTH, "zscore"),
-    "per_parameter": Global(1, BOTH, "per_parameter"),
+    "uniform": Uniform(1, BOTH, 0.0, 0.0, 1),
+    "protected": Uniform(1, BOTH, 0.34, 0.0, 1),
+    "global": Global(1, BOTH, "zscore", 1),
+    "per_parameter": Global(1, BOTH, "per_parameter", 1),
     "evolutionary": EVOLUTIONARY,
     "policy_gradient": POLICY,
     "joint": replace(POLICY, budgets="joint"),
     "greedy": GREEDY,
 }
-BUDGETED = {**EXACT, "al_am": AlAm(), "heads": Global(1, ["heads"], "zscore"), "blocks": Global(0, ["blocks"], "none")}
+BUDGETED = {
+    **EXACT,
+    "al_am": AlAm(),
+    "heads": Global(1, ["heads"], "zscore", 1),
+    "blocks": Global(0, ["blocks"], "none", 1),
+}
 
 
 def prune(model: Model, tokens_NT: Tensor | None, search: Any, sparsity: OneShot, compensator: Any = NONE) -> Pruned:
@@ -300,7 +305,7 @@ def test_dense_targets_behind_post_norms_are_refused_before_a_weight_is_loaded(
         "pruneexp: compensator.target='dense': expected pruned for a model that normalises behind its sublayers\n",
     )
     assert not Path("run").exists()
-    blocks = Global(0, ["blocks"], "none")  # leaves nothing to compensate
+    blocks = Global(0, ["blocks"], "none", 1)  # leaves nothing to compensate
     outline = deepcopy(ModelSource("post", "post", None, "auto", "cpu", False, False, 4).outline())
     check_pruning(outline, blocks, OneShot(0.3, "decoder", 0), LeastSquares(1e-3, "dense", True))
 

@@ -27,7 +27,7 @@ from tests.toy_sites import model_sites
 
 RNG = torch.Generator()
 QUIET: dict[str, Any] = {"rng": RNG, "shrunk": lambda i: None, "clock": lambda s: contextlib.nullcontext()}
-GREEDY = Greedy(0, ["blocks"], 0, 0, None, "scores")
+GREEDY = Greedy(0, ["blocks"], 0, 0, None, "scores", "none", 1)
 
 
 def block_sites(*costs: int) -> list[Site]:
@@ -102,24 +102,24 @@ def test_loss_drop_is_the_loss_of_the_model_without_the_block(
 ) -> None:
     model, meter = tiny(family), Meter()
     dense = model.token_losses(tokens_NT, 4).mean()
-    for visit in walk(model, tokens_NT, (LossWithout,), meter, "test", read_only=True, whole=True):
+    for visit in walk(model, tokens_NT, (LossWithout,), meter, "test", read_only=True, whole=["block"]):
         with masked(model, Plan({visit.block.name: SitePlan("block", 1, ())})):
             expected = model.token_losses(tokens_NT, 4).mean() - dense
-        score = LossDrop()(visit.block, visit.of(LossWithout))[visit.block.name]
+        score = LossDrop()(visit.whole, visit.of(LossWithout))[visit.block.name]
         assert score.item() == pytest.approx(expected.item(), abs=1e-12)
     assert meter.forward == pytest.approx(3)  # three blocks: 2 + 2 + 2 layers without one, and 3
 
 
 def test_blocks_meet_the_budget_to_the_nearest_and_ties_remove_more() -> None:
     sites, scores = block_sites(*[10] * 8), scores_of(range(8))
-    search = Global(1, ["blocks"], "none")
+    search = Global(1, ["blocks"], "none", 1)
     for removed, expected in ((24.9, 2), (25, 3), (34, 3), (36, 4)):
         for method, oracle in ((search, None), (GREEDY, Additive(range(8)))):
             plan = method(scores, sites, Budget(removed / 80, 80), oracle, RNG)
             assert gone(plan) == list(range(expected)), method
 
 
-@pytest.mark.parametrize("method", [Global(0, ["blocks"], "none"), GREEDY], ids=repr)
+@pytest.mark.parametrize("method", [Global(0, ["blocks"], "none", 1), GREEDY], ids=repr)
 def test_one_block_always_stays(method: Any) -> None:
     sites, scores = block_sites(10, 10, 10), scores_of([1, 2, 3])
     with pytest.raises(ConfigError, match=r"^sparsity.ratio=0.9: expected at most 0.6666"):
@@ -133,19 +133,23 @@ def test_greedy_measures_again_after_every_removal() -> None:
     plan = GREEDY(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), oracle, RNG)
     assert gone(plan) == [1, 3] and oracle.asked == 4  # the first left by its score
     assert gone(
-        Global(0, ["blocks"], "none")(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), None, RNG)
+        Global(0, ["blocks"], "none", 1)(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), None, RNG)
     ) == [1, 2]
     probing = Additive(worth, synergy)
-    Greedy(0, ["blocks"], 0, 0, None, "probes")(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), probing, RNG)
+    Greedy(0, ["blocks"], 0, 0, None, "probes", "none", 1)(
+        scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), probing, RNG
+    )
     assert probing.asked == 5 + 4
     short = Additive(worth, synergy)
-    Greedy(0, ["blocks"], 0, 0, 2, "probes")(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), short, RNG)
+    Greedy(0, ["blocks"], 0, 0, 2, "probes", "none", 1)(
+        scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), short, RNG
+    )
     assert short.asked == 4
 
 
 def test_greedy_keeps_the_ends_and_passes_over_nan() -> None:
     worth = [0, 0, 5.0, math.nan, 7.0, 0]
-    method = Greedy(0, ["blocks"], 2, 1, None, "probes")
+    method = Greedy(0, ["blocks"], 2, 1, None, "probes", "none", 1)
     assert gone(method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(1 / 6, 60), Additive(worth), RNG)) == [2]
     assert gone(method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(2 / 6, 60), Additive(worth), RNG)) == [2, 4]
     with pytest.raises(RunError, match="the losses of all 1 candidates are NaN or Inf"):
@@ -167,7 +171,7 @@ def test_greedy_removes_heads_and_channels_too() -> None:
 
     total = sum(site.units * site.cost.params for site in sites)
     budget = Budget(4 * sites[1].cost.params / total, total)
-    plan = Greedy(1, ["heads", "channels"], 0, 0, None, "probes")(scores, sites, budget, Count(), RNG)
+    plan = Greedy(1, ["heads", "channels"], 0, 0, None, "probes", "none", 1)(scores, sites, budget, Count(), RNG)
     assert [len(plan.sites[s.name].kept) for s in sites] == [3, 1, 3, 3]
 
 
@@ -205,7 +209,9 @@ def test_the_best_block_by_loss_is_the_one_that_sleb_removes(tiny: Callable[...,
     best = int(probe.losses([Candidate(plan) for plan in plans]).argmin())
     scores = {f"{model.layers_path}.{i}": torch.zeros(1) for i in range(3)}
     sites = [model.whole_block(i).sites[0] for i in range(3)]
-    plan = Greedy(0, ["blocks"], 0, 0, None, "probes")(scores, sites, Budget(0.3, model.decoder_params), probe, RNG)
+    plan = Greedy(0, ["blocks"], 0, 0, None, "probes", "none", 1)(
+        scores, sites, Budget(0.3, model.decoder_params), probe, RNG
+    )
     assert [name for name, site in plan.sites.items() if not site.kept] == [f"{model.layers_path}.{best}"]
 
 
@@ -242,8 +248,10 @@ def test_a_run_saves_what_is_left_and_it_reloads(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["search=blocks"], r"^search=blocks removes whole blocks, of which criterion=flap has no scores; expected"),
-        (["recipe=sleb", "criterion=taylor"], r"^search=greedy removes whole blocks, of which criterion=taylor"),
+        (
+            ["criterion=loss_drop", "search=global", "search.granularity=[heads,ffn]"],
+            r"^search.granularity=\['heads', 'ffn'\]: criterion=loss_drop has no scores of heads, which search=global",
+        ),
         (["criterion=block_influence"], r"^criterion=block_influence scores whole blocks, which search=al_am does not"),
         (["recipe=sleb", "search=uniform"], r"^criterion=loss_drop scores whole blocks, which search=uniform does not"),
         (

@@ -34,7 +34,7 @@ class Loss:
 
 def search(**settings) -> Evolutionary:
     plain = {"min_units": 1, "granularity": BOTH, "effort": 30.0, "tokens": 0.25, "rounds": 4, "distance": 0.2}
-    return Evolutionary(**{**plain, "offspring": 8, "steps": None, **settings})
+    return Evolutionary(**{**plain, "offspring": 8, "steps": None, "multiple": 1, **settings})
 
 
 def paths(seed: int = 0) -> dict[str, RemovalPath]:

@@ -27,7 +27,7 @@ def test_a_single_layer_is_a_global_ranking(normalise: str) -> None:
     for ratio in (0.1, 0.35, 0.8):
         budget = Budget(ratio, params(sites))
         plan = Layerwise(1, BOTH, normalise)(draws(sites), sites, budget, None, RNG)
-        assert plan == Global(1, BOTH, normalise)(draws(sites), sites, budget, None, RNG)
+        assert plan == Global(1, BOTH, normalise, 1)(draws(sites), sites, budget, None, RNG)
 
 
 @pytest.mark.parametrize("normalise", NORMALISES)

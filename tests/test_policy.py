@@ -17,13 +17,14 @@ from pruneexp.calibrate import Meter
 from pruneexp.model import Model
 from pruneexp.prune import Method, prune_
 from pruneexp.search import PolicyGradient
-from pruneexp.search.policy import policy_gradient, projected
+from pruneexp.search.gates import projected
+from pruneexp.search.policy import policy_gradient
 from pruneexp.types import Budget, Candidate, ConfigError, RunError
 from tests.conftest import FAMILIES
 from tests.toy_sites import model_sites
 
 BOTH = ["heads", "channels"]
-SEARCH = PolicyGradient(1, BOTH, "separate", "scores", "sqrt", 2, 0.05, 5, 1.0, 60)
+SEARCH = PolicyGradient(1, BOTH, "separate", "scores", "sqrt", 2, 0.05, 5, 1.0, 60, 1)
 SITES = model_sites(2, heads=4, channels=12)
 TOTAL = sum(site.units * site.cost.params for site in SITES)
 

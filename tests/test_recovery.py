@@ -32,7 +32,7 @@ from pruneexp.types import ConfigError, RunError
 from tests.conftest import FAMILIES, PARITY
 
 ALL: Any = ["query", "key", "value", "output", "gate", "up", "down"]
-GLOBAL = Global(1, ["heads", "channels"], "zscore")
+GLOBAL = Global(1, ["heads", "channels"], "zscore", 1)
 LORA = Lora(None, 2, None, 5, ALL, 4, 8, 0.05, 1e-2, 0.1, 1.0, True)
 SMALL = ["model=hf", f"model.path={PARITY}", "dataset=tokens", "dataset.length=64", "evaluator=[perplexity,size]"]
 SMALL += [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]

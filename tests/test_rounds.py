@@ -29,8 +29,8 @@ from tests.conftest import FAMILIES
 
 FLAP, WANDA = Flap("WIFV", False), WandaSp("sum", True)
 NONE, BIAS, SEQUENTIAL_BIAS = NoCompensation(False), Bias(False), Bias(True)
-UNIFORM, GLOBAL = Uniform(1, ["heads", "channels"], 0.0, 0.0), Global(1, ["heads", "channels"], "zscore")
-BLOCKS = Global(0, ["blocks"], "none")
+UNIFORM, GLOBAL = Uniform(1, ["heads", "channels"], 0.0, 0.0, 1), Global(1, ["heads", "channels"], "zscore", 1)
+BLOCKS = Global(0, ["blocks"], "none", 1)
 
 
 def prune(
@@ -192,7 +192,7 @@ def test_blocks_leave_round_by_round_under_their_own_names(tiny: Callable[..., M
 @pytest.mark.parametrize(
     ("search", "compensator"),
     [
-        (PolicyGradient(1, ["heads", "channels"], "separate", "scores", "sqrt", 2, 0.01, 5, 1.0, 3), NONE),
+        (PolicyGradient(1, ["heads", "channels"], "separate", "scores", "sqrt", 2, 0.01, 5, 1.0, 3, 1), NONE),
         (GLOBAL, LeastSquares(1e-3, "dense", True)),
     ],
     ids=["policy_gradient", "least_squares"],

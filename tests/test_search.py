@@ -37,11 +37,12 @@ def kept(plan: Plan, kind: str) -> list[int]:
     return [len(site.kept) for site in plan.sites.values() if site.kind == kind]
 
 
-EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH, 0, 0), Global(1, BOTH, "zscore"),
-         Global(1, BOTH, "none"), Global(0, BOTH, "mean"), Global(1, BOTH, "per_parameter"),
+EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH, 0, 0, 1), Global(1, BOTH, "zscore", 1),
+         Global(1, BOTH, "none", 1), Global(0, BOTH, "mean", 1), Global(1, BOTH, "per_parameter", 1),
          Layerwise(1, BOTH, "none"), Layerwise(0, BOTH, "per_parameter")]  # fmt: skip
-LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0), Uniform(0, ["channels"], 0, 0), Uniform(2, ["heads"], 0, 0),
-         Layerwise(1, BOTH, "none"), Layerwise(0, ["channels"], "zscore"), Layerwise(2, ["heads"], "mean")]  # fmt: skip
+LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0, 1), Uniform(0, ["channels"], 0, 0, 1),
+         Uniform(2, ["heads"], 0, 0, 1), Layerwise(1, BOTH, "none"), Layerwise(0, ["channels"], "zscore"),
+         Layerwise(2, ["heads"], "mean")]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", EVERY, ids=repr)
@@ -249,7 +250,7 @@ def test_sites_of_one_unit_are_standardised_together():
     scores = {site.name: torch.tensor([float(site.layer**2)]) for site in sites}
     z = standardised(scores, sites)
     assert torch.cat([z[site.name] for site in sites]).mean().abs() < 1e-12
-    plan = search(Global(0, ["blocks"], "zscore"), scores, sites, 0.4)
+    plan = search(Global(0, ["blocks"], "zscore", 1), scores, sites, 0.4)
     assert [name for name, site in plan.sites.items() if not site.kept] == ["model.layers.0", "model.layers.1"]
 
 
@@ -261,9 +262,9 @@ def random_model(draw: random.Random) -> list[Site]:
     return model_sites(draw.randint(1, 6), heads, channels)
 
 
-@pytest.mark.parametrize("method", [Uniform(1, BOTH, 0, 0), Uniform(0, BOTH, 0.0, 0.0), Global(1, BOTH, "zscore"),
-                                    Global(0, BOTH, "none"), Global(3, ["channels"], "mean"),
-                                    Uniform(1, ["channels"], 0.0, 0.0)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("method", [Uniform(1, BOTH, 0, 0, 1), Uniform(0, BOTH, 0, 0, 1), Global(1, BOTH, "zscore", 1),
+                                    Global(0, BOTH, "none", 1), Global(3, ["channels"], "mean", 1),
+                                    Uniform(1, ["channels"], 0.0, 0.0, 1)], ids=repr)  # fmt: skip
 def test_the_budget_is_met_to_the_nearest_unit(method):
     met = 0
     for seed in range(60):
@@ -291,7 +292,7 @@ def kinds(method) -> set[str]:
     return {{"heads": "attention", "channels": "mlp"}[name] for name in method.granularity}
 
 
-@pytest.mark.parametrize("method", [Uniform(1, ["heads"], 0.0, 0.0), Global(1, ["heads"], "zscore")], ids=repr)
+@pytest.mark.parametrize("method", [Uniform(1, ["heads"], 0.0, 0.0, 1), Global(1, ["heads"], "zscore", 1)], ids=repr)
 def test_heads_alone_meet_it_to_the_nearest_head(method):
     for seed in range(30):
         draw = random.Random(seed)
@@ -303,7 +304,7 @@ def test_heads_alone_meet_it_to_the_nearest_head(method):
 
 
 def test_the_largest_ratio_named_is_one_that_works():
-    for method in (Uniform(1, BOTH, 0, 0), Global(1, BOTH, "none")):
+    for method in (Uniform(1, BOTH, 0, 0, 1), Global(1, BOTH, "none", 1)):
         with pytest.raises(ConfigError, match="expected at most") as caught:
             search(method, draws(SITES), SITES, 0.99)
         largest = float(str(caught.value).split("at most ")[1].split(",")[0])
@@ -314,26 +315,26 @@ def test_the_largest_ratio_named_is_one_that_works():
 def test_ties_in_the_budget_remove_more():
     sites = model_sites(1, channels=60)
     half = Budget(0.5, 2 * 10 * CHANNEL_COST + CHANNEL_COST)  # ten and a half channels
-    for method in (Uniform(1, ["channels"], 0.0, 0.0), Global(1, ["channels"], "none")):
+    for method in (Uniform(1, ["channels"], 0.0, 0.0, 1), Global(1, ["channels"], "none", 1)):
         assert len(method(draws(sites), sites, half, None, RNG).sites["model.layers.0.mlp"].kept) == 60 - 11
 
 
 def test_uniform_gives_every_site_the_same_share():
     sites = model_sites(4, heads=10, channels=300)
-    plan = search(Uniform(1, BOTH, 0, 0), draws(sites), sites, 0.3)
+    plan = search(Uniform(1, BOTH, 0, 0, 1), draws(sites), sites, 0.3)
     assert kept(plan, "attention") == [7] * 4 and kept(plan, "mlp") == [210] * 4
 
 
 def test_uniform_passes_on_what_rounding_leaves():
     sites = model_sites(10, heads=4, channels=33)
-    counts = kept(search(Uniform(1, ["channels"], 0.0, 0.0), draws(sites), sites, 0.1), "mlp")
+    counts = kept(search(Uniform(1, ["channels"], 0.0, 0.0, 1), draws(sites), sites, 0.1), "mlp")
     assert len(set(counts)) == 2 and max(counts) - min(counts) == 1
 
 
 def test_protected_layers_stay_whole_and_the_others_make_up_for_them():
     sites = model_sites(16, heads=8, channels=100)
-    method = Uniform(1, BOTH, 4 / 32, 2 / 32)  # the first 2 and the last 1 of 16
-    assert not method.local and Uniform(1, BOTH, 0, 0).local
+    method = Uniform(1, BOTH, 4 / 32, 2 / 32, 1)  # the first 2 and the last 1 of 16
+    assert not method.local and Uniform(1, BOTH, 0, 0, 1).local
     plan = search(method, draws(sites), sites, 0.3)
     assert abs(removed(plan, sites) - 0.3 * params(sites)) <= CHANNEL_COST / 2
     counts = kept(plan, "mlp")
@@ -345,17 +346,17 @@ def test_protected_layers_stay_whole_and_the_others_make_up_for_them():
 
 def test_protection_that_leaves_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"^protect_first=1.0: expected a share"):
-        Uniform(1, BOTH, 1.0, 0.0)
+        Uniform(1, BOTH, 1.0, 0.0, 1)
     with pytest.raises(ConfigError, match=r"^protect_last=0.5: expected less than 0.5, what protect_first leaves"):
-        Uniform(1, BOTH, 0.5, 0.5)
+        Uniform(1, BOTH, 0.5, 0.5, 1)
     sites = model_sites(3)
     with pytest.raises(ConfigError, match=r"^search.protect_first=0.5: expected less, .* all 3 layers"):
-        search(Uniform(1, BOTH, 0.5, 0.4), draws(sites), sites, 0.1)
+        search(Uniform(1, BOTH, 0.5, 0.4, 1), draws(sites), sites, 0.1)
 
 
 def test_global_ranks_over_all_sites():
     scores = {site.name: torch.full((site.units,), float(site.layer)) for site in SITES}
-    plan = search(Global(1, ["channels"], "none"), scores, SITES, 45 * CHANNEL_COST / TOTAL)
+    plan = search(Global(1, ["channels"], "none", 1), scores, SITES, 45 * CHANNEL_COST / TOTAL)
     assert kept(plan, "mlp") == [1, 34, 40]
 
 
@@ -363,7 +364,7 @@ def test_global_passes_over_a_head_that_is_too_much_and_goes_on():
     sites = model_sites(1, heads=4, channels=40)
     scores = {"model.layers.0.self_attn": torch.zeros(4), "model.layers.0.mlp": torch.arange(1.0, 41.0)}
     budget = Budget(0.5, 2 * (HEAD_COST + 3 * CHANNEL_COST))
-    plan = Global(1, BOTH, "none")(scores, sites, budget, None, RNG)
+    plan = Global(1, BOTH, "none", 1)(scores, sites, budget, None, RNG)
     assert plan.sites["model.layers.0.self_attn"].kept == (1, 2, 3)
     assert plan.sites["model.layers.0.mlp"].kept == tuple(range(3, 40))
 
@@ -373,27 +374,25 @@ def test_global_per_parameter_weighs_the_cost():
     scores = {"model.layers.0.self_attn": torch.full((4,), 7.9), "model.layers.0.mlp": torch.full((40,), 1.0)}
     one_head = HEAD_COST / params(sites)
     assert HEAD_COST / CHANNEL_COST == 8  # a head at 7.9 is cheaper than its 8 channels at 1
-    assert kept(search(Global(1, BOTH, "per_parameter"), scores, sites, one_head), "attention") == [3]
-    assert kept(search(Global(1, BOTH, "none"), scores, sites, one_head), "attention") == [4]
+    assert kept(search(Global(1, BOTH, "per_parameter", 1), scores, sites, one_head), "attention") == [3]
+    assert kept(search(Global(1, BOTH, "none", 1), scores, sites, one_head), "attention") == [4]
 
 
 def test_global_accepts_a_removal_path():
     site = model_sites(1)[1]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     path = RemovalPath(order, torch.arange(1.0, 41.0))
-    plan = search(Global(1, ["channels"], "none"), {site.name: path}, [site], 0.25)
+    plan = search(Global(1, ["channels"], "none", 1), {site.name: path}, [site], 0.25)
     assert set(range(40)) - set(plan.sites[site.name].kept) == set(order[:10].tolist())
 
 
-@pytest.mark.parametrize("make", [lambda m, g: Uniform(m, g, 0.0, 0.0), lambda m, g: Global(m, g, "none")])
+@pytest.mark.parametrize("make", [lambda m, g: Uniform(m, g, 0.0, 0.0, 1), lambda m, g: Global(m, g, "none", 1)])
 def test_settings_that_cannot_be(make):
     with pytest.raises(ConfigError, match=r"^min_units=-1: expected an integer >= 0"):
         make(-1, BOTH)
     for wrong in ([], ["heads", "heads"]):
         with pytest.raises(ConfigError, match=r"^granularity=.*: expected one or more of heads, channels, blocks"):
             make(1, wrong)
-    with pytest.raises(ConfigError, match=r"^granularity=.*: expected blocks alone"):
-        make(1, ["blocks", "heads"])
     neither = r"granularity=\['blocks'\]: expected (some of heads, channels|heads, channels or both)"
     with pytest.raises(ConfigError, match=neither):
         search(make(1, ["blocks"]), draws(SITES), SITES, 0.2)
@@ -403,6 +402,6 @@ def test_global_is_quick_on_a_big_model():
     sites = model_sites(32, heads=8, channels=14336)
     budget, scores = Budget(0.5, params(sites)), draws(sites)
     started = time.perf_counter()
-    plan = Global(1, BOTH, "zscore")(scores, sites, budget, None, RNG)
+    plan = Global(1, BOTH, "zscore", 1)(scores, sites, budget, None, RNG)
     assert time.perf_counter() - started < 20  # about 0.5 s on an idle machine; a loop over units takes minutes
     assert abs(removed(plan, sites) - budget.remove) <= CHANNEL_COST / 2

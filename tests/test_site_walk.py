@@ -85,7 +85,7 @@ def test_dense_targets_come_nearer_to_the_dense_model(family, tiny, tokens_NT):
         method = Method(
             Obs(1e-3, 1, 8, "none", False),
             OneShot(0.3, "decoder", 0),
-            Uniform(1, BOTH, 0.0, 0.0),
+            Uniform(1, BOTH, 0.0, 0.0, 1),
             LeastSquares(1e-3, target, True),
         )
         prune(model, tokens_NT, method, 0.3)
@@ -101,7 +101,7 @@ def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, token
         method = Method(
             WandaSp("sum", True),
             OneShot(0.3, "decoder", 0),
-            Uniform(1, BOTH, 0.0, 0.0),
+            Uniform(1, BOTH, 0.0, 0.0, 1),
             LeastSquares(1e-3, target, True),
         )
         plans[target] = prune(model, tokens_NT, method, 0.3)
@@ -114,7 +114,7 @@ def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, token
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
 def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(family, ratio, tiny, tokens_NT):
     model, meter = tiny(family), Meter()
-    search = Evolutionary(1, BOTH, 12.0, 0.34, 2, 0.2, 4, None)
+    search = Evolutionary(1, BOTH, 12.0, 0.34, 2, 0.2, 4, None, 1)
     before = model.decoder_params
     method = Method(
         Obs(1e-3, 1, 8, "none", False), OneShot(ratio, "decoder", 0), search, LeastSquares(1e-3, "dense", True)
@@ -157,7 +157,7 @@ def test_no_readers_are_held_once_the_search_is_over(tiny, tokens_NT):
     method = Method(
         Obs(1e-3, 1, 8, "none", False),
         OneShot(0.3, "decoder", 0),
-        Uniform(1, BOTH, 0.0, 0.0),
+        Uniform(1, BOTH, 0.0, 0.0, 1),
         LeastSquares(1e-3, "dense", True),
     )
     pruned = prune(tiny("llama"), tokens_NT, method, 0.3)
@@ -171,7 +171,7 @@ def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
         method = Method(
             Obs(1e-3, 1, 8, "none", False),
             OneShot(0.3, "decoder", 0),
-            Uniform(1, BOTH, 0.0, 0.0),
+            Uniform(1, BOTH, 0.0, 0.0, 1),
             LeastSquares(1e-3, "dense", True),
         )
         readers = []

@@ -172,7 +172,7 @@ def test_a_criterion_may_answer_with_removal_paths():
     toy = block()
     scores = RemovalCost()(toy, {})
     budget = Budget(0.25, params(list(toy.sites)))
-    plan = Global(1, ["heads", "channels"], "per_parameter")(scores, toy.sites, budget, None, torch.Generator())
+    plan = Global(1, ["heads", "channels"], "per_parameter", 1)(scores, toy.sites, budget, None, torch.Generator())
     for site in toy.sites:
         gone = set(range(site.units)) - set(plan.sites[site.name].kept)
         assert gone == set(scores[site.name].order_U[: len(gone)].tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,9 @@ from pruneexp.calibrate.influence import influence_evidence
 from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
+from pruneexp.modeling_pruned import is_pre_norm
 from pruneexp.progress import progress
-from pruneexp.types import Block, Candidate, Plan, RunError, Site, SitePlan
+from pruneexp.types import Block, Candidate, ConfigError, Plan, RunError, Site, SitePlan
 
 
 @dataclass
@@ -35,10 +36,12 @@ class Visit:
     layer: nn.Module
     block: Block
     evidence: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)  # evidence type -> site name -> evidence
+    whole: Block | None = None  # the layer as whole sublayers and blocks, where these are judged
 
     def of(self, wanted: Any) -> Mapping[str, Any]:
         """This block's evidence of one type, by site name; of several types, tuples of them."""
         if isinstance(wanted, tuple):
+            assert self.whole is None, "criteria of whole sublayers and blocks name one type"
             return {site.name: tuple(self.evidence[kind][site.name] for kind in wanted) for site in self.block.sites}
         return {} if wanted is None else self.evidence[wanted]
 
@@ -51,7 +54,7 @@ def walk(
     stage: str,
     *,
     read_only: bool = False,
-    whole: bool = False,
+    whole: Collection[str] = (),
 ) -> Iterator[Visit]:
     """Goes block by block: runs a block on all windows, collecting evidence of every type in `kinds`, and yields it.
 
@@ -59,30 +62,30 @@ def walk(
     statistics of the dense model for one forward pass in all; one that prunes it gets sequential statistics, each
     block running once more. `read_only`: the caller promises not to touch blocks, and the windows' hidden states are
     held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
-    `whole`: each block is shown as one site of one unit.
+    `whole`: kinds of sites that are shown as a whole too, one unit each ("attention", "mlp", "block"): what is seen of
+    whole sublayers and blocks is then theirs.
 
     Raises:
         RunError: NaN or Inf in weights or activations; the message names the block.
     """
     total = len(model.layers)
-    look = model.whole_block if whole else model.block
-    ahead = _Ahead(model, tokens_NT, kinds, meter)
+    ahead = _Ahead(model, tokens_NT, kinds, meter, whole)
     kinds = [kind for kind in kinds if kind.source in ("reader", "writer", "block")]
     if not kinds or tokens_NT is None:
         for index in progress(range(total), stage, total, "blocks"):
             with model.loaded(index) as layer:
-                block = look(index)
-                yield Visit(index, layer, block, ahead.of(block))
+                block, shown = model.block(index), model.whole_block(index, whole) if whole else None
+                yield Visit(index, layer, block, ahead.of(block, shown), shown)
         return
     hidden, calls = enter_all(model, tokens_NT)
     for index in progress(range(total), stage, total, "blocks"):
         with model.loaded(index) as layer:
-            block = look(index)
+            block, shown = model.block(index), model.whole_block(index, whole) if whole else None
             output = hidden if read_only else [torch.empty(0)] * len(hidden)
-            evidence = observe(model, layer, block, hidden, calls, kinds, output)
+            evidence = observe(model, layer, block, hidden, calls, kinds, output, shown)
             meter.forward += 1 / total
             before = _fingerprint(layer)
-            yield Visit(index, layer, block, evidence | ahead.of(block))
+            yield Visit(index, layer, block, evidence | ahead.of(block, shown), shown)
             touched = _fingerprint(layer) != before
             if touched and read_only:
                 raise AssertionError(f"{block.name} was changed during a read-only walk")
@@ -96,10 +99,12 @@ def walk(
 class _Ahead:
     """Evidence that whole passes through the model give before the walk, handed out block by block."""
 
-    def __init__(self, model: Model, tokens_NT: Tensor | None, kinds: Sequence[Any], meter: Meter):
+    def __init__(
+        self, model: Model, tokens_NT: Tensor | None, kinds: Sequence[Any], meter: Meter, whole: Collection[str]
+    ):
         self.gradients: dict[Any, dict[str, Any]] = {}  # first or second derivatives, by site name
         self.slopes: dict[Any, Slopes] = {}
-        self.losses: dict[Any, tuple[Tensor, Tensor]] = {}  # without each block, of the whole model
+        self.losses: dict[Any, tuple[dict[str, float], float]] = {}  # without each site, and of the whole model
         for kind in kinds:
             if tokens_NT is None:
                 continue
@@ -110,21 +115,23 @@ class _Ahead:
             elif kind.source == "zeroth_order":
                 self.slopes[kind] = Slopes(model, tokens_NT, kind, meter)
             elif kind.source == "probe":
-                plans = [Plan({f"{model.layers_path}.{i}": SitePlan("block", 1, ())}) for i in range(len(model.layers))]
                 from pruneexp.calibrate.probe import Probe  # which walks, too
 
+                shown = [site for i in range(len(model.layers)) for site in model.whole_block(i, whole).sites]
+                units = {site.name: site.units for site in model.sites()}
+                plans = [Plan({s.name: SitePlan(s.kind, units.get(s.name, 1), ())}) for s in shown]
                 probe = Probe(model, tokens_NT, meter)
-                *without, whole = probe.losses([Candidate(p) for p in (*plans, Plan({}))])
+                *without, dense = probe.losses([Candidate(p) for p in (*plans, Plan({}))]).tolist()
                 probe.close()
-                self.losses[kind] = torch.stack(without), whole
+                self.losses[kind] = dict(zip((site.name for site in shown), without, strict=True)), dense
 
-    def of(self, block: Block) -> dict[Any, dict[str, Any]]:
+    def of(self, block: Block, whole: Block | None) -> dict[Any, dict[str, Any]]:
         """The block's share; what was handed out is no longer held."""
         gradients = {kind: {s.name: found.pop(s.name) for s in block.sites} for kind, found in self.gradients.items()}
         found = gradients | {kind: slopes.of(block) for kind, slopes in self.slopes.items()}
-        for kind, (without, whole) in self.losses.items():
-            loss = without[block.layer].item()
-            found[kind] = {site.name: kind.empty(site).update(loss, whole.item()) for site in block.sites}
+        for kind, (without, dense) in self.losses.items():
+            sites = (whole or block).sites
+            found[kind] = {s.name: kind.empty(s).update(without[s.name], dense) for s in sites}
         return found
 
 
@@ -152,9 +159,12 @@ def observe(
     calls: list[list[Call]],
     kinds: Sequence[Any],
     output: list[Tensor],
+    whole: Block | None = None,
 ) -> dict[Any, dict[str, Any]]:
-    """Runs the layer over all batches into `output` (which may be `hidden`) and returns the evidence."""
-    evidence = {kind: {site.name: kind.empty(site) for site in block.sites} for kind in kinds}
+    """Runs the layer over all batches into `output` (which may be `hidden`) and returns the evidence: of source "block"
+    that of the sites of `whole`."""
+    seen_of = {kind: whole or block if kind.source == "block" else block for kind in kinds}
+    evidence = {kind: {site.name: kind.empty(site) for site in shown.sites} for kind, shown in seen_of.items()}
     at_reader = [kind for kind in kinds if kind.source == "reader"]
     at_writer = [kind for kind in kinds if kind.source == "writer"]
     at_block = [kind for kind in kinds if kind.source == "block"]
@@ -165,14 +175,31 @@ def observe(
                 if wanted:
                     module = layer.get_submodule(path)
                     hooks.enter_context(_watched(module, site, wanted, evidence, hidden[0].shape[1]))
+        middle: list[Tensor] = []
+        if at_block and whole is not None and any(site.kind != "block" for site in whole.sites):
+            hooks.enter_context(_between_sublayers(model, layer, middle))
         for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
             y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
             check_finite(y_BTD, block, number)
             for kind in at_block:
-                seen = evidence[kind]
-                seen.update({name: e.update(x_BTD, y_BTD) for name, e in seen.items()})
+                for site in (whole or block).sites:
+                    before_BTD = middle[0].view_as(x_BTD) if middle and site.kind == "mlp" else x_BTD
+                    after_BTD = middle[0].view_as(x_BTD) if middle and site.kind == "attention" else y_BTD
+                    evidence[kind][site.name] = evidence[kind][site.name].update(before_BTD, after_BTD)
             output[number] = y_BTD
+            middle.clear()
     return evidence
+
+
+def _between_sublayers(model: Model, layer: nn.Module, middle: list[Tensor]) -> Any:
+    """A hook that notes the hidden states between attention and FFN: what the norm in front of the FFN reads."""
+    if not is_pre_norm(model.family, model.config):
+        raise ConfigError(
+            "search.granularity: expected heads, channels or blocks for a model that normalises behind its sublayers, "
+            "of which criterion=block_influence has no scores"
+        )
+    norm = layer.get_submodule(model.family.mlp_norm)
+    return norm.register_forward_pre_hook(lambda _norm, args: middle.append(args[0]))
 
 
 def _watched(module: nn.Module, site: Site, kinds: Sequence[Any], evidence: dict[Any, dict], length: int) -> Any:

@@ -1,4 +1,4 @@
-"""Importance of whole blocks: ShortGPT and SLEB."""
+"""Importance of whole blocks and whole sublayers: ShortGPT, SLEB, and attention or FFNs dropped alike."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from pruneexp.types import Block, Score
 class BlockInfluence:
     """ShortGPT's block influence (Men et al., 2024): 1 - mean_t cos(x_t, y_t), x a block's input and y its output.
 
+    Of a whole sublayer (He et al., "What matters in transformers?", 2024): x and y the residual stream before and after
+    it, which a model has that normalises in front of its sublayers.
+
     distance=cosine is the paper's; angular: mean_t arccos(cos(x_t, y_t)) / pi.
     """
 
     evidence: ClassVar[type[BlockChange]] = BlockChange
     sequential: ClassVar[bool] = False
-    judges: ClassVar[tuple[str, ...]] = ("block",)
+    judges: ClassVar[tuple[str, ...]] = ("sublayer", "block")
 
     distance: Literal["cosine", "angular"]
 
@@ -36,14 +39,15 @@ class BlockInfluence:
 
 @dataclass(frozen=True)
 class LossDrop:
-    """What the calibration loss rises by when a block is skipped: the metric of SLEB (Song et al., ICML 2024).
+    """What the calibration loss rises by when a block is skipped: the metric of SLEB (Song et al., ICML 2024). Of a
+    whole sublayer: when only its reader's bias is left.
 
     Of the whole model: the first round of SLEB. With `search=greedy` it is measured anew after every removal.
     """
 
     evidence: ClassVar[type[LossWithout]] = LossWithout
     sequential: ClassVar[bool] = False
-    judges: ClassVar[tuple[str, ...]] = ("block",)
+    judges: ClassVar[tuple[str, ...]] = ("sublayer", "block")
 
     def __call__(self, block: Block, evidence: Mapping[str, LossWithout]) -> dict[str, Score]:
         return {s.name: torch.tensor([evidence[s.name].rise], dtype=torch.float64) for s in block.sites}

@@ -23,7 +23,7 @@ class Random:
 
     evidence: ClassVar[None] = None
     sequential: ClassVar[bool] = False
-    judges: ClassVar[tuple[str, ...]] = ("attention", "mlp", "block")
+    judges: ClassVar[tuple[str, ...]] = ("attention", "mlp", "sublayer", "block")
 
     seed: int
 

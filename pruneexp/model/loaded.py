@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model.checkpoint import Checkpoint
-from pruneexp.model.sites import block_site, decoder_layer_block, layer_sites
+from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, layer_sites
 from pruneexp.modeling_pruned import Family
 from pruneexp.progress import progress
 from pruneexp.types import Block, RunError, Site
@@ -93,11 +93,14 @@ class Model:
     def layer_sites(self, index: int) -> tuple[Site, ...]:
         return layer_sites(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
 
-    def whole_block(self, index: int) -> Block:
-        """Decoder layer `index` as one site of one unit, without its tensors."""
+    def whole_block(self, index: int, kinds: Collection[str] = ("block",)) -> Block:
+        """Decoder layer `index` as sites of one unit, without its tensors: those of `kinds`, "attention" and "mlp"
+        being whole sublayers."""
         prefix = f"{self.layers_path}.{index}"
-        site = block_site(self.layers[index], index, self.family, self.config, prefix)
-        return Block(prefix, index, (site,), {})
+        sites = [as_whole(site) for site in self.layer_sites(index) if site.kind in kinds]
+        if "block" in kinds:
+            sites.append(block_site(self.layers[index], index, self.family, self.config, prefix))
+        return Block(prefix, index, tuple(sites), {})
 
     def block(self, index: int, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Block:
         """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`. `read`: what stands for a

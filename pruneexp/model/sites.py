@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,6 +90,12 @@ def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix
     sites = layer_sites(layer, index, family, config, prefix)
     rest = (sum(site.units * getattr(site.cost, what) for site in sites) for what in ("macs", "kv", "context_macs"))
     return Site(prefix, "block", index, 1, 0, Cost(sum(p.numel() for p in layer.parameters()), *rest))
+
+
+def as_whole(site: Site) -> Site:
+    """A whole sublayer as a site of one unit."""
+    cost = Cost(**{name: site.units * each for name, each in asdict(site.cost).items()})
+    return replace(site, units=1, width=site.channels, cost=cost)
 
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:

@@ -4,11 +4,13 @@ from pruneexp.search.budgeted import Global, Uniform
 from pruneexp.search.common import layer_budgets
 from pruneexp.search.evolutionary import Evolutionary
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
+from pruneexp.search.grain import KIND, scored_as
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
 
 __all__ = [
+    "KIND",
     "AlAm",
     "AlAmOfficial",
     "AlMm",
@@ -21,4 +23,5 @@ __all__ = [
     "UlUm",
     "Uniform",
     "layer_budgets",
+    "scored_as",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -12,18 +12,34 @@ from torch import Tensor
 
 from pruneexp.search.common import (
     by_layer,
-    in_order,
     layer_budgets,
     planned,
     prunable,
     raw,
     require,
     standardised,
+    z_scores,
 )
+from pruneexp.search.grain import (
+    Gone,
+    Grain,
+    Granularity,
+    Item,
+    bundled,
+    check_multiple,
+    check_settings,
+    chosen_sites,
+    complete,
+    is_plain,
+    least_units,
+    losses_in_order,
+    removal_steps,
+    step_units,
+    unit_order,
+    within_reach,
+)
+from pruneexp.search.ranking import ranked
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
-
-Granularity = list[Literal["heads", "channels", "blocks"]]
-KIND = {"heads": "attention", "channels": "mlp", "blocks": "block"}
 
 # Numbers that differ by rounding alone (0.3 * 10 against 3) must not end on different sides of a tie.
 _UNITS_EPSILON = 1e-9
@@ -37,20 +53,23 @@ class Uniform:
     Within a layer the dearer sites (heads) lose round(share * U) units, the cheapest (FFN channels) as many as come
     nearest to the layer's budget; what rounding leaves over goes into the next layer's. The whole is so met to half
     the cost of the cheapest unit, ties removing more. Only sites of a kind in `granularity` lose units; each keeps
-    `min_units`. The first and last layers, `protect_first` and `protect_last` as shares of the depth (to the nearest
-    layer), keep everything, and the others lose so much more that the whole budget is met.
+    `min_units`, and FFN widths that shrink become multiples of `multiple` (the unit is then so many channels). First
+    and last layers, `protect_first` and `protect_last` as shares of the depth (to the nearest layer), keep everything,
+    and the others lose so much more that the whole budget is met.
     """
 
     min_units: int
     granularity: Granularity
     protect_first: float
     protect_last: float
+    multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity)
-        if "blocks" in self.granularity:
+        check_settings(self.min_units, self.granularity, self.multiple)
+        if not set(self.granularity) <= {"heads", "channels"}:
             raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both; a block has no share to lose"
+                f"granularity={self.granularity!r}: expected heads, channels or both; "
+                "a whole sublayer or block has no share to lose"
             )
         for name in ("protect_first", "protect_last"):
             if not 0 <= getattr(self, name) < 1:
@@ -77,8 +96,9 @@ class Uniform:
         """How many units leave each site that may lose any. Raises ConfigError where that is too little."""
         free = self._unprotected(sites)
         chosen = chosen_sites(free, self.granularity, budget)
-        if chosen and _complete(sites, budget):
-            require(budget, removable(chosen, self.min_units, budget))
+        check_multiple(sites, self.granularity, self.multiple)
+        if chosen and complete(sites, budget):
+            require(budget, removable(chosen, self.min_units, budget, multiple=self.multiple))
         counts, over = {}, 0.0
         for layer, share in layer_budgets(budget, free).items():
             share = replace(share, added=share.added + over)
@@ -100,27 +120,36 @@ class Uniform:
 
     def _counts(self, sites: list[Site], budget: Budget) -> tuple[dict[str, int], float]:
         """How many units leave each site of a layer, and the parameters still to be removed."""
-        *dearer, cheapest = sorted(sites, key=lambda site: (-budget.price(site), site.name))
+        price = {site.name: step_units(site, self.multiple) * budget.price(site) for site in sites}
+        *dearer, cheapest = sorted(sites, key=lambda site: (-price[site.name], site.name))
+        least = price[cheapest.name]
         # what a layer leaves over, rounding aside, no other layer would make up for
-        require(budget, removable(sites, self.min_units, budget) + len(sites) * budget.price(cheapest))
+        require(budget, removable(sites, self.min_units, budget, multiple=self.multiple) + len(sites) * least)
         share = budget.ratio * budget.total / prunable(sites, budget)
-        counts, target = {site.name: 0 for site in sites}, budget.remove
+        steps = {site.name: removal_steps(site, self.min_units, self.multiple) for site in sites}
+        taken, target = {site.name: 0 for site in sites}, budget.remove
 
         def remove(site: Site, more: int) -> None:
             nonlocal target
-            most = max(0, site.units - self.min_units)
-            more = min(max(counts[site.name] + more, 0), most) - counts[site.name]
-            counts[site.name] += more
-            target -= more * budget.price(site)
+            own, before = steps[site.name], taken[site.name]
+            taken[site.name] = min(max(before + more, 0), len(own) - 1)
+            target -= (own[taken[site.name]] - own[before]) * budget.price(site)
+
+        def fill() -> None:
+            before = None
+            while target != before:  # a width that is no multiple has a smaller first step: then once more
+                before = target
+                remove(cheapest, _nearest(target / least))
 
         for site in dearer:
-            remove(site, _nearest(share * site.units))
-        remove(cheapest, _nearest(target / budget.price(cheapest)))
+            size = step_units(site, self.multiple)
+            remove(site, _nearest((share * site.units + -site.units % size) / size))
+        fill()
         for site in dearer:  # where the cheapest have run out, or the dearer took too much
-            if abs(target) > budget.price(cheapest) / 2 + _PARAMS_EPSILON:
-                remove(site, math.ceil(abs(target) / budget.price(site)) * (1 if target > 0 else -1))
-                remove(cheapest, _nearest(target / budget.price(cheapest)))
-        return counts, target
+            if abs(target) > least / 2 + _PARAMS_EPSILON:
+                remove(site, math.ceil(abs(target) / price[site.name]) * (1 if target > 0 else -1))
+                fill()
+        return {name: steps[name][count] for name, count in taken.items()}, target
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         self._all_counts(sites, budget)
@@ -134,7 +163,12 @@ class Global:
     scores), per_parameter (score over the unit's cost: for scores that are losses), none. A unit that would overshoot
     by more than half the cheapest unit is passed over, and cheaper ones fill up, so that the budget is met to half
     the cheapest unit. Ties leave in the order of layer, site name, unit. Only sites of a kind in `granularity` lose
-    units; each keeps `min_units`.
+    units; each keeps `min_units`, and FFN widths that shrink become multiples of `multiple`: so many channels leave
+    together, the lowest first, and rank by their mean.
+
+    Whole sublayers and blocks rank among them (`grain` has what they are worth): zscore and mean are taken over all of
+    a kind; none and per_parameter judge what they still hold, by its score and that over its cost (of a removal path,
+    units then count by what they add to the cost).
     """
 
     local: ClassVar[bool] = False
@@ -142,14 +176,18 @@ class Global:
     min_units: int
     granularity: Granularity
     normalise: Literal["none", "zscore", "mean", "per_parameter"]
+    multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity)
+        check_settings(self.min_units, self.granularity, self.multiple)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        chosen = within_reach(sites, self.granularity, self.min_units, budget)
+        if not is_plain(self.granularity, self.multiple):
+            return self._mixed(Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple))
+        chosen = chosen_sites(sites, self.granularity, budget)
+        require(budget, removable(chosen, self.min_units, budget))
         values = self._comparable(scores, sites, budget)
         sizes = [site.units for site in chosen]
         score = torch.cat([values[site.name].double() for site in chosen])
@@ -173,7 +211,42 @@ class Global:
         return values
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        within_reach(sites, self.granularity, self.min_units, budget)
+        within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
+
+    def _mixed(self, grain: Grain) -> Plan:
+        """Units in multiples, sublayers and blocks in one ranking."""
+        require(grain.budget, grain.most)
+        values, added = self._of_units(grain), bool(grain.composites) and self.normalise in ("none", "per_parameter")
+        unit_values = {}
+        for site in grain.fine:
+            score = grain.scores[site.name]
+            value_U = values[site.name][unit_order(score, site.units)]
+            if added:
+                price = grain.budget.price(site) if self.normalise == "per_parameter" else 1
+                value_U = losses_in_order(score, site.units) / price
+            unit_values[site.name] = bundled(value_U, grain.unit_steps[site.name])
+        return ranked(grain, unit_values, _composite_values(grain, self.normalise))
+
+    def _of_units(self, grain: Grain) -> Mapping[str, Tensor]:
+        return self._comparable({site.name: grain.scores[site.name] for site in grain.fine}, grain.fine, grain.budget)
+
+
+def _composite_values(grain: Grain, normalise: str) -> Callable[[Item, Gone], float]:
+    """What a whole sublayer or block counts as in the ranking, given what has left."""
+    if normalise == "none":
+        return grain.loss
+    if normalise == "per_parameter":
+        return lambda item, gone: grain.loss(item, gone) / grain.cost(item, gone)
+    known: dict[str, float] = {}
+    for kind in ("attention", "mlp", "block"):
+        names = [site.name for site in grain.wholes if site.kind == kind]
+        value = torch.tensor([grain.score[name] for name in names], dtype=torch.float64)
+        if normalise == "mean":
+            value = value / value.mean().abs().clamp_min(1e-300)
+        elif len(names):
+            value = z_scores(value)
+        known |= dict(zip(names, value.tolist(), strict=True))
+    return lambda item, gone: known[item[1].name]
 
 
 def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
@@ -201,45 +274,9 @@ def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
     return gone
 
 
-def check_settings(min_units: int, granularity: Granularity) -> None:
-    if min_units < 0:
-        raise ConfigError(f"min_units={min_units!r}: expected an integer >= 0")
-    if not granularity or len(set(granularity)) < len(granularity):
-        raise ConfigError(f"granularity={granularity!r}: expected one or more of {', '.join(KIND)}, each once")
-    if "blocks" in granularity and len(granularity) > 1:
-        raise ConfigError(f"granularity={granularity!r}: expected blocks alone, which hold the heads and channels")
-
-
-def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
-    """The sites that may lose units. Raises ConfigError where there are none (one layer of several may have none)."""
-    chosen = [site for site in in_order(sites) if site.kind in {KIND[name] for name in granularity}]
-    chosen = [site for site in chosen if budget.price(site)]  # FFN channels, say, fill no KV cache: they stay
-    if not chosen and _complete(sites, budget):
-        there = [name for name, kind in KIND.items() if any(s.kind == kind and budget.price(s) for s in sites)]
-        raise ConfigError(f"search.granularity={list(granularity)!r}: expected some of {', '.join(there)}")
-    return chosen
-
-
-def within_reach(sites: Sequence[Site], granularity: Granularity, min_units: int, budget: Budget) -> list[Site]:
-    """`chosen_sites`. Raises ConfigError, naming the largest ratio, where all they may lose is less than the budget."""
-    chosen = chosen_sites(sites, granularity, budget)
-    require(budget, removable(chosen, min_units, budget))
-    return chosen
-
-
-def _complete(sites: Sequence[Site], budget: Budget) -> bool:
-    """Whether these are all layers, not one of several."""
-    return budget.layers is None or budget.layers == len(by_layer(sites))
-
-
-def least_units(site: Site, min_units: int) -> int:
-    """Units that a site keeps: `min_units`, of a block none (one block of all stays)."""
-    return 0 if site.kind == "block" else min_units
-
-
-def removable(sites: Sequence[Site], min_units: int, budget: Budget, all_blocks: bool = True) -> int:
+def removable(sites: Sequence[Site], min_units: int, budget: Budget, all_blocks: bool = True, multiple: int = 1) -> int:
     """What may leave at most. `all_blocks`: where sites are blocks, there are no others."""
-    most = sum(max(0, site.units - least_units(site, min_units)) * budget.price(site) for site in sites)
+    most = sum(removal_steps(site, min_units, multiple)[-1] * budget.price(site) for site in sites)
     blocks = [budget.price(site) for site in sites if site.kind == "block"]
     return most - max(blocks) if blocks and all_blocks else most
 

@@ -53,18 +53,19 @@ def standardised(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
     z = {site.name: _site_z(site, known[site.name]) for site in sites if site.units > 1}
     for kind in {site.kind for site in sites if site.units == 1}:
         single = in_order([site for site in sites if site.units == 1 and site.kind == kind])
-        together = _z(torch.cat([unit_scores(known[site.name]).detach().cpu().double() for site in single]))
+        together = z_scores(torch.cat([unit_scores(known[site.name]).detach().cpu().double() for site in single]))
         z.update({site.name: together[i : i + 1] for i, site in enumerate(single)})
     return z
 
 
 def _site_z(site: Site, score: Score) -> Tensor:
     if isinstance(score, ColumnScores):
-        return _z(score.columns_C.detach().cpu()).reshape(site.units, site.width).mean(1)
-    return _z(unit_scores(score).detach().cpu())
+        return z_scores(score.columns_C.detach().cpu()).reshape(site.units, site.width).mean(1)
+    return z_scores(unit_scores(score).detach().cpu())
 
 
-def _z(x: Tensor) -> Tensor:
+def z_scores(x: Tensor) -> Tensor:
+    """Mean 0, unbiased standard deviation 1; all 0 where there is no spread."""
     spread = x.std() if len(x) > 1 else torch.zeros((), dtype=x.dtype)
     return (x - x.mean()) / spread if spread > 0 else torch.zeros_like(x)
 

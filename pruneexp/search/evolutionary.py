@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.search.budgeted import Granularity, check_settings, chosen_sites, within_reach
-from pruneexp.search.common import prunable
+from pruneexp.search.budgeted import Global
+from pruneexp.search.common import prunable, require
+from pruneexp.search.grain import Grain, Granularity, check_settings, chosen_sites, is_plain, within_reach
 from pruneexp.search.levels import Levels, Structures, parabola
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, RemovalPath, RunError, Scores, Site
 
@@ -28,17 +29,19 @@ class Evolutionary:
     """Levels of least calibration loss: how many units leave each site, which ones being the criterion's order.
 
     A structure is judged with the readers of its removal paths, fitted anew, where the criterion gives any. All
-    structures meet the budget to the nearest FFN channel. For `effort` plain passes over the calibration tokens:
+    structures meet the budget to the nearest FFN channel (to `multiple` of them, of which FFN widths that shrink become
+    multiples). With attention or ffn in `granularity`, a level may also be all units of such a site (`grain` says what
+    stays); blocks only leave alone. For `effort` plain passes over the calibration tokens:
 
-    1. The best of some starts: the same share everywhere, heads spared or charged more, and the allotment of least
-       summed removal cost.
+    1. The best of some starts: the same share everywhere, heads spared or charged more, the allotment of least
+       summed removal cost, and, with whole sublayers, what `Global` removes by score over cost.
     2. `rounds` rounds of sensitivities: every site's level is moved up and down by itself; the parabolas through the
        losses, taken to add up, give the levels of least loss at the budget within that distance. The step (or half of
        it, or the one that leaves heads alone) is taken if its loss is lower; else the distance is halved.
     3. Evolution, as in EvoPress (Sieberling et al., 2024), with what is left: `offspring` copies of the best structure
-       with parameters moved from some sites to others are judged on a few batches, the best quarter on four times as
-       many, together with the parent, which the best one replaces. At most `steps` generations (null: what `effort`
-       pays for).
+       with parameters moved from some sites to others (or a whole sublayer gone, or back) are judged on a few batches,
+       the best quarter on four times as many, together with the parent, which the best one replaces. At most `steps`
+       generations (null: what `effort` pays for).
 
     `tokens` is the share of the calibration windows that decides between structures in 1 and 2 (less of them where the
     effort would not pay for two rounds of 2) and in the last turn of 3. Losses that are not finite are skipped and
@@ -59,9 +62,15 @@ class Evolutionary:
     distance: float
     offspring: int
     steps: int | None
+    multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity)
+        check_settings(self.min_units, self.granularity, self.multiple)
+        if "blocks" in self.granularity and len(self.granularity) > 1:
+            raise ConfigError(
+                f"granularity={self.granularity!r}: expected blocks alone, or without them; search=evolutionary "
+                "chooses how much leaves each sublayer, search=global, greedy and policy_gradient mix blocks in"
+            )
         for name, value, least in (("rounds", self.rounds, 0), ("offspring", self.offspring, 1)):
             if value < least:
                 raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
@@ -75,17 +84,22 @@ class Evolutionary:
 
     def rebalanced(self, plan: Plan, scores: Scores, sites: Sequence[Site], budget: Budget) -> Plan:
         """The plan at a budget that differs a little (biases that nothing has to pay for), without a probe."""
+        structures = self._structures(scores, sites, budget)
+        return structures.plan(structures.balanced(structures.levels(plan)))
+
+    def _structures(self, scores: Scores, sites: Sequence[Site], budget: Budget) -> Structures:
         chosen = chosen_sites(sites, self.granularity, budget)
-        structures = Structures(scores, sites, chosen, budget, self.min_units)
-        return structures.plan(structures.balanced({site.name: plan.removed(site) for site in chosen}))
+        plain = is_plain(self.granularity, self.multiple)
+        grain = None if plain else Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple)
+        return Structures(scores, sites, chosen, budget, self.min_units, grain)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        chosen = within_reach(sites, self.granularity, self.min_units, budget)
-        structures = Structures(scores, sites, chosen, budget, self.min_units)
+        structures = self._structures(scores, sites, budget)
+        require(budget, structures.removable)
         if budget.remove <= 0:
-            return structures.plan({site.name: 0 for site in chosen})
+            return structures.plan({site.name: 0 for site in structures.chosen})
         if oracle is None:
             raise ConfigError("search=evolutionary: needs the whole model in memory; expected model.stream=false")
         work = _Work(self, structures, oracle, rng)
@@ -95,7 +109,7 @@ class Evolutionary:
         return structures.plan(best)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        within_reach(sites, self.granularity, self.min_units, budget)
+        within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
 
 
 @dataclass
@@ -149,6 +163,8 @@ class _Work:
         paths = [structures.scores[site.name] for site in structures.chosen]
         if all(isinstance(path, RemovalPath) for path in paths):
             starts.append(self._cheapest())
+        if structures.composites:
+            starts.append(self._ranked())
         starts = _distinct(starts)
         if self.left < self.price(len(starts), self.method.tokens):
             return starts[-1]
@@ -158,8 +174,15 @@ class _Work:
         """The same share of every cheap site, of the dearer ones `head_share` times the overall share."""
         structures = self.structures
         share = structures.budget.remove / prunable(structures.chosen, structures.budget)
-        dear = {site.name: round(min(1.0, share * head_share) * site.units) for site in structures.dear}
+        dear = {s.name: round(min(1.0, share * head_share) * structures.size[s.name]) for s in structures.dear}
         return structures.balanced({**{site.name: 0 for site in structures.cheap}, **dear})
+
+    def _ranked(self) -> Levels:
+        """By the scores alone, whole sublayers among the units."""
+        method, structures = self.method, self.structures
+        search = Global(method.min_units, method.granularity, "per_parameter", method.multiple)
+        plan = search(structures.scores, structures.sites, structures.budget, None, self.rng)
+        return structures.balanced(structures.levels(plan))
 
     def _cheapest(self) -> Levels:
         """Least sum of removal costs."""
@@ -167,8 +190,8 @@ class _Work:
         for site in self.structures.chosen:
             path = self.structures.scores[site.name]
             assert isinstance(path, RemovalPath)
-            costs = [0.0, *path.cost_U.tolist()]
-            curves[site.name] = (range(self.structures.most[site.name] + 1), costs.__getitem__)
+            costs, steps = [0.0, *path.cost_U.tolist()], self.structures.steps[site.name]
+            curves[site.name] = (range(len(steps)), [costs[units] for units in steps].__getitem__)
         return self.structures.allotted(curves)
 
     # ---- 2: sensitivities
@@ -191,7 +214,8 @@ class _Work:
         """Every site's levels at a distance below and above, where they are possible."""
         around = []
         for site in self.structures.chosen:
-            step, most = max(1, round(distance * site.units)), self.structures.most[site.name]
+            step = max(1, round(distance * self.structures.size[site.name]))
+            most = self.structures.most[site.name]
             beside = {max(0, levels[site.name] - step), min(most, levels[site.name] + step)}
             around += [(site.name, level) for level in sorted(beside - {levels[site.name]})]
         return around
@@ -236,14 +260,19 @@ class _Work:
         return parent
 
     def _mutated(self, levels: Levels) -> Levels:
-        """Parameters moved between one, two or three pairs of sites; the amount is drawn on a logarithmic scale."""
+        """Parameters moved between one, two or three pairs of sites; the amount is drawn on a logarithmic scale. Where
+        whole sublayers may leave, one time in two one of them does, or comes back."""
         structures, sites, child = self.structures, self.structures.chosen, dict(levels)
+        if structures.wholes and self._draw(2):
+            name = structures.wholes[self._draw(len(structures.wholes))].name
+            child[name] = 0 if child[name] == structures.most[name] else structures.most[name]
+            return structures.balanced(child)
         for _ in range(1 + self._draw(3)):
             loses, gains = sites[self._draw(len(sites))], sites[self._draw(len(sites))]
             largest = self.method.distance * max(site.units * structures.budget.price(site) for site in (loses, gains))
             amount = largest * 2.0 ** -self._draw(5)
             for site, sign in ((loses, 1), (gains, -1)):
-                units = max(1, round(amount / structures.budget.price(site))) * sign
+                units = max(1, round(amount / structures.cost[site.name])) * sign
                 child[site.name] = min(max(child[site.name] + units, 0), structures.most[site.name])
         return structures.balanced(child)
 

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pruneexp.search.budgeted import Granularity, check_settings, chosen_sites, least_units, removable
-from pruneexp.search.common import in_order, planned, raw, require
-from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site
+from pruneexp.search.common import require
+from pruneexp.search.grain import (
+    BLOCK,
+    SUBLAYER,
+    UNIT,
+    Gone,
+    Grain,
+    Granularity,
+    check_settings,
+    losses_in_order,
+    unit_order,
+    within_reach,
+)
+from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
 
-Unit = tuple[Site, int]
+Choice = tuple[int, Site, tuple[int, ...]]  # units, a whole sublayer or a block; which units leave with it
+Keep = dict[str, Tensor]  # site -> mask [U] of units that are left
 
 
 @dataclass(frozen=True)
 class Greedy:
     """SLEB's search (Song et al., ICML 2024): in every round the unit leaves without which the calibration loss is
     lowest, given those that have left; until no unit would bring what is removed nearer to the budget (ties remove).
+    With granularity=[attention, ffn] it is BlockPruner's (Zhong et al., 2024).
 
     first=scores: the first unit leaves by the scores (with criterion=loss_drop they are that round's losses); probes:
     by losses, as all others. `shortlist`: how many of the lowest-scored units a round probes, null: all. Sites in the
     first `keep_first` and last `keep_last` layers stay whole, the others keep `min_units` (blocks: one of all).
     Candidates without a finite loss are passed over; ties in the loss go to the first in the order of the layers.
+
+    Whole sublayers and blocks are units like others (`grain` has their scores). normalise=per_parameter: by what the
+    loss rises by over what leaves, for units that differ in size, and scores likewise. Of an FFN whose widths are to be
+    multiples of `multiple`, the channels of lowest score are probed together.
     """
 
     local: ClassVar[bool] = False
@@ -36,9 +53,11 @@ class Greedy:
     keep_last: int
     shortlist: int | None
     first: Literal["scores", "probes"]
+    normalise: Literal["none", "per_parameter"]
+    multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity)
+        check_settings(self.min_units, self.granularity, self.multiple)
         for name in ("keep_first", "keep_last"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer >= 0, layers that stay whole")
@@ -50,44 +69,18 @@ class Greedy:
     ) -> Plan:
         if oracle is None:
             raise RunError("the greedy search measures losses: it needs a model in memory and calibration windows")
-        values, chosen = raw(scores, sites), self._chosen(sites, budget)
-        keep = {site.name: torch.ones(site.units, dtype=torch.bool) for site in chosen}
-        left, by_score = budget.remove, self.first == "scores"
-        while units := self._units(chosen, keep, left, budget):
-            units.sort(key=lambda unit: values[unit[0].name][unit[1]].item())
-            units = units[:1] if by_score else self._probed(units[: self.shortlist], keep, sites, oracle)
-            (site, index), by_score = units[0], False
-            keep[site.name][index] = False
-            left -= budget.price(site)
-        return planned(keep, sites, budget)
+        inner = self._inner(sites, budget)
+        grain = Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple, inner)
+        require(budget, grain.most)
+        rounds, by_score = _Rounds(self, grain, oracle), self.first == "scores"
+        while choices := rounds.choices():
+            choices = sorted(choices, key=rounds.score)
+            rounds.take(choices[0] if by_score else rounds.probed(choices[: self.shortlist]))
+            by_score = False
+        return grain.plan(rounds.keep, rounds.out)
 
-    def _units(self, chosen: Sequence[Site], keep: Mapping[str, Tensor], left: float, budget: Budget) -> list[Unit]:
-        """The units that may leave, and whose removal brings what is removed nearer to the budget, or as near."""
-        units = []
-        for site in chosen:
-            free = int(keep[site.name].sum()) > least_units(site, self.min_units)
-            if free and 0 < budget.price(site) <= 2 * left + 1e-3:
-                units.extend((site, index) for index in torch.nonzero(keep[site.name]).flatten().tolist())
-        return units
-
-    def _probed(self, units: list[Unit], keep: dict[str, Tensor], sites: Sequence[Site], oracle: Oracle) -> list[Unit]:
-        """The unit without which the loss is lowest, alone in a list."""
-        ordered = in_order(sites)
-        units = sorted(units, key=lambda unit: (ordered.index(unit[0]), unit[1]))
-        candidates = []
-        for site, index in units:
-            mask = keep[site.name].clone()
-            mask[index] = False
-            without = {**keep, site.name: mask}
-            candidates.append(Candidate(Plan.from_masks([s for s in ordered if s.name in without], without)))
-        losses = oracle.losses(candidates)
-        losses = torch.where(losses.isfinite(), losses, torch.inf)
-        if not losses.isfinite().any():
-            raise RunError(f"the losses of all {len(units)} candidates are NaN or Inf")
-        return [units[int(losses.argmin())]]
-
-    def _chosen(self, sites: Sequence[Site], budget: Budget) -> list[Site]:
-        """The sites that may lose units. Raises ConfigError, naming the largest ratio, where that is too little."""
+    def _inner(self, sites: Sequence[Site], budget: Budget) -> set[int]:
+        """Layers that may lose anything."""
         layers = sorted({site.layer for site in sites})
         inner = set(layers[self.keep_first : max(0, len(layers) - self.keep_last)])
         if not inner and budget.ratio > 0:
@@ -95,9 +88,101 @@ class Greedy:
                 f"search.keep_first={self.keep_first!r}: expected less, with search.keep_last={self.keep_last!r} "
                 f"all {len(layers)} layers stay whole"
             )
-        chosen = [site for site in chosen_sites(sites, self.granularity, budget) if site.layer in inner]
-        require(budget, removable(chosen, self.min_units, budget, all_blocks=len(inner) == len(layers)))
-        return chosen
+        return inner
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        self._chosen(sites, budget)
+        layers = self._inner(sites, budget)
+        within_reach(sites, budget, self.granularity, self.min_units, self.multiple, layers)
+
+
+class _Rounds:
+    """One search under way."""
+
+    def __init__(self, method: Greedy, grain: Grain, oracle: Oracle):
+        self.method, self.grain, self.oracle = method, grain, oracle
+        self.keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in grain.chosen if s.kind != "block"}
+        self.out: set[int] = set()
+        self.left = grain.budget.remove
+        self.score_U = {s.name: unit_scores(grain.scores[s.name]).detach().cpu().double() for s in grain.fine}
+        self.losses_U = {site.name: _by_unit(grain, site) for site in grain.fine}
+        self.place = {site.name: place for place, site in enumerate(grain.sites)}
+
+    def choices(self) -> list[Choice]:
+        """What may leave, and whose removal brings what is removed nearer to the budget, or as near."""
+        found: list[Choice] = []
+        for site in self.grain.fine:
+            kept = torch.nonzero(self.keep[site.name]).flatten()
+            size = self._step(site, len(kept))
+            if site.layer in self.out or len(kept) - size < self.method.min_units:
+                continue
+            lowest = kept[self.score_U[site.name][kept].sort(stable=True).indices[:size]].tolist()
+            units = [(unit,) for unit in kept.tolist()] if size == 1 == self._multiple(site) else [tuple(lowest)]
+            found.extend((UNIT, site, each) for each in units if each)
+        found.extend((tier, site, ()) for tier, site in self.grain.composites if site.layer not in self.out)
+        return [choice for choice in found if 0 < self.cost(choice) <= 2 * self.left + 1e-3]
+
+    def _multiple(self, site: Site) -> int:
+        return self.method.multiple if site.kind == "mlp" else 1
+
+    def _step(self, site: Site, kept: int) -> int:
+        """Units that leave next: what is more than a multiple, or one of it."""
+        return kept % self._multiple(site) or self._multiple(site)
+
+    def cost(self, choice: Choice) -> int:
+        tier, site, units = choice
+        if tier == UNIT:
+            return len(units) * self.grain.budget.price(site)
+        gone = {name: len(keep_U) - int(keep_U.sum()) for name, keep_U in self.keep.items()}
+        return self.grain.cost((tier, site), Gone({**self.grain.nothing().units, **gone}))
+
+    def score(self, choice: Choice) -> float:
+        """Of what leaves with a choice, as the criterion has it."""
+        tier, site, units = choice
+        if tier == UNIT:
+            score = self.score_U[site.name][list(units)].mean().item()
+        else:
+            inside = [site] if tier == SUBLAYER else self.grain.inside[site.layer]
+            score = self.grain.score[site.name] - sum(map(self._lost, inside))
+        return score / self.cost(choice) if self.method.normalise == "per_parameter" else score
+
+    def _lost(self, site: Site) -> float:
+        """The score of the site's units that have left."""
+        keep_U = self.keep.get(site.name)
+        if keep_U is None or keep_U.all():
+            return 0.0
+        return self.losses_U[site.name][~keep_U].sum().item() if keep_U.any() else self.grain.score[site.name]
+
+    def take(self, choice: Choice) -> None:
+        self.left -= self.cost(choice)
+        self.keep, self.out = self._after(choice)
+
+    def _after(self, choice: Choice) -> tuple[Keep, set[int]]:
+        tier, site, units = choice
+        if tier == BLOCK:
+            return self.keep, self.out | {site.layer}
+        mask_U = self.keep[site.name].clone()
+        mask_U[list(units) if tier == UNIT else slice(None)] = False
+        return {**self.keep, site.name: mask_U}, self.out
+
+    def probed(self, choices: list[Choice]) -> Choice:
+        """The choice without which the loss is lowest, or rises least over what leaves."""
+        choices = sorted(choices, key=lambda choice: (self.place[choice[1].name], choice[0], choice[2]))
+        structures = [self._after(choice) for choice in choices]
+        weighed = self.method.normalise == "per_parameter"
+        if weighed:
+            structures.append((self.keep, self.out))
+        losses = self.oracle.losses([Candidate(self.grain.plan(keep, out)) for keep, out in structures])
+        if weighed:
+            costs = torch.tensor([self.cost(choice) for choice in choices], dtype=torch.float64)
+            losses = (losses[:-1] - losses[-1]) / costs
+        losses = torch.where(losses.isfinite(), losses, torch.inf)
+        if not losses.isfinite().any():
+            raise RunError(f"the losses of all {len(choices)} candidates are NaN or Inf")
+        return choices[int(losses.argmin())]
+
+
+def _by_unit(grain: Grain, site: Site) -> Tensor:
+    """What each unit adds to the loss, in the criterion's terms: float64 [U]."""
+    score = grain.scores[site.name]
+    losses_U = losses_in_order(score, site.units)
+    return torch.empty_like(losses_U).scatter_(0, unit_order(score, site.units), losses_U)

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from pruneexp.search.budgeted import Global, Granularity, chosen_sites, removable
+from pruneexp.search.budgeted import Global, removable
 from pruneexp.search.common import by_layer, in_order, layer_budgets, planned, require
+from pruneexp.search.grain import Granularity, chosen_sites
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
 
@@ -30,21 +31,20 @@ class Layerwise:
 
     def __post_init__(self) -> None:
         _ = self._inside  # raises ConfigError for settings that cannot be
-        if "blocks" in self.granularity:
+        if not set(self.granularity) <= {"heads", "channels"}:
             raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both; a layer has no second block"
+                f"granularity={self.granularity!r}: expected heads, channels or both; a layer has no second sublayer"
             )
 
     @property
     def _inside(self) -> Global:
-        return Global(self.min_units, self.granularity, self.normalise)
+        return Global(self.min_units, self.granularity, self.normalise, 1)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
         chosen = chosen_sites(sites, self.granularity, budget)
-        if budget.layers is None:
-            require(budget, removable(chosen, self.min_units, budget))
+        self.check(sites, budget)
         plan, over = Plan({}), 0.0
         for layer, share in layer_budgets(budget, sites).items():
             own = [site for site in by_layer(sites)[layer] if site in chosen]
@@ -58,6 +58,10 @@ class Layerwise:
                 plan = plan.merged(part)
                 over -= sum(plan.removed(site) * budget.price(site) for site in own)
         return planned(_masks(plan, chosen), sites, budget)
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        if budget.layers is None:
+            require(budget, removable(chosen_sites(sites, self.granularity, budget), self.min_units, budget))
 
 
 def _masks(plan: Plan, sites: Sequence[Site]) -> dict[str, torch.Tensor]:

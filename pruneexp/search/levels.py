@@ -3,47 +3,91 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from pruneexp.search.common import in_order, planned, raw
+from pruneexp.search.grain import Grain, removal_steps, step_units, unit_order
 from pruneexp.types import Budget, Candidate, Plan, RemovalPath, Scores, Site
 
-Levels = dict[str, int]  # site name -> units that leave
-Curve = Callable[[int], float]  # units that leave a site -> loss
+Levels = dict[str, int]  # site name -> steps taken: units that leave, or multiples of them
+Curve = Callable[[int], float]  # level of a site -> loss
 
 _EPSILON = 1e-9
+_TURNS = 8
 
 
 class Structures:
     """The structures that a search may choose from: for each site an order in which units leave, and the readers of a
-    removal path; how many leave is a choice of `Levels` that meets the budget to the nearest cheapest unit."""
+    removal path; how many leave is a choice of `Levels` that meets the budget to the nearest cheapest unit.
 
-    def __init__(self, scores: Scores, sites: Sequence[Site], chosen: Sequence[Site], budget: Budget, min_units: int):
+    A level counts `steps` of units; with whole sublayers the last one is all of them.
+    """
+
+    def __init__(
+        self,
+        scores: Scores,
+        sites: Sequence[Site],
+        chosen: Sequence[Site],
+        budget: Budget,
+        min_units: int,
+        grain: Grain | None = None,
+    ):
         self.scores, self.sites, self.budget = scores, sites, budget
         self.chosen = in_order(chosen)
-        self.most = {site.name: max(0, site.units - min_units) for site in self.chosen}
-        self.order = {name: _order_U(scores[name], value_U) for name, value_U in raw(scores, sites).items()}
-        cheapest = min(budget.price(site) for site in self.chosen)
-        self.cheap = [site for site in self.chosen if budget.price(site) == cheapest]
-        self.dear = [site for site in self.chosen if budget.price(site) > cheapest]
+        if grain is not None:
+            able = [site for site in self.chosen if len(grain.steps[site.name]) > 1]
+            self.chosen = able or self.chosen[:1]
+        if grain is None:
+            raw(scores, sites)
+            self.steps = {site.name: removal_steps(site, min_units, 1) for site in self.chosen}
+        else:
+            self.steps = grain.steps
+        size = {s.name: 1 if grain is None else step_units(s, grain.multiple, s in grain.fine) for s in self.chosen}
+        self.cost = {site.name: size[site.name] * budget.price(site) for site in self.chosen}  # of a step
+        self.size = {site.name: -(-site.units // size[site.name]) for site in self.chosen}  # steps of the whole site
+        composites = [] if grain is None else [site for _, site in grain.composites]
+        self.composites = bool(composites)
+        self.wholes = [site for site in composites if grain is not None and site in grain.fine]  # may lose all at once
+        self.most = {site.name: len(self.steps[site.name]) - 1 for site in self.chosen}
+        self.order = {site.name: unit_order(scores[site.name], site.units) for site in self.chosen}
+        able = [site for site in self.chosen if self.most[site.name] or grain is None]
+        cheapest = min(self.cost[site.name] for site in self.chosen)
+        self.cheap = [site for site in self.chosen if self.cost[site.name] == cheapest]
+        self.dear = [site for site in self.chosen if self.cost[site.name] > cheapest]
+
+    @property
+    def removable(self) -> int:
+        """What may leave at most; of blocks, one always stays."""
+        blocks = [self.budget.price(site) for site in self.chosen if site.kind == "block"]
+        return self.removed(self.most) - max(blocks, default=0)
+
+    def units(self, levels: Mapping[str, int]) -> dict[str, int]:
+        """How many units leave each site."""
+        return {name: self.steps[name][level] for name, level in levels.items()}
+
+    def levels(self, plan: Plan) -> Levels:
+        """The levels of a plan, or the next above."""
+        found = {site.name: bisect_left(self.steps[site.name], plan.removed(site)) for site in self.chosen}
+        return {name: min(level, self.most[name]) for name, level in found.items()}
 
     def removed(self, levels: Levels) -> int:
-        return sum(levels[site.name] * self.budget.price(site) for site in self.chosen)
+        units = self.units(levels)
+        return sum(units[site.name] * self.budget.price(site) for site in self.chosen)
 
     def plan(self, levels: Levels) -> Plan:
         keep = {}
-        for site in self.chosen:
-            keep[site.name] = torch.ones(site.units, dtype=torch.bool)
-            keep[site.name][self.order[site.name][: levels[site.name]]] = False
+        for name, count in self.units(levels).items():
+            keep[name] = torch.ones(len(self.order[name]), dtype=torch.bool)
+            keep[name][self.order[name][:count]] = False
         return planned(keep, self.sites, self.budget)
 
     def candidate(self, levels: Levels) -> Candidate:
         """The structure with the readers of the removal paths, where there are any."""
         readers = {}
-        for name, level in levels.items():
+        for name, level in self.units(levels).items():
             path = self.scores[name]
             if level and isinstance(path, RemovalPath) and level in path.readers:
                 readers[name] = path.readers[level]
@@ -54,25 +98,46 @@ class Structures:
         same number at every site that has room; dearer ones only where the cheapest do not suffice. Ties remove
         more."""
         met = {site.name: min(max(levels[site.name], 0), self.most[site.name]) for site in self.chosen}
-        cost = self.budget.price(self.cheap[0])
-        while self.dear:
+        cost = self.cost[self.cheap[0].name]
+        seen: list[Levels] = []
+        while self.dear and met not in seen:
+            seen.append(dict(met))
             left = self.budget.remove - self.removed(met)
-            room = sum(self.most[site.name] - met[site.name] for site in self.cheap) * cost
-            there = sum(met[site.name] for site in self.cheap) * cost
+            there = self._cost_of({site.name: met[site.name] for site in self.cheap})
+            room = self._cost_of({site.name: self.most[site.name] for site in self.cheap}) - there
             up = 1 if left > room + cost / 2 else -1 if left < -there - cost / 2 else 0
             able = [site for site in self.dear if 0 <= met[site.name] + up <= self.most[site.name]]
             if not up or not able:
-                break
-            site = (min if up > 0 else max)(able, key=lambda site: met[site.name] / site.units)
+                return self._filled(met)
+            site = (min if up > 0 else max)(able, key=lambda site: met[site.name] / self.size[site.name])
             met[site.name] += up
-        self._spread(met, math.floor((self.budget.remove - self.removed(met)) / cost + 0.5 + _EPSILON))
-        return met
+        # the cheapest are too few to make up for a dear one: the nearest of those that it went round in
+        ends = [self._filled(dict(end)) for end in seen[seen.index(met) :]] if seen else [self._filled(met)]
+        return min(ends, key=lambda end: abs(self.budget.remove - self.removed(end)))
+
+    def _cost_of(self, levels: Levels) -> int:
+        units = self.units(levels)
+        return sum(units[site.name] * self.budget.price(site) for site in self.chosen if site.name in units)
+
+    def _filled(self, met: Levels) -> Levels:
+        """The cheapest sites' levels changed until the budget is met; again where steps were not of one size."""
+        cost, best = self.cost[self.cheap[0].name], dict(met)
+        for _ in range(_TURNS):
+            left = self.budget.remove - self.removed(met)
+            units = math.floor(left / cost + 0.5 + _EPSILON)
+            self._spread(met, units)
+            if abs(self.budget.remove - self.removed(met)) <= abs(self.budget.remove - self.removed(best)):
+                best = dict(met)
+            if not units:
+                break
+        return best
 
     def _spread(self, levels: Levels, units: int) -> None:
         """Changes the cheapest sites' levels by `units` in all, as evenly as their limits allow."""
         up = 1 if units > 0 else -1
         while units:
             able = [site for site in self.cheap if 0 <= levels[site.name] + up <= self.most[site.name]]
+            able = [site for site in able if up > 0 or not self._whole(site, levels)] or able
             if not able:
                 return
             each = max(1, abs(units) // len(able))
@@ -82,13 +147,17 @@ class Structures:
                 levels[site.name] += up * change
                 units -= up * change
 
+    def _whole(self, site: Site, levels: Levels) -> bool:
+        """Whether a sublayer has left as a whole, where its units might have left alone."""
+        return levels[site.name] == self.most[site.name] and site in self.wholes
+
     def allotted(self, curves: Mapping[str, tuple[Sequence[int], Curve]]) -> Levels:
         """Levels of least total loss, where losses add up over sites: each site takes the level, of those given, with
         the least loss + price * parameters kept; the price of a parameter is found by bisection. Balanced."""
-        cost = {site.name: self.budget.price(site) for site in self.chosen}
+        price = {site.name: self.budget.price(site) for site in self.chosen}
         known = {
             name: (
-                torch.tensor([float(level * cost[name]) for level in levels], dtype=torch.float64),
+                torch.tensor([float(self.steps[name][n] * price[name]) for n in levels], dtype=torch.float64),
                 torch.tensor([curve(level) for level in levels], dtype=torch.float64),
                 levels,
             )
@@ -119,8 +188,3 @@ def parabola(base: int, points: Mapping[int, float]) -> Curve:
     if bend < 0:
         return lambda n: (right if n > base else left) * (n - base)
     return lambda n: (left + bend * (n - below)) * (n - base)
-
-
-def _order_U(score: object, values_U: Tensor) -> Tensor:
-    """Units in the order in which they leave."""
-    return score.order_U.cpu() if isinstance(score, RemovalPath) else values_U.sort(stable=True).indices

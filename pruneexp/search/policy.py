@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pruneexp.search.budgeted import KIND, Global, Granularity, check_settings, removable, within_reach
-from pruneexp.search.common import in_order, planned, prunable, raw, removed
-from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site
+from pruneexp.search.budgeted import Global
+from pruneexp.search.common import in_order, planned, prunable, removed, require
+from pruneexp.search.gates import Gates, as_groups, projected
+from pruneexp.search.grain import (
+    KIND,
+    UNIT,
+    Grain,
+    Granularity,
+    bundled,
+    check_settings,
+    is_nested,
+    is_plain,
+    step_units,
+    unit_order,
+    within_reach,
+)
+from pruneexp.search.ranking import ranked
+from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
 
 logger = logging.getLogger("pruneexp")
 
@@ -31,6 +46,9 @@ class PolicyGradient:
     score function divides by s (1 - s): estimator=exact. The rate falls to 0 along a cosine; s is then projected onto
     what the budget lets stay, sum s cost <= budget: of heads and of channels apart (budgets=separate, the code's) or
     together (joint). At last the units of lowest s leave, the budget met to the nearest unit.
+
+    Whole sublayers and blocks have a probability too: a gate that what they hold is behind. Beside what they hold
+    (granularity=[channels, ffn], say) there is one budget for all, and all probabilities are lowered alike to meet it.
 
     `initial`: scores, standardised within each site, through a sigmoid, and shifted to the keep ratio; or random, the
     same of normal draws. `steps` null: as many as `passes` plain passes over the calibration windows pay for.
@@ -50,9 +68,15 @@ class PolicyGradient:
     memory: int
     passes: float
     steps: int | None
+    multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity)
+        check_settings(self.min_units, self.granularity, self.multiple)
+        if is_nested(self.granularity) and self.budgets != "joint":
+            raise ConfigError(
+                f"budgets={self.budgets!r}: expected joint with granularity={self.granularity!r}, "
+                "some of which hold others and so share a budget"
+            )
         for name, least in (("samples", 2), ("memory", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer >= {least}")
@@ -67,43 +91,55 @@ class PolicyGradient:
     ) -> Plan:
         if oracle is None:
             raise RunError("the policy gradient measures losses: it needs a model in memory and calibration windows")
-        chosen = within_reach(sites, self.granularity, self.min_units, budget)
+        grain = Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple)
+        require(budget, grain.most)
         if budget.ratio == 0:
             return planned({}, sites, budget)
-        share = 1 - budget.remove / prunable(chosen, budget)
-        values = raw(scores, sites)
-        start = [self._started(values[site.name].double(), share, rng) for site in chosen]
-        learned = dict(
-            zip((s.name for s in chosen), self._learned(start, chosen, share, budget, oracle, rng), strict=True)
-        )
-        return self._planned({**values, **learned}, sites, chosen, budget)
+        gates = Gates(grain)
+        share = 1 - budget.remove / gates.kept(torch.ones(len(gates.cost), dtype=torch.float64))
+        learned = gates.split(self._learned(self._started(gates, share, rng), gates, share, oracle, rng))
+        if is_nested(self.granularity):
+            return self._ranked(gates, learned)
+        stays = {site.name: torch.full((1,), 2.0).double() for site in grain.wholes}  # the best, which no gate closes
+        known = {site.name: s_U for (_, site), s_U in zip(gates.items, learned, strict=True)}
+        return self._planned({**scores, **stays, **known}, sites, grain.chosen, budget)
 
-    def _started(self, score_U: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    def _started(self, gates: Gates, share: float, rng: torch.Generator) -> Tensor:
+        """By the scores: units within their site, gates among those of a kind (blocks alone: all alike)."""
+        grain, parts = gates.grain, []
+        alone = is_plain(self.granularity, self.multiple)
+        spread = {
+            kind: torch.tensor([grain.score[s.name] for _, s in grain.composites if s.kind == kind]).double()
+            for kind in KIND.values()
+        }
+        for (tier, site), depth in zip(gates.items, gates.depths, strict=True):
+            if tier == UNIT:
+                score_U = unit_scores(grain.scores[site.name]).detach().cpu().double()
+                parts.append(self._shaped(score_U, score_U, share ** (1 / depth), rng))
+            else:
+                own = torch.tensor([grain.score[site.name]]).double()
+                parts.append(self._shaped(own, own if alone else spread[site.kind], share ** (1 / depth), rng))
+        return torch.cat(parts)
+
+    def _shaped(self, score_U: Tensor, among: Tensor, share: float, rng: torch.Generator) -> Tensor:
+        """Scores among others like them, through a sigmoid, to probabilities of mean `share`."""
         if self.initial == "random":
             score_U = torch.randn(len(score_U), generator=rng, dtype=torch.float64)
-        spread = score_U.std() if len(score_U) > 1 else torch.zeros(())
-        shaped_U = torch.sigmoid((score_U - score_U.mean()) / (spread + 1e-8))
-        return (shaped_U + share - shaped_U.mean()).clamp(0, 1)
+            among = score_U if len(score_U) == len(among) else torch.tensor([-1.0, 1.0]).double()
+        spread = among.std() if len(among) > 1 else torch.zeros(())
+        shaped, whole = (torch.sigmoid((each - among.mean()) / (spread + 1e-8)) for each in (score_U, among))
+        return (shaped + share - whole.mean()).clamp(0, 1)
 
-    def _learned(
-        self,
-        start: list[Tensor],
-        chosen: list[Site],
-        share: float,
-        budget: Budget,
-        oracle: Oracle,
-        rng: torch.Generator,
-    ) -> tuple[Tensor, ...]:
-        sizes = [len(s_U) for s_U in start]
-        groups = self._groups(chosen)
-        cost = torch.cat([torch.full((site.units,), float(budget.price(site))) for site in chosen]).double()
-        s = self._projected(torch.cat(start), cost, groups, share)
+    def _learned(self, start: Tensor, gates: Gates, share: float, oracle: Oracle, rng: torch.Generator) -> Tensor:
+        groups = as_groups(gates.kinds, self.budgets == "joint")
+        most = share * gates.kept(torch.ones_like(gates.cost))
+        s = self._projected(start, gates, groups, share, most)
         steps = self.steps or max(1, round(self.passes * oracle.batches / self.samples))
         baseline, lost = None, 0
         for step in range(steps):
             masks = torch.rand(self.samples, len(s), generator=rng, dtype=torch.float64) < s
-            plans = [Plan.from_masks(chosen, _by_site(mask, chosen, sizes)) for mask in masks]
-            losses = oracle.losses([Candidate(plan) for plan in plans], batch=step % oracle.batches).double()
+            candidates = [Candidate(gates.plan(mask)) for mask in masks]
+            losses = oracle.losses(candidates, batch=step % oracle.batches).double()
             found = losses.isfinite()
             lost += int((~found).sum())
             if not found.any():
@@ -113,43 +149,53 @@ class PolicyGradient:
             baseline += (mean - baseline) / self.memory
             gradient = policy_gradient(s, masks[found], losses[found], baseline, self.samples, self.estimator)
             rate = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
-            s = self._projected(s - rate * gradient, cost, groups, share)
+            s = self._projected(s - rate * gradient, gates, groups, share, most)
         if baseline is None:
             raise RunError(f"the losses of all {lost} masks are NaN or Inf")
         if lost:
             logger.warning("%d of %d masks gave losses that are NaN or Inf", lost, steps * self.samples)
-        return s.split(sizes)
-
-    def _groups(self, chosen: Sequence[Site]) -> list[Tensor]:
-        """Masks of the units that share a budget."""
-        kinds = [site.kind for site in chosen for _ in range(site.units)]
-        if self.budgets == "joint":
-            return [torch.ones(len(kinds), dtype=torch.bool)]
-        return [torch.tensor([kind == each for kind in kinds]) for each in dict.fromkeys(kinds)]
-
-    def _projected(self, s: Tensor, cost: Tensor, groups: Sequence[Tensor], share: float) -> Tensor:
-        s = s.clone()
-        for group in groups:
-            s[group] = projected(s[group], cost[group], share * cost[group].sum().item())
         return s
 
-    def _planned(self, values: Mapping[str, Tensor], sites: Sequence[Site], chosen: list[Site], budget: Budget) -> Plan:
+    def _projected(self, s: Tensor, gates: Gates, groups: Sequence[Tensor], share: float, most: float) -> Tensor:
+        if is_nested(self.granularity):
+            return gates.shifted(s, most)
+        s = s.clone()
+        for group in groups:
+            s[group] = projected(s[group], gates.cost[group], share * gates.cost[group].sum().item())
+        return s
+
+    def _ranked(self, gates: Gates, learned: Sequence[Tensor]) -> Plan:
+        """What has the lowest probability leaves, sublayers and blocks among the units."""
+        known = {(tier, site.name): s for (tier, site), s in zip(gates.items, learned, strict=True)}
+        grain = gates.grain.rescored({site.name: known[UNIT, site.name] for site in gates.grain.fine})
+        units = {}
+        for site in grain.fine:
+            s_U = known[UNIT, site.name]
+            units[site.name] = bundled(s_U[unit_order(s_U, site.units)], grain.unit_steps[site.name])
+        return ranked(grain, units, lambda item, gone: known[item[0], item[1].name].item())
+
+    def _planned(self, scores: Scores, sites: Sequence[Site], chosen: list[Site], budget: Budget) -> Plan:
         """The units of lowest probability leave: of each kind its share, the cheapest kind making up for rounding."""
+        together = Global(self.min_units, self.granularity, "none", self.multiple)
         if self.budgets == "joint" or len(self.granularity) == 1:
-            return Global(self.min_units, self.granularity, "none")(values, sites, budget, None, torch.Generator())
-        names = sorted(
-            self.granularity, key=lambda n: -max((budget.price(s) for s in chosen if s.kind == KIND[n]), default=0)
-        )
+            return together(scores, sites, budget, None, torch.Generator())
+        names = sorted(self.granularity, key=lambda name: -self._step_price(name, chosen, budget))
         left, plan, whole = budget.remove, Plan({}), prunable(chosen, budget)
         for name in names:
             own = [site for site in chosen if site.kind == KIND[name]]
             wanted = left if name == names[-1] else budget.remove * prunable(own, budget) / whole
             if not own:
                 continue
-            wanted = min(max(wanted, 0.0), float(removable(own, self.min_units, budget)))
+            most = Grain(scores, own, budget, [name], self.min_units, self.multiple).most
+            wanted = min(max(wanted, 0.0), float(most))
             part = replace(budget, total=0, added=wanted)
-            plan = plan.merged(Global(self.min_units, [name], "none")(values, own, part, None, torch.Generator()))
+            search = Global(self.min_units, [name], "none", self.multiple)
+            plan = plan.merged(search(scores, own, part, None, torch.Generator()))
             left -= removed(plan, own, budget)
+        if abs(left) > self._step_price(names[-1], chosen, budget) / 2 + 1e-3 and not is_plain(
+            self.granularity, self.multiple
+        ):
+            return together(scores, sites, budget, None, torch.Generator())  # what is left of one kind is too much
         keep = {}
         for site in in_order(chosen):
             keep[site.name] = torch.zeros(site.units, dtype=torch.bool)
@@ -157,7 +203,12 @@ class PolicyGradient:
         return planned(keep, sites, budget)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        within_reach(sites, self.granularity, self.min_units, budget)
+        within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
+
+    def _step_price(self, name: str, chosen: Sequence[Site], budget: Budget) -> int:
+        units = name in ("heads", "channels")
+        prices = [step_units(s, self.multiple, units) * budget.price(s) for s in chosen if s.kind == KIND[name]]
+        return max(prices, default=0)
 
 
 def policy_gradient(
@@ -167,21 +218,3 @@ def policy_gradient(
     spread = (s + _TINY) * (1 - s + _TINY)
     scale = spread.sqrt() if estimator == "sqrt" else spread
     return ((losses - baseline)[:, None] * (masks.double() - s)).sum(0) / scale / (samples - 1)
-
-
-def projected(s: Tensor, cost: Tensor, most: float) -> Tensor:
-    """The nearest point of {s in [0, 1], sum s cost <= most}: clamp(s - v cost), v >= 0 by bisection."""
-    inside = s.clamp(0, 1)
-    if (inside * cost).sum() <= most:
-        return inside
-    unit = cost / cost.max()
-    low, high = 0.0, (s / unit).max().item()
-    for _ in range(100):
-        v = (low + high) / 2
-        above = ((s - v * unit).clamp(0, 1) * cost).sum() > most
-        low, high = (v, high) if above else (low, v)
-    return (s - high * unit).clamp(0, 1)
-
-
-def _by_site(mask: Tensor, chosen: Sequence[Site], sizes: Sequence[int]) -> dict[str, Tensor]:
-    return dict(zip((site.name for site in chosen), mask.split(list(sizes)), strict=True))

@@ -48,7 +48,7 @@ class Criterion(Protocol):
     """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
     value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
     search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges` (not
-    required): the kinds of sites it can score, where these are not attention and mlp."""
+    required): what it can score, where that is not the units of attention and mlp: "sublayer", "block", as a whole."""
 
     evidence: ClassVar[Any]
     sequential: bool
@@ -80,10 +80,10 @@ class Oracle(Protocol):
 
 
 class Search(Protocol):
-    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity` (not
-    required): what may leave, "blocks" alone for whole blocks. `probes` (not required): it cannot do without losses,
-    and so needs the whole model in memory. `check(sites, budget)` (not required): raises ConfigError for a budget that
-    it cannot meet, before there are scores."""
+    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. Not required:
+    `granularity`, what may leave: units ("heads", "channels"), whole sublayers ("attention", "ffn"), "blocks";
+    `probes`, that it cannot do without losses, and so needs the whole model in memory; `check(sites, budget)`, which
+    raises ConfigError for a budget that it cannot meet, before there are scores."""
 
     local: ClassVar[bool]
 

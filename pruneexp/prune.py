@@ -12,7 +12,7 @@ from torch import Tensor
 from pruneexp.budget import biases_added, budget_of, refusal, searched_sites, whole_budget
 from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
 from pruneexp.model import Model
-from pruneexp.search import KIND, scored_as
+from pruneexp.search import KIND, block_scores, scored_as
 from pruneexp.surgery import remove_blocks_, shrink_layer_
 from pruneexp.types import (
     Budget,
@@ -119,7 +119,9 @@ def _all_at_once(work: _Pruning) -> Plan:
             work.scores.update(_without_readers(scores) if work.model.streamed else scores)
             kept_evidence.update(visit.of(dense_kind))
     with work.clock("search"):
-        plan = _searched(work, searched_sites(work.model, work.method.search))
+        sites, scores = searched_sites(work.model, work.method.search), work.scores
+        scores = block_scores(scores, sites) if blocks_alone and not wholes else scores
+        plan = _searched(work, sites, scores)
     work.scores = _without_readers(work.scores)
     plan, moved = _remove_blocks(work.model, plan)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items()})
@@ -210,14 +212,14 @@ class _Decided:
         return self.plan
 
 
-def _searched(work: _Pruning, sites: Sequence[Site]) -> Plan:
+def _searched(work: _Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
     """The plan of a search over all layers, which may probe the model where it is held in memory."""
     oracle = None
     if work.tokens_NT is not None and not work.model.streamed:
         oracle = Probe(work.model, work.tokens_NT, work.meter, getattr(work.method.search, "effort", None))
     try:
         held = [site for site in sites if site.kind != "block"] or sites  # what blocks hold is counted once
-        return _asked(work, work.scores, sites, _budget(work, held, range(len(work.model.layers))), oracle)[0]
+        return _asked(work, scores, sites, _budget(work, held, range(len(work.model.layers))), oracle)[0]
     finally:
         if oracle is not None:
             oracle.close()

@@ -27,7 +27,7 @@ from pruneexp.prune import Method, Pruned, prune_
 from pruneexp.search import Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save
-from pruneexp.types import ConfigError, Plan
+from pruneexp.types import ConfigError, Plan, unit_scores
 from tests.conftest import FAMILIES
 from tests.test_prune import built
 
@@ -165,6 +165,15 @@ def test_sublayers_of_a_model_that_normalises_behind_them_have_no_influence(
         prune(model, tokens_NT, CASES["attention by influence"])
     pruned = prune(model, tokens_NT, CASES["attention, ffn"])
     assert any(not site.kept for site in pruned.plan.sites.values())
+
+
+def test_a_block_is_worth_the_sum_of_its_units(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    pruned = prune(tiny("llama"), tokens_NT, method(Magnitude("reader", 2), ["blocks"], Bias(False), "none"), 0.34)
+    sums = [0.0, 0.0, 0.0]
+    for site in pruned.sites:
+        sums[site.layer] += unit_scores(pruned.scores[site.name]).sum().item()
+    gone = [name for name, site in pruned.plan.sites.items() if not site.kept]
+    assert gone == [f"model.layers.{sums.index(min(sums))}"]
 
 
 def test_one_run_of_everything_from_the_command_line(

@@ -123,6 +123,17 @@ def losses_in_order(score: Score, units: int) -> Tensor:
     return unit_scores(score).detach().cpu().double()[unit_order(score, units)]
 
 
+def whole_score(score: Score) -> float:
+    """What all units of a sublayer are worth together: of a removal path the last cumulative cost."""
+    return (score.cost_U[-1] if isinstance(score, RemovalPath) else unit_scores(score).double().sum()).item()
+
+
+def block_scores(scores: Scores, blocks: Sequence[Site]) -> dict[str, Tensor]:
+    """Scores of whole blocks, [1] each, from those of the sublayers in them."""
+    inside = {block.name: [scores[name] for name in scores if name.startswith(f"{block.name}.")] for block in blocks}
+    return {name: torch.tensor([sum(map(whole_score, own))]).double() for name, own in inside.items()}
+
+
 def bundled(values: Tensor, steps: Sequence[int]) -> list[float]:
     """Means of what leaves with each step, of values in the order in which units leave."""
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), values.double().cumsum(0)])[torch.tensor(steps)]
@@ -194,8 +205,7 @@ class Grain:
             )
         if not torch.isfinite(values_U).all():
             raise RunError(f"{site.name}: scores hold NaN or Inf")
-        score = self.scores[site.name]
-        return (score.cost_U[-1] if isinstance(score, RemovalPath) else values_U.double().sum()).item()
+        return whole_score(self.scores[site.name])
 
     def _but_the_best(self, composites: Sequence[Site]) -> list[Item]:
         """The composites that may leave: all but the best of each kind, or all but those of the best block's layer."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from pruneexp import modeling_pruned
-from pruneexp.model import Checkpoint, Model, layer_structure
+from pruneexp.model import Checkpoint, Model, layer_structure, select_layers_
 from pruneexp.modeling_pruned import FAMILIES, LayerStructure, head_size
 from pruneexp.surgery.prove import BlockProof
 from pruneexp.types import RunError
+
+logger = logging.getLogger("pruneexp")
 
 SHARD_BYTES = 4 * 2**30
 STREAMED_SHARD_BYTES = 2**26  # what waits to be written counts as memory, so that a large layer is a shard
@@ -91,42 +94,101 @@ def _original_structure(model: Model) -> LayerStructure:
     config = model.config
     with torch.device("meta"):
         one = deepcopy(config)
-        one.num_hidden_layers = 1
-        if getattr(one, "layer_types", None):
-            one.layer_types = one.layer_types[:1]
-        stock = type(model.module)._from_config(one) if not _is_pruned(model) else _stock_module(one)
+        select_layers_(one, [0])
+        stock = _stock_class(one.model_type)._from_config(one)
     return layer_structure(stock.base_model.get_submodule(model.family.layers)[0], model.family, config)
 
 
-def _stock_module(config: Any) -> Any:
+def _stock_class(model_type: str) -> Any:
     import transformers
 
-    return getattr(transformers, f"{FAMILIES[config.model_type].stock}ForCausalLM")._from_config(config)
-
-
-def _is_pruned(model: Model) -> bool:
-    return model.module.config.model_type.startswith("pruned_")
+    family = FAMILIES[model_type]
+    return getattr(transformers, family.causal_lm or f"{family.stock}ForCausalLM")
 
 
 def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructure) -> Form | None:
     """A stock config for `structure` in every layer, where the family (or one that computes the same) has it."""
-    config, heads = deepcopy(model.config), structure.num_attention_heads
+    config, heads = model.config, structure.num_attention_heads
     if heads == 0 or structure.intermediate_size == 0:
         return None
     biases_kept = (structure.attention_output_bias, structure.mlp_output_bias) == (
         before.attention_output_bias,
         before.mlp_output_bias,
     )
-    if config.model_type == "opt":
-        if heads != before.num_attention_heads or not biases_kept:
-            return None
-        config.ffn_dim = structure.intermediate_size
-        return Form("stock", "all layers have one width", config)
     if config.model_type not in ("llama", "mistral"):
-        return None
+        return _uniform_own(model, structure)
     if getattr(config, "sliding_window", None) is not None and not biases_kept:
         return None  # only Mistral has the window, and it has no biases
     return _uniform_llama(model, structure, biases_kept)
+
+
+@dataclass(frozen=True)
+class StockWidths:
+    """What a stock config can say of all layers: config keys, None where it cannot. A bias flag gives one to the
+    sublayer's writers, too."""
+
+    intermediate_size: str = "intermediate_size"
+    num_attention_heads: str | None = None
+    num_key_value_heads: str | None = None
+    attention_output_bias: str | None = None
+    mlp_output_bias: str | None = None
+
+
+_HEADS = StockWidths(num_attention_heads="num_attention_heads", num_key_value_heads="num_key_value_heads")
+_HEADS_BIAS = replace(_HEADS, attention_output_bias="attention_bias")
+STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / heads need a `head_dim` that is heeded
+    "falcon": StockWidths("ffn_hidden_size"),
+    "gemma": _HEADS_BIAS,
+    "gemma2": _HEADS_BIAS,
+    "gemma3_text": _HEADS_BIAS,
+    "gpt2": StockWidths("n_inner"),
+    "gpt_neox": StockWidths(),
+    "granite": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
+    "olmo2": _HEADS_BIAS,
+    "opt": StockWidths("ffn_dim"),
+    "phi3": _HEADS,
+    "qwen2": _HEADS,
+    "qwen3": _HEADS_BIAS,
+    "smollm3": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
+    "stablelm": StockWidths(),
+}
+
+
+def _uniform_own(model: Model, structure: LayerStructure) -> Form | None:
+    """The model's own stock class with other widths, where its config takes them and builds what they say."""
+    widths = STOCK_WIDTHS.get(model.config.model_type)
+    if widths is None:
+        return None
+    before = _original_structure(model)
+    values = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
+    linears: list[str] = []
+    for what, key in asdict(widths).items():
+        if getattr(structure, what) == getattr(before, what):
+            continue
+        if key is None:
+            return None
+        values[key] = getattr(structure, what)
+        if what == "num_attention_heads":
+            values["head_dim"] = head_size(model.config)
+        elif what.endswith("_bias"):
+            writers = model.family.attention_writers if what.startswith("attention") else model.family.mlp_writers
+            linears += [writer.path for writer in writers]
+    try:
+        config = type(model.config)(**values)
+        family = modeling_pruned.family_of(config)
+        with torch.device("meta"):
+            one = deepcopy(config)
+            select_layers_(one, [0])
+            layer = _stock_class(one.model_type)._from_config(one).base_model.get_submodule(family.layers)[0]
+    except Exception as error:  # each config class checks itself in its own way
+        logger.debug("%s: no stock config of these widths (%s)", model.config.model_type, error)
+        return None
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (layer, model.layers[0])]
+    missing = {f"{path}.bias" for path in linears}
+    same = all(shapes[0].get(name) == shape for name, shape in shapes[1].items())
+    if not same or not set(shapes[0]) - set(shapes[1]) <= missing or head_size(config) != head_size(model.config):
+        return None
+    return Form("stock", "all layers have one width", config, tuple(linears))
 
 
 def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -> Form:

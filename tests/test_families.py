@@ -1,0 +1,217 @@
+"""Every family, whatever leaves it: masked, shrunk, saved and reloaded, it is the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pruneexp.calibrate import Meter, walk, walk_sites
+from pruneexp.compensator import Bias, LeastSquares, NoCompensation
+from pruneexp.evidence import Gram, Moments
+from pruneexp.model import Model
+from pruneexp.surgery import masked, save, shrink_
+from pruneexp.types import ConfigError, Plan, SitePlan
+from tests.tiny_families import TINY, tiny_model
+
+COMPENSATORS = {
+    "none": NoCompensation(False),
+    "bias": Bias(False),
+    "least_squares": LeastSquares(1e-3, "pruned", False),
+}
+GRANULARITIES = ("heads", "channels", "sublayer", "block")
+Made = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            tiny_model(name).save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Callable[[str], Path]) -> Made:
+    """A model of a family; held ones are copies of one that is loaded once."""
+    from pruneexp.model import ModelSource
+
+    made: dict[str, Model] = {}
+
+    def load(name: str, path: Path | None = None, stream: bool = False) -> Model:
+        path_ = str(path or folder(name))
+        source = ModelSource(name, path_, None, "float64", "cpu", stream, False, 4)
+        if stream or path is not None:
+            return source.load()
+        if name not in made:
+            made[name] = source.load()
+        return deepcopy(made[name])
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def evidence(loaded: Made, tokens_NT: torch.Tensor) -> Callable[[str], dict[str, Any]]:
+    """What the compensators ask for, of the dense model: compensator -> site name -> evidence."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def collect(name: str) -> dict[str, Any]:
+        if name not in made:
+            found: dict[str, Any] = {"none": {}, "bias": {}, "least_squares": {}}
+            for visit in walk(loaded(name), tokens_NT, (Moments, Gram), Meter(), "test", read_only=True):
+                found["bias"].update(visit.of(Moments))
+                found["least_squares"].update(visit.of(Gram))
+            made[name] = found
+        return made[name]
+
+    return collect
+
+
+@pytest.fixture(scope="module")
+def tokens_NT() -> torch.Tensor:
+    return torch.randint(3, 64, (6, 20), generator=torch.Generator().manual_seed(1))
+
+
+def plan_for(model: Model, granularity: str) -> Plan:
+    """Uneven heads or channels; both sublayers of layer 0 and the attention of layer 1 emptied; layer 0 removed."""
+    if granularity == "block":
+        return Plan({f"{model.layers_path}.0": SitePlan("block", 1, ())})
+    rng, sites = torch.Generator().manual_seed(3), {}
+    for site in model.sites():
+        kept = torch.randperm(site.units, generator=rng)[: max(1, site.units - 1 - site.layer)].sort().values.tolist()
+        if granularity == "sublayer" and (site.layer == 0 or (site.layer == 1 and site.kind == "attention")):
+            sites[site.name] = SitePlan(site.kind, site.units, ())
+        elif {"heads": "attention", "channels": "mlp"}.get(granularity) == site.kind:
+            sites[site.name] = SitePlan(site.kind, site.units, tuple(kept))
+    return Plan(sites)
+
+
+def readers_for(model: Model, plan: Plan, compensator: Any, evidence: dict[str, Any]) -> dict[str, Any]:
+    readers = {}
+    for index in range(len(model.layers)):
+        block = model.block(index)
+        for site in block.sites:
+            if plan.removed(site):
+                weights, keep_C = block.weights[site.name], site.keep_C(plan.sites[site.name].kept)
+                found = evidence.get(site.name)
+                readers[site.name] = compensator(weights.reader, weights.reader_bias, found, keep_C)
+    return readers
+
+
+@torch.no_grad()
+def logits(module: Any, tokens_NT: torch.Tensor) -> torch.Tensor:
+    return module(tokens_NT, use_cache=False).logits
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    """Norms in the stock code compute in float32: one rounding to the other side there is 1e-7 here."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def reload(path: Path) -> Any:
+    """As any user would, with transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    remote = "auto_map" in json.loads((path / "config.json").read_text())
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.HF_MODULES_CACHE
+    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
+    yield
+    dynamic_module_utils.HF_MODULES_CACHE = before
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_it_loads_as_transformers_loads_it(
+    name: str, loaded: Made, folder: Callable[[str], Path], tokens_NT: torch.Tensor
+) -> None:
+    model, streamed = loaded(name), loaded(name, stream=True)
+    assert torch.equal(logits(model.module, tokens_NT), logits(reload(folder(name)), tokens_NT))
+    assert torch.equal(model.token_losses(tokens_NT, 4), streamed.token_losses(tokens_NT, 4))
+    if model.module._supports_sdpa:
+        sdpa = logits(model.module, tokens_NT)
+        model.module.set_attn_implementation("eager")
+        close(logits(model.module, tokens_NT), sdpa, 1e-4)  # a softmax in float32
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_its_weights_by_role_are_what_leaves(name: str, loaded: Made) -> None:
+    model = loaded(name)
+    plan, sites, before = plan_for(model, "heads"), model.sites(), model.decoder_params
+    kv = model.kv_elements
+    block = model.block(1)
+    for site in block.sites:
+        weights = block.weights[site.name]
+        assert {len(w) for w in weights.writers.values()} == {site.units}
+        assert weights.reader.shape[1] == site.channels
+        matrices = sum(w.numel() for w in weights.writers.values()) + weights.reader.numel()
+        assert matrices == site.units * site.cost.macs
+        own = {p.untyped_storage().data_ptr() for p in model.layers[1].parameters()}
+        assert all(w.untyped_storage().data_ptr() in own for w in (*weights.writers.values(), weights.reader))
+    shrink_(model, plan)
+    assert before - model.decoder_params == sum(plan.removed(site) * site.cost.params for site in sites)
+    assert kv - model.kv_elements == sum(plan.removed(site) * site.cost.kv for site in sites)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", TINY)
+def test_masked_is_shrunk_is_saved(
+    name: str,
+    granularity: str,
+    loaded: Made,
+    evidence: Callable[[str], dict[str, Any]],
+    tokens_NT: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    for compensator, method in COMPENSATORS.items():
+        if granularity == "block" and compensator != "none":
+            continue  # nothing is left to compensate
+        model = loaded(name)
+        dense, plan = logits(model.module, tokens_NT), plan_for(model, granularity)
+        readers = readers_for(model, plan, method, evidence(name)[compensator])
+        with masked(model, plan, readers if compensator != "none" else {}):
+            expected = logits(model.module, tokens_NT)
+        assert torch.equal(logits(model.module, tokens_NT), dense), "masking left something behind"
+        assert not torch.allclose(expected, dense, atol=1e-3), "the plan changes nothing: the comparison would be empty"
+        shrink_(model, plan, readers)
+        shrunk = logits(model.module, tokens_NT)
+        close(shrunk, expected)
+        path = tmp_path / compensator
+        form = save(model, path)
+        assert form.kind == ("stock" if granularity == "block" else "remote_code")
+        again = reload(path)
+        close(logits(again, tokens_NT), shrunk)
+        assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.module.parameters())
+        if compensator == "bias" or granularity == "block":
+            generates_the_same(again, tokens_NT)
+            streamed = loaded(name, path, stream=True)
+            assert torch.equal(streamed.token_losses(tokens_NT, 4), loaded(name, path).token_losses(tokens_NT, 4))
+            if again._supports_sdpa:
+                again.set_attn_implementation("eager")
+                close(logits(again, tokens_NT), shrunk, 1e-4)  # a softmax in float32
+
+
+def generates_the_same(module: Any, tokens_NT: torch.Tensor) -> None:
+    """Without a cache, with one that grows, and with one of fixed size; longer than the sliding windows."""
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompt = tokens_NT[:2, :7]
+    with torch.no_grad():
+        plain = module.generate(prompt, use_cache=False, **options)
+        for cache in ("dynamic", "static"):
+            cached = module.generate(prompt, cache_implementation=cache, **options)
+            assert torch.equal(plain, cached), cache

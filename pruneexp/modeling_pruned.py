@@ -538,6 +538,7 @@ def _init_pruned(model: Any, stock_class: type, config: Any, *args: Any, **kwarg
         resize_layer_(layer, family, structure, layout)
     if not number_caches_(layers, family, (stock, config)):
         config.use_cache = stock.use_cache = False
+    config._attn_implementation = stock._attn_implementation  # chosen when the stock model is made
     model.config = config
 
 
@@ -558,7 +559,8 @@ def __getattr__(name: str) -> type:
         if suffix == "Config":
             strict = importlib.import_module("huggingface_hub.dataclasses").strict
             body["model_type"] = f"pruned_{families[stock]}"
-            body["validate_architecture"] = lambda self: None  # heads need not divide the hidden size here
+            # heads need not divide the hidden size here, and Phi-3 asks how many there are, which differs by layer
+            body["validate_architecture"] = body["validate_rope"] = lambda self: None
             return strict(type(name, (stock_class,), body))
         body["config_class"] = __getattr__(f"Pruned{stock}Config")
         body["__init__"] = partialmethod(_init_pruned, stock_class)

@@ -212,6 +212,7 @@ def generates_the_same(module: Any, tokens_NT: torch.Tensor) -> None:
     prompt = tokens_NT[:2, :7]
     with torch.no_grad():
         plain = module.generate(prompt, use_cache=False, **options)
-        for cache in ("dynamic", "static"):
+        caches = ["dynamic"] if getattr(module.config, "alibi", False) else ["dynamic", "static"]
+        for cache in caches:  # stock Falcon's slopes do not fit a cache of fixed size
             cached = module.generate(prompt, cache_implementation=cache, **options)
             assert torch.equal(plain, cached), cache

@@ -146,9 +146,7 @@ OPT = replace(
     mlp_norm="final_layer_norm",
     key_value_heads=None,
     learned_positions=True,
-    variants=(
-        ({"do_layer_norm_before": False}, {"attention_norm": None, "mlp_norm": None, "adds_up": False}),
-    ),
+    variants=(({"do_layer_norm_before": False}, {"attention_norm": None, "mlp_norm": None, "adds_up": False}),),
 )
 BLOOM = Family(
     stock="Bloom",
@@ -451,9 +449,10 @@ def _resize_(
 ) -> None:
     """Replaces the linear layer at `path` by an uninitialised one where its shape or bias differs."""
     old: Any = layer.get_submodule(path)
-    before = (*linear_sizes(old), old.bias is not None)
-    inputs, outputs, bias = (b if a is None else a for a, b in zip((inputs, outputs, bias), before, strict=True))
-    if (inputs, outputs, bias) == before:
+    had = (*linear_sizes(old), old.bias is not None)
+    inputs, outputs = had[0] if inputs is None else inputs, had[1] if outputs is None else outputs
+    bias = had[2] if bias is None else bias
+    if (inputs, outputs, bias) == had:
         return
     transposed = not isinstance(old, nn.Linear) and inputs > 0  # Conv1D cannot do without inputs
     with torch.device("meta"):  # skips the random initialisation, which would warn of nothing to initialise

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from pruneexp import modeling_pruned
 from pruneexp.calibrate import Meter, walk, walk_sites
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
-from pruneexp.evidence import Gram, Moments
-from pruneexp.model import Model
+from pruneexp.evidence import Gram, Moments, WantedOutput
+from pruneexp.model import Model, next_token_losses
 from pruneexp.surgery import masked, save, shrink_
 from pruneexp.types import ConfigError, Plan, SitePlan
 from tests.tiny_families import TINY, tiny_model
@@ -191,16 +195,16 @@ def test_masked_is_shrunk_is_saved(
         shrink_(model, plan, readers)
         shrunk = logits(model.module, tokens_NT)
         close(shrunk, expected)
-        path = tmp_path / compensator
-        form = save(model, path)
+        form = save(model, tmp_path / compensator)
         assert form.kind == ("stock" if granularity == "block" else "remote_code")
-        again = reload(path)
+        again = reload(tmp_path / compensator)
         close(logits(again, tokens_NT), shrunk)
-        assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.module.parameters())
+        parameters = sum(p.numel() for p in model.module.parameters())
+        assert sum(p.numel() for p in again.parameters()) == parameters
         if compensator == "bias" or granularity == "block":
             generates_the_same(again, tokens_NT)
-            streamed = loaded(name, path, stream=True)
-            assert torch.equal(streamed.token_losses(tokens_NT, 4), loaded(name, path).token_losses(tokens_NT, 4))
+            streamed = loaded(name, tmp_path / compensator, stream=True)
+            close(streamed.token_losses(tokens_NT, 6), next_token_losses(shrunk, tokens_NT))
             if again._supports_sdpa:
                 again.set_attn_implementation("eager")
                 close(logits(again, tokens_NT), shrunk, 1e-4)  # a softmax in float32
@@ -216,3 +220,123 @@ def generates_the_same(module: Any, tokens_NT: torch.Tensor) -> None:
         for cache in caches:  # stock Falcon's slopes do not fit a cache of fixed size
             cached = module.generate(prompt, cache_implementation=cache, **options)
             assert torch.equal(plain, cached), cache
+
+
+@pytest.mark.parametrize(
+    ("name", "removed", "left"),
+    [
+        ("gemma3", (0, 2), ["full_attention"]),  # no sliding layer keeps its attention
+        ("gemma2", (1,), ["sliding_attention"]),
+        ("qwen2_sliding", (0,), ["sliding_attention"]),
+        ("smollm3", (1,), ["full_attention"]),
+    ],
+)
+def test_caches_of_each_kind_have_no_gaps(
+    name: str, removed: tuple[int, ...], left: list[str], loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    model = loaded(name)
+    gone = {
+        s.name: SitePlan(s.kind, s.units, ()) for s in model.sites() if s.kind == "attention" and s.layer in removed
+    }
+    with masked(model, Plan(gone)):
+        expected = logits(model.module, tokens_NT)
+    shrink_(model, Plan(gone))
+    close(logits(model.module, tokens_NT), expected)
+    save(model, tmp_path / "model")
+    again = reload(tmp_path / "model")
+    assert sorted(set(again.config.layer_types)) == left
+    close(logits(again, tokens_NT), expected)
+    for module in (model.module, again):
+        generates_the_same(module, tokens_NT)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("name", TINY)
+def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
+    name: str, kind: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    model = loaded(name)
+    counts = {3: 2, 6: 4, 24: 20}  # heads that divide the hidden size; of one key/value head, four query heads
+    sites = [site for site in model.sites() if site.kind == kind]
+    shrink_(model, Plan({s.name: SitePlan(kind, s.units, tuple(range(counts[s.units]))) for s in sites}))
+    form = save(model, tmp_path / "model")
+    only_ffn = ("phi4_mini", "gpt2", "pythia", "neox_serial", "stablelm", "falcon")
+    expected = "remote_code" if kind == "attention" and name.startswith(only_ffn) else "stock"
+    assert form.kind == expected
+    assert bool(list((tmp_path / "model").glob("*.py"))) == (expected == "remote_code")
+    again = loaded(name, tmp_path / "model")  # with our own loader
+    close(logits(again.module, tokens_NT), logits(model.module, tokens_NT))
+    close(logits(reload(tmp_path / "model"), tokens_NT), logits(model.module, tokens_NT))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma_multi_query", "phi3", "gpt2", "falcon_7b", "olmo2", "stablelm_2_12b"])
+def test_pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
+    once, twice = loaded(name), loaded(name)
+    sites = once.sites()
+    shrink_(once, Plan({s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units, 2))) for s in sites}))
+    shrink_(twice, Plan({s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units))) for s in sites if s.layer}))
+    save(twice, tmp_path / "model")
+    again = loaded(name, tmp_path / "model")
+    rest = {}
+    for site in again.sites():
+        kept = range(0, site.units, 2) if site.layer else range(1, site.units, 2)
+        rest[site.name] = SitePlan(site.kind, site.units, tuple(kept))
+    shrink_(again, Plan(rest))
+    close(logits(again.module, tokens_NT), logits(once.module, tokens_NT))
+
+
+@pytest.mark.parametrize("name", ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"])
+def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
+    name: str, loaded: Made, tokens_NT: torch.Tensor
+) -> None:
+    """Parallel sublayers, and such as are scaled before they are added."""
+    model = loaded(name)
+    for visit, site, seen in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
+        weights = visit.block.weights[site.name]
+        given = seen.inputs.covariance_CC @ weights.reader.T  # covariance of the inputs and what the reader gives
+        torch.testing.assert_close(seen.covariance_CO, given, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_site_by_site_needs_sums(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match="compensator.target='dense'"):
+        next(iter(walk_sites(loaded(name), tokens_NT, WantedOutput, (), Meter(), "test")))
+
+
+def test_norms_in_front_as_they_scale(loaded: Made) -> None:
+    gemma, olmo, parallel = loaded("gemma2"), loaded("olmo2"), loaded("stablelm_2_12b")
+    norms = gemma.block(1).norms["model.layers.1.mlp"]
+    assert torch.equal(norms, 1 + gemma.layers[1].pre_feedforward_layernorm.weight)
+    assert olmo.block(1).norms == {}
+    both = parallel.block(1).norms
+    assert torch.equal(both["model.layers.1.self_attn"], both["model.layers.1.mlp"])
+
+
+def test_a_class_that_this_transformers_lacks(
+    loaded: Made, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = replace(modeling_pruned.SMOLLM3, stock="SmolLM9", since="9.0")
+    monkeypatch.setitem(modeling_pruned.FAMILIES, "smollm3", family)
+    with pytest.raises(ConfigError, match=r"model_type 'smollm3' needs transformers >= 9\.0; 5\.\S+ is installed"):
+        loaded("smollm3", folder("smollm3"))
+
+
+def test_a_variant_that_no_table_covers(loaded: Made, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(folder("gpt2"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "scale_attn_by_inverse_layer_idx": True}))
+    with pytest.raises(ConfigError, match="gpt2 model with scale_attn_by_inverse_layer_idx=True is not supported"):
+        loaded("gpt2", tmp_path / "model")
+
+
+def test_names_of_older_checkpoints(
+    loaded: Made, folder: Callable[[str], Path], tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    """GPT-2's lacks the base model's prefix and holds its causal mask; GPT-NeoX calls its head otherwise."""
+    shutil.copytree(folder("gpt2"), tmp_path / "gpt2")
+    tensors = load_file(tmp_path / "gpt2" / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, tmp_path / "gpt2" / "model.safetensors")
+    again = loaded("gpt2", tmp_path / "gpt2")
+    assert torch.equal(logits(again.module, tokens_NT), logits(loaded("gpt2").module, tokens_NT))
+    assert "embed_out.weight" in load_file(folder("pythia") / "model.safetensors")

@@ -15,7 +15,12 @@ _CAPPED = {**_GEMMA, "sliding_window": 8, "layer_types": _SLIDING, "query_pre_at
 _FUSED = {**_SHAPE, **_IDS, "num_attention_heads": 6}
 _NEOX = {**_FUSED, "intermediate_size": 24, "rotary_pct": 0.5}
 _FALCON = {**_FUSED, "ffn_hidden_size": 24}
-_LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0]}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0],
+}
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (prefix of the config class, its values)
     "mistral_sliding": ("Mistral", {**_LLAMA, "sliding_window": 8}),
@@ -41,7 +46,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (prefix of the config
             "tie_word_embeddings": True,
         },
     ),
-    "gpt2": ("GPT2", {"vocab_size": 64, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "n_inner": 24, **_IDS}),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 64, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "n_inner": 24, **_IDS},
+    ),
     "pythia": ("GPTNeoX", _NEOX),
     "neox_serial": ("GPTNeoX", {**_NEOX, "use_parallel_residual": False, "attention_bias": False}),
     "stablelm": ("StableLm", {**_LLAMA, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),

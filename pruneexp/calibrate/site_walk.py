@@ -58,7 +58,9 @@ def _run(model: Model, visit: Visit, hidden: list[Tensor], calls: list[list[Call
         with _readers(model, visit) as seen:
             hidden[number] = model.run_layer(visit.layer, x_BTD, call[visit.index])
         check_finite(hidden[number], visit.block, number)
-        middle.append(hidden[number] - _scale(model) * seen["mlp"][1].view_as(x_BTD) if "mlp" in seen else hidden[number])
+        middle.append(
+            hidden[number] - _scale(model) * seen["mlp"][1].view_as(x_BTD) if "mlp" in seen else hidden[number]
+        )
     return middle
 
 

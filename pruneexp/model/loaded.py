@@ -16,7 +16,6 @@ from pruneexp.modeling_pruned import Family
 from pruneexp.progress import progress
 from pruneexp.types import Block, RunError, Site
 
-
 PER_LAYER = ("layer_types", "no_rope_layers")  # config attributes with one value a layer
 
 

@@ -313,9 +313,8 @@ def _load_outside_(
 def _compute_buffers_(module: Any, part: nn.Module, device: torch.device) -> None:
     """Buffers that are stored nowhere, but computed when a model is made: rotary frequencies, scales of embeddings.
     As transformers does it after loading; the part's weights are on the meta device still, and stay untouched."""
-    computed = [key for key in part._non_persistent_buffers_set if part._buffers.get(key) is not None]
-    for key in computed:
-        part._buffers[key] = torch.empty_like(part._buffers[key], device=device)
+    computed = {k: b for k, b in part._buffers.items() if k in part._non_persistent_buffers_set and b is not None}
+    part._buffers.update({key: torch.empty_like(buffer, device=device) for key, buffer in computed.items()})
     if computed:
         module._init_weights(part)
 

@@ -340,3 +340,26 @@ def test_names_of_older_checkpoints(
     again = loaded("gpt2", tmp_path / "gpt2")
     assert torch.equal(logits(again.module, tokens_NT), logits(loaded("gpt2").module, tokens_NT))
     assert "embed_out.weight" in load_file(folder("pythia") / "model.safetensors")
+
+
+def test_query_heads_leave_as_whole_groups(loaded: Made) -> None:
+    """Layers may differ in their number of groups, never in how many query heads share a key/value head."""
+    model = loaded("qwen3")
+    layout = modeling_pruned.head_layout(model.family, model.config)
+    assert (layout.group, layout.key_value_heads(4)) == (2, 2)
+    with pytest.raises(AssertionError, match="leave together"):
+        layout.key_value_heads(3)
+
+
+@pytest.mark.parametrize("name", ["gemma_multi_query", "falcon_7b"])
+def test_a_shared_key_value_head_stays_while_any_head_does(name: str, loaded: Made) -> None:
+    model = loaded(name)
+    site = model.layer_sites(0)[0]
+    assert site.units == 6 and site.cost.kv == 0
+    assert model.whole_block(0).sites[0].cost.kv == 2 * site.width
+    assert list(model.block(0).weights[site.name].writers) == ["query"]
+    before = model.kv_elements
+    shrink_(model, Plan({site.name: SitePlan("attention", 6, (4,))}))
+    assert model.kv_elements == before
+    shrink_(model, Plan({site.name: SitePlan("attention", 1, ())}))
+    assert model.kv_elements == before - 2 * site.width

@@ -12,7 +12,7 @@ readers own a bias, and, where attention carries ALiBi slopes, which of the orig
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partialmethod
 from typing import Any
 
@@ -22,34 +22,55 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Writer:
-    """A linear layer whose output rows belong to units; `roles` are the parts of each unit's rows, in order."""
+    """A linear layer (or a norm's weight) whose output rows belong to units; `roles` are the parts of the rows, in
+    order: within each unit, or `by_part`: all units' rows of the first part, then all of the second, ..."""
 
     path: str  # below the decoder layer
     roles: tuple[str, ...]
+    by_part: bool = False
+
+
+Variant = tuple[dict[str, Any], dict[str, Any]]  # config values (a tuple: any of them) -> fields of the family
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a decoder-only architecture keeps its parts. Paths are relative to the decoder layer but for `layers`."""
+    """Where a decoder-only architecture keeps its parts. Paths are relative to the decoder layer but for `layers`.
+
+    `family_of(config)` gives a model's own table: `variants` replace fields where the config's values say so.
+    """
 
     stock: str  # prefix of the stock classes: Llama -> LlamaConfig, LlamaForCausalLM, LlamaModel
     layers: str  # the list of decoder layers, below the base model
     attention: str
     attention_writers: tuple[Writer, ...]
     attention_reader: str
-    attention_norm: str
+    attention_norm: str | None  # in front of the sublayer; the same path twice: one norm in front of both
     mlp: str  # the FFN's own module, or its reader where it has none
     mlp_writers: tuple[Writer, ...]
     mlp_reader: str
-    mlp_norm: str
-    head_count: str | None = None  # attribute of the attention module that holds its number of heads, if it has one
+    mlp_norm: str | None
+    attention_post_norm: str | None = None  # of the sublayer's output alone, before it is added
+    mlp_post_norm: str | None = None
+    head_norms: tuple[Writer, ...] = ()  # norms of queries and keys with a weight, or a module, of each head's own
+    causal_lm: str | None = None  # the stock class, where it is not called ...ForCausalLM
+    since: str = "4.46"  # the release of transformers that brought the stock classes
+    key_value_heads: str | int | None = "num_key_value_heads"  # config attribute, number, or None: as query heads
+    stored_as: tuple[tuple[str, str], ...] = ()  # names in the modules -> in checkpoints, where these begin otherwise
+    shared_roles: tuple[str, ...] = ()  # set by `family_of`: rows that serve all units and belong to none
+    reads_config: bool = False  # attention asks its config for the number of heads while it runs
     adds_residual: bool = False  # the sublayers take the residual as second argument and add it themselves
     returns_tuple: bool = False  # the decoder layer returns (hidden states, ...)
-    alibi: bool = False  # attention receives `alibi` [B*heads, 1, T], one slope a head
+    alibi: bool = False  # attention receives `alibi`, one slope a head
     learned_positions: bool = False  # positions are looked up in a table: beyond its end there is no answer
-    post_norm: tuple[str, bool] | None = None  # (config attribute, value) with which the norms follow the sublayers
+    norm_offset: float = 0.0  # what norms add to their weight
+    adds_up: bool = True  # a sublayer's reader gives what is added to the hidden states (times `residual_scale`)
+    residual_scale: str | None = None  # config attribute
+    impossible: tuple[tuple[str, Any], ...] = ()  # config values for which this table is wrong
+    variants: tuple[Variant, ...] = ()
 
 
+_QKV = ("query", "key", "value")
 LLAMA = Family(
     stock="Llama",
     layers="layers",
@@ -66,41 +87,223 @@ LLAMA = Family(
     mlp_reader="mlp.down_proj",
     mlp_norm="post_attention_layernorm",
 )
-MISTRAL = Family(**{**LLAMA.__dict__, "stock": "Mistral"})
-GRANITE = Family(**{**LLAMA.__dict__, "stock": "Granite"})
-OPT = Family(
+MISTRAL = replace(LLAMA, stock="Mistral")
+GRANITE = replace(LLAMA, stock="Granite", residual_scale="residual_multiplier")
+QWEN2 = replace(LLAMA, stock="Qwen2")
+QWEN3 = replace(LLAMA, stock="Qwen3", since="4.51")
+SMOLLM3 = replace(LLAMA, stock="SmolLM3", since="4.53")
+GEMMA = replace(LLAMA, stock="Gemma", norm_offset=1.0)
+GEMMA2 = replace(
+    GEMMA,
+    stock="Gemma2",
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    adds_up=False,
+)
+GEMMA3 = replace(GEMMA2, stock="Gemma3Text", causal_lm="Gemma3ForCausalLM", since="4.50")
+OLMO2 = replace(
+    GEMMA2,
+    stock="Olmo2",
+    since="4.47",
+    attention_norm=None,
+    mlp_norm=None,
+    head_norms=(Writer("self_attn.q_norm", ("query",)), Writer("self_attn.k_norm", ("key",))),
+    norm_offset=0.0,
+)
+PHI3 = replace(
+    LLAMA,
+    stock="Phi3",
+    attention_writers=(Writer("self_attn.qkv_proj", _QKV, by_part=True),),
+    mlp_writers=(Writer("mlp.gate_up_proj", ("gate", "up"), by_part=True),),
+    reads_config=True,
+)
+STABLELM = replace(
+    LLAMA,
+    stock="StableLm",
+    variants=(
+        ({"use_parallel_residual": True}, {"mlp_norm": "input_layernorm"}),
+        (
+            {"qk_layernorm": True},
+            {
+                "head_norms": (
+                    Writer("self_attn.q_layernorm", ("query",)),
+                    Writer("self_attn.k_layernorm", ("key",)),
+                )
+            },
+        ),
+    ),
+)
+OPT = replace(
+    LLAMA,
     stock="OPT",
     layers="decoder.layers",
-    attention="self_attn",
-    attention_writers=LLAMA.attention_writers,
     attention_reader="self_attn.out_proj",
     attention_norm="self_attn_layer_norm",
     mlp="fc2",
     mlp_writers=(Writer("fc1", ("up",)),),
     mlp_reader="fc2",
     mlp_norm="final_layer_norm",
-    head_count="num_heads",
+    key_value_heads=None,
     learned_positions=True,
-    post_norm=("do_layer_norm_before", False),
+    variants=(({"do_layer_norm_before": False}, {"attention_norm": None, "mlp_norm": None, "adds_up": False}),),
 )
 BLOOM = Family(
     stock="Bloom",
     layers="h",
     attention="self_attention",
-    attention_writers=(Writer("self_attention.query_key_value", ("query", "key", "value")),),
+    attention_writers=(Writer("self_attention.query_key_value", _QKV),),
     attention_reader="self_attention.dense",
     attention_norm="input_layernorm",
     mlp="mlp",
     mlp_writers=(Writer("mlp.dense_h_to_4h", ("up",)),),
     mlp_reader="mlp.dense_4h_to_h",
     mlp_norm="post_attention_layernorm",
-    head_count="num_heads",
+    key_value_heads=None,
     adds_residual=True,
     returns_tuple=True,
     alibi=True,
-    post_norm=("apply_residual_connection_post_layernorm", True),
+    variants=(
+        (
+            {"apply_residual_connection_post_layernorm": True},
+            {"attention_norm": None, "mlp_norm": None, "adds_up": False},
+        ),
+    ),
 )
-FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "granite": GRANITE, "opt": OPT, "bloom": BLOOM}  # by stock model_type
+FALCON = replace(
+    BLOOM,
+    stock="Falcon",
+    adds_residual=False,
+    alibi=False,
+    variants=(
+        ({"alibi": True}, {"alibi": True}),
+        ({"parallel_attn": True}, {"mlp_norm": "input_layernorm"}),
+        (
+            {"multi_query": True, "new_decoder_architecture": False},
+            {
+                "attention_writers": (Writer("self_attention.query_key_value", _QKV, by_part=True),),
+                "key_value_heads": 1,
+            },
+        ),
+        ({"new_decoder_architecture": True}, {"key_value_heads": "num_kv_heads"}),
+        (
+            {"new_decoder_architecture": True, "num_ln_in_parallel_attn": (None, 2)},
+            {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
+        ),
+    ),
+)
+GPT_NEOX = replace(
+    BLOOM,
+    stock="GPTNeoX",
+    layers="layers",
+    attention="attention",
+    attention_writers=(Writer("attention.query_key_value", _QKV),),
+    attention_reader="attention.dense",
+    stored_as=(("lm_head.", "embed_out."),),
+    adds_residual=False,
+    returns_tuple=False,
+    alibi=False,
+    variants=(),
+)
+GPT2 = Family(
+    stock="GPT2",
+    causal_lm="GPT2LMHeadModel",
+    layers="h",
+    attention="attn",
+    attention_writers=(Writer("attn.c_attn", _QKV, by_part=True),),
+    attention_reader="attn.c_proj",
+    attention_norm="ln_1",
+    mlp="mlp",
+    mlp_writers=(Writer("mlp.c_fc", ("up",)),),
+    mlp_reader="mlp.c_proj",
+    mlp_norm="ln_2",
+    key_value_heads=None,
+    learned_positions=True,
+    impossible=(("add_cross_attention", True), ("scale_attn_by_inverse_layer_idx", True)),
+)
+FAMILIES = {  # by stock model_type
+    "bloom": BLOOM,
+    "falcon": FALCON,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "granite": GRANITE,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "olmo2": OLMO2,
+    "opt": OPT,
+    "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+    "stablelm": STABLELM,
+}
+
+
+def family_of(config: Any) -> Family:
+    """The table of a model, from its stock (or pruned) config: its family's, with the variants that apply."""
+    family = FAMILIES[config.model_type.removeprefix("pruned_")]
+    for wanted, fields in family.variants:
+        if all(getattr(config, k) in (v if isinstance(v, tuple) else (v,)) for k, v in wanted.items()):
+            family = replace(family, **fields)
+    heads, kv_heads = config.num_attention_heads, _key_value_heads(family, config)
+    return replace(family, shared_roles=("key", "value")) if kv_heads == 1 < heads else family
+
+
+def _key_value_heads(family: Family, config: Any) -> int:
+    named = family.key_value_heads
+    found = getattr(config, named) if isinstance(named, str) else named
+    return found or config.num_attention_heads
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How attention heads make up units: a unit is a key/value head and its query heads. Where one key/value head
+    serves all (multi-query), a unit is a query head, and the shared head stays as long as any of them."""
+
+    size: int  # channels of a head
+    group: int  # query heads of a unit
+    shared: bool
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of a unit in each part; of the shared parts, all rows."""
+        return {"query": self.group * self.size, "key": self.size, "value": self.size}
+
+    def key_value_heads(self, heads: int) -> int:
+        """Of so many query heads."""
+        assert heads % self.group == 0, "the heads of a group leave together"
+        return min(heads, 1) if self.shared else heads // self.group
+
+
+def head_layout(family: Family, config: Any) -> HeadLayout:
+    """From a stock config, which tells the original numbers of heads."""
+    group = config.num_attention_heads // _key_value_heads(family, config)
+    shared = bool(family.shared_roles)
+    return HeadLayout(head_size(config), 1 if shared else group, shared)
+
+
+FFN_ROWS = {"gate": 1, "up": 1}
+
+
+def split_parts(rows: Tensor, writer: Writer, units: int, sizes: dict[str, int], shared: tuple[str, ...]) -> Any:
+    """A writer's weight or bias [rows, ...] by role: views [U, R, ...]; of shared roles [1, R, ...]."""
+    if writer.by_part or len(writer.roles) == 1:
+        counts = [1 if role in shared else units for role in writer.roles]
+        parts = rows.split([n * sizes[role] for n, role in zip(counts, writer.roles, strict=True)])
+        parts = [part.unflatten(0, (n, -1)) if n else part for n, part in zip(counts, parts, strict=True)]
+    else:
+        parts = rows.unflatten(0, (units, -1)).split([sizes[role] for role in writer.roles], dim=1)
+    return dict(zip(writer.roles, parts, strict=True))
+
+
+def join_parts(parts: dict[str, Tensor], writer: Writer) -> Tensor:
+    """The inverse of `split_parts`."""
+    if writer.by_part or len(writer.roles) == 1:
+        return torch.cat([part.flatten(0, 1) for part in parts.values()])
+    return torch.cat(list(parts.values()), dim=1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -116,6 +319,18 @@ class LayerStructure:
 
     def to_config(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+
+
+class LayerConfig:
+    """The model's config, seen by one layer with other numbers of heads."""
+
+    def __init__(self, config: Any, **own: int):
+        self.__dict__.update(own, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self._config, name)
 
 
 class RemovedAttention(nn.Module):
@@ -134,51 +349,83 @@ class RemovedAttention(nn.Module):
         return output, None
 
 
-def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, head_dim: int, pre_norm: bool) -> None:
+def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, layout: HeadLayout) -> None:
     """Gives the decoder layer `structure`'s widths. Resized weights are uninitialised: load them afterwards.
 
-    A sublayer that keeps no unit leaves only its reader's bias; the norm in front of it goes too (`pre_norm`: where
-    the norm serves nothing else).
+    A sublayer that keeps no unit leaves only its reader's bias; its norms go too, where they serve nothing else.
     """
     heads, kv_heads = structure.num_attention_heads, structure.num_key_value_heads
-    group = heads // kv_heads if kv_heads else 0
-    rows = {"query": group * head_dim, "key": head_dim, "value": head_dim, "gate": 1, "up": 1}
     attention_bias = structure.attention_output_bias
-    _resize_(layer, family.attention_reader, inputs=heads * head_dim, bias=attention_bias)
+    _resize_(layer, family.attention_reader, inputs=heads * layout.size, bias=attention_bias)
     _resize_(layer, family.mlp_reader, inputs=structure.intermediate_size, bias=structure.mlp_output_bias)
     for writer in family.mlp_writers:
-        _resize_(layer, writer.path, outputs=structure.intermediate_size)
+        _resize_(layer, writer.path, outputs=structure.intermediate_size * len(writer.roles))
     if heads == 0:
         reader_name = family.attention_reader.rsplit(".", 1)[-1]
         reader = layer.get_submodule(family.attention_reader)
         layer.set_submodule(family.attention, RemovedAttention(reader_name, reader, family.adds_residual))
     else:
+        counts = {"query": heads, "key": kv_heads, "value": kv_heads}
         for writer in family.attention_writers:
-            _resize_(layer, writer.path, outputs=kv_heads * sum(rows[role] for role in writer.roles))
-        attention = layer.get_submodule(family.attention)
+            _resize_(layer, writer.path, outputs=layout.size * sum(counts[role] for role in writer.roles))
+        for norm in family.head_norms:
+            _resize_norm_(layer.get_submodule(norm.path), counts[norm.roles[0]], layout.size)
+        attention: Any = layer.get_submodule(family.attention)
         if structure.kept_heads is not None and structure.kept_heads != slope_heads(attention, family):
             _keep_slopes_(attention, structure.kept_heads)
-        if family.head_count:
-            setattr(attention, family.head_count, heads)
-    if pre_norm and heads == 0:
-        layer.set_submodule(family.attention_norm, nn.Identity())
-    if pre_norm and structure.intermediate_size == 0:
-        layer.set_submodule(family.mlp_norm, nn.Identity())
+        _tell_heads_(attention, family, heads, kv_heads, layout.size)
+    _drop_norms_(layer, family, structure)
 
 
-def number_caches_(layers: nn.ModuleList, family: Family) -> bool:
-    """Numbers the layers' attention consecutively, so that the KV cache has no gaps: a cache tells its length by its
-    first entry, which must exist. Returns whether any attention is left."""
-    attentions = [layer.get_submodule(family.attention) for layer in layers]
-    attentions = [a for a in attentions if not isinstance(a, RemovedAttention)]
-    for index, attention in enumerate(attentions):
-        attention.layer_idx = index  # pyright: ignore[reportArgumentType]
-    return bool(attentions)
+def _tell_heads_(attention: Any, family: Family, heads: int, kv_heads: int, size: int) -> None:
+    """Sets the attributes by which attention modules know how many heads they have."""
+    told = {"num_heads": heads, "num_key_value_heads": kv_heads, "num_kv_heads": kv_heads}
+    told |= {"num_key_value_groups": heads // kv_heads, "split_size": heads * size}
+    for name, number in told.items():
+        if hasattr(attention, name):
+            setattr(attention, name, number)
+    if family.reads_config:
+        config = getattr(attention.config, "_config", attention.config)
+        attention.config = LayerConfig(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
 
 
-def is_pre_norm(family: Family, config: Any) -> bool:
-    """Whether each sublayer's norm stands in front of it and feeds it alone."""
-    return family.post_norm is None or getattr(config, family.post_norm[0]) != family.post_norm[1]
+def _drop_norms_(layer: nn.Module, family: Family, structure: LayerStructure) -> None:
+    """Takes out the norms that have nothing left to normalise."""
+    attention_gone, mlp_gone = structure.num_attention_heads == 0, structure.intermediate_size == 0
+    in_front = ((family.attention_norm, attention_gone), (family.mlp_norm, mlp_gone))
+    for path, _ in in_front:
+        if path is not None and all(gone for other, gone in in_front if other == path):
+            layer.set_submodule(path, nn.Identity())
+    if family.attention_post_norm and attention_gone and not structure.attention_output_bias:
+        layer.set_submodule(family.attention_post_norm, nn.Identity())
+    if family.mlp_post_norm and mlp_gone and not structure.mlp_output_bias:
+        layer.set_submodule(family.mlp_post_norm, nn.Identity())
+
+
+def number_caches_(layers: nn.ModuleList, family: Family, configs: tuple[Any, ...]) -> bool:
+    """Numbers the layers' attention so that the KV cache's first entry, and the first of each kind (full, sliding),
+    exists: a cache tells its length by those. Returns whether any attention is left.
+
+    Without removed layers that is the layers' own order. Kinds are told by `configs`' `layer_types`; there, a layer
+    that has no attention takes the kind of the next one that has, so that it holds no kind's first place.
+    """
+    found = [layer.get_submodule(family.attention) for layer in layers]
+    present = [not isinstance(attention, RemovedAttention) for attention in found]
+    if not any(present):
+        return False
+    kinds = list(getattr(configs[0], "layer_types", None) or ["full_attention"] * len(layers))
+    last = max(index for index, here in enumerate(present) if here)
+    for index in reversed(range(len(kinds))):
+        if not present[index]:
+            kinds[index] = kinds[index + 1 if index < last else last]
+    places = {kind: iter([i for i, other in enumerate(kinds) if other == kind]) for kind in kinds}
+    for attention, here, kind in zip(found, present, kinds, strict=True):
+        if here:
+            attention.layer_idx = next(places[kind])  # pyright: ignore[reportArgumentType]
+    for config in configs:
+        if getattr(config, "layer_types", None):
+            config.layer_types = list(kinds)
+    return True
 
 
 def head_size(config: Any) -> int:
@@ -186,44 +433,67 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def linear_sizes(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer, or of GPT-2's Conv1D."""
+    return (linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else (linear.nx, linear.nf)
+
+
+def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` of (the shape of) `linear` as [outputs, inputs]: Conv1D holds it the other way round. A view, and its
+    own inverse."""
+    return weight if isinstance(linear, nn.Linear) else weight.T
+
+
 def _resize_(
     layer: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None, bias: bool | None = None
 ) -> None:
     """Replaces the linear layer at `path` by an uninitialised one where its shape or bias differs."""
-    old = layer.get_submodule(path)
-    assert isinstance(old, nn.Linear), path
-    inputs, outputs = (
-        (old.in_features if inputs is None else inputs),
-        (old.out_features if outputs is None else outputs),
-    )
-    bias = old.bias is not None if bias is None else bias
-    if (inputs, outputs, bias) == (old.in_features, old.out_features, old.bias is not None):
+    old: Any = layer.get_submodule(path)
+    had = (*linear_sizes(old), old.bias is not None)
+    inputs, outputs = had[0] if inputs is None else inputs, had[1] if outputs is None else outputs
+    bias = had[2] if bias is None else bias
+    if (inputs, outputs, bias) == had:
         return
+    transposed = not isinstance(old, nn.Linear) and inputs > 0  # Conv1D cannot do without inputs
     with torch.device("meta"):  # skips the random initialisation, which would warn of nothing to initialise
-        new = nn.Linear(inputs or 1, outputs or 1, bias=bias)
-    new.in_features, new.out_features = inputs, outputs
+        kind: Any = type(old) if isinstance(old, nn.Linear) else nn.Linear
+        new: Any = type(old)(outputs, inputs) if transposed else kind(inputs or 1, outputs or 1, bias=bias)
+    if not transposed:
+        new.in_features, new.out_features = inputs, outputs
     empty = {"device": old.weight.device, "dtype": old.weight.dtype}
-    new.weight = nn.Parameter(torch.empty(outputs, inputs, **empty), requires_grad=old.weight.requires_grad)
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    new.weight = nn.Parameter(torch.empty(shape, **empty), requires_grad=old.weight.requires_grad)
     if bias:
         new.bias = nn.Parameter(torch.zeros(outputs, **empty), requires_grad=old.weight.requires_grad)
     layer.set_submodule(path, new.train(old.training))
 
 
+def _resize_norm_(norm: Any, heads: int, size: int) -> None:
+    """A norm over all heads' channels gets an uninitialised weight of so many; of a list of norms, so many stay."""
+    if hasattr(norm, "norms"):
+        norm.norms = norm.norms[:heads]
+        norm.num_heads = heads
+    elif norm.weight.shape[0] != heads * size:
+        norm.weight = nn.Parameter(norm.weight.new_empty(heads * size), requires_grad=norm.weight.requires_grad)
+
+
 def slope_heads(attention: nn.Module, family: Family) -> tuple[int, ...] | None:
     """Original indices of the heads whose ALiBi slopes this attention uses; None for families without ALiBi."""
-    if not family.alibi or family.head_count is None:
+    if not family.alibi:
         return None
     kept_heads = getattr(attention, "kept_heads", None)
-    return tuple(range(getattr(attention, family.head_count, 0))) if kept_heads is None else kept_heads
+    return tuple(range(getattr(attention, "num_heads", 0))) if kept_heads is None else kept_heads
 
 
 def _keep_slopes_(attention: nn.Module, kept_heads: tuple[int, ...]) -> None:
     """Each kept head keeps its own ALiBi slope: the model hands all of the original heads' slopes to every layer."""
 
     def select(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        alibi, batch = kwargs["alibi"], args[0].shape[0]
-        kept = alibi.view(batch, -1, *alibi.shape[1:])[:, list(module.kept_heads)]
-        return args, {**kwargs, "alibi": kept.flatten(0, 1)}
+        kept, alibi, mask = list(module.kept_heads), kwargs["alibi"], kwargs["attention_mask"]
+        if alibi.ndim == 4:  # Falcon's, which its mask holds too
+            return args, {**kwargs, "alibi": alibi[:, kept], "attention_mask": mask[:, kept]}
+        by_head = alibi.view(args[0].shape[0], -1, *alibi.shape[1:])
+        return args, {**kwargs, "alibi": by_head[:, kept].flatten(0, 1)}
 
     if not hasattr(attention, "kept_heads"):
         attention.register_forward_pre_hook(select, with_kwargs=True)
@@ -240,7 +510,7 @@ def stock_config(config: Any) -> Any:
     return copied
 
 
-def layer_structures(config: Any) -> list[LayerStructure]:
+def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
     """The structure of every layer, read from `per_layer_config`."""
     structures = []
     for layer in config.per_layer_config:
@@ -248,7 +518,7 @@ def layer_structures(config: Any) -> list[LayerStructure]:
         structures.append(
             LayerStructure(
                 num_attention_heads=layer.num_attention_heads,
-                num_key_value_heads=getattr(layer, "num_key_value_heads", layer.num_attention_heads),
+                num_key_value_heads=layout.key_value_heads(layer.num_attention_heads),
                 intermediate_size=layer.intermediate_size,
                 attention_output_bias=layer.attention_output_bias,
                 mlp_output_bias=layer.mlp_output_bias,
@@ -261,12 +531,13 @@ def layer_structures(config: Any) -> list[LayerStructure]:
 def _init_pruned(model: Any, stock_class: type, config: Any, *args: Any, **kwargs: Any) -> None:
     stock = stock_config(config)
     stock_class.__init__(model, stock, *args, **kwargs)  # type: ignore[misc]
-    family = FAMILIES[config.model_type.removeprefix("pruned_")]
-    layers = model.base_model.get_submodule(family.layers)
-    for layer, structure in zip(layers, layer_structures(config), strict=True):
-        resize_layer_(layer, family, structure, head_size(stock), is_pre_norm(family, stock))
-    if not number_caches_(layers, family):
+    family = family_of(stock)
+    layers, layout = model.base_model.get_submodule(family.layers), head_layout(family, stock)
+    for layer, structure in zip(layers, layer_structures(config, layout), strict=True):
+        resize_layer_(layer, family, structure, layout)
+    if not number_caches_(layers, family, (stock, config)):
         config.use_cache = stock.use_cache = False
+    config._attn_implementation = stock._attn_implementation  # chosen when the stock model is made
     model.config = config
 
 
@@ -281,12 +552,14 @@ def __getattr__(name: str) -> type:
         stock = name.removeprefix("Pruned").removesuffix(suffix)
         if name != f"Pruned{stock}{suffix}" or stock not in families:
             continue
-        stock_class = getattr(transformers, stock + suffix)
+        own_name = FAMILIES[families[stock]].causal_lm if suffix == "ForCausalLM" else None
+        stock_class = getattr(transformers, own_name or stock + suffix)
         body: dict[str, Any] = {"__module__": __name__, "__doc__": f"{stock_class.__name__} with pruned layers."}
         if suffix == "Config":
             strict = importlib.import_module("huggingface_hub.dataclasses").strict
             body["model_type"] = f"pruned_{families[stock]}"
-            body["validate_architecture"] = lambda self: None  # heads need not divide the hidden size here
+            # heads need not divide the hidden size here, and Phi-3 asks how many there are, which differs by layer
+            body["validate_architecture"] = body["validate_rope"] = lambda self: None
             return strict(type(name, (stock_class,), body))
         body["config_class"] = __getattr__(f"Pruned{stock}Config")
         body["__init__"] = partialmethod(_init_pruned, stock_class)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pruneexp import progress, report
+from pruneexp import modeling_pruned, progress, report
 from pruneexp.__main__ import main
 from pruneexp.evaluator import Size
 from pruneexp.model import Model
@@ -89,7 +89,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-FAMILY_NAMES = "bloom, granite, llama, mistral, opt"
+FAMILY_NAMES = ", ".join(sorted(modeling_pruned.FAMILIES))
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config.json": (
         lambda folder: (folder / "config.json").unlink(),
@@ -109,8 +109,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.path={path}: config.json does not describe a llama model (...",
     ),
     "another family": (
-        lambda folder: edit_config(folder, model_type="gpt2"),
-        f"model.path={{path}}: model_type 'gpt2' is not supported; expected one of {FAMILY_NAMES}",
+        lambda folder: edit_config(folder, model_type="bert"),
+        f"model.path={{path}}: model_type 'bert' is not supported; expected one of {FAMILY_NAMES}",
     ),
     "another family with its own code": (
         lambda folder: edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"}),

@@ -12,7 +12,6 @@ from torch import Tensor
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
-from pruneexp.modeling_pruned import is_pre_norm
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError, Site
 
@@ -50,8 +49,9 @@ def walk_sites(
 
 
 def require_sums(model: Model) -> None:
-    """Raises ConfigError for normalisation behind the sublayers, where hidden states are no sums."""
-    if not is_pre_norm(model.family, model.config):
+    """Raises ConfigError for normalisation behind the sublayers, where hidden states are no sums of what
+    readers give."""
+    if not model.family.adds_up:
         raise ConfigError(
             "compensator.target='dense': expected pruned for a model that normalises behind its sublayers"
         )
@@ -64,7 +64,9 @@ def _run(model: Model, visit: Visit, hidden: list[Tensor], calls: list[list[Call
         with _readers(model, visit) as seen:
             hidden[number] = model.run_layer(visit.layer, x_BTD, call[visit.index])
         check_finite(hidden[number], visit.block, number)
-        middle.append(hidden[number] - seen["mlp"][1].view_as(x_BTD) if "mlp" in seen else hidden[number])
+        middle.append(
+            hidden[number] - _scale(model) * seen["mlp"][1].view_as(x_BTD) if "mlp" in seen else hidden[number]
+        )
     return middle
 
 
@@ -84,9 +86,15 @@ def _wanted(
             behind_BTD = model.run_layer(visit.layer, x_BTD, call[visit.index])
         input_BTC, given_BTD = (t.view(*x_BTD.shape[:2], -1) for t in seen[site.kind])
         if site.kind == "attention" and "mlp" in seen:
-            behind_BTD = behind_BTD - seen["mlp"][1].view_as(x_BTD)
-        evidence = evidence.update(input_BTC, given_BTD + wanted_BTD - behind_BTD)
+            behind_BTD = behind_BTD - _scale(model) * seen["mlp"][1].view_as(x_BTD)
+        evidence = evidence.update(input_BTC, given_BTD + (wanted_BTD - behind_BTD) / _scale(model))
     return evidence
+
+
+def _scale(model: Model) -> float:
+    """What a sublayer's output is multiplied by before it is added."""
+    named = model.family.residual_scale
+    return 1.0 if named is None else getattr(model.config, named)
 
 
 @contextmanager
@@ -95,7 +103,8 @@ def _readers(model: Model, visit: Visit) -> Iterator[dict[str, tuple[Tensor, Ten
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(kind: str) -> Any:
-        return lambda _reader, args, output: seen.update({kind: (args[0], output)})
+        # a copy: Falcon adds the attention's output to it in place
+        return lambda _reader, args, output: seen.update({kind: (args[0], output.clone())})
 
     with torch.no_grad(), ExitStack() as hooks:
         for site in visit.block.sites:

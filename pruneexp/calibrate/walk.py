@@ -15,7 +15,6 @@ from pruneexp.calibrate.influence import influence_evidence
 from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
-from pruneexp.modeling_pruned import is_pre_norm
 from pruneexp.progress import progress
 from pruneexp.types import Block, Candidate, ConfigError, Plan, RunError, Site, SitePlan
 
@@ -181,6 +180,8 @@ def observe(
         for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
             y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
             check_finite(y_BTD, block, number)
+            if middle and torch.equal(middle[0].view_as(x_BTD), x_BTD):
+                raise _no_middle("runs its sublayers side by side")
             for kind in at_block:
                 for site in (whole or block).sites:
                     before_BTD = middle[0].view_as(x_BTD) if middle and site.kind == "mlp" else x_BTD
@@ -193,13 +194,17 @@ def observe(
 
 def _between_sublayers(model: Model, layer: nn.Module, middle: list[Tensor]) -> Any:
     """A hook that notes the hidden states between attention and FFN: what the norm in front of the FFN reads."""
-    if not is_pre_norm(model.family, model.config):
-        raise ConfigError(
-            "search.granularity: expected heads, channels or blocks for a model that normalises behind its sublayers, "
-            "of which criterion=block_influence has no scores"
-        )
+    if model.family.mlp_norm is None:
+        raise _no_middle("normalises behind its sublayers")
     norm = layer.get_submodule(model.family.mlp_norm)
     return norm.register_forward_pre_hook(lambda _norm, args: middle.append(args[0]))
+
+
+def _no_middle(why: str) -> ConfigError:
+    return ConfigError(
+        f"search.granularity: expected heads, channels or blocks for a model that {why}, "
+        "of which criterion=block_influence has no scores"
+    )
 
 
 def _watched(module: nn.Module, site: Site, kinds: Sequence[Any], evidence: dict[Any, dict], length: int) -> Any:

@@ -1,7 +1,7 @@
 """Architectures as tables, loading, prunable sites, and running a model block by block (in memory or streamed)."""
 
 from pruneexp.model.checkpoint import Checkpoint
-from pruneexp.model.loaded import Call, Model, next_token_losses
+from pruneexp.model.loaded import Call, Model, next_token_losses, select_layers_
 from pruneexp.model.sites import decoder_layer_block, layer_sites, layer_structure
 from pruneexp.model.source import ModelSource
 
@@ -14,4 +14,5 @@ __all__ = [
     "layer_sites",
     "layer_structure",
     "next_token_losses",
+    "select_layers_",
 ]

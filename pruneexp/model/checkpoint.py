@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ class Checkpoint:
     """The safetensors files of a folder as one mapping from tensor name to tensor.
 
     Names are looked up as the module spells them, and with `base_prefix` left out or put in front: checkpoints of a
-    base model (BLOOM's, OPT's) leave it out.
+    base model (BLOOM's, OPT's) leave it out. `stored_as`: beginnings of names, and what they may be called instead.
 
     Raises:
         ConfigError: the folder holds no safetensors, or its index points to a file that is not there.
     """
 
-    def __init__(self, folder: Path, base_prefix: str = ""):
-        self.folder, self.base_prefix = folder, base_prefix
+    def __init__(self, folder: Path, base_prefix: str = "", stored_as: Sequence[tuple[str, str]] = ()):
+        self.folder, self.base_prefix, self.stored_as = folder, base_prefix, stored_as
         self._files: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         for file in safetensors_files(folder):
@@ -54,7 +54,8 @@ class Checkpoint:
 
     def _spelling(self, name: str) -> str | None:
         prefix = f"{self.base_prefix}."
-        for spelling in (name, name.removeprefix(prefix), prefix + name):
+        others = [stored + name.removeprefix(own) for own, stored in self.stored_as if name.startswith(own)]
+        for spelling in (name, name.removeprefix(prefix), prefix + name, *others):
             if spelling in self._files:
                 return spelling
         return None

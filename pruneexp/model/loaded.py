@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model.checkpoint import Checkpoint
-from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, layer_sites
+from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, kv_elements, layer_sites
 from pruneexp.modeling_pruned import Family
 from pruneexp.progress import progress
 from pruneexp.types import Block, RunError, Site
+
+PER_LAYER = ("layer_types", "no_rope_layers")  # config attributes with one value a layer
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Model:
         return layers
 
     @property
+    def configs(self) -> tuple[Any, ...]:
+        """The configs that the model goes by: its stock one, and what its module and base model hold."""
+        held = (self.config, self.module.config, self.module.base_model.config)
+        return tuple({id(config): config for config in held}.values())
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
@@ -74,7 +82,7 @@ class Model:
     @property
     def kv_elements(self) -> int:
         """KV-cache elements per token, over all layers."""
-        return sum(site.units * site.cost.kv for site in self.sites())
+        return sum(kv_elements(layer, self.family, self.config) for layer in self.layers)
 
     @property
     def params(self) -> int:
@@ -206,6 +214,15 @@ class Model:
         finally:
             for layer in layers:
                 layer.__dict__.pop("forward", None)
+
+
+def select_layers_(config: Any, kept: Sequence[int]) -> None:
+    """Makes a config that of a model with the layers `kept` alone, in that order."""
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [values[index] for index in kept])
 
 
 def check_finite(module: nn.Module, prefix: str) -> None:

@@ -6,37 +6,37 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pruneexp.modeling_pruned import (
+    FFN_ROWS,
     Family,
     LayerStructure,
     RemovedAttention,
     Writer,
-    head_size,
-    is_pre_norm,
+    as_matrix,
+    head_layout,
+    linear_sizes,
     slope_heads,
+    split_parts,
 )
 from pruneexp.types import Block, Cost, Site, SiteWeights
 
 
 def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStructure:
     """The layer's widths, as it stands."""
-    reader, down = _linear(layer, family.attention_reader), _linear(layer, family.mlp_reader)
-    heads = reader.in_features // head_size(config)
+    reader, down = (_linear(layer, path) for path in (family.attention_reader, family.mlp_reader))
+    layout = head_layout(family, config)
+    heads = linear_sizes(reader)[0] // layout.size
     return LayerStructure(
         num_attention_heads=heads,
-        num_key_value_heads=heads // query_group(config),
-        intermediate_size=down.in_features,
+        num_key_value_heads=layout.key_value_heads(heads),
+        intermediate_size=linear_sizes(down)[0],
         attention_output_bias=reader.bias is not None,
         mlp_output_bias=down.bias is not None,
         kept_heads=slope_heads(layer.get_submodule(family.attention), family),
     )
-
-
-def query_group(config: Any) -> int:
-    """G: query heads that share one key/value head."""
-    return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> tuple[Site, ...]:
@@ -45,18 +45,17 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
     `prefix` is the layer's module path ("model.layers.0"). The cost of a unit is counted on the real tensors.
     """
     sites = []
-    head_dim, group = head_size(config), query_group(config)
+    layout = head_layout(family, config)
     if not isinstance(layer.get_submodule(family.attention), RemovedAttention):
-        reader = _linear(layer, family.attention_reader)
-        units = reader.in_features // (group * head_dim)
-        cost = _unit_cost(
-            layer, family.attention_writers, reader, units, kv=2 * head_dim, context_macs=2 * group * head_dim
-        )
-        sites.append(Site(f"{prefix}.{family.attention}", "attention", index, units, group * head_dim, cost))
-    down = _linear(layer, family.mlp_reader)
-    if down.in_features:
-        cost = _unit_cost(layer, family.mlp_writers, down, down.in_features)
-        sites.append(Site(f"{prefix}.{family.mlp}", "mlp", index, down.in_features, 1, cost))
+        width = layout.group * layout.size
+        units = linear_sizes(_linear(layer, family.attention_reader))[0] // width
+        kv = 0 if layout.shared else 2 * layout.size
+        cost = _unit_cost(layer, family, "attention", layout.rows, width, kv=kv, context_macs=2 * width)
+        sites.append(Site(f"{prefix}.{family.attention}", "attention", index, units, width, cost))
+    channels = linear_sizes(_linear(layer, family.mlp_reader))[0]
+    if channels:
+        cost = _unit_cost(layer, family, "mlp", FFN_ROWS, 1)
+        sites.append(Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, cost))
     return tuple(sites)
 
 
@@ -73,23 +72,21 @@ def decoder_layer_block(
     sites = layer_sites(layer, index, family, config, prefix)
     weights, norms = {}, {}
     for site in sites:
-        attention = site.kind == "attention"
-        writers = family.attention_writers if attention else family.mlp_writers
-        reader = _linear(layer, family.attention_reader if attention else family.mlp_reader)
-        rows = _role_rows(config) if attention else {"gate": 1, "up": 1}
-        weights[site.name] = _site_weights(layer, writers, reader, site.units, rows, read)
-        norm = layer.get_submodule(family.attention_norm if attention else family.mlp_norm)
-        scale = getattr(norm, "weight", None)
-        if is_pre_norm(family, config) and isinstance(scale, Tensor):
-            norms[site.name] = scale.detach()
+        weights[site.name] = _site_weights(layer, family, site, unit_rows(family, site, config), read)
+        path = family.attention_norm if site.kind == "attention" else family.mlp_norm
+        scale = None if path is None else getattr(layer.get_submodule(path), "weight", None)
+        if isinstance(scale, Tensor):
+            norms[site.name] = scale.detach() + family.norm_offset if family.norm_offset else scale.detach()
     return Block(prefix, index, sites, weights, norms)
 
 
 def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site:
     """The whole decoder layer as a site of one unit; all its parameters leave with it."""
     sites = layer_sites(layer, index, family, config, prefix)
-    rest = (sum(site.units * getattr(site.cost, what) for site in sites) for what in ("macs", "kv", "context_macs"))
-    return Site(prefix, "block", index, 1, 0, Cost(sum(p.numel() for p in layer.parameters()), *rest))
+    macs, context_macs = (sum(s.units * getattr(s.cost, what) for s in sites) for what in ("macs", "context_macs"))
+    macs += shared_rows(layer, family) * config.hidden_size
+    params = sum(p.numel() for p in layer.parameters())
+    return Site(prefix, "block", index, 1, 0, Cost(params, macs, kv_elements(layer, family, config), context_macs))
 
 
 def as_whole(site: Site) -> Site:
@@ -99,48 +96,85 @@ def as_whole(site: Site) -> Site:
 
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
-    """The writers and the reader's path of a site."""
-    if site.kind == "attention":
-        return family.attention_writers, family.attention_reader
-    return family.mlp_writers, family.mlp_reader
+    """The writers and the reader's path of a site. A writer that serves all units alike is none."""
+    return _writers(family, site.kind), family.attention_reader if site.kind == "attention" else family.mlp_reader
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    found = layer.get_submodule(path)
-    assert isinstance(found, nn.Linear), path
-    return found
+def unit_rows(family: Family, site: Site, config: Any) -> dict[str, int]:
+    """Rows of one of the site's units in each part of its writers."""
+    return head_layout(family, config).rows if site.kind == "attention" else FFN_ROWS
 
 
-def _role_rows(config: Any) -> dict[str, int]:
-    """Rows of one KV group in each part: its query heads, its key head, its value head."""
-    head_dim = head_size(config)
-    return {"query": query_group(config) * head_dim, "key": head_dim, "value": head_dim}
+def kv_elements(layer: nn.Module, family: Family, config: Any) -> int:
+    """KV-cache elements per token of one layer."""
+    layout = head_layout(family, config)
+    return 2 * layout.size * layer_structure(layer, family, config).num_key_value_heads
+
+
+def head_norm_rows(layer: nn.Module, norm: Writer) -> dict[str, Tensor]:
+    """Weights (and biases) of a norm of queries or keys by name below the norm, each [heads * size]: one norm over all
+    of them, or a list of norms, one a head ("norms.{}.weight")."""
+    module: Any = layer.get_submodule(norm.path)
+    if not hasattr(module, "norms"):
+        return dict(module.named_parameters())
+    leaves = [leaf for leaf, _ in module.norms[0].named_parameters()] if len(module.norms) else []
+    return {f"norms.{{}}.{leaf}": torch.cat([getattr(one, leaf) for one in module.norms]) for leaf in leaves}
+
+
+def _writers(family: Family, kind: str) -> tuple[Writer, ...]:
+    writers = family.attention_writers if kind == "attention" else family.mlp_writers
+    return tuple(w for w in writers if not set(w.roles) <= set(family.shared_roles))
+
+
+def shared_rows(layer: nn.Module, family: Family) -> int:
+    """Rows of the attention's writers that belong to no unit."""
+    if not family.shared_roles or isinstance(layer.get_submodule(family.attention), RemovedAttention):
+        return 0
+    rows = sum(linear_sizes(layer.get_submodule(w.path))[1] for w in family.attention_writers)
+    return rows - linear_sizes(layer.get_submodule(family.attention_reader))[0]
+
+
+def _linear(layer: nn.Module, path: str) -> Any:
+    """A linear layer, or GPT-2's Conv1D."""
+    return layer.get_submodule(path)
 
 
 def _unit_cost(
-    layer: nn.Module, writers: tuple[Writer, ...], reader: nn.Linear, units: int, kv: int = 0, context_macs: int = 0
+    layer: nn.Module,
+    family: Family,
+    kind: str,
+    rows: dict[str, int],
+    width: int,
+    kv: int = 0,
+    context_macs: int = 0,
 ) -> Cost:
-    linears = [_linear(layer, w.path) for w in writers]
-    macs = (sum(w.weight.numel() for w in linears) + reader.weight.numel()) // units
-    biases = sum(w.bias.numel() for w in linears if w.bias is not None) // units
-    return Cost(params=macs + biases, macs=macs, kv=kv, context_macs=context_macs)
+    reader = _linear(layer, family.attention_reader if kind == "attention" else family.mlp_reader)
+    macs, vectors = width * linear_sizes(reader)[1], 0
+    for writer in _writers(family, kind):
+        linear = _linear(layer, writer.path)
+        own = sum(rows[role] for role in writer.roles if role not in family.shared_roles)
+        macs += own * linear_sizes(linear)[0]
+        vectors += own * (linear.bias is not None)
+    for norm in family.head_norms if kind == "attention" else ():
+        if norm.roles[0] not in family.shared_roles:
+            vectors += rows[norm.roles[0]] * len(head_norm_rows(layer, norm))
+    return Cost(params=macs + vectors, macs=macs, kv=kv, context_macs=context_macs)
 
 
 def _site_weights(
-    layer: nn.Module,
-    writers: tuple[Writer, ...],
-    reader: nn.Linear,
-    units: int,
-    rows: dict[str, int],
-    read: Callable[[Tensor], Tensor],
+    layer: nn.Module, family: Family, site: Site, rows: dict[str, int], read: Callable[[Tensor], Tensor]
 ) -> SiteWeights:
+    writers, reader_path = site_parts(family, site)
     weights, biases = {}, {}
     for writer in writers:
         linear = _linear(layer, writer.path)
-        sizes = [rows[role] for role in writer.roles]
-        by_unit = read(linear.weight).view(units, sum(sizes), -1)
-        weights.update(zip(writer.roles, by_unit.split(sizes, dim=1), strict=True))
+        matrix = as_matrix(linear, read(linear.weight))
+        weights.update(split_parts(matrix, writer, site.units, rows, family.shared_roles))
         if linear.bias is not None:
-            biases.update(zip(writer.roles, read(linear.bias).view(units, -1).split(sizes, dim=1), strict=True))
+            biases.update(split_parts(read(linear.bias), writer, site.units, rows, family.shared_roles))
+    for role in family.shared_roles:
+        weights.pop(role, None)
+        biases.pop(role, None)
+    reader = _linear(layer, reader_path)
     bias = None if reader.bias is None else read(reader.bias)
-    return SiteWeights(weights, biases, read(reader.weight), bias)
+    return SiteWeights(weights, biases, as_matrix(reader, read(reader.weight)), bias)

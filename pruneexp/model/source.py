@@ -167,7 +167,7 @@ class ModelSource:
         _quiet_transformers()
         model_class, config, family = _model_class(folder, config_json["model_type"])
         device = torch.device(self.device)
-        checkpoint = Checkpoint(folder, model_class.base_model_prefix)
+        checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
         module = _skeleton(model_class, config, dtype)
         layers_path = f"{module.base_model_prefix}.{family.layers}"
         _check_names(module, checkpoint, self.path)
@@ -229,18 +229,30 @@ def _model_class(folder: Path, model_type: str) -> tuple[Any, Any, modeling_prun
     import transformers
 
     family = modeling_pruned.FAMILIES[model_type.removeprefix("pruned_")]
-    names = (f"{family.stock}ForCausalLM", f"{family.stock}Config")
+    names = (family.causal_lm or f"{family.stock}ForCausalLM", f"{family.stock}Config")
+    if not all(hasattr(transformers, name) for name in names):
+        raise ConfigError(
+            f"model.path={str(folder)!r}: model_type {model_type!r} needs transformers >= {family.since}; "
+            f"{transformers.__version__} is installed"
+        )
     if model_type in modeling_pruned.FAMILIES:
         model_class, config_class = (getattr(transformers, name) for name in names)
     else:
-        model_class, config_class = (modeling_pruned.__getattr__(f"Pruned{name}") for name in names)
+        own = (f"Pruned{family.stock}{what}" for what in ("ForCausalLM", "Config"))
+        model_class, config_class = (modeling_pruned.__getattr__(name) for name in own)
     try:
-        return model_class, config_class.from_pretrained(folder), family
+        config = config_class.from_pretrained(folder)
+        stock = modeling_pruned.stock_config(config) if model_type.startswith("pruned_") else config
+        family = modeling_pruned.family_of(stock)
     except Exception as error:  # each config class checks itself in its own way
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"model.path={str(folder)!r}: config.json does not describe a {model_type} model ({reason})"
         ) from error
+    for name, value in family.impossible:
+        if getattr(stock, name) == value:
+            raise ConfigError(f"model.path={str(folder)!r}: a {model_type} model with {name}={value} is not supported")
+    return model_class, config, family
 
 
 def _tokenizer(folder: Path, config: Any) -> Any:
@@ -285,23 +297,28 @@ def _load_outside_(
     module.set_submodule(layers_path, nn.ModuleList())
     tied = set(module.all_tied_weights_keys) if config.tie_word_embeddings else set()
     for path, part in list(module.named_modules()):
+        _compute_buffers_(module, part, device)
         own = nn.Module()  # the part's own tensors alone
         own._parameters = {k: v for k, v in part._parameters.items() if f"{path}.{k}" not in tied}
         own._buffers = {k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set}
         load_into_(own, checkpoint, f"{path}." if path else "", device, dtype, copy=True)
         part._parameters.update(own._parameters)
         part._buffers.update(own._buffers)
-        computed = [k for k in part._non_persistent_buffers_set if part._buffers.get(k) is not None]
-        if computed:  # rotary frequencies: not stored anywhere, computed when the module is made
-            pruned = config.model_type.startswith("pruned_")
-            fresh: Any = type(part)(config=modeling_pruned.stock_config(config) if pruned else config)
-            for key in computed:
-                part._buffers[key] = fresh._buffers[key].to(device)
     if config.tie_word_embeddings:
         module.tie_weights()
     check_finite(module, "")
     module.set_submodule(layers_path, layers)
     checkpoint.close()
+
+
+@torch.no_grad()
+def _compute_buffers_(module: Any, part: nn.Module, device: torch.device) -> None:
+    """Buffers that are stored nowhere, but computed when a model is made: rotary frequencies, scales of embeddings.
+    As transformers does it after loading; the part's weights are on the meta device still, and stay untouched."""
+    computed = {k: b for k, b in part._buffers.items() if k in part._non_persistent_buffers_set and b is not None}
+    part._buffers.update({key: torch.empty_like(buffer, device=device) for key, buffer in computed.items()})
+    if computed:
+        module._init_weights(part)
 
 
 def _quiet_transformers() -> None:

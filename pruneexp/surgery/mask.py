@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Model
-from pruneexp.model.sites import site_parts
+from pruneexp.model.sites import site_parts, unit_rows
 from pruneexp.types import Plan, Site
 
 Readers = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> weight [O, K], bias [O]
@@ -48,6 +50,9 @@ def masked_layer(model: Model, index: int, plan: Plan, readers: Readers | None =
             elif plan.removed(site):
                 reader = layer.get_submodule(site_parts(model.family, site)[1])
                 handles.append(reader.register_forward_pre_hook(_zeroing(site, plan, model.device)))
+            for norm, forward in _fewer_heads(model, layer, site, plan):
+                norm.forward = forward
+                silenced.append(norm)
         yield layer
     finally:
         for handle in handles:
@@ -67,6 +72,32 @@ def _replacement(site: Site, plan: Plan, weight_OK: Tensor, bias_O: Tensor | Non
     kept = plan.sites[site.name].kept if site.name in plan.sites else range(site.units)
     keep_C = site.keep_C(kept).to(device)
     return lambda x: nn.functional.linear(x.index_select(-1, keep_C), weight_OK, bias_O)
+
+
+def _fewer_heads(model: Model, layer: nn.Module, site: Site, plan: Plan) -> Iterator[tuple[nn.Module, Any]]:
+    """Norms over the queries or keys of all heads (OLMo 2): of the kept heads they see those alone, as they will once
+    the others are gone. The others' channels become zeros."""
+    if site.kind != "attention" or not plan.removed(site) or not plan.sites[site.name].kept:
+        return
+    rows = unit_rows(model.family, site, model.config)
+    for writer in model.family.head_norms:
+        norm: Any = layer.get_submodule(writer.path)
+        if hasattr(norm, "norms") or writer.roles[0] in model.family.shared_roles:
+            continue
+        width = rows[writer.roles[0]]
+        keep = replace(site, width=width).keep_C(plan.sites[site.name].kept).to(model.device)
+        yield norm, _narrowed(norm, keep)
+
+
+def _narrowed(norm: Any, keep: Tensor) -> Any:
+    own = copy(norm)  # without its hooks, and never the forward that stands in for it meanwhile
+    own._parameters = {name: p.index_select(0, keep) for name, p in norm._parameters.items() if p is not None}
+    forward = type(norm).forward
+
+    def narrowed(x: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_copy(-1, keep, forward(own, x.index_select(-1, keep)))
+
+    return narrowed
 
 
 def _skip(model: Model) -> Any:

@@ -7,46 +7,19 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pruneexp import modeling_pruned
-from pruneexp.model import Checkpoint, Model, layer_structure
-from pruneexp.modeling_pruned import FAMILIES, LayerStructure, head_size
+from pruneexp.model import Checkpoint, Model
+from pruneexp.surgery.forms import REMOTE_CODE, Form, save_form
 from pruneexp.surgery.prove import BlockProof
 from pruneexp.types import RunError
 
 SHARD_BYTES = 4 * 2**30
 STREAMED_SHARD_BYTES = 2**26  # what waits to be written counts as memory, so that a large layer is a shard
-REMOTE_CODE = Path(modeling_pruned.__file__)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a pruned model is written down. `kind`: "stock" (loads with plain transformers) or "remote_code"."""
-
-    kind: str
-    why: str
-    config: Any  # the config to save
-    zero_biases: tuple[str, ...] = ()  # linear layers, below a decoder layer, whose stock class insists on a bias
-
-
-def save_form(model: Model) -> Form:
-    """The simplest faithful form: a stock architecture where all layers are alike and one can say so, else the
-    modeling file beside the weights with the structure in `per_layer_config`."""
-    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
-    before = _original_structure(model)
-    if all(s == before for s in structures):
-        return Form("stock", "no width changed", deepcopy(model.config))
-    if any(s != structures[0] for s in structures):
-        return _remote_code(model, structures, "widths differ between layers")
-    return _uniform_stock(model, structures[0], before) or _remote_code(
-        model, structures, f"{model.config.model_type} has no stock form of these widths"
-    )
 
 
 def save(model: Model, folder: Path) -> Form:
@@ -84,104 +57,6 @@ def write_description(model: Model, form: Form, folder: Path) -> None:
         model.module.generation_config.save_pretrained(folder)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
-
-
-def _original_structure(model: Model) -> LayerStructure:
-    """What a stock decoder layer of the model's config looks like."""
-    config = model.config
-    with torch.device("meta"):
-        one = deepcopy(config)
-        one.num_hidden_layers = 1
-        if getattr(one, "layer_types", None):
-            one.layer_types = one.layer_types[:1]
-        stock = type(model.module)._from_config(one) if not _is_pruned(model) else _stock_module(one)
-    return layer_structure(stock.base_model.get_submodule(model.family.layers)[0], model.family, config)
-
-
-def _stock_module(config: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, f"{FAMILIES[config.model_type].stock}ForCausalLM")._from_config(config)
-
-
-def _is_pruned(model: Model) -> bool:
-    return model.module.config.model_type.startswith("pruned_")
-
-
-def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructure) -> Form | None:
-    """A stock config for `structure` in every layer, where the family (or one that computes the same) has it."""
-    config, heads = deepcopy(model.config), structure.num_attention_heads
-    if heads == 0 or structure.intermediate_size == 0:
-        return None
-    biases_kept = (structure.attention_output_bias, structure.mlp_output_bias) == (
-        before.attention_output_bias,
-        before.mlp_output_bias,
-    )
-    if config.model_type == "opt":
-        if heads != before.num_attention_heads or not biases_kept:
-            return None
-        config.ffn_dim = structure.intermediate_size
-        return Form("stock", "all layers have one width", config)
-    if config.model_type not in ("llama", "mistral"):
-        return None
-    if getattr(config, "sliding_window", None) is not None and not biases_kept:
-        return None  # only Mistral has the window, and it has no biases
-    return _uniform_llama(model, structure, biases_kept)
-
-
-def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -> Form:
-    """LLaMA with other widths. Where the heads do not divide the hidden size, LLaMA's config refuses them; Mistral
-    (no biases) and Granite (biases; its multipliers set to 1) compute the same and accept them."""
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    values |= {
-        "num_attention_heads": structure.num_attention_heads,
-        "num_key_value_heads": structure.num_key_value_heads,
-        "intermediate_size": structure.intermediate_size,
-        "head_dim": head_size(model.config),
-    }
-    divides = model.config.hidden_size % structure.num_attention_heads == 0
-    linears: list[str] = []
-    if not biases_kept:
-        values |= {"attention_bias": structure.attention_output_bias, "mlp_bias": structure.mlp_output_bias}
-        attention = [*model.family.attention_writers] if structure.attention_output_bias else []
-        mlp = [*model.family.mlp_writers] if structure.mlp_output_bias else []
-        linears = [writer.path for writer in attention + mlp]
-    if model.config.model_type == "mistral" and biases_kept:
-        stock, why = "Mistral", "all layers have one width"
-    elif divides:
-        stock, why = "Llama", "all layers have one width"
-    elif not values.get("attention_bias") and not values.get("mlp_bias"):
-        stock, why = "Mistral", "all layers have one width; LLaMA's config wants heads to divide the hidden size"
-        values["sliding_window"] = None
-    else:
-        stock, why = "Granite", "all layers have one width; LLaMA's config wants heads to divide the hidden size"
-        values |= {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
-        values["attention_multiplier"] = head_size(model.config) ** -0.5
-    import transformers
-
-    config = getattr(transformers, f"{stock}Config")(**values)
-    config.architectures = [f"{stock}ForCausalLM"]
-    return Form("stock", why, config, tuple(linears))
-
-
-def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Form:
-    stock = model.family.stock
-    config_class = modeling_pruned.__getattr__(f"Pruned{stock}Config")
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    per_layer = {index: structure.to_config() for index, structure in enumerate(structures)}
-    if getattr(model.config, "num_key_value_heads", None) is None:
-        for layer in per_layer.values():
-            layer.pop("num_key_value_heads")
-    config = config_class(**values, per_layer_config=per_layer)
-    name = f"Pruned{stock}ForCausalLM"
-    config.architectures = [name]
-    file = REMOTE_CODE.stem
-    config.auto_map = {
-        "AutoConfig": f"{file}.Pruned{stock}Config",
-        "AutoModel": f"{file}.Pruned{stock}Model",
-        "AutoModelForCausalLM": f"{file}.{name}",
-    }
-    return Form("remote_code", why, config)
 
 
 def _tensors(model: Model, form: Form) -> Iterable[tuple[str, Tensor]]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruneexp.model import Model
-from pruneexp.model.sites import layer_structure, query_group, site_parts
+from pruneexp.model import Model, select_layers_
+from pruneexp.model.sites import head_norm_rows, layer_structure, site_parts, unit_rows
 from pruneexp.modeling_pruned import (
     LayerStructure,
-    head_size,
-    is_pre_norm,
+    Writer,
+    as_matrix,
+    head_layout,
+    join_parts,
     number_caches_,
     resize_layer_,
+    split_parts,
 )
 from pruneexp.surgery.mask import Readers
 from pruneexp.types import Plan, RunError, Site
@@ -44,29 +48,29 @@ def shrink_layer_(model: Model, index: int, plan: Plan, readers: Readers | None 
     for site in sites:
         tensors.update(_kept_tensors(model, layer, site, plan, readers.get(site.name)))
     structure = _structure_after(model, layer, sites, plan, readers)
-    resize_layer_(layer, model.family, structure, head_size(model.config), is_pre_norm(model.family, model.config))
+    resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
     parameters = dict(layer.named_parameters())
     for name, tensor in tensors.items():
         if name in parameters:  # a removed sublayer's writers are gone
             owner_path, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(owner_path), leaf, nn.Parameter(tensor, requires_grad=False))
-    number_caches_(model.layers, model.family)
+            owner = layer.get_submodule(owner_path)
+            if leaf == "weight" and tensor.ndim == 2:
+                tensor = as_matrix(owner, tensor).contiguous()
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    number_caches_(model.layers, model.family, model.configs)
 
 
 def remove_blocks_(model: Model, plan: Plan) -> None:
     """Takes whole decoder layers out; those behind them move up."""
-    kept = [
-        (layer, model.origin[index])
-        for index, layer in enumerate(model.layers)
-        if plan.sites.get(f"{model.layers_path}.{index}") is None or plan.sites[f"{model.layers_path}.{index}"].kept
-    ]
-    if len(kept) == len(model.layers):
+    plans = [plan.sites.get(f"{model.layers_path}.{index}") for index in range(len(model.layers))]
+    kept = [index for index, own in enumerate(plans) if own is None or own.kept]
+    if len(kept) == len(plans):
         return
-    model.module.set_submodule(model.layers_path, nn.ModuleList(layer for layer, _ in kept))
-    model.origin = [origin for _, origin in kept]
-    for config in (model.config, model.module.config, model.module.base_model.config):
-        config.num_hidden_layers = len(kept)
-    number_caches_(model.layers, model.family)
+    model.module.set_submodule(model.layers_path, nn.ModuleList(model.layers[index] for index in kept))
+    model.origin = [model.origin[index] for index in kept]
+    for config in model.configs:
+        select_layers_(config, kept)
+    number_caches_(model.layers, model.family, model.configs)
 
 
 def _structure_after(model: Model, layer: nn.Module, sites: list[Site], plan: Plan, readers: Readers) -> LayerStructure:
@@ -75,12 +79,13 @@ def _structure_after(model: Model, layer: nn.Module, sites: list[Site], plan: Pl
         kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
         bias = readers[site.name][1] is not None if site.name in readers else None
         if site.kind == "attention":
-            group = query_group(model.config)
+            layout = head_layout(model.family, model.config)
+            group = layout.group
             before = structure.kept_heads
             structure = replace(
                 structure,
                 num_attention_heads=len(kept) * group,
-                num_key_value_heads=len(kept),
+                num_key_value_heads=layout.key_value_heads(len(kept) * group),
                 attention_output_bias=structure.attention_output_bias if bias is None else bias,
                 kept_heads=before and tuple(before[u * group + g] for u in kept for g in range(group)),
             )
@@ -103,13 +108,20 @@ def _kept_tensors(
     writers, reader_path = site_parts(model.family, site)
     tensors = {}
     for writer in writers:
-        for leaf, parameter in layer.get_submodule(writer.path).named_parameters():
-            by_unit = parameter.view(site.units, -1, *parameter.shape[1:])
-            tensors[f"{writer.path}.{leaf}"] = by_unit.index_select(0, units).flatten(0, 1)
-    linear = layer.get_submodule(reader_path)
-    assert isinstance(linear, nn.Linear)
+        linear = layer.get_submodule(writer.path)
+        for leaf, parameter in linear.named_parameters():
+            rows = as_matrix(linear, parameter) if parameter.ndim == 2 else parameter
+            tensors[f"{writer.path}.{leaf}"] = _kept_rows(model, rows, writer, site, units)
+    for norm in model.family.head_norms if site.kind == "attention" else ():
+        for name, weight in head_norm_rows(layer, norm).items():
+            own = _kept_rows(model, weight, norm, site, units)
+            heads = own.split(head_layout(model.family, model.config).size)
+            by_head = {f"{norm.path}.{name.format(i)}": head for i, head in enumerate(heads)}
+            tensors.update(by_head if "{}" in name else {f"{norm.path}.{name}": own})
+    linear: Any = layer.get_submodule(reader_path)
     if reader is None:
-        weight, bias = linear.weight.index_select(1, site.keep_C(kept).to(model.device)), linear.bias
+        matrix = as_matrix(linear, linear.weight)
+        weight, bias = matrix.index_select(1, site.keep_C(kept).to(model.device)), linear.bias
     else:
         weight, bias = (None if t is None else t.to(linear.weight) for t in reader)
         for tensor in (weight, bias):
@@ -120,3 +132,11 @@ def _kept_tensors(
     if bias is not None:
         tensors[f"{reader_path}.bias"] = bias.detach()
     return tensors
+
+
+def _kept_rows(model: Model, rows: Tensor, writer: Writer, site: Site, units: Tensor) -> Tensor:
+    """The rows of the kept units, and those that belong to none."""
+    shared = model.family.shared_roles
+    parts = split_parts(rows, writer, site.units, unit_rows(model.family, site, model.config), shared)
+    kept = {role: part if role in shared else part.index_select(0, units) for role, part in parts.items()}
+    return join_parts(kept, writer)

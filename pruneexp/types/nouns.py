@@ -40,7 +40,9 @@ class Site:
 
     name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp"
     kind: (
-        str  # "attention" (unit = KV group: a key/value head and its query heads), "mlp" (unit = FFN channel), "block"
+        # "attention" (unit = KV group: a key/value head and its query heads; a query head where one key/value head
+        # serves all), "mlp" (unit = FFN channel), "block"
+        str
     )
     layer: int  # index of the decoder layer in the original model
     units: int  # U
@@ -62,7 +64,7 @@ class Site:
 class SiteWeights:
     """The weights of one site, ordered by unit: views, never written to."""
 
-    writers: Mapping[str, Tensor]  # role ("query", "key", "value", "gate", "up") -> [U, R, D]
+    writers: Mapping[str, Tensor]  # role ("query", "key", "value", "gate", "up"; not of shared heads) -> [U, R, D]
     writer_biases: Mapping[str, Tensor]  # role -> [U, R]; empty where there are none
     reader: Tensor  # [O, C]
     reader_bias: Tensor | None  # [O]

@@ -1,0 +1,200 @@
+"""In which form a pruned model is written down: a stock architecture, or the modeling file beside the weights."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruneexp import modeling_pruned
+from pruneexp.model import Model, layer_structure, select_layers_
+from pruneexp.modeling_pruned import FAMILIES, LayerStructure, head_size
+
+logger = logging.getLogger("pruneexp")
+
+REMOTE_CODE = Path(modeling_pruned.__file__)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a pruned model is written down. `kind`: "stock" (loads with plain transformers) or "remote_code"."""
+
+    kind: str
+    why: str
+    config: Any  # the config to save
+    zero_biases: tuple[str, ...] = ()  # linear layers, below a decoder layer, whose stock class insists on a bias
+
+
+def save_form(model: Model) -> Form:
+    """The simplest faithful form: a stock architecture where all layers are alike and one can say so, else the
+    modeling file beside the weights with the structure in `per_layer_config`."""
+    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    before = _original_structure(model)
+    if all(s == before for s in structures):
+        return Form("stock", "no width changed", deepcopy(model.config))
+    if any(s != structures[0] for s in structures):
+        return _remote_code(model, structures, "widths differ between layers")
+    return _uniform_stock(model, structures[0], before) or _remote_code(
+        model, structures, f"{model.config.model_type} has no stock form of these widths"
+    )
+
+
+def _original_structure(model: Model) -> LayerStructure:
+    """What a stock decoder layer of the model's config looks like."""
+    config = model.config
+    with torch.device("meta"):
+        one = deepcopy(config)
+        select_layers_(one, [0])
+        stock = _stock_class(one.model_type)._from_config(one)
+    return layer_structure(stock.base_model.get_submodule(model.family.layers)[0], model.family, config)
+
+
+def _stock_class(model_type: str) -> Any:
+    import transformers
+
+    family = FAMILIES[model_type]
+    return getattr(transformers, family.causal_lm or f"{family.stock}ForCausalLM")
+
+
+def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructure) -> Form | None:
+    """A stock config for `structure` in every layer, where the family (or one that computes the same) has it."""
+    config, heads = model.config, structure.num_attention_heads
+    if heads == 0 or structure.intermediate_size == 0:
+        return None
+    biases_kept = (structure.attention_output_bias, structure.mlp_output_bias) == (
+        before.attention_output_bias,
+        before.mlp_output_bias,
+    )
+    if config.model_type not in ("llama", "mistral"):
+        return _uniform_own(model, structure)
+    if getattr(config, "sliding_window", None) is not None and not biases_kept:
+        return None  # only Mistral has the window, and it has no biases
+    return _uniform_llama(model, structure, biases_kept)
+
+
+@dataclass(frozen=True)
+class StockWidths:
+    """What a stock config can say of all layers: config keys, None where it cannot. A bias flag gives one to the
+    sublayer's writers, too."""
+
+    intermediate_size: str = "intermediate_size"
+    num_attention_heads: str | None = None
+    num_key_value_heads: str | None = None
+    attention_output_bias: str | None = None
+    mlp_output_bias: str | None = None
+
+
+_HEADS = StockWidths(num_attention_heads="num_attention_heads", num_key_value_heads="num_key_value_heads")
+_HEADS_BIAS = replace(_HEADS, attention_output_bias="attention_bias")
+STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / heads need a `head_dim` that is heeded
+    "falcon": StockWidths("ffn_hidden_size"),
+    "gemma": _HEADS_BIAS,
+    "gemma2": _HEADS_BIAS,
+    "gemma3_text": _HEADS_BIAS,
+    "gpt2": StockWidths("n_inner"),
+    "gpt_neox": StockWidths(),
+    "granite": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
+    "olmo2": _HEADS_BIAS,
+    "opt": StockWidths("ffn_dim"),
+    "phi3": _HEADS,
+    "qwen2": _HEADS,
+    "qwen3": _HEADS_BIAS,
+    "smollm3": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
+    "stablelm": StockWidths(),
+}
+
+
+def _uniform_own(model: Model, structure: LayerStructure) -> Form | None:
+    """The model's own stock class with other widths, where its config takes them and builds what they say."""
+    widths = STOCK_WIDTHS.get(model.config.model_type)
+    if widths is None:
+        return None
+    before = _original_structure(model)
+    values = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
+    linears: list[str] = []
+    for what, key in asdict(widths).items():
+        if getattr(structure, what) == getattr(before, what):
+            continue
+        if key is None:
+            return None
+        values[key] = getattr(structure, what)
+        if what == "num_attention_heads":
+            values["head_dim"] = head_size(model.config)
+        elif what.endswith("_bias"):
+            writers = model.family.attention_writers if what.startswith("attention") else model.family.mlp_writers
+            linears += [writer.path for writer in writers]
+    try:
+        config = type(model.config)(**values)
+        family = modeling_pruned.family_of(config)
+        with torch.device("meta"):
+            one = deepcopy(config)
+            select_layers_(one, [0])
+            layer = _stock_class(one.model_type)._from_config(one).base_model.get_submodule(family.layers)[0]
+    except Exception as error:  # each config class checks itself in its own way
+        logger.debug("%s: no stock config of these widths (%s)", model.config.model_type, error)
+        return None
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (layer, model.layers[0])]
+    missing = {f"{path}.bias" for path in linears}
+    same = all(shapes[0].get(name) == shape for name, shape in shapes[1].items())
+    if not same or not set(shapes[0]) - set(shapes[1]) <= missing or head_size(config) != head_size(model.config):
+        return None
+    return Form("stock", "all layers have one width", config, tuple(linears))
+
+
+def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -> Form:
+    """LLaMA with other widths. Where the heads do not divide the hidden size, LLaMA's config refuses them; Mistral
+    (no biases) and Granite (biases; its multipliers set to 1) compute the same and accept them."""
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
+    values |= {
+        "num_attention_heads": structure.num_attention_heads,
+        "num_key_value_heads": structure.num_key_value_heads,
+        "intermediate_size": structure.intermediate_size,
+        "head_dim": head_size(model.config),
+    }
+    divides = model.config.hidden_size % structure.num_attention_heads == 0
+    linears: list[str] = []
+    if not biases_kept:
+        values |= {"attention_bias": structure.attention_output_bias, "mlp_bias": structure.mlp_output_bias}
+        attention = [*model.family.attention_writers] if structure.attention_output_bias else []
+        mlp = [*model.family.mlp_writers] if structure.mlp_output_bias else []
+        linears = [writer.path for writer in attention + mlp]
+    if model.config.model_type == "mistral" and biases_kept:
+        stock, why = "Mistral", "all layers have one width"
+    elif divides:
+        stock, why = "Llama", "all layers have one width"
+    elif not values.get("attention_bias") and not values.get("mlp_bias"):
+        stock, why = "Mistral", "all layers have one width; LLaMA's config wants heads to divide the hidden size"
+        values["sliding_window"] = None
+    else:
+        stock, why = "Granite", "all layers have one width; LLaMA's config wants heads to divide the hidden size"
+        values |= {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+        values["attention_multiplier"] = head_size(model.config) ** -0.5
+    import transformers
+
+    config = getattr(transformers, f"{stock}Config")(**values)
+    config.architectures = [f"{stock}ForCausalLM"]
+    return Form("stock", why, config, tuple(linears))
+
+
+def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Form:
+    stock = model.family.stock
+    config_class = modeling_pruned.__getattr__(f"Pruned{stock}Config")
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
+    per_layer = {index: structure.to_config() for index, structure in enumerate(structures)}
+    if getattr(model.config, "num_key_value_heads", None) is None:
+        for layer in per_layer.values():
+            layer.pop("num_key_value_heads")
+    config = config_class(**values, per_layer_config=per_layer)
+    name = f"Pruned{stock}ForCausalLM"
+    config.architectures = [name]
+    file = REMOTE_CODE.stem
+    config.auto_map = {
+        "AutoConfig": f"{file}.Pruned{stock}Config",
+        "AutoModel": f"{file}.Pruned{stock}Model",
+        "AutoModelForCausalLM": f"{file}.{name}",
+    }
+    return Form("remote_code", why, config)

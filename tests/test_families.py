@@ -1,0 +1,365 @@
+"""Every family, whatever leaves it: masked, shrunk, saved and reloaded, it is the same model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pruneexp import modeling_pruned
+from pruneexp.calibrate import Meter, walk, walk_sites
+from pruneexp.compensator import Bias, LeastSquares, NoCompensation
+from pruneexp.evidence import Gram, Moments, WantedOutput
+from pruneexp.model import Model, next_token_losses
+from pruneexp.surgery import masked, save, shrink_
+from pruneexp.types import ConfigError, Plan, SitePlan
+from tests.tiny_families import TINY, tiny_model
+
+COMPENSATORS = {
+    "none": NoCompensation(False),
+    "bias": Bias(False),
+    "least_squares": LeastSquares(1e-3, "pruned", False),
+}
+GRANULARITIES = ("heads", "channels", "sublayer", "block")
+Made = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            tiny_model(name).save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Callable[[str], Path]) -> Made:
+    """A model of a family; held ones are copies of one that is loaded once."""
+    from pruneexp.model import ModelSource
+
+    made: dict[str, Model] = {}
+
+    def load(name: str, path: Path | None = None, stream: bool = False) -> Model:
+        path_ = str(path or folder(name))
+        source = ModelSource(name, path_, None, "float64", "cpu", stream, False, 4)
+        if stream or path is not None:
+            return source.load()
+        if name not in made:
+            made[name] = source.load()
+        return deepcopy(made[name])
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def evidence(loaded: Made, tokens_NT: torch.Tensor) -> Callable[[str], dict[str, Any]]:
+    """What the compensators ask for, of the dense model: compensator -> site name -> evidence."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def collect(name: str) -> dict[str, Any]:
+        if name not in made:
+            found: dict[str, Any] = {"none": {}, "bias": {}, "least_squares": {}}
+            for visit in walk(loaded(name), tokens_NT, (Moments, Gram), Meter(), "test", read_only=True):
+                found["bias"].update(visit.of(Moments))
+                found["least_squares"].update(visit.of(Gram))
+            made[name] = found
+        return made[name]
+
+    return collect
+
+
+@pytest.fixture(scope="module")
+def tokens_NT() -> torch.Tensor:
+    return torch.randint(3, 64, (6, 20), generator=torch.Generator().manual_seed(1))
+
+
+def plan_for(model: Model, granularity: str) -> Plan:
+    """Uneven heads or channels; both sublayers of layer 0 and the attention of layer 1 emptied; layer 0 removed."""
+    if granularity == "block":
+        return Plan({f"{model.layers_path}.0": SitePlan("block", 1, ())})
+    rng, sites = torch.Generator().manual_seed(3), {}
+    for site in model.sites():
+        kept = torch.randperm(site.units, generator=rng)[: max(1, site.units - 1 - site.layer)].sort().values.tolist()
+        if granularity == "sublayer" and (site.layer == 0 or (site.layer == 1 and site.kind == "attention")):
+            sites[site.name] = SitePlan(site.kind, site.units, ())
+        elif {"heads": "attention", "channels": "mlp"}.get(granularity) == site.kind:
+            sites[site.name] = SitePlan(site.kind, site.units, tuple(kept))
+    return Plan(sites)
+
+
+def readers_for(model: Model, plan: Plan, compensator: Any, evidence: dict[str, Any]) -> dict[str, Any]:
+    readers = {}
+    for index in range(len(model.layers)):
+        block = model.block(index)
+        for site in block.sites:
+            if plan.removed(site):
+                weights, keep_C = block.weights[site.name], site.keep_C(plan.sites[site.name].kept)
+                found = evidence.get(site.name)
+                readers[site.name] = compensator(weights.reader, weights.reader_bias, found, keep_C)
+    return readers
+
+
+@torch.no_grad()
+def logits(module: Any, tokens_NT: torch.Tensor) -> torch.Tensor:
+    return module(tokens_NT, use_cache=False).logits
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    """Norms in the stock code compute in float32: one rounding to the other side there is 1e-7 here."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def reload(path: Path) -> Any:
+    """As any user would, with transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    remote = "auto_map" in json.loads((path / "config.json").read_text())
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.HF_MODULES_CACHE
+    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
+    yield
+    dynamic_module_utils.HF_MODULES_CACHE = before
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_it_loads_as_transformers_loads_it(
+    name: str, loaded: Made, folder: Callable[[str], Path], tokens_NT: torch.Tensor
+) -> None:
+    model, streamed = loaded(name), loaded(name, stream=True)
+    assert torch.equal(logits(model.module, tokens_NT), logits(reload(folder(name)), tokens_NT))
+    assert torch.equal(model.token_losses(tokens_NT, 4), streamed.token_losses(tokens_NT, 4))
+    if model.module._supports_sdpa:
+        sdpa = logits(model.module, tokens_NT)
+        model.module.set_attn_implementation("eager")
+        close(logits(model.module, tokens_NT), sdpa, 1e-4)  # a softmax in float32
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_its_weights_by_role_are_what_leaves(name: str, loaded: Made) -> None:
+    model = loaded(name)
+    plan, sites, before = plan_for(model, "heads"), model.sites(), model.decoder_params
+    kv = model.kv_elements
+    block = model.block(1)
+    for site in block.sites:
+        weights = block.weights[site.name]
+        assert {len(w) for w in weights.writers.values()} == {site.units}
+        assert weights.reader.shape[1] == site.channels
+        matrices = sum(w.numel() for w in weights.writers.values()) + weights.reader.numel()
+        assert matrices == site.units * site.cost.macs
+        own = {p.untyped_storage().data_ptr() for p in model.layers[1].parameters()}
+        assert all(w.untyped_storage().data_ptr() in own for w in (*weights.writers.values(), weights.reader))
+    shrink_(model, plan)
+    assert before - model.decoder_params == sum(plan.removed(site) * site.cost.params for site in sites)
+    assert kv - model.kv_elements == sum(plan.removed(site) * site.cost.kv for site in sites)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", TINY)
+def test_masked_is_shrunk_is_saved(
+    name: str,
+    granularity: str,
+    loaded: Made,
+    evidence: Callable[[str], dict[str, Any]],
+    tokens_NT: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    for compensator, method in COMPENSATORS.items():
+        if granularity == "block" and compensator != "none":
+            continue  # nothing is left to compensate
+        model = loaded(name)
+        dense, plan = logits(model.module, tokens_NT), plan_for(model, granularity)
+        readers = readers_for(model, plan, method, evidence(name)[compensator])
+        with masked(model, plan, readers if compensator != "none" else {}):
+            expected = logits(model.module, tokens_NT)
+        assert torch.equal(logits(model.module, tokens_NT), dense), "masking left something behind"
+        assert not torch.allclose(expected, dense, atol=1e-3), "the plan changes nothing: the comparison would be empty"
+        shrink_(model, plan, readers)
+        shrunk = logits(model.module, tokens_NT)
+        close(shrunk, expected)
+        form = save(model, tmp_path / compensator)
+        assert form.kind == ("stock" if granularity == "block" else "remote_code")
+        again = reload(tmp_path / compensator)
+        close(logits(again, tokens_NT), shrunk)
+        parameters = sum(p.numel() for p in model.module.parameters())
+        assert sum(p.numel() for p in again.parameters()) == parameters
+        if compensator == "bias" or granularity == "block":
+            generates_the_same(again, tokens_NT)
+            streamed = loaded(name, tmp_path / compensator, stream=True)
+            close(streamed.token_losses(tokens_NT, 6), next_token_losses(shrunk, tokens_NT))
+            if again._supports_sdpa:
+                again.set_attn_implementation("eager")
+                close(logits(again, tokens_NT), shrunk, 1e-4)  # a softmax in float32
+
+
+def generates_the_same(module: Any, tokens_NT: torch.Tensor) -> None:
+    """Without a cache, with one that grows, and with one of fixed size; longer than the sliding windows."""
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompt = tokens_NT[:2, :7]
+    with torch.no_grad():
+        plain = module.generate(prompt, use_cache=False, **options)
+        caches = ["dynamic"] if getattr(module.config, "alibi", False) else ["dynamic", "static"]
+        for cache in caches:  # stock Falcon's slopes do not fit a cache of fixed size
+            cached = module.generate(prompt, cache_implementation=cache, **options)
+            assert torch.equal(plain, cached), cache
+
+
+@pytest.mark.parametrize(
+    ("name", "removed", "left"),
+    [
+        ("gemma3", (0, 2), ["full_attention"]),  # no sliding layer keeps its attention
+        ("gemma2", (1,), ["sliding_attention"]),
+        ("qwen2_sliding", (0,), ["sliding_attention"]),
+        ("smollm3", (1,), ["full_attention"]),
+    ],
+)
+def test_caches_of_each_kind_have_no_gaps(
+    name: str, removed: tuple[int, ...], left: list[str], loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    model = loaded(name)
+    gone = {
+        s.name: SitePlan(s.kind, s.units, ()) for s in model.sites() if s.kind == "attention" and s.layer in removed
+    }
+    with masked(model, Plan(gone)):
+        expected = logits(model.module, tokens_NT)
+    shrink_(model, Plan(gone))
+    close(logits(model.module, tokens_NT), expected)
+    save(model, tmp_path / "model")
+    again = reload(tmp_path / "model")
+    assert sorted(set(again.config.layer_types)) == left
+    close(logits(again, tokens_NT), expected)
+    for module in (model.module, again):
+        generates_the_same(module, tokens_NT)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("name", TINY)
+def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
+    name: str, kind: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    model = loaded(name)
+    counts = {3: 2, 6: 4, 24: 20}  # heads that divide the hidden size; of one key/value head, four query heads
+    sites = [site for site in model.sites() if site.kind == kind]
+    shrink_(model, Plan({s.name: SitePlan(kind, s.units, tuple(range(counts[s.units]))) for s in sites}))
+    form = save(model, tmp_path / "model")
+    only_ffn = ("phi4_mini", "gpt2", "pythia", "neox_serial", "stablelm", "falcon")
+    expected = "remote_code" if kind == "attention" and name.startswith(only_ffn) else "stock"
+    assert form.kind == expected
+    assert bool(list((tmp_path / "model").glob("*.py"))) == (expected == "remote_code")
+    again = loaded(name, tmp_path / "model")  # with our own loader
+    close(logits(again.module, tokens_NT), logits(model.module, tokens_NT))
+    close(logits(reload(tmp_path / "model"), tokens_NT), logits(model.module, tokens_NT))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma_multi_query", "phi3", "gpt2", "falcon_7b", "olmo2", "stablelm_2_12b"])
+def test_pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
+    once, twice = loaded(name), loaded(name)
+    sites = once.sites()
+    shrink_(once, Plan({s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units, 2))) for s in sites}))
+    shrink_(twice, Plan({s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units))) for s in sites if s.layer}))
+    save(twice, tmp_path / "model")
+    again = loaded(name, tmp_path / "model")
+    rest = {}
+    for site in again.sites():
+        kept = range(0, site.units, 2) if site.layer else range(1, site.units, 2)
+        rest[site.name] = SitePlan(site.kind, site.units, tuple(kept))
+    shrink_(again, Plan(rest))
+    close(logits(again.module, tokens_NT), logits(once.module, tokens_NT))
+
+
+@pytest.mark.parametrize("name", ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"])
+def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
+    name: str, loaded: Made, tokens_NT: torch.Tensor
+) -> None:
+    """Parallel sublayers, and such as are scaled before they are added."""
+    model = loaded(name)
+    for visit, site, seen in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
+        weights = visit.block.weights[site.name]
+        given = seen.inputs.covariance_CC @ weights.reader.T  # covariance of the inputs and what the reader gives
+        torch.testing.assert_close(seen.covariance_CO, given, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_site_by_site_needs_sums(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match="compensator.target='dense'"):
+        next(iter(walk_sites(loaded(name), tokens_NT, WantedOutput, (), Meter(), "test")))
+
+
+def test_norms_in_front_as_they_scale(loaded: Made) -> None:
+    gemma, olmo, parallel = loaded("gemma2"), loaded("olmo2"), loaded("stablelm_2_12b")
+    norms = gemma.block(1).norms["model.layers.1.mlp"]
+    assert torch.equal(norms, 1 + gemma.layers[1].pre_feedforward_layernorm.weight)
+    assert olmo.block(1).norms == {}
+    both = parallel.block(1).norms
+    assert torch.equal(both["model.layers.1.self_attn"], both["model.layers.1.mlp"])
+
+
+def test_a_class_that_this_transformers_lacks(
+    loaded: Made, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = replace(modeling_pruned.SMOLLM3, stock="SmolLM9", since="9.0")
+    monkeypatch.setitem(modeling_pruned.FAMILIES, "smollm3", family)
+    with pytest.raises(ConfigError, match=r"model_type 'smollm3' needs transformers >= 9\.0; 5\.\S+ is installed"):
+        loaded("smollm3", folder("smollm3"))
+
+
+def test_a_variant_that_no_table_covers(loaded: Made, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(folder("gpt2"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "scale_attn_by_inverse_layer_idx": True}))
+    with pytest.raises(ConfigError, match="gpt2 model with scale_attn_by_inverse_layer_idx=True is not supported"):
+        loaded("gpt2", tmp_path / "model")
+
+
+def test_names_of_older_checkpoints(
+    loaded: Made, folder: Callable[[str], Path], tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    """GPT-2's lacks the base model's prefix and holds its causal mask; GPT-NeoX calls its head otherwise."""
+    shutil.copytree(folder("gpt2"), tmp_path / "gpt2")
+    tensors = load_file(tmp_path / "gpt2" / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, tmp_path / "gpt2" / "model.safetensors")
+    again = loaded("gpt2", tmp_path / "gpt2")
+    assert torch.equal(logits(again.module, tokens_NT), logits(loaded("gpt2").module, tokens_NT))
+    assert "embed_out.weight" in load_file(folder("pythia") / "model.safetensors")
+
+
+def test_query_heads_leave_as_whole_groups(loaded: Made) -> None:
+    """Layers may differ in their number of groups, never in how many query heads share a key/value head."""
+    model = loaded("qwen3")
+    layout = modeling_pruned.head_layout(model.family, model.config)
+    assert (layout.group, layout.key_value_heads(4)) == (2, 2)
+    with pytest.raises(AssertionError, match="leave together"):
+        layout.key_value_heads(3)
+
+
+@pytest.mark.parametrize("name", ["gemma_multi_query", "falcon_7b"])
+def test_a_shared_key_value_head_stays_while_any_head_does(name: str, loaded: Made) -> None:
+    model = loaded(name)
+    site = model.layer_sites(0)[0]
+    assert site.units == 6 and site.cost.kv == 0
+    assert model.whole_block(0).sites[0].cost.kv == 2 * site.width
+    assert list(model.block(0).weights[site.name].writers) == ["query"]
+    before = model.kv_elements
+    shrink_(model, Plan({site.name: SitePlan("attention", 6, (4,))}))
+    assert model.kv_elements == before
+    shrink_(model, Plan({site.name: SitePlan("attention", 1, ())}))
+    assert model.kv_elements == before - 2 * site.width

@@ -1,0 +1,82 @@
+"""Tiny configs of every model family, and of what varies within one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# hidden 48, six query heads of 8, three key/value heads, 24 FFN channels, three layers, 64 tokens
+_SHAPE = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 24}
+_LLAMA = {**_SHAPE, **_IDS, **_HEADS}
+_GEMMA = {**_LLAMA, "head_dim": 16}  # heads wider than hidden size / heads
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_CAPPED = {**_GEMMA, "sliding_window": 8, "layer_types": _SLIDING, "query_pre_attn_scalar": 12}
+_FUSED = {**_SHAPE, **_IDS, "num_attention_heads": 6}
+_NEOX = {**_FUSED, "intermediate_size": 24, "rotary_pct": 0.5}
+_FALCON = {**_FUSED, "ffn_hidden_size": 24}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0],
+}
+
+TINY: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (prefix of the config class, its values)
+    "mistral_sliding": ("Mistral", {**_LLAMA, "sliding_window": 8}),
+    "llama_multi_query": ("Llama", {**_LLAMA, "num_key_value_heads": 1}),
+    "granite": (
+        "Granite",
+        {**_LLAMA, "residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "mlp_bias": True},
+    ),
+    "qwen2": ("Qwen2", {**_LLAMA, "tie_word_embeddings": True}),
+    "qwen2_sliding": ("Qwen2", {**_LLAMA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 16}),
+    "gemma": ("Gemma", _GEMMA),
+    "gemma_multi_query": ("Gemma", {**_GEMMA, "num_key_value_heads": 1}),
+    "gemma2": ("Gemma2", {**_CAPPED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3Text", _CAPPED),
+    "phi3": ("Phi3", {**_LLAMA, "sliding_window": 8}),
+    "phi4_mini": (
+        "Phi3",
+        {
+            **_LLAMA,
+            "rope_parameters": {**_LONG_ROPE, "partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 32,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 64, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "n_inner": 24, **_IDS},
+    ),
+    "pythia": ("GPTNeoX", _NEOX),
+    "neox_serial": ("GPTNeoX", {**_NEOX, "use_parallel_residual": False, "attention_bias": False}),
+    "stablelm": ("StableLm", {**_LLAMA, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm_2_12b": ("StableLm", {**_LLAMA, "use_parallel_residual": True, "qk_layernorm": True}),
+    "smollm3": ("SmolLM3", {**_LLAMA, "no_rope_layers": [1, 0, 1]}),
+    "falcon_7b": ("Falcon", {**_FALCON, "multi_query": True}),
+    "falcon_40b": ("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 3}),
+    "falcon_11b": (
+        "Falcon",
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon_rw": ("Falcon", {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
+    "olmo2": ("Olmo2", _LLAMA),
+}
+
+
+def tiny_model(name: str) -> Any:
+    """A random model in float64, weights large enough for every part to matter."""
+    import torch
+    import transformers
+
+    prefix, values = TINY[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{prefix}Config")(**values)
+    model = transformers.AutoModelForCausalLM.from_config(config).double()
+    for path, parameter in model.named_parameters():
+        norm = "norm" in path or "ln_" in path
+        centre = 1.0 if norm and path.endswith("weight") and not prefix.startswith("Gemma") else 0.0
+        torch.nn.init.normal_(parameter, mean=centre, std=0.2)
+    return model.eval()

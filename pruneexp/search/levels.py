@@ -52,7 +52,8 @@ class Structures:
         self.composites = bool(composites)
         self.wholes = [site for site in composites if grain is not None and site in grain.fine]  # may lose all at once
         self.most = {site.name: len(self.steps[site.name]) - 1 for site in self.chosen}
-        self.order = {site.name: unit_order(scores[site.name], site.units) for site in self.chosen}
+        # a unit's place in the order in which units leave
+        self.place = {site.name: unit_order(scores[site.name], site.units).argsort() for site in self.chosen}
         able = [site for site in self.chosen if self.most[site.name] or grain is None]
         cheapest = min(self.cost[site.name] for site in self.chosen)
         self.cheap = [site for site in self.chosen if self.cost[site.name] == cheapest]
@@ -78,10 +79,7 @@ class Structures:
         return sum(units[site.name] * self.budget.price(site) for site in self.chosen)
 
     def plan(self, levels: Levels) -> Plan:
-        keep = {}
-        for name, count in self.units(levels).items():
-            keep[name] = torch.ones(len(self.order[name]), dtype=torch.bool)
-            keep[name][self.order[name][:count]] = False
+        keep = {name: self.place[name] >= count for name, count in self.units(levels).items()}
         return planned(keep, self.sites, self.budget)
 
     def candidate(self, levels: Levels) -> Candidate:

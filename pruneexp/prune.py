@@ -206,8 +206,10 @@ class _Decided:
         work, sites = self.work, visit.block.sites
         scores = _checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
         work.scores.update(_without_readers(scores))
-        budget = replace(_budget(work, sites, [visit.index]), layers=len(work.model.layers))
-        layer_plan, self.carry = _asked(work, scores, sites, replace(budget, added=self.carry), None)
+        budget = budget_of(work.model, work.method.sparsity, work.ratio, sites, [visit.index])
+        layer_plan, self.carry = _asked(
+            work, scores, sites, replace(budget, added=self.carry, layers=len(work.model.layers)), None
+        )
         self.plan = self.plan.merged(Plan(layer_plan.sites))
         return self.plan
 
@@ -218,8 +220,8 @@ def _searched(work: _Pruning, sites: Sequence[Site], scores: Mapping[str, Score]
     if work.tokens_NT is not None and not work.model.streamed:
         oracle = Probe(work.model, work.tokens_NT, work.meter, getattr(work.method.search, "effort", None))
     try:
-        held = [site for site in sites if site.kind != "block"] or sites  # what blocks hold is counted once
-        return _asked(work, scores, sites, _budget(work, held, range(len(work.model.layers))), oracle)[0]
+        budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
+        return _asked(work, scores, sites, budget, oracle)[0]
     finally:
         if oracle is not None:
             oracle.close()
@@ -269,11 +271,6 @@ def _left_over(work: _Pruning, plan: Plan, sites: Sequence[Site], budget: Budget
     needed = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
     removed = sum(plan.removed(site) * budget.price(site) for site in sites)
     return needed, replace(budget, added=budget.added + needed).remove - removed
-
-
-def _budget(work: _Pruning, sites: Sequence[Site], layers: Sequence[int]) -> Budget:
-    """The share of what these layers hold."""
-    return budget_of(work.model, work.method.sparsity, work.ratio, sites, layers)
 
 
 def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from pruneexp.model import Model, ModelSource
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from pruneexp.types import ConfigError, RunError
 
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         record = export(request(argv))
     except ConfigError as error:
@@ -79,9 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ended(1, f"failed: {type(error).__name__}: {error}")
     print(f"format: {record['form']} ({record['why']})")
     if "max_logit_difference" in record:
-        print(f"largest difference of a logit: {record['max_logit_difference']:.3g}")
+        equal = record.get("greedy_tokens_equal")  # None: proved without generating
+        same = "" if equal is None else f"; greedy tokens {'equal' if equal else 'differ'}"
+        print(f"largest difference of a logit: {record['max_logit_difference']:.3g}{same}")
     print(f"The export is {record['out']}")
     return 0
+
+
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    # An exception, so that what has been written is removed on the way out.
+    raise SystemExit(128 + signum)
 
 
 def _ended(code: int, line: str) -> int:
@@ -152,7 +163,8 @@ def export(asked: Request) -> dict[str, Any]:
 
         raise RunError(f"out={str(asked.out)!r}: cannot be written ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, aside.with_name(f"{aside.name}.partial")):
+            shutil.rmtree(left, ignore_errors=True)
     return record
 
 

@@ -251,6 +251,15 @@ def test_forms_that_are_not_there(checkpoint: Checkpoint, tmp_path: Path, capsys
     assert not list(tmp_path.iterdir())
 
 
+def test_padding_that_would_round(checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pruneexp.model import ModelSource
+
+    model = ModelSource("half", str(checkpoint("olmo2")), None, "bfloat16", "cpu", False, False, 4).load()
+    save(model, tmp_path / "half")
+    line = refused(capsys, str(tmp_path / "half"), "format=padded", f"out={tmp_path / 'out'}")
+    assert "not exact in bfloat16; expected format=remote_code" in line
+
+
 def test_another_model_is_not_kept(
     checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

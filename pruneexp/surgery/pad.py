@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,6 +65,7 @@ def padding(model: Model, multiple: int = 1) -> Padding:
             if form := uniform_form(model, one, layer):
                 outside = model.params - model.decoder_params
                 params = outside + len(model.layers) * sum(p.numel() for p in layer.parameters())
+                _check_joint_norms(model, layer, [s.num_attention_heads for s in structures], wide)
                 if not any(s.num_attention_heads for s in structures):
                     form.config.use_cache = True  # which a model without any attention cannot have
                 why = f"every layer padded to {wide} heads and {channels} FFN channels"
@@ -78,6 +80,17 @@ def padding(model: Model, multiple: int = 1) -> Padding:
         f"format=padded: {kind}'s config cannot say {rounded} FFN channels; expected format=remote_code, "
         f"or multiple=N that divides {before.intermediate_size}"
     )
+
+
+def _check_joint_norms(model: Model, layer: nn.Module, heads: list[int], wide: int) -> None:
+    """Raises ConfigError where `_pad_joint_norm_` would round half-precision weights once more."""
+    joint = [norm for norm in model.family.head_norms if not hasattr(layer.get_submodule(norm.path), "norms")]
+    exact = all(math.frexp((wide / own) ** 0.5)[0] == 0.5 for own in heads if own)
+    if joint and not exact and model.dtype in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"format=padded: {model.config.model_type} normalises the queries of all heads together, and making up for "
+            f"added heads is not exact in {str(model.dtype).removeprefix('torch.')}; expected format=remote_code"
+        )
 
 
 def pad_(model: Model, padding: Padding) -> None:

@@ -19,10 +19,10 @@ LAYERS = (
     ("evidence",),
     ("criterion", "compensator", "search", "sparsity"),
     ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache"),
-    ("budget", "prune", "rounds", "recovery", "export"),
+    ("budget", "prune", "rounds", "recovery"),
     ("delivery",),
     ("experiment",),
-    ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary"),
+    ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary", "export"),
     ("__main__",),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}

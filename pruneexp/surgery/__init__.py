@@ -1,7 +1,8 @@
 """The only code that changes models: masking for a while, shrinking for good, saving and proving what was saved."""
 
-from pruneexp.surgery.forms import Form, save_form
+from pruneexp.surgery.forms import Form, remote_code_form, save_form
 from pruneexp.surgery.mask import masked, masked_layer
+from pruneexp.surgery.pad import Padding, pad_, padding
 from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
 from pruneexp.surgery.save import StreamedSave, save
 from pruneexp.surgery.shrink import remove_blocks_, shrink_, shrink_layer_
@@ -9,11 +10,15 @@ from pruneexp.surgery.shrink import remove_blocks_, shrink_, shrink_layer_
 __all__ = [
     "BlockProof",
     "Form",
+    "Padding",
     "StreamedSave",
     "masked",
     "masked_layer",
+    "pad_",
+    "padding",
     "prove_in_place",
     "prove_in_process",
+    "remote_code_form",
     "remove_blocks_",
     "save",
     "save_form",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pruneexp import modeling_pruned
 from pruneexp.model import Model, layer_structure, select_layers_
@@ -33,35 +34,56 @@ def save_form(model: Model) -> Form:
     """The simplest faithful form: a stock architecture where all layers are alike and one can say so, else the
     modeling file beside the weights with the structure in `per_layer_config`."""
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
-    before = _original_structure(model)
+    before = original_structure(model)
     if all(s == before for s in structures):
-        return Form("stock", "no width changed", deepcopy(model.config))
+        return _unchanged(model)
     if any(s != structures[0] for s in structures):
         return _remote_code(model, structures, "widths differ between layers")
-    return _uniform_stock(model, structures[0], before) or _remote_code(
+    return _uniform_stock(model, structures[0], before, model.layers[0]) or _remote_code(
         model, structures, f"{model.config.model_type} has no stock form of these widths"
     )
 
 
-def _original_structure(model: Model) -> LayerStructure:
+def remote_code_form(model: Model, why: str) -> Form:
+    """The modeling file beside the weights, even where a stock architecture could hold them."""
+    return _remote_code(model, [layer_structure(layer, model.family, model.config) for layer in model.layers], why)
+
+
+def uniform_form(model: Model, structure: LayerStructure, layer: nn.Module) -> Form | None:
+    """A stock form of the model with `structure`, that of `layer`, in every layer; None where there is none."""
+    before = original_structure(model)
+    if structure == before:
+        return _unchanged(model)
+    return _uniform_stock(model, structure, before, layer)
+
+
+def _unchanged(model: Model) -> Form:
+    config = deepcopy(model.config)
+    if any(name.startswith("Pruned") for name in config.architectures or ()):  # of the checkpoint that was read
+        config.architectures = [stock_class(config.model_type).__name__]
+    return Form("stock", "no width changed", config)
+
+
+def original_structure(model: Model) -> LayerStructure:
     """What a stock decoder layer of the model's config looks like."""
     config = model.config
     with torch.device("meta"):
         one = deepcopy(config)
         select_layers_(one, [0])
-        stock = _stock_class(one.model_type)._from_config(one)
+        stock = stock_class(one.model_type)._from_config(one)
     return layer_structure(stock.base_model.get_submodule(model.family.layers)[0], model.family, config)
 
 
-def _stock_class(model_type: str) -> Any:
+def stock_class(model_type: str) -> Any:
     import transformers
 
     family = FAMILIES[model_type]
     return getattr(transformers, family.causal_lm or f"{family.stock}ForCausalLM")
 
 
-def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructure) -> Form | None:
-    """A stock config for `structure` in every layer, where the family (or one that computes the same) has it."""
+def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructure, layer: nn.Module) -> Form | None:
+    """A stock config for `structure`, that of `layer`, in every layer, where the family (or one that computes the same)
+    has it."""
     config, heads = model.config, structure.num_attention_heads
     if heads == 0 or structure.intermediate_size == 0:
         return None
@@ -70,7 +92,7 @@ def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructu
         before.mlp_output_bias,
     )
     if config.model_type not in ("llama", "mistral"):
-        return _uniform_own(model, structure)
+        return _uniform_own(model, structure, layer)
     if getattr(config, "sliding_window", None) is not None and not biases_kept:
         return None  # only Mistral has the window, and it has no biases
     return _uniform_llama(model, structure, biases_kept)
@@ -108,12 +130,12 @@ STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / head
 }
 
 
-def _uniform_own(model: Model, structure: LayerStructure) -> Form | None:
+def _uniform_own(model: Model, structure: LayerStructure, layer: nn.Module) -> Form | None:
     """The model's own stock class with other widths, where its config takes them and builds what they say."""
     widths = STOCK_WIDTHS.get(model.config.model_type)
     if widths is None:
         return None
-    before = _original_structure(model)
+    before = original_structure(model)
     values = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
     linears: list[str] = []
     for what, key in asdict(widths).items():
@@ -133,15 +155,16 @@ def _uniform_own(model: Model, structure: LayerStructure) -> Form | None:
         with torch.device("meta"):
             one = deepcopy(config)
             select_layers_(one, [0])
-            layer = _stock_class(one.model_type)._from_config(one).base_model.get_submodule(family.layers)[0]
+            stock = stock_class(one.model_type)._from_config(one).base_model.get_submodule(family.layers)[0]
     except Exception as error:  # each config class checks itself in its own way
         logger.debug("%s: no stock config of these widths (%s)", model.config.model_type, error)
         return None
-    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (layer, model.layers[0])]
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (stock, layer)]
     missing = {f"{path}.bias" for path in linears}
     same = all(shapes[0].get(name) == shape for name, shape in shapes[1].items())
     if not same or not set(shapes[0]) - set(shapes[1]) <= missing or head_size(config) != head_size(model.config):
         return None
+    config.architectures = [stock_class(config.model_type).__name__]
     return Form("stock", "all layers have one width", config, tuple(linears))
 
 

@@ -22,13 +22,14 @@ SHARD_BYTES = 4 * 2**30
 STREAMED_SHARD_BYTES = 2**26  # what waits to be written counts as memory, so that a large layer is a shard
 
 
-def save(model: Model, folder: Path) -> Form:
-    """Writes weights, config, tokenizer and generation settings to `folder`, aside first, then renamed.
+def save(model: Model, folder: Path, form: Form | None = None) -> Form:
+    """Writes weights, config, tokenizer and generation settings to `folder`, aside first, then renamed. `form`: another
+    one than `save_form` chooses.
 
     Raises:
         RunError: `folder` cannot be written (read-only, disk full); nothing is left of it then.
     """
-    form = save_form(model)
+    form = form or save_form(model)
     aside = folder.with_name(folder.name + ".partial")
     with _writing(folder, aside):
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,277 @@
+"""A pruned checkpoint in every form is the same model, and what cannot be is refused in one line, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pruneexp import export
+from pruneexp.export import main
+from pruneexp.model import Model
+from pruneexp.surgery import save, shrink_
+from pruneexp.types import Plan, SitePlan
+from tests.conftest import FAMILIES
+from tests.tiny_families import tiny_model
+
+BIASED = (*FAMILIES, "gpt2", "granite", "falcon_rw", "smollm3")  # their stock classes have the readers' biases
+PLAIN = ("mistral_sliding", "qwen3", "gemma2", "phi3", "olmo2", "falcon_7b", "falcon_40b", "stablelm_2_12b")
+Checkpoint = Callable[..., Path]
+
+
+def pruned_(model: Model, case: str, biases: bool) -> None:
+    """Uneven widths with both sublayers of layer 1 emptied; "uniform": two thirds of every site; "whole": nothing."""
+    rng, sites, readers = torch.Generator().manual_seed(3), {}, {}
+    for index in range(len(model.layers)):
+        block = model.block(index)
+        for site in block.sites:
+            count = max(1, site.units - 1 - site.layer) if site.layer != 1 else 0
+            count = {"uneven": count, "uniform": site.units * 2 // 3, "whole": site.units}[case]
+            kept = torch.randperm(site.units, generator=rng)[:count].sort().values.tolist()
+            sites[site.name] = SitePlan(site.kind, site.units, tuple(kept))
+            if biases:
+                weight = block.weights[site.name].reader[:, site.keep_C(kept)] * 1.5
+                bias = torch.randn(len(weight), generator=rng, dtype=weight.dtype) * 0.1
+                readers[site.name] = (weight, bias)
+    shrink_(model, Plan(sites), readers)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[[str], Path]) -> Checkpoint:
+    """Folders of pruned tiny models."""
+    from pruneexp.model import ModelSource
+
+    made: dict[tuple[str, str, bool], Path] = {}
+
+    def folder(name: str, case: str = "uneven", biases: bool = False) -> Path:
+        key = (name, case, biases)
+        if key not in made:
+            dense = tmp_path_factory.mktemp(name)
+            if name in FAMILIES:
+                dense = tiny_folder(name)
+            else:
+                tiny_model(name).save_pretrained(dense)
+            model = ModelSource(name, str(dense), None, "float64", "cpu", False, False, 4).load()
+            pruned_(model, case, biases)
+            made[key] = tmp_path_factory.mktemp(name) / "model"
+            save(model, made[key])
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.HF_MODULES_CACHE
+    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
+    yield
+    dynamic_module_utils.HF_MODULES_CACHE = before
+
+
+@pytest.fixture
+def tokens_NT() -> torch.Tensor:
+    return torch.randint(3, 64, (4, 20), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(folder: Path, tokens_NT: torch.Tensor, dtype: torch.dtype = torch.float64, remote: bool = False) -> Any:
+    """As any user would, with transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, dtype=dtype).eval()
+    return model(tokens_NT).logits
+
+
+def run_of(checkpoint: Path, folder: Path) -> Path:
+    """A finished run with that checkpoint."""
+    shutil.copytree(checkpoint, folder / "model")
+    (folder / "status.json").write_text(json.dumps({"status": "done"}))
+    (folder / "metrics.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "biases"), [*((name, True) for name in BIASED), *((name, False) for name in PLAIN)])
+def test_padded_is_remote_code_is_the_pruned_model(
+    name: str, biases: bool, checkpoint: Checkpoint, tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    source = checkpoint(name, biases=biases)
+    padded, remote = tmp_path / "padded", tmp_path / "remote"
+    assert main([str(source), "format=padded", f"out={padded}", "prove=in_place"]) == 0
+    assert main([str(source), "format=remote_code", f"out={remote}", "prove=off"]) == 0
+    expected = logits(source, tokens_NT, remote=True)
+    exact = 1e-6 if name in ("olmo2", "gemma2", "qwen3") else 1e-10  # norms of the stock code compute in float32
+    torch.testing.assert_close(logits(remote, tokens_NT, remote=True), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(padded, tokens_NT), expected, rtol=exact, atol=exact)
+    single = logits(source, tokens_NT, torch.float32, remote=True)
+    torch.testing.assert_close(logits(padded, tokens_NT, torch.float32), single, rtol=1e-4, atol=1e-5)
+    config = json.loads((padded / "config.json").read_text())
+    assert not config["model_type"].startswith("pruned_") and "auto_map" not in config
+    assert not any("Pruned" in architecture for architecture in config["architectures"])
+    assert config["dtype"] == "float64"
+
+
+def test_a_run_proved_in_a_clean_process(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    run = run_of(checkpoint("llama", biases=True), tmp_path / "run")
+    assert main([str(run), "format=padded", "multiple=16", f"out={tmp_path / 'out'}"]) == 0
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["form"] == "stock" and record["class"] in ("LlamaForCausalLM", "GraniteForCausalLM")
+    assert record["max_logit_difference"] < 1e-5 and record["greedy_tokens_equal"]
+    assert record["why"].endswith("48 FFN channels")  # 39 of 40 are left in the widest layer
+    assert record["source"] == str(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "kind"),
+    [
+        ("llama", "uneven", "remote_code"),
+        ("llama", "uniform", "stock"),
+        ("bloom", "uniform", "remote_code"),
+        ("opt", "whole", "stock"),
+    ],
+)
+def test_auto_is_the_simplest_faithful_form(
+    name: str,
+    case: str,
+    kind: str,
+    checkpoint: Checkpoint,
+    tokens_NT: torch.Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = checkpoint(name, case), tmp_path / "out"
+    assert main([str(source), f"out={out}", "prove=in_place"]) == 0
+    assert f"format: {kind} (" in capsys.readouterr().out
+    expected = logits(source, tokens_NT, remote=True)
+    torch.testing.assert_close(logits(out, tokens_NT, remote=kind != "stock"), expected, rtol=0, atol=0)
+    if kind == "stock":  # and the other way round, though a stock form exists
+        assert main([str(out), "format=remote_code", f"out={tmp_path / 'again'}", "prove=off"]) == 0
+        assert "auto_map" in json.loads((tmp_path / "again" / "config.json").read_text())
+        torch.testing.assert_close(logits(tmp_path / "again", tokens_NT, remote=True), expected, rtol=0, atol=0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    assert main(arguments) == code
+    line = capsys.readouterr().err
+    assert line.startswith("pruneexp-export: ") and line.count("\n") == 1
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["out=x"], "RUN_FOLDER: expected one folder"),
+        (["a", "b", "out=x"], "RUN_FOLDER: expected one folder, got a b"),
+        (["a"], "out is missing"),
+        (["a", "out=x", "format=paded"], "did you mean format=padded?"),
+        (["a", "out=x", "fromat=padded"], "fromat: unknown key; expected one of format, out"),
+        (["a", "out=x", "fromat=padded"], "did you mean format?"),
+        (["a", "out=x", "out=y"], "out is given twice"),
+        (["a", "out=x", "overwrite=yes"], "expected true or false"),
+        (["a", "out=x", "prove=of"], "did you mean prove=off?"),
+        (["a", "out=x", "multiple=8"], "goes with format=padded"),
+        (["a", "out=x", "format=padded", "multiple=0"], "expected an int >= 1"),
+        (["a", "out=x", "--force"], "unknown option"),
+        (["nowhere", "out=x"], "no such folder"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {key}=" in text for key in export.KEYS)
+
+
+def test_runs_that_have_nothing_to_export(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"out={tmp_path / 'out'}"
+    (tmp_path / "empty").mkdir()
+    assert "holds no run and no checkpoint" in refused(capsys, str(tmp_path / "empty"), out)
+    run = run_of(checkpoint("llama"), tmp_path / "run")
+    (run / "model" / "adapter").mkdir()
+    assert "recovery.merge=true" in refused(capsys, str(run), out)
+    shutil.rmtree(run / "model")
+    assert "run.save=true" in refused(capsys, str(run), out)
+    (run / "status.json").write_text(json.dumps({"status": "failed"}))
+    assert "this run is failed" in refused(capsys, str(run), out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_it_may_not_write(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = run_of(checkpoint("llama"), tmp_path / "run"), tmp_path / "out"
+    assert "lies inside" in refused(capsys, str(run), f"out={run / 'model' / 'export'}")
+    assert "lies inside" in refused(capsys, str(run), f"out={run}")
+    assert "a folder of its own" in refused(capsys, str(run), f"out={tmp_path}", "overwrite=true")
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    assert "overwrite=true" in refused(capsys, str(run), f"out={out}")
+    assert "replaces earlier exports alone" in refused(capsys, str(run), f"out={out}", "overwrite=true")
+    assert (out / "mine.txt").read_text() == "mine"
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    assert "are free there" in refused(capsys, str(run), f"out={tmp_path / 'new'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_an_earlier_export_is_replaced(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, out = str(checkpoint("llama")), tmp_path / "out"
+    assert main([source, "format=remote_code", f"out={out}", "prove=off"]) == 0
+    assert main([source, "format=padded", f"out={out}", "prove=off", "overwrite=true"]) == 0
+    assert not (out / "modeling_pruned.py").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_forms_that_are_not_there(checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"out={tmp_path / 'out'}"
+    line = refused(capsys, str(checkpoint("llama")), "format=stock", out)
+    assert "heads in layers" in line and "FFN channels in layers" in line
+    assert "expected format=padded or format=remote_code" in line
+    line = refused(capsys, str(checkpoint("qwen3", biases=True)), "format=stock", out)
+    assert line.endswith("expected format=remote_code\n")
+    line = refused(capsys, str(checkpoint("qwen3", biases=True)), "format=padded", out)
+    assert "biases that pruning added" in line
+    line = refused(capsys, str(checkpoint("bloom")), "format=padded", "multiple=7", out)
+    assert "bloom's config cannot say" in line and "divides 192" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_padding_that_would_round(checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pruneexp.model import ModelSource
+
+    model = ModelSource("half", str(checkpoint("olmo2")), None, "bfloat16", "cpu", False, False, 4).load()
+    save(model, tmp_path / "half")
+    line = refused(capsys, str(tmp_path / "half"), "format=padded", f"out={tmp_path / 'out'}")
+    assert "not exact in bfloat16; expected format=remote_code" in line
+
+
+def test_another_model_is_not_kept(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: Model, padding: Any) -> None:
+        pad_(model, padding)
+        with torch.no_grad():
+            model.layers[0].get_submodule(model.family.mlp_reader).weight.mul_(1.5)
+
+    from pruneexp import surgery
+
+    pad_ = surgery.pad_
+    monkeypatch.setattr(surgery, "pad_", wrong)
+    arguments = (str(checkpoint("opt")), "format=padded", f"out={tmp_path / 'out'}", "prove=in_place")
+    assert "computes something else" in refused(capsys, *arguments, code=1)
+    assert not list(tmp_path.iterdir())

@@ -80,7 +80,7 @@ def assert_beats_random(family: str, criterion: str, search: tuple[str, ...], ra
     assert perplexity < floor
 
 
-CANCELLING = pytest.mark.xfail(reason="gradients that cancel count as large", strict=False)
+CANCELLING = pytest.mark.xfail(reason="gradients that cancel count as large", strict=True)
 OF_CHANNELS = [
     pytest.param(family, criterion, marks=[CANCELLING] if (family, criterion) == ("bloom", "taylor") else [])
     for family in FAMILIES
@@ -102,10 +102,9 @@ def test_heads_and_channels_are_chosen_better_than_at_random(criterion: str) -> 
     assert_beats_random("llama", criterion, UNIFORM, UNIFORM)
 
 
-@pytest.mark.xfail(reason="magnitude looks at weights alone", strict=False)
-@pytest.mark.parametrize("family", ["opt", "bloom"])
-def test_magnitude_of_heads(family: str) -> None:
-    assert_beats_random(family, "magnitude", UNIFORM, UNIFORM)
+@pytest.mark.xfail(reason="magnitude looks at weights alone", strict=True)
+def test_magnitude_of_heads() -> None:
+    assert_beats_random("opt", "magnitude", UNIFORM, UNIFORM)  # on BLOOM it ties with the median
 
 
 @pytest.mark.parametrize(
@@ -122,6 +121,6 @@ def test_losses_of_single_blocks_may_do(family: str) -> None:
     assert_beats_random(family, "loss_drop", ("search=blocks",), ("search=blocks",))
 
 
-@pytest.mark.xfail(reason="losses of single blocks do not add up", strict=False)
+@pytest.mark.xfail(reason="losses of single blocks do not add up", strict=True)
 def test_losses_of_single_blocks_may_mislead() -> None:
     assert_beats_random("llama", "loss_drop", ("search=blocks",), ("search=blocks",))

@@ -32,6 +32,7 @@ PROTOCOLS: dict[str, type | None] = {
     "compensator": types.Compensator,
     "recovery": types.Recovery,
     "tracker": types.Tracker,
+    "cache": None,
 }
 
 

@@ -38,6 +38,7 @@ SECTIONS = (
     "recovery",
     "evaluator",
     "tracker",
+    "cache",
     "seed",
     "run",
     "sweep",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.budget import check_pruning, whole_budget
+from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
 from pruneexp.delivery import deliver, deliver_streamed
@@ -29,6 +30,7 @@ from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
 from pruneexp.report import print_summary
 from pruneexp.rounds import prune_in_rounds_
+from pruneexp.scoring import Results
 from pruneexp.surgery import BlockProof, StreamedSave
 from pruneexp.tracker import LocalRun, Trackers, check_folder, peak_bytes, run_folder, write_atomic
 from pruneexp.types import (
@@ -75,6 +77,7 @@ class Experiment:
     recovery: Recovery
     evaluators: Mapping[str, Evaluator]
     tracker: Tracker
+    cache: Cache | NoCache
     run: RunSettings
     seed: int
     config: Mapping[str, Any]
@@ -89,6 +92,7 @@ class Experiment:
         target = None if self.run.dir is None else Path(self.run.dir, "model").resolve()
         if source is not None and source.resolve() == target:
             raise ConfigError(f"run.dir={self.run.dir!r}: its model/ is the model to prune; expected another folder")
+        self.cache.check()
         self.dataset.check(evaluation=False)
         for evaluator in self.evaluators.values():
             check = getattr(evaluator, "check", None)
@@ -185,13 +189,15 @@ class _Run:
         self.experiment, self.folder, self.local, self.trackers = experiment, folder, local, trackers
         self.metrics: dict[str, float] = {}
         self.meter = Meter()
+        self.dense: dict[str, Any] = {}  # what identifies the dense model and how it is run
+        self.results = Results(NoCache(), {})
 
     def execute(self, tokenizer: Any, tokens_NT: Tensor) -> dict[str, float]:
         experiment = self.experiment
         torch.manual_seed(experiment.seed)
         with self.clock("load"):
             model = experiment.model.load(tokenizer)
-        self._record_inputs(tokens_NT)
+        self._record_inputs(model, tokens_NT)
         left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
         if left_out:
             logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
@@ -229,22 +235,40 @@ class _Run:
         """What the sparsity counts in the model as it stands."""
         return whole_budget(model, self.experiment.search, self.experiment.sparsity, 0.0).total
 
-    def _record_inputs(self, tokens_NT: Tensor) -> None:
-        experiment = self.experiment
+    def _record_inputs(self, model: Model, tokens_NT: Tensor) -> None:
+        """environment.json, and what the cache goes by: the weights, how they are run, the calibration tokens."""
+        experiment, tokens = self.experiment, fingerprint(tokens_NT)
+        weights = experiment.model.fingerprint()
         data = {**experiment.dataset.description(), "calibration_windows": list(tokens_NT.shape)}
-        self.local.environment(
-            experiment.model.fingerprint(), {**data, "calibration_tokens_sha256": fingerprint(tokens_NT)}
-        )
+        self.local.environment(weights, {**data, "calibration_tokens_sha256": tokens})
+        run = {"dtype": str(model.dtype), "device": model.device.type, "batch_size": model.batch_size}
+        self.dense = {"weights": weights["files"], **run}
+        self.results = Results(experiment.cache, {**self.dense, "tokens": tokens})
 
     def _measure(self, model: Model, when: str) -> None:
         """Every evaluator's figures, prefixed "dense/" or "pruned/"."""
         found: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
         with self.clock(f"evaluate_{when}"):
             for evaluator in self.experiment.evaluators.values():
-                found |= evaluator(model, model.tokenizer)
+                found |= self._dense_figures(model, evaluator) if when == "dense" else evaluator(model, model.tokenizer)
         named = {f"{when}/{key}": value for key, value in found.items()}
         self.trackers.log(named)
         self.metrics |= named
+
+    def _dense_figures(self, model: Model, evaluator: Evaluator) -> dict[str, float]:
+        """The dense model's, from the cache where the evaluator says what it measures on."""
+        measured_on = getattr(evaluator, "measured_on", None)
+        if measured_on is None:
+            return evaluator(model, model.tokenizer)
+        what = {"evaluator": version_of(evaluator), "inputs": measured_on(model.tokenizer)}
+        code = code_version((*STAGE, "dataset", "evaluator"))
+        key = {"what": "the dense model's figures", **self.dense, **what, "code": code}
+        with self.experiment.cache.held([key]) as entries:
+            found = entries.get(key)
+            if found is None:
+                found = evaluator(model, model.tokenizer)
+                entries.put(key, found)
+        return found
 
     def _prune(self, model: Model, tokens_NT: Tensor) -> Pruned:
         """Prunes round by round, records the plan, trains where asked to, and writes and proves the checkpoint."""
@@ -266,6 +290,7 @@ class _Run:
                 rng=torch.Generator().manual_seed(experiment.seed),
                 shrunk=streamed.layer if streamed is not None else _nothing,
                 clock=self.clock,
+                results=self.results,
             )
         except BaseException:
             if streamed is not None:

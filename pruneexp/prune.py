@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from pruneexp.budget import biases_added, budget_of, refusal, searched_sites, whole_budget
+from pruneexp.cache import NoCache
 from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
 from pruneexp.model import Model
+from pruneexp.scoring import Results, checked, distinct, without_readers
 from pruneexp.search import KIND, block_scores, scored_as
 from pruneexp.surgery import remove_blocks_, shrink_layer_
 from pruneexp.types import (
@@ -19,14 +21,11 @@ from pruneexp.types import (
     Compensator,
     Criterion,
     Plan,
-    RemovalPath,
     RunError,
     Score,
     Search,
     Site,
     Sparsity,
-    evidence_kinds,
-    unit_scores,
 )
 
 Shrunk = Callable[[int], None]  # called with each layer's index while the shrunk layer is at hand
@@ -64,6 +63,7 @@ class _Pruning:
     rng: torch.Generator
     shrunk: Shrunk
     clock: Callable[[str], Any]
+    results: Results
     scores: dict[str, Score] = field(default_factory=dict)
 
 
@@ -77,17 +77,19 @@ def prune_(
     rng: torch.Generator,
     shrunk: Shrunk,
     clock: Callable[[str], Any],
+    results: Results | None = None,
     original: int | None = None,
 ) -> Pruned:
     """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
 
     Layer by layer in one walk where the criterion is sequential and the search decides each layer alone; otherwise
-    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage. `original`:
+    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage. `results`:
+    where scores and evidence of the dense model are kept (None: nowhere). `original`:
     what the ratio is a share of, where that is not this model but a larger one that it was pruned from.
     """
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
-    work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock)
+    work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, results or Results(NoCache(), {}))
     budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
         work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
@@ -110,19 +112,15 @@ def _all_at_once(work: _Pruning) -> Plan:
     wholes = scored_as(granularity, getattr(criterion, "judges", ("attention", "mlp"))) == "wholes"
     blocks_alone = set(granularity) == {"blocks"}  # nothing is left to compensate
     dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
-    kinds = _distinct(criterion.evidence, dense_kind)
-    shown = [KIND[name] for name in granularity] if wholes else ()
-    kept_evidence: dict[str, Any] = {}
+    shown = tuple(KIND[name] for name in granularity) if wholes else ()
     with work.clock("calibrate"):
-        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True, whole=shown):
-            scores = _checked(criterion(visit.whole or visit.block, visit.of(criterion.evidence)))
-            work.scores.update(_without_readers(scores) if work.model.streamed else scores)
-            kept_evidence.update(visit.of(dense_kind))
+        scores, kept_evidence = work.results.of(work.model, work.tokens_NT, criterion, dense_kind, shown, work.meter)
+        work.scores.update(scores)
     with work.clock("search"):
         sites, scores = searched_sites(work.model, work.method.search), work.scores
         scores = block_scores(scores, sites) if blocks_alone and not wholes else scores
         plan = _searched(work, sites, scores)
-    work.scores = _without_readers(work.scores)
+    work.scores = without_readers(work.scores)
     plan, moved = _remove_blocks(work.model, plan)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items()})
     kept_evidence = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
@@ -130,7 +128,7 @@ def _all_at_once(work: _Pruning) -> Plan:
         if _by_site(compensator) and not blocks_alone:
             _site_by_site(work, lambda visit: renamed, ())
         else:
-            kinds = _distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
+            kinds = distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
             for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
                 evidence = visit.of(compensator.evidence) if kinds else kept_evidence
                 _shrink(work, visit, renamed, evidence)
@@ -177,10 +175,9 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
     dense: dict[str, Any] = {}
     if compensator.evidence is not None and not compensator.sequential:
         with work.clock("calibrate"):
-            for visit in walk(work.model, work.tokens_NT, (compensator.evidence,), work.meter, "dense", read_only=True):
-                dense.update(visit.of(compensator.evidence))
+            _, dense = work.results.of(work.model, work.tokens_NT, None, compensator.evidence, (), work.meter)
     by_site = _by_site(compensator)
-    kinds = _distinct(criterion.evidence, compensator.evidence if compensator.sequential and not by_site else None)
+    kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not by_site else None)
     decided = _Decided(work)
     with work.clock("calibrate"):
         if by_site:
@@ -204,8 +201,8 @@ class _Decided:
     def at(self, visit: Visit) -> Plan:
         """Scores and decides the visited layer."""
         work, sites = self.work, visit.block.sites
-        scores = _checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
-        work.scores.update(_without_readers(scores))
+        scores = checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
+        work.scores.update(without_readers(scores))
         budget = budget_of(work.model, work.method.sparsity, work.ratio, sites, [visit.index])
         layer_plan, self.carry = _asked(
             work, scores, sites, replace(budget, added=self.carry, layers=len(work.model.layers)), None
@@ -296,19 +293,3 @@ def _readers(
             found = evidence.get(site.name)
             readers[site.name] = work.method.compensator(weights.reader, weights.reader_bias, found, keep_C)
     return readers
-
-
-def _without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
-    """Removal paths without what only probes need: weights and covariances of whole blocks."""
-    return {n: replace(score, readers={}) if isinstance(score, RemovalPath) else score for n, score in scores.items()}
-
-
-def _distinct(*wanted: Any) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(kind for each in wanted for kind in evidence_kinds(each)))
-
-
-def _checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:
-    for name, score in scores.items():
-        if not torch.isfinite(unit_scores(score)).all():
-            raise RunError(f"{name}: scores hold NaN or Inf")
-    return scores

@@ -12,12 +12,15 @@ from torch import Tensor
 from pruneexp.model import Model
 from pruneexp.progress import part_of
 from pruneexp.prune import Method, Pruned, prune_
+from pruneexp.scoring import Results
 from pruneexp.types import ConfigError, Plan, Score, SitePlan, unit_scores
 
 logger = logging.getLogger("pruneexp")
 
 
-def prune_in_rounds_(model: Model, tokens_NT: Tensor | None, method: Method, **settings: Any) -> Pruned:
+def prune_in_rounds_(
+    model: Model, tokens_NT: Tensor | None, method: Method, *, results: Results | None = None, **settings: Any
+) -> Pruned:
     """Shrinks `model` in place, round by round, to the shares of the original model that the schedule says.
 
     Plan and scores are those of the original model's units, sites and layers, whatever has moved up meanwhile. A unit's
@@ -34,9 +37,9 @@ def prune_in_rounds_(model: Model, tokens_NT: Tensor | None, method: Method, **s
         names = _original_names(model, start)
         with part_of(which):
             try:
-                pruned = prune_(
-                    model, tokens_NT, method, share, original=None if first is None else first.counted, **settings
-                )
+                known = results if first is None else None  # of the dense model, which is gone after the first round
+                original = None if first is None else first.counted
+                pruned = prune_(model, tokens_NT, method, share, original=original, results=known, **settings)
             except ConfigError as error:
                 raise error if number == 1 else ConfigError(f"{error} (in {which}, of what is left by then)") from error
         first = first or pruned

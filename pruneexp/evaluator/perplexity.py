@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset import WindowSource, check_vocabulary
+from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint
 from pruneexp.types import ConfigError, RunError
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,10 @@ class Perplexity:
     def prepare(self, tokenizer: Any, vocabulary: int) -> None:
         """Makes the windows, so that text that is too short or foreign to the model is found before weights load."""
         check_vocabulary(self.windows(tokenizer), vocabulary, self.dataset.key("evaluation"))
+
+    def measured_on(self, tokenizer: Any) -> str:
+        """The windows' fingerprint: a model that is the same has the same figures on them."""
+        return fingerprint(self.windows(tokenizer))
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         self.prepare(tokenizer, model.vocab_size)

@@ -148,7 +148,7 @@ class ModelSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """Where the weights came from and what identifies them: SHA-256 of config.json and of every weight file,
-        of files over 256 MiB the header and the size alone."""
+        of files over 256 MiB the header, the size and the time of the last change alone."""
         folder = self.folder()
         files = {}
         for name in ["config.json", *safetensors_files(folder)]:
@@ -157,6 +157,8 @@ class ModelSource:
             with open(path, "rb") as file:
                 content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
             files[name] = {"bytes": size, "sha256": hashlib.sha256(content).hexdigest(), "whole": size <= WHOLE_FILE}
+            if size > WHOLE_FILE:
+                files[name]["modified_ns"] = path.stat().st_mtime_ns
         return {"name": self.name, "path": self.path, "revision": self.revision, "files": files}
 
     def load(self, tokenizer: Any = None) -> Model:

@@ -132,7 +132,9 @@ class Recovery(Protocol):
 
 
 class Evaluator(Protocol):
-    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}."""
+    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}. Not required:
+    `measured_on(tokenizer)`, what identifies its inputs, of one whose figures are the same each time: the dense model's
+    are then kept."""
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]: ...
 

@@ -1,0 +1,110 @@
+"""Scores of the dense model, and the evidence on it that compensation asks for: from one walk, or from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.cache import Cache, NoCache, code_version, version_of
+from pruneexp.calibrate import Meter, walk
+from pruneexp.model import Model
+from pruneexp.types import Criterion, RemovalPath, RunError, Score, evidence_kinds, unit_scores
+
+WALKED = ("reader", "writer", "block")  # sources of evidence that one shared pass through the blocks collects
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is known of a dense model and calibration windows, and where it is kept. `basis`: what identifies both,
+    and how the model is run, as JSON."""
+
+    cache: Cache | NoCache
+    basis: Mapping[str, Any]
+
+    def of(
+        self,
+        model: Model,
+        tokens_NT: Tensor | None,
+        criterion: Criterion | None,
+        kind: Any,
+        whole: tuple[str, ...],
+        meter: Meter,
+    ) -> tuple[dict[str, Score], dict[str, Any]]:
+        """Scores by site name (of the kinds of sites in `whole` as wholes; none without a criterion), and the evidence
+        of type `kind` by site name.
+
+        What is missing is collected in one walk. The meter is charged as if all of it had been: what a method costs
+        does not depend on what ran before.
+
+        Raises:
+            RunError: scores hold NaN or Inf.
+        """
+        score_key = self._key("scores", None if criterion is None else version_of(criterion), _kinds(criterion), whole)
+        evidence_key = self._key("evidence", None, (kind,), ())
+        wanted = [(score_key, criterion), (evidence_key, kind)]
+        with self.cache.held([key for key, part in wanted if part is not None]) as entries:
+            scored = ({}, 0.0, 0.0) if criterion is None else entries.get(score_key)
+            evidence = {} if kind is None else entries.get(evidence_key)
+            if scored is None or evidence is None:
+                missing = (criterion if scored is None else None, kind if evidence is None else None)
+                found, seen, spent = _collected(model, tokens_NT, *missing, whole)
+                if scored is None:
+                    scored = (found, spent.forward, spent.backward)
+                    entries.put(score_key, scored)
+                if evidence is None:
+                    evidence = seen
+                    entries.put(evidence_key, evidence)
+        scores, forward, backward = scored
+        walked = tokens_NT is not None and any(each.source in WALKED for each in distinct(_kinds(criterion), kind))
+        meter.forward += forward + walked
+        meter.backward += backward
+        return scores, evidence
+
+    def _key(self, what: str, criterion: str | None, kinds: tuple[Any, ...], whole: tuple[str, ...]) -> dict[str, Any]:
+        asked = {"criterion": criterion, "evidence": [version_of(kind) for kind in kinds if kind], "whole": list(whole)}
+        return {"what": what, **self.basis, **asked, "code": code_version()}
+
+
+def _collected(
+    model: Model, tokens_NT: Tensor | None, criterion: Criterion | None, kind: Any, whole: tuple[str, ...]
+) -> tuple[dict[str, Score], dict[str, Any], Meter]:
+    """One walk over the dense model; the meter has what it spent besides the walk itself."""
+    scores: dict[str, Score] = {}
+    evidence: dict[str, Any] = {}
+    meter = Meter()
+    wanted = None if criterion is None else criterion.evidence
+    kinds = distinct(wanted, kind)
+    for visit in walk(model, tokens_NT, kinds, meter, "calibrate", read_only=True, whole=whole):
+        if criterion is not None:
+            found = checked(criterion(visit.whole or visit.block, visit.of(wanted)))
+            scores.update(without_readers(found) if model.streamed else found)
+        evidence.update(visit.of(kind))
+    if tokens_NT is not None and any(each.source in WALKED for each in kinds):
+        meter.forward = max(0.0, round(meter.forward - 1, 9))
+    return scores, evidence, meter
+
+
+def _kinds(criterion: Criterion | None) -> tuple[Any, ...]:
+    return () if criterion is None else evidence_kinds(criterion.evidence)
+
+
+def distinct(*wanted: Any) -> tuple[Any, ...]:
+    """Types of evidence, each once."""
+    return tuple(dict.fromkeys(kind for each in wanted for kind in evidence_kinds(each)))
+
+
+def without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """Removal paths without what only probes need: weights and covariances of whole blocks."""
+    return {n: replace(score, readers={}) if isinstance(score, RemovalPath) else score for n, score in scores.items()}
+
+
+def checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:
+    """Raises RunError for scores that are no numbers."""
+    for name, score in scores.items():
+        if not torch.isfinite(unit_scores(score)).all():
+            raise RunError(f"{name}: scores hold NaN or Inf")
+    return scores

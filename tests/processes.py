@@ -1,4 +1,4 @@
-"""Commands in processes of their own, started from one that has imported what they need: quick, and fit to be killed."""
+"""Commands in processes of their own, started from one that has the imports done: quick, and fit to be killed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("evidence",),
     ("criterion", "compensator", "search", "sparsity"),
     ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache"),
-    ("budget", "prune", "rounds", "recovery"),
+    ("budget", "scoring", "prune", "rounds", "recovery"),
     ("delivery",),
     ("experiment",),
     ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary", "export"),

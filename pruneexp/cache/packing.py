@@ -91,5 +91,5 @@ def digest_of(tensors: Mapping[str, Tensor], outline: str) -> str:
         tensor = tensors[name].contiguous()
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -60,8 +60,8 @@ class Cache:
     """Results in `dir` (None: outputs/cache), `limit` GiB of them at most; the ones used longest ago leave first.
 
     A job that wants what another is computing waits for it: each key is locked while it is held, by a lock of the
-    operating system, which a killed job lets go of. A file is written aside and renamed, and carries the SHA-256 of what is
-    in it; one that does not match is computed anew. What cannot be written (a full or read-only disk, a value of a
+    operating system, which a killed job lets go of. A file is written aside and renamed, and carries the SHA-256 of
+    what is in it; one that does not match is computed anew. What cannot be written (a full or read-only disk, a value of a
     kind that a file cannot hold, one of more than half the limit) is not kept, and the log says so.
     """
 
@@ -164,7 +164,7 @@ def _read(path: Path, key: Key) -> Any:
 
     with safe_open(path, framework="pt") as file:
         meta = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if meta["key"] != _text(key):
         raise ValueError("another key's")
     if meta["sha256"] != digest_of(tensors, meta["outline"]):

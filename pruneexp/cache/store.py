@@ -61,8 +61,8 @@ class Cache:
 
     A job that wants what another is computing waits for it: each key is locked while it is held, by a lock of the
     operating system, which a killed job lets go of. A file is written aside and renamed, and carries the SHA-256 of
-    what is in it; one that does not match is computed anew. What cannot be written (a full or read-only disk, a value of a
-    kind that a file cannot hold, one of more than half the limit) is not kept, and the log says so.
+    its contents; one that does not match is computed anew. What cannot be written (a full or read-only disk, a value
+    of a kind that a file cannot hold, one of more than half the limit) is not kept, and the log says so.
     """
 
     dir: str | None

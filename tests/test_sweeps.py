@@ -8,20 +8,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pruneexp import progress, report
 from pruneexp.__main__ import main
+from pruneexp.config_files import sweep_files, sweeps_folder
+from tests.wandb_specs import parameters, spec
 
-# All that is large: model, data, steps; and two of the jobs are enough.
+# All that is large: model, data, steps.
 SMALL = ["model=embedded", "dataset=embedded", "dataset.samples=4", "dataset.length=32", "evaluator=[size]"]
-CHOSEN = {
-    "policy_gradient_paper": ["search.steps=3", "sparsity.ratio=0.3", "search.initial=random"],
-    "policy_gradient_heads": ["search.steps=3", "sparsity.ratio=0.1"],
-    "policy_gradient_layers": ["search.steps=3", "sparsity.ratio=0.3"],
+STEPS = {"policy_gradient": ["search.steps=3"], "tuned": ["recovery.steps=1"]}
+    "policy_gradient": ["search.steps=3"],
+    "mini_llm": ["criterion.directions=2"],
+    "recovery": ["recovery.steps=1"],
+}
+LOSES = {  # kinds of sites that lose units, where that is the point of the sweep
+    "policy_gradient_heads": {"attention"},
+    "policy_gradient_layers": {"block"},
 }
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+def chosen(name: str) -> list[str]:
+    """Two of its jobs: every parameter at its first value, the first of several values that matters here at two."""
+    found = {key: values for key, values in parameters(sweep_files()[name]).items() if key != "model"}
+    varied = next((key for key, values in found.items() if len(values) > 1 and key != "seed"), None)
+    pinned = [f"{key}={','.join(values[:2] if key == varied else values[:1])}" for key, values in found.items()]
+    return pinned + [text for part, texts in STEPS.items() if part in name for text in texts]
+
+
+@pytest.mark.parametrize("name", sweep_files())
 def test_a_sweep_runs_small(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -29,14 +44,33 @@ def test_a_sweep_runs_small(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(report, "structure_figure", lambda *_: None)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert main([f"+sweep={name}", *SMALL, *CHOSEN[name], "sweep.dir=swept"]) == 0
+        assert main([f"+sweep={name}", *SMALL, *chosen(name), "sweep.dir=swept"]) == 0
     finally:
         signal.signal(signal.SIGTERM, before)
-    folders = [path for path in Path("swept").iterdir() if path.is_dir()]
-    assert len(folders) == 2
-    kinds = {"policy_gradient_heads": "attention", "policy_gradient_layers": "block"}
+    folders = [path.parent for path in Path("swept").glob("*/metrics.json")]
+    assert len(folders) == (1 if name == "llm_pruner_tuned" else 2)  # that one varies the model alone
     for folder in folders:
         plan = json.loads((folder / "plan.json").read_text())
-        assert json.loads((folder / "status.json").read_text())["status"] == "done"
         lost = {site["kind"] for site in plan["sites"].values() if len(site["kept"]) < site["units"]}
-        assert lost == {kinds[name]} if name in kinds else "mlp" in lost
+        assert lost == LOSES[name] if name in LOSES else lost
+
+
+@pytest.mark.parametrize("name", sweep_files())
+def test_the_wandb_spec_is_the_sweep(name: str) -> None:
+    path = sweeps_folder() / "wandb" / f"{name}.yaml"
+    assert path.read_text() == spec(name), "python -m tests.wandb_specs writes it anew"
+    assert yaml.safe_load(path.read_text())["command"][1] == f"+sweep={name}"
+
+
+def test_no_wandb_spec_is_without_its_sweep() -> None:
+    assert {path.stem for path in (sweeps_folder() / "wandb").glob("*.yaml")} == set(sweep_files())
+
+
+def test_an_agent_runs_a_job_of_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `wandb agent` puts in place of ${args_no_hyphens}: key=value for each parameter."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found = yaml.safe_load((sweeps_folder() / "wandb" / "grid.yaml").read_text())
+    pinned = [f"{key}={each['values'][0]}" for key, each in found["parameters"].items()]
+    assert main([found["command"][1], *pinned, *SMALL, "sweep.dir=swept"]) == 0
+    assert len(list(Path("swept").glob("*/metrics.json"))) == 1

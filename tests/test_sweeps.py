@@ -18,10 +18,6 @@ from tests.wandb_specs import parameters, spec
 # All that is large: model, data, steps.
 SMALL = ["model=embedded", "dataset=embedded", "dataset.samples=4", "dataset.length=32", "evaluator=[size]"]
 STEPS = {"policy_gradient": ["search.steps=3"], "tuned": ["recovery.steps=1"]}
-    "policy_gradient": ["search.steps=3"],
-    "mini_llm": ["criterion.directions=2"],
-    "recovery": ["recovery.steps=1"],
-}
 LOSES = {  # kinds of sites that lose units, where that is the point of the sweep
     "policy_gradient_heads": {"attention"},
     "policy_gradient_layers": {"block"},

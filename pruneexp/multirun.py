@@ -43,15 +43,21 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
-    """Runs every job; the exit code: 1 if any failed. Raises ConfigError, before the first job, for jobs that cannot be
-    built (where the sweeper decides its jobs beforehand)."""
+    """Runs every job; the exit code: 1 if any failed. Raises ConfigError, before the first job and for all of them at
+    once, for jobs that cannot be built (where the sweeper decides its jobs beforehand)."""
     overrides = [*overrides, "hydra.mode=MULTIRUN"]
     config = compose_raw(hydra, overrides, RunMode.MULTIRUN)
     folder = sweep_folder(config)
     from pruneexp.build import build
 
-    for job in job_configs(hydra, config):
-        build(as_job(job, folder))
+    problems: dict[str, None] = {}
+    for overrides_of_job in job_overrides(hydra, config):
+        try:
+            build(as_job(job_config(hydra, config, overrides_of_job), folder))
+        except ConfigError as error:
+            problems[str(error)] = None
+    if problems:
+        raise ConfigError("; ".join(problems))
     before = _statuses(folder)
     overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
     try:
@@ -128,23 +134,31 @@ def _asked(run: Composed) -> set[str]:
 
 
 def job_configs(hydra: Hydra, config: DictConfig) -> Iterator[Composed]:
-    """The runs of a multirun, as far as they are known beforehand: none for a sweeper that decides as it goes."""
+    """The runs of a multirun, as far as they are known beforehand. Raises ConfigError."""
+    return (job_config(hydra, config, overrides) for overrides in job_overrides(hydra, config))
+
+
+def job_overrides(hydra: Hydra, config: DictConfig) -> list[Sequence[str]]:
+    """What each job of a multirun overrides: none for a sweeper that decides as it goes. Raises ConfigError."""
     sweeper = config.hydra.sweeper
     if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
-        return
+        return []
     swept = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     swept += [str(text) for text in config.hydra.overrides.task]
     try:
         parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(swept)
-        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+        return list(BasicSweeper.split_arguments(parsed, None)[0])
     except Exception as error:
         raise explained(error, hydra, swept) from error
-    for overrides in jobs:
-        try:
-            raw = hydra.config_loader.load_sweep_config(config, list(overrides))
-        except Exception as error:
-            raise explained(error, hydra, overrides) from error
-        yield composed(raw)
+
+
+def job_config(hydra: Hydra, config: DictConfig, overrides: Sequence[str]) -> Composed:
+    """One job of the multirun. Raises ConfigError."""
+    try:
+        raw = hydra.config_loader.load_sweep_config(config, list(overrides))
+    except Exception as error:
+        raise explained(error, hydra, overrides) from error
+    return composed(raw)
 
 
 def _run_recorded(job: Composed, number: str) -> dict[str, float] | None:

@@ -125,6 +125,8 @@ MISTAKES = [
     ("evaluator=[latency] model.stream=true", "model.stream=True: evaluator=latency needs the whole model"),
     ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected "),
     ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
+    ("--multirun search=al_am,al_an criterion=flap,flup", ".*search=al_an: expected .*; .*criterion=flup: expected "),
+    ("--multirun sparsity.ratio=2,0.2,3", "sparsity.ratio=2.0: .*; sparsity.ratio=3.0: "),
     ("--multirun seed=1,2 run.dir=x", "run.dir='x': expected null in a multirun"),
     ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),
     ("--multirunn", "unrecognized arguments: --multirunn"),

@@ -4,7 +4,6 @@ so does llama.cpp where llama-cpp-python is installed."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +14,14 @@ from torch import Tensor
 from pruneexp.export import gguf_file, gguf_proof, main
 from pruneexp.export.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, vocabulary
 from pruneexp.model import ModelSource
-from pruneexp.surgery import save, shrink_
-from pruneexp.types import Plan, SitePlan
-from tests.tiny_families import TINY, random_model, tiny_model
+from pruneexp.surgery import save
+from tests.llama_like import MODELS, Kept, model_logits, pruned_folder
+from tests.tiny_families import tiny_model
 
 gguf = pytest.importorskip("gguf")
 
-LLAMA = {**TINY["llama_multi_query"][1], "num_key_value_heads": 3}
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", LLAMA),
-    "llama3": (
-        "Llama",
-        {
-            **LLAMA,
-            "head_dim": 16,  # heads that do not make up the hidden size
-            "tie_word_embeddings": True,
-            "rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 32},
-        },
-    ),
-    "llama_biased": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
-    "linear_rope": ("Llama", {**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "granite_plain": ("Granite", {**LLAMA, "attention_multiplier": 8**-0.5}),
-    "smollm3_roped": ("SmolLM3", {**LLAMA, "no_rope_layers": [1, 1, 1]}),
-    **{name: TINY[name] for name in ("llama_multi_query", "mistral_sliding", "qwen2", "phi3")},
-}
-# units that stay: attention and FFN of each layer
 NO_FIRST_ATTENTION = ((0, 5), (2, 0), (1, 7))
 NO_LAST_FFN = ((1, 7), (0, 0), (2, 0))
-Export = Callable[..., Path]
-
-
-def pruned_(model: Any, kept: Sequence[tuple[int, int]], biases: bool) -> None:
-    """Random units stay, so many; `biases`: both readers of every layer get one, as a compensator's."""
-    rng, sites, readers = torch.Generator().manual_seed(3), {}, {}
-    for index, counts in enumerate(kept):
-        block = model.block(index)
-        for site, count in zip(block.sites, counts, strict=True):
-            units = torch.randperm(site.units, generator=rng)[:count].sort().values.tolist()
-            sites[site.name] = SitePlan(site.kind, site.units, tuple(units))
-            if biases:
-                weight = block.weights[site.name].reader[:, site.keep_C(units)] * 1.5
-                readers[site.name] = (weight, torch.randn(len(weight), generator=rng, dtype=weight.dtype))
-    shrink_(model, Plan(sites), readers)
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """A pruned tiny model's folder."""
-
-    def folder(name: str, kept: Sequence[tuple[int, int]] = NO_FIRST_ATTENTION, biases: bool = False) -> Path:
-        prefix, values = MODELS[name]
-        random_model(prefix, values).save_pretrained(tmp_path / "dense")
-        model = ModelSource(name, str(tmp_path / "dense"), None, "float64", "cpu", False, False, 4).load()
-        pruned_(model, kept, biases)
-        save(model, tmp_path / "pruned")
-        return tmp_path / "pruned"
-
-    return folder
 
 
 def deci_logits(file: Path, tokens_T: Tensor) -> Tensor:
@@ -129,12 +78,6 @@ def deci_logits(file: Path, tokens_T: Tensor) -> Tensor:
     return norm(x_TD, "output_norm") @ head.T
 
 
-@torch.no_grad()
-def model_logits(folder: Path, tokens_T: Tensor) -> Tensor:
-    model = ModelSource("own", str(folder), None, "float64", "cpu", False, False, 4).load()
-    return model.module(tokens_T[None]).logits[0].float()
-
-
 @pytest.mark.parametrize(
     ("name", "kept", "biases"),
     [
@@ -144,10 +87,8 @@ def model_logits(folder: Path, tokens_T: Tensor) -> Tensor:
         ("phi3", NO_LAST_FFN, True),
     ],
 )
-def test_the_file_is_the_model(
-    name: str, kept: Sequence[tuple[int, int]], biases: bool, checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = checkpoint(name, kept, biases)
+def test_the_file_is_the_model(name: str, kept: Kept, biases: bool, tmp_path: Path) -> None:
+    folder = pruned_folder(tmp_path, name, kept, biases)
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}", "prove=in_place"]) == 0
     file = tmp_path / "out" / "model.gguf"
     length = gguf.GGUFReader(file).fields["deci.context_length"].contents()
@@ -158,8 +99,8 @@ def test_the_file_is_the_model(
     assert record["prove"] == "read_back" and record["tensors_equal"] == len(gguf.GGUFReader(file).tensors)
 
 
-def test_no_wider_than_the_model(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    folder = checkpoint("llama", NO_LAST_FFN)
+def test_no_wider_than_the_model(tmp_path: Path) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_LAST_FFN)
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0
     fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["deci.attention.head_count"].contents() == [2, 4]  # the empty layer is left out
@@ -168,10 +109,8 @@ def test_no_wider_than_the_model(checkpoint: Callable[..., Path], tmp_path: Path
 
 
 @pytest.mark.parametrize(("dtype", "code", "kind"), [("bfloat16", 32, torch.bfloat16), ("float16", 1, torch.float16)])
-def test_half_precision(
-    dtype: str, code: int, kind: torch.dtype, checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder, out = checkpoint("llama"), tmp_path / "out"
+def test_half_precision(dtype: str, code: int, kind: torch.dtype, tmp_path: Path) -> None:
+    folder, out = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION), tmp_path / "out"
     assert main([str(folder), "format=gguf", f"dtype={dtype}", f"out={out}", "prove=in_place"]) == 0
     reader = gguf.GGUFReader(out / "model.gguf")
     assert reader.fields["general.file_type"].contents() == code
@@ -182,10 +121,8 @@ def test_half_precision(
     torch.testing.assert_close(found["output_norm.weight"], dense.module.model.norm.weight.float(), rtol=0, atol=0)
 
 
-def test_numbers_too_large_for_float16(
-    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = checkpoint("llama")
+def test_numbers_too_large_for_float16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)
     model = ModelSource("own", str(folder), None, "float64", "cpu", False, False, 4).load()
     model.layers[2].mlp.up_proj.weight[0, 0] = 1e6
     save(model, tmp_path / "large")
@@ -194,9 +131,7 @@ def test_numbers_too_large_for_float16(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_file_is_not_kept(
-    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_a_damaged_file_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     write = gguf_file.GgufExporter.write
 
     def damaged(self: Any, model: Any, folder: Path) -> list[str]:
@@ -207,7 +142,17 @@ def test_a_damaged_file_is_not_kept(
         return notes
 
     monkeypatch.setattr(gguf_file.GgufExporter, "write", damaged)
-    assert main([str(checkpoint("llama")), "format=gguf", f"out={tmp_path / 'out'}", "prove=in_place"]) == 1
+    assert (
+        main(
+            [
+                str(pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)),
+                "format=gguf",
+                f"out={tmp_path / 'out'}",
+                "prove=in_place",
+            ]
+        )
+        == 1
+    )
     assert "tensor blk.2.ffn_down.weight is not the model's" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -232,19 +177,15 @@ def test_models_that_are_no_llama(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_package(
-    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    folder = checkpoint("llama")
+def test_without_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)
     monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 2
     assert "pip install 'pruneexp[gguf]'" in capsys.readouterr().err
 
 
-def test_without_llama_cpp(
-    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    folder = checkpoint("llama")
+def test_without_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)
     monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
     assert "not run by llama.cpp (llama-cpp-python is not installed)" in capsys.readouterr().out
@@ -253,11 +194,9 @@ def test_without_llama_cpp(
 
 
 @pytest.mark.parametrize(("name", "kept"), [("llama3", NO_FIRST_ATTENTION), ("llama_biased", NO_LAST_FFN)])
-def test_run_by_llama_cpp(
-    name: str, kept: Sequence[tuple[int, int]], checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_run_by_llama_cpp(name: str, kept: Kept, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    folder = checkpoint(name, kept, biases=True)
+    folder = pruned_folder(tmp_path, name, kept, biases=True)
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     assert record["prove"] == "llama.cpp" and record["greedy_tokens_equal"]

@@ -25,6 +25,7 @@ arguments:
   format=remote_code    modeling_pruned.py beside the weights, each layer as narrow as it is
   format=padded         zeros up to the widest layer, then stock: exact, larger, loads everywhere
   format=gguf           model.gguf for llama.cpp, each layer as narrow as it is; of LLaMA-like models
+  format=vllm           for vLLM's DeciLM, FFNs as narrow as they are; of LLaMA-like models, heads alike in all layers
   multiple=1            with format=padded: FFN widths rounded up to a multiple of this
   dtype=NAME            with format=gguf: float32, bfloat16 or float16; the checkpoint's unless given
   prove=process         reload in a clean process (in_place: in this one, without llama.cpp; off: not at all)
@@ -34,7 +35,7 @@ arguments:
 exit code: 0 done; 2 a request that cannot work; 1 an export that failed (nothing is left at PATH)"""
 
 CHOICES = {
-    "format": ("auto", "stock", "remote_code", "padded", "gguf"),
+    "format": ("auto", "stock", "remote_code", "padded", "gguf", "vllm"),
     "dtype": ("float32", "bfloat16", "float16"),
     "prove": ("process", "in_place", "off"),
     "overwrite": ("true", "false"),

@@ -82,6 +82,10 @@ def chosen(model: Model, asked: Request) -> Exporter:
         from pruneexp.export.gguf_file import gguf_exporter
 
         return gguf_exporter(model, asked.dtype)
+    if asked.format == "vllm":
+        from pruneexp.export.vllm import vllm_exporter
+
+        return vllm_exporter(model)
     from pruneexp.export.checkpoint import checkpoint_exporter
 
     return checkpoint_exporter(model, asked.format, asked.multiple)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.export.folders import stored_source
+from pruneexp.export.streamed import prove_streamed, save_streamed
 from pruneexp.model import Model, layer_structure
 from pruneexp.surgery import Form, Padding, padding, remote_code_form, save, save_form
 from pruneexp.types import ConfigError, RunError
@@ -61,15 +62,22 @@ class CheckpointExporter:
     def write(self, model: Model, folder: Path) -> list[str]:
         from pruneexp.surgery import pad_
 
+        if model.streamed:
+            save_streamed(model, folder, self.own_form, self.padding)
+            return []
         if self.padding is not None:
             pad_(model, self.padding)
         save(model, folder, self.own_form)
         return []
 
-    def prove(self, checkpoint: Path, how: str, folder: Path) -> dict[str, Any]:
+    def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
         """Compares the export with its source, both in float32 (or more). Raises RunError where they differ."""
         from pruneexp.surgery import prove_in_place, prove_in_process
 
+        if stream:
+            proof = prove_streamed(checkpoint, proof_tokens(stored_source(checkpoint).outline()), folder)
+            check_difference(proof["max_logit_difference"], TOLERANCE)
+            return proof
         model = exact_model(checkpoint)
         prove = prove_in_process if how == "process" else prove_in_place
         proof = prove(model, folder, proof_tokens(model))

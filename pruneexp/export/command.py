@@ -28,7 +28,9 @@ arguments:
   format=vllm           for vLLM's DeciLM, FFNs as narrow as they are; of LLaMA-like models, heads alike in all layers
   multiple=1            with format=padded: FFN widths rounded up to a multiple of this
   dtype=NAME            with format=gguf: float32, bfloat16 or float16; the checkpoint's unless given
-  prove=process         reload in a clean process (in_place: in this one, without llama.cpp; off: not at all)
+  stream=auto           true: one decoder layer in memory at a time (false: never); auto goes by the memory that is free
+  prove=process         reload in a clean process (in_place: in this one, without llama.cpp; off: not at all); what is
+                        streamed is proved block by block, or read back tensor by tensor (gguf, vllm)
   overwrite=false       true: replace an earlier export at PATH
   -h, --help
 
@@ -39,8 +41,9 @@ CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "prove": ("process", "in_place", "off"),
     "overwrite": ("true", "false"),
+    "stream": ("auto", "true", "false"),
 }
-KEYS = ("format", "out", "overwrite", "prove", "multiple", "dtype")
+KEYS = ("format", "out", "overwrite", "prove", "multiple", "dtype", "stream")
 WITH_FORMAT = {"multiple": "padded", "dtype": "gguf"}  # keys that one format alone has
 
 
@@ -55,6 +58,7 @@ class Request:
     overwrite: bool = False
     multiple: int = 1
     dtype: str | None = None  # None: the checkpoint's
+    stream: bool | None = None  # None: by the memory that is free
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,4 +142,5 @@ def request(argv: Sequence[str]) -> Request:
         values.get("overwrite") == "true",
         int(multiple),
         values.get("dtype"),
+        {"true": True, "false": False}.get(values.get("stream", "auto")),
     )

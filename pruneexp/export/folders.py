@@ -44,13 +44,13 @@ def checkpoint_folder(source: Path) -> Path:
     return folder
 
 
-def stored_source(checkpoint: Path, dtype: str | None = None) -> ModelSource:
+def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = False) -> ModelSource:
     """The checkpoint as it is stored: a CPU's own choice of precision is nothing to write down."""
     from pruneexp.model import ModelSource
     from pruneexp.model.source import DTYPES
 
     def source(dtype: str) -> ModelSource:
-        return ModelSource("export", str(checkpoint), None, dtype, "cpu", False, False, 1)
+        return ModelSource("export", str(checkpoint), None, dtype, "cpu", stream, False, 1)
 
     if dtype is None:
         config = source("auto").read_config(checkpoint)

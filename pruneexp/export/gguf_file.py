@@ -106,10 +106,10 @@ class GgufExporter:
             writer.close()
         return [*window_note(model), *words.notes]
 
-    def prove(self, checkpoint: Path, how: str, folder: Path) -> dict[str, Any]:
+    def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
         from pruneexp.export.gguf_proof import prove_gguf
 
-        return prove_gguf(self, checkpoint, how, folder / FILE)
+        return prove_gguf(self, checkpoint, how, stream, folder / FILE)
 
 
 def deci_layers(model: Model) -> Iterator[LlamaLayer]:

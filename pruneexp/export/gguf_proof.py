@@ -67,14 +67,16 @@ json.dump({"version": llama_cpp.__version__, "words": words}, open(out_file + ".
 """
 
 
-def prove_gguf(exporter: GgufExporter, checkpoint: Path, how: str, file: Path) -> dict[str, Any]:
+def prove_gguf(exporter: GgufExporter, checkpoint: Path, how: str, stream: bool, file: Path) -> dict[str, Any]:
     """Compares the file with the checkpoint. The record's `prove` says how: "llama.cpp" or "read_back".
 
     Raises RunError where they differ, or llama.cpp does not load the file.
     """
-    record = read_back(exporter, stored_source(checkpoint).load(), file)
+    record = read_back(exporter, stored_source(checkpoint, stream=stream).load(), file)
     if how == "in_place":
         return record
+    if stream:
+        return record | {"notes": [_not_run("the model to compare it with does not fit into memory")]}
     if find_spec("llama_cpp") is None:
         return record | {"notes": [_not_run("llama-cpp-python is not installed")]}
     return record | _run(exporter, checkpoint, file)

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pruneexp.export.folders import stored_source
 from pruneexp.export.llama_like import (
     LlamaLayer,
     adds_something,
@@ -27,17 +28,17 @@ from pruneexp.export.llama_like import (
     layer_tensors,
     window_note,
 )
-from pruneexp.export.vllm_proof import BIASES, check_loader_rules, prove_vllm
+from pruneexp.export.vllm_proof import BIASES, check_files, check_loader_rules, prove_by_own_modeling, read_back
 from pruneexp.model import Model, layer_structure
 from pruneexp.modeling_pruned import head_size
-from pruneexp.surgery.save import ShardWriter
+from pruneexp.surgery.save import SHARD_BYTES, STREAMED_SHARD_BYTES, ShardWriter
 from pruneexp.types import ConfigError
 
 CODE = Path(__file__).with_name("configuration_blocks.py")
 ZERO_CHANNELS = 64  # of an FFN that only carries a bias: a width that tensor parallelism divides
 NOT_SERVED = (
-    "not served by vLLM here: its config was checked against the rules of vLLM's loader, its weights reloaded with "
-    "pruneexp's own modeling; serving it wants --trust-remote-code (for the config alone)"
+    "not served by vLLM here: its config was checked against the rules of vLLM's loader; serving it wants "
+    "--trust-remote-code (for the config alone)"
 )
 
 
@@ -73,7 +74,7 @@ class VllmExporter:
 
     def write(self, model: Model, folder: Path) -> list[str]:
         folder.mkdir(parents=True)
-        shards = ShardWriter(folder)
+        shards = ShardWriter(folder, shard_bytes=STREAMED_SHARD_BYTES if model.streamed else SHARD_BYTES)
         for part in self.tensors(model):
             shards.add(part)
         shards.close()
@@ -140,8 +141,11 @@ class VllmExporter:
                         found.setdefault(f"{path}.bias", weight.new_zeros(len(weight)))
                 yield {f"model.layers.{place}.{name}": tensor for name, tensor in found.items()}
 
-    def prove(self, checkpoint: Path, how: str, folder: Path) -> dict[str, Any]:
-        return prove_vllm(checkpoint, how, folder)
+    def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
+        check_files(how, folder)
+        if stream:
+            return read_back(self.tensors(stored_source(checkpoint, stream=True).load()), folder)
+        return prove_by_own_modeling(checkpoint, folder)
 
 
 def _query_heads(model: Model) -> int:

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pruneexp import modeling_pruned
 from pruneexp.export.checkpoint import TOLERANCE, check_difference, exact_model, proof_tokens
@@ -26,12 +27,29 @@ BIASES = {  # flag of the config -> the linear layers that have a bias then
 }
 
 
-def prove_vllm(checkpoint: Path, how: str, folder: Path) -> dict[str, Any]:
-    """Reloads the weights by the written config alone, with pruneexp's own modeling, and compares logits and greedy
-    tokens; in a clean process (`how`), the config as transformers reads it, too. Raises RunError."""
+def check_files(how: str, folder: Path) -> None:
+    """The loader's rules; `how` "process": the config as transformers reads it, too. Raises RunError."""
     check_loader_rules(folder)
     if how == "process":
         _check_config_class(folder)
+
+
+def read_back(parts: Iterable[dict[str, Tensor]], folder: Path) -> dict[str, Any]:
+    """Every tensor of the files against those that were to be written, to the bit. Raises RunError, naming one that
+    differs."""
+    files, count = Checkpoint(folder), 0
+    for part in parts:
+        for name, tensor in part.items():
+            if not torch.equal(files[name], tensor):
+                raise RunError(f"tensor {name} is not the model's; nothing was kept")
+            count += 1
+        files.close()
+    return {"prove": "read_back", "served": False, "tensors_equal": count}
+
+
+def prove_by_own_modeling(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Reloads the weights by the written config alone, with pruneexp's own modeling, and compares logits and greedy
+    tokens. Raises RunError."""
     model = exact_model(checkpoint)
     reloaded = own_model(folder, model)
     tokens_BT = proof_tokens(model)[:, : reloaded.max_length]

@@ -19,7 +19,7 @@ from pruneexp.export.folders import (
 )
 
 if TYPE_CHECKING:
-    from pruneexp.model import Model, ModelSource
+    from pruneexp.model import Model
 
 
 class Exporter(Protocol):
@@ -40,8 +40,9 @@ class Exporter(Protocol):
         """Makes `folder` and everything in it. Gives what the user should know."""
         ...
 
-    def prove(self, checkpoint: Path, how: str, folder: Path) -> dict[str, Any]:
-        """Compares `folder` with the checkpoint. Raises RunError where it is another model."""
+    def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
+        """Compares `folder` with the checkpoint; `stream`: without holding either. Raises RunError where it is another
+        model."""
         ...
 
 
@@ -52,16 +53,20 @@ def export(asked: Request) -> dict[str, Any]:
         ConfigError: what is asked for cannot be; nothing has been written then, and no weight loaded.
         RunError: it could not be written, did not reload or is another model; nothing is left of it.
     """
+    from pruneexp.export.streamed import wants_streaming
+
     checkpoint = checkpoint_folder(asked.source)
     check_out(asked.out, asked.source, checkpoint, asked.overwrite)
     source = stored_source(checkpoint)
     source.check()
-    exporter = chosen(source.outline(), asked)
+    outline = source.outline()
+    exporter = chosen(outline, asked)
     check_space(asked.out, exporter.bytes)
+    stream = wants_streaming(outline) if asked.stream is None else asked.stream
     out = asked.out.absolute()
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        record = _written(asked, checkpoint, source, exporter, aside)
+        record = _written(asked, checkpoint, stream, exporter, aside)
         replace_folder(aside, out)
     except OSError as error:
         from pruneexp.types import RunError
@@ -91,11 +96,11 @@ def chosen(model: Model, asked: Request) -> Exporter:
     return checkpoint_exporter(model, asked.format, asked.multiple)
 
 
-def _written(asked: Request, checkpoint: Path, source: ModelSource, exporter: Exporter, aside: Path) -> dict[str, Any]:
+def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter, aside: Path) -> dict[str, Any]:
     """Writes and proves the export in `aside`."""
     from pruneexp.tracker import write_atomic
 
-    model = source.load()
+    model = stored_source(checkpoint, stream=stream).load()
     notes = exporter.write(model, aside)
     del model
     for name in ("plan.json", "generation_config.json"):
@@ -107,10 +112,11 @@ def _written(asked: Request, checkpoint: Path, source: ModelSource, exporter: Ex
         "why": exporter.why,
         "source": str(asked.source.absolute()),
         "out": str(asked.out.absolute()),
+        "streamed": stream,
         "prove": asked.prove,
     }
     if asked.prove != "off":
-        proof = exporter.prove(checkpoint, asked.prove, aside)
+        proof = exporter.prove(checkpoint, asked.prove, stream, aside)
         notes += proof.pop("notes", [])
         record |= proof
     if notes:

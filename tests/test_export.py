@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pruneexp import export
-from pruneexp.export import main
+from pruneexp.export import KEYS, main
 from pruneexp.model import Model
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import Plan, SitePlan
@@ -193,7 +192,7 @@ def test_mistakes_on_the_command_line(
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {key}=" in text for key in export.KEYS)
+    assert all(f"  {key}=" in text for key in KEYS)
 
 
 def test_runs_that_have_nothing_to_export(
@@ -224,7 +223,7 @@ def test_where_it_may_not_write(
     assert "overwrite=true" in refused(capsys, str(run), f"out={out}")
     assert "replaces earlier exports alone" in refused(capsys, str(run), f"out={out}", "overwrite=true")
     assert (out / "mine.txt").read_text() == "mine"
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
     assert "are free there" in refused(capsys, str(run), f"out={tmp_path / 'new'}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 

@@ -68,10 +68,14 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (prefix of the config
 
 def tiny_model(name: str) -> Any:
     """A random model in float64, weights large enough for every part to matter."""
+    return random_model(*TINY[name])
+
+
+def random_model(prefix: str, values: dict[str, Any]) -> Any:
+    """The same of any config: `prefix` of its class, and its values."""
     import torch
     import transformers
 
-    prefix, values = TINY[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(**values)
     model = transformers.AutoModelForCausalLM.from_config(config).double()

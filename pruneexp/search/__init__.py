@@ -8,6 +8,7 @@ from pruneexp.search.grain import KIND, block_scores, scored_as
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
+from pruneexp.search.serve_safe import ServeSafe
 
 __all__ = [
     "KIND",
@@ -19,6 +20,7 @@ __all__ = [
     "Greedy",
     "Layerwise",
     "PolicyGradient",
+    "ServeSafe",
     "UlMm",
     "UlUm",
     "Uniform",

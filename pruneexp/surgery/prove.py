@@ -61,8 +61,8 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str,
             raise RunError(f"{folder}: the saved checkpoint does not reload in a clean process ({reason})")
         reloaded = load_file(out_file)
         class_name = json.loads(Path(out_file + ".json").read_text())["class"]
-    expected = _logits(model, tokens_BT)
-    generated = _generated(model, tokens_BT)
+    expected = logits_of(model, tokens_BT)
+    generated = greedy_tokens(model, tokens_BT)
     return {
         "prove": "process",
         "class": class_name,
@@ -74,9 +74,8 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str,
 
 def prove_in_place(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str, Any]:
     """Reloads `folder` here, with the modeling file of this package, and compares logits."""
-    difference = (
-        (_logits(_source(model, folder, stream=False).load(), tokens_BT) - _logits(model, tokens_BT)).abs().max().item()
-    )
+    reloaded = _source(model, folder, stream=False).load()
+    difference = (logits_of(reloaded, tokens_BT) - logits_of(model, tokens_BT)).abs().max().item()
     return {"prove": "in_place", "max_logit_difference": difference, "windows": list(tokens_BT.shape)}
 
 
@@ -128,11 +127,11 @@ def _source(model: Model, folder: Path, stream: bool) -> ModelSource:
 
 
 @torch.no_grad()
-def _logits(model: Model, tokens_BT: Tensor) -> Tensor:
+def logits_of(model: Model, tokens_BT: Tensor) -> Tensor:
     return model.module(tokens_BT.to(model.device)).logits.float().cpu()
 
 
 @torch.no_grad()
-def _generated(model: Model, tokens_BT: Tensor) -> Tensor:
+def greedy_tokens(model: Model, tokens_BT: Tensor) -> Tensor:
     prompt = tokens_BT[:1, :8].to(model.device)
     return model.module.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)

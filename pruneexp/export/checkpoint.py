@@ -1,0 +1,125 @@
+"""Exports that transformers loads: stock, padded, or with the modeling file beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.export.folders import stored_source
+from pruneexp.export.streamed import prove_streamed, save_streamed
+from pruneexp.model import Model, layer_structure
+from pruneexp.surgery import Form, Padding, padding, remote_code_form, save, save_form
+from pruneexp.types import ConfigError, RunError
+
+TOLERANCE = 1e-3  # of a logit, in float32
+WINDOWS, LENGTH = 2, 48  # tokens of the proof
+
+
+def checkpoint_exporter(model: Model, format: str, multiple: int) -> CheckpointExporter:
+    """The form, from the model's structure alone. Raises ConfigError where there is none of what was asked for."""
+    size = model.dtype.itemsize
+    if format == "padded":
+        found = padding(model, multiple)
+        return CheckpointExporter(found.form, found, found.params * size)
+    if format == "remote_code":
+        return CheckpointExporter(remote_code_form(model, "asked for"), None, model.params * size)
+    form = save_form(model)
+    if format == "stock" and form.kind != "stock":
+        instead = "format=padded or format=remote_code" if can_pad(model) else "format=remote_code"
+        raise ConfigError(f"format=stock: {uneven(model) or form.why}; expected {instead}")
+    return CheckpointExporter(form, None, model.params * size)
+
+
+def can_pad(model: Model) -> bool:
+    try:
+        padding(model)
+    except ConfigError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class CheckpointExporter:
+    """A folder of config.json and safetensors. `bytes`: room that the weights take."""
+
+    own_form: Form
+    padding: Padding | None
+    bytes: int
+
+    @property
+    def form(self) -> str:
+        return self.own_form.kind
+
+    @property
+    def why(self) -> str:
+        return self.own_form.why
+
+    def write(self, model: Model, folder: Path) -> list[str]:
+        from pruneexp.surgery import pad_
+
+        if model.streamed:
+            save_streamed(model, folder, self.own_form, self.padding)
+            return []
+        if self.padding is not None:
+            pad_(model, self.padding)
+        save(model, folder, self.own_form)
+        return []
+
+    def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
+        """Compares the export with its source, both in float32 (or more). Raises RunError where they differ."""
+        from pruneexp.surgery import prove_in_place, prove_in_process
+
+        if stream:
+            proof = prove_streamed(checkpoint, proof_tokens(stored_source(checkpoint).outline()), folder)
+            check_difference(proof["max_logit_difference"], TOLERANCE)
+            return proof
+        model = exact_model(checkpoint)
+        prove = prove_in_process if how == "process" else prove_in_place
+        proof = prove(model, folder, proof_tokens(model))
+        check_difference(proof["max_logit_difference"], TOLERANCE)
+        return proof
+
+
+def exact_model(checkpoint: Path) -> Model:
+    """The checkpoint in float32 (or in float64, if it is stored so)."""
+    stored = stored_source(checkpoint)
+    return stored_source(checkpoint, "float64" if stored.dtype == "float64" else "float32").load()
+
+
+def proof_tokens(model: Model) -> Tensor:
+    """Windows of random tokens: int64 [B, T]."""
+    length = min(LENGTH, model.max_length or LENGTH)
+    return torch.randint(1, model.vocab_size, (WINDOWS, length), generator=torch.Generator().manual_seed(0))
+
+
+def check_difference(difference: float, tolerance: float) -> None:
+    """Raises RunError where the largest difference of a logit is more than `tolerance`."""
+    if not difference <= tolerance:  # NaN, too
+        raise RunError(
+            f"the export computes something else: a logit differs by {difference:.3g}, more than {tolerance:g}; "
+            "nothing was kept"
+        )
+
+
+def uneven(model: Model) -> str:
+    """Which layers' widths differ from the others', "" where all are alike."""
+    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    what: dict[str, Callable[[Any], Any]] = {
+        "heads": lambda s: (s.num_attention_heads, s.kept_heads),
+        "FFN channels": lambda s: s.intermediate_size,
+        "biases": lambda s: (s.attention_output_bias, s.mlp_output_bias),
+    }
+    found = []
+    for name, of in what.items():
+        values = [of(structure) for structure in structures]
+        usual = max(values, key=values.count)
+        odd = [index for index, value in enumerate(values) if value != usual]
+        if odd:
+            more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
+            found.append(f"{name} in layers {', '.join(map(str, odd[:8]))}{more}")
+    return f"widths differ between layers ({'; '.join(found)})" if found else ""

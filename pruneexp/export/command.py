@@ -1,0 +1,146 @@
+"""The command line of `pruneexp-export`."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+HELP = """\
+usage: pruneexp-export RUN_FOLDER out=PATH [format=auto] [key=value ...]
+
+Writes the pruned model of a finished run (or a checkpoint folder) to PATH in another form, reloads that with the
+software it is for and compares it with the run's model.
+
+arguments:
+  RUN_FOLDER            a finished run's folder, or a folder with config.json and safetensors
+  out=PATH              the new folder
+  format=auto           the simplest faithful form: stock where one can hold the model, else remote_code
+  format=stock          a stock architecture; loads everywhere, without trust_remote_code
+  format=remote_code    modeling_pruned.py beside the weights, each layer as narrow as it is
+  format=padded         zeros up to the widest layer, then stock: exact, larger, loads everywhere
+  format=gguf           model.gguf for llama.cpp, each layer as narrow as it is; of LLaMA-like models
+  format=vllm           for vLLM's DeciLM, FFNs as narrow as they are; of LLaMA-like models, heads alike in all layers
+  multiple=1            with format=padded: FFN widths rounded up to a multiple of this
+  dtype=NAME            with format=gguf: float32, bfloat16 or float16; the checkpoint's unless given
+  stream=auto           true: one decoder layer in memory at a time (false: never); auto goes by the memory that is free
+  prove=process         reload in a clean process (in_place: in this one, without llama.cpp; off: not at all); what is
+                        streamed is proved block by block, or read back tensor by tensor (gguf, vllm)
+  overwrite=false       true: replace an earlier export at PATH
+  -h, --help
+
+exit code: 0 done; 2 a request that cannot work; 1 an export that failed (nothing is left at PATH)"""
+
+CHOICES = {
+    "format": ("auto", "stock", "remote_code", "padded", "gguf", "vllm"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "prove": ("process", "in_place", "off"),
+    "overwrite": ("true", "false"),
+    "stream": ("auto", "true", "false"),
+}
+KEYS = ("format", "out", "overwrite", "prove", "multiple", "dtype", "stream")
+WITH_FORMAT = {"multiple": "padded", "dtype": "gguf"}  # keys that one format alone has
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    source: Path
+    out: Path
+    format: str = "auto"
+    prove: str = "process"
+    overwrite: bool = False
+    multiple: int = 1
+    dtype: str | None = None  # None: the checkpoint's
+    stream: bool | None = None  # None: by the memory that is free
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Gives the exit code: 0 done, 2 a request that cannot work, 1 an export that failed."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0
+    from pruneexp.export.write import export
+    from pruneexp.types import ConfigError, RunError
+
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        record = export(request(argv))
+    except ConfigError as error:
+        return _ended(2, str(error))
+    except RunError as error:
+        return _ended(1, f"failed: {error}")
+    except KeyboardInterrupt:
+        return _ended(130, "interrupted")
+    except Exception as error:
+        return _ended(1, f"failed: {type(error).__name__}: {error}")
+    print(f"format: {record['form']} ({record['why']})")
+    for note in record.get("notes", ()):
+        print(f"note: {note}")
+    if "max_logit_difference" in record:
+        equal = record.get("greedy_tokens_equal")  # None: proved without generating
+        same = "" if equal is None else f"; greedy tokens {'equal' if equal else 'differ'}"
+        print(f"largest difference of a logit: {record['max_logit_difference']:.3g}{same}")
+    print(f"The export is {record['out']}")
+    return 0
+
+
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    # An exception, so that what has been written is removed on the way out.
+    raise SystemExit(128 + signum)
+
+
+def _ended(code: int, line: str) -> int:
+    print(f"pruneexp-export: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def request(argv: Sequence[str]) -> Request:
+    """Reads the command line. Raises ConfigError."""
+    from pruneexp.explain import did_you_mean, known_keys
+    from pruneexp.types import ConfigError
+
+    folders, values = [], {}
+    for text in argv:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]+", key):
+            if text.startswith("-"):
+                raise ConfigError(f"{text}: unknown option; expected key=value; see pruneexp-export --help")
+            folders.append(text)
+            continue
+        known_keys([key], KEYS)
+        if key in values:
+            raise ConfigError(f"{text}: {key} is given twice")
+        if key in CHOICES and value not in CHOICES[key]:
+            near = did_you_mean(value, CHOICES[key], f"{key}={{}}")
+            raise ConfigError(f"{text}: expected {', '.join(CHOICES[key][:-1])} or {CHOICES[key][-1]}{near}")
+        values[key] = value
+    if len(folders) != 1:
+        found = " ".join(folders) or "none"
+        raise ConfigError(f"RUN_FOLDER: expected one folder, got {found}; see pruneexp-export --help")
+    if not values.get("out"):
+        raise ConfigError("out is missing: expected out=PATH, the folder to write")
+    multiple = values.get("multiple", "1")
+    if not multiple.isdecimal() or int(multiple) < 1:
+        raise ConfigError(f"multiple={multiple}: expected an int >= 1")
+    for key, own in WITH_FORMAT.items():
+        if key in values and values.get("format") != own:
+            raise ConfigError(f"{key}={values[key]}: goes with format={own} alone")
+    return Request(
+        Path(folders[0]).expanduser(),
+        Path(values["out"]).expanduser(),
+        values.get("format", "auto"),
+        values.get("prove", "process"),
+        values.get("overwrite") == "true",
+        int(multiple),
+        values.get("dtype"),
+        {"true": True, "false": False}.get(values.get("stream", "auto")),
+    )

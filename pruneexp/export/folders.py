@@ -1,0 +1,107 @@
+"""Folders of an export: where the checkpoint lies, where the new one may go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pruneexp.model import ModelSource
+
+RECORD = "export.json"
+
+
+def checkpoint_folder(source: Path) -> Path:
+    """The checkpoint's folder. Raises ConfigError where there is none that is finished."""
+    from pruneexp.tracker import status_of
+    from pruneexp.types import ConfigError
+
+    where = repr(str(source))
+    if not source.is_dir():
+        raise ConfigError(f"RUN_FOLDER={where}: no such folder; expected a finished run's, or a checkpoint's")
+    state = status_of(source)
+    if state == "absent":
+        if not (source / "config.json").is_file():
+            raise ConfigError(
+                f"RUN_FOLDER={where}: holds no run and no checkpoint; expected status.json or config.json"
+            )
+        folder = source
+    elif state != "done":
+        todo = "wait for its end" if state == "running" else "run it again with run.overwrite=true"
+        raise ConfigError(f"RUN_FOLDER={where}: this run is {state}; expected a finished one: {todo}")
+    else:
+        folder = source / "model"
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"RUN_FOLDER={where}: this run saved no checkpoint; run it again with run.save=true run.overwrite=true"
+            )
+    if (folder / "adapter").exists():
+        raise ConfigError(
+            f"RUN_FOLDER={where}: its model has an adapter that is not merged; expected a run with recovery.merge=true"
+        )
+    return folder
+
+
+def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = False) -> ModelSource:
+    """The checkpoint as it is stored: a CPU's own choice of precision is nothing to write down."""
+    from pruneexp.model import ModelSource
+    from pruneexp.model.source import DTYPES
+
+    def source(dtype: str) -> ModelSource:
+        return ModelSource("export", str(checkpoint), None, dtype, "cpu", stream, False, 1)
+
+    if dtype is None:
+        config = source("auto").read_config(checkpoint)
+        dtype = str(config.get("dtype") or config.get("torch_dtype"))
+        dtype = dtype if dtype in DTYPES else "float32"
+    return source(dtype)
+
+
+def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Raises ConfigError where nothing may be written."""
+    from pruneexp.types import ConfigError
+
+    where, resolved = f"out={str(out)!r}", out.resolve()
+    for folder in (source.resolve(), checkpoint.resolve()):
+        if resolved == folder or folder in resolved.parents:
+            raise ConfigError(f"{where}: lies inside {str(source)!r}; expected a folder elsewhere")
+        if resolved in folder.parents:
+            raise ConfigError(f"{where}: holds {str(source)!r}; expected a folder of its own")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{where}: is a file; expected a new folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"{where}: exists; expected a new folder, or overwrite=true")
+    if not (out / RECORD).is_file():
+        raise ConfigError(f"{where}: holds no {RECORD}; overwrite=true replaces earlier exports alone")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises ConfigError where the disk has no room for so many bytes."""
+    from pruneexp.types import ConfigError
+
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"out={str(out)!r}: the export takes {needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there"
+        )
+
+
+def replace_folder(aside: Path, out: Path) -> None:
+    """Puts the finished export in its place, an earlier one out of the way first."""
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    if out.exists():
+        out.rename(old)
+    try:
+        aside.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,116 @@
+"""A tokenizer as llama.cpp reads it: byte-level BPE, whose words are split by one of the patterns that it knows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
+_CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {  # the pattern that splits text into words -> llama.cpp's name of it, whether whole words skip the merges
+    "byte_level": ("gpt-2", False),
+    "digits": ("smollm", False),
+    _CASELESS + r"\p{N}{1,3}" + _REST: ("llama-bpe", True),
+    _CASELESS + r"\p{N}" + _REST: ("qwen2", False),
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What goes into the file. `tokens` is empty where llama.cpp has no such tokenizer: the file has none then."""
+
+    tokens: tuple[str, ...] = ()
+    types: tuple[int, ...] = ()
+    merges: tuple[str, ...] = ()
+    split: str = ""
+    special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad -> token
+    begins: bool = False  # a text is tokenised with the beginning-of-sequence token in front
+    ends: bool = False
+    chat_template: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def add_to(self, writer: Any) -> None:
+        if not self.tokens:
+            writer.add_tokenizer_model("none")
+            return
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.split)
+        writer.add_token_list(list(self.tokens))
+        writer.add_token_types(list(self.types))
+        if self.merges:
+            writer.add_token_merges(list(self.merges))
+        for name, token in self.special.items():
+            getattr(writer, f"add_{name}_token_id")(token)
+        writer.add_add_bos_token(self.begins)
+        writer.add_add_eos_token(self.ends)
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
+    """Of a tokenizer of transformers (None: there is none); padded with unused tokens to the model's size."""
+    if reason := unreadable(tokenizer, vocab_size):
+        return Vocabulary(notes=(f"the file has no tokenizer, only tokens go in and out: {reason}",))
+    spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"]: token for token in spec.get("added_tokens", ())}
+    words = {token: word for word, token in spec["model"]["vocab"].items()}
+    words |= {token: own["content"] for token, own in added.items()}
+    types = [
+        UNUSED if token not in words else NORMAL if token not in added
+        else CONTROL if added[token]["special"] else USER_DEFINED
+        for token in range(vocab_size)
+    ]  # fmt: skip
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    text = tokenizer("a").input_ids
+    return Vocabulary(
+        tokens=tuple(words.get(token, f"[PAD{token}]") for token in range(vocab_size)),
+        types=tuple(types),
+        merges=tuple(merges),
+        split=_split_name(spec) or "",
+        special={name: token for name, token in special.items() if token is not None and token < vocab_size},
+        begins=len(text) > 1 and text[0] == special["bos"],
+        ends=len(text) > 1 and text[-1] == special["eos"],
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+    )
+
+
+def unreadable(tokenizer: Any, vocab_size: int) -> str:
+    """Why llama.cpp cannot read the tokenizer; "" where it can."""
+    if tokenizer is None:
+        return "the checkpoint has none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or _split_name(json.loads(backend.to_str())) is None:
+        return f"{type(tokenizer).__name__} is no byte-level BPE of a kind that llama.cpp knows"
+    if len(tokenizer) > vocab_size:
+        return f"its {len(tokenizer)} tokens are more than the model's {vocab_size}"
+    return ""
+
+
+def _split_name(spec: dict[str, Any]) -> str | None:
+    """llama.cpp's name of how the tokenizer splits text into words; None where it has none."""
+    model = spec["model"]
+    plain = ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "byte_fallback")
+    if model.get("type") != "BPE" or any(model.get(name) for name in plain):
+        return None
+    normalizer = (spec.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):  # llama.cpp composes no characters; nearly all text is composed already
+        return None
+    steps = spec.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    kinds = [step["type"] for step in steps[:-1]]
+    pattern = None
+    if last.get("use_regex", True):
+        if not kinds:
+            pattern = "byte_level"
+        elif kinds == ["Digits"] and steps[0].get("individual_digits"):
+            pattern = "digits"
+    elif kinds == ["Split"] and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+        pattern = steps[0]["pattern"].get("Regex")
+    name, whole_words = SPLITS.get(pattern or "", (None, False))
+    return name if bool(model.get("ignore_merges")) == whole_words else None

@@ -1,0 +1,160 @@
+"""Models for servers whose own LLaMA has a width for every layer: llama.cpp's `deci`, vLLM's DeciLM.
+
+Both have RMS norms in front of both sublayers, SiLU-gated FFNs and rotary positions over whole heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruneexp.export.checkpoint import can_pad
+from pruneexp.model import Model, layer_structure
+from pruneexp.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, split_parts
+from pruneexp.surgery import save_form
+from pruneexp.types import ConfigError
+
+STOCKS = ("Llama", "Mistral", "Qwen2", "Phi3", "Granite", "SmolLM3")
+ROPES = ("default", "linear", "llama3")
+
+
+def check_llama_like(model: Model, format: str) -> None:
+    """Raises ConfigError, naming another format, where the model computes anything that a LLaMA does not."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    scale = getattr(config, "attention_multiplier", None) or head_size(config) ** -0.5
+    problems = {
+        f"only {', '.join(stock.lower() for stock in STOCKS)} models are LLaMA-like": model.family.stock not in STOCKS,
+        f"its FFNs are gated by {getattr(config, 'hidden_act', None)}": (
+            getattr(config, "hidden_act", None) not in ("silu", "swish")
+        ),
+        f"its rotary positions are of type {rope.get('rope_type')}": rope.get("rope_type", "default") not in ROPES,
+        "its rotary positions cover a part of each head": (rope.get("partial_rotary_factor") or 1.0) != 1.0,
+        "some layers have no positions": not all(getattr(config, "no_rope_layers", None) or [1]),
+        "its multipliers are not 1": any((getattr(config, name, None) or 1.0) != 1.0 for name in multipliers)
+        or not math.isclose(scale, head_size(config) ** -0.5, rel_tol=1e-6),
+        "its head has a bias": getattr(model.module.get_output_embeddings(), "bias", None) is not None,
+    }
+    for reason, there in problems.items():
+        if there:
+            kind = model.config.model_type
+            raise ConfigError(f"format={format}: {kind} is no LLaMA ({reason}); expected {other_formats(model)}")
+
+
+def other_formats(model: Model) -> str:
+    """What holds the model beside the formats of LLaMA-like models."""
+    if save_form(model).kind == "stock":
+        return "format=stock, which the server's own converter or loader may know"
+    padded = "format=padded, which the server's own converter or loader may know, or " if can_pad(model) else ""
+    return f"{padded}format=remote_code"
+
+
+def context_length(model: Model) -> int:
+    """Tokens for which the export computes what the model does: none of the two knows of sliding windows."""
+    limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min(limit for limit in limits if limit)
+
+
+def window_note(model: Model) -> list[str]:
+    window = getattr(model.config, "sliding_window", None)
+    if not window or window >= (model.max_length or window):
+        return []
+    return [f"the context is {window} tokens, the model's sliding window: beyond it the export would compute otherwise"]
+
+
+def rope_factors(model: Model) -> Tensor | None:
+    """What each rotary frequency is divided by: float32 [head size / 2]; None where nothing is scaled."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = model.config.rope_parameters
+    if rope.get("rope_type", "default") == "default":
+        return None
+    scaled, attention_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](model.config, torch.device("cpu"))
+    assert attention_scale == 1.0, "neither linear nor llama3 scales attention"
+    size = head_size(model.config)
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return plain / scaled
+
+
+@dataclass(frozen=True)
+class LlamaLayer:
+    """A decoder layer as a server sees it: the model's own widths, or zeros where the model has nothing left and the
+    server cannot do without."""
+
+    index: int  # of the model's layer
+    heads: int
+    kv_heads: int
+    channels: int
+
+
+def adds_something(model: Model, index: int) -> bool:
+    """Whether a layer changes the hidden states at all."""
+    own = layer_structure(model.layers[index], model.family, model.config)
+    return bool(own.num_attention_heads or own.intermediate_size or own.attention_output_bias or own.mlp_output_bias)
+
+
+@torch.no_grad()
+def layer_tensors(model: Model, layer: LlamaLayer) -> dict[str, Tensor]:
+    """The layer's tensors by their names in a LLaMA ("self_attn.q_proj.weight" ...), fused ones taken apart, zeros (and
+    norms of one) for what the model has not. On the meta device, as the model is there: their shapes."""
+    family, module = model.family, model.layers[layer.index]
+    own, layout = layer_structure(module, family, model.config), head_layout(family, model.config)
+    hidden: int = model.config.hidden_size
+    like = next(module.parameters(), torch.empty(0, dtype=model.dtype, device=model.device))
+    tensors: dict[str, Tensor] = {}
+    if layer.heads:
+        rows = {"query": layer.heads, "key": layer.kv_heads, "value": layer.kv_heads}
+        shapes = {role: (count * layout.size, hidden) for role, count in rows.items()}
+        own_parts = {}
+        if own.num_attention_heads:
+            units = own.num_attention_heads // layout.group
+            own_parts = _parts(module, family.attention_writers, units, layout.rows, family.shared_roles)
+        names = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
+        tensors |= _named(names, own_parts, shapes, like)
+        tensors |= _norm("input_layernorm", module, family.attention_norm, hidden, like)
+        tensors |= _reader("self_attn.o_proj", module, family.attention_reader, layer.heads * layout.size)
+    if layer.channels:
+        shapes = {role: (layer.channels, hidden) for role in FFN_ROWS}
+        own_parts = {}
+        if own.intermediate_size:
+            own_parts = _parts(module, family.mlp_writers, own.intermediate_size, FFN_ROWS, ())
+        tensors |= _named({"gate": "mlp.gate_proj", "up": "mlp.up_proj"}, own_parts, shapes, like)
+        tensors |= _norm("post_attention_layernorm", module, family.mlp_norm, hidden, like)
+        tensors |= _reader("mlp.down_proj", module, family.mlp_reader, layer.channels)
+    return tensors
+
+
+Parts = dict[str, dict[str, Tensor]]  # role -> "weight" and, where there is one, "bias"
+
+
+def _parts(
+    module: nn.Module, writers: tuple[Writer, ...], units: int, rows: dict[str, int], shared: tuple[str, ...]
+) -> Parts:
+    parts: Parts = {}
+    for writer in writers:
+        for leaf, parameter in module.get_submodule(writer.path).named_parameters():
+            for role, part in split_parts(parameter, writer, units, rows, shared).items():
+                parts.setdefault(role, {})[leaf] = part.flatten(0, 1)
+    return parts
+
+
+def _named(names: dict[str, str], parts: Parts, shapes: dict[str, tuple[int, int]], like: Tensor) -> dict[str, Tensor]:
+    found = {role: parts.get(role, {"weight": like.new_zeros(shapes[role])}) for role in names}
+    return {f"{names[role]}.{leaf}": tensor for role, own in found.items() for leaf, tensor in own.items()}
+
+
+def _norm(name: str, module: nn.Module, path: str | None, hidden: int, like: Tensor) -> dict[str, Tensor]:
+    assert path is not None, "a LLaMA has its norms in front of the sublayers"
+    weight = getattr(module.get_submodule(path), "weight", None)  # None: it went with its sublayer
+    return {f"{name}.weight": like.new_ones(hidden) if weight is None else weight}
+
+
+def _reader(name: str, module: nn.Module, path: str, inputs: int) -> dict[str, Tensor]:
+    linear: Any = module.get_submodule(path)
+    weight = linear.weight if linear.weight.shape[1] else linear.weight.new_zeros(len(linear.weight), inputs)
+    return {f"{name}.weight": weight} | ({} if linear.bias is None else {f"{name}.bias": linear.bias})

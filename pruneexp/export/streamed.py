@@ -1,0 +1,76 @@
+"""Exports of models that do not fit into memory: written and proved one decoder layer at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.export.folders import stored_source
+from pruneexp.model import Model
+from pruneexp.progress import progress
+from pruneexp.surgery import BlockProof, Form, Padding
+from pruneexp.surgery.pad import padded_layer, stock_layers
+from pruneexp.surgery.save import STREAMED_SHARD_BYTES, ShardWriter, write_description
+
+
+def wants_streaming(model: Model) -> bool:
+    """Whether holding the model takes more than half of the memory that is free: once as it is stored or, for the
+    proof, twice in float32."""
+    return model.params * max(model.dtype.itemsize, 2 * 4) > available_memory() / 2
+
+
+def available_memory() -> int:
+    """Bytes that the machine can give, and a container, where its limit is told."""
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    known = Path("/proc/meminfo")
+    for line in known.read_text().splitlines() if known.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            free.append(int(line.split()[1]) * 1024)
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return min(free)
+
+
+def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | None) -> None:
+    """Writes a streamed model in `form`, padded where that is asked for."""
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder, shard_bytes=STREAMED_SHARD_BYTES)
+    for part in _parts(model, form, padding):
+        writer.add(part)
+    writer.close()
+    write_description(model, form, folder)
+
+
+def _parts(model: Model, form: Form, padding: Padding | None) -> Iterator[dict[str, Tensor]]:
+    """Every tensor to store by name: what lies outside the decoder layers, then layer by layer."""
+    tied = set(model.module.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    yield {n: t for n, t in model.module.state_dict().items() if not t.is_meta and n not in tied}
+    fresh = stock_layers(model) if padding is not None else None
+    for index in progress(range(len(model.layers)), "export", len(model.layers), "blocks"):
+        with model.loaded(index) as own:
+            layer: Any = own
+            if padding is not None and fresh is not None:
+                layer = padded_layer(model, index, padding.structure, fresh[index])
+            part = dict(layer.state_dict())
+            for path in form.zero_biases:
+                linear = layer.get_submodule(path)
+                if linear.bias is None:
+                    part[f"{path}.bias"] = torch.zeros(linear.out_features, dtype=model.dtype)
+            yield {f"{model.layers_path}.{index}.{name}": tensor for name, tensor in part.items()}
+
+
+def prove_streamed(checkpoint: Path, tokens_BT: Tensor, folder: Path) -> dict[str, Any]:
+    """Compares what every block computes, and the logits, in float32 (or more); each side holds one block at a time."""
+    dtype = "float64" if stored_source(checkpoint).dtype == "float64" else "float32"
+    model = stored_source(checkpoint, dtype, stream=True).load()
+    proof = BlockProof(model, tokens_BT)
+    for index in range(len(model.layers)):
+        with model.loaded(index):
+            proof.record(index)
+    return proof.compare(folder)

@@ -1,0 +1,184 @@
+"""`format=vllm`: a checkpoint for vLLM's own class of LLaMAs whose layers differ (DeciLM, model type nemotron-nas).
+
+What its loader and model do, and what is done about it here:
+- every layer with attention has `num_attention_heads` query heads: plans with other numbers are refused;
+- the FFN's width is read from `intermediate_size` where there is no `ffn_mult`, and is exact then;
+- `attention_bias` gives a bias to the output projection, `qkv_bias` to queries, keys and values, `mlp_bias` to the
+  whole FFN, in every layer: zeros where the model has none, and a sublayer of zeros to carry one that is left alone;
+- a layer without attention adds to what an earlier one started: the first layer always has some, of zeros if need be.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pruneexp.export.folders import stored_source
+from pruneexp.export.llama_like import (
+    LlamaLayer,
+    adds_something,
+    check_llama_like,
+    context_length,
+    layer_tensors,
+    window_note,
+)
+from pruneexp.export.vllm_proof import BIASES, check_files, check_loader_rules, prove_by_own_modeling, read_back
+from pruneexp.model import Model, layer_structure
+from pruneexp.modeling_pruned import head_size
+from pruneexp.surgery.save import SHARD_BYTES, STREAMED_SHARD_BYTES, ShardWriter
+from pruneexp.types import ConfigError
+
+CODE = Path(__file__).with_name("configuration_blocks.py")
+ZERO_CHANNELS = 64  # of an FFN that only carries a bias: a width that tensor parallelism divides
+NOT_SERVED = (
+    "not served by vLLM here: its config was checked against the rules of vLLM's loader; serving it wants "
+    "--trust-remote-code (for the config alone)"
+)
+
+
+def vllm_exporter(model: Model) -> VllmExporter:
+    """From the model's structure alone. Raises ConfigError where vLLM's class cannot hold the model."""
+    check_llama_like(model, "vllm")
+    heads = _query_heads(model)
+    layers = tuple(_layers(model, heads))
+    found = {path: False for paths in BIASES.values() for path in paths}
+    for layer in layers:
+        for name in layer_tensors(model, layer):
+            if name.endswith(".bias"):
+                found[name.removesuffix(".bias")] = True
+    flags = {flag: any(found[path] for path in paths) for flag, paths in BIASES.items()}
+    exporter = VllmExporter(layers, heads, flags, 0)
+    size = sum(tensor.numel() for part in exporter.tensors(model) for tensor in part.values())
+    return VllmExporter(layers, heads, flags, size * model.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class VllmExporter:
+    """`layers`: as vLLM sees them. `heads`: query heads where there is attention. `flags`: which biases there are."""
+
+    layers: tuple[LlamaLayer, ...]
+    heads: int
+    flags: Mapping[str, bool]
+    bytes: int
+    form: str = "vllm"
+
+    @property
+    def why(self) -> str:
+        return f"DeciLMForCausalLM, {len(self.layers)} layers of {self.heads} query heads, FFN widths of their own"
+
+    def write(self, model: Model, folder: Path) -> list[str]:
+        folder.mkdir(parents=True)
+        shards = ShardWriter(folder, shard_bytes=STREAMED_SHARD_BYTES if model.streamed else SHARD_BYTES)
+        for part in self.tensors(model):
+            shards.add(part)
+        shards.close()
+        config = self.config(model)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        shutil.copyfile(CODE, folder / CODE.name)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
+        check_loader_rules(folder)
+        return [*window_note(model), NOT_SERVED]
+
+    def config(self, model: Model) -> dict[str, Any]:
+        """config.json: LLaMA's keys that DeciLM reads, and what each layer has."""
+        own = model.config
+        blocks = [
+            {
+                "attention": {
+                    "no_op": layer.heads == 0,
+                    "n_heads_in_group": layer.heads // layer.kv_heads if layer.heads else None,
+                    "replace_with_linear": False,
+                },
+                "ffn": {
+                    "no_op": layer.channels == 0,
+                    "intermediate_size": layer.channels or None,
+                    "replace_with_linear": False,
+                },
+            }
+            for layer in self.layers
+        ]
+        kept = ("hidden_size", "vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return {
+            "model_type": "nemotron-nas",
+            "architectures": ["DeciLMForCausalLM"],
+            "auto_map": {"AutoConfig": f"{CODE.stem}.BlocksConfig"},
+            "block_configs": blocks,
+            "num_hidden_layers": len(self.layers),
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": max(layer.kv_heads for layer in self.layers),
+            "head_dim": head_size(own),
+            "intermediate_size": max(layer.channels for layer in self.layers),
+            "max_position_embeddings": context_length(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **{name: getattr(own, name) for name in kept},
+            **{name: getattr(own, name, None) for name in tokens},
+            **self.flags,
+        }
+
+    def tensors(self, model: Model) -> Iterator[dict[str, Tensor]]:
+        """Every tensor by its name in the file: those outside the layers, then layer by layer."""
+        module = model.module
+        outside = {
+            "model.embed_tokens.weight": module.get_input_embeddings().weight,
+            "model.norm.weight": module.base_model.norm.weight,
+        }
+        if not model.config.tie_word_embeddings:
+            outside["lm_head.weight"] = module.get_output_embeddings().weight
+        yield outside
+        for place, layer in enumerate(self.layers):
+            with model.loaded(layer.index):
+                found = layer_tensors(model, layer)
+                for path in (path for flag, paths in BIASES.items() if self.flags[flag] for path in paths):
+                    if (weight := found.get(f"{path}.weight")) is not None:
+                        found.setdefault(f"{path}.bias", weight.new_zeros(len(weight)))
+                yield {f"model.layers.{place}.{name}": tensor for name, tensor in found.items()}
+
+    def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
+        check_files(how, folder)
+        if stream:
+            return read_back(self.tensors(stored_source(checkpoint, stream=True).load()), folder)
+        return prove_by_own_modeling(checkpoint, folder)
+
+
+def _query_heads(model: Model) -> int:
+    """Of every layer that has attention. Raises ConfigError where they differ, or none has any."""
+    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    counts = [s.num_attention_heads for s in structures if s.num_attention_heads]
+    if not counts:
+        raise ConfigError("format=vllm: no layer has attention; expected one that has, or format=remote_code")
+    usual = max(set(counts), key=lambda count: (counts.count(count), count))
+    odd = [i for i, s in enumerate(structures) if s.num_attention_heads not in (0, usual)]
+    if odd:
+        more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
+        raise ConfigError(
+            f"format=vllm: query heads differ between layers ({usual} in most, others in layers "
+            f"{', '.join(map(str, odd[:8]))}{more}); expected a run with search=serve_safe, or format=padded or gguf"
+        )
+    return usual
+
+
+def _layers(model: Model, heads: int) -> Iterator[LlamaLayer]:
+    group = _group(model)
+    kept = [index for index in range(len(model.layers)) if adds_something(model, index)]
+    for index in kept:
+        own = layer_structure(model.layers[index], model.family, model.config)
+        attention = own.num_attention_heads or own.attention_output_bias or index == kept[0]
+        channels = own.intermediate_size or (ZERO_CHANNELS if own.mlp_output_bias else 0)
+        yield LlamaLayer(index, heads if attention else 0, heads // group if attention else 0, channels)
+
+
+def _group(model: Model) -> int:
+    """Query heads of a key/value head, in every layer that has attention."""
+    for layer in model.layers:
+        own = layer_structure(layer, model.family, model.config)
+        if own.num_attention_heads:
+            return own.num_attention_heads // own.num_key_value_heads
+    raise AssertionError("refused before")

@@ -1,0 +1,125 @@
+"""An export, from the checkpoint's folder to the new one: chosen, written aside, proved, put in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pruneexp.export.command import Request
+from pruneexp.export.folders import (
+    RECORD,
+    check_out,
+    check_space,
+    checkpoint_folder,
+    replace_folder,
+    stored_source,
+)
+
+if TYPE_CHECKING:
+    from pruneexp.model import Model
+
+
+class Exporter(Protocol):
+    """One format, for one model whose structure it can hold."""
+
+    @property
+    def form(self) -> str: ...
+
+    @property
+    def why(self) -> str: ...
+
+    @property
+    def bytes(self) -> int:
+        """Room that the weights take."""
+        ...
+
+    def write(self, model: Model, folder: Path) -> list[str]:
+        """Makes `folder` and everything in it. Gives what the user should know."""
+        ...
+
+    def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
+        """Compares `folder` with the checkpoint; `stream`: without holding either. Raises RunError where it is another
+        model."""
+        ...
+
+
+def export(asked: Request) -> dict[str, Any]:
+    """Writes the export and gives what its export.json says.
+
+    Raises:
+        ConfigError: what is asked for cannot be; nothing has been written then, and no weight loaded.
+        RunError: it could not be written, did not reload or is another model; nothing is left of it.
+    """
+    from pruneexp.export.streamed import wants_streaming
+
+    checkpoint = checkpoint_folder(asked.source)
+    check_out(asked.out, asked.source, checkpoint, asked.overwrite)
+    source = stored_source(checkpoint)
+    source.check()
+    outline = source.outline()
+    exporter = chosen(outline, asked)
+    check_space(asked.out, exporter.bytes)
+    stream = wants_streaming(outline) if asked.stream is None else asked.stream
+    out = asked.out.absolute()
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        record = _written(asked, checkpoint, stream, exporter, aside)
+        replace_folder(aside, out)
+    except OSError as error:
+        from pruneexp.types import RunError
+
+        raise RunError(f"out={str(asked.out)!r}: cannot be written ({error.strerror or error})") from error
+    finally:
+        for left in (aside, aside.with_name(f"{aside.name}.partial")):
+            shutil.rmtree(left, ignore_errors=True)
+    return record
+
+
+def chosen(model: Model, asked: Request) -> Exporter:
+    """What writes the format that was asked for, from the model's structure alone.
+
+    Raises ConfigError where the format cannot hold the model; the message names what can.
+    """
+    if asked.format == "gguf":
+        from pruneexp.export.gguf_file import gguf_exporter
+
+        return gguf_exporter(model, asked.dtype)
+    if asked.format == "vllm":
+        from pruneexp.export.vllm import vllm_exporter
+
+        return vllm_exporter(model)
+    from pruneexp.export.checkpoint import checkpoint_exporter
+
+    return checkpoint_exporter(model, asked.format, asked.multiple)
+
+
+def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter, aside: Path) -> dict[str, Any]:
+    """Writes and proves the export in `aside`."""
+    from pruneexp.tracker import write_atomic
+
+    model = stored_source(checkpoint, stream=stream).load()
+    notes = exporter.write(model, aside)
+    del model
+    for name in ("plan.json", "generation_config.json"):
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, aside / name)
+    record: dict[str, Any] = {
+        "format": asked.format,
+        "form": exporter.form,
+        "why": exporter.why,
+        "source": str(asked.source.absolute()),
+        "out": str(asked.out.absolute()),
+        "streamed": stream,
+        "prove": asked.prove,
+    }
+    if asked.prove != "off":
+        proof = exporter.prove(checkpoint, asked.prove, stream, aside)
+        notes += proof.pop("notes", [])
+        record |= proof
+    if notes:
+        record["notes"] = notes
+    write_atomic(aside / RECORD, json.dumps(record, indent=1) + "\n")
+    return record

@@ -1,0 +1,105 @@
+"""Which export format holds which pruned model: a table of every family, from real exports of tiny random models.
+
+    python -m tests.export_matrix
+
+prints it as it stands in README.md, where `test_export_matrix` holds it to what exports do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruneexp.export import Request, export
+from pruneexp.model import Model, ModelSource
+from pruneexp.modeling_pruned import FAMILIES
+from pruneexp.surgery import save, shrink_
+from pruneexp.types import ConfigError, Plan, Site, SitePlan
+from tests.conftest import FAMILIES as CONFTEST_FAMILIES
+from tests.conftest import tiny_config
+from tests.tiny_families import TINY, tiny_model
+
+FORMATS = ("stock", "padded", "remote_code", "gguf", "vllm")
+
+
+def plan_of(model: Model, count: Callable[[Site], int], block: bool) -> Plan:
+    """The first units of every site stay, so many; without the first decoder layer, if `block`."""
+    gone = f"{model.layers_path}.0"
+    kept = {s.name: SitePlan(s.kind, s.units, tuple(range(count(s)))) for s in model.sites() if s.layer or not block}
+    return Plan(kept | ({gone: SitePlan("block", 1, ())} if block else {}))
+
+
+def fewer(site: Site) -> int:
+    return max(1, site.units - site.layer)
+
+
+def two_thirds(site: Site) -> int:
+    return site.units * 2 // 3
+
+
+PLANS: dict[str, Callable[[Model], Plan]] = {
+    "any": lambda model: plan_of(model, fewer, block=True),
+    "heads alike": lambda model: plan_of(model, lambda s: 2 if s.kind == "attention" else fewer(s), block=True),
+    "uniform": lambda model: plan_of(model, two_thirds, block=False),
+    "FFNs uniform": lambda model: plan_of(model, lambda s: two_thirds(s) if s.kind == "mlp" else s.units, block=False),
+    "blocks": lambda model: plan_of(model, lambda s: s.units, block=True),
+}
+WIDER = {"heads alike": ["any"], "uniform": ["any", "heads alike"], "FFNs uniform": ["any", "heads alike", "uniform"]}
+WIDER["blocks"] = ["any", "heads alike"]  # what holds one of these holds the plan, too, and is not tried
+
+
+def model_of(model_type: str) -> Any:
+    """A tiny random model of the family."""
+    import transformers
+
+    if model_type in CONFTEST_FAMILIES:
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(tiny_config(model_type)).double()
+    named = (name for name, (prefix, _) in TINY.items() if prefix == FAMILIES[model_type].stock)
+    return tiny_model(next(named))
+
+
+def holds(checkpoint: Path, format: str, out: Path) -> bool:
+    """Whether the export is made, and proved to be the model; False where it is refused."""
+    try:
+        export(Request(checkpoint, out, format, prove="in_place"))
+    except ConfigError:
+        return False
+    return True
+
+
+def cells(model_type: str, folder: Path) -> tuple[str, ...]:
+    """Which plans each format holds."""
+    model_of(model_type).save_pretrained(folder / "dense")
+    held: dict[str, list[str]] = {format: [] for format in FORMATS}
+    for plan, made in PLANS.items():
+        model = ModelSource(model_type, str(folder / "dense"), None, "float64", "cpu", False, False, 4).load()
+        shrink_(model, made(model))
+        save(model, folder / plan)
+        for format, found in held.items():
+            if not set(WIDER.get(plan, ())) & set(found) and holds(folder / plan, format, folder / f"{plan}.{format}"):
+                found.append(plan)
+    return tuple(", ".join(found) or "–" for found in held.values())
+
+
+def matrix() -> str:
+    """The table, as it stands in README.md."""
+    lines = [
+        "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |",
+        "|---" * (1 + len(FORMATS)) + "|",
+    ]
+    found: dict[tuple[str, ...], list[str]] = {}
+    for model_type in sorted(FAMILIES):
+        with tempfile.TemporaryDirectory() as folder:
+            found.setdefault(cells(model_type, Path(folder)), []).append(model_type)
+    for row, families in found.items():  # families alike share one
+        lines.append(f"| {', '.join(f'`{name}`' for name in families)} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(matrix(), end="")

@@ -1,0 +1,263 @@
+"""A GGUF file holds the pruned model: a second reading of llama.cpp's `deci` computes the same from the file alone, and
+so does llama.cpp where llama-cpp-python is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruneexp.export import gguf_file, gguf_proof, main
+from pruneexp.export.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, vocabulary
+from pruneexp.model import ModelSource
+from pruneexp.surgery import save
+from tests.llama_like import MODELS, Kept, model_logits, pruned_folder
+from tests.tiny_families import tiny_model
+
+gguf = pytest.importorskip("gguf")
+
+NO_FIRST_ATTENTION = ((0, 5), (2, 0), (1, 7))
+NO_LAST_FFN = ((1, 7), (0, 0), (2, 0))
+
+
+def deci_logits(file: Path, tokens_T: Tensor) -> Tensor:
+    """What llama.cpp's `deci` computes from the file [T, V], quirks included: written from its description, for one
+    sequence, without anything of pruneexp."""
+    reader = gguf.GGUFReader(file)
+    read = {
+        name.removeprefix("deci."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith("deci.")
+    }
+    tensor = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    size = read["attention.key_length"] if read["attention.head_count"][0] else 0  # asked of layer 0 alone
+    assert read["rope.dimension_count"] == read["attention.value_length"] == size
+    frequencies = read["rope.freq_base"] ** (-torch.arange(0, size, 2) / size)
+    frequencies = frequencies / tensor.get("rope_freqs.weight", torch.ones(size // 2))
+    angles = torch.arange(len(tokens_T))[:, None] * frequencies  # [T, S/2]
+
+    def norm(x_TD: Tensor, name: str) -> Tensor:
+        rms = (x_TD.square().mean(-1, keepdim=True) + read["attention.layer_norm_rms_epsilon"]).rsqrt()
+        return x_TD * rms * tensor[f"{name}.weight"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ tensor[f"{name}.weight"].T + tensor.get(f"{name}.bias", torch.zeros(()))
+
+    def rotated(x_THS: Tensor) -> Tensor:
+        even, odd = x_THS[..., 0::2], x_THS[..., 1::2]
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def attention(x_TD: Tensor, blk: str, heads: int, kv_heads: int) -> Tensor:
+        counts = {"q": heads, "k": kv_heads, "v": kv_heads}
+        q, k, v = (linear(x_TD, f"{blk}.attn_{name}").unflatten(-1, (n, size)) for name, n in counts.items())
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (rotated(k), v))
+        scores = torch.einsum("ths,uhs->htu", rotated(q), k) * size**-0.5
+        causal = torch.ones(len(x_TD), len(x_TD), dtype=torch.bool).tril()
+        weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+        return linear(torch.einsum("htu,uhs->ths", weights, v).flatten(1), f"{blk}.attn_output")
+
+    x_TD = tensor["token_embd.weight"][tokens_T]
+    counts = (read[name] for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"))
+    layers = list(zip(*counts, strict=True))
+    assert len(layers) == read["block_count"]
+    for index, (heads, kv_heads, channels) in enumerate(layers):
+        blk = f"blk.{index}"
+        here = x_TD
+        if heads:
+            here = x_TD + attention(norm(x_TD, f"{blk}.attn_norm"), blk, heads, kv_heads)
+        if channels == 0:
+            continue  # whatever attention gave
+        gate, up = (linear(norm(here, f"{blk}.ffn_norm"), f"{blk}.ffn_{name}") for name in ("gate", "up"))
+        x_TD = here + linear(torch.nn.functional.silu(gate) * up, f"{blk}.ffn_down")
+    head = tensor.get("output.weight", tensor["token_embd.weight"])
+    return norm(x_TD, "output_norm") @ head.T
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "biases"),
+    [
+        *((name, NO_FIRST_ATTENTION, True) for name in MODELS),
+        ("llama", NO_FIRST_ATTENTION, False),
+        ("llama", NO_LAST_FFN, False),
+        ("phi3", NO_LAST_FFN, True),
+    ],
+)
+def test_the_file_is_the_model(name: str, kept: Kept, biases: bool, tmp_path: Path) -> None:
+    folder = pruned_folder(tmp_path, name, kept, biases)
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}", "prove=in_place"]) == 0
+    file = tmp_path / "out" / "model.gguf"
+    length = gguf.GGUFReader(file).fields["deci.context_length"].contents()
+    assert length == MODELS[name][1].get("sliding_window", 64)
+    tokens_T = torch.randint(3, 64, (length,), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(deci_logits(file, tokens_T), model_logits(folder, tokens_T), rtol=1e-4, atol=1e-4)
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["prove"] == "read_back" and record["tensors_equal"] == len(gguf.GGUFReader(file).tensors)
+
+
+def test_no_wider_than_the_model(tmp_path: Path) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_LAST_FFN)
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["deci.attention.head_count"].contents() == [2, 4]  # the empty layer is left out
+    assert fields["deci.attention.head_count_kv"].contents() == [1, 2]
+    assert fields["deci.feed_forward_length"].contents() == [7, 1]
+
+
+@pytest.mark.parametrize(("dtype", "code", "kind"), [("bfloat16", 32, torch.bfloat16), ("float16", 1, torch.float16)])
+def test_half_precision(dtype: str, code: int, kind: torch.dtype, tmp_path: Path) -> None:
+    folder, out = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION), tmp_path / "out"
+    assert main([str(folder), "format=gguf", f"dtype={dtype}", f"out={out}", "prove=in_place"]) == 0
+    reader = gguf.GGUFReader(out / "model.gguf")
+    assert reader.fields["general.file_type"].contents() == code
+    dense = ModelSource("own", str(folder), None, "float64", "cpu", False, False, 4).load()
+    found = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    embeddings = dense.module.get_input_embeddings().weight
+    torch.testing.assert_close(found["token_embd.weight"], embeddings.to(kind).float(), rtol=0, atol=0)
+    torch.testing.assert_close(found["output_norm.weight"], dense.module.model.norm.weight.float(), rtol=0, atol=0)
+
+
+def test_numbers_too_large_for_float16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)
+    model = ModelSource("own", str(folder), None, "float64", "cpu", False, False, 4).load()
+    model.layers[2].mlp.up_proj.weight[0, 0] = 1e6
+    save(model, tmp_path / "large")
+    assert main([str(tmp_path / "large"), "format=gguf", "dtype=float16", f"out={tmp_path / 'out'}"]) == 1
+    assert "dtype=float16: blk.2.ffn_up.weight holds values too large" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_file_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    write = gguf_file.GgufExporter.write
+
+    def damaged(self: Any, model: Any, folder: Path) -> list[str]:
+        notes = write(self, model, folder)
+        with open(folder / "model.gguf", "r+b") as file:
+            file.seek(-100, 2)
+            file.write(b"\x01")
+        return notes
+
+    monkeypatch.setattr(gguf_file.GgufExporter, "write", damaged)
+    assert (
+        main(
+            [
+                str(pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)),
+                "format=gguf",
+                f"out={tmp_path / 'out'}",
+                "prove=in_place",
+            ]
+        )
+        == 1
+    )
+    assert "tensor blk.2.ffn_down.weight is not the model's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "instead"),
+    [
+        ("gemma", "only llama, mistral", "expected format=stock"),
+        ("qwen3", "only llama, mistral", "expected format=stock"),
+        ("granite", "its multipliers are not 1", "expected format=stock"),
+        ("smollm3", "some layers have no positions", "expected format=stock"),
+        ("phi4_mini", "rotary positions are of type longrope", "expected format=stock"),
+    ],
+)
+def test_models_that_are_no_llama(
+    name: str, reason: str, instead: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "dense")
+    assert main([str(tmp_path / "dense"), "format=gguf", f"out={tmp_path / 'out'}"]) == 2
+    line = capsys.readouterr().err
+    assert reason in line and instead in line and line.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 2
+    assert "pip install 'pruneexp[gguf]'" in capsys.readouterr().err
+
+
+def test_without_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)
+    monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
+    assert "not run by llama.cpp (llama-cpp-python is not installed)" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["prove"] == "read_back" and "max_logit_difference" not in record
+
+
+@pytest.mark.parametrize(("name", "kept"), [("llama3", NO_FIRST_ATTENTION), ("llama_biased", NO_LAST_FFN)])
+def test_run_by_llama_cpp(name: str, kept: Kept, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    folder = pruned_folder(tmp_path, name, kept, biases=True)
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["prove"] == "llama.cpp" and record["greedy_tokens_equal"]
+    assert record["max_logit_difference"] < 1e-4
+
+
+def test_the_tokenizer_of_the_embedded_model(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    embedded = Path(gguf_file.__file__).parents[1] / "embedded" / "llama"
+    assert main([str(embedded), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    tokenizer = AutoTokenizer.from_pretrained(embedded)
+    spec = json.loads((embedded / "tokenizer.json").read_text())
+    read = {name.removeprefix("tokenizer.ggml."): field.contents() for name, field in fields.items() if "ggml" in name}
+    assert (read["model"], read["pre"], read["add_bos_token"]) == ("gpt2", "gpt-2", False)
+    assert read["tokens"] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert read["token_type"][:4] == [CONTROL, CONTROL, CONTROL, NORMAL]
+    assert [merge.split(" ") for merge in read["merges"]] == [list(pair) for pair in spec["model"]["merges"]]
+    assert (read["bos_token_id"], read["eos_token_id"]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert "prompt_tokens_equal" not in record or record["prompt_tokens_equal"]
+
+
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tokenizer_of(split: Any, ignore_merges: bool = False) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "<s>"]
+    vocab = {word: token for token, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab, [("h", "e")], ignore_merges=ignore_merges))
+    backend.pre_tokenizer, backend.decoder = split, decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    backend.add_tokens([AddedToken("<tool>", special=False)])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+
+
+def test_other_tokenizers() -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
+    found = vocabulary(tokenizer_of(pre_tokenizers.Sequence([words, plain]), ignore_merges=True), 300)
+    assert (found.split, found.begins, found.ends) == ("llama-bpe", True, False)
+    assert found.tokens[257:260] == ("<s>", "<tool>", "[PAD259]") and len(found.tokens) == 300
+    assert found.types[256:260] == (NORMAL, CONTROL, USER_DEFINED, UNUSED)
+    assert found.merges == ("h e",) and found.special["bos"] == 257
+    spelled = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    assert vocabulary(tokenizer_of(spelled), 300).split == "smollm"
+    for unknown in (
+        tokenizer_of(pre_tokenizers.Sequence([words, plain])),  # llama.cpp would take whole words first
+        tokenizer_of(pre_tokenizers.Metaspace()),
+        tokenizer_of(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    ):
+        none = vocabulary(unknown, 300)
+        assert not none.tokens and "no byte-level BPE of a kind that llama.cpp knows" in none.notes[0]
+    assert "259 tokens are more than the model's 100" in vocabulary(tokenizer_of(spelled), 100).notes[0]

@@ -1,0 +1,274 @@
+"""The figures of a report, as matplotlib draws them: narrow enough to be read on a telephone, told apart by marker and dash
+as well as by colour."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from pruneexp.pages.comparison import Comparison
+from pruneexp.pages.methods import Described
+from pruneexp.pages.points import SHARE, Ablation, Cost, Point, kept_shares, mean_of
+from pruneexp.pages.statistics import pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 5.2  # inches
+INK, FAINT, GRID = "#1c2126", "#6a737c", "#d3d8dd"
+# Okabe and Ito's colours, but for yellow and black: told apart by colour-blind readers, on white and on near-black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b98500", "#3f9fd8")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
+KIND_NAMES = {"attention": "attention heads (KV groups)", "mlp": "FFN channels", "block": "layers"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`name` of its files; `told` is what it shows in words and numbers, for those who cannot see it."""
+
+    name: str
+    caption: str
+    told: str
+    figure: Figure
+
+
+Style = dict[str, Any]
+
+
+def styles(methods: Sequence[str]) -> dict[str, Style]:
+    """One look a method, the same in every figure of a report."""
+    return {
+        method: {
+            "color": COLOURS[k % len(COLOURS)],
+            "marker": MARKERS[k % len(MARKERS)],
+            "linestyle": DASHES[k // len(COLOURS) % len(DASHES)],
+        }
+        for k, method in enumerate(methods)
+    }
+
+
+def _figure(height: float, entries: int) -> tuple[Figure, Axes]:
+    """A figure with one panel and room for a legend of so many entries below it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Figure and canvas by hand: pyplot would keep global state and may look for a screen.
+    figure = Figure(figsize=(WIDTH, height + 0.21 * entries), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, _plain(figure.subplots())
+
+
+def _plain(axes: Axes) -> Axes:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=10)
+    return axes
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        legend = figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=9, labelcolor=INK)
+        legend.set_in_layout(True)
+
+
+def _log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where perplexities differ by more than a factor of three."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if values and max(values) > 3 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def perplexity_figure(
+    name: str,
+    metric: str,
+    points: Sequence[Point],
+    dense: Sequence[float],
+    conflicting: Sequence[Described],
+    published: Sequence[Comparison],
+    looks: Mapping[str, Style],
+) -> Picture:
+    """Perplexity against the real share removed, a line a method, 95 % t-intervals over seeds as bars. Runs of one config
+    with different results, and published figures, are marks on their own."""
+    methods = list(dict.fromkeys(point.method for point in points))
+    figure, axes = _figure(3.1, len(methods) + bool(dense) + bool(conflicting) + bool(published))
+    for value in dense:
+        axes.axhline(value, color=FAINT, linewidth=1, linestyle=(0, (3, 3)), label="dense" if value == dense[0] else None)
+    values = list(dense)
+    for method in methods:
+        line = sorted((point for point in points if point.method == method), key=lambda point: point.share)
+        x, y = [100 * point.share for point in line], [point.ppl for point in line]
+        axes.plot(x, y, label=method, markersize=6, linewidth=1.6, **looks[method])
+        barred = [point for point in line if point.low is not None and point.high is not None]
+        if barred:
+            low = [point.ppl - (point.low or 0) for point in barred]
+            high = [(point.high or 0) - point.ppl for point in barred]
+            where = [100 * point.share for point in barred], [point.ppl for point in barred]
+            axes.errorbar(*where, [low, high], fmt="none", ecolor=looks[method]["color"], capsize=3, elinewidth=1.2)
+        values += y
+    if conflicting:
+        x = [100 * one.run.metrics[SHARE] for one in conflicting]
+        y = [one.run.metrics[f"pruned/{metric}"] for one in conflicting]
+        axes.plot(x, y, "x", color=INK, markersize=7, label="same config, another result")
+        values += y
+    if published:
+        x, y = [100 * one.published.ratio for one in published], [one.published.value for one in published]
+        look: Style = {"linestyle": "none", "marker": "*", "markersize": 12, "markerfacecolor": "none"}
+        axes.plot(x, y, color=INK, label="published, at its nominal ratio", **look)
+        values += y
+    _log_scale(axes, values)
+    axes.set_xlabel("share of the decoder's parameters removed, %")
+    axes.set_ylabel(metric)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    _legend(figure, axes)
+    told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.ppl:.4g}" for p in points)
+    seeds = sorted({point.n for point in points})
+    bars = "bars are 95 % t-intervals of the mean log perplexity" if seeds and seeds[-1] > 1 else "no bars"
+    over = f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}"
+    return Picture(name, f"{metric} against the share removed, {over} a point; {bars}.", told, figure)
+
+
+def pareto_figure(name: str, points: Sequence[Point], cost: Cost, looks: Mapping[str, Style]) -> Picture | None:
+    """Perplexity against a measured cost; what no other point beats is joined. The dense models are points as well. None
+    where fewer than two points were measured."""
+    where: list[tuple[float, float]] = []
+    names: list[str] = []
+    for point in points:
+        measured = mean_of(point, f"pruned/{cost.metric}")
+        if measured:
+            where.append((cost.of(measured), point.ppl))
+            names.append(point.method)
+    if len(where) < 2:
+        return None
+    for point in points[:1]:
+        measured, ppl = mean_of(point, f"dense/{cost.metric}"), mean_of(point, f"dense/{point.metric}")
+        if measured and ppl:
+            where.append((cost.of(measured), ppl))
+            names.append("dense")
+    front = pareto_front(where)
+    methods = list(dict.fromkeys(names))
+    figure, axes = _figure(3.1, len(methods) + 1)
+    axes.step(
+        [where[k][0] for k in front], [where[k][1] for k in front], where="post", color=INK, linewidth=1, label="front"
+    )
+    for method in methods:
+        look = {**looks.get(method, {"color": INK, "marker": "*"}), "linestyle": "none"}
+        for on_front in (True, False):
+            chosen = [k for k, other in enumerate(names) if other == method and (k in front) == on_front]
+            if chosen:
+                face = look["color"] if on_front else "none"
+                label = method if on_front or not any(names[k] == method for k in front) else None
+                x, y = [where[k][0] for k in chosen], [where[k][1] for k in chosen]
+                axes.plot(x, y, markersize=7, markerfacecolor=face, label=label, **look)
+    _log_scale(axes, [y for _, y in where])
+    axes.set_xlabel(cost.label)
+    axes.set_ylabel(points[0].metric)
+    axes.grid(color=GRID, linewidth=0.6)
+    _legend(figure, axes)
+    told = "; ".join(f"{names[k]} ({where[k][0]:.4g}, {where[k][1]:.4g})" for k in front)
+    caption = f"{points[0].metric} against {cost.label}; lower is better in both. Filled: no other point beats it."
+    return Picture(name, caption, f"on the front: {told}", figure)
+
+
+def widths_figure(name: str, kind: str, rows: Sequence[tuple[str, Sequence[Described]]]) -> Picture | None:
+    """Share of its units that each layer keeps: a row a method and ratio (mean over its runs), a column a layer. None
+    where no plan names such units."""
+    table: list[list[float]] = []
+    names: list[str] = []
+    shares = [(label, [kept_shares(one.run.plan) for one in members]) for label, members in rows]
+    layers = 1 + max((layer for _, of in shares for one in of for found in one.values() for layer in found), default=0)
+    for label, of in shares:
+        if any(kind in one for one in of):
+            table.append([sum(one.get(kind, {}).get(k, 1.0) for one in of) / len(of) for k in range(layers)])
+            names.append(label)
+    if not table:
+        return None
+    figure, axes = _figure(1.2 + 0.24 * len(table), 0)
+    figure.set_figwidth(max(WIDTH, 2.6 + 0.14 * layers))
+    image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(names)), names)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if layers <= 16 * step)
+    axes.set_xticks(range(0, layers, step))
+    axes.set_xlabel("layer")
+    axes.set_title(f"{KIND_NAMES.get(kind, kind)} kept", fontsize=10, color=INK, loc="left")
+    for side in axes.spines.values():
+        side.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.outline.set_visible(False)
+    told = "; ".join(f"{row} {' '.join(f'{100 * v:.0f}' for v in found)}" for row, found in zip(names, table, strict=True))
+    return Picture(name, f"Share of {KIND_NAMES.get(kind, kind)} kept in each layer.", f"per cent: {told}", figure)
+
+
+def effects_figure(name: str, found: Ablation) -> Picture:
+    """Main effects: mean rise in log perplexity at each level, bars of one standard deviation over the runs there."""
+    factors = list(dict.fromkeys(effect.factor for effect in found.effects))
+    figure, axes = _figure(0.9 + 0.26 * (len(found.effects) + len(factors)), 0)
+    place, ticks, labels = 0.0, [], []
+    for k, factor in enumerate(factors):
+        levels = [effect for effect in found.effects if effect.factor == factor]
+        places = [place + j for j in range(len(levels))]
+        look: Style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": "none"}
+        axes.errorbar(
+            [effect.mean for effect in levels], places, xerr=[effect.spread or 0 for effect in levels], capsize=3, **look
+        )
+        ticks += places
+        labels += [f"{factor} = {effect.level}" if j == 0 else effect.level for j, effect in enumerate(levels)]
+        place += len(levels) + 0.8
+    axes.set_yticks(ticks, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"rise in ln {found.metric}")
+    axes.grid(axis="x", color=GRID, linewidth=0.6)
+    told = "; ".join(f"{effect.factor}={effect.level} {effect.mean:.4g}" for effect in found.effects)
+    text = f"Mean rise in ln {found.metric} at each level; bars of one standard deviation over the runs there."
+    return Picture(name, text, told, figure)
+
+
+def as_png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def as_svg(figure: Figure) -> str:
+    """Text stays text; the same figure gives the same bytes."""
+    import matplotlib
+
+    file = BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pruneexp", "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    return file.getvalue().decode()
+
+
+def inline_svg(svg: str, label: str, prefix: str) -> str:
+    """The figure as part of a page: no header, no reference outside, identifiers of its own, the page's ink and ground.
+    `label` is what screen readers say."""
+    text = svg[svg.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'href="#', f'href="#{prefix}', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}", text)
+    # matplotlib writes colours into every element, where no style sheet reaches them; a variable is reached.
+    for colour, variable in ((INK, "ink"), (FAINT, "faint"), (GRID, "grid"), ("#ffffff", "ground")):
+        text = text.replace(colour, f"var(--{variable})")
+    width = re.match(r'<svg[^>]*\swidth="([\d.]+)pt"', text)
+    text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
+    natural = f"{float(width[1]) * 4 / 3:.0f}px" if width else "100%"
+    label = html.escape(label, quote=True)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="width:{natural}"', 1)

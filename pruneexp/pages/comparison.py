@@ -182,5 +182,7 @@ def unpublished(runs: Sequence[Described], tables: Sequence[Table]) -> list[str]
     for recipe in dict.fromkeys(one.recipe for one in runs):
         if recipe is not None and recipe not in recipes:
             why = [f"{table.source.paper}: {table.missing}" for table in tables if recipe in table.recipes]
-            lines.append(f"No published figure is known of recipe {recipe}" + (f" ({why[0]})." if why and why[0] else "."))
+            lines.append(
+                f"No published figure is known of recipe {recipe}" + (f" ({why[0]})." if why and why[0] else ".")
+            )
     return lines

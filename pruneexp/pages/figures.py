@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pruneexp.pages.comparison import Comparison
 from pruneexp.pages.methods import Described
-from pruneexp.pages.points import SHARE, Ablation, Cost, Point, kept_shares, mean_of
-from pruneexp.pages.statistics import pareto_front
+from pruneexp.pages.points import SHARE, Ablation, Cost, Point, Priced, kept_shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 5.2  # inches
+WIDTH = 4.4  # inches
 INK, FAINT, GRID = "#1c2126", "#6a737c", "#d3d8dd"
 # Okabe and Ito's colours, but for yellow and black: told apart by colour-blind readers, on white and on near-black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b98500", "#3f9fd8")
@@ -53,13 +52,13 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
     }
 
 
-def _figure(height: float, entries: int) -> tuple[Figure, Axes]:
-    """A figure with one panel and room for a legend of so many entries below it."""
+def _figure(height: float, rows: int) -> tuple[Figure, Axes]:
+    """A figure with one panel and room below it for so many rows of a legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Figure and canvas by hand: pyplot would keep global state and may look for a screen.
-    figure = Figure(figsize=(WIDTH, height + 0.21 * entries), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height + 0.19 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, _plain(figure.subplots())
 
@@ -75,20 +74,30 @@ def _plain(axes: Axes) -> Axes:
     return axes
 
 
+def _legend_columns(labels: Sequence[str]) -> int:
+    return 2 if all(len(label) <= 28 for label in labels) else 1
+
+
+def _legend_rows(labels: Sequence[str]) -> int:
+    return -(-len(labels) // _legend_columns(labels))
+
+
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    style: Style = {"frameon": False, "fontsize": 9, "labelcolor": INK, "ncols": _legend_columns(labels)}
     if handles:
-        legend = figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=9, labelcolor=INK)
-        legend.set_in_layout(True)
+        figure.legend(handles, labels, loc="outside lower left", **style)
 
 
 def _log_scale(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis where perplexities differ by more than a factor of three."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if values and max(values) > 3 * min(values):
+    range_ = max(values) / min(values) if values else 1.0
+    if range_ > 3:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ticks = range(1, 10) if range_ < 8 else (1, 2, 5) if range_ < 300 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=tuple(map(float, ticks))))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -105,9 +114,12 @@ def perplexity_figure(
     """Perplexity against the real share removed, a line a method, 95 % t-intervals over seeds as bars. Runs of one config
     with different results, and published figures, are marks on their own."""
     methods = list(dict.fromkeys(point.method for point in points))
-    figure, axes = _figure(3.1, len(methods) + bool(dense) + bool(conflicting) + bool(published))
+    entries = [*methods, *["published, at its nominal ratio"] * bool(published), *["dense"] * bool(dense)]
+    figure, axes = _figure(2.9, _legend_rows([*entries, *["same config, another result"] * bool(conflicting)]))
     for value in dense:
-        axes.axhline(value, color=FAINT, linewidth=1, linestyle=(0, (3, 3)), label="dense" if value == dense[0] else None)
+        axes.axhline(
+            value, color=FAINT, linewidth=1, linestyle=(0, (3, 3)), label="dense" if value == dense[0] else None
+        )
     values = list(dense)
     for method in methods:
         line = sorted((point for point in points if point.method == method), key=lambda point: point.share)
@@ -131,6 +143,7 @@ def perplexity_figure(
         axes.plot(x, y, color=INK, label="published, at its nominal ratio", **look)
         values += y
     _log_scale(axes, values)
+    axes.set_xlim(left=0)
     axes.set_xlabel("share of the decoder's parameters removed, %")
     axes.set_ylabel(metric)
     axes.grid(axis="y", color=GRID, linewidth=0.6)
@@ -142,45 +155,31 @@ def perplexity_figure(
     return Picture(name, f"{metric} against the share removed, {over} a point; {bars}.", told, figure)
 
 
-def pareto_figure(name: str, points: Sequence[Point], cost: Cost, looks: Mapping[str, Style]) -> Picture | None:
-    """Perplexity against a measured cost; what no other point beats is joined. The dense models are points as well. None
-    where fewer than two points were measured."""
-    where: list[tuple[float, float]] = []
-    names: list[str] = []
-    for point in points:
-        measured = mean_of(point, f"pruned/{cost.metric}")
-        if measured:
-            where.append((cost.of(measured), point.ppl))
-            names.append(point.method)
-    if len(where) < 2:
-        return None
-    for point in points[:1]:
-        measured, ppl = mean_of(point, f"dense/{cost.metric}"), mean_of(point, f"dense/{point.metric}")
-        if measured and ppl:
-            where.append((cost.of(measured), ppl))
-            names.append("dense")
-    front = pareto_front(where)
-    methods = list(dict.fromkeys(names))
-    figure, axes = _figure(3.1, len(methods) + 1)
-    axes.step(
-        [where[k][0] for k in front], [where[k][1] for k in front], where="post", color=INK, linewidth=1, label="front"
-    )
+def pareto_figure(name: str, metric: str, cost: Cost, found: Sequence[Priced], looks: Mapping[str, Style]) -> Picture:
+    """Perplexity against a measured cost; what no other point beats is filled, and joined."""
+    front = sorted((one for one in found if one.on_front), key=lambda one: one.cost)
+    methods = list(dict.fromkeys(one.method for one in found))
+    figure, axes = _figure(2.9, _legend_rows([*methods, "front"]))
+    steps: Style = {"where": "post", "color": INK, "linewidth": 1, "label": "front"}
+    axes.step([one.cost for one in front], [one.ppl for one in front], **steps)
     for method in methods:
         look = {**looks.get(method, {"color": INK, "marker": "*"}), "linestyle": "none"}
+        here = [one for one in found if one.method == method]
+        label: str | None = method
         for on_front in (True, False):
-            chosen = [k for k, other in enumerate(names) if other == method and (k in front) == on_front]
-            if chosen:
+            x = [one.cost for one in here if one.on_front == on_front]
+            y = [one.ppl for one in here if one.on_front == on_front]
+            if x:
                 face = look["color"] if on_front else "none"
-                label = method if on_front or not any(names[k] == method for k in front) else None
-                x, y = [where[k][0] for k in chosen], [where[k][1] for k in chosen]
                 axes.plot(x, y, markersize=7, markerfacecolor=face, label=label, **look)
-    _log_scale(axes, [y for _, y in where])
+                label = None
+    _log_scale(axes, [one.ppl for one in found])
     axes.set_xlabel(cost.label)
-    axes.set_ylabel(points[0].metric)
+    axes.set_ylabel(metric)
     axes.grid(color=GRID, linewidth=0.6)
     _legend(figure, axes)
-    told = "; ".join(f"{names[k]} ({where[k][0]:.4g}, {where[k][1]:.4g})" for k in front)
-    caption = f"{points[0].metric} against {cost.label}; lower is better in both. Filled: no other point beats it."
+    told = "; ".join(f"{one.method} {one.ratio:g} ({one.cost:.4g}, {one.ppl:.4g})" for one in front)
+    caption = f"{metric} against {cost.label}; lower is better in both. Filled: no other point beats it."
     return Picture(name, caption, f"on the front: {told}", figure)
 
 
@@ -209,9 +208,11 @@ def widths_figure(name: str, kind: str, rows: Sequence[tuple[str, Sequence[Descr
         side.set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
-    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.ax.tick_params(colors=INK, labelsize=9)
     bar.outline.set_visible(False)
-    told = "; ".join(f"{row} {' '.join(f'{100 * v:.0f}' for v in found)}" for row, found in zip(names, table, strict=True))
+    told = "; ".join(
+        f"{row} {' '.join(f'{100 * v:.0f}' for v in found)}" for row, found in zip(names, table, strict=True)
+    )
     return Picture(name, f"Share of {KIND_NAMES.get(kind, kind)} kept in each layer.", f"per cent: {told}", figure)
 
 
@@ -225,7 +226,11 @@ def effects_figure(name: str, found: Ablation) -> Picture:
         places = [place + j for j in range(len(levels))]
         look: Style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": "none"}
         axes.errorbar(
-            [effect.mean for effect in levels], places, xerr=[effect.spread or 0 for effect in levels], capsize=3, **look
+            [effect.mean for effect in levels],
+            places,
+            xerr=[effect.spread or 0 for effect in levels],
+            capsize=3,
+            **look,
         )
         ticks += places
         labels += [f"{factor} = {effect.level}" if j == 0 else effect.level for j, effect in enumerate(levels)]
@@ -269,6 +274,6 @@ def inline_svg(svg: str, label: str, prefix: str) -> str:
         text = text.replace(colour, f"var(--{variable})")
     width = re.match(r'<svg[^>]*\swidth="([\d.]+)pt"', text)
     text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
-    natural = f"{float(width[1]) * 4 / 3:.0f}px" if width else "100%"
+    largest = f"{float(width[1]) * 1.8:.0f}px" if width else "none"  # 1.35 times its own size
     label = html.escape(label, quote=True)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="width:{natural}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="width:100%;max-width:{largest}"', 1)

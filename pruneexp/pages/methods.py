@@ -35,8 +35,9 @@ class Choice:
 class Described:
     """A run among the others of its report.
 
-    `context`: its model; runs of different ones share no figure. `method`: what a line in a figure is. `factors`: the
-    level of everything that differs between the runs of the context."""
+    `context`: its model; runs of different ones share no figure. `method`: what a line in a figure is. `seed`: every seed.
+    `factors`: the level of everything that differs between the runs of the context. `settings`: keys in which runs of the
+    same choices differ, and seeds that differ."""
 
     run: Run
     recipe: str | None
@@ -46,6 +47,7 @@ class Described:
     ratio: float
     seed: tuple[tuple[str, Any], ...]
     factors: Mapping[str, str]
+    settings: Mapping[str, Any]
 
 
 @cache
@@ -153,6 +155,7 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
     told = list(dict.fromkeys(key for found in extra for key in found))
     several = {key for head in heads for key in head if len({other.get(key) for other in heads}) > 1}
     ratios = [float(setting.get(RATIO) or 0.0) for setting in (settings(run.config) for run in runs)]
+    drawn = {key for key in differing([settings(run.config) for run in runs]) if _is_seed(key)}
     described = []
     for index, run in enumerate(runs):
         head = {key: value for key, value in heads[index].items() if key in several}
@@ -163,9 +166,18 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
             factors[RATIO] = f"{ratios[index]:g}"
         found = settings(run.config)
         seed = tuple((key, found[key]) for key in sorted(found) if _is_seed(key) and not key.startswith("evaluator."))
-        method = " ".join(words)
         described.append(
-            Described(run, recipes[index], choices[index], context, method, ratios[index], seed, factors)
+            Described(
+                run=run,
+                recipe=recipes[index],
+                choices=choices[index],
+                context=context,
+                method=" ".join(words),
+                ratio=ratios[index],
+                seed=seed,
+                factors=factors,
+                settings=extra[index] | {key: value for key, value in seed if key in drawn},
+            )
         )
     return described
 
@@ -206,7 +218,4 @@ def _fallback(recipe: str | None, choices: Mapping[str, Choice]) -> str:
 
 def departures(described: Described) -> dict[str, Any]:
     """Settings of the run that are not its options' defaults, by full key."""
-    return {
-        f"{group}.{key}": value for group in GROUPS for key, value in described.choices[group].departures.items()
-    }
-
+    return {f"{group}.{key}": value for group in GROUPS for key, value in described.choices[group].departures.items()}

@@ -28,14 +28,15 @@ table { border-collapse: collapse; font-size: .88rem; }
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { padding: .28rem .7rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }
 th { white-space: nowrap; background: var(--band); padding-left: .35rem; } td { padding-left: .35rem; }
-td:not(.number) { min-width: 5rem; }
+tr > :first-child { position: sticky; left: 0; background: var(--ground); }
+td:not(.number) { min-width: 4rem; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .flag { color: var(--flag); font-weight: 600; }
 .published { color: var(--published); font-style: italic; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem; }
-figure { margin: 0; min-width: 0; } figure svg { display: block; max-width: 100%; height: auto; }
+figure { margin: 0; min-width: 0; } figure svg { display: block; height: auto; }
 figcaption { color: var(--faint); font-size: .85rem; overflow-wrap: anywhere; }
-details { margin: .5rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
+details { margin: .5rem 0; } details details { margin-left: 1.2rem; } summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { background: var(--band); padding: .8rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
 @media print { details > pre { display: none; } }
 """
@@ -51,7 +52,8 @@ class Folded:
 
 @dataclass(frozen=True)
 class Section:
-    """`anchor` names it in links. `lines` are paragraphs; what follows them comes in this order."""
+    """`anchor` names it in links. `lines` are paragraphs; what follows them comes in this order. `fold`: what the folded
+    texts are, all behind this title."""
 
     anchor: str
     title: str
@@ -59,6 +61,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     pictures: tuple[Picture, ...] = ()
     folded: tuple[Folded, ...] = ()
+    fold: str = ""
 
 
 def page(title: str, lines: Sequence[str], sections: Sequence[Section]) -> str:
@@ -91,10 +94,12 @@ def _section(section: Section) -> str:
         figures = (_figure(picture) for picture in section.pictures)
         parts += ["<div class='figures'>", *figures, "</div>"]
     parts += [as_html(table) for table in section.tables]
-    parts += [
-        f"<details><summary>{html.escape(one.title)}</summary><pre>{html.escape(one.text)}</pre></details>"
-        for one in section.folded
-    ]
+    if section.folded:
+        texts = (
+            f"<details><summary>{html.escape(one.title)}</summary><pre>{html.escape(one.text)}</pre></details>"
+            for one in section.folded
+        )
+        parts += [f"<details><summary>{html.escape(section.fold)}</summary>", *texts, "</details>"]
     return "\n".join([*parts, "</section>"])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruneexp.pages.methods import Described
-from pruneexp.pages.statistics import Effect, balanced, interval, main_effects
+from pruneexp.pages.statistics import Effect, balanced, interval, main_effects, pareto_front
 from pruneexp.types import Plan
 
 SHARE = "sparsity/decoder"
@@ -99,10 +99,37 @@ def costs(runs: Sequence[Described]) -> list[Cost]:
     return found
 
 
+@dataclass(frozen=True)
+class Priced:
+    """A point of a front: `cost` and `ppl`, both lower = better; `on_front` where no other point beats it. The dense model
+    is the method "dense", its ratio 0."""
+
+    method: str
+    ratio: float
+    cost: float
+    ppl: float
+    on_front: bool
+
+
+def priced(points: Sequence[Point], cost: Cost) -> list[Priced]:
+    """The points whose runs all measured the cost, and the dense model as the first of them has it."""
+    found: list[tuple[str, float, float, float]] = []
+    for point in points:
+        if measured := mean_of(point, f"pruned/{cost.metric}"):
+            found.append((point.method, point.ratio, cost.of(measured), point.ppl))
+    for point in points[:1]:
+        measured, ppl = mean_of(point, f"dense/{cost.metric}"), mean_of(point, f"dense/{point.metric}")
+        if measured and ppl:
+            found.append(("dense", 0.0, cost.of(measured), ppl))
+    front = pareto_front([(at, ppl) for _, _, at, ppl in found])
+    return [Priced(*one, on_front=k in front) for k, one in enumerate(found)]
+
+
 def machine(run: Mapping[str, Any]) -> str:
     """What a latency was measured on, from environment.json."""
     where = ", ".join(run.get("gpus") or ()) or f"{run.get('platform')}, {run.get('cpus')} CPUs"
-    return f"{where}, {run.get('threads')} threads"
+    threads = run.get("threads")
+    return f"{where}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -167,9 +194,7 @@ def kept_shares(plan: Plan) -> dict[str, dict[int, float]]:
         counts[1] += site.units
         if site.kind == "block" and not site.kept:
             gone.add(layer)
-    found = {
-        kind: {layer: counts[0] / counts[1] for layer, counts in layers.items()} for kind, layers in kept.items()
-    }
+    found = {kind: {layer: counts[0] / counts[1] for layer, counts in layers.items()} for kind, layers in kept.items()}
     inner = {kind: layers for kind, layers in found.items() if kind != "block"}
     for layers in inner.values():
         layers.update(dict.fromkeys(gone, 0.0))

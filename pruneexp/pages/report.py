@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruneexp.pages.comparison import NOT_STATED, Comparison, comparisons, unpublished
-from pruneexp.pages.figures import (
-    KIND_NAMES,
-    Picture,
-    Style,
-    effects_figure,
-    pareto_figure,
-    perplexity_figure,
-    styles,
-    widths_figure,
-)
+from pruneexp.pages.comparison import comparisons
+from pruneexp.pages.figures import Picture, styles
 from pruneexp.pages.folders import Found
-from pruneexp.pages.methods import RATIO, Described, departures, describe
+from pruneexp.pages.methods import Described, departures, describe
 from pruneexp.pages.page import Folded, Section
-from pruneexp.pages.points import SHARE, Ablation, Point, ablation, costs, dense, machine, metrics_of, perplexities, points
-from pruneexp.pages.tables import Cell, Table, number
+from pruneexp.pages.points import SHARE, kept_shares, machine, metrics_of, perplexities
+from pruneexp.pages.sections import (
+    effects_section,
+    pareto_section,
+    perplexity_section,
+    published_section,
+    widths_section,
+)
+from pruneexp.pages.tables import Cell, Table, count, number, ratio
 from pruneexp.published import tables as published_tables
 from pruneexp.summary import differing, settings
 
 UNITS = {SHARE: "share", "memory/peak_bytes": "bytes"}
-LATER = ("seconds/calibrate", "seconds/search", "seconds/shrink", "passes/forward", "passes/backward", "memory/peak_bytes")
-FEW = 3  # lines of a list before it is folded
+LATER = (
+    "seconds/calibrate",
+    "seconds/search",
+    "seconds/shrink",
+    "passes/forward",
+    "passes/backward",
+    "memory/peak_bytes",
+)
+FEW = 3  # folders that the title names
 
 
 @dataclass(frozen=True)
@@ -48,26 +52,30 @@ class Report:
 
 def report(found: Found, folders: Sequence[Path]) -> Report:
     """From runs to content. There is at least one run."""
-    runs = sorted(describe(found.runs), key=lambda one: (one.context, one.method, one.ratio, str(one.seed), one.run.name))
+    runs = sorted(
+        describe(found.runs), key=lambda one: (one.context, one.method, one.ratio, str(one.seed), one.run.name)
+    )
     counted = [one for one in runs if one.run.hash not in found.conflicts]
     conflicting = [one for one in runs if one.run.hash in found.conflicts]
-    compared = comparisons(counted, published_tables())
+    papers = published_tables()
+    compared = comparisons(counted, papers)
     looks = styles(list(dict.fromkeys(one.method for one in runs)))
     sections = [
         _runs(runs, found),
         _left_out(found),
-        _perplexity(counted, conflicting, compared, looks),
-        _pareto(counted, looks),
-        _widths(runs),
-        _effects(counted),
-        _published(counted, compared),
+        perplexity_section(counted, conflicting, compared, looks),
+        pareto_section(counted, looks),
+        widths_section(runs),
+        effects_section(counted),
+        published_section(counted, compared, papers),
         _configs(runs),
     ]
     shown = [section for section in sections if section is not None]
     tables = [table for section in shown for table in section.tables]
-    names = " and ".join(folder.name or str(folder.resolve()) for folder in folders[:FEW])
+    names = " and ".join(folder.resolve().name or "/" for folder in folders[:FEW])
     more = f" and {len(folders) - FEW} more" if len(folders) > FEW else ""
-    return Report(f"Pruning runs: {names}{more}", _header(runs, found), tuple(shown), (*tables, _all_metrics(runs)))
+    tables += [_all_metrics(runs), _kept(runs)]
+    return Report(f"Pruning runs: {names}{more}", _header(runs, found), tuple(shown), tuple(tables))
 
 
 def _header(runs: Sequence[Described], found: Found) -> tuple[str, ...]:
@@ -76,41 +84,29 @@ def _header(runs: Sequence[Described], found: Found) -> tuple[str, ...]:
     when = f"{ended[0]} to {ended[-1]}" if ended[0] != ended[-1] else ended[0]
     versions = sorted({str((one.run.environment.get("versions") or {}).get("pruneexp")) for one in runs})
     where = sorted({machine(one.run.environment) for one in runs})
-    first = f"{_count(len(runs), 'finished run')} of {models}" + (f", {when}" if when else "")
+    first = f"{count(len(runs), 'finished run')} of {models}" + (f", {when}" if when else "")
     lines = [f"{first}; pruneexp {', '.join(versions)}; on {'; '.join(where)}."]
-    left = {"left out": len(found.skipped), "repeated": len(found.repeats), "contradicted": len(found.conflicts)}
-    words = [f"{count} {what}" for what, count in left.items() if count]
-    if words:
-        lines.append(f"Of the others: {', '.join(words)} (see Folders left out).")
+    if left := len(found.skipped) + len(found.repeats):
+        lines.append(f"{count(left, 'more folder')} with a run left out, for the reasons below.")
+    if found.conflicts:
+        lines.append(f"{count(len(found.conflicts), 'config')} with more than one result: see Runs.")
     return tuple(lines)
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _name(*parts: str) -> str:
-    """A file name and HTML identifier."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-")
-
-
-def _only(runs: Sequence[Described], context: str) -> tuple[str, ...]:
-    """The context, where a report has several."""
-    return (context,) if len({one.context for one in runs}) > 1 else ()
 
 
 def _runs(runs: Sequence[Described], found: Found) -> Section:
     flat = [settings(one.run.config) for one in runs]
-    # The class of a choice is told by the method's name.
-    keys = [k for k in differing(flat) if not k.endswith("_target_") and not k.startswith("evaluator.") and k != RATIO]
+    # What a choice brings along is told by the method's name.
+    keys = list(dict.fromkeys(key for one in runs for key in one.settings))
     several = len({one.context for one in runs}) > 1
     measured = [f"{side}/{name}" for name in _measured(runs) for side in ("dense", "pruned")]
-    columns = [key for key in (SHARE, "pruned/params", *measured, *LATER) if any(key in one.run.metrics for one in runs)]
+    columns = [
+        key for key in (SHARE, "pruned/params", *measured, *LATER) if any(key in one.run.metrics for one in runs)
+    ]
     rows = []
     for one, setting in zip(runs, flat, strict=True):
         flagged = one.run.hash in found.conflicts
         cells = [Cell(one.run.name, mark="flag" if flagged else ""), *([Cell(one.context)] if several else [])]
-        cells += [Cell(one.method), number(one.ratio), *(Cell(str(setting.get(key, "-"))) for key in keys)]
+        cells += [Cell(one.method), ratio(one.ratio), *(Cell(str(setting.get(key, "-"))) for key in keys)]
         cells += [number(one.run.metrics.get(key), UNITS.get(key, "")) for key in columns]
         rows.append((*cells, Cell("same config, another result", mark="flag") if flagged else Cell("")))
     head = ["run", *(["model"] if several else []), "method", "ratio asked", *keys, *columns, "remark"]
@@ -158,6 +154,16 @@ def _all_metrics(runs: Sequence[Described]) -> Table:
     return Table("metrics", "Every metric of every run", ("run", "hash", "model", "method", *told, *keys), rows)
 
 
+def _kept(runs: Sequence[Described]) -> Table:
+    rows = [
+        (Cell(one.run.name), Cell(one.method), ratio(one.ratio), Cell(kind), number(layer), number(share))
+        for one in runs
+        for kind, layers in kept_shares(one.run.plan).items()
+        for layer, share in sorted(layers.items())
+    ]
+    return Table("widths", "Share kept", ("run", "method", "ratio asked", "kind", "layer", "kept"), tuple(rows))
+
+
 def _left_out(found: Found) -> Section | None:
     rows = [(Cell(one.name), Cell(one.reason, mark="flag")) for one in found.skipped]
     rows += [(Cell(one.name), Cell(one.reason)) for one in found.repeats]
@@ -165,195 +171,6 @@ def _left_out(found: Found) -> Section | None:
         return None
     table = Table("left_out", "Folders that are in no figure, and why", ("folder", "reason"), tuple(rows))
     return Section("left-out", "Folders left out", (), (table,))
-
-
-def _perplexity(
-    runs: Sequence[Described],
-    conflicting: Sequence[Described],
-    compared: Sequence[Comparison],
-    looks: Mapping[str, Style],
-) -> Section:
-    lines, tables, pictures = [], [], []
-    everyone = [*runs, *conflicting]
-    for metric in perplexities(everyone):
-        found = points(runs, metric)
-        for context in dict.fromkeys(one.context for one in everyone):
-            here = [point for point in found if point.context == context]
-            members = [one for one in everyone if one.context == context]
-            odd = [one for one in members if one in conflicting and {f"pruned/{metric}", SHARE} <= set(one.run.metrics)]
-            if not here and not odd:
-                continue
-            theirs = [
-                one
-                for one in compared
-                if one.published.metric == metric and one.published.ratio and one.runs[0].context == context
-            ]
-            name = _name("perplexity", metric, *_only(everyone, context))
-            before = dense(members, metric)
-            pictures.append(perplexity_figure(name, metric, here, before, odd, theirs, looks))
-            if len(before) > 1:
-                lines.append(
-                    f"{context}: the dense model's {metric} is not one figure but {_list(before)}: other texts, numeric "
-                    "precision or machines are mixed here."
-                )
-        if found:
-            tables.append(_points_table(_name("perplexity", metric), found))
-    if not pictures:
-        lines.append("No run measured a perplexity.")
-    return Section("perplexity", "Perplexity and share removed", tuple(lines), tuple(tables), tuple(pictures))
-
-
-def _list(values: Sequence[float]) -> str:
-    shown = [f"{value:.6g}" for value in values[:FEW]]
-    return ", ".join(shown) + (f" and {len(values) - FEW} more" if len(values) > FEW else "")
-
-
-def _points_table(name: str, found: Sequence[Point]) -> Table:
-    head = ("model", "method", "ratio asked", "share removed", found[0].metric, "95 % from", "to", "seeds")
-    rows = tuple(
-        (
-            Cell(point.context),
-            Cell(point.method),
-            number(point.ratio),
-            number(point.share, "share"),
-            number(point.ppl),
-            number(point.low),
-            number(point.high),
-            number(point.n),
-        )
-        for point in found
-    )
-    title = f"{found[0].metric}: exp of the mean log perplexity over seeds, with its t-interval"
-    return Table(name, title, head, rows)
-
-
-def _pareto(runs: Sequence[Described], looks: Mapping[str, Style]) -> Section | None:
-    pictures = []
-    for context in dict.fromkeys(one.context for one in runs):
-        members = [one for one in runs if one.context == context]
-        places = list(dict.fromkeys(machine(one.run.environment) for one in members))
-        for metric in perplexities(members):
-            for cost in costs(members):
-                # A latency is of its machine; bytes are the same everywhere.
-                for k, place in enumerate(places if cost.inverse else [""]):
-                    here = [one for one in members if not place or machine(one.run.environment) == place]
-                    several = (f"machine{k + 1}",) if place and len(places) > 1 else ()
-                    name = _name("pareto", metric, cost.metric, *_only(runs, context), *several)
-                    picture = pareto_figure(name, points(here, metric), cost, looks)
-                    pictures += [picture] if picture is not None else []
-    return Section("pareto", "Perplexity against latency and bytes", (), (), tuple(pictures)) if pictures else None
-
-
-def _widths(runs: Sequence[Described]) -> Section | None:
-    pictures = []
-    for context in dict.fromkeys(one.context for one in runs):
-        rows: dict[str, list[Described]] = {}
-        for one in runs:
-            if one.context == context:
-                rows.setdefault(f"{one.method}, {one.ratio:g}", []).append(one)
-        for kind in KIND_NAMES:
-            picture = widths_figure(_name("widths", kind, *_only(runs, context)), kind, list(rows.items()))
-            pictures += [picture] if picture is not None else []
-    lines = ("Share of its units that each layer keeps, mean over seeds; a row is a method and the ratio asked.",)
-    return Section("widths", "Kept widths", lines, (), tuple(pictures)) if pictures else None
-
-
-def _effects(runs: Sequence[Described]) -> Section | None:
-    lines, tables, pictures = [], [], []
-    for context in dict.fromkeys(one.context for one in runs):
-        members = [one for one in runs if one.context == context]
-        for metric in perplexities(members):
-            found = ablation(members, metric)
-            if found is not None:
-                name = _name("effects", metric, *_only(runs, context))
-                lines.append(_design(found))
-                tables.append(_effects_table(name, found))
-                pictures.append(effects_figure(name, found))
-    if not pictures:
-        return None
-    return Section("effects", "Main effects", tuple(lines), tuple(tables), tuple(pictures))
-
-
-def _design(found: Ablation) -> str:
-    seeds = f", {_count(found.seeds, 'seed')}"
-    if found.balanced:
-        return f"{found.context}, {found.metric}: balanced, all {found.possible} combinations of levels alike{seeds}."
-    return (
-        f"{found.context}, {found.metric}: unbalanced, {found.cells} of {found.possible} combinations of levels, not all "
-        f"equally often{seeds}: a level's mean holds what the other factors happened to be there."
-    )
-
-
-def _effects_table(name: str, found: Ablation) -> Table:
-    head = ("factor", "level", "runs", "mean rise", "standard deviation", "effect", "95 % over seeds, ±")
-    rows = tuple(
-        (
-            Cell(effect.factor),
-            Cell(effect.level),
-            number(effect.n),
-            number(effect.mean),
-            number(effect.spread),
-            number(effect.effect),
-            number(effect.half),
-        )
-        for effect in found.effects
-    )
-    title = f"Rise in ln {found.metric} over the dense model by level; effect: its mean less that of all runs"
-    return Table(name, title, head, rows)
-
-
-def _published(runs: Sequence[Described], compared: Sequence[Comparison]) -> Section:
-    lines = list(unpublished(runs, published_tables()))
-    if not compared:
-        lines.append("None of these runs has the model, method, ratio and metric of a published figure.")
-        return Section("published", "Beside published figures", tuple(lines))
-    lines.append(
-        "Published figures (marked) are the papers' own; the tolerance is this project's. Where protocols differ, a figure "
-        "within it proves less, and one outside it need not be a mistake."
-    )
-    rows = []
-    for k, one in enumerate(compared):
-        figure, distance = one.published, one.ours.mean - one.published.value
-        rows.append(
-            (
-                number(k + 1),
-                Cell(figure.model),
-                Cell(figure.metric),
-                number(figure.ratio),
-                Cell(one.method),
-                number(one.share, "share"),
-                number(one.ours.mean),
-                number(one.ours.half),
-                number(one.ours.n),
-                Cell(f"{figure.value:g}", figure.value, "published"),
-                Cell(figure.method, mark="published"),
-                Cell(f"{figure.source.paper}, {figure.source.table}, arXiv {figure.source.arxiv}", mark="published"),
-                Cell(figure.certainty.replace("_", " "), mark="published"),
-                number(distance),
-                number(figure.tolerance),
-                Cell("within" if one.within else "outside", mark="" if one.within else "flag"),
-            )
-        )
-    head = ("no.", "model", "metric", "ratio", "our method", "our share removed", "ours", "95 %, ±", "seeds")
-    head += ("published", "their method", "source", "read", "difference", "tolerance", "verdict")
-    table = Table("published", "Ours and the published figure, in its unit", head, tuple(rows))
-    protocols = Table(
-        "protocols",
-        "Protocols of the rows above, theirs and ours",
-        ("no.", "what", "published", "ours", "alike"),
-        tuple(
-            (
-                number(k + 1),
-                Cell(aspect.what),
-                Cell(aspect.published, mark="" if aspect.published == NOT_STATED else "published"),
-                Cell(aspect.ours),
-                Cell({True: "differs", False: "yes", None: ""}[aspect.differs], mark="flag" if aspect.differs else ""),
-            )
-            for k, one in enumerate(compared)
-            for aspect in one.aspects
-        ),
-    )
-    return Section("published", "Beside published figures", tuple(lines), (table, protocols))
 
 
 def _configs(runs: Sequence[Described]) -> Section:
@@ -364,8 +181,8 @@ def _configs(runs: Sequence[Described]) -> Section:
     )
     table = Table("configs", "Every key that is not the same in all runs", ("run", *differing(flat)), rows)
     folded = tuple(Folded(f"{one.run.name} ({one.method}, {one.ratio:g})", _yaml(one.run.config)) for one in runs)
-    lines = ("The complete config of each run, as its config.yaml has it:",)
-    return Section("configs", "Configs", lines, (table,) if len(runs) > 1 else (), (), folded)
+    tables = (table,) if len(runs) > 1 else ()
+    return Section("configs", "Configs", (), tables, (), folded, "The complete config of each run")
 
 
 def _yaml(config: Mapping[str, Any]) -> str:

@@ -42,7 +42,17 @@ def number(value: float | None, unit: str = "") -> Cell:
         return Cell(f"{100 * value:.2f} %", value)
     if isinstance(value, int):
         return Cell(f"{value:,}", value)
-    return Cell(f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}", value)
+    return Cell(f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:,.0f}", value)
+
+
+def ratio(value: float) -> Cell:
+    """A ratio as it was asked for."""
+    return Cell(f"{value:g}", value)
+
+
+def count(number: int, what: str) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _bytes(value: float) -> str:

@@ -21,7 +21,8 @@ usage: pruneexp-report FOLDER... [out=PATH] [key=value ...]
 
 Builds one HTML page from finished runs, which opens without a network: their figures, perplexity against the share
 removed with intervals over seeds, Pareto fronts against latency and bytes, kept widths, main effects, published figures
-beside ours, configs and their differences. Beside it: the tables as CSV, Markdown and LaTeX, the figures as SVG and PNG.
+beside ours, configs and their differences. With it come the tables as CSV, Markdown and LaTeX, and the figures as SVG
+and PNG.
 
 arguments:
   FOLDER                a run's folder, a sweep's, or one that holds such, at any depth

@@ -181,8 +181,9 @@ def unpublished(runs: Sequence[Described], tables: Sequence[Table]) -> list[str]
         lines.append(f"No published figure is known of {', '.join(unknown)}.")
     for recipe in dict.fromkeys(one.recipe for one in runs):
         if recipe is not None and recipe not in recipes:
-            why = [f"{table.source.paper}: {table.missing}" for table in tables if recipe in table.recipes]
-            lines.append(
-                f"No published figure is known of recipe {recipe}" + (f" ({why[0]})." if why and why[0] else ".")
-            )
+            why = [
+                f"{table.source.paper}: {table.missing or table.title}" for table in tables if recipe in table.recipes
+            ]
+            reason = f" ({'; '.join(why)})" if why else ""
+            lines.append(f"No published figure is known of recipe {recipe}{reason}.")
     return lines

@@ -1,5 +1,5 @@
-"""The figures of a report, as matplotlib draws them: narrow enough to be read on a telephone, told apart by marker and dash
-as well as by colour."""
+"""The figures of a report, as matplotlib draws them: narrow enough to be read on a telephone, told apart by marker and
+dash as well as by colour."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def perplexity_figure(
     published: Sequence[Comparison],
     looks: Mapping[str, Style],
 ) -> Picture:
-    """Perplexity against the real share removed, a line a method, 95 % t-intervals over seeds as bars. Runs of one config
-    with different results, and published figures, are marks on their own."""
+    """Perplexity against the real share removed, a line a method, 95 % t-intervals over seeds as bars. Runs of one
+    config with different results, and published figures, are marks on their own."""
     methods = list(dict.fromkeys(point.method for point in points))
     entries = [*methods, *["published, at its nominal ratio"] * bool(published), *["dense"] * bool(dense)]
     figure, axes = _figure(2.9, _legend_rows([*entries, *["same config, another result"] * bool(conflicting)]))

@@ -1,7 +1,7 @@
 """What the runs of a report are: the choices that made each one, what they share, and in what they differ.
 
-A config holds classes and settings; which option of conf/ they are is found by comparing. Two runs are of one method where
-they differ in ratio and seed alone.
+A config holds classes and settings; which option of conf/ they are is found by comparing. Two runs are of one method
+where they differ in ratio and seed alone.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Choice:
 class Described:
     """A run among the others of its report.
 
-    `context`: its model; runs of different ones share no figure. `method`: what a line in a figure is. `seed`: every seed.
-    `factors`: the level of everything that differs between the runs of the context. `settings`: keys in which runs of the
-    same choices differ, and seeds that differ."""
+    `context`: its model; runs of different ones share no figure. `method`: what a line in a figure is. `seed`: every
+    seed. `factors`: the level of everything that differs between the runs of the context. `settings`: keys in which runs
+    of the same choices differ, and seeds that differ."""
 
     run: Run
     recipe: str | None

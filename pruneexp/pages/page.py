@@ -36,7 +36,8 @@ td:not(.number) { min-width: 4rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem; }
 figure { margin: 0; min-width: 0; } figure svg { display: block; height: auto; }
 figcaption { color: var(--faint); font-size: .85rem; overflow-wrap: anywhere; }
-details { margin: .5rem 0; } details details { margin-left: 1.2rem; } summary { cursor: pointer; overflow-wrap: anywhere; }
+details { margin: .5rem 0; } details details { margin-left: 1.2rem; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { background: var(--band); padding: .8rem; overflow-x: auto; font-size: .8rem; line-height: 1.4; }
 @media print { details > pre { display: none; } }
 """
@@ -52,8 +53,8 @@ class Folded:
 
 @dataclass(frozen=True)
 class Section:
-    """`anchor` names it in links. `lines` are paragraphs; what follows them comes in this order. `fold`: what the folded
-    texts are, all behind this title."""
+    """`anchor` names it in links. `lines` are paragraphs; what follows them comes in this order. `fold`: what the
+    folded texts are, all behind this title."""
 
     anchor: str
     title: str

@@ -101,8 +101,8 @@ def costs(runs: Sequence[Described]) -> list[Cost]:
 
 @dataclass(frozen=True)
 class Priced:
-    """A point of a front: `cost` and `ppl`, both lower = better; `on_front` where no other point beats it. The dense model
-    is the method "dense", its ratio 0."""
+    """A point of a front: `cost` and `ppl`, both lower = better; `on_front` where no other point beats it. The dense
+    model is the method "dense", its ratio 0."""
 
     method: str
     ratio: float

@@ -1,7 +1,7 @@
 """What the papers print: their tables as data, one YAML file each, with source, protocol and how certain a figure is.
 
-A table names methods (with the recipes of ours that they are, and what they calibrated on) and columns (model, metric in
-our naming, unit); a row is a method at a ratio. Tables whose figures were not found say so under `missing`.
+A table names methods (with the recipes of ours that they are, and what they calibrated on) and columns (model, metric
+in our naming, unit); a row is a method at a ratio. Tables whose figures were not found say so under `missing`.
 
     certainty   read: in the authors' repository or a figure of the paper; second_hand: quoted elsewhere; inferred:
                 worked out from other figures; unknown: not found

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from pruneexp.pages.folders import Found
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from pruneexp.types import ConfigError, RunError
 
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         asked = request(argv)
         found = write_report(asked)
@@ -75,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"same config, another result ({hashed}): {why}")
     print(f"{len(found.runs)} runs; the report is {asked.out / 'index.html'}")
     return 0
+
+
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    # An exception, so that what has been written is removed on the way out.
+    raise SystemExit(128 + signum)
 
 
 def _ended(code: int, line: str) -> int:

@@ -181,9 +181,7 @@ def unpublished(runs: Sequence[Described], tables: Sequence[Table]) -> list[str]
         lines.append(f"No published figure is known of {', '.join(unknown)}.")
     for recipe in dict.fromkeys(one.recipe for one in runs):
         if recipe is not None and recipe not in recipes:
-            why = [
-                f"{table.source.paper}: {table.missing or table.title}" for table in tables if recipe in table.recipes
-            ]
-            reason = f" ({'; '.join(why)})" if why else ""
-            lines.append(f"No published figure is known of recipe {recipe}{reason}.")
+            about = [table for table in tables if recipe in table.recipes]
+            why = "; ".join(f"{table.source.paper}: {table.missing or table.title}" for table in about)
+            lines.append(f"No published figure is known of recipe {recipe}{f' ({why})' if why else ''}.")
     return lines

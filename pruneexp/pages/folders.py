@@ -17,6 +17,8 @@ from pruneexp.types import ConfigError, Plan
 
 NOT_COMPARED = ("seconds/", "memory/", "dense/latency/", "pruned/latency/")  # another figure every time
 SAME = 1e-6  # relative difference up to which two figures are the same result
+LOGGED = 1e-5  # and that of a figure from what log.txt has of it, in six digits
+SECTIONS = ("model", "dataset", "criterion", "sparsity", "search", "compensator", "evaluator")
 REDUNDANT = {"sparsity/model": "params", "sparsity/decoder": "params/decoder"}
 
 
@@ -91,7 +93,10 @@ def _run_folders(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 def _read(folder: Path, name: str, versions: str) -> Run:
     status = _status(folder)
     config, environment = _config(folder), _json(folder, "environment.json")
-    version = (environment.get("versions") or {}).get("pruneexp")
+    versions_of_run = environment.get("versions")
+    if not isinstance(versions_of_run, dict):
+        raise _Unusable("environment.json says nothing of versions")
+    version = versions_of_run.get("pruneexp")
     if versions == "same" and version != pruneexp.__version__:
         raise _Unusable(f"of pruneexp {version}, this is {pruneexp.__version__}; versions=any takes it")
     metrics = _metrics(_json(folder, "metrics.json"))
@@ -140,8 +145,12 @@ def _config(folder: Path) -> Mapping[str, Any]:
         config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     except Exception as error:
         raise _Unusable(f"config.yaml is no config: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise _Unusable("config.yaml is no run's config: it has no model")
+    absent = [key for key in SECTIONS if not isinstance(config, dict) or not isinstance(config.get(key), dict)]
+    if absent or not isinstance(config, dict):
+        raise _Unusable(f"config.yaml is no run's config: it has no {', '.join(absent)}")
+    ratio = config["sparsity"].get("ratio")
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise _Unusable(f"config.yaml: sparsity.ratio={ratio!r}: expected a number")
     return {str(key): value for key, value in config.items()}
 
 
@@ -149,6 +158,8 @@ def _metrics(data: Mapping[str, Any]) -> Mapping[str, float]:
     for key, value in data.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise _Unusable(f"metrics.json: {key}={value!r}: expected a finite number")
+        if value <= 0 and re.match("(dense|pruned)/(ppl/|params|bytes|latency/.*_s@[^/]*$)", key):
+            raise _Unusable(f"metrics.json: {key}={value!r}: expected a positive number")
     return data
 
 
@@ -175,25 +186,21 @@ def _check_untouched(folder: Path, hashed: str, metrics: Mapping[str, float]) ->
         if share in metrics and dense and pruned is not None and abs(1 - pruned / dense - metrics[share]) > SAME:
             raise _Unusable(f"edited: {share}={metrics[share]:g}, but pruned/{count} leaves {1 - pruned / dense:g}")
     for key, logged in _logged(folder).items():
-        if key in metrics and logged != _as_logged(metrics[key]):
-            raise _Unusable(f"edited: metrics.json has {key}={_as_logged(metrics[key])}, log.txt {logged}")
+        if key in metrics and _apart(metrics[key], logged) > LOGGED:
+            raise _Unusable(f"edited: metrics.json has {key}={metrics[key]:g}, log.txt {logged:g}")
     delivered = folder / "model" / "plan.json"
     if delivered.is_file() and delivered.read_bytes() != (folder / "plan.json").read_bytes():
         raise _Unusable("edited: plan.json is not the plan of its checkpoint, model/plan.json")
 
 
-def _logged(folder: Path) -> dict[str, str]:
+def _logged(folder: Path) -> dict[str, float]:
     """The figures in log.txt, the last of each name."""
     try:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
-    found = (re.fullmatch(r"\S+ \S+ INFO (\S+/\S+) = (\S+)", line) for line in lines)
-    return {match[1]: match[2] for match in found if match}
-
-
-def _as_logged(value: float) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    found = (re.fullmatch(r"\S+ \S+ INFO (\S+/\S+) = (-?\d[\d.e+-]*)", line) for line in lines)
+    return {match[1]: float(match[2]) for match in found if match}
 
 
 def _told_apart(runs: Sequence[Run]) -> tuple[list[Run], list[Skipped], dict[str, str]]:

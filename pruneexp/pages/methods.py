@@ -21,6 +21,7 @@ from pruneexp.summary import differing, settings
 RECIPE = ("criterion", "sparsity", "search", "compensator")  # what a recipe chooses
 GROUPS = (*RECIPE, "recovery", "dataset")  # what a method is made of
 RATIO = "sparsity.ratio"
+HOW = ("model.batch_size", "model.stream", "model.trust_remote_code")  # how a model is run, not which
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Described:
     """A run among the others of its report.
 
     `context`: its model; runs of different ones share no figure. `method`: what a line in a figure is. `seed`: every
-    seed. `factors`: the level of everything that differs between the runs of the context. `settings`: keys in which runs
-    of the same choices differ, and seeds that differ."""
+    seed. `factors`: the level of everything that differs between the runs of the context. `settings`: keys in which
+    runs of the same choices differ, and seeds that differ."""
 
     run: Run
     recipe: str | None
@@ -133,7 +134,7 @@ def _contexts(runs: Sequence[Run]) -> list[str]:
     found = []
     for node, name in zip(nodes, names, strict=True):
         same = [other for other, other_name in zip(nodes, names, strict=True) if other_name == name]
-        keys = [key for key in differing(same) if key != "model.batch_size"]
+        keys = [key for key in differing(same) if key not in HOW]
         found.append(" ".join([name, *(f"{key.removeprefix('model.')}={node.get(key)}" for key in keys)]))
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,20 @@ def points(runs: Sequence[Described], metric: str) -> list[Point]:
 
 
 def _point(key: tuple[str, str, float], metric: str, members: Sequence[Described]) -> Point:
-    log = interval([math.log(one.run.metrics[f"pruned/{metric}"]) for one in members])
+    seeds = [one.seed for one in members]
+    log = interval(_by_seed([math.log(one.run.metrics[f"pruned/{metric}"]) for one in members], seeds))
     share = math.fsum(one.run.metrics[SHARE] for one in members) / len(members)
     low = None if log.half is None else math.exp(log.mean - log.half)
     high = None if log.half is None else math.exp(log.mean + log.half)
     return Point(*key, metric, share, math.exp(log.mean), low, high, log.n, tuple(members))
+
+
+def _by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
+    """The mean of each seed's values: two runs that differ in their evaluators, say, are one draw and not two."""
+    found: dict[Hashable, list[float]] = {}
+    for value, seed in zip(values, seeds, strict=True):
+        found.setdefault(seed, []).append(value)
+    return [math.fsum(same) / len(same) for same in found.values()]
 
 
 def dense(runs: Sequence[Described], metric: str) -> list[float]:
@@ -150,12 +159,16 @@ def ablation(runs: Sequence[Described], metric: str) -> Ablation | None:
     known = [one for one in runs if {f"dense/{metric}", f"pruned/{metric}"} <= set(one.run.metrics)]
     if not known:
         return None
-    rises = [math.log(one.run.metrics[f"pruned/{metric}"] / one.run.metrics[f"dense/{metric}"]) for one in known]
     factors = aliases_joined({name: [one.factors[name] for one in known] for name in known[0].factors})
     if not factors:
         return None
-    seeds = [one.seed for one in known]
-    cells = list(zip(*factors.values(), strict=True))
+    once: dict[tuple[tuple[str, ...], Hashable], list[float]] = {}  # runs that differ in neither are one draw
+    for cell, one in zip(zip(*factors.values(), strict=True), known, strict=True):
+        rise = math.log(one.run.metrics[f"pruned/{metric}"] / one.run.metrics[f"dense/{metric}"])
+        once.setdefault((cell, one.seed), []).append(rise)
+    rises = [math.fsum(same) / len(same) for same in once.values()]
+    cells, seeds = [cell for cell, _ in once], [seed for _, seed in once]
+    factors = {name: [cell[k] for cell in cells] for k, name in enumerate(factors)}
     possible = math.prod(len(set(levels)) for levels in factors.values())
     return Ablation(
         known[0].context,
@@ -194,7 +207,10 @@ def kept_shares(plan: Plan) -> dict[str, dict[int, float]]:
         counts[1] += site.units
         if site.kind == "block" and not site.kept:
             gone.add(layer)
-    found = {kind: {layer: counts[0] / counts[1] for layer, counts in layers.items()} for kind, layers in kept.items()}
+    found = {
+        kind: {layer: counts[0] / counts[1] for layer, counts in layers.items() if counts[1]}
+        for kind, layers in kept.items()
+    }
     inner = {kind: layers for kind, layers in found.items() if kind != "block"}
     for layers in inner.values():
         layers.update(dict.fromkeys(gone, 0.0))

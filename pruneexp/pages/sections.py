@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pruneexp.pages.comparison import NOT_STATED, Comparison, unpublished
 from pruneexp.pages.figures import (
     KIND_NAMES,
+    Picture,
     Style,
     effects_figure,
     pareto_figure,
@@ -42,8 +44,14 @@ def _name(*parts: str) -> str:
 
 
 def _only(runs: Sequence[Described], context: str) -> tuple[str, ...]:
-    """The context, where a report has several."""
-    return (context,) if len({one.context for one in runs}) > 1 else ()
+    """A short name for the context, where a report has several."""
+    contexts = list(dict.fromkeys(one.context for one in runs))
+    return (f"model{contexts.index(context) + 1}",) if len(contexts) > 1 else ()
+
+
+def _of(context: str, only: tuple[str, ...], picture: Picture) -> Picture:
+    """The picture, its caption with the model where a report has several."""
+    return replace(picture, caption=f"{context}: {picture.caption}") if only else picture
 
 
 def perplexity_section(
@@ -59,7 +67,8 @@ def perplexity_section(
         for context in dict.fromkeys(one.context for one in everyone):
             here = [point for point in found if point.context == context]
             members = [one for one in everyone if one.context == context]
-            odd = [one for one in members if one in conflicting and {f"pruned/{metric}", SHARE} <= set(one.run.metrics)]
+            measured = [one for one in conflicting if {f"pruned/{metric}", SHARE} <= set(one.run.metrics)]
+            odd = [one for one in measured if one.context == context]
             if not here and not odd:
                 continue
             theirs = [
@@ -67,9 +76,10 @@ def perplexity_section(
                 for one in compared
                 if one.published.metric == metric and one.published.ratio and one.runs[0].context == context
             ]
-            name = _name("perplexity", metric, *_only(everyone, context))
+            only = _only(everyone, context)
             before = dense(members, metric)
-            pictures.append(perplexity_figure(name, metric, here, before, odd, theirs, looks))
+            name = _name("perplexity", metric, *only)
+            pictures.append(_of(context, only, perplexity_figure(name, metric, here, before, odd, theirs, looks)))
             if len(before) > 1:
                 lines.append(
                     f"{context}: the dense model's {metric} is not one figure but {_list(before)}: other texts, "
@@ -109,6 +119,7 @@ def _points_table(name: str, found: Sequence[Point]) -> Table:
 def pareto_section(runs: Sequence[Described], looks: Mapping[str, Style]) -> Section | None:
     tables, pictures = [], []
     for context in dict.fromkeys(one.context for one in runs):
+        only = _only(runs, context)
         members = [one for one in runs if one.context == context]
         places = list(dict.fromkeys(machine(one.run.environment) for one in members))
         for metric in perplexities(members):
@@ -117,11 +128,11 @@ def pareto_section(runs: Sequence[Described], looks: Mapping[str, Style]) -> Sec
                 for k, place in enumerate(places if cost.inverse else [""]):
                     here = [one for one in members if not place or machine(one.run.environment) == place]
                     several = (f"machine{k + 1}",) if place and len(places) > 1 else ()
-                    name = _name("pareto", metric, cost.metric, *_only(runs, context), *several)
+                    name = _name("pareto", metric, cost.metric, *only, *several)
                     found = priced(points(here, metric), cost)
                     if len(found) > 1:
-                        where = ", ".join((*_only(runs, context), *([place] if several else [])))
-                        pictures.append(pareto_figure(name, metric, cost, found, looks))
+                        where = ", ".join([*([context] if only else []), *([place] if several else [])])
+                        pictures.append(_of(context, only, pareto_figure(name, metric, cost, found, looks)))
                         tables.append(_priced_table(name, metric, cost, found, where))
     if not pictures:
         return None
@@ -151,8 +162,9 @@ def widths_section(runs: Sequence[Described]) -> Section | None:
             if one.context == context:
                 rows.setdefault(f"{one.method}, {one.ratio:g}", []).append(one)
         for kind in KIND_NAMES:
-            picture = widths_figure(_name("widths", kind, *_only(runs, context)), kind, list(rows.items()))
-            pictures += [picture] if picture is not None else []
+            only = _only(runs, context)
+            picture = widths_figure(_name("widths", kind, *only), kind, list(rows.items()))
+            pictures += [_of(context, only, picture)] if picture is not None else []
     lines = ("Share of its units that each layer keeps, mean over seeds; a row is a method and the ratio asked.",)
     return Section("widths", "Kept widths", lines, (), tuple(pictures)) if pictures else None
 
@@ -164,10 +176,11 @@ def effects_section(runs: Sequence[Described]) -> Section | None:
         for metric in perplexities(members):
             found = ablation(members, metric)
             if found is not None:
-                name = _name("effects", metric, *_only(runs, context))
+                only = _only(runs, context)
+                name = _name("effects", metric, *only)
                 lines.append(_design(found))
                 tables.append(_effects_table(name, found))
-                pictures.append(effects_figure(name, found))
+                pictures.append(_of(context, only, effects_figure(name, found)))
     if not pictures:
         return None
     return Section("effects", "Main effects", tuple(lines), tuple(tables), tuple(pictures))

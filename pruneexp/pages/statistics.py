@@ -101,8 +101,8 @@ def main_effects(
     Args:
         factors: name -> the level of each run.
         responses: one number a run.
-        seeds: the seed of each run. Where there are several, each with the same balanced design, an effect is worked out
-            for each and its interval is the t-interval over them.
+        seeds: the seed of each run. Where there are several, each with the same balanced design, an effect is worked
+            out for each and its interval is the t-interval over them.
     """
     found = []
     total = math.fsum(responses) / len(responses)

@@ -133,8 +133,9 @@ def write_report(asked: Request) -> Found:
     found = find(asked.folders, asked.versions)
     if not found.runs:
         where = ", ".join(repr(str(folder)) for folder in asked.folders)
-        first = f"; the first of {len(found.skipped)} left out: {found.skipped[0].name}: {found.skipped[0].reason}"
-        raise ConfigError(f"FOLDER={where}: no finished run there{first if found.skipped else ''}")
+        left = [f"{one.name}: {one.reason}" for one in found.skipped]
+        why = f"; the first of {len(left)} left out: {left[0]}" if left else ""
+        raise ConfigError(f"FOLDER={where}: no finished run there{why}")
     _check_out(asked, [run.folder for run in found.runs])
 
     from pruneexp.pages.report import report
@@ -173,7 +174,7 @@ def _check_out(asked: Request, runs: Sequence[Path]) -> None:
 
 
 def _write(made: Report, found: Found, folder: Path) -> None:
-    from pruneexp.pages.figures import as_png, as_svg
+    from pruneexp.pages.figures import as_png
     from pruneexp.pages.page import page
     from pruneexp.pages.tables import as_csv, as_latex, as_markdown
 
@@ -183,7 +184,7 @@ def _write(made: Report, found: Found, folder: Path) -> None:
         for suffix, text in (("csv", as_csv(table)), ("md", as_markdown(table)), ("tex", as_latex(table))):
             (folder / "tables" / f"{table.name}.{suffix}").write_text(text, encoding="utf-8")
     for picture in made.pictures:
-        (folder / "figures" / f"{picture.name}.svg").write_text(as_svg(picture.figure), encoding="utf-8")
+        (folder / "figures" / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
         (folder / "figures" / f"{picture.name}.png").write_bytes(as_png(picture.figure))
     (folder / "index.html").write_text(page(made.title, made.lines, made.sections), encoding="utf-8")
     record = {

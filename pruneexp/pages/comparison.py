@@ -116,6 +116,8 @@ def _aspects(figure: Published, one: Described) -> list[Aspect]:
     found.append(_told("hardware", protocol.get("hardware"), None))
     notes = [str(text) for text in (protocol.get("note"), figure.note) if text]
     found += [Aspect("note", text, "", None) for text in notes]
+    read = f"{figure.source.read_in} ({figure.certainty.replace('_', ' ')})"
+    found += [Aspect("paper", figure.source.paper, "", None), Aspect("read in", read, "", None)]
     return [aspect for aspect in found if aspect.published or aspect.ours]
 
 

@@ -7,6 +7,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,10 @@ class Picture:
     caption: str
     told: str
     figure: Figure
+
+    @cached_property
+    def svg(self) -> str:
+        return as_svg(self.figure)
 
 
 Style = dict[str, Any]
@@ -137,11 +142,13 @@ def perplexity_figure(
         y = [one.run.metrics[f"pruned/{metric}"] for one in conflicting]
         axes.plot(x, y, "x", color=INK, markersize=7, label="same config, another result")
         values += y
-    if published:
-        x, y = [100 * one.published.ratio for one in published], [one.published.value for one in published]
-        look: Style = {"linestyle": "none", "marker": "*", "markersize": 12, "markerfacecolor": "none"}
-        axes.plot(x, y, color=INK, label="published, at its nominal ratio", **look)
-        values += y
+    for k, one in enumerate(published):
+        # Below our marks, which it mostly surrounds, and in their colour.
+        look: Style = {"linestyle": "none", "marker": "*", "markersize": 13, "markerfacecolor": "none", "zorder": 1.5}
+        colour = looks[one.method]["color"] if one.method in looks else INK
+        label = None if k else "published, at its nominal ratio"
+        axes.plot([100 * one.published.ratio], [one.published.value], color=colour, label=label, **look)
+        values.append(one.published.value)
     _log_scale(axes, values)
     axes.set_xlim(left=0)
     axes.set_xlabel("share of the decoder's parameters removed, %")
@@ -274,6 +281,7 @@ def inline_svg(svg: str, label: str, prefix: str) -> str:
         text = text.replace(colour, f"var(--{variable})")
     width = re.match(r'<svg[^>]*\swidth="([\d.]+)pt"', text)
     text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
-    largest = f"{float(width[1]) * 1.8:.0f}px" if width else "none"  # 1.35 times its own size
+    own = float(width[1]) * 4 / 3 if width else WIDTH * 96  # pixels
+    size = f"width:100%;min-width:{0.8 * own:.0f}px;max-width:{1.35 * own:.0f}px"
     label = html.escape(label, quote=True)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="width:100%;max-width:{largest}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="{size}"', 1)

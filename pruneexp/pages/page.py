@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pruneexp.pages.figures import Picture, as_svg, inline_svg
+from pruneexp.pages.figures import Picture, inline_svg
 from pruneexp.pages.tables import Table, as_html
 
 STYLE = """
@@ -29,7 +29,7 @@ caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { padding: .28rem .7rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }
 th { white-space: nowrap; background: var(--band); padding-left: .35rem; } td { padding-left: .35rem; }
 tr > :first-child { position: sticky; left: 0; background: var(--ground); }
-td:not(.number) { min-width: 4rem; }
+td { white-space: nowrap; } td.long { white-space: normal; min-width: 15rem; overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .flag { color: var(--flag); font-weight: 600; }
 .published { color: var(--published); font-style: italic; }
@@ -105,6 +105,6 @@ def _section(section: Section) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    svg = inline_svg(as_svg(picture.figure), f"{picture.caption} {picture.told}", f"{picture.name}-")
+    svg = inline_svg(picture.svg, f"{picture.caption} {picture.told}", f"{picture.name}-")
     caption = html.escape(picture.caption)
     return f"<figure><div class='wide' tabindex='0'>{svg}</div><figcaption>{caption}</figcaption></figure>"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pruneexp.pages.comparison import NOT_STATED, Comparison, unpublished
+from pruneexp.pages.comparison import NOT_STATED, Aspect, Comparison, unpublished
 from pruneexp.pages.figures import (
     KIND_NAMES,
     Picture,
@@ -235,36 +235,40 @@ def published_section(
                 Cell(figure.metric),
                 ratio(figure.ratio),
                 Cell(one.method),
-                number(one.share, "share"),
                 number(one.ours.mean),
                 number(one.ours.half),
                 number(one.ours.n),
                 Cell(f"{figure.value:g}", figure.value, "published"),
                 Cell(figure.method, mark="published"),
-                Cell(f"{figure.source.paper}, {figure.source.table}, arXiv {figure.source.arxiv}", mark="published"),
-                Cell(figure.certainty.replace("_", " "), mark="published"),
                 number(distance),
                 number(figure.tolerance),
                 Cell("within" if one.within else "outside", mark="" if one.within else "flag"),
+                number(one.share, "share"),
+                Cell(f"arXiv {figure.source.arxiv}, {figure.source.table}", mark="published"),
             )
         )
-    head = ("no.", "model", "metric", "ratio", "our method", "our share removed", "ours", "95 %, ±", "seeds")
-    head += ("published", "their method", "source", "read", "difference", "tolerance", "verdict")
+    head = ("no.", "model", "metric", "ratio", "our method", "ours", "95 %, ±", "seeds", "published", "their method")
+    head += ("difference", "tolerance", "verdict", "our share removed", "source")
     table = Table("published", "Ours and the published figure, in its unit", head, tuple(rows))
+    # Papers share most of a protocol: each part of one is told once, with the rows above that have it.
+    rows_of: dict[Aspect, list[str]] = {}
+    for k, one in enumerate(compared):
+        for aspect in one.aspects:
+            rows_of.setdefault(aspect, []).append(str(k + 1))
+    order = list(dict.fromkeys(aspect.what for aspect in rows_of))
     protocols = Table(
         "protocols",
-        "Protocols of the rows above, theirs and ours",
-        ("no.", "what", "published", "ours", "alike"),
+        "Protocols, theirs and ours",
+        ("what", "published", "ours", "alike", "of no."),
         tuple(
             (
-                number(k + 1),
                 Cell(aspect.what),
                 Cell(aspect.published, mark="" if aspect.published == NOT_STATED else "published"),
                 Cell(aspect.ours),
                 Cell({True: "differs", False: "yes", None: ""}[aspect.differs], mark="flag" if aspect.differs else ""),
+                Cell(", ".join(numbers)),
             )
-            for k, one in enumerate(compared)
-            for aspect in one.aspects
+            for aspect, numbers in sorted(rows_of.items(), key=lambda item: order.index(item[0].what))
         ),
     )
     return Section("published", "Beside published figures", tuple(lines), (table, protocols))

@@ -8,6 +8,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LONG = 32  # characters from which on a cell may break its line
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -74,7 +76,8 @@ def as_html(table: Table) -> str:
 
 
 def _html_cell(cell: Cell) -> str:
-    words = " ".join(word for word in (cell.mark, "number" if cell.value is not None else "") if word)
+    kind = "number" if cell.value is not None else "long" if len(cell.text) > LONG else ""
+    words = " ".join(word for word in (cell.mark, kind) if word)
     value = "" if cell.value is None else f" data-value='{cell.value!r}'"
     return f"<td{_class(words)}{value}>{html.escape(cell.text)}</td>"
 

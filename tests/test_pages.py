@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from pruneexp.config_files import conf_folder
 from pruneexp.pages import main
+from pruneexp.pages.methods import GROUPS, choice, choices_of, options
 from pruneexp.pages.statistics import t_quantile
 from pruneexp.published import tables as published_tables
 from pruneexp.types import Plan, SitePlan
 from tests.report_samples import PPL, config, environment, metrics, plan, write_run
 
+CONF = conf_folder()
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 LATENCY = "latency/prefill_tok_s@b1x128"
 
@@ -491,3 +495,27 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert report("--help") == 0
     said = capsys.readouterr().out
     assert said.startswith("usage: pruneexp-report FOLDER...") and "exit code: 0 done; 2" in said
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
+def test_a_recipe_is_told_from_its_parts(recipe: str) -> None:
+    found, choices = choices_of(config(f"recipe={recipe}"))
+    assert found == recipe and not any(one.departures for one in choices.values())
+    found, choices = choices_of(config(f"recipe={recipe}", **{"sparsity.of": "macs", "sparsity.ratio": 0.4, "seed": 7}))
+    assert found == recipe
+    assert {g: one.departures for g, one in choices.items() if one.departures} == {"sparsity": {"of": "macs"}}
+    assert choices_of(config(f"recipe={recipe}", "compensator=none", "criterion=random"))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))],
+)
+def test_an_option_is_told_from_its_settings(group: str, name: str) -> None:
+    node = OmegaConf.create({group: options(group)[name], "seed": 0})
+    assert choice(group, OmegaConf.to_container(node, resolve=True)).name == name  # type: ignore[arg-type]
+
+
+def test_a_class_of_ones_own_has_its_own_name() -> None:
+    found = choice("criterion", {"criterion": {"_target_": "my_criteria.Energy", "power": 0.5}})
+    assert (found.name, dict(found.departures)) == ("Energy", {})

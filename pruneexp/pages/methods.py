@@ -6,10 +6,11 @@ where they differ in ratio and seed alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -52,13 +53,16 @@ class Described:
 
 
 @cache
-def _options(group: str) -> dict[str, dict[str, Any]]:
+def options(group: str) -> dict[str, dict[str, Any]]:
     """Settings of every option of a group, flat, those it inherits among them."""
+    from omegaconf import OmegaConf
+
     found = {}
     for path in sorted((conf_folder() / group).glob("*.yaml")):
         merged: dict[str, Any] = {}
         for file in reversed(inherited(path)):
-            merged |= yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            # OmegaConf's loader, as the runs' own: PyYAML's takes 1e-4 for a string.
+            merged |= cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
         merged.pop("defaults", None)
         found[path.stem] = settings(merged)
     return found
@@ -76,21 +80,23 @@ def _recipes() -> dict[str, dict[str, str]]:
     return found
 
 
-def choice(group: str, config: Mapping[str, Any]) -> Choice:
-    """The option of the group that the config is nearest to among those of its class; for a class that no option has,
-    the class's name."""
+def choice(group: str, config: Mapping[str, Any], preferred: str | None = None) -> Choice:
+    """The option of the group that the config is: of those of its class the one it departs from in nothing, else the
+    preferred one, else the nearest. For a class that no option has, the class's name."""
     node = config.get(group)
     if not isinstance(node, Mapping):
         return Choice("none", {})
-    given = settings({key: value for key, value in node.items()})
+    given = settings(node)
     near = [
-        (name, {key: value for key, value in given.items() if not _stands(key, value, option)})
-        for name, option in _options(group).items()
+        Choice(name, {key: value for key, value in given.items() if not _stands(key, value, option)})
+        for name, option in options(group).items()
         if option.get("_target_") == given.get("_target_")
     ]
     if not near:
         return Choice(str(given.get("_target_", "none")).rpartition(".")[2], {})
-    return Choice(*min(near, key=lambda found: len(found[1])))
+    best = min(near, key=lambda found: len(found.departures))
+    wanted = [found for found in near if found.name == preferred]
+    return wanted[0] if wanted and best.departures else best
 
 
 def _stands(key: str, value: Any, option: Mapping[str, Any]) -> bool:
@@ -100,18 +106,22 @@ def _stands(key: str, value: Any, option: Mapping[str, Any]) -> bool:
     return open_ended or expected == value
 
 
-def recipe_of(choices: Mapping[str, Choice]) -> str | None:
-    """The recipe whose options these are, whatever their settings."""
-    for name, options in _recipes().items():
-        if all(choices[group].name == options.get(group) for group in RECIPE):
-            return name
-    return None
+def choices_of(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Choice]]:
+    """The recipe whose options these are, whatever their settings (None if there is none), and each group's option."""
+    best: tuple[str | None, dict[str, Choice]] = (None, {group: choice(group, config) for group in GROUPS})
+    fewest = math.inf
+    for recipe, chosen in _recipes().items():
+        found = {group: choice(group, config, chosen.get(group)) for group in GROUPS}
+        departures = sum(len(found[group].departures) for group in RECIPE)
+        if departures < fewest and all(found[group].name == chosen.get(group) for group in RECIPE):
+            best, fewest = (recipe, found), departures
+    return best
 
 
 def model_names(config: Mapping[str, Any]) -> set[str]:
     """What the run's model may be called: its own name, and the options that load the same checkpoint."""
     node = config["model"]
-    return {str(node.get("name"))} | {n for n, o in _options("model").items() if o.get("path") == node.get("path")}
+    return {str(node.get("name"))} | {n for n, o in options("model").items() if o.get("path") == node.get("path")}
 
 
 def _is_seed(key: str) -> bool:
@@ -147,20 +157,20 @@ def _weights(run: Run) -> dict[str, str]:
 
 
 def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
-    choices = [{group: choice(group, run.config) for group in GROUPS} for run in runs]
-    recipes = [recipe_of(of_run) for of_run in choices]
+    told = [choices_of(run.config) for run in runs]
+    recipes, choices = [recipe for recipe, _ in told], [of_run for _, of_run in told]
     flat = [_method_settings(run.config) for run in runs]
     heads = _heads(choices, recipes)
     names = [tuple(one.name for one in of_run.values()) for of_run in choices]
     extra = [_extra(index, names, flat) for index in range(len(runs))]
-    told = list(dict.fromkeys(key for found in extra for key in found))
+    keys = list(dict.fromkeys(key for found in extra for key in found))
     several = {key for head in heads for key in head if len({other.get(key) for other in heads}) > 1}
     ratios = [float(setting.get(RATIO) or 0.0) for setting in (settings(run.config) for run in runs)]
     drawn = {key for key in differing([settings(run.config) for run in runs]) if _is_seed(key)}
     described = []
     for index, run in enumerate(runs):
         head = {key: value for key, value in heads[index].items() if key in several}
-        factors = head | {key: str(extra[index].get(key, "-")) for key in told}
+        factors = head | {key: str(extra[index].get(key, "-")) for key in keys}
         base = [value if key in ("recipe", *RECIPE) else f"{key}={value}" for key, value in head.items()]
         words = [*(base or [_fallback(recipes[index], choices[index])]), *(f"{k}={v}" for k, v in extra[index].items())]
         if len(set(ratios)) > 1:

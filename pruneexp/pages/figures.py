@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.4  # inches
+LEGEND = 56  # characters of a legend's line
 INK, FAINT, GRID = "#1c2126", "#6a737c", "#d3d8dd"
 # Okabe and Ito's colours, but for yellow and black: told apart by colour-blind readers, on white and on near-black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b98500", "#3f9fd8")
@@ -79,19 +81,24 @@ def _plain(axes: Axes) -> Axes:
     return axes
 
 
+def _wrapped(label: str, characters: int) -> str:
+    return textwrap.fill(label, characters, break_on_hyphens=False)
+
+
 def _legend_columns(labels: Sequence[str]) -> int:
     return 2 if all(len(label) <= 28 for label in labels) else 1
 
 
 def _legend_rows(labels: Sequence[str]) -> int:
-    return -(-len(labels) // _legend_columns(labels))
+    lines = sum(1 + _wrapped(label, LEGEND).count("\n") for label in labels)
+    return -(-lines // _legend_columns(labels))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     style: Style = {"frameon": False, "fontsize": 9, "labelcolor": INK, "ncols": _legend_columns(labels)}
     if handles:
-        figure.legend(handles, labels, loc="outside lower left", **style)
+        figure.legend(handles, [_wrapped(label, LEGEND) for label in labels], loc="outside lower left", **style)
 
 
 def _log_scale(axes: Axes, values: Sequence[float]) -> None:
@@ -203,10 +210,13 @@ def widths_figure(name: str, kind: str, rows: Sequence[tuple[str, Sequence[Descr
             names.append(label)
     if not table:
         return None
-    figure, axes = _figure(1.2 + 0.24 * len(table), 0)
-    figure.set_figwidth(max(WIDTH, 2.6 + 0.14 * layers))
+    labels = [_wrapped(label, 40) for label in names]
+    lines = max(label.count("\n") + 1 for label in labels)
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    figure, axes = _figure(1.2 + (0.1 + 0.14 * lines) * len(table), 0)
+    figure.set_figwidth(max(WIDTH, 2.2 + 0.075 * longest + 0.13 * layers))
     image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(labels)), labels)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if layers <= 16 * step)
     axes.set_xticks(range(0, layers, step))
     axes.set_xlabel("layer")
@@ -240,7 +250,8 @@ def effects_figure(name: str, found: Ablation) -> Picture:
             **look,
         )
         ticks += places
-        labels += [f"{factor} = {effect.level}" if j == 0 else effect.level for j, effect in enumerate(levels)]
+        first = _wrapped(f"{factor} = {levels[0].level}", 34)
+        labels += [first, *(_wrapped(effect.level, 34) for effect in levels[1:])]
         place += len(levels) + 0.8
     axes.set_yticks(ticks, labels)
     axes.invert_yaxis()

@@ -164,6 +164,8 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
     names = [tuple(one.name for one in of_run.values()) for of_run in choices]
     extra = [_extra(index, names, flat) for index in range(len(runs))]
     keys = list(dict.fromkeys(key for found in extra for key in found))
+    lasts = [key.rpartition(".")[2] for key in keys]
+    short = {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
     several = {key for head in heads for key in head if len({other.get(key) for other in heads}) > 1}
     ratios = [float(setting.get(RATIO) or 0.0) for setting in (settings(run.config) for run in runs)]
     drawn = {key for key in differing([settings(run.config) for run in runs]) if _is_seed(key)}
@@ -172,7 +174,10 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
         head = {key: value for key, value in heads[index].items() if key in several}
         factors = head | {key: str(extra[index].get(key, "-")) for key in keys}
         base = [value if key in ("recipe", *RECIPE) else f"{key}={value}" for key, value in head.items()]
-        words = [*(base or [_fallback(recipes[index], choices[index])]), *(f"{k}={v}" for k, v in extra[index].items())]
+        words = [
+            *(base or [_fallback(recipes[index], choices[index])]),
+            *(f"{short[k]}={v}" for k, v in extra[index].items()),
+        ]
         if len(set(ratios)) > 1:
             factors[RATIO] = f"{ratios[index]:g}"
         found = settings(run.config)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruneexp.pages.methods import Described, departures, model_names
-from pruneexp.pages.points import SHARE
+from pruneexp.pages.points import SHARE, by_seed, dense
 from pruneexp.pages.statistics import Interval, interval
 from pruneexp.published import Published, Table
 from pruneexp.summary import settings
@@ -74,16 +74,16 @@ def matches(one: Described, figure: Published) -> bool:
 
 
 def _compared(figure: Published, method: str, members: Sequence[Described]) -> Comparison:
-    values = [one.run.metrics[_key(figure)] for one in members]
-    if figure.ratio == 0:
-        values = list(dict.fromkeys(values))  # one figure of one model, however many runs measured it
+    # One dense model is one figure, however many runs measured it.
+    values = [one.run.metrics[_key(figure)] for one in members] if figure.ratio else dense(members, figure.metric)
+    seeds = [one.seed for one in members] if figure.ratio else range(len(values))
     if figure.unit == "perplexity":
-        log = interval([math.log(value) for value in values])
+        log = interval(by_seed([math.log(value) for value in values], seeds))
         mean = math.exp(log.mean)
         half = None if log.half is None else mean * math.expm1(log.half)
         ours = Interval(mean, half, log.n)
     else:
-        ours = interval([100 * value if figure.unit == "percent" else value for value in values])
+        ours = interval(by_seed([100 * value if figure.unit == "percent" else value for value in values], seeds))
     shares = [one.run.metrics.get(SHARE, 0.0) if figure.ratio else 0.0 for one in members]
     within = abs(ours.mean - figure.value) <= figure.tolerance
     share = math.fsum(shares) / len(shares)
@@ -101,7 +101,8 @@ def _aspects(figure: Published, one: Described) -> list[Aspect]:
         found.append(_aspect("beginning-of-sequence token before each window", protocol.get("bos"), evaluator["bos"]))
         found.append(_told("split", protocol.get("split"), data.get("evaluation_split")))
         found.append(_told("text", protocol.get("text"), _join(data)))
-        found.append(Aspect("windows", "all", str(evaluator.get("samples") or "all"), bool(evaluator.get("samples"))))
+        if limit := data.get("evaluation_windows"):
+            found.append(Aspect("windows", NOT_STATED, f"the first {limit} at most", None))
     elif figure.unit == "percent":
         found.append(_told("harness", protocol.get("harness"), _harness(one)))
         found.append(_told("score", protocol.get("score"), figure.metric.rpartition("/")[2]))

@@ -188,6 +188,7 @@ def pareto_figure(name: str, metric: str, cost: Cost, found: Sequence[Priced], l
                 axes.plot(x, y, markersize=7, markerfacecolor=face, label=label, **look)
                 label = None
     _log_scale(axes, [one.ppl for one in found])
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(cost.label)
     axes.set_ylabel(metric)
     axes.grid(color=GRID, linewidth=0.6)

@@ -161,8 +161,7 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
     recipes, choices = [recipe for recipe, _ in told], [of_run for _, of_run in told]
     flat = [_method_settings(run.config) for run in runs]
     heads = _heads(choices, recipes)
-    names = [tuple(one.name for one in of_run.values()) for of_run in choices]
-    extra = [_extra(index, names, flat) for index in range(len(runs))]
+    extra = _extra([tuple(one.name for one in of_run.values()) for of_run in choices], flat)
     keys = list(dict.fromkeys(key for found in extra for key in found))
     lasts = [key.rpartition(".")[2] for key in keys]
     short = {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
@@ -174,10 +173,8 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
         head = {key: value for key, value in heads[index].items() if key in several}
         factors = head | {key: str(extra[index].get(key, "-")) for key in keys}
         base = [value if key in ("recipe", *RECIPE) else f"{key}={value}" for key, value in head.items()]
-        words = [
-            *(base or [_fallback(recipes[index], choices[index])]),
-            *(f"{short[k]}={v}" for k, v in extra[index].items()),
-        ]
+        words = base or [_fallback(recipes[index], choices[index])]
+        words += [f"{short[key]}={value}" for key, value in extra[index].items()]
         if len(set(ratios)) > 1:
             factors[RATIO] = f"{ratios[index]:g}"
         found = settings(run.config)
@@ -221,10 +218,13 @@ def _several_places(parts: Sequence[tuple[Hashable, ...]]) -> bool:
     return sum(len(set(place)) > 1 for place in zip(*parts, strict=True)) > 1
 
 
-def _extra(index: int, names: Sequence[tuple[str, ...]], flat: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings in which the run differs from runs of the same options."""
-    same = [setting for setting, name in zip(flat, names, strict=True) if name == names[index]]
-    return {key: flat[index].get(key) for key in differing(same)}
+def _extra(names: Sequence[tuple[str, ...]], flat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Settings in which each run differs from runs of the same options."""
+    by_names: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for name, setting in zip(names, flat, strict=True):
+        by_names.setdefault(name, []).append(setting)
+    keys = {name: differing(same) for name, same in by_names.items()}
+    return [{key: setting.get(key) for key in keys[name]} for name, setting in zip(names, flat, strict=True)]
 
 
 def _fallback(recipe: str | None, choices: Mapping[str, Choice]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pruneexp.pages.folders import SAME
 from pruneexp.pages.methods import Described
 from pruneexp.pages.statistics import Effect, balanced, interval, main_effects, pareto_front
 from pruneexp.types import Plan
@@ -57,14 +58,14 @@ def points(runs: Sequence[Described], metric: str) -> list[Point]:
 
 def _point(key: tuple[str, str, float], metric: str, members: Sequence[Described]) -> Point:
     seeds = [one.seed for one in members]
-    log = interval(_by_seed([math.log(one.run.metrics[f"pruned/{metric}"]) for one in members], seeds))
+    log = interval(by_seed([math.log(one.run.metrics[f"pruned/{metric}"]) for one in members], seeds))
     share = math.fsum(one.run.metrics[SHARE] for one in members) / len(members)
     low = None if log.half is None else math.exp(log.mean - log.half)
     high = None if log.half is None else math.exp(log.mean + log.half)
     return Point(*key, metric, share, math.exp(log.mean), low, high, log.n, tuple(members))
 
 
-def _by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
+def by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
     """The mean of each seed's values: two runs that differ in their evaluators, say, are one draw and not two."""
     found: dict[Hashable, list[float]] = {}
     for value, seed in zip(values, seeds, strict=True):
@@ -73,8 +74,12 @@ def _by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
 
 
 def dense(runs: Sequence[Described], metric: str) -> list[float]:
-    """The dense model's figures, each once, ascending."""
-    return sorted({one.run.metrics[f"dense/{metric}"] for one in runs if f"dense/{metric}" in one.run.metrics})
+    """The dense model's figures, ascending, those that are the same up to rounding once."""
+    found: list[float] = []
+    for value in sorted(one.run.metrics[f"dense/{metric}"] for one in runs if f"dense/{metric}" in one.run.metrics):
+        if not found or value > found[-1] * (1 + SAME):
+            found.append(value)
+    return found
 
 
 def mean_of(point: Point, key: str) -> float | None:

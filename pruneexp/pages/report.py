@@ -10,7 +10,7 @@ from typing import Any
 from pruneexp.pages.comparison import comparisons
 from pruneexp.pages.figures import Picture, styles
 from pruneexp.pages.folders import Found
-from pruneexp.pages.methods import Described, departures, describe
+from pruneexp.pages.methods import GROUPS, Described, departures, describe
 from pruneexp.pages.page import Folded, Section
 from pruneexp.pages.points import SHARE, kept_shares, machine, metrics_of, perplexities
 from pruneexp.pages.sections import (
@@ -130,9 +130,9 @@ def _measured(runs: Sequence[Described]) -> list[str]:
 
 
 def _shared(runs: Sequence[Described]) -> str:
-    """Settings that no run leaves at its options' defaults, and the same in all."""
-    every = [departures(one) for one in runs]
-    same = {key: value for key, value in every[0].items() if all(other.get(key) == value for other in every)}
+    """The choices that are the same in all runs, and the settings in which they all depart from them alike."""
+    told = [{group: one.choices[group].name for group in GROUPS} | departures(one) for one in runs]
+    same = {key: value for key, value in told[0].items() if all(key in one and one[key] == value for one in told)}
     return ", ".join(f"{key}={value}" for key, value in same.items())
 
 

@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LONG = 32  # characters from which on a cell may break its line
+LONG = 48  # characters from which on a cell may break its line
 
 
 @dataclass(frozen=True)

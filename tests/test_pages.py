@@ -15,7 +15,10 @@ from omegaconf import OmegaConf
 
 from pruneexp.config_files import conf_folder
 from pruneexp.pages import main
-from pruneexp.pages.methods import GROUPS, choice, choices_of, options
+from pruneexp.pages.comparison import comparisons
+from pruneexp.pages.folders import find
+from pruneexp.pages.methods import GROUPS, choice, choices_of, describe, options
+from pruneexp.pages.points import points
 from pruneexp.pages.statistics import t_quantile
 from pruneexp.published import tables as published_tables
 from pruneexp.types import Plan, SitePlan
@@ -339,10 +342,6 @@ def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path
 
 
 def test_another_ratio_window_metric_or_recovery_is_another_figure(tmp_path: Path) -> None:
-    from pruneexp.pages.comparison import comparisons
-    from pruneexp.pages.folders import find
-    from pruneexp.pages.methods import describe
-
     changes = {
         "ratio": {"sparsity.ratio": 0.25},
         "criterion": {"criterion.metric": "IFV"},
@@ -402,14 +401,22 @@ def test_crossed_choices_are_factors_and_an_unbalanced_design_says_so(tmp_path: 
     assert "wanda_sp global" in methods and len(set(methods)) == 5
 
 
+def test_a_seed_counts_once_however_often_it_was_evaluated(tmp_path: Path) -> None:
+    for index, (seed, batch, ppl) in enumerate(((0, 8, 4.0), (0, 16, 4.0), (1, 8, 9.0))):
+        composed = config("recipe=flap", **{"dataset.seed": seed, "evaluator.perplexity.batch_size": batch})
+        write_run(tmp_path / str(index), composed, metrics(ppl))
+    (point,) = points(describe(find([tmp_path], "same").runs), PPL)
+    assert (point.n, len(point.runs)) == (2, 3) and point.ppl == pytest.approx(6.0)
+
+
 def test_settings_of_one_choice_tell_methods_apart(tmp_path: Path) -> None:
     for index, metric in enumerate(("WIFV", "IFV")):
         write_run(tmp_path / str(index), config("recipe=flap", **{"criterion.metric": metric}), metrics(4.0 + index))
     assert report(tmp_path, f"out={tmp_path / 'page'}") == 0
     found = rows(tmp_path / "page" / "tables" / "runs.csv")
     assert [(row["method"], row["criterion.metric"]) for row in found] == [
-        ("flap criterion.metric=IFV", "IFV"),
-        ("flap criterion.metric=WIFV", "WIFV"),
+        ("flap metric=IFV", "IFV"),
+        ("flap metric=WIFV", "WIFV"),
     ]
 
 

@@ -13,22 +13,22 @@ import yaml
 
 from pruneexp.tracker import status_of, write_atomic
 
-LEFT_OUT = ("run", "sweep", "tracker")  # where a job runs and reports, not what it computes
+LEFT_OUT = ("run", "sweep", "cache", "tracker")  # where a job runs and reports, not what it computes
 
 
 def write_summary(folder: Path) -> Path:
     """Writes summary.csv: a row for every job in `folder`, with its status, the settings in which the jobs differ, and
     its metrics. A job that is not done has a row without metrics."""
     jobs = sorted(path.parent for path in folder.glob("*/status.json"))
-    settings = [_settings(job) for job in jobs]
-    keys = _differing(settings)
+    found = [_settings(job) for job in jobs]
+    keys = differing(found)
     metrics = [_metrics(job) for job in jobs]
-    figures = sorted({key for found in metrics for key in found})
+    figures = sorted({key for measured in metrics for key in measured})
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(["job", "status", *keys, *figures])
-    for job, setting, found in zip(jobs, settings, metrics, strict=True):
-        row = [*(setting.get(key, "") for key in keys), *(found.get(key, "") for key in figures)]
+    for job, setting, measured in zip(jobs, found, metrics, strict=True):
+        row = [*(setting.get(key, "") for key in keys), *(measured.get(key, "") for key in figures)]
         table.writerow([job.name, status_of(job), *row])
     path = folder / "summary.csv"
     write_atomic(path, text.getvalue())
@@ -41,6 +41,11 @@ def _settings(job: Path) -> dict[str, Any]:
         config = yaml.safe_load((job / "config.yaml").read_text())
     except (OSError, yaml.YAMLError):
         return {}
+    return settings(config)
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config computes, flat: {"sparsity.ratio": 0.2}; lists as JSON."""
     return dict(_flat({key: value for key, value in config.items() if key not in LEFT_OUT}))
 
 
@@ -52,9 +57,9 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys whose value is not the same in all jobs that have settings."""
-    known = [setting for setting in settings if setting]
+def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys whose value is not the same in all settings that are not empty."""
+    known = [setting for setting in found if setting]
     keys = dict.fromkeys(key for setting in known for key in setting)
     return [key for key in keys if len({str(setting.get(key)) for setting in known}) > 1]
 

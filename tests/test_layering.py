@@ -22,7 +22,7 @@ LAYERS = (
     ("budget", "scoring", "prune", "rounds", "recovery"),
     ("delivery",),
     ("experiment",),
-    ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary", "export"),
+    ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary", "export", "published", "pages"),
     ("__main__",),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}

@@ -1,0 +1,211 @@
+"""What the papers print: their tables as data, one YAML file each, with source, protocol and how certain a figure is.
+
+A table names methods (with the recipes of ours that they are, and what they calibrated on) and columns (model, metric
+in our naming, unit); a row is a method at a ratio. Tables whose figures were not found say so under `missing`.
+
+    certainty   read: in the authors' repository or a figure of the paper; second_hand: quoted elsewhere; inferred:
+                worked out from other figures; unknown: not found
+    tolerance   this project's own: how near ours should come, `relative` or, for percentages, in `points`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["Claim", "Published", "Source", "Table", "read_table", "tables"]
+
+CERTAINTY = ("read", "second_hand", "inferred", "unknown")
+TABLE_KEYS = {"title", "source", "certainty", "model", "unit", "recipes", "protocol", "tolerance", "methods", "columns"}
+TABLE_KEYS |= {"rows", "missing", "claims"}
+METHOD_KEYS = {"recipes", "settings", "recovery", "calibration", "note"}
+COLUMN_KEYS = {"model", "metric", "unit", "mean_of", "certainty"}
+ROW_KEYS = {"method", "ratio", "values", "note"}
+PROTOCOL_KEYS = {
+    "window",
+    "stride",
+    "bos",
+    "split",
+    "text",
+    "checkpoint",
+    "harness",
+    "shots",
+    "score",
+    "hardware",
+    "note",
+}
+ROUNDING = 0.011  # of a printed mean: two decimals, cut off rather than rounded in some rows
+
+
+@dataclass(frozen=True)
+class Source:
+    paper: str
+    arxiv: str
+    table: str
+    read_in: str  # where this project read it
+
+
+@dataclass(frozen=True)
+class Published:
+    """One figure. `recipes`: ours that are this method, where `settings` hold; "dense" for the model before pruning."""
+
+    source: Source
+    model: str  # name of the option in conf/model where there is one
+    metric: str  # as in metrics.json, without "dense/" or "pruned/"
+    unit: str  # "perplexity", "percent", ...
+    method: str  # as printed
+    ratio: float  # nominal share removed
+    value: float
+    tolerance: float  # largest distance from `value` that counts as reproduced, in its unit
+    certainty: str
+    recipes: tuple[str, ...]
+    settings: Mapping[str, Any]  # config keys without which it is another method
+    recovery: str  # "none", "lora", or what else was trained
+    calibration: Mapping[str, Any] | None  # dataset, samples, length; None: not stated, or no data
+    protocol: Mapping[str, Any]
+    note: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says in words; `value` is None where it gives no figure."""
+
+    what: str
+    value: float | None
+    unit: str
+    certainty: str
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str  # of the file
+    title: str
+    source: Source
+    certainty: str
+    recipes: tuple[str, ...]  # ours that it concerns
+    figures: tuple[Published, ...]
+    missing: str  # why there are no figures, "" where there are
+    claims: tuple[Claim, ...]
+
+
+@cache
+def tables() -> tuple[Table, ...]:
+    """Every table that travels with the package, by name. Raises ValueError where one is not whole."""
+    return tuple(read_table(path) for path in sorted(Path(__file__).parent.glob("*.yaml")))
+
+
+def read_table(path: Path) -> Table:
+    """Raises ValueError, naming the file, for keys that nothing reads, rows and columns that do not fit, figures that
+    are no positive numbers, figures given twice, and means that are not the mean."""
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return _table(path.stem, data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name}: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _table(name: str, data: Mapping[str, Any]) -> Table:
+    _known("table", data, TABLE_KEYS)
+    _known("protocol", data.get("protocol") or {}, PROTOCOL_KEYS)
+    source = Source(**{key: str(value) for key, value in data["source"].items()})
+    certainty = _certain(data["certainty"])
+    if bool(data.get("rows")) == bool(data.get("missing")):
+        raise ValueError("expected rows, or `missing` that says why there are none")
+    figures = tuple(_figures(data, source)) if data.get("rows") else ()
+    seen: set[tuple[Any, ...]] = set()
+    for figure in figures:
+        key = (figure.model, figure.metric, figure.method, figure.ratio)
+        if key in seen:
+            raise ValueError(f"{key}: given twice")
+        seen.add(key)
+    recipes = {recipe for figure in figures for recipe in figure.recipes} | set(data.get("recipes", ()))
+    claims = tuple(_claim(claim) for claim in data.get("claims", ()))
+    named = tuple(sorted(recipes - {"dense"}))
+    return Table(name, str(data["title"]), source, certainty, named, figures, str(data.get("missing", "")), claims)
+
+
+def _claim(data: Mapping[str, Any]) -> Claim:
+    _known("claim", data, {"what", "value", "unit", "certainty"})
+    value = data.get("value")
+    return Claim(
+        str(data["what"]), None if value is None else float(value), data.get("unit", ""), _certain(data["certainty"])
+    )
+
+
+def _figures(data: Mapping[str, Any], source: Source) -> Iterator[Published]:
+    columns, methods = data["columns"], data["methods"]
+    for name, column in columns.items():
+        _known(f"column {name}", column, COLUMN_KEYS)
+    for name, method in methods.items():
+        _known(f"method {name}", method, METHOD_KEYS)
+    for row in data["rows"]:
+        where = f"{row['method']} at {row['ratio']}"
+        _known(where, row, ROW_KEYS)
+        method, ratio = methods[row["method"]], float(row["ratio"])
+        if not 0 <= ratio < 1 or (ratio == 0) != ("dense" in method.get("recipes", ())):
+            raise ValueError(f"{where}: expected a ratio in [0, 1), 0 for the dense model alone")
+        values = _values(where, row["values"], columns)
+        _check_means(where, values, columns)
+        for name, value in values.items():
+            column = columns[name]
+            unit = str(column.get("unit") or data.get("unit") or "perplexity")
+            yield Published(
+                source=source,
+                model=str(column.get("model") or data["model"]),
+                metric=str(column["metric"]),
+                unit=unit,
+                method=str(row["method"]),
+                ratio=ratio,
+                value=value,
+                tolerance=_tolerance(data["tolerance"], unit, value),
+                certainty=_certain(column.get("certainty") or data["certainty"]),
+                recipes=tuple(method.get("recipes", ())),
+                settings=dict(method.get("settings") or {}),
+                recovery=str(method.get("recovery", "none")),
+                calibration=method.get("calibration"),
+                protocol=dict(data.get("protocol") or {}),
+                note="; ".join(str(part["note"]) for part in (method, row) if part.get("note")),
+            )
+
+
+def _values(where: str, values: Any, columns: Mapping[str, Any]) -> dict[str, float]:
+    if isinstance(values, list):
+        if len(values) != len(columns):
+            raise ValueError(f"{where}: {len(values)} values for {len(columns)} columns")
+        values = dict(zip(columns, values, strict=True))
+    _known(where, values, set(columns))
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{where}, {name}: {value!r}: expected a positive number")
+    return {name: float(value) for name, value in values.items()}
+
+
+def _check_means(where: str, values: Mapping[str, float], columns: Mapping[str, Any]) -> None:
+    for name, column in columns.items():
+        if parts := column.get("mean_of"):
+            mean = sum(values[part] for part in parts) / len(parts)
+            if abs(mean - values[name]) > ROUNDING:
+                raise ValueError(f"{where}: {name} is {values[name]}, the mean of its columns {mean:.3f}")
+
+
+def _tolerance(given: Mapping[str, float], unit: str, value: float) -> float:
+    return float(given["points"]) if unit == "percent" else float(given["relative"]) * value
+
+
+def _certain(word: str) -> str:
+    if word not in CERTAINTY:
+        raise ValueError(f"certainty={word!r}: expected one of {', '.join(CERTAINTY)}")
+    return word
+
+
+def _known(where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected {', '.join(sorted(known))}")

@@ -1,0 +1,528 @@
+"""`pruneexp-report`: what the page says is what the runs measured, and what is not whole is named and left out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from pruneexp.config_files import conf_folder
+from pruneexp.pages import main
+from pruneexp.pages.comparison import comparisons
+from pruneexp.pages.folders import find
+from pruneexp.pages.methods import GROUPS, choice, choices_of, describe, options
+from pruneexp.pages.points import points
+from pruneexp.pages.statistics import t_quantile
+from pruneexp.published import tables as published_tables
+from pruneexp.types import Plan, SitePlan
+from tests.report_samples import PPL, config, environment, metrics, plan, write_run
+
+CONF = conf_folder()
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+LATENCY = "latency/prefill_tok_s@b1x128"
+
+
+class Page(HTMLParser):
+    """Every tag opened is closed; tables by caption; what the page would load or run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tables: dict[str, list[list[tuple[str, str | None]]]] = {}
+        self.labels: list[str] = []
+        self._rows: list[list[tuple[str, str | None]]] = []
+        self._cell: list[Any] | None = None
+        self._caption = ""
+        self.feed(self.text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        found = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.references += [value for key, value in attrs if key in ("src", "href", "xlink:href", "data", "action")]
+        self.labels += [found["aria-label"]] if tag == "svg" else []
+        if tag == "table":
+            self._rows = []
+        if tag == "tr":
+            self._rows.append([])
+        if tag in ("td", "th", "caption"):
+            self._cell = ["", found.get("data-value")]
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell[0] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "caption" and self._cell is not None:
+            self._caption = self._cell[0]
+        if tag in ("td", "th") and self._cell is not None:
+            self._rows[-1].append((self._cell[0], self._cell[1]))
+        if tag in ("td", "th", "caption"):
+            self._cell = None
+        if tag == "table":
+            self.tables[self._caption] = self._rows
+
+    def table(self, start: str) -> list[dict[str, tuple[str, str | None]]]:
+        (rows,) = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
+        return [dict(zip([name for name, _ in rows[0]], row, strict=True)) for row in rows[1:]]
+
+
+def report(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open(newline="")))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods, two ratios, three seeds: rises in log perplexity in closed form."""
+    folder = tmp_path_factory.mktemp("runs") / "two_methods"
+    for recipe, factor in (("flap", 1.1), ("magnitude", 1.3)):
+        for ratio in (0.2, 0.5):
+            for seed in range(3):
+                composed = config(f"recipe={recipe}", **{"sparsity.ratio": ratio, "dataset.seed": seed})
+                ppl = 3.0 * factor ** (10 * ratio) * 1.01**seed
+                cost = {f"dense/{LATENCY}": 1000.0, f"pruned/{LATENCY}": 1000.0 / (1 - ratio) * factor}
+                size = {"dense/bytes": 400, "pruned/bytes": int(400 * (1 - ratio))}
+                kept = plan({"attention": [4, 2, 1 + seed], "mlp": [10, 0, 5]})
+                write_run(folder / "HASH", composed, metrics(ppl, ratio, **cost, **size), kept=kept)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "page"
+    assert report(sweep, f"out={out}") == 0
+    return out
+
+
+def test_the_page_is_whole_and_refers_to_nothing_outside(made: Path) -> None:
+    page = Page(made / "index.html")
+    assert page.references and all(re.match("#|data:image/png;base64,", one) for one in page.references)
+    assert not re.search(r"@import|<script|https?://|url\((?!#)", page.text)
+    assert len(page.ids) == len(set(page.ids))
+    internal = {one[1:] for one in page.references if one.startswith("#")}
+    assert internal <= set(page.ids)
+    assert all(page.labels) and len(page.labels) == len(list((made / "figures").glob("*.svg")))
+
+
+def test_every_number_in_the_table_is_the_runs_own(made: Path, sweep: Path) -> None:
+    shown = Page(made / "index.html").table("Every finished run")
+    files = rows(made / "tables" / "runs.csv")
+    assert len(shown) == len(files) == 12
+    for row, line in zip(shown, files, strict=True):
+        measured = json.loads((sweep / row["run"][0] / "metrics.json").read_text())
+        keys = [key for key in row if "/" in key]
+        assert {"sparsity/decoder", f"dense/{PPL}", f"pruned/{PPL}", "memory/peak_bytes"} <= set(keys)
+        for key in keys:
+            text, value = row[key]
+            assert value is not None and float(value) == measured[key] == float(line[key])
+            if not key.startswith(("memory/", "sparsity/")):
+                assert float(text.replace(",", "")) == pytest.approx(measured[key], rel=1e-3)
+    every = rows(made / "tables" / "metrics.csv")
+    for line in every:
+        measured = json.loads((sweep / line["run"] / "metrics.json").read_text())
+        assert {key: float(line[key]) for key in measured} == measured
+
+
+def test_seeds_are_taken_together(made: Path) -> None:
+    table = rows(made / "tables" / "perplexity-ppl-embedded-128.csv")
+    found = {(row["method"], row["ratio asked"]): row for row in table}
+    assert set(found) == {(method, ratio) for method in ("flap", "magnitude") for ratio in ("0.2", "0.5")}
+    for (method, ratio), row in found.items():
+        factor = {"flap": 1.1, "magnitude": 1.3}[method]
+        middle = math.log(3.0) + 10 * float(ratio) * math.log(factor) + math.log(1.01)
+        half = t_quantile(2) * math.log(1.01) / math.sqrt(3)
+        assert float(row[PPL]) == pytest.approx(math.exp(middle))
+        assert float(row["95 % from"]) == pytest.approx(math.exp(middle - half))
+        assert float(row["to"]) == pytest.approx(math.exp(middle + half))
+        assert row["seeds"] == "3" and float(row["share removed"]) == pytest.approx(float(ratio))
+
+
+def test_main_effects_of_the_sweep(made: Path) -> None:
+    assert "balanced, all 4 combinations of levels alike, 3 seeds" in (made / "index.html").read_text()
+    found = {(row["factor"], row["level"]): row for row in rows(made / "tables" / "effects-ppl-embedded-128.csv")}
+    flap, magnitude = 3.5 * math.log(1.1), 3.5 * math.log(1.3)  # mean of 2 and 5 times
+    assert float(found["recipe", "flap"]["mean rise"]) == pytest.approx(flap + math.log(1.01))
+    assert float(found["recipe", "magnitude"]["effect"]) == pytest.approx((magnitude - flap) / 2)
+    assert float(found["sparsity.ratio", "0.5"]["effect"]) == pytest.approx(1.5 * math.log(1.1 * 1.3) / 2)
+
+
+def test_fronts_hold_the_dense_model_and_what_nothing_beats(made: Path) -> None:
+    for name, cost in ((f"pareto-{LATENCY}", "prefill, ms per token (b1x128)"), ("pareto-bytes", "weights, MiB")):
+        file = f"pareto-{PPL}-{name.removeprefix('pareto-')}"
+        found = rows(made / "tables" / f"{re.sub('[^A-Za-z0-9]+', '-', file)}.csv")
+        points = {(row["method"], row["ratio asked"]): (float(row[cost]), float(row[PPL])) for row in found}
+        assert len(points) == 5 and points["dense", "0.0"][1] == 3.0
+        for row in found:
+            x, y = points[row["method"], row["ratio asked"]]
+            beaten = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+            assert (row["on the front"] == "yes") == (not beaten)
+    assert points["flap", "0.5"][0] == pytest.approx(200 / 2**20)
+    latency = rows(made / "tables" / "pareto-ppl-embedded-128-latency-prefill-tok-s-b1x128.csv")
+    (dense,) = [row for row in latency if row["method"] == "dense"]
+    assert float(dense["prefill, ms per token (b1x128)"]) == 1.0  # 1,000 tokens a second
+
+
+def test_kept_widths_are_means_over_seeds(made: Path) -> None:
+    (heads,) = [label for label in Page(made / "index.html").labels if "attention heads (KV groups) kept" in label]
+    assert "flap, 0.2 100 50 50;" in heads  # the last layer keeps 1, 2 and 3 of 4
+    (channels,) = [label for label in Page(made / "index.html").labels if "FFN channels kept" in label]
+    assert "magnitude, 0.5 100 0 50." in f"{channels}."
+    found = [row for row in rows(made / "tables" / "widths.csv") if row["kind"] == "attention" and row["layer"] == "2"]
+    assert sorted(float(row["kept"]) for row in found) == [0.25] * 4 + [0.5] * 4 + [0.75] * 4
+
+
+def test_tables_and_figures_come_in_every_form(made: Path) -> None:
+    for path in (made / "tables").glob("*.csv"):
+        lines = len(rows(path))
+        assert len(path.with_suffix(".md").read_text().splitlines()) == lines + 2
+        latex = path.with_suffix(".tex").read_text()
+        assert latex.count(r"\\") == lines + 1 and latex.count(r"\hline") == 3
+        assert not re.search(r"(?<!\\)[_%#$]", latex.replace(r"$\pm$", ""))
+    names = {path.stem for path in (made / "figures").glob("*.svg")}
+    assert names == {path.stem for path in (made / "figures").glob("*.png")}
+    assert {"perplexity-ppl-embedded-128", "widths-attention", "widths-mlp", "effects-ppl-embedded-128"} <= names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (made / "figures").glob("*.png"))
+
+
+def test_the_same_runs_make_the_same_files(made: Path, sweep: Path, tmp_path: Path) -> None:
+    assert report(sweep, f"out={tmp_path / 'again'}") == 0
+    for path in made.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "again" / path.relative_to(made)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_configs_are_there_whole_and_their_differences_too(made: Path) -> None:
+    page = Page(made / "index.html")
+    found = page.table("Every key that is not the same")
+    assert {row["criterion._target_"][0].rpartition(".")[2] for row in found} == {"Flap", "Magnitude"}
+    assert page.text.count("evaluation_samples: 128") >= 12
+    shown = page.table("Every finished run")[0]
+    assert "dataset.seed" in shown and "criterion.metric" not in shown  # flap says that
+
+
+def breakages() -> dict[str, tuple[Any, str]]:
+    def text(name: str, change: Any) -> Any:
+        return lambda folder: (folder / name).write_text(change((folder / name).read_text()))
+
+    def data(name: str, **values: Any) -> Any:
+        return text(name, lambda old: json.dumps(json.loads(old) | values))
+
+    return {
+        "failed": (data("status.json", status="failed", reason="out of memory"), "failed: out of memory"),
+        "running": (lambda f: (f / "metrics.json").unlink(), "still running, as process 1 on elsewhere"),
+        "older": (data("environment.json", versions={"pruneexp": "0.0.1"}), "of pruneexp 0.0.1, this is"),
+        "no_environment": (lambda f: (f / "environment.json").unlink(), "environment.json is missing"),
+        "no_plan": (lambda f: (f / "plan.json").unlink(), "plan.json is missing"),
+        "plan_2": (text("plan.json", lambda old: old.replace('"version": 1', '"version": 2')), "plan.json: ValueError"),
+        "cut": (text("metrics.json", lambda old: old[:40]), "metrics.json is no JSON"),
+        "nan": (data("metrics.json", **{f"pruned/{PPL}": math.nan}), "expected a finite number"),
+        "nested": (data("metrics.json", pruned={"ppl": 3}), "metrics.json: pruned={'ppl': 3}"),
+        "negative": (data("metrics.json", **{f"pruned/{PPL}": -2.0}), "expected a positive number"),
+        "better": (data("metrics.json", **{f"pruned/{PPL}": 3.5}), f"edited: metrics.json has pruned/{PPL}=3.5, log"),
+        "share": (data("metrics.json", **{"sparsity/decoder": 0.4}), "edited: sparsity/decoder=0.4, but pruned/params"),
+        "yaml": (text("config.yaml", lambda old: f"{old}\n  - ]"), "config.yaml is no config"),
+        "not_ours": (text("config.yaml", lambda old: "a: 1\n"), "config.yaml is no run's config: it has no model"),
+        "ratio": (text("config.yaml", lambda old: old.replace("ratio: 0.2", "ratio: much")), "sparsity.ratio='much'"),
+    }
+
+
+def test_what_is_not_whole_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs / "good", config("recipe=flap"), metrics(4.0))
+    for name, (breaking, _) in breakages().items():
+        breaking(write_run(runs / name, config("recipe=magnitude"), metrics(4.0)))
+    hashed = write_run(runs / "HASH", config("recipe=magnitude"), metrics(4.0))
+    path = hashed / "config.yaml"
+    path.write_text(path.read_text().replace("ratio: 0.2", "ratio: 0.25"))
+    delivered = write_run(runs / "delivered", config("recipe=magnitude"), metrics(4.0)) / "model"
+    delivered.mkdir()
+    (delivered / "plan.json").write_text(plan({"mlp": [9, 9, 9]}).to_json() + "\n")
+    assert report(runs) == 0
+    page = Page(runs / "report" / "index.html")
+    told = {row["folder"][0]: row["reason"][0] for row in page.table("Folders that are in no figure")}
+    expected = {name: reason for name, (_, reason) in breakages().items()}
+    expected |= {hashed.name: "edited: config.yaml has the hash", "delivered": "edited: plan.json is not the plan of"}
+    assert set(told) == set(expected)
+    for name, reason in expected.items():
+        assert reason in told[name], name
+    assert [row["run"][0] for row in page.table("Every finished run")] == ["good"]
+    said = capsys.readouterr().out
+    assert said.count("left out: ") == len(expected) and "1 runs; the report is" in said
+    # A second report is no run, and does not replace the first unasked.
+    assert report(runs) == 2 and "overwrite=true" in capsys.readouterr().err
+    assert report(runs, "overwrite=true") == 0
+
+
+def test_other_versions_come_in_where_asked_for(tmp_path: Path) -> None:
+    old = environment(versions={"pruneexp": "0.0.1"})
+    write_run(tmp_path / "old", config("recipe=flap"), around=old)
+    assert report(tmp_path, f"out={tmp_path / 'page'}") == 2
+    assert report(tmp_path, f"out={tmp_path / 'page'}", "versions=any") == 0
+    assert "pruneexp 0.0.1" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_one_config_with_two_results_is_shown_as_such(tmp_path: Path) -> None:
+    composed = config("recipe=flap")
+    write_run(tmp_path / "a", composed, metrics(4.0))
+    write_run(tmp_path / "b", composed, metrics(5.0), around=environment(platform="Windows"))
+    write_run(tmp_path / "c", config("recipe=magnitude"), metrics(6.0))
+    write_run(tmp_path / "d", config("recipe=magnitude"), metrics(6.0, **{"seconds/calibrate": 99.0}))
+    out = tmp_path / "page"
+    assert report(tmp_path, f"out={out}") == 0
+    page = Page(out / "index.html")
+    shown = {row["run"][0]: row["remark"][0] for row in page.table("Every finished run")}
+    assert shown == {"a": "same config, another result", "b": "same config, another result", "c": ""}
+    assert f"pruned/{PPL} is 4 and 5; their environments differ in platform." in page.text
+    (left,) = page.table("Folders that are in no figure")
+    assert left["reason"][0] == "the same config and results as c"  # seconds differ every time
+    points = rows(out / "tables" / "perplexity-ppl-embedded-128.csv")
+    assert [row["method"] for row in points] == ["magnitude"]
+    figure = (out / "figures" / "perplexity-ppl-embedded-128.svg").read_text()
+    assert ">same config, another result<" in figure and ">magnitude<" in figure and ">flap<" not in figure
+
+
+def llama(ppl: float, *overrides: str, **settings: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    base = ("model=llama_7b", "dataset=wikitext2", "evaluator=[wikitext2_128,size]", "model.device=cpu")
+    found = {key: value for key, value in metrics(ppl).items() if PPL not in key}
+    found |= {"dense/ppl/wikitext2@128": 12.63, "pruned/ppl/wikitext2@128": ppl}
+    return config(*base, *overrides, **settings), found
+
+
+def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path) -> None:
+    for seed, ppl in enumerate((14.5, 15.0)):
+        composed, measured = llama(ppl, "recipe=flap", **{"dataset.seed": seed})
+        write_run(tmp_path / "runs" / f"flap{seed}", composed, measured)
+    composed, measured = llama(99.0, "recipe=wanda_sp")
+    write_run(tmp_path / "runs" / "wanda", composed, measured)
+    out = tmp_path / "page"
+    assert report(tmp_path / "runs", f"out={out}") == 0
+    found = {(row["our method"], row["published"]): row for row in rows(out / "tables" / "published.csv")}
+    flap = found["flap", "14.62"]
+    assert float(flap["ours"]) == pytest.approx(math.sqrt(14.5 * 15.0)) and flap["seeds"] == "2"
+    assert flap["verdict"] == "within" and "arXiv 2312.11983" in flap["source"]
+    assert float(flap["difference"]) == pytest.approx(math.sqrt(14.5 * 15.0) - 14.62)
+    assert float(flap["tolerance"]) == pytest.approx(0.05 * 14.62)
+    assert found["wanda_sp", "22.12"]["verdict"] == "outside"
+    assert {row["metric"] for row in found.values() if row["our method"] == "dense"} == {"ppl/wikitext2@128", "params"}
+    points = rows(out / "tables" / "perplexity-ppl-wikitext2-128.csv")
+    assert [float(row["ppl/wikitext2@128"]) for row in points] == pytest.approx([math.sqrt(14.5 * 15.0), 99.0])
+    protocols = rows(out / "tables" / "protocols.csv")
+    told = {row["what"]: row for row in protocols if flap["no."] in row["of no."].split(", ")}
+    assert told["read in"]["published"] == "figure in the README of github.com/CASIA-IVA-Lab/FLAP (read)"
+    assert (told["calibration windows"]["published"], told["calibration windows"]["ours"]) == ("1024", "128")
+    assert told["calibration windows"]["alike"] == "differs" and told["calibration data"]["alike"] == "yes"
+    assert told["window, tokens"]["alike"] == "yes" and told["split"]["published"] == "test"
+    svg = (out / "figures" / "perplexity-ppl-wikitext2-128.svg").read_text()
+    assert "published, at its nominal ratio" in svg
+    page = Page(out / "index.html")
+    assert "published" in page.text and "No published figure is known" not in page.text
+
+
+def test_another_ratio_window_metric_or_recovery_is_another_figure(tmp_path: Path) -> None:
+    changes = {
+        "ratio": {"sparsity.ratio": 0.25},
+        "criterion": {"criterion.metric": "IFV"},
+        "search": {"search._target_": "pruneexp.search.UlUm"},
+    }
+    for name, change in changes.items():
+        write_run(tmp_path / name, *llama(14.6, "recipe=flap", **change))
+    write_run(tmp_path / "lora", *llama(14.6, "recipe=flap", "recovery=lora"))
+    composed, measured = llama(14.6, "recipe=flap")
+    renamed = {key.replace("@128", "@2048"): value for key, value in measured.items()}
+    write_run(tmp_path / "window", composed, renamed | {"dense/ppl/wikitext2@2048": 5.7})
+    runs = describe(find([tmp_path], "same").runs)
+    found = {(one.runs[0].run.name, one.published.method) for one in comparisons(runs, published_tables())}
+    assert {method for _, method in found} == {"dense"}
+    assert {one.recipe for one in runs} == {"flap", None}
+
+
+def test_models_and_recipes_without_published_figures_are_named(made: Path, tmp_path: Path) -> None:
+    text = (made / "index.html").read_text()
+    assert "No published figure is known of embedded-llama." in text
+    write_run(tmp_path / "runs" / "bip", config("recipe=llm_bip"))
+    assert report(tmp_path / "runs") == 0
+    text = (tmp_path / "runs" / "report" / "index.html").read_text()
+    assert "No published figure is known of recipe llm_bip (LLM-BIP: " in text and "were not found" in text
+
+
+def test_models_have_figures_of_their_own(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs / "llama", config("recipe=flap"), metrics(4.0))
+    write_run(runs / "opt", config("recipe=flap", "model=embedded_opt"), metrics(40.0))
+    other = environment(model={"files": {"model.safetensors": {"sha256": "b" * 64}}})
+    write_run(runs / "retrained", config("recipe=flap", **{"sparsity.ratio": 0.3}), metrics(5.0), around=other)
+    assert report(runs) == 0
+    points = rows(runs / "report" / "tables" / "perplexity-ppl-embedded-128.csv")
+    assert [row["model"] for row in points] == [
+        f"embedded-llama weights={'a' * 8}",
+        f"embedded-llama weights={'b' * 8}",
+        "embedded-opt",
+    ]
+    assert len(list((runs / "report" / "figures").glob("perplexity*.svg"))) == 3
+
+
+def test_crossed_choices_are_factors_and_an_unbalanced_design_says_so(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    cells = [(c, s) for c in ("flap", "wanda_sp", "magnitude") for s in ("uniform", "global")]
+    for index, (criterion, search) in enumerate(cells[:-1]):
+        chosen = config("recipe=flap", f"criterion={criterion}", f"search={search}", "compensator=none")
+        write_run(runs / str(index), chosen, metrics(3.0 * math.e ** (index + 1)))
+    assert report(runs) == 0
+    text = (runs / "report" / "index.html").read_text()
+    assert "unbalanced, 5 of 6 combinations of levels" in text
+    table = rows(runs / "report" / "tables" / "effects-ppl-embedded-128.csv")
+    found = {(row["factor"], row["level"]): row for row in table}
+    assert {factor for factor, _ in found} == {"criterion", "search"}
+    assert float(found["criterion", "wanda_sp"]["mean rise"]) == pytest.approx(3.5)
+    methods = [row["method"] for row in rows(runs / "report" / "tables" / "runs.csv")]
+    assert "wanda_sp global" in methods and len(set(methods)) == 5
+
+
+def test_a_seed_counts_once_however_often_it_was_evaluated(tmp_path: Path) -> None:
+    for index, (seed, batch, ppl) in enumerate(((0, 8, 4.0), (0, 16, 4.0), (1, 8, 9.0))):
+        composed = config("recipe=flap", **{"dataset.seed": seed, "evaluator.perplexity.batch_size": batch})
+        write_run(tmp_path / str(index), composed, metrics(ppl))
+    (point,) = points(describe(find([tmp_path], "same").runs), PPL)
+    assert (point.n, len(point.runs)) == (2, 3) and point.ppl == pytest.approx(6.0)
+
+
+def test_settings_of_one_choice_tell_methods_apart(tmp_path: Path) -> None:
+    for index, metric in enumerate(("WIFV", "IFV")):
+        write_run(tmp_path / str(index), config("recipe=flap", **{"criterion.metric": metric}), metrics(4.0 + index))
+    assert report(tmp_path, f"out={tmp_path / 'page'}") == 0
+    found = rows(tmp_path / "page" / "tables" / "runs.csv")
+    assert [(row["method"], row["criterion.metric"]) for row in found] == [
+        ("flap metric=IFV", "IFV"),
+        ("flap metric=WIFV", "WIFV"),
+    ]
+
+
+def test_runs_without_perplexity_have_a_page_too(tmp_path: Path) -> None:
+    blocks = Plan({f"model.layers.{k}": SitePlan("block", 1, (0,) if k else ()) for k in range(3)})
+    measured = {key: value for key, value in metrics().items() if "ppl/" not in key} | {"pruned/questions/acc": 0.5}
+    write_run(tmp_path / "run", config("recipe=shortgpt"), measured, kept=blocks)
+    assert report(tmp_path / "run") == 0
+    page = Page(tmp_path / "run" / "report" / "index.html")
+    assert "No run measured a perplexity." in page.text
+    assert page.table("Every finished run")[0]["pruned/questions/acc"] == ("0.5000", "0.5")
+    assert {path.stem for path in (tmp_path / "run" / "report" / "figures").iterdir()} == {"widths-block"}
+
+
+def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
+    name = "a<script>alert(1)<_|&'\"%$"
+    write_run(tmp_path / "runs" / name, config("recipe=flap", **{"model.name": "<b>|x_y</b>"}))
+    assert report(tmp_path / "runs") == 0
+    out = tmp_path / "runs" / "report"
+    page = Page(out / "index.html")
+    assert "<script" not in page.text and "<b>" not in page.text
+    assert page.table("Every finished run")[0]["run"][0] == name
+    (row,) = (out / "tables" / "runs.md").read_text().splitlines()[2:]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 1 + len(rows(out / "tables" / "runs.csv")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "FOLDER is missing"),
+        (["{runs}/nowhere"], "FOLDER='{runs}/nowhere': no such folder"),
+        (["{runs}/file"], "FOLDER='{runs}/file': is a file"),
+        (["{runs}/empty"], "FOLDER='{runs}/empty': no finished run there"),
+        (["{runs}/failed"], "no finished run there; the first of 1 left out: {runs}/failed: failed: too hot"),
+        (["{runs}/good", "out={runs}"], "out='{runs}': holds"),
+        (["{runs}/good", "out={runs}/good"], "out='{runs}/good': holds"),
+        (["{runs}/good", "out={runs}/file"], "out='{runs}/file': is a file"),
+        (["{runs}/good", "out={runs}/full"], "expected a new folder, or overwrite=true"),
+        (["{runs}/good", "out={runs}/full", "overwrite=true"], "holds no report.json"),
+        (["{runs}/good", "out="], "out=: expected a folder"),
+        (["{runs}/good", "overwrite=yes"], "overwrite=yes: expected true or false"),
+        (["{runs}/good", "versions=al"], "versions=al: expected same or any"),
+        (["{runs}/good", "ouT=x"], "ouT: unknown key; expected one of out, versions, overwrite; did you mean out?"),
+        (["{runs}/good", "out=a", "out=b"], "out=b: out is given twice"),
+        (["{runs}/good", "--force"], "--force: unknown option"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "good", config("recipe=flap"))
+    write_run(tmp_path / "failed", config("recipe=flap"), status="failed", reason="too hot")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    assert report(*(argument.format(runs=tmp_path) for argument in arguments)) == 2
+    said = capsys.readouterr()
+    assert message.format(runs=tmp_path) in said.err and said.err.count("\n") == 1 and not said.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pruneexp.pages import command
+
+    write_run(tmp_path / "good", config("recipe=flap"))
+    assert report(tmp_path / "good", f"out={tmp_path / 'page'}") == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "_write", full)
+    assert report(tmp_path / "good", f"out={tmp_path / 'page'}", "overwrite=true") == 1
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report("--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: pruneexp-report FOLDER...") and "exit code: 0 done; 2" in said
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
+def test_a_recipe_is_told_from_its_parts(recipe: str) -> None:
+    found, choices = choices_of(config(f"recipe={recipe}"))
+    assert found == recipe and not any(one.departures for one in choices.values())
+    found, choices = choices_of(config(f"recipe={recipe}", **{"sparsity.of": "macs", "sparsity.ratio": 0.4, "seed": 7}))
+    assert found == recipe
+    assert {g: one.departures for g, one in choices.items() if one.departures} == {"sparsity": {"of": "macs"}}
+    assert choices_of(config(f"recipe={recipe}", "compensator=none", "criterion=random"))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))],
+)
+def test_an_option_is_told_from_its_settings(group: str, name: str) -> None:
+    node = OmegaConf.create({group: options(group)[name], "seed": 0})
+    assert choice(group, OmegaConf.to_container(node, resolve=True)).name == name  # type: ignore[arg-type]
+
+
+def test_a_class_of_ones_own_has_its_own_name() -> None:
+    found = choice("criterion", {"criterion": {"_target_": "my_criteria.Energy", "power": 0.5}})
+    assert (found.name, dict(found.departures)) == ("Energy", {})

@@ -1,0 +1,143 @@
+"""The papers' tables: whole, in agreement with themselves and each other, and about things that exist here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pruneexp.published import CERTAINTY, Table, read_table, tables
+
+ROOT = Path(__file__).parent.parent
+TABLES = {table.name: table for table in tables()}
+
+
+def value(table: str, method: str, ratio: float, metric: str, model: str = "llama_7b") -> float:
+    (found,) = [
+        figure.value
+        for figure in TABLES[table].figures
+        if (figure.method, figure.ratio, figure.metric, figure.model) == (method, ratio, metric, model)
+    ]
+    return found
+
+
+@pytest.mark.parametrize("table", tables(), ids=lambda table: table.name)
+def test_every_table_says_where_it_is_from_and_what_it_holds(table: Table) -> None:
+    source = table.source
+    assert all((source.paper, source.table, source.read_in)) and re.fullmatch(r"\d{4}\.\d{5}", source.arxiv)
+    assert table.certainty in CERTAINTY and bool(table.figures) != bool(table.missing)
+    assert (table.certainty == "unknown") == bool(table.missing)
+
+
+@pytest.mark.parametrize("table", tables(), ids=lambda table: table.name)
+def test_recipes_settings_and_data_are_ours(table: Table) -> None:
+    recipes = {path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")}
+    datasets = {path.stem for path in (ROOT / "conf" / "dataset").glob("*.yaml")}
+    assert set(table.recipes) <= recipes
+    for figure in table.figures:
+        assert set(figure.recipes) <= recipes | {"dense"}
+        assert ("dense" in figure.recipes) == (figure.ratio == 0)
+        assert figure.calibration is None or figure.calibration["dataset"] in datasets
+        for key in figure.settings:
+            group, _, name = key.partition(".")
+            options = [path.read_text() for path in (ROOT / "conf" / group).glob("*.yaml")]
+            assert any(re.search(rf"^{name}:", text, re.MULTILINE) for text in options), key
+
+
+def test_every_recipe_of_a_paper_has_a_table() -> None:
+    recipes = {path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")}
+    assert recipes - {recipe for table in tables() for recipe in table.recipes} == {"best", "magnitude"}
+
+
+@pytest.mark.parametrize("table", tables(), ids=lambda table: table.name)
+def test_a_perplexity_names_its_window_and_its_protocol_agrees(table: Table) -> None:
+    for figure in table.figures:
+        if figure.metric.startswith("ppl/"):
+            found = re.fullmatch(r"ppl/(wikitext2|ptb|c4)@(128|2048)", figure.metric)
+            assert found and figure.unit == "perplexity" and figure.value > 1, figure
+            assert figure.protocol.get("window", int(found[2])) == int(found[2]), figure
+        if figure.unit == "percent":
+            assert 10 < figure.value < 100, figure
+        assert 0 < figure.tolerance < figure.value, figure
+
+
+def test_tables_that_print_the_same_figure_agree() -> None:
+    tasks = [metric for metric in {f.metric for f in TABLES["flap_zeroshot"].figures} if metric != "zeroshot/mean"]
+    assert len(tasks) == 7
+    for theirs, own in (("dense", "dense"), ("LLM-Pruner", "Element2"), ("LLM-Pruner LoRA", "Element2 LoRA")):
+        ratio = 0.0 if own == "dense" else 0.2
+        metric = "ppl/wikitext2@128"
+        assert value("flap_perplexity", theirs, ratio, metric) == value("llm_pruner_llama", own, ratio, metric)
+        for task in tasks:
+            if (theirs, task) != ("LLM-Pruner", "zeroshot/arc_challenge/acc_norm"):  # 37.18, a misprint of 37.12
+                assert value("flap_zeroshot", theirs, ratio, task) == value("llm_pruner_llama", own, ratio, task)
+    (at_2048,) = {value(table, "dense", 0.0, "ppl/wikitext2@2048", "llama2_7b") for table in ("dense_2048", "slicegpt")}
+    assert at_2048 == 5.47
+
+
+def test_pruned_is_worse_than_dense_and_more_is_worse() -> None:
+    for table in ("flap_perplexity", "sleb"):
+        for figure in TABLES[table].figures:
+            if figure.unit == "perplexity" and figure.ratio:
+                dense = value(table, "dense", 0.0, figure.metric, figure.model)
+                milder = [
+                    other.value
+                    for other in TABLES[table].figures
+                    if (other.model, other.metric, other.method) == (figure.model, figure.metric, figure.method)
+                    and other.ratio < figure.ratio
+                ]
+                assert figure.value > max([dense, *milder])
+
+
+def test_sizes_agree_with_their_ratios() -> None:
+    dense = value("llm_pruner_statistics", "dense", 0.0, "params")
+    for method, ratio in (("Block", 0.2), ("Channel", 0.2), ("Block", 0.5), ("Channel", 0.5)):
+        assert 1 - value("llm_pruner_statistics", method, ratio, "params") / dense == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["rows"][1]["values"].__setitem__("7B", -1), "FLAP at 0.2, 7B: -1: expected a positive number"),
+        (lambda d: d["rows"][1]["values"].__setitem__("8B", 1), "unknown 8B"),
+        (lambda d: d["rows"][1].__setitem__("ratio", 1.2), r"expected a ratio in \[0, 1\)"),
+        (lambda d: d["rows"][1].__setitem__("method", "FLOP"), "FLOP"),
+        (lambda d: d["rows"].append(d["rows"][1]), "given twice"),
+        (lambda d: d.__setitem__("missing", "lost"), "expected rows, or"),
+        (lambda d: d.__setitem__("certainty", "sure"), "certainty='sure'"),
+        (lambda d: d["columns"].__setitem__("mean", {"metric": "m", "model": "l", "mean_of": ["7B"]}), "mean"),
+        (lambda d: d["source"].__setitem__("url", "x"), "url"),
+        (lambda d: d.__setitem__("reciepes", ["flap"]), "unknown reciepes"),
+    ],
+)
+def test_a_table_that_is_not_whole_is_refused(change, message: str, tmp_path: Path) -> None:
+    data = {
+        "title": "t",
+        "source": {"paper": "p", "arxiv": "2312.11983", "table": "1", "read_in": "x"},
+        "certainty": "read",
+        "tolerance": {"relative": 0.05},
+        "methods": {"dense": {"recipes": ["dense"]}, "FLAP": {"recipes": ["flap"]}},
+        "columns": {"7B": {"model": "llama_7b", "metric": "ppl/wikitext2@128"}},
+        "rows": [
+            {"method": "dense", "ratio": 0.0, "values": {"7B": 12.62}},
+            {"method": "FLAP", "ratio": 0.2, "values": {"7B": 14.62}},
+        ],
+    }
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert [figure.value for figure in read_table(path).figures] == [12.62, 14.62]
+    change(data)
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ValueError, match=message) as raised:
+        read_table(path)
+    assert str(raised.value).startswith("table.yaml: ")
+
+
+def test_a_mean_that_is_not_the_mean_is_refused(tmp_path: Path) -> None:
+    text = (ROOT / "pruneexp" / "published" / "flap_zeroshot.yaml").read_text()
+    path = tmp_path / "table.yaml"
+    path.write_text(text.replace("69.91, 39.25, 39.40, 62.08", "69.91, 39.25, 39.40, 62.80"))
+    with pytest.raises(ValueError, match="FLAP at 0.2: average is 62.8, the mean of its columns 62.08"):
+        read_table(path)

@@ -270,7 +270,7 @@ def _chosen(model: Model, asked: Request) -> tuple[Form, Padding | None]:
             instead = "format=padded or format=remote_code"
         except ConfigError:
             instead = "format=remote_code"
-        reason = _uneven(model) or form.why
+        reason = form.why if model.mixture else _uneven(model) or form.why
         raise ConfigError(f"format=stock: {reason}; expected {instead}")
     return form, None
 

@@ -127,7 +127,8 @@ def reload(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     remote = "auto_map" in json.loads((path / "config.json").read_text())
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64).eval()
+    eager = {"experts_implementation": "eager"}  # fused experts know no float64
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64, **eager).eval()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -53,7 +53,7 @@ def require_sums(model: Model) -> None:
     plain sums of what readers give."""
     if model.mixture:
         raise ConfigError(
-            "compensator.target='dense': expected pruned for a mixture of experts, whose router weighs what readers give"
+            "compensator.target='dense': expected pruned for a mixture of experts, whose router weighs readers' outputs"
         )
     if not model.family.adds_up:
         raise ConfigError(

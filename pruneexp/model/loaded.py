@@ -108,6 +108,11 @@ class Model:
         site = experts_site(self.layers[index], index, self.family, self.config, prefix)
         return () if site is None else (site,)
 
+    def experts_origin(self, index: int) -> tuple[int, ...]:
+        """Which of the original experts decoder layer `index` has; none where its FFN is no mixture."""
+        experts = experts_of(self.layers[index], self.family)
+        return () if experts is None else experts.origin
+
     @property
     def mixture(self) -> bool:
         """Whether any FFN is a mixture of experts."""

@@ -36,7 +36,7 @@ def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStruc
     downs = [_linear(layer, path) for path in _readers(layer, family)]
     sizes = tuple(linear_sizes(down)[0] for down in downs)
     biases = tuple(down.bias is not None for down in downs)
-    all_left = experts is None or experts.origin == tuple(range(config.num_experts))
+    origin = None if experts is None else experts.origin
     return LayerStructure(
         num_attention_heads=heads,
         num_key_value_heads=layout.key_value_heads(heads),
@@ -46,7 +46,7 @@ def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStruc
         kept_heads=slope_heads(layer.get_submodule(family.attention), family),
         expert_sizes=None if experts is None else sizes,
         expert_output_biases=None if experts is None else biases,
-        kept_experts=None if all_left else experts.origin,
+        kept_experts=None if origin is None or origin == tuple(range(config.num_experts)) else origin,
     )
 
 
@@ -105,7 +105,7 @@ def experts_site(layer: nn.Module, index: int, family: Family, config: Any, pref
         ConfigError: the layer's experts are not alike any more.
     """
     experts = experts_of(layer, family)
-    if experts is None:
+    if experts is None or not layer_structure(layer, family, config).intermediate_size:
         return None
     router = router_of(layer, family)
     held = {sum(p.numel() for p in expert.parameters()) for expert in experts}

@@ -190,7 +190,8 @@ def _uniform_mixture(model: Model, structures: list[LayerStructure]) -> Form | N
     width = "moe_intermediate_size" if "moe_intermediate_size" in values else "intermediate_size"
     (values["num_local_experts"],), (values[width],) = experts, widths
     values |= {"head_dim": head_size(model.config), "architectures": [stock_class(model.config.model_type).__name__]}
-    values |= {"intermediate_size": size for size in ffns}
+    if ffns:
+        (values["intermediate_size"],) = ffns
     try:
         config = type(model.config)(**values)
     except Exception as error:  # each config class checks itself in its own way

@@ -36,8 +36,8 @@ def shrink_layer_(model: Model, index: int, plan: Plan, readers: Readers | None 
     """Shrinks decoder layer `index`: writers lose the rows, the reader the columns of the units that `plan` drops.
 
     `readers` (site name -> weight [O, K], bias [O] or None) replaces readers, as a compensator returned them.
-    Of a mixture, whole experts leave with their rows of the router. Sites that keep all units are left untouched, to the
-    bit.
+    Of a mixture, whole experts leave with their rows of the router. Sites that keep all units are left untouched, to
+    the bit.
 
     Raises:
         RunError: a replacement reader with NaN or Inf; the message names the site.

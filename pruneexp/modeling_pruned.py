@@ -370,17 +370,29 @@ class RemovedAttention(nn.Module):
 
 
 class Expert(nn.Module):
-    """One FFN of a mixture: down(act(gate(x)) * up(x)), each layer as wide as it is and called as in checkpoints."""
+    """One FFN of a mixture: down(act(gate(x)) * up(x)), each layer called as in checkpoints. Uninitialised; `down`: a
+    weight [hidden, width] like its reader's."""
 
-    def __init__(self, names: tuple[str, str, str], hidden: int, width: int, act_fn: nn.Module):
+    def __init__(self, names: tuple[str, str, str], down: Tensor, act_fn: nn.Module):
         super().__init__()
         self.names, self.act_fn = names, act_fn
-        for name, inputs, outputs in zip(names, (hidden, hidden, width), (width, width, hidden), strict=True):
-            self.add_module(name, nn.Linear(inputs, outputs, bias=False))
+        for name, shape in zip(names, (down.T.shape, down.T.shape, down.shape), strict=True):
+            self.add_module(name, _blank_linear(down.new_empty(shape)))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in self.names)
         return down(self.act_fn(gate(hidden_states)) * up(hidden_states))
+
+
+def _blank_linear(weight: Tensor) -> nn.Linear:
+    """A linear layer without bias around a weight. Its constructor would draw one first: half a minute for thousands of
+    experts, even without memory."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight)
+    linear.register_parameter("bias", None)
+    return linear
 
 
 class Experts(nn.ModuleList):
@@ -423,13 +435,10 @@ def split_experts_(layer: nn.Module, family: Family) -> None:
     fused = experts_of(layer, family)
     if fused is None or isinstance(fused, Experts):
         return
-    number, hidden, width = fused.down_proj.shape
+    number = len(fused.down_proj)
     paths = (*(writer.path for writer in family.mlp_writers), family.mlp_reader)
     gate, up, down = (path.rpartition(".")[-1] for path in paths)
-    made = {"device": fused.down_proj.device, "dtype": fused.down_proj.dtype}
-    with torch.device("meta"):
-        experts = Experts(Expert((gate, up, down), hidden, width, fused.act_fn) for _ in range(number))
-    experts = experts.to(made["dtype"]).to_empty(device=made["device"])
+    experts = Experts(Expert((gate, up, down), fused.down_proj[0], fused.act_fn) for _ in range(number))
     setattr(layer.get_submodule(family.mlp), str(family.experts), experts.train(fused.training))
 
 

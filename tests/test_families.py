@@ -280,7 +280,10 @@ def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
     close(logits(reload(tmp_path / "model"), tokens_NT), logits(model.module, tokens_NT))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma_multi_query", "phi3", "gpt2", "falcon_7b", "olmo2", "stablelm_2_12b"])
+TWICE = ["qwen3", "gemma_multi_query", "phi3", "gpt2", "falcon_7b", "olmo2", "stablelm_2_12b", *MIXTURES]
+
+
+@pytest.mark.parametrize("name", TWICE)
 def test_pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
     once, twice = loaded(name), loaded(name)
     sites = once.sites()

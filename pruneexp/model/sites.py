@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -72,22 +72,27 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
         site = Site(f"{prefix}.{family.attention}", "attention", index, units, width, Cost(0, 0, 0))
         cost = _unit_cost(layer, family, site, layout.rows, kv=kv, context_macs=2 * width)
         sites.append(replace(site, cost=cost))
-    experts = experts_of(layer, family)
-    for number, reader in enumerate(_readers(layer, family)):
-        channels = linear_sizes(_linear(layer, reader))[0]
-        if channels:
-            name, expert = f"{prefix}.{family.mlp}", None
-            if experts is not None:
-                name, expert = f"{prefix}.{expert_path(family, family.mlp, number)}", number
-            site = Site(name, "mlp", index, channels, 1, Cost(0, 0, 0), expert)
-            cost = _unit_cost(layer, family, site, FFN_ROWS)
-            sites.append(replace(site, cost=cost if experts is None else _of_expert(cost, layer, family)))
+    if experts_of(layer, family) is not None:
+        return (*sites, *_expert_sites(layer, index, family, prefix))
+    channels = linear_sizes(_linear(layer, family.mlp_reader))[0]
+    if channels:
+        site = Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, Cost(0, 0, 0))
+        sites.append(replace(site, cost=_unit_cost(layer, family, site, FFN_ROWS)))
     return tuple(sites)
 
 
-def _of_expert(cost: Cost, layer: nn.Module, family: Family) -> Cost:
-    """Costs a token where only some experts are run for it: on average, were they chosen equally often."""
-    return replace(cost, macs=round(cost.macs * router_of(layer, family).top_k / len(experts_of(layer, family))))
+def _expert_sites(layer: nn.Module, index: int, family: Family, prefix: str) -> Iterator[Site]:
+    """Channels of each expert. Only some experts are run for a token: multiply-accumulates are those of a token on
+    average, were they chosen equally often."""
+    cost: Cost | None = None  # of a channel, the same in all of them
+    for number, reader in enumerate(_readers(layer, family)):
+        if channels := linear_sizes(_linear(layer, reader))[0]:
+            name = f"{prefix}.{expert_path(family, family.mlp, number)}"
+            site = Site(name, "mlp", index, channels, 1, Cost(0, 0, 0), number)
+            if cost is None:
+                cost, run = _unit_cost(layer, family, site, FFN_ROWS), router_of(layer, family).top_k
+                cost = replace(cost, macs=round(cost.macs * run / len(experts_of(layer, family))))
+            yield replace(site, cost=cost)
 
 
 def experts_name(family: Family, prefix: str) -> str:

@@ -270,8 +270,6 @@ def _skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dty
         module = model_class._from_config(config, dtype=dtype)
     for layer in module.base_model.get_submodule(family.layers):
         modeling_pruned.split_experts_(layer, family)
-    if family.experts:
-        module._can_compile_fullgraph = False  # an expert's tokens are counted while it runs
     return module
 
 

@@ -109,8 +109,8 @@ def _narrowed(norm: Any, keep: Tensor) -> Any:
 
 
 def _fewer_experts(router: Any, kept: Sequence[int]) -> Any:
-    """Routing among the kept experts alone; the others' logits are -inf. To all of them, where a probe keeps fewer than a
-    token is routed to."""
+    """Routing among the kept experts alone; the others' logits are -inf. To all of them, where a probe keeps fewer than
+    a token is routed to."""
     rows = torch.tensor(kept, dtype=torch.int64, device=router.weight.device)
     own = copy(router)
     own._parameters, own.top_k = {"weight": router.weight[rows]}, min(router.top_k, len(kept))

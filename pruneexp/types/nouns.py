@@ -38,7 +38,7 @@ class Cost:
 class Site:
     """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or block)."""
 
-    name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp"
+    name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp", "...mlp.experts.3"
     kind: (
         # "attention" (unit = KV group: a key/value head and its query heads; a query head where one key/value head
         # serves all), "mlp" (unit = FFN channel), "experts" (unit = expert of a mixture), "block"

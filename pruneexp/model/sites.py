@@ -101,7 +101,7 @@ def experts_name(family: Family, prefix: str) -> str:
 
 
 def experts_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site | None:
-    """The experts of a mixture as the units of one site; None where the FFN is none, or has none to spare.
+    """The experts of a mixture as the units of one site; None where the FFN is none, or they are all empty.
 
     With an expert leave its matrices and its row of the router. Another is run in its place for as many tokens, so that
     of the multiply-accumulates only those of the row leave.

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pruneexp.calibrate import require_sums
 from pruneexp.model import Model, layer_structure
-from pruneexp.types import Budget, Compensator, ConfigError, Search, Site, Sparsity
+from pruneexp.modeling_pruned import LayerStructure
+from pruneexp.types import (
+    Budget,
+    Compensator,
+    ConfigError,
+    Criterion,
+    Search,
+    Site,
+    Sparsity,
+    evidence_kinds,
+)
 
 COUNTS: dict[str, Any] = {"decoder": "params", "prunable": "params"}  # the others are called what they count
 
@@ -37,9 +47,17 @@ def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float)
 def searched_sites(model: Model, search: Search) -> list[Site]:
     """What a search may choose from: the sublayers, and whole blocks where these may leave; or blocks alone."""
     granularity = getattr(search, "granularity", ())
-    sites = [] if _blocks_alone(search) else list(model.sites())
+    sites = [] if _blocks_alone(search) else as_searched(model, search, model.sites())
     layers = range(len(model.layers)) if "blocks" in granularity else ()
     return sites + [site for index in layers for site in model.whole_block(index).sites]
+
+
+def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
+    """The sites of some layers, those of experts as one site of whole experts where these may leave."""
+    if "experts" not in getattr(search, "granularity", ()):
+        return list(sites)
+    whole = [site for layer in sorted({site.layer for site in sites}) for site in model.whole_experts(layer)]
+    return [site for site in sites if site.expert is None] + whole
 
 
 def _blocks_alone(search: Search) -> bool:
@@ -51,14 +69,17 @@ def biases_added(model: Model, sparsity: Sparsity, compensator: Compensator, sit
     counts only units (of=prunable) does not count them."""
     if not compensator.adds_bias or sparsity.of == "prunable":
         return 0
-    added = 0
-    for site in sites:
-        if site.kind == "block":
-            continue
-        structure = layer_structure(model.layers[site.layer], model.family, model.config)
-        has_bias = structure.attention_output_bias if site.kind == "attention" else structure.mlp_output_bias
-        added += 0 if has_bias else model.config.hidden_size
-    return added
+    sites = [site for site in sites if site.kind in ("attention", "mlp")]
+    layers = {site.layer for site in sites}
+    structures = {index: layer_structure(model.layers[index], model.family, model.config) for index in layers}
+    return sum(not _has_bias(structures[site.layer], site) for site in sites) * model.config.hidden_size
+
+
+def _has_bias(structure: LayerStructure, site: Site) -> bool:
+    """Whether the site's reader owns one."""
+    if site.kind == "attention":
+        return structure.attention_output_bias
+    return structure.mlp_output_bias if site.expert is None else (structure.expert_output_biases or ())[site.expert]
 
 
 def refusal(search: Search, sites: Sequence[Site], budget: Budget) -> ConfigError | None:
@@ -70,6 +91,28 @@ def refusal(search: Search, sites: Sequence[Site], budget: Budget) -> ConfigErro
     except ConfigError as error:
         return error
     return None
+
+
+def check_mixture(
+    model: Model, criterion: Criterion, search: Search, compensator: Compensator, chosen: Mapping[str, str]
+) -> None:
+    """Raises ConfigError for what a mixture of experts does not allow, and for whole experts of a model that is none.
+    Needs the model's structure, no weights. `chosen`: what the methods are called, by group."""
+    granularity = list(getattr(search, "granularity", ()))
+    if not model.mixture:
+        if "experts" in granularity:
+            raise ConfigError(f"search.granularity={granularity!r}: expected no experts, {model.name} has none")
+        return
+    if "ffn" in granularity:
+        raise ConfigError(
+            f"search.granularity={granularity!r}: expected experts in the place of ffn for a mixture of experts"
+        )
+    for group, kinds in (("criterion", criterion.evidence), ("compensator", compensator.evidence)):
+        if any(getattr(kind, "by_window", False) for kind in evidence_kinds(kinds)):
+            raise ConfigError(
+                f"{group}={chosen[group]}: expected another for a mixture of experts; it goes window by window, "
+                "of which an expert sees only some tokens"
+            )
 
 
 def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator: Compensator) -> Budget:

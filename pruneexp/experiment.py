@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.budget import check_pruning, whole_budget
+from pruneexp.budget import check_mixture, check_pruning, whole_budget
 from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
@@ -107,6 +107,8 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     """
     with waiting("reading the model's config"):
         outline = experiment.model.outline()
+    parts = (experiment.criterion, experiment.search, experiment.compensator)
+    check_mixture(outline, *parts, experiment.job["choices"])
     budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
     tokenizer, tokens_NT = _inputs(experiment)
     if experiment.run.dry:

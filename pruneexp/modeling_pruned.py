@@ -6,12 +6,15 @@ the model in memory, so what was evaluated and what is reloaded are built by one
 
 A checkpoint's `config.json` keeps the *original* model's global values, its own `model_type` ("pruned_llama"), and the
 structure in the `per_layer_config` schema of transformers: head counts and FFN width of every layer, whether its two
-readers own a bias, and, where attention carries ALiBi slopes, which of the original heads are left.
+readers own a bias, and, where attention carries ALiBi slopes, which of the original heads are left. Of a mixture of
+experts: every expert's width and whether its reader owns a bias, and which of the original experts are left.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partialmethod
 from typing import Any
@@ -50,13 +53,15 @@ class Family:
     mlp_writers: tuple[Writer, ...]
     mlp_reader: str
     mlp_norm: str | None
+    experts: str | None = None  # below `mlp` where that is a mixture: the list of experts, FFNs made like `mlp`
+    router: str = "gate"  # below `mlp`, beside the experts
     attention_post_norm: str | None = None  # of the sublayer's output alone, before it is added
     mlp_post_norm: str | None = None
     head_norms: tuple[Writer, ...] = ()  # norms of queries and keys with a weight, or a module, of each head's own
     causal_lm: str | None = None  # the stock class, where it is not called ...ForCausalLM
     since: str = "4.46"  # the release of transformers that brought the stock classes
     key_value_heads: str | int | None = "num_key_value_heads"  # config attribute, number, or None: as query heads
-    stored_as: tuple[tuple[str, str], ...] = ()  # names in the modules -> in checkpoints, where these begin otherwise
+    stored_as: tuple[tuple[str, str], ...] = ()  # parts of names in the modules -> what checkpoints call them instead
     shared_roles: tuple[str, ...] = ()  # set by `family_of`: rows that serve all units and belong to none
     reads_config: bool = False  # attention asks its config for the number of heads while it runs
     adds_residual: bool = False  # the sublayers take the residual as second argument and add it themselves
@@ -91,6 +96,16 @@ MISTRAL = replace(LLAMA, stock="Mistral")
 GRANITE = replace(LLAMA, stock="Granite", residual_scale="residual_multiplier")
 QWEN2 = replace(LLAMA, stock="Qwen2")
 QWEN3 = replace(LLAMA, stock="Qwen3", since="4.51")
+QWEN3_MOE = replace(QWEN3, stock="Qwen3Moe", since="5.0", experts="experts")
+MIXTRAL = replace(
+    MISTRAL,
+    stock="Mixtral",
+    since="5.0",
+    stored_as=((".mlp.", ".block_sparse_moe."),),
+    mlp_writers=(Writer("mlp.w1", ("gate",)), Writer("mlp.w3", ("up",))),
+    mlp_reader="mlp.w2",
+    experts="experts",
+)
 SMOLLM3 = replace(LLAMA, stock="SmolLM3", since="4.53")
 GEMMA = replace(LLAMA, stock="Gemma", norm_offset=1.0)
 GEMMA2 = replace(
@@ -232,11 +247,13 @@ FAMILIES = {  # by stock model_type
     "granite": GRANITE,
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
     "olmo2": OLMO2,
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
 }
@@ -312,10 +329,13 @@ class LayerStructure:
 
     num_attention_heads: int
     num_key_value_heads: int
-    intermediate_size: int
+    intermediate_size: int  # of a mixture: all experts' together
     attention_output_bias: bool
-    mlp_output_bias: bool
+    mlp_output_bias: bool  # of a mixture: of any expert
     kept_heads: tuple[int, ...] | None = None  # original query-head indices, where they matter (ALiBi)
+    expert_sizes: tuple[int, ...] | None = None  # of a mixture: each expert's intermediate size
+    expert_output_biases: tuple[bool, ...] | None = None
+    kept_experts: tuple[int, ...] | None = None  # original expert indices, where some have left
 
     def to_config(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
@@ -349,6 +369,103 @@ class RemovedAttention(nn.Module):
         return output, None
 
 
+class Expert(nn.Module):
+    """One FFN of a mixture: down(act(gate(x)) * up(x)), each layer called as in checkpoints. Uninitialised; `down`: a
+    weight [hidden, width] like its reader's."""
+
+    def __init__(self, names: tuple[str, str, str], down: Tensor, act_fn: nn.Module):
+        super().__init__()
+        self.names, self.act_fn = names, act_fn
+        for name, shape in zip(names, (down.T.shape, down.T.shape, down.shape), strict=True):
+            self.add_module(name, _blank_linear(down.new_empty(shape)))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(name) for name in self.names)
+        return down(self.act_fn(gate(hidden_states)) * up(hidden_states))
+
+
+def _blank_linear(weight: Tensor) -> nn.Linear:
+    """A linear layer without bias around a weight. Its constructor would draw one first: half a minute for thousands of
+    experts, even without memory."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight)
+    linear.register_parameter("bias", None)
+    return linear
+
+
+class Experts(nn.ModuleList):
+    """A layer's experts, each on the tokens that are routed to it, in the place of the stock class's fused weights."""
+
+    def __init__(self, experts: Iterable[Expert]):
+        super().__init__(experts)
+        self.origin = tuple(range(len(self)))  # which of the original experts these are
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Hidden states [N, D], each token's experts and their weights [N, K] -> [N, D]."""
+        output, weights = torch.zeros_like(hidden_states), top_k_weights.flatten()
+        chosen = top_k_index.flatten()
+        counts = chosen.bincount(minlength=len(self)).tolist()
+        for expert, places in zip(self, chosen.argsort(stable=True).split(counts), strict=True):
+            if len(places):
+                tokens = places // top_k_index.shape[1]
+                given = expert(hidden_states[tokens]) * weights[places, None]
+                output.index_add_(0, tokens, given.to(output.dtype))
+        return output
+
+
+def experts_of(layer: nn.Module, family: Family) -> Any:
+    """The experts of a decoder layer, which may be fused still; None where its FFN is no mixture."""
+    return None if family.experts is None else getattr(layer.get_submodule(family.mlp), family.experts, None)
+
+
+def router_of(layer: nn.Module, family: Family) -> Any:
+    """The router of a mixture: its weight has a row for every expert."""
+    return getattr(layer.get_submodule(family.mlp), family.router)
+
+
+def expert_path(family: Family, path: str, expert: int) -> str:
+    """The path of a layer's part in one of its experts, from that in an FFN."""
+    return f"{family.mlp}.{family.experts}.{expert}{path.removeprefix(family.mlp)}"
+
+
+def split_experts_(layer: nn.Module, family: Family) -> None:
+    """Replaces fused experts by uninitialised ones of their own linear layers; without any, does nothing."""
+    fused = experts_of(layer, family)
+    if fused is None or isinstance(fused, Experts):
+        return
+    number = len(fused.down_proj)
+    paths = (*(writer.path for writer in family.mlp_writers), family.mlp_reader)
+    gate, up, down = (path.rpartition(".")[-1] for path in paths)
+    experts = Experts(Expert((gate, up, down), fused.down_proj[0], fused.act_fn) for _ in range(number))
+    setattr(layer.get_submodule(family.mlp), str(family.experts), experts.train(fused.training))
+
+
+def keep_experts_(layer: nn.Module, family: Family, kept: Sequence[int]) -> None:
+    """Only the experts `kept` stay, and their rows of the router."""
+    experts, router = experts_of(layer, family), router_of(layer, family)
+    assert len(kept) >= router.top_k, "a token needs as many experts as it is routed to"
+    left = Experts(experts[index] for index in kept)
+    left.origin = tuple(experts.origin[index] for index in kept)
+    setattr(layer.get_submodule(family.mlp), str(family.experts), left.train(experts.training))
+    rows = torch.tensor(kept, device=router.weight.device)
+    router.weight = nn.Parameter(router.weight.detach()[rows], requires_grad=router.weight.requires_grad)
+    router.num_experts = len(kept)
+
+
+def _resize_experts_(layer: nn.Module, family: Family, structure: LayerStructure) -> None:
+    assert structure.expert_sizes is not None and structure.expert_output_biases is not None
+    if len(experts_of(layer, family)) > len(structure.expert_sizes):
+        keep_experts_(layer, family, range(len(structure.expert_sizes)))
+        experts_of(layer, family).origin = structure.kept_experts
+    shapes = zip(structure.expert_sizes, structure.expert_output_biases, strict=True)
+    for index, (size, bias) in enumerate(shapes):
+        for writer in family.mlp_writers:
+            _resize_(layer, expert_path(family, writer.path, index), outputs=size)
+        _resize_(layer, expert_path(family, family.mlp_reader, index), inputs=size, bias=bias)
+
+
 def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, layout: HeadLayout) -> None:
     """Gives the decoder layer `structure`'s widths. Resized weights are uninitialised: load them afterwards.
 
@@ -357,9 +474,12 @@ def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, l
     heads, kv_heads = structure.num_attention_heads, structure.num_key_value_heads
     attention_bias = structure.attention_output_bias
     _resize_(layer, family.attention_reader, inputs=heads * layout.size, bias=attention_bias)
-    _resize_(layer, family.mlp_reader, inputs=structure.intermediate_size, bias=structure.mlp_output_bias)
-    for writer in family.mlp_writers:
-        _resize_(layer, writer.path, outputs=structure.intermediate_size * len(writer.roles))
+    if structure.expert_sizes is not None:
+        _resize_experts_(layer, family, structure)
+    else:
+        _resize_(layer, family.mlp_reader, inputs=structure.intermediate_size, bias=structure.mlp_output_bias)
+        for writer in family.mlp_writers:
+            _resize_(layer, writer.path, outputs=structure.intermediate_size * len(writer.roles))
     if heads == 0:
         reader_name = family.attention_reader.rsplit(".", 1)[-1]
         reader = layer.get_submodule(family.attention_reader)
@@ -391,7 +511,8 @@ def _tell_heads_(attention: Any, family: Family, heads: int, kv_heads: int, size
 
 def _drop_norms_(layer: nn.Module, family: Family, structure: LayerStructure) -> None:
     """Takes out the norms that have nothing left to normalise."""
-    attention_gone, mlp_gone = structure.num_attention_heads == 0, structure.intermediate_size == 0
+    attention_gone = structure.num_attention_heads == 0
+    mlp_gone = structure.intermediate_size == 0 and structure.expert_sizes is None  # a router reads the norm still
     in_front = ((family.attention_norm, attention_gone), (family.mlp_norm, mlp_gone))
     for path, _ in in_front:
         if path is not None and all(gone for other, gone in in_front if other == path):
@@ -515,6 +636,10 @@ def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
     structures = []
     for layer in config.per_layer_config:
         kept_heads = getattr(layer, "kept_heads", None)
+        of_experts = {}
+        for name in ("expert_sizes", "expert_output_biases", "kept_experts"):
+            values = getattr(layer, name, None)  # beside a mixture's layers, others have empty lists
+            of_experts[name] = tuple(values) if values else None
         structures.append(
             LayerStructure(
                 num_attention_heads=layer.num_attention_heads,
@@ -523,6 +648,7 @@ def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
                 attention_output_bias=layer.attention_output_bias,
                 mlp_output_bias=layer.mlp_output_bias,
                 kept_heads=None if kept_heads is None else tuple(kept_heads),
+                **of_experts,
             )
         )
     return structures
@@ -534,11 +660,24 @@ def _init_pruned(model: Any, stock_class: type, config: Any, *args: Any, **kwarg
     family = family_of(stock)
     layers, layout = model.base_model.get_submodule(family.layers), head_layout(family, stock)
     for layer, structure in zip(layers, layer_structures(config, layout), strict=True):
+        split_experts_(layer, family)
         resize_layer_(layer, family, structure, layout)
+    if family.experts and type(model.base_model) is not type(model):  # a stock one would have its checkpoint fused
+        model.base_model.__class__ = __getattr__(f"Pruned{family.stock}Model")
     if not number_caches_(layers, family, (stock, config)):
         config.use_cache = stock.use_cache = False
     config._attn_implementation = stock._attn_implementation  # chosen when the stock model is made
     model.config = config
+
+
+def _register_names(class_name: str, family: Family) -> None:
+    """Tells transformers what checkpoints of the class call their tensors, where the modules call them otherwise."""
+    if not family.stored_as or importlib.util.find_spec("transformers.conversion_mapping") is None:
+        return
+    renaming = importlib.import_module("transformers.core_model_loading").WeightRenaming
+    conversions = importlib.import_module("transformers.conversion_mapping")
+    renamings = [renaming(stored, own) for own, stored in family.stored_as]
+    conversions.register_checkpoint_conversion_mapping(class_name, renamings, overwrite=True)
 
 
 @cache
@@ -561,7 +700,11 @@ def __getattr__(name: str) -> type:
             # heads need not divide the hidden size here, and Phi-3 asks how many there are, which differs by layer
             body["validate_architecture"] = body["validate_rope"] = lambda self: None
             return strict(type(name, (stock_class,), body))
+        family = FAMILIES[families[stock]]
         body["config_class"] = __getattr__(f"Pruned{stock}Config")
         body["__init__"] = partialmethod(_init_pruned, stock_class)
+        if family.experts:  # how many tokens an expert gets is known only while it runs
+            body["_can_compile_fullgraph"] = False
+        _register_names(name, family)
         return type(name, (stock_class,), body)
     raise AttributeError(name)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.budget import biases_added, budget_of, refusal, searched_sites, whole_budget
+from pruneexp.budget import as_searched, biases_added, budget_of, refusal, searched_sites, whole_budget
 from pruneexp.cache import NoCache
 from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
 from pruneexp.model import Model
 from pruneexp.scoring import Results, checked, distinct, without_readers
-from pruneexp.search import KIND, block_scores, scored_as
+from pruneexp.search import KIND, block_scores, expert_scores, scored_as
 from pruneexp.surgery import remove_blocks_, shrink_layer_
 from pruneexp.types import (
     Budget,
@@ -89,6 +89,7 @@ def prune_(
     """
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
+    leave = {site.name: site for site in (*sites, *as_searched(model, method.search, sites), *blocks)}
     work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, results or Results(NoCache(), {}))
     budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
@@ -99,7 +100,7 @@ def prune_(
         plan = _all_at_once(work)
     figures = {"ratio": ratio, "of": method.sparsity.of, f"total_{budget.counts}": budget.total}
     for counted in (budget, replace(budget, counts="params")):
-        removed = sum(plan.removed(site) * counted.price(site) for site in (*sites, *blocks))
+        removed = sum(plan.removed(site) * counted.price(site) for site in leave.values())
         figures[f"removed_{counted.counts}"] = removed
     plan = replace(plan, budget={**plan.budget, **figures})
     return Pruned(plan, work.scores, sites, budget.total)
@@ -117,11 +118,13 @@ def _all_at_once(work: _Pruning) -> Plan:
         scores, kept_evidence = work.results.of(work.model, work.tokens_NT, criterion, dense_kind, shown, work.meter)
         work.scores.update(scores)
     with work.clock("search"):
-        sites, scores = searched_sites(work.model, work.method.search), work.scores
+        sites = searched_sites(work.model, work.method.search)
+        work.scores.update(expert_scores(work.scores, sites))
+        scores = work.scores
         scores = block_scores(scores, sites) if blocks_alone and not wholes else scores
         plan = _searched(work, sites, scores)
     work.scores = without_readers(work.scores)
-    plan, moved = _remove_blocks(work.model, plan)
+    plan, moved = _remove_blocks(work.model, plan, work.method.search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items()})
     kept_evidence = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.clock("shrink"):
@@ -135,18 +138,20 @@ def _all_at_once(work: _Pruning) -> Plan:
     return plan
 
 
-def _remove_blocks(model: Model, plan: Plan) -> tuple[Plan, dict[str, str]]:
+def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:
     """Takes out the blocks that `plan` drops. The plan returned names them, and the sites of those that stay; beside
     it, the sites' names from here on (layers behind a gap move up), and what they are called in the plan."""
     blocks = {name: site for name, site in plan.sites.items() if site.kind == "block"}
     gone = {name: site for name, site in blocks.items() if not site.kept}
-    stay = [site for site in model.sites() if f"{model.layers_path}.{site.layer}" not in gone]
+    there = as_searched(model, search, model.sites())
+    stay = [site for site in there if f"{model.layers_path}.{site.layer}" not in gone]
     if not blocks:
         return plan, {site.name: site.name for site in stay}
     chosen = {site.name: plan.sites[site.name] for site in stay if site.name in plan.sites}
     plan = Plan({**Plan.keep_all(stay).sites, **chosen, **gone}, plan.budget)
     remove_blocks_(model, plan)
-    return plan, dict(zip((site.name for site in model.sites()), (site.name for site in stay), strict=True))
+    left = as_searched(model, search, model.sites())
+    return plan, dict(zip((site.name for site in left), (site.name for site in stay), strict=True))
 
 
 def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type]) -> None:
@@ -200,8 +205,10 @@ class _Decided:
 
     def at(self, visit: Visit) -> Plan:
         """Scores and decides the visited layer."""
-        work, sites = self.work, visit.block.sites
+        work = self.work
+        sites = as_searched(work.model, work.method.search, visit.block.sites)
         scores = checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
+        scores = {**scores, **expert_scores(scores, sites)}
         work.scores.update(without_readers(scores))
         budget = budget_of(work.model, work.method.sparsity, work.ratio, sites, [visit.index])
         layer_plan, self.carry = _asked(

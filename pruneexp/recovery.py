@@ -139,6 +139,11 @@ class Lora:
         there = {*(role for writer in writers for role in writer.roles), "output", "down"}
         if not there & set(self.targets):
             raise ConfigError(f"recovery.targets={list(self.targets)!r}: expected some of {', '.join(sorted(there))}")
+        if family.experts is not None and not self.merge:
+            raise ConfigError(
+                "recovery.merge=False: expected true for a mixture of experts, whose stock class has no linear layers "
+                "to put an adapter on"
+            )
         if self.samples is not None and self.samples > windows:
             raise ConfigError(f"recovery.samples={self.samples}: expected at most {windows}, the calibration windows")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-UNITS = {"attention": "heads (KV groups)", "mlp": "FFN channels", "block": "layers"}
+UNITS = {"attention": "heads (KV groups)", "mlp": "FFN channels", "experts": "experts", "block": "layers"}
 SUBLAYERS = {"attention": "attention sublayers", "mlp": "FFN sublayers"}
 GROUPS = {  # first part of a metric's name -> heading
     "ppl": "perplexity",
@@ -66,6 +66,7 @@ def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
 
     A removed block takes its sublayers along. A kind that is there only as whole blocks is shown as such."""
     removed = {name for name, site in plan.sites.items() if site.kind == "block" and not site.kept}
+    experts = {name: site for name, site in plan.sites.items() if site.kind == "experts"}
     inner = [site for site in sites if site.kind != "block"]
     found: dict[str, dict[int, Width]] = {}
     for site in sorted(inner or sites, key=lambda site: site.layer):
@@ -73,7 +74,13 @@ def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
         # A layer may hold several sites of a kind (experts): their units are counted together.
         before = layers.get(site.layer, Width(site.layer, 0, 0, 0, 0, False))
         gone = any(site.name == block or site.name.startswith(f"{block}.") for block in removed)
-        kept = 0 if gone else site.units - plan.removed(site)
+        mixture = experts.get(site.name.rpartition(".")[0]) if site.expert is not None else None
+        left = mixture is None or site.expert in mixture.kept
+        if mixture is not None:
+            kept = 0 if gone else len(mixture.kept)
+            whole = Width(site.layer, kept, mixture.units, 0, 0, gone)
+            found.setdefault("experts", {})[site.layer] = whole
+        kept = 0 if gone or not left else site.units - plan.removed(site)
         layers[site.layer] = Width(
             layer=site.layer,
             kept=before.kept + kept,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pruneexp.model import Model
+from pruneexp.model.sites import experts_name
 from pruneexp.progress import part_of
 from pruneexp.prune import Method, Pruned, prune_
 from pruneexp.scoring import Results
@@ -30,7 +31,7 @@ def prune_in_rounds_(
     `settings`: as for `prune_`.
     """
     shares = method.sparsity.shares()
-    start, first = list(model.origin), None
+    start, first = _Start(model), None
     plan, scores, budgets = Plan({}), {}, []
     for number, share in enumerate(shares, start=1):
         which = f"round {number} of {len(shares)}" if len(shares) > 1 else ""
@@ -57,13 +58,31 @@ def prune_in_rounds_(
     return replace(first, plan=plan, scores=scores)
 
 
-def _original_names(model: Model, start: list[int]) -> dict[str, str]:
-    """Sites of the model as it stands, blocks among them -> their names where layers are counted as in `start`."""
+class _Start:
+    """How layers and experts are counted before the first round."""
+
+    def __init__(self, model: Model):
+        self.layers = list(model.origin)
+        self.experts = [model.experts_origin(index) for index in range(len(model.layers))]
+
+    def name(self, model: Model, index: int, site: str, expert: int | None) -> str:
+        """The name of a site of layer `index`, as it would be called there."""
+        layer = self.layers.index(model.origin[index])
+        here, there = (f"{model.layers_path}.{i}" for i in (index, layer))
+        if expert is not None:
+            number = self.experts[layer].index(model.experts_origin(index)[expert])
+            site = f"{site.rpartition('.')[0]}.{number}"
+        return there + site.removeprefix(here)
+
+
+def _original_names(model: Model, start: _Start) -> dict[str, str]:
+    """Sites of the model as it stands, blocks and whole experts among them -> their names as counted at the start."""
     names = {}
-    for index, origin in enumerate(model.origin):
-        here, there = (f"{model.layers_path}.{i}" for i in (index, start.index(origin)))
+    for index in range(len(model.layers)):
         for site in (*model.layer_sites(index), *model.whole_block(index).sites):
-            names[site.name] = there + site.name.removeprefix(here)
+            names[site.name] = start.name(model, index, site.name, site.expert)
+        experts = experts_name(model.family, f"{model.layers_path}.{index}")
+        names[experts] = start.name(model, index, experts, None)
     return names
 
 

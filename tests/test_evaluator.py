@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pruneexp.dataset import text, tokens
 from pruneexp.evaluator import Latency, Perplexity, Questions, Size
+from pruneexp.modeling_pruned import LLAMA
 from pruneexp.types import ConfigError, RunError
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -36,6 +37,7 @@ class Loaded:
     vocab_size: int = V
     max_length: int | None = 64
     kv_elements: int = 0
+    family: Any = LLAMA
 
     def broken_layer(self, tokens_BT: Tensor) -> str | None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,7 @@ COMPENSATORS = {
     "least_squares": LeastSquares(1e-3, "pruned", False),
 }
 GRANULARITIES = ("heads", "channels", "sublayer", "block")
+MIXTURES = ("mixtral", "qwen3_moe")
 Made = Callable[..., Any]
 
 
@@ -87,9 +89,14 @@ def tokens_NT() -> torch.Tensor:
 
 
 def plan_for(model: Model, granularity: str) -> Plan:
-    """Uneven heads or channels; both sublayers of layer 0 and the attention of layer 1 emptied; layer 0 removed."""
+    """Uneven heads or channels; both sublayers of layer 0 and the attention of layer 1 emptied; layer 0 removed; whole
+    experts gone, of layer 0 all that can."""
     if granularity == "block":
         return Plan({f"{model.layers_path}.0": SitePlan("block", 1, ())})
+    if granularity == "experts":
+        experts = [site for index in range(len(model.layers)) for site in model.whole_experts(index)]
+        kept = [tuple(range(site.units))[-2 - site.layer :] for site in experts]
+        return Plan({s.name: SitePlan(s.kind, s.units, own) for s, own in zip(experts, kept, strict=True)})
     rng, sites = torch.Generator().manual_seed(3), {}
     for site in model.sites():
         kept = torch.randperm(site.units, generator=rng)[: max(1, site.units - 1 - site.layer)].sort().values.tolist()
@@ -127,7 +134,8 @@ def reload(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     remote = "auto_map" in json.loads((path / "config.json").read_text())
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64).eval()
+    eager = {"experts_implementation": "eager"}  # fused experts know no float64
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64, **eager).eval()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -164,7 +172,8 @@ def test_its_weights_by_role_are_what_leaves(name: str, loaded: Made) -> None:
         assert {len(w) for w in weights.writers.values()} == {site.units}
         assert weights.reader.shape[1] == site.channels
         matrices = sum(w.numel() for w in weights.writers.values()) + weights.reader.numel()
-        assert matrices == site.units * site.cost.macs
+        share = 2 / 4 if site.expert is not None else 1  # of the tokens come by an expert
+        assert matrices * share == site.units * site.cost.macs
         own = {p.untyped_storage().data_ptr() for p in model.layers[1].parameters()}
         assert all(w.untyped_storage().data_ptr() in own for w in (*weights.writers.values(), weights.reader))
     shrink_(model, plan)
@@ -172,8 +181,10 @@ def test_its_weights_by_role_are_what_leaves(name: str, loaded: Made) -> None:
     assert kv - model.kv_elements == sum(plan.removed(site) * site.cost.kv for site in sites)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [*itertools.product(TINY, GRANULARITIES), *itertools.product(MIXTURES, ("experts",))],
+)
 def test_masked_is_shrunk_is_saved(
     name: str,
     granularity: str,
@@ -183,7 +194,7 @@ def test_masked_is_shrunk_is_saved(
     tmp_path: Path,
 ) -> None:
     for compensator, method in COMPENSATORS.items():
-        if granularity == "block" and compensator != "none":
+        if granularity in ("block", "experts") and compensator != "none":
             continue  # nothing is left to compensate
         model = loaded(name)
         dense, plan = logits(model.module, tokens_NT), plan_for(model, granularity)
@@ -201,7 +212,7 @@ def test_masked_is_shrunk_is_saved(
         close(logits(again, tokens_NT), shrunk)
         parameters = sum(p.numel() for p in model.module.parameters())
         assert sum(p.numel() for p in again.parameters()) == parameters
-        if compensator == "bias" or granularity == "block":
+        if compensator == "bias" or granularity in ("block", "experts"):
             generates_the_same(again, tokens_NT)
             streamed = loaded(name, tmp_path / compensator, stream=True)
             close(streamed.token_losses(tokens_NT, 6), next_token_losses(shrunk, tokens_NT))
@@ -269,7 +280,10 @@ def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
     close(logits(reload(tmp_path / "model"), tokens_NT), logits(model.module, tokens_NT))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma_multi_query", "phi3", "gpt2", "falcon_7b", "olmo2", "stablelm_2_12b"])
+TWICE = ["qwen3", "gemma_multi_query", "phi3", "gpt2", "falcon_7b", "olmo2", "stablelm_2_12b", *MIXTURES]
+
+
+@pytest.mark.parametrize("name", TWICE)
 def test_pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
     once, twice = loaded(name), loaded(name)
     sites = once.sites()

@@ -12,6 +12,7 @@ _LLAMA = {**_SHAPE, **_IDS, **_HEADS}
 _GEMMA = {**_LLAMA, "head_dim": 16}  # heads wider than hidden size / heads
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _CAPPED = {**_GEMMA, "sliding_window": 8, "layer_types": _SLIDING, "query_pre_attn_scalar": 12}
+_MIXTURE = {"num_experts_per_tok": 2}
 _FUSED = {**_SHAPE, **_IDS, "num_attention_heads": 6}
 _NEOX = {**_FUSED, "intermediate_size": 24, "rotary_pct": 0.5}
 _FALCON = {**_FUSED, "ffn_hidden_size": 24}
@@ -32,6 +33,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (prefix of the config
     "qwen2": ("Qwen2", {**_LLAMA, "tie_word_embeddings": True}),
     "qwen2_sliding": ("Qwen2", {**_LLAMA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 16}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**_LLAMA, **_MIXTURE, "head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "mlp_only_layers": [1]},
+    ),
+    "mixtral": ("Mixtral", {**_LLAMA, **_MIXTURE, "num_local_experts": 4, "sliding_window": 8}),
     "gemma": ("Gemma", _GEMMA),
     "gemma_multi_query": ("Gemma", {**_GEMMA, "num_key_value_heads": 1}),
     "gemma2": ("Gemma2", {**_CAPPED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pruneexp.calibrate.walk import Meter
 from pruneexp.model import Call, Model, next_token_losses
+from pruneexp.model.sites import experts_name
 from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
 from pruneexp.types import Candidate
@@ -90,6 +91,8 @@ class Probe:
             block = candidate.plan.sites.get(f"{self.model.layers_path}.{index}")
             if block is not None and not block.kept:
                 own.append("removed")
+            experts = candidate.plan.sites.get(experts_name(self.model.family, f"{self.model.layers_path}.{index}"))
+            own.append(experts and experts.kept)
         for site in self.model.sites():
             plan = candidate.plan.sites.get(site.name)
             reader = candidate.readers.get(site.name)

@@ -49,8 +49,12 @@ def walk_sites(
 
 
 def require_sums(model: Model) -> None:
-    """Raises ConfigError for normalisation behind the sublayers, where hidden states are no sums of what
-    readers give."""
+    """Raises ConfigError for normalisation behind the sublayers and for mixtures of experts, where hidden states are no
+    plain sums of what readers give."""
+    if model.mixture:
+        raise ConfigError(
+            "compensator.target='dense': expected pruned for a mixture of experts, whose router weighs readers' outputs"
+        )
     if not model.family.adds_up:
         raise ConfigError(
             "compensator.target='dense': expected pruned for a model that normalises behind its sublayers"

@@ -161,19 +161,25 @@ def observe(
     whole: Block | None = None,
 ) -> dict[Any, dict[str, Any]]:
     """Runs the layer over all batches into `output` (which may be `hidden`) and returns the evidence: of source "block"
-    that of the sites of `whole`."""
+    that of the sites of `whole`.
+
+    An expert's evidence is of the tokens that are routed to it; where these are fewer than two, zeros stand for the
+    others, so that an expert which nothing needs carries nothing."""
     seen_of = {kind: whole or block if kind.source == "block" else block for kind in kinds}
     evidence = {kind: {site.name: kind.empty(site) for site in shown.sites} for kind, shown in seen_of.items()}
     at_reader = [kind for kind in kinds if kind.source == "reader"]
     at_writer = [kind for kind in kinds if kind.source == "writer"]
     at_block = [kind for kind in kinds if kind.source == "block"]
+    watches: list[_Watch] = []
     with ExitStack() as hooks:
         for site in block.sites if at_reader or at_writer else ():
             writers, reader = site_parts(model.family, site)
-            for path, wanted in ((reader, at_reader), (writers[0].path, at_writer)):
+            seen = ((reader, at_reader, site.channels), (writers[0].path, at_writer, hidden[0].shape[-1]))
+            for path, wanted, width in seen:
                 if wanted:
+                    watches.append(_Watch(site, wanted, evidence, hidden[0].shape[1], width))
                     module = layer.get_submodule(path)
-                    hooks.enter_context(_watched(module, site, wanted, evidence, hidden[0].shape[1]))
+                    hooks.enter_context(module.register_forward_pre_hook(watches[-1].update))
         middle: list[Tensor] = []
         if at_block and whole is not None and any(site.kind != "block" for site in whole.sites):
             hooks.enter_context(_between_sublayers(model, layer, middle))
@@ -189,6 +195,9 @@ def observe(
                     evidence[kind][site.name] = evidence[kind][site.name].update(before_BTD, after_BTD)
             output[number] = y_BTD
             middle.clear()
+    for watch in watches:
+        if watch.site.expert is not None and watch.tokens < 2:
+            watch.add(hidden[0].new_zeros(1, 2 - watch.tokens, watch.width))
     return evidence
 
 
@@ -207,15 +216,27 @@ def _no_middle(why: str) -> ConfigError:
     )
 
 
-def _watched(module: nn.Module, site: Site, kinds: Sequence[Any], evidence: dict[Any, dict], length: int) -> Any:
-    """A hook on the site's reader or writer that updates its evidence with the module's input; removed on exit."""
+@dataclass
+class _Watch:
+    """What a site's reader or writer is given, as evidence of some kinds."""
 
-    def update(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].view(-1, length, args[0].shape[-1])  # OPT flattens windows in front of its FFN
-        for kind in kinds:
-            evidence[kind][site.name] = evidence[kind][site.name].update(x)
+    site: Site
+    kinds: Sequence[Any]
+    evidence: dict[Any, dict[str, Any]]
+    length: int  # of windows
+    width: int  # of what is given
+    tokens: int = 0
 
-    return module.register_forward_pre_hook(update)
+    def update(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """A hook in front of the module."""
+        x = args[0]
+        # OPT flattens windows in front of its FFN; an expert's tokens are of many windows
+        self.add(x.view(-1, self.length, x.shape[-1]) if self.site.expert is None else x[None])
+
+    def add(self, x_BTC: Tensor) -> None:
+        self.tokens += x_BTC.shape[0] * x_BTC.shape[1]
+        for kind in self.kinds:
+            self.evidence[kind][self.site.name] = self.evidence[kind][self.site.name].update(x_BTC)
 
 
 def _fingerprint(layer: nn.Module) -> tuple:

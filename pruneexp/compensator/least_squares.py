@@ -90,7 +90,8 @@ def fitted(
     its mean, float64, in the dtype of `weight_OC`."""
     keep_C = keep_C.to(weight_OC.device)
     fitted_OK = weight_OC[:, keep_C].double()
-    if len(keep_C):
+    constant = ridge > 0 and not cov_CC.any()  # inputs that never change, as an expert's without tokens: nothing to fit
+    if len(keep_C) and not constant:
         gram_KK = cov_CC[keep_C[:, None], keep_C]
         missing_KO = cov_CO[keep_C] - gram_KK @ fitted_OK.T
         gram_KK.diagonal().add_(ridge * cov_CC.diagonal().mean())

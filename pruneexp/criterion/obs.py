@@ -64,7 +64,11 @@ class Obs:
         return RemovalPath(order_U.cpu(), cost_U.cpu(), readers)
 
     def _removal(self, site: Site, weight_OC: Tensor, cov_CC: Tensor) -> tuple[Tensor, Tensor]:
-        """The order in which units leave [U] and the cumulative cost [U]."""
+        """The order in which units leave [U] and the cumulative cost [U]. Inputs that never change (an expert's without
+        tokens) leave in their order, for nothing."""
+        if self.ridge > 0 and not cov_CC.any():
+            order_U = torch.arange(site.units, device=weight_OC.device)
+            return order_U, torch.zeros_like(order_U, dtype=weight_OC.dtype)
         hessian_CC = cov_CC.clone()
         hessian_CC.diagonal().add_(self.ridge * cov_CC.diagonal().mean())
         left = _Left(site.width, torch.cholesky_inverse(cholesky(hessian_CC, self.ridge)), weight_OC.clone())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruneexp.criterion.common import of_columns, powers_C, weighted_C
 from pruneexp.evidence import AbsoluteMoments, Moments
-from pruneexp.types import Block, Score, SiteWeights
+from pruneexp.types import Block, Score, Site, SiteWeights
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class LlmBip:
     tokens   l2: a = sqrt(mean_t x^2); l1: a = mean_t |x|
     gate     up: W_U as the formula has it; up_plus_gate: |W_U| + |W_gate| where the FFN has a gate
     norm     ignore; scale: the columns of |W_U| times |scale| of the norm in front of the FFN
+    In a mixture of experts u is the mean over the experts, as if each were chosen as often.
     """
 
     tokens: Literal["l2", "l1"]
@@ -51,14 +52,15 @@ class LlmBip:
 
     def _path_D(self, block: Block) -> Tensor | None:
         """u [D]: what the FFN and the residual path make of a change of each hidden channel; None without FFN."""
-        for site in block.sites:
-            if site.kind == "mlp":
-                ffn = block.weights[site.name]
-                through_D = self._through_D(ffn, powers_C(ffn.reader, 1))
-                if self.norm == "scale" and site.name in block.norms:
-                    through_D = through_D * block.norms[site.name].abs()
-                return 1 + through_D
-        return None
+        paths = [self._through_ffn_D(block, site) for site in block.sites if site.kind == "mlp"]
+        return 1 + torch.stack(paths).mean(0) if paths else None
+
+    def _through_ffn_D(self, block: Block, site: Site) -> Tensor:
+        ffn = block.weights[site.name]
+        through_D = self._through_D(ffn, powers_C(ffn.reader, 1))
+        if self.norm == "scale" and site.name in block.norms:
+            through_D = through_D * block.norms[site.name].abs()
+        return through_D
 
     def _through_D(self, ffn: SiteWeights, down_F: Tensor) -> Tensor:
         roles = ("up", "gate") if self.gate == "up_plus_gate" else ("up",)

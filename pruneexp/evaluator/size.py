@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from pruneexp.modeling_pruned import Family, experts_of, router_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Size:
     - "params": all parameters, tied ones once; "params/decoder": those of the decoder blocks, every tensor counted
     - "bytes": all parameters, tied ones once, in their own dtype
     - "macs/token": multiply-accumulates per token in the weight matrices of the blocks and in the output projection
-      (tied to the embeddings or not); biases, norms and attention over the context are not counted
+      (tied to the embeddings or not); biases, norms and attention over the context are not counted. Of a mixture's
+      experts, the share that a token is routed to
     - "kv_bytes/token": what the KV cache grows by per token, all layers, in the model's dtype
     """
 
@@ -36,12 +38,21 @@ class Size:
             "params": sum(p.numel() for p in parameters),
             "params/decoder": sum(p.numel() for p in decoder.values()),
             "bytes": sum(p.numel() * p.element_size() for p in parameters),
-            "macs/token": _matrices(model.layers) + head.weight.numel(),
+            "macs/token": round(sum(_matrices(layer, model.family) for layer in model.layers)) + head.weight.numel(),
             "kv_bytes/token": model.kv_elements * model.dtype.itemsize,
         }
 
 
-def _matrices(layers: Iterable[nn.Module]) -> int:
-    """Elements of the weight matrices: one multiply-accumulate each per token."""
-    weights = [getattr(module, "weight", None) for layer in layers for module in layer.modules()]
+def _matrices(layer: nn.Module, family: Family) -> float:
+    """Elements of the weight matrices: one multiply-accumulate each per token; an expert's, as often as it is run were
+    all chosen equally often."""
+    experts = experts_of(layer, family)
+    if experts is None:
+        return _elements(layer)
+    share = router_of(layer, family).top_k / len(experts)
+    return _elements(layer) - (1 - share) * _elements(experts)
+
+
+def _elements(module: nn.Module) -> int:
+    weights = [getattr(part, "weight", None) for part in module.modules()]
     return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2)

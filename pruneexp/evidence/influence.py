@@ -30,6 +30,7 @@ class Influence:
     """
 
     source: ClassVar[str] = "influence"
+    by_window: ClassVar[bool] = True
 
     directions: Literal["together", "apart"]
     weights: Literal["coupled", "readers"]

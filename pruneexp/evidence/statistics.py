@@ -243,6 +243,7 @@ class RunningFluctuation:
     """
 
     source: ClassVar[str] = "reader"
+    by_window: ClassVar[bool] = True
 
     n: int  # sequences
     mean_C: Tensor

@@ -31,7 +31,8 @@ def checkpoint_exporter(model: Model, format: str, multiple: int) -> CheckpointE
     form = save_form(model)
     if format == "stock" and form.kind != "stock":
         instead = "format=padded or format=remote_code" if can_pad(model) else "format=remote_code"
-        raise ConfigError(f"format=stock: {uneven(model) or form.why}; expected {instead}")
+        reason = form.why if model.mixture else uneven(model) or form.why
+        raise ConfigError(f"format=stock: {reason}; expected {instead}")
     return CheckpointExporter(form, None, model.params * size)
 
 

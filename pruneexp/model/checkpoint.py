@@ -19,7 +19,7 @@ class Checkpoint:
     """The safetensors files of a folder as one mapping from tensor name to tensor.
 
     Names are looked up as the module spells them, and with `base_prefix` left out or put in front: checkpoints of a
-    base model (BLOOM's, OPT's) leave it out. `stored_as`: beginnings of names, and what they may be called instead.
+    base model (BLOOM's, OPT's) leave it out. `stored_as`: parts of names, and what they may be called instead.
 
     Raises:
         ConfigError: the folder holds no safetensors, or its index points to a file that is not there.
@@ -54,10 +54,10 @@ class Checkpoint:
 
     def _spelling(self, name: str) -> str | None:
         prefix = f"{self.base_prefix}."
-        others = [stored + name.removeprefix(own) for own, stored in self.stored_as if name.startswith(own)]
-        for spelling in (name, name.removeprefix(prefix), prefix + name, *others):
-            if spelling in self._files:
-                return spelling
+        for each in dict.fromkeys((name, stored_name(name, self.stored_as))):
+            for spelling in (each, each.removeprefix(prefix), prefix + each):
+                if spelling in self._files:
+                    return spelling
         return None
 
     def _handle(self, file: str) -> Any:
@@ -74,6 +74,13 @@ class Checkpoint:
     def close(self) -> None:
         """Unmaps the files, so that their pages stop counting as this process' memory."""
         self._open.clear()
+
+
+def stored_name(name: str, stored_as: Sequence[tuple[str, str]]) -> str:
+    """What checkpoints of the stock class call a tensor of the modules."""
+    for own, stored in stored_as:
+        name = name.replace(own, stored)
+    return name
 
 
 def safetensors_files(folder: Path) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model.checkpoint import Checkpoint
-from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, kv_elements, layer_sites
-from pruneexp.modeling_pruned import Family
+from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
+from pruneexp.modeling_pruned import Family, experts_of
 from pruneexp.progress import progress
 from pruneexp.types import Block, RunError, Site
 
@@ -100,6 +100,23 @@ class Model:
 
     def layer_sites(self, index: int) -> tuple[Site, ...]:
         return layer_sites(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
+
+    def whole_experts(self, index: int) -> tuple[Site, ...]:
+        """The experts of decoder layer `index` as one site whose units they are; none where its FFN is no mixture.
+        Raises ConfigError where they differ in width."""
+        prefix = f"{self.layers_path}.{index}"
+        site = experts_site(self.layers[index], index, self.family, self.config, prefix)
+        return () if site is None else (site,)
+
+    def experts_origin(self, index: int) -> tuple[int, ...]:
+        """Which of the original experts decoder layer `index` has; none where its FFN is no mixture."""
+        experts = experts_of(self.layers[index], self.family)
+        return () if experts is None else experts.origin
+
+    @property
+    def mixture(self) -> bool:
+        """Whether any FFN is a mixture of experts."""
+        return any(experts_of(layer, self.family) is not None for layer in self.layers)
 
     def whole_block(self, index: int, kinds: Collection[str] = ("block",)) -> Block:
         """Decoder layer `index` as sites of one unit, without its tensors: those of `kinds`, "attention" and "mlp"
@@ -218,6 +235,10 @@ class Model:
 
 def select_layers_(config: Any, kept: Sequence[int]) -> None:
     """Makes a config that of a model with the layers `kept` alone, in that order."""
+    if getattr(config, "mlp_only_layers", None) is not None:  # Qwen3-MoE's layers that are no mixtures, by index
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers
+        config.mlp_only_layers = [new for new, old in enumerate(kept) if old in dense or (old + 1) % step]
+        config.decoder_sparse_step = 1
     config.num_hidden_layers = len(kept)
     for name in PER_LAYER:
         values = getattr(config, name, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,31 +16,50 @@ from pruneexp.modeling_pruned import (
     RemovedAttention,
     Writer,
     as_matrix,
+    expert_path,
+    experts_of,
     head_layout,
     linear_sizes,
+    router_of,
     slope_heads,
     split_parts,
 )
-from pruneexp.types import Block, Cost, Site, SiteWeights
+from pruneexp.types import Block, ConfigError, Cost, Site, SiteWeights
 
 
 def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStructure:
     """The layer's widths, as it stands."""
-    reader, down = (_linear(layer, path) for path in (family.attention_reader, family.mlp_reader))
+    reader = _linear(layer, family.attention_reader)
     layout = head_layout(family, config)
     heads = linear_sizes(reader)[0] // layout.size
+    experts = experts_of(layer, family)
+    downs = [_linear(layer, path) for path in _readers(layer, family)]
+    sizes = tuple(linear_sizes(down)[0] for down in downs)
+    biases = tuple(down.bias is not None for down in downs)
+    origin = None if experts is None else experts.origin
     return LayerStructure(
         num_attention_heads=heads,
         num_key_value_heads=layout.key_value_heads(heads),
-        intermediate_size=linear_sizes(down)[0],
+        intermediate_size=sum(sizes),
         attention_output_bias=reader.bias is not None,
-        mlp_output_bias=down.bias is not None,
+        mlp_output_bias=any(biases),
         kept_heads=slope_heads(layer.get_submodule(family.attention), family),
+        expert_sizes=None if experts is None else sizes,
+        expert_output_biases=None if experts is None else biases,
+        kept_experts=None if origin is None or origin == tuple(range(config.num_experts)) else origin,
     )
 
 
+def _readers(layer: nn.Module, family: Family) -> list[str]:
+    """Paths of the FFN's reader, or of each expert's."""
+    experts = experts_of(layer, family)
+    if experts is None:
+        return [family.mlp_reader]
+    return [expert_path(family, family.mlp_reader, index) for index in range(len(experts))]
+
+
 def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> tuple[Site, ...]:
-    """The attention and the FFN site of a decoder layer; a sublayer that is already gone has none.
+    """The attention and the FFN site of a decoder layer, of a mixture each expert's; what is already gone has none.
 
     `prefix` is the layer's module path ("model.layers.0"). The cost of a unit is counted on the real tensors.
     """
@@ -50,13 +69,57 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
         width = layout.group * layout.size
         units = linear_sizes(_linear(layer, family.attention_reader))[0] // width
         kv = 0 if layout.shared else 2 * layout.size
-        cost = _unit_cost(layer, family, "attention", layout.rows, width, kv=kv, context_macs=2 * width)
-        sites.append(Site(f"{prefix}.{family.attention}", "attention", index, units, width, cost))
+        site = Site(f"{prefix}.{family.attention}", "attention", index, units, width, Cost(0, 0, 0))
+        cost = _unit_cost(layer, family, site, layout.rows, kv=kv, context_macs=2 * width)
+        sites.append(replace(site, cost=cost))
+    if experts_of(layer, family) is not None:
+        return (*sites, *_expert_sites(layer, index, family, prefix))
     channels = linear_sizes(_linear(layer, family.mlp_reader))[0]
     if channels:
-        cost = _unit_cost(layer, family, "mlp", FFN_ROWS, 1)
-        sites.append(Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, cost))
+        site = Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, Cost(0, 0, 0))
+        sites.append(replace(site, cost=_unit_cost(layer, family, site, FFN_ROWS)))
     return tuple(sites)
+
+
+def _expert_sites(layer: nn.Module, index: int, family: Family, prefix: str) -> Iterator[Site]:
+    """Channels of each expert. Only some experts are run for a token: multiply-accumulates are those of a token on
+    average, were they chosen equally often."""
+    cost: Cost | None = None  # of a channel, the same in all of them
+    for number, reader in enumerate(_readers(layer, family)):
+        if channels := linear_sizes(_linear(layer, reader))[0]:
+            name = f"{prefix}.{expert_path(family, family.mlp, number)}"
+            site = Site(name, "mlp", index, channels, 1, Cost(0, 0, 0), number)
+            if cost is None:
+                cost, run = _unit_cost(layer, family, site, FFN_ROWS), router_of(layer, family).top_k
+                cost = replace(cost, macs=round(cost.macs * run / len(experts_of(layer, family))))
+            yield replace(site, cost=cost)
+
+
+def experts_name(family: Family, prefix: str) -> str:
+    """What the site of a layer's whole experts is called."""
+    return f"{prefix}.{family.mlp}.{family.experts}"
+
+
+def experts_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site | None:
+    """The experts of a mixture as the units of one site; None where the FFN is none, or they are all empty.
+
+    With an expert leave its matrices and its row of the router. Another is run in its place for as many tokens, so that
+    of the multiply-accumulates only those of the row leave.
+
+    Raises:
+        ConfigError: the layer's experts are not alike any more.
+    """
+    experts = experts_of(layer, family)
+    if experts is None or not layer_structure(layer, family, config).intermediate_size:
+        return None
+    router = router_of(layer, family)
+    held = {sum(p.numel() for p in expert.parameters()) for expert in experts}
+    if len(held) > 1:
+        raise ConfigError(
+            f"search.granularity: expected no experts where they differ in width (those of layer {index} do)"
+        )
+    cost = Cost(held.pop() + config.hidden_size, config.hidden_size, 0)
+    return Site(experts_name(family, prefix), "experts", index, len(experts), 0, cost, least=router.top_k)
 
 
 def decoder_layer_block(
@@ -85,6 +148,8 @@ def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix
     sites = layer_sites(layer, index, family, config, prefix)
     macs, context_macs = (sum(s.units * getattr(s.cost, what) for s in sites) for what in ("macs", "context_macs"))
     macs += shared_rows(layer, family) * config.hidden_size
+    if experts_of(layer, family) is not None:
+        macs += router_of(layer, family).weight.numel()
     params = sum(p.numel() for p in layer.parameters())
     return Site(prefix, "block", index, 1, 0, Cost(params, macs, kv_elements(layer, family, config), context_macs))
 
@@ -97,7 +162,13 @@ def as_whole(site: Site) -> Site:
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
     """The writers and the reader's path of a site. A writer that serves all units alike is none."""
-    return _writers(family, site.kind), family.attention_reader if site.kind == "attention" else family.mlp_reader
+    writers, reader = _writers(family, site.kind), family.mlp_reader
+    if site.kind == "attention":
+        return writers, family.attention_reader
+    if site.expert is None:
+        return writers, reader
+    own = tuple(replace(writer, path=expert_path(family, writer.path, site.expert)) for writer in writers)
+    return own, expert_path(family, reader, site.expert)
 
 
 def unit_rows(family: Family, site: Site, config: Any) -> dict[str, int]:
@@ -140,22 +211,16 @@ def _linear(layer: nn.Module, path: str) -> Any:
 
 
 def _unit_cost(
-    layer: nn.Module,
-    family: Family,
-    kind: str,
-    rows: dict[str, int],
-    width: int,
-    kv: int = 0,
-    context_macs: int = 0,
+    layer: nn.Module, family: Family, site: Site, rows: dict[str, int], kv: int = 0, context_macs: int = 0
 ) -> Cost:
-    reader = _linear(layer, family.attention_reader if kind == "attention" else family.mlp_reader)
-    macs, vectors = width * linear_sizes(reader)[1], 0
-    for writer in _writers(family, kind):
+    writers, reader = site_parts(family, site)
+    macs, vectors = site.width * linear_sizes(_linear(layer, reader))[1], 0
+    for writer in writers:
         linear = _linear(layer, writer.path)
         own = sum(rows[role] for role in writer.roles if role not in family.shared_roles)
         macs += own * linear_sizes(linear)[0]
         vectors += own * (linear.bias is not None)
-    for norm in family.head_norms if kind == "attention" else ():
+    for norm in family.head_norms if site.kind == "attention" else ():
         if norm.roles[0] not in family.shared_roles:
             vectors += rows[norm.roles[0]] * len(head_norm_rows(layer, norm))
     return Cost(params=macs + vectors, macs=macs, kv=kv, context_macs=context_macs)

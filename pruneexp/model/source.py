@@ -135,7 +135,7 @@ class ModelSource:
         config_json = self.read_config(folder)
         dtype = self._dtype(config_json)
         model_class, config, family = _model_class(folder, config_json["model_type"])
-        return self._model(_skeleton(model_class, config, dtype), None, family, config, dtype, None)
+        return self._model(_skeleton(model_class, config, family, dtype), None, family, config, dtype, None)
 
     def folder(self) -> Path:
         """The checkpoint's folder; a Hub id is downloaded first."""
@@ -170,7 +170,7 @@ class ModelSource:
         model_class, config, family = _model_class(folder, config_json["model_type"])
         device = torch.device(self.device)
         checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
-        module = _skeleton(model_class, config, dtype)
+        module = _skeleton(model_class, config, family, dtype)
         layers_path = f"{module.base_model_prefix}.{family.layers}"
         _check_names(module, checkpoint, self.path)
         _load_outside_(module, config, layers_path, checkpoint, device, dtype)
@@ -265,11 +265,14 @@ def _tokenizer(folder: Path, config: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder, config=config)
 
 
-def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """The model on the meta device: its structure, no weights."""
+def _skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dtype: torch.dtype) -> Any:
+    """The model on the meta device: its structure, no weights; experts apart from each other."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of sublayers that are gone
-        return model_class._from_config(config, dtype=dtype)
+        module = model_class._from_config(config, dtype=dtype)
+    for layer in module.base_model.get_submodule(family.layers):
+        modeling_pruned.split_experts_(layer, family)
+    return module
 
 
 def _check_names(module: Any, checkpoint: Checkpoint, path: str) -> None:

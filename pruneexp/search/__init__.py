@@ -4,7 +4,7 @@ from pruneexp.search.budgeted import Global, Uniform
 from pruneexp.search.common import layer_budgets
 from pruneexp.search.evolutionary import Evolutionary
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
-from pruneexp.search.grain import KIND, block_scores, scored_as
+from pruneexp.search.grain import KIND, block_scores, expert_scores, scored_as
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
@@ -25,6 +25,7 @@ __all__ = [
     "UlUm",
     "Uniform",
     "block_scores",
+    "expert_scores",
     "layer_budgets",
     "scored_as",
 ]

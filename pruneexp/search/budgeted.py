@@ -66,9 +66,9 @@ class Uniform:
 
     def __post_init__(self) -> None:
         check_settings(self.min_units, self.granularity, self.multiple)
-        if not set(self.granularity) <= {"heads", "channels"}:
+        if not set(self.granularity) <= {"heads", "channels", "experts"}:
             raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both; "
+                f"granularity={self.granularity!r}: expected heads, channels or both (or experts for channels); "
                 "a whole sublayer or block has no share to lose"
             )
         for name in ("protect_first", "protect_last"):

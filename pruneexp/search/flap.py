@@ -53,8 +53,10 @@ class UlMm:
     ) -> Plan:
         values, keep = raw(scores, sites), {}
         for own, heads, channels in self._counts(sites, budget):
-            keep.update({site.name: _at_least(values[site.name], heads) for site in _attention(own)})
-            keep.update({site.name: _at_least(values[site.name], channels) for site in _ffn(own)})
+            for group, n in ((_attention(own), heads), (_ffn(own), channels)):  # several FFNs: a mixture's experts
+                kept = _at_least(torch.cat([values[site.name] for site in group]), n)
+                sizes = [site.units for site in group]
+                keep.update(zip((site.name for site in group), kept.split(sizes), strict=True))
         return planned(keep, sites, budget)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:

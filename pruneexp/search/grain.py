@@ -1,5 +1,8 @@
 """What may leave, and by how much at a time: units, whole sublayers, whole blocks; FFN widths in multiples.
 
+The units are heads and channels; or, of a mixture's FFN, whole experts in the place of their channels, a layer keeping
+as many as a token is routed to. An expert's score is the sum of its channels'.
+
 A *composite* (a whole sublayer or block) is worth what it holds: a sublayer's score is the sum of its units' (of a
 removal path: its last cumulative cost), a block's the sum of its sublayers', unless the criterion scores it as a whole.
 When it leaves, what it still holds leaves with it, and only that is counted. It ignores `min_units`. Of the whole
@@ -20,12 +23,19 @@ from torch import Tensor
 from pruneexp.search.common import by_layer, in_order, planned, require
 from pruneexp.types import Budget, ConfigError, Plan, RemovalPath, RunError, Score, Scores, Site, unit_scores
 
-Granularity = list[Literal["heads", "channels", "blocks", "attention", "ffn"]]
-KIND = {"heads": "attention", "channels": "mlp", "blocks": "block", "attention": "attention", "ffn": "mlp"}
-UNITS = {"attention": "heads", "mlp": "channels"}  # kind -> what its units are called
+Granularity = list[Literal["heads", "channels", "blocks", "attention", "ffn", "experts"]]
+KIND = {
+    "heads": "attention",
+    "channels": "mlp",
+    "blocks": "block",
+    "attention": "attention",
+    "ffn": "mlp",
+    "experts": "experts",
+}
+UNITS = {"attention": "heads", "mlp": "channels", "experts": "experts"}  # kind -> what its units are called
 WHOLE = {"attention": "attention", "mlp": "ffn", "block": "blocks"}  # kind -> what the whole of it is called
 _AS_WHOLE = {"attention": "sublayer", "ffn": "sublayer", "blocks": "block"}  # what a criterion `judges` then
-_FROM_UNITS = {**{name: {kind} for name, kind in KIND.items()}, "blocks": {"attention", "mlp"}}
+_FROM_UNITS = {**{name: {kind} for name, kind in KIND.items()}, "experts": {"mlp"}, "blocks": {"attention", "mlp"}}
 
 UNIT, SUBLAYER, BLOCK = range(3)
 Item = tuple[int, Site]  # what may leave at once: the next units of a site, a whole sublayer, a whole block
@@ -36,13 +46,15 @@ def check_settings(min_units: int, granularity: Granularity, multiple: int = 1) 
         raise ConfigError(f"min_units={min_units!r}: expected an integer >= 0")
     if not granularity or len(set(granularity)) < len(granularity):
         raise ConfigError(f"granularity={granularity!r}: expected one or more of {', '.join(KIND)}, each once")
+    if {"channels", "experts"} <= set(granularity):
+        raise ConfigError(f"granularity={granularity!r}: expected channels or experts, which hold them")
     if multiple < 1:
         raise ConfigError(f"multiple={multiple!r}: expected an integer >= 1, of which FFN widths are multiples")
 
 
 def is_plain(granularity: Granularity, multiple: int) -> bool:
     """Units one by one, nothing that holds others: heads, channels or both; or blocks alone."""
-    if set(granularity) <= {"heads", "channels"}:
+    if set(granularity) <= {"heads", "channels", "experts"}:
         return multiple == 1 or "channels" not in granularity
     return granularity == ["blocks"]
 
@@ -77,8 +89,9 @@ def complete(sites: Sequence[Site], budget: Budget) -> bool:
 
 
 def least_units(site: Site, min_units: int) -> int:
-    """Units that a site keeps: `min_units`, of a block none (one block of all stays)."""
-    return 0 if site.kind == "block" else min_units
+    """Units that a site keeps: `min_units`, of experts as many as a token needs, of a block none (one block of all
+    stays)."""
+    return 0 if site.kind == "block" else max(min_units, site.least)
 
 
 def removal_steps(site: Site, min_units: int, multiple: int, units: bool = True, whole: bool = False) -> list[int]:
@@ -134,6 +147,16 @@ def block_scores(scores: Scores, blocks: Sequence[Site]) -> dict[str, Tensor]:
     return {name: torch.tensor([sum(map(whole_score, own))]).double() for name, own in inside.items()}
 
 
+def expert_scores(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Scores of whole experts, [U] for each of the sites whose units they are, from those of their channels."""
+    found = {}
+    for site in (site for site in sites if site.kind == "experts"):
+        names = [f"{site.name}.{unit}" for unit in range(site.units)]
+        if all(name in scores for name in names):
+            found[site.name] = torch.tensor([whole_score(scores[name]) for name in names], dtype=torch.float64)
+    return found
+
+
 def bundled(values: Tensor, steps: Sequence[int]) -> list[float]:
     """Means of what leaves with each step, of values in the order in which units leave."""
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), values.double().cumsum(0)])[torch.tensor(steps)]
@@ -174,7 +197,7 @@ class Grain:
         for site in self.sites:
             if site.kind != "block":
                 self.inside[site.layer].append(site)
-        self.wholes = [site for site in self.chosen if WHOLE[site.kind] in granularity]
+        self.wholes = [site for site in self.chosen if WHOLE.get(site.kind) in granularity]
         fine = {site.name for site in self.fine}
         self.score = {site.name: self._whole_score(site, site.name in fine) for site in self.wholes}
         self.losses: dict[str, list[float]] = {}  # what the first 0, 1, 2, ... units of a site take along

@@ -18,6 +18,7 @@ from pruneexp.search.grain import (
     Grain,
     Granularity,
     check_settings,
+    least_units,
     losses_in_order,
     unit_order,
     within_reach,
@@ -113,7 +114,7 @@ class _Rounds:
         for site in self.grain.fine:
             kept = torch.nonzero(self.keep[site.name]).flatten()
             size = self._step(site, len(kept))
-            if site.layer in self.out or len(kept) - size < self.method.min_units:
+            if site.layer in self.out or len(kept) - size < least_units(site, self.method.min_units):
                 continue
             lowest = kept[self.score_U[site.name][kept].sort(stable=True).indices[:size]].tolist()
             units = [(unit,) for unit in kept.tolist()] if size == 1 == self._multiple(site) else [tuple(lowest)]

@@ -31,9 +31,10 @@ class Layerwise:
 
     def __post_init__(self) -> None:
         _ = self._inside  # raises ConfigError for settings that cannot be
-        if not set(self.granularity) <= {"heads", "channels"}:
+        if not set(self.granularity) <= {"heads", "channels", "experts"}:
             raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both; a layer has no second sublayer"
+                f"granularity={self.granularity!r}: expected heads, channels or both (or experts for channels); "
+                "a layer has no second sublayer"
             )
 
     @property

@@ -17,6 +17,7 @@ from pruneexp.search.gates import Gates, as_groups, projected
 from pruneexp.search.grain import (
     KIND,
     UNIT,
+    UNITS,
     Grain,
     Granularity,
     bundled,
@@ -206,7 +207,7 @@ class PolicyGradient:
         within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
 
     def _step_price(self, name: str, chosen: Sequence[Site], budget: Budget) -> int:
-        units = name in ("heads", "channels")
+        units = name in UNITS.values()
         prices = [step_units(s, self.multiple, units) * budget.price(s) for s in chosen if s.kind == KIND[name]]
         return max(prices, default=0)
 

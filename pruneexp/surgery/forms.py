@@ -13,7 +13,7 @@ from torch import nn
 
 from pruneexp import modeling_pruned
 from pruneexp.model import Model, layer_structure, select_layers_
-from pruneexp.modeling_pruned import FAMILIES, LayerStructure, head_size
+from pruneexp.modeling_pruned import FAMILIES, LayerStructure, head_size, split_experts_
 
 logger = logging.getLogger("pruneexp")
 
@@ -34,6 +34,9 @@ def save_form(model: Model) -> Form:
     """The simplest faithful form: a stock architecture where all layers are alike and one can say so, else the
     modeling file beside the weights with the structure in `per_layer_config`."""
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    if model.family.experts:
+        why = "layers or experts differ in width, or own biases that the stock class lacks"
+        return _uniform_mixture(model, structures) or _remote_code(model, structures, why)
     before = original_structure(model)
     if all(s == before for s in structures):
         return _unchanged(model)
@@ -168,6 +171,49 @@ def _uniform_own(model: Model, structure: LayerStructure, layer: nn.Module) -> F
     return Form("stock", "all layers have one width", config, tuple(linears))
 
 
+def _uniform_mixture(model: Model, structures: list[LayerStructure]) -> Form | None:
+    """A mixture's own stock class: as many heads in every layer, as many experts of one width in every mixture, FFNs of
+    one width beside them, and no biases that pruning added."""
+    before = _stock_structures(model)
+    if structures == before:
+        return _unchanged(model)
+    mixed = [s for s in structures if s.expert_sizes is not None]
+    plain = [s for s in structures if s.expert_sizes is None]
+    heads = {(s.num_attention_heads, s.num_key_value_heads) for s in structures}
+    experts, widths = {len(s.expert_sizes or ()) for s in mixed}, {size for s in mixed for size in s.expert_sizes or ()}
+    ffns = {s.intermediate_size for s in plain}
+    said = all(len(values) == 1 and 0 not in values for values in (experts, widths)) and len(heads) == 1 >= len(ffns)
+    if not said or (0, 0) in heads or 0 in ffns or any(map(_other_biases, structures, before)):
+        return None
+    values = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
+    ((values["num_attention_heads"], values["num_key_value_heads"]),) = heads
+    width = "moe_intermediate_size" if "moe_intermediate_size" in values else "intermediate_size"
+    (values["num_local_experts"],), (values[width],) = experts, widths
+    values |= {"head_dim": head_size(model.config), "architectures": [stock_class(model.config.model_type).__name__]}
+    if ffns:
+        (values["intermediate_size"],) = ffns
+    try:
+        config = type(model.config)(**values)
+    except Exception as error:  # each config class checks itself in its own way
+        logger.debug("%s: no stock config of these widths (%s)", model.config.model_type, error)
+        return None
+    return Form("stock", "all layers have one width, and all experts", config)
+
+
+def _other_biases(one: LayerStructure, other: LayerStructure) -> bool:
+    """Whether the readers differ in whether they own a bias."""
+    return (one.attention_output_bias, one.mlp_output_bias) != (other.attention_output_bias, other.mlp_output_bias)
+
+
+def _stock_structures(model: Model) -> list[LayerStructure]:
+    """What a mixture's stock decoder layers look like: some may be no mixtures."""
+    with torch.device("meta"):
+        layers = stock_class(model.config.model_type)._from_config(model.config).base_model.layers
+    for layer in layers:
+        split_experts_(layer, model.family)
+    return [layer_structure(layer, model.family, model.config) for layer in layers]
+
+
 def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -> Form:
     """LLaMA with other widths. Where the heads do not divide the hidden size, LLaMA's config refuses them; Mistral
     (no biases) and Granite (biases; its multipliers set to 1) compute the same and accept them."""
@@ -208,6 +254,9 @@ def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Fo
     config_class = modeling_pruned.__getattr__(f"Pruned{stock}Config")
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
     per_layer = {index: structure.to_config() for index, structure in enumerate(structures)}
+    named = {name for layer in per_layer.values() for name in layer}
+    for layer in per_layer.values():  # transformers wants them alike: layers without experts have lists of none
+        layer.update({name: [] for name in sorted(named - set(layer))})
     if getattr(model.config, "num_key_value_heads", None) is None:
         for layer in per_layer.values():
             layer.pop("num_key_value_heads")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Model
-from pruneexp.model.sites import site_parts, unit_rows
+from pruneexp.model.sites import experts_name, site_parts, unit_rows
+from pruneexp.modeling_pruned import router_of
 from pruneexp.types import Plan, Site
 
 Readers = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> weight [O, K], bias [O]
@@ -21,6 +22,8 @@ Readers = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> weight [O
 @contextmanager
 def masked(model: Model, plan: Plan, readers: Readers | None = None) -> Iterator[Model]:
     """Runs `model` as if `plan`'s units were gone: what they hand to the reader is zeroed.
+
+    A whole expert's tokens go to the experts that stay, as they will once it is gone.
 
     Where `readers` names a site, its reader is replaced by that weight and bias on the kept channels (a compensated
     candidate). No weight is copied or written; on exit the model is as before.
@@ -42,7 +45,12 @@ def masked_layer(model: Model, index: int, plan: Plan, readers: Readers | None =
         if name in plan.sites and not plan.sites[name].kept:
             layer.forward = _skip(model)
             silenced.append(layer)
-        for site in () if silenced else model.layer_sites(index):
+        experts = plan.sites.get(experts_name(model.family, name))
+        if experts is not None and not silenced and len(experts.kept) < experts.units:
+            router = router_of(layer, model.family)
+            router.forward = _fewer_experts(router, experts.kept)
+            silenced.append(router)
+        for site in () if layer in silenced else model.layer_sites(index):
             if site.name in readers:
                 reader = layer.get_submodule(site_parts(model.family, site)[1])
                 reader.forward = _replacement(site, plan, *readers[site.name], device=model.device)
@@ -98,6 +106,22 @@ def _narrowed(norm: Any, keep: Tensor) -> Any:
         return torch.zeros_like(x).index_copy(-1, keep, forward(own, x.index_select(-1, keep)))
 
     return narrowed
+
+
+def _fewer_experts(router: Any, kept: Sequence[int]) -> Any:
+    """Routing among the kept experts alone; the others' logits are -inf. To all of them, where a probe keeps fewer than
+    a token is routed to."""
+    rows = torch.tensor(kept, dtype=torch.int64, device=router.weight.device)
+    own = copy(router)
+    own._parameters, own.top_k = {"weight": router.weight[rows]}, min(router.top_k, len(kept))
+    forward, number = type(router).forward, router.num_experts
+
+    def routed(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, chosen = forward(own, hidden)
+        all_logits = logits.new_full((len(logits), number), -torch.inf).index_copy(1, rows, logits)
+        return all_logits, weights, rows[chosen]
+
+    return routed
 
 
 def _skip(model: Model) -> Any:

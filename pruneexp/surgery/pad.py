@@ -41,6 +41,8 @@ def padding(model: Model, multiple: int = 1) -> Padding:
 
     Raises ConfigError, with the reason, where there is none.
     """
+    if model.mixture:
+        raise ConfigError("format=padded: expected format=remote_code for a mixture of experts, which is not padded")
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
     before = original_structure(model)
     layout = head_layout(model.family, model.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.model import Checkpoint, Model
+from pruneexp.model.checkpoint import stored_name
 from pruneexp.surgery.forms import REMOTE_CODE, Form, save_form
 from pruneexp.surgery.prove import BlockProof
 from pruneexp.types import RunError
@@ -34,7 +35,7 @@ def save(model: Model, folder: Path, form: Form | None = None) -> Form:
     with _writing(folder, aside):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        writer = ShardWriter(aside)
+        writer = ShardWriter(aside, model.family.stored_as)
         for name, tensor in _tensors(model, form):
             writer.add({name: tensor})
         writer.close()
@@ -61,7 +62,8 @@ def write_description(model: Model, form: Form, folder: Path) -> None:
 
 
 def _tensors(model: Model, form: Form) -> Iterable[tuple[str, Tensor]]:
-    """Every tensor to store, by name; tied ones once, and the zero biases that a stock class insists on."""
+    """Every tensor to store, as the modules call it; tied ones once, and the zero biases that a stock class insists
+    on."""
     tied = set(model.module.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     for name, tensor in model.module.state_dict().items():
         if name not in tied:
@@ -85,7 +87,7 @@ class StreamedSave:
             self.aside.mkdir(parents=True)
         except OSError as error:
             raise RunError(f"{folder}: the checkpoint cannot be written ({error.strerror or error})") from error
-        self.writer = ShardWriter(self.aside, shard_bytes=STREAMED_SHARD_BYTES)
+        self.writer = ShardWriter(self.aside, model.family.stored_as, shard_bytes=STREAMED_SHARD_BYTES)
 
     def layer(self, index: int) -> None:
         """Takes up decoder layer `index` as it stands."""
@@ -105,7 +107,8 @@ class StreamedSave:
             self.writer.close()
             write_description(self.model, form, self.aside)
             self.aside.rename(self.folder)
-        self.model.checkpoint = Checkpoint(self.folder, self.model.module.base_model_prefix)
+        family = self.model.family
+        self.model.checkpoint = Checkpoint(self.folder, self.model.module.base_model_prefix, family.stored_as)
         self.model.origin = list(range(len(self.model.layers)))
         return form
 
@@ -132,17 +135,18 @@ def _writing(folder: Path, aside: Path) -> Iterator[None]:
 
 
 class ShardWriter:
-    """Writes tensors as they come into safetensors shards of about 4 GiB, and the index when closed."""
+    """Writes tensors as they come into safetensors shards of about 4 GiB, and the index when closed. `stored_as`: as
+    the family's, for the names to be those of the stock class's checkpoints."""
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
-        self.folder, self.shard_bytes = folder, shard_bytes
+    def __init__(self, folder: Path, stored_as: Sequence[tuple[str, str]] = (), shard_bytes: int = SHARD_BYTES):
+        self.folder, self.stored_as, self.shard_bytes = folder, stored_as, shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self._bytes = self._pending_bytes = 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self._pending[name] = tensor.detach().cpu().contiguous()
+            self._pending[stored_name(name, self.stored_as)] = tensor.detach().cpu().contiguous()
             self._pending_bytes += tensor.numel() * tensor.element_size()
         if self._pending_bytes >= self.shard_bytes:
             self.flush()

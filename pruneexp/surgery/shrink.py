@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Model, select_layers_
-from pruneexp.model.sites import head_norm_rows, layer_structure, site_parts, unit_rows
+from pruneexp.model.sites import experts_name, head_norm_rows, layer_structure, site_parts, unit_rows
 from pruneexp.modeling_pruned import (
     LayerStructure,
     Writer,
     as_matrix,
     head_layout,
     join_parts,
+    keep_experts_,
     number_caches_,
     resize_layer_,
     split_parts,
@@ -35,12 +36,22 @@ def shrink_layer_(model: Model, index: int, plan: Plan, readers: Readers | None 
     """Shrinks decoder layer `index`: writers lose the rows, the reader the columns of the units that `plan` drops.
 
     `readers` (site name -> weight [O, K], bias [O] or None) replaces readers, as a compensator returned them.
-    Sites that keep all units are left untouched, to the bit.
+    Of a mixture, whole experts leave with their rows of the router. Sites that keep all units are left untouched, to
+    the bit.
 
     Raises:
         RunError: a replacement reader with NaN or Inf; the message names the site.
     """
     layer, readers = model.layers[index], readers or {}
+    _narrow_(model, index, plan, readers)
+    experts = plan.sites.get(experts_name(model.family, f"{model.layers_path}.{index}"))
+    if experts is not None and len(experts.kept) < experts.units:
+        keep_experts_(layer, model.family, experts.kept)
+
+
+def _narrow_(model: Model, index: int, plan: Plan, readers: Readers) -> None:
+    """Takes heads and channels out of a layer."""
+    layer = model.layers[index]
     sites = [site for site in model.layer_sites(index) if plan.removed(site) or site.name in readers]
     if not sites:
         return
@@ -89,13 +100,28 @@ def _structure_after(model: Model, layer: nn.Module, sites: list[Site], plan: Pl
                 attention_output_bias=structure.attention_output_bias if bias is None else bias,
                 kept_heads=before and tuple(before[u * group + g] for u in kept for g in range(group)),
             )
-        else:
+        elif site.expert is None:
             structure = replace(
                 structure,
                 intermediate_size=len(kept),
                 mlp_output_bias=structure.mlp_output_bias if bias is None else bias,
             )
+        else:
+            structure = _with_expert(structure, site.expert, len(kept), bias)
     return structure
+
+
+def _with_expert(structure: LayerStructure, expert: int, channels: int, bias: bool | None) -> LayerStructure:
+    """With another width (and bias, unless None) of one expert."""
+    sizes, biases = list(structure.expert_sizes or ()), list(structure.expert_output_biases or ())
+    sizes[expert], biases[expert] = channels, biases[expert] if bias is None else bias
+    return replace(
+        structure,
+        intermediate_size=sum(sizes),
+        mlp_output_bias=any(biases),
+        expert_sizes=tuple(sizes),
+        expert_output_biases=tuple(biases),
+    )
 
 
 @torch.no_grad()

@@ -38,16 +38,18 @@ class Cost:
 class Site:
     """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or block)."""
 
-    name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp"
+    name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp", "...mlp.experts.3"
     kind: (
         # "attention" (unit = KV group: a key/value head and its query heads; a query head where one key/value head
-        # serves all), "mlp" (unit = FFN channel), "block"
+        # serves all), "mlp" (unit = FFN channel), "experts" (unit = expert of a mixture), "block"
         str
     )
     layer: int  # index of the decoder layer in the original model
     units: int  # U
     width: int  # W: reader input channels per unit
     cost: Cost  # of one unit
+    expert: int | None = None  # which expert of a mixture an "mlp" site belongs to, as the layer counts them now
+    least: int = 0  # units that cannot do without each other: so many stay
 
     @property
     def channels(self) -> int:

@@ -20,7 +20,8 @@ class Evidence(Protocol):
 
     `source` says which collector feeds it, and so what `update` receives:
 
-    - "reader": `update(x_BTC)`, the reader's input, batch by batch
+    - "reader": `update(x_BTC)`, the reader's input, batch by batch; an expert's tokens, of many windows, as one:
+      `by_window` (a class variable, not required) says that windows must be told apart
     - "writer": `update(x_BTD)`, what the site's writers read
     - "wanted": `update(x_BTC, y_BTO)`, the reader's input in the partly pruned model, and the output with which the
       hidden state behind it would be the dense model's (compensators that walk site by site)

@@ -225,9 +225,7 @@ def test_one_precision_is_nothing_to_speak_of() -> None:
     assert checks.precisions({}) == ""
 
 
-def test_masks_that_old_checkpoints_carry_are_no_quantised_weights(
-    source: Source, folder: Path
-) -> None:
+def test_masks_that_old_checkpoints_carry_are_no_quantised_weights(source: Source, folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.bias": torch.ones(4, 4, dtype=torch.bool)}))
     made = source(folder)
     made.check()

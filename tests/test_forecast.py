@@ -278,6 +278,7 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recipe=flap compensator=least_squares compensator.target=pruned",
         "recipe=flap compensator=least_squares",
         "criterion=obs criterion.step=16 search=uniform compensator=none",
+        "recipe=best criterion.step=16 search.effort=8",
         "recipe=llm_pruner",
     ],
 )
@@ -421,10 +422,12 @@ def test_a_warning_names_what_weighs(foretold: Any, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING, "pruneexp"):
         warn_of_memory(foretold("model.stream=true", seen=many)[1], 2**20)
         warn_of_memory(foretold("recipe=llm_pruner", seen=replace(many, batch_size=10**4))[1], 2**20)
+        warn_of_memory(foretold("recipe=best")[1], 2**20)
         warn_of_memory(foretold()[1], None)
-    first, second = (record.getMessage() for record in caplog.records)
+    first, second, third = (record.getMessage() for record in caplog.records)
     assert "fewer dataset.samples" in first and "model.stream" not in first and "batch_size" not in first
     assert "a smaller model.batch_size" in second and "model.stream" not in second
+    assert "(search)" in third and "a smaller criterion.levels" in third
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])

@@ -142,6 +142,8 @@ def warn_of_memory(found: Forecast, available: int | None) -> None:
         helps.append("a smaller model.batch_size" if peak.name != "evaluate" else "a smaller batch_size of evaluators")
     if peak.parts.get("hidden states", 0) > peak.total / 10:
         helps.append("fewer dataset.samples" if peak.name != "evaluate" else "fewer samples of evaluators")
+    if peak.parts.get("refits", 0) > peak.total / 10:
+        helps.append("a smaller criterion.levels")
     if peak.name == "prove":
         helps.append("run.prove=off")
     logger.warning(

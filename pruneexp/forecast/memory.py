@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -16,10 +17,11 @@ from pruneexp.evidence import Gram, WantedOutput
 from pruneexp.forecast.shape import Shape
 from pruneexp.forecast.work import WALKED, Calibration, distinct
 from pruneexp.prune import Method, by_site, goes_layer_by_layer
+from pruneexp.search import Evolutionary
 from pruneexp.surgery import STREAMED_SHARD_BYTES
 from pruneexp.types import Site, evidence_kinds
 
-PARTS = ("weights", "hidden states", "activations", "statistics", "gradients", "copies")
+PARTS = ("weights", "hidden states", "activations", "statistics", "refits", "gradients", "copies")
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,20 @@ def _calibrating(method: Method, shape: Shape, seen: Calibration, weights: int, 
 
 
 def _searching(method: Method, shape: Shape, seen: Calibration, weights: int) -> list[Stage]:
+    """Probes of masked structures, or of structures whose readers are fitted anew."""
     if not getattr(method.search, "probes", False):
         return []
     compensator = method.compensator
     dense = () if compensator.sequential else evidence_kinds(compensator.evidence)
-    held = sum(statistics_bytes(kind, shape.sites, shape) for kind in dense) + _paths(method, shape)
-    return [_stage("search", weights, shape, seen, loss=True, statistics=held)]
+    statistics = sum(statistics_bytes(kind, shape.sites, shape) for kind in dense) + _paths(method, shape)
+    stage = _stage("search", weights, shape, seen, loss=True, statistics=statistics)
+    if isinstance(method.criterion, Obs) and isinstance(method.search, Evolutionary):
+        # readers are held at as many levels as were asked for: seldom more than one a pass
+        levels = min(method.criterion.levels, math.ceil(method.search.effort))
+        readers = sum(min(levels, site.units) * site.channels for site in shape.sites) * shape.hidden * shape.itemsize
+        more = {"statistics": statistics + _scratch(shape), "refits": readers}
+        stage = Stage("search", {**stage.parts, **more})
+    return [stage]
 
 
 def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, copies: int) -> Stage:

@@ -38,9 +38,9 @@ def print_forecast(
         console.print("model.stream=true is not possible with these methods")
     work, (speed, speed64) = found.work, speeds
     console.print(f"passes over the calibration windows: {work.forward:.3g} forward, {work.backward:.3g} backward")
-    counted = f"{found.flops / 1e12:,.4g} Tflop in {dtype} at {speed / 1e9:,.0f} Gflop/s measured here"
+    counted = f"{found.flops / 1e12:,.4g} Tflop in {dtype} at {speed / 1e9:,.3g} Gflop/s measured here"
     if work.float64:
-        counted += f", {work.float64 / 1e12:,.4g} Tflop in float64 at {speed64 / 1e9:,.0f} Gflop/s"
+        counted += f", {work.float64 / 1e12:,.4g} Tflop in float64 at {speed64 / 1e9:,.3g} Gflop/s"
     console.print(f"time at least: {duration(found.seconds(speed, speed64))} ({counted})", soft_wrap=True)
     read = f"reading {size(found.read)} from disk" if found.streams else f"loading {size(found.shape.bytes)}"
     console.print(f"not counted: {', '.join([read, *left_out])}", soft_wrap=True)
@@ -74,7 +74,7 @@ def _structure(shape: Shape) -> list[tuple[str, str]]:
 def _memory(found: Forecast) -> Table:
     both = {"held": _widest(found.held), "streamed": _widest(found.streamed)}
     shown = [part for part in PARTS if any(stage.parts.get(part) for stages in both.values() for stage in stages)]
-    table = _table("memory", *shown, "in all")
+    table = _table("memory", *(part.replace(" ", "\n") for part in shown), "in all")
     for how, stages in both.items():
         if stages:
             table.add_row(how)

@@ -67,8 +67,11 @@ def _blocks_alone(search: Search) -> bool:
 def biases_added(model: Model, sparsity: Sparsity, compensator: Compensator, sites: Sequence[Site]) -> int:
     """Parameters of the biases that compensation gives to readers without one, were all `sites` to lose units. What
     counts only units (of=prunable) does not count them."""
-    if not compensator.adds_bias or sparsity.of == "prunable":
-        return 0
+    return 0 if not compensator.adds_bias or sparsity.of == "prunable" else new_biases(model, sites)
+
+
+def new_biases(model: Model, sites: Sequence[Site]) -> int:
+    """Parameters of a bias for every reader of `sites` that has none."""
     sites = [site for site in sites if site.kind in ("attention", "mlp")]
     layers = {site.layer for site in sites}
     structures = {index: layer_structure(model.layers[index], model.family, model.config) for index in layers}

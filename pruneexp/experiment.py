@@ -25,7 +25,9 @@ from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
 from pruneexp.delivery import deliver, deliver_streamed
+from pruneexp.forecast import Forecast, available_memory, matmul_speed, print_forecast, warn_of_memory
 from pruneexp.model import Model, ModelSource
+from pruneexp.preflight import check_disk, foreseen
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
 from pruneexp.report import print_summary
@@ -83,11 +85,18 @@ class Experiment:
     config: Mapping[str, Any]
     job: Mapping[str, Any]
 
+    @property
+    def method(self) -> Method:
+        """What decides which units leave, and what makes up for them."""
+        return Method(self.criterion, self.sparsity, self.search, self.compensator)
+
     def check(self) -> None:
         """What files and the machine can tell without loading a weight. Raises ConfigError."""
         if self.run.dir is not None and not self.run.dry:
             check_folder(Path(self.run.dir), self.run.overwrite)
-        self.model.check()
+        elif not self.run.dry:
+            check_folder(Path("outputs", self.job["recipe"]), overwrite=True)
+        self.model.check(weights=not self.run.dry)
         source = self.model.local_folder()
         target = None if self.run.dir is None else Path(self.run.dir, "model").resolve()
         if source is not None and source.resolve() == target:
@@ -110,9 +119,12 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     parts = (experiment.criterion, experiment.search, experiment.compensator)
     check_mixture(outline, *parts, experiment.job["choices"])
     budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
+    if not experiment.run.dry:
+        check_disk(experiment, outline, budget)
     tokenizer, tokens_NT = _inputs(experiment)
+    expected = foreseen(experiment, outline, budget, tokenizer, tokens_NT)
     if experiment.run.dry:
-        return _dry(experiment, outline, budget, tokens_NT)
+        return _dry(experiment, outline, budget, tokens_NT, expected)
     settings, job = experiment.run, experiment.job
     folder = run_folder(settings.dir, job["recipe"], settings.name, datetime.now())
     local = LocalRun(settings.overwrite)
@@ -120,6 +132,7 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     try:
         kind = "job" if job["sweep"] else "run"
         trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
+        warn_of_memory(expected, available_memory(outline.device))
         return _Run(experiment, folder, local, trackers).execute(tokenizer, tokens_NT)
     except (ConfigError, RunError) as error:
         trackers.fail(str(error))
@@ -172,8 +185,10 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     return tokenizer, tokens_NT
 
 
-def _dry(experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor) -> dict[str, float]:
-    """The model's structure and what would leave it, from its config alone."""
+def _dry(
+    experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor, expected: Forecast
+) -> dict[str, float]:
+    """The model's structure, what would leave it and what that would take, from its config alone."""
     sites, total, decoder = model.sites(), model.params, model.decoder_params
     kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
     units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
@@ -181,7 +196,17 @@ def _dry(experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor
     print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
     print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
     print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
-    return {"dense/params": total, "dense/params/decoder": decoder}
+    with waiting("timing a matrix product"):
+        speeds = matmul_speed(model.dtype, model.device), matmul_speed(torch.float64, model.device)
+    left_out = [n for n, each in experiment.evaluators.items() if not hasattr(each, "windows") and n != "size"]
+    print_forecast(
+        expected,
+        dtype=str(model.dtype).removeprefix("torch."),
+        speeds=speeds,
+        left_out=left_out,
+        available=available_memory(model.device),
+    )
+    return expected.metrics(*speeds)
 
 
 class _Run:
@@ -275,7 +300,6 @@ class _Run:
     def _prune(self, model: Model, tokens_NT: Tensor) -> Pruned:
         """Prunes round by round, records the plan, trains where asked to, and writes and proves the checkpoint."""
         experiment = self.experiment
-        method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
         if not experiment.search.local and experiment.criterion.sequential:
             logger.info("the search decides over all layers at once: scores are those of the dense model")
         probe_BT = tokens_NT[:PROOF_WINDOWS, :PROOF_LENGTH]
@@ -287,7 +311,7 @@ class _Run:
             pruned = prune_in_rounds_(
                 model,
                 tokens_NT,
-                method,
+                experiment.method,
                 meter=self.meter,
                 rng=torch.Generator().manual_seed(experiment.seed),
                 shrunk=streamed.layer if streamed is not None else _nothing,

@@ -94,7 +94,7 @@ def prune_(
     budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
         work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
-    if method.search.local and method.criterion.sequential and method.criterion.evidence is not None:
+    if goes_layer_by_layer(method):
         plan = _layer_by_layer(work, sites)
     else:
         plan = _all_at_once(work)
@@ -106,14 +106,25 @@ def prune_(
     return Pruned(plan, work.scores, sites, budget.total)
 
 
+def goes_layer_by_layer(method: Method) -> bool:
+    """Whether each layer is scored and decided on what the pruned layers before it produce."""
+    return method.search.local and method.criterion.sequential and method.criterion.evidence is not None
+
+
+def judged_whole(method: Method) -> tuple[str, ...]:
+    """Kinds of sites that the criterion judges as wholes: sublayers, blocks; none where it scores their units."""
+    granularity = getattr(method.search, "granularity", ("heads", "channels"))
+    judges = getattr(method.criterion, "judges", ("attention", "mlp"))
+    return tuple(KIND[name] for name in granularity) if scored_as(granularity, judges) == "wholes" else ()
+
+
 def _all_at_once(work: _Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
     granularity = getattr(work.method.search, "granularity", ("heads", "channels"))
-    wholes = scored_as(granularity, getattr(criterion, "judges", ("attention", "mlp"))) == "wholes"
     blocks_alone = set(granularity) == {"blocks"}  # nothing is left to compensate
+    shown = judged_whole(work.method)
     dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
-    shown = tuple(KIND[name] for name in granularity) if wholes else ()
     with work.clock("calibrate"):
         scores, kept_evidence = work.results.of(work.model, work.tokens_NT, criterion, dense_kind, shown, work.meter)
         work.scores.update(scores)
@@ -121,14 +132,15 @@ def _all_at_once(work: _Pruning) -> Plan:
         sites = searched_sites(work.model, work.method.search)
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores
-        scores = block_scores(scores, sites) if blocks_alone and not wholes else scores
+        scores = block_scores(scores, sites) if blocks_alone and not shown else scores
         plan = _searched(work, sites, scores)
     work.scores = without_readers(work.scores)
+    del scores  # and with them the covariances of removal paths
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items()})
     kept_evidence = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.clock("shrink"):
-        if _by_site(compensator) and not blocks_alone:
+        if by_site(compensator) and not blocks_alone:
             _site_by_site(work, lambda visit: renamed, ())
         else:
             kinds = distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
@@ -170,7 +182,7 @@ def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequen
             work.shrunk(visit.index)
 
 
-def _by_site(compensator: Compensator) -> bool:
+def by_site(compensator: Compensator) -> bool:
     return compensator.sequential and getattr(compensator.evidence, "source", "") == "wanted"
 
 
@@ -181,11 +193,11 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
     if compensator.evidence is not None and not compensator.sequential:
         with work.clock("calibrate"):
             _, dense = work.results.of(work.model, work.tokens_NT, None, compensator.evidence, (), work.meter)
-    by_site = _by_site(compensator)
-    kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not by_site else None)
+    sitewise = by_site(compensator)
+    kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
     decided = _Decided(work)
     with work.clock("calibrate"):
-        if by_site:
+        if sitewise:
             _site_by_site(work, decided.at, kinds)
         else:
             for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):

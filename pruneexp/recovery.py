@@ -147,6 +147,13 @@ class Lora:
         if self.samples is not None and self.samples > windows:
             raise ConfigError(f"recovery.samples={self.samples}: expected at most {windows}, the calibration windows")
 
+    def seen(self, windows: int) -> int:
+        """Windows that all steps together train on, of so many for calibration."""
+        own = min(self.samples or windows, windows)
+        each = math.ceil(own / self.batch)  # steps of an epoch
+        epochs, rest = divmod(self.steps or self.epochs * each, each)
+        return epochs * own + min(rest * self.batch, own)
+
     def __call__(self, model: Model, tokens_NT: Tensor, meter: Meter, seed: int) -> Recovered:
         """Trains `model` in place. Raises RunError where the loss is NaN or Inf, or nothing is left to train."""
         linears = self._linears(model)

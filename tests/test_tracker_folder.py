@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pruneexp.tracker import LocalRun, run_folder, status_of, write_atomic
+from pruneexp.tracker import LocalRun, check_folder, run_folder, status_of, write_atomic
 from pruneexp.types import ConfigError, RunError
 from tests.tracker_samples import METRICS, contents, finished, record
 
@@ -89,8 +89,28 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^run.dir='.*file': expected a folder, found a file"):
         LocalRun(False).start(record(tmp_path / "file"))
-    with pytest.raises(RunError, match=r"^run.dir='.*file/run': cannot write there: "):
+    with pytest.raises(ConfigError, match=r"^run.dir='.*file/a/run': .*/file is a file; expected a folder that can"):
+        check_folder(tmp_path / "file" / "a" / "run", overwrite=True)
+    with pytest.raises(ConfigError, match=r"^run.dir='.*file/run': .*/file is a file; expected a folder that can"):
         LocalRun(False).start(record(tmp_path / "file" / "run"))
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)) or False)
+    with pytest.raises(ConfigError, match=r"^run.dir='.*/a/b': .* cannot be written to; expected a folder that can"):
+        check_folder(tmp_path / "a" / "b", overwrite=False)
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_disk_that_refuses_nevertheless(tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", refuse)
+    with pytest.raises(RunError, match=r"^run.dir='.*/run': cannot write there: Read-only file system"):
+        LocalRun(False).start(record(tmp_path / "run"))
 
 
 def test_write_atomic_keeps_the_old_file_when_it_cannot_write_the_new_one(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pruneexp.model.checks import why_unreadable
 from pruneexp.types import ConfigError
 
 INDEX = "model.safetensors.index.json"
@@ -48,6 +49,10 @@ class Checkpoint:
         assert spelling is not None, name
         return tuple(self._handle(self._files[spelling]).get_slice(spelling).get_shape())
 
+    def dtypes(self) -> dict[str, str]:
+        """Of every tensor, by its name in the files, as safetensors calls it: "BF16"."""
+        return {name: self._handle(file).get_slice(name).get_dtype() for name, file in self._files.items()}
+
     def names_beside(self, expected: Iterable[str]) -> list[str]:
         """Tensors of the checkpoint that go by none of the expected names."""
         return sorted(set(self._files) - {self._spelling(name) for name in expected})
@@ -67,8 +72,8 @@ class Checkpoint:
             try:
                 self._open[file] = safe_open(str(self.folder / file), framework="pt")
             except Exception as error:  # safetensors raises its own untyped errors for a damaged file
-                path = self.folder / file
-                raise ConfigError(f"model.path={str(self.folder)!r}: {path.name} cannot be read ({error})") from error
+                why = why_unreadable(self.folder / file, error)
+                raise ConfigError(f"model.path={str(self.folder)!r}: {file} cannot be read ({why})") from error
         return self._open[file]
 
     def close(self) -> None:
@@ -90,6 +95,8 @@ def safetensors_files(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         try:
             files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            if not files or not all(isinstance(file, str) for file in files):
+                raise ValueError("it names no files")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(f"model.path={str(folder)!r}: {INDEX} is no index of tensors ({reason})") from None
@@ -97,10 +104,20 @@ def safetensors_files(folder: Path) -> list[str]:
         if missing:
             raise ConfigError(f"model.path={str(folder)!r}: {INDEX} points to {missing[0]}, which is not there")
         return files
-    pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+    pickled = _pickled(folder)
     if pickled:
         raise ConfigError(
             f"model.path={str(folder)!r}: holds pickled weights ({pickled[0]}), which can run code when loaded; "
-            "expected safetensors (convert them with transformers: from_pretrained, then save_pretrained)"
+            'expected safetensors; to convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER')\""
         )
     raise ConfigError(f"model.path={str(folder)!r}: holds no weights; expected {SINGLE} or {INDEX}")
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether any lie there, in whatever form."""
+    return any(folder.glob("*.safetensors")) or bool(_pickled(folder))
+
+
+def _pickled(folder: Path) -> list[str]:
+    return sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))

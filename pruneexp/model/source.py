@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,13 @@ import torch
 from torch import nn
 
 from pruneexp import modeling_pruned
-from pruneexp.model.checkpoint import Checkpoint, safetensors_files
+from pruneexp.model import checks
+from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
 from pruneexp.model.loaded import Model, check_finite, load_into_
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
+
+logger = logging.getLogger("pruneexp")
 
 EMBEDDED = "embedded:"  # path prefix of the models inside the package
 WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
@@ -64,8 +66,9 @@ class ModelSource:
         except RuntimeError:
             raise ConfigError(f"device={self.device!r}: expected cpu, cuda or cuda:N") from None
 
-    def check(self) -> None:
-        """Everything that can be told from files and the machine without loading a weight. Raises ConfigError."""
+    def check(self, weights: bool = True) -> None:
+        """Everything that can be told from files and the machine without loading a weight, or transformers. `weights`:
+        they must be there; those that are there must be whole. Raises ConfigError."""
         device = torch.device(self.device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(
@@ -75,7 +78,8 @@ class ModelSource:
         if folder is None:
             return
         self.read_config(folder)
-        Checkpoint(folder).close()  # reads the files' headers: what is damaged or cut short is found here
+        if weights or holds_weights(folder):
+            Checkpoint(folder).close()  # reads the files' headers: what is damaged or cut short is found here
 
     def local_folder(self) -> Path | None:
         """The checkpoint's folder where `path` is one; None for a Hub id."""
@@ -91,34 +95,12 @@ class ModelSource:
         raise ConfigError(f"model.path={self.path!r}: no such folder; expected one with config.json, or a Hub id")
 
     def read_config(self, folder: Path) -> dict[str, Any]:
-        """config.json as it stands, checked: a supported family, of known precision."""
-        file = folder / "config.json"
-        if not file.is_file():
-            raise ConfigError(f"model.path={self.path!r}: holds no model; expected a folder with config.json")
-        try:
-            config = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"model.path={self.path!r}: config.json is not JSON ({error})") from None
-        if not isinstance(config, dict):
-            kind = type(config).__name__
-            raise ConfigError(f"model.path={self.path!r}: config.json holds a {kind}; expected an object")
-        model_type = str(config.get("model_type"))
-        if model_type.removeprefix("pruned_") not in modeling_pruned.FAMILIES:
-            families = ", ".join(sorted(modeling_pruned.FAMILIES))
-            hint = ""
-            if "auto_map" in config and not self.trust_remote_code:
-                hint = "; it brings its own code, which only model.trust_remote_code=true would run"
-            raise ConfigError(
-                f"model.path={self.path!r}: model_type {model_type!r} is not supported; expected one of "
-                f"{families}{hint}"
-            )
-        if "quantization_config" in config:
-            raise ConfigError(f"model.path={self.path!r}: is quantised; expected the full-precision checkpoint")
-        return config
+        """config.json as it stands, checked. Raises ConfigError."""
+        return checks.read_config(folder, self.path, self.trust_remote_code)
 
     def describe(self) -> Described:
         """What a run must know of the model to prepare its texts, without a weight."""
-        folder = self.folder()
+        folder = self.folder(weights=False)
         config = self.stock_config(folder)
         family = modeling_pruned.FAMILIES[config.model_type]
         return Described(
@@ -130,16 +112,26 @@ class ModelSource:
         )
 
     def outline(self) -> Model:
-        """The model's structure, from the config alone: every tensor on the meta device."""
-        folder = self.folder()
+        """The model's structure, from the config alone: every tensor on the meta device. Where weights lie in the
+        folder, their headers are held against it. Raises ConfigError."""
+        local = self.local_folder()
+        folder = local or self.folder(weights=False)
         config_json = self.read_config(folder)
         dtype = self._dtype(config_json)
         model_class, config, family = _model_class(folder, config_json["model_type"])
-        return self._model(_skeleton(model_class, config, family, dtype), None, family, config, dtype, None)
+        with checks.building(self.path, config_json["model_type"]):
+            module = _skeleton(model_class, config, family, dtype)
+            outline = self._model(module, None, family, config, dtype, None)
+            outline.sites()
+        if local is not None and holds_weights(local):
+            checkpoint = Checkpoint(local, model_class.base_model_prefix, family.stored_as)
+            checks.check_tensors(module, checkpoint, self.path)
+            checkpoint.close()
+        return outline
 
-    def folder(self) -> Path:
-        """The checkpoint's folder; a Hub id is downloaded first."""
-        return self.local_folder() or self._download()
+    def folder(self, weights: bool = True) -> Path:
+        """The checkpoint's folder; what a Hub id names is downloaded first, with its weights or without."""
+        return self.local_folder() or self._download(weights)
 
     def stock_config(self, folder: Path) -> Any:
         """The config of the stock architecture: a pruned checkpoint's, without its structure."""
@@ -170,9 +162,13 @@ class ModelSource:
         model_class, config, family = _model_class(folder, config_json["model_type"])
         device = torch.device(self.device)
         checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
-        module = _skeleton(model_class, config, family, dtype)
+        with checks.building(self.path, config_json["model_type"]):
+            module = _skeleton(model_class, config, family, dtype)
         layers_path = f"{module.base_model_prefix}.{family.layers}"
-        _check_names(module, checkpoint, self.path)
+        checks.check_tensors(module, checkpoint, self.path)
+        mixed = checks.precisions(checkpoint.dtypes())
+        if mixed:
+            logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, dtype)
         _load_outside_(module, config, layers_path, checkpoint, device, dtype)
         if not self.stream:
             layers = list(module.get_submodule(layers_path).children())
@@ -213,11 +209,11 @@ class ModelSource:
         on_cpu = torch.device(self.device).type == "cpu"
         return torch.float32 if on_cpu and stored == torch.float16 else stored
 
-    def _download(self) -> Path:
+    def _download(self, weights: bool) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
+            patterns = ["*.json", "tokenizer.model", "*.txt", *(["*.safetensors"] if weights else [])]
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
         except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -251,6 +247,7 @@ def _model_class(folder: Path, model_type: str) -> tuple[Any, Any, modeling_prun
         raise ConfigError(
             f"model.path={str(folder)!r}: config.json does not describe a {model_type} model ({reason})"
         ) from error
+    checks.check_counts(stock, str(folder))
     for name, value in family.impossible:
         if getattr(stock, name) == value:
             raise ConfigError(f"model.path={str(folder)!r}: a {model_type} model with {name}={value} is not supported")
@@ -273,25 +270,6 @@ def _skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dty
     for layer in module.base_model.get_submodule(family.layers):
         modeling_pruned.split_experts_(layer, family)
     return module
-
-
-def _check_names(module: Any, checkpoint: Checkpoint, path: str) -> None:
-    """Raises ConfigError, naming tensors, where checkpoint and config do not fit."""
-    tied = set(module.all_tied_weights_keys) if module.config.tie_word_embeddings else set()
-    expected = [name for name in module.state_dict() if name not in tied]
-    missing = [name for name in expected if name not in checkpoint]
-    shapes = {name: tuple(t.shape) for name, t in module.state_dict().items() if name in checkpoint}
-    misshapen = [name for name, shape in shapes.items() if checkpoint.shape(name) != shape]
-    ignored = [*(module._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"attn\.(masked_)?bias$"]
-    extra = checkpoint.names_beside([*expected, *tied])
-    extra = [name for name in extra if not any(re.search(pattern, name) for pattern in ignored)]
-    problems = [
-        f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        for what, names in (("lacks", missing), ("has besides", extra), ("has in another shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise ConfigError(f"model.path={path!r}: the checkpoint does not fit its config: it {' and '.join(problems)}")
 
 
 def _load_outside_(

@@ -108,6 +108,10 @@ class Evolutionary:
             log.warning("search: %d of %d losses were not finite and were skipped", work.skipped, work.asked)
         return structures.plan(best)
 
+    def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:
+        """Plain passes over the calibration windows, at most."""
+        return self.effort
+
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
 

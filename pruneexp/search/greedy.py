@@ -12,6 +12,7 @@ from torch import Tensor
 from pruneexp.search.common import require
 from pruneexp.search.grain import (
     BLOCK,
+    KIND,
     SUBLAYER,
     UNIT,
     Gone,
@@ -20,6 +21,7 @@ from pruneexp.search.grain import (
     check_settings,
     least_units,
     losses_in_order,
+    step_units,
     unit_order,
     within_reach,
 )
@@ -90,6 +92,21 @@ class Greedy:
                 f"all {len(layers)} layers stay whole"
             )
         return inner
+
+    def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:
+        """Plain passes over the calibration windows, about: in every round all that may still leave, or the shortlist
+        of it, each from its own layer on; as many rounds as units of mean size fill the budget."""
+        inner, layers = self._inner(sites, budget), 1 + max(site.layer for site in sites)
+        pieces = []  # how many there are, what one costs, and the share of the layers that a probe of it runs by itself
+        for name in self.granularity:
+            for site in (site for site in sites if site.kind == KIND[name] and site.layer in inner):
+                size = step_units(site, self.multiple, name in ("heads", "channels"))
+                pieces.append((site.units // size, size * budget.price(site), (layers - site.layer) / layers))
+        count = sum(n for n, _, _ in pieces)
+        mean, depth = (sum(piece[0] * piece[at] for piece in pieces) / max(1, count) for at in (1, 2))
+        rounds = min(count, round(budget.remove / mean)) if mean else 0
+        probed = range(1 if self.first == "scores" else 0, rounds)
+        return sum(1 + depth * min(self.shortlist or count, count - gone) for gone in probed)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         layers = self._inner(sites, budget)

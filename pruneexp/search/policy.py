@@ -135,7 +135,7 @@ class PolicyGradient:
         groups = as_groups(gates.kinds, self.budgets == "joint")
         most = share * gates.kept(torch.ones_like(gates.cost))
         s = self._projected(start, gates, groups, share, most)
-        steps = self.steps or max(1, round(self.passes * oracle.batches / self.samples))
+        steps = self._steps(oracle.batches)
         baseline, lost = None, 0
         for step in range(steps):
             masks = torch.rand(self.samples, len(s), generator=rng, dtype=torch.float64) < s
@@ -202,6 +202,13 @@ class PolicyGradient:
             keep[site.name] = torch.zeros(site.units, dtype=torch.bool)
             keep[site.name][list(plan.sites[site.name].kept)] = True
         return planned(keep, sites, budget)
+
+    def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:
+        """Plain passes over the calibration windows, at most: masks of one step may share layers."""
+        return self._steps(batches) * self.samples / batches
+
+    def _steps(self, batches: int) -> int:
+        return self.steps or max(1, round(self.passes * batches / self.samples))
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         within_reach(sites, budget, self.granularity, self.min_units, self.multiple)

@@ -4,10 +4,11 @@ from pruneexp.surgery.forms import Form, remote_code_form, save_form
 from pruneexp.surgery.mask import masked, masked_layer
 from pruneexp.surgery.pad import Padding, pad_, padding
 from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
-from pruneexp.surgery.save import StreamedSave, save
+from pruneexp.surgery.save import STREAMED_SHARD_BYTES, StreamedSave, save
 from pruneexp.surgery.shrink import remove_blocks_, shrink_, shrink_layer_
 
 __all__ = [
+    "STREAMED_SHARD_BYTES",
     "BlockProof",
     "Form",
     "Padding",

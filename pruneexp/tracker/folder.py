@@ -91,11 +91,16 @@ def _numbered(folder: Path) -> Iterator[Path]:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises ConfigError where a run may not write: a finished run is there and `overwrite` is false, a run is still
-    writing, or files that no run wrote bear the names of ours. Writes nothing."""
+    """Raises ConfigError where a run may not or cannot write: a finished run is there and `overwrite` is false, a run
+    is still writing, files that no run wrote bear the names of ours, or the system does not let us. Writes nothing."""
     where = f"run.dir={str(folder)!r}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{where}: expected a folder, found a file")
+    nearest = existing(folder)
+    if not nearest.is_dir():
+        raise ConfigError(f"{where}: {nearest} is a file; expected a folder that can be made")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{where}: {nearest} cannot be written to; expected a folder that can")
     state = status_of(folder)
     if state == "running":
         pid = _read_status(folder).get("pid")
@@ -109,6 +114,11 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{where}: holds {', '.join(strangers)}, from no run; expected an empty folder or run.overwrite=true"
         )
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:

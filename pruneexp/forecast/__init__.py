@@ -1,0 +1,155 @@
+"""What a run will take, before it is run: parameters, bytes on disk, memory, operations, time. Needs a model's
+structure alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pruneexp.forecast.machine import available_memory, matmul_speed
+from pruneexp.forecast.memory import PARTS, Stage, activations, stages
+from pruneexp.forecast.shape import Shape, params_left, shape_of
+from pruneexp.forecast.table import duration, print_forecast, size
+from pruneexp.forecast.work import Calibration, Work, flops, refit_flops, removal_flops, work_of
+from pruneexp.model import Model
+from pruneexp.prune import Method
+from pruneexp.types import Budget, Recovery, evidence_kinds
+
+logger = logging.getLogger("pruneexp")
+
+__all__ = [
+    "PARTS",
+    "Calibration",
+    "Forecast",
+    "Shape",
+    "Stage",
+    "Work",
+    "activations",
+    "available_memory",
+    "duration",
+    "flops",
+    "forecast",
+    "matmul_speed",
+    "params_left",
+    "print_forecast",
+    "refit_flops",
+    "removal_flops",
+    "shape_of",
+    "size",
+    "stages",
+    "warn_of_memory",
+    "work_of",
+]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Figures of a run. `held` and `streamed`: its stages with the model in memory, and read layer by layer (empty
+    where the methods need it in memory); `streams`: which of them was asked for."""
+
+    shape: Shape
+    params_left: int
+    decoder_left: int
+    work: Work
+    flops: float  # in the model's dtype: pruning, training, and what evaluators measure on windows
+    held: Sequence[Stage]
+    streamed: Sequence[Stage]
+    streams: bool
+
+    @property
+    def bytes_left(self) -> int:
+        """Of the pruned checkpoint."""
+        return self.params_left * self.shape.itemsize
+
+    @property
+    def peak(self) -> Stage:
+        """The stage of the run that takes most memory."""
+        return max(self.streamed if self.streams else self.held, key=lambda stage: stage.total)
+
+    @property
+    def read(self) -> int:
+        """Bytes that a streamed run reads from disk for pruning."""
+        return self.work.walks * self.shape.decoder * self.shape.itemsize
+
+    def seconds(self, speed: float, speed64: float) -> float:
+        """At so many operations per second, in the model's dtype and in float64."""
+        return self.flops / speed + self.work.float64 / speed64
+
+    def metrics(self, speed: float, speed64: float) -> dict[str, float]:
+        """Flat, as those of a run; times at so many operations per second."""
+        found: dict[str, float] = {
+            "dense/params": self.shape.params,
+            "dense/params/decoder": self.shape.decoder,
+            "forecast/params": self.params_left,
+            "forecast/params/decoder": self.decoder_left,
+            "forecast/bytes/dense": self.shape.bytes,
+            "forecast/bytes/pruned": self.bytes_left,
+            "forecast/passes/forward": self.work.forward,
+            "forecast/passes/backward": self.work.backward,
+            "forecast/flops": self.flops,
+            "forecast/flops/float64": self.work.float64,
+            "forecast/seconds": self.seconds(speed, speed64),
+        }
+        for how, stages_ in (("held", self.held), ("streamed", self.streamed)):
+            if stages_:
+                found[f"forecast/memory/{how}_bytes"] = max(stage.total for stage in stages_)
+        return found
+
+
+def forecast(
+    model: Model,
+    method: Method,
+    recovery: Recovery,
+    budget: Budget,
+    seen: Calibration,
+    measured: Sequence[Calibration],
+    *,
+    stream: bool,
+    prove: str,
+) -> Forecast:
+    """Figures for an outline `model`. `measured`: the windows of each evaluator that has some; `prove`: as `run.prove`,
+    "" where no checkpoint is written."""
+    shape = shape_of(model)
+    left, decoder_left = params_left(model, method.search, method.sparsity, method.compensator, budget)
+    work = work_of(method, recovery, model, shape, budget, seen)
+    share = decoder_left / shape.decoder if shape.decoder else 1.0
+    measuring = sum(w.tokens * ((1 + share) * shape.forward_flops(w.length) + 2 * 2.0 * shape.head) for w in measured)
+    trains = min(model.batch_size, getattr(recovery, "batch", 0)) if recovery.trains else 0
+    settings: dict[str, Any] = {"left": left, "trains": trains, "prove": prove}
+    held = stages(method, shape, seen, measured, stream=False, **settings)
+    streamed = stages(method, shape, seen, measured, stream=True, **settings) if _can_stream(method, recovery) else []
+    total = flops(work, shape, seen) + measuring
+    return Forecast(shape, left, decoder_left, work, total, held, streamed, stream)
+
+
+def _can_stream(method: Method, recovery: Recovery) -> bool:
+    sources = {kind.source for kind in evidence_kinds(method.criterion.evidence)}
+    probes = getattr(method.search, "probes", False) or recovery.trains or len(method.sparsity.shares()) > 1
+    return not probes and not sources & {"gradient", "influence", "probe"}
+
+
+def warn_of_memory(found: Forecast, available: int | None) -> None:
+    """Logs one line, with what would help, where a run takes more memory than there is."""
+    peak = found.peak
+    if available is None or peak.total <= available:
+        return
+    helps = []
+    if not found.streams and found.streamed and max(s.total for s in found.streamed) < peak.total:
+        helps.append("model.stream=true")
+    if peak.parts.get("activations", 0) + peak.parts.get("gradients", 0) > peak.total / 10:
+        helps.append("a smaller model.batch_size" if peak.name != "evaluate" else "a smaller batch_size of evaluators")
+    if peak.parts.get("hidden states", 0) > peak.total / 10:
+        helps.append("fewer dataset.samples" if peak.name != "evaluate" else "fewer samples of evaluators")
+    if peak.parts.get("refits", 0) > peak.total / 10:
+        helps.append("a smaller criterion.levels")
+    if peak.name == "prove":
+        helps.append("run.prove=off")
+    logger.warning(
+        "about %s of memory will be needed (%s), %s are free%s",
+        size(peak.total),
+        peak.name,
+        size(available),
+        f"; what would help: {', '.join(helps)}" if helps else "",
+    )

@@ -1,0 +1,72 @@
+"""What this machine has: memory that is free, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+SIZES = (64, 128, 256, 512, 1024)  # of the square matrices that are timed
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take: of the device, or of the machine's memory within the limits of its
+    control groups. None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = list(_free_in_groups())
+    try:
+        lines = (PROC / "meminfo").read_text().splitlines()
+        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def _free_in_groups() -> Iterator[int]:
+    """What the limits of this process' control groups leave; files that are merely cached can be let go."""
+    try:
+        own = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in own:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, used, cached = CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, used, cached = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ""
+            cached = "total_inactive_file"
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(base))):
+            try:
+                most = (folder / limit).read_text().strip()
+                if most == "max":
+                    continue
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield max(0, int(most) - int((folder / used).read_text()) + int(stat.get(cached, 0)))
+            except (OSError, ValueError):
+                continue  # the root group has no limit, a container may not see those above its own
+
+
+def matmul_speed(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
+    """Operations per second (two for a multiply-accumulate) in a product of two square matrices: the best of a few,
+    of the largest of SIZES for which that takes about `seconds`."""
+    speed = 0.0
+    for size in SIZES:
+        if speed and 4 * 2.0 * size**3 / speed > seconds:
+            break
+        left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+        best = float("inf")
+        for _ in range(4):  # the first of which warms up
+            start = time.perf_counter()
+            _ = left @ right
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        speed = 2.0 * size**3 / best
+    return speed

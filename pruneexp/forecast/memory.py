@@ -1,0 +1,255 @@
+"""What a run holds in memory at its stages, by what it is: bytes beside those of Python and PyTorch themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.compensator import LeastSquares
+from pruneexp.criterion import Obs
+from pruneexp.evidence import Gram, WantedOutput
+from pruneexp.forecast.shape import Shape
+from pruneexp.forecast.work import WALKED, Calibration, distinct
+from pruneexp.prune import Method, by_site, goes_layer_by_layer
+from pruneexp.search import Evolutionary
+from pruneexp.surgery import STREAMED_SHARD_BYTES
+from pruneexp.types import Site, evidence_kinds
+
+PARTS = ("weights", "hidden states", "activations", "statistics", "refits", "gradients", "copies")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run and the bytes of each of PARTS that it holds at most."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def stages(
+    method: Method,
+    shape: Shape,
+    seen: Calibration,
+    measured: Sequence[Calibration],
+    *,
+    left: int,
+    stream: bool,
+    trains: int,
+    prove: str,
+) -> list[Stage]:
+    """A run's stages. `measured`: the windows of each evaluator that has some. `left`: parameters of the pruned model;
+    `trains`: windows in a batch of training after pruning, 0 for none; `prove`: as `run.prove`, "" where no checkpoint
+    is written. Streamed: two decoder layers, what is outside them, and what waits to be written."""
+    if stream:
+        weights = 2 * shape.block_bytes + shape.outside * shape.itemsize
+        copies = (
+            STREAMED_SHARD_BYTES + 2 * shape.block_bytes
+        )  # what waits to be written, and a layer beside the new one
+    else:
+        weights, copies = shape.bytes, shape.block_bytes
+    found = []
+    for windows in measured:
+        held = windows.tokens if stream else 0  # a streamed model runs all windows layer by layer
+        found.append(_stage("evaluate", weights, shape, windows, hidden=held, loss=True))
+    if goes_layer_by_layer(method):
+        found.append(_calibrating(method, shape, seen, weights, copies))
+    else:
+        found.append(_calibrating(method, shape, seen, weights, 0))
+        found += _searching(method, shape, seen, weights)
+        found.append(_shrinking(method, shape, seen, weights, copies))
+    if trains:
+        batch = Calibration(trains, seen.length, trains)
+        kept = _saved(shape, batch)
+        found.append(_stage("recover", weights, shape, batch, loss=True, gradients=kept))
+    if prove in ("process", "in_place") and not stream:
+        found.append(Stage("prove", dict.fromkeys(("weights", "copies"), left * shape.itemsize)))
+    return found
+
+
+def _stage(
+    name: str,
+    weights: int,
+    shape: Shape,
+    seen: Calibration,
+    *,
+    hidden: int = 0,
+    loss: bool = False,
+    statistics: int = 0,
+    gradients: int = 0,
+    copies: int = 0,
+) -> Stage:
+    """`hidden`: tokens whose hidden states are held; `loss`: the batch goes through the head."""
+    return Stage(
+        name,
+        {
+            "weights": weights,
+            "hidden states": hidden * shape.hidden * shape.itemsize,
+            "activations": activations(shape, seen, loss),
+            "statistics": statistics,
+            "gradients": gradients,
+            "copies": copies,
+        },
+    )
+
+
+def activations(shape: Shape, seen: Calibration, loss: bool = False) -> int:
+    """Of a batch in flight: the most that one sublayer holds at a time, or the logits and their losses.
+
+    Attention: queries, keys and values, before and after their rotation, what heads give, three hidden states; T x T
+    scores and their softmax where they are written out. FFN: its C channels once for every writer and once for what
+    the reader gets, and as many hidden states. Logits: as they come, once more in float32 (float64
+    for such a model), and their log-softmax."""
+    batch = min(seen.batch_size, seen.windows)
+    tokens, e, wide = batch * seen.length, shape.itemsize, max(4, shape.itemsize)
+    peak = 0
+    for site in shape.sites:
+        if site.kind == "attention":
+            rows = 3 * site.channels + 2 * site.units * site.cost.kv
+            scores = 2 * batch * shape.scores * seen.length**2
+            peak = max(peak, ((rows + 3 * shape.hidden) * tokens + scores) * e)
+        else:
+            writers = site.cost.macs // shape.hidden - 1
+            peak = max(peak, ((writers + 1) * site.channels + 3 * shape.hidden) * tokens * e)
+    if loss:
+        peak = max(peak, tokens * shape.vocabulary * (e + 2 * wide))
+    return peak
+
+
+def _saved(shape: Shape, batch: Calibration) -> int:
+    """Activations of all layers that wait for the backward pass."""
+    return len(shape.layers) * activations(shape, batch)
+
+
+def _calibrating(method: Method, shape: Shape, seen: Calibration, weights: int, copies: int) -> Stage:
+    """The first walk, or the only one. `copies`: of layers that are cut, and wait to be written."""
+    criterion, compensator = method.criterion, method.compensator
+    dense = () if compensator.sequential else evidence_kinds(compensator.evidence)
+    kinds, times, statistics = distinct(criterion.evidence), 1, 0
+    if goes_layer_by_layer(method):
+        times = 2
+        if by_site(compensator):
+            times, statistics = 3, 2 * _of_widest((compensator.evidence,), shape)
+        elif compensator.sequential:
+            kinds = distinct(criterion.evidence, compensator.evidence)
+        statistics += _scratch(shape) if isinstance(compensator, LeastSquares) else 0
+    if isinstance(criterion, Obs):
+        statistics += _scratch(shape) + (0 if goes_layer_by_layer(method) else _paths(method, shape))
+    walked = any(kind.source in WALKED for kind in (*kinds, *dense))
+    statistics += sum(statistics_bytes(kind, shape.sites, shape) for kind in dense) + _of_any_layer(kinds, shape)
+    gradients, ahead = _derivatives(kinds, shape, seen)
+    return _stage(
+        "calibrate",
+        weights,
+        shape,
+        seen,
+        hidden=times * seen.tokens if walked else 0,
+        loss=ahead,
+        statistics=statistics,
+        gradients=gradients,
+        copies=copies,
+    )
+
+
+def _searching(method: Method, shape: Shape, seen: Calibration, weights: int) -> list[Stage]:
+    """Probes of masked structures, or of structures whose readers are fitted anew."""
+    if not getattr(method.search, "probes", False):
+        return []
+    compensator = method.compensator
+    dense = () if compensator.sequential else evidence_kinds(compensator.evidence)
+    statistics = sum(statistics_bytes(kind, shape.sites, shape) for kind in dense) + _paths(method, shape)
+    stage = _stage("search", weights, shape, seen, loss=True, statistics=statistics)
+    if isinstance(method.criterion, Obs) and isinstance(method.search, Evolutionary):
+        # readers are held at as many levels as were asked for: seldom more than one a pass
+        levels = min(method.criterion.levels, math.ceil(method.search.effort))
+        readers = sum(min(levels, site.units) * site.channels for site in shape.sites) * shape.hidden * shape.itemsize
+        more = {"statistics": statistics + _scratch(shape), "refits": readers}
+        stage = Stage("search", {**stage.parts, **more})
+    return [stage]
+
+
+def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, copies: int) -> Stage:
+    """The second walk. `copies`: of layers that are cut, and wait to be written."""
+    compensator = method.compensator
+    kinds, times = evidence_kinds(compensator.evidence), 0
+    statistics = _scratch(shape) if isinstance(compensator, LeastSquares) else 0
+    if by_site(compensator):
+        times, statistics = 3, statistics + 2 * _of_widest(kinds, shape)
+    elif compensator.sequential and kinds:
+        times, statistics = 2, statistics + _of_any_layer(kinds, shape)
+    else:
+        statistics += sum(statistics_bytes(kind, shape.sites, shape) for kind in kinds)
+    hidden = times * seen.tokens
+    stage = _stage("shrink", weights, shape, seen, hidden=hidden, statistics=statistics, copies=copies)
+    return stage if hidden else Stage("shrink", {**stage.parts, "activations": 0})
+
+
+def statistics_bytes(kind: Any, sites: Sequence[Site], shape: Shape) -> int:
+    """Of one kind of evidence for these sites, as its own `empty` lays it out; beside wanted outputs, 8 C O."""
+    if kind.source not in (*WALKED, "wanted"):
+        return 0
+    outputs = shape.hidden if kind is WantedOutput else 0
+    return sum(_empty_bytes(kind, replace(site, name="", layer=0)) + 8 * site.channels * outputs for site in sites)
+
+
+@cache
+def _empty_bytes(kind: Any, site: Site) -> int:
+    with torch.device("meta"):
+        return _tensor_bytes(kind.empty(site))
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if is_dataclass(value):
+        return sum(_tensor_bytes(getattr(value, field.name)) for field in fields(value))
+    return 0
+
+
+def _of_any_layer(kinds: Sequence[Any], shape: Shape) -> int:
+    """Evidence of the layer that has most, and the new value of the largest site's beside the old one."""
+    by_layer: dict[int, list[Site]] = {}
+    for site in shape.sites:
+        by_layer.setdefault(site.layer, []).append(site)
+    sums = (sum(statistics_bytes(kind, sites, shape) for kind in kinds) for sites in by_layer.values())
+    return max(sums, default=0) + _of_widest(kinds, shape)
+
+
+def _of_widest(kinds: Sequence[Any], shape: Shape) -> int:
+    return max((statistics_bytes(kind, [site], shape) for kind in kinds for site in shape.sites), default=0)
+
+
+def _scratch(shape: Shape) -> int:
+    """What a solve works on: covariance, factor and what it is made of, 8 C^2 each, of the widest site."""
+    return 3 * _of_widest((Gram,), shape)
+
+
+def _paths(method: Method, shape: Shape) -> int:
+    """Covariances that removal paths hold while a search may ask for refitted readers."""
+    return statistics_bytes(Gram, shape.sites, shape) if isinstance(method.criterion, Obs) else 0
+
+
+def _derivatives(kinds: Sequence[Any], shape: Shape, seen: Calibration) -> tuple[int, bool]:
+    """Gradients of all sites' weights, those of a batch and their sums, and what waits for backward passes; and whether
+    whole passes to the loss are made."""
+    params = sum(site.units * site.cost.params for site in shape.sites)
+    wide, found, ahead = max(4, shape.itemsize), 0, False
+    for kind in kinds:
+        if kind.source == "gradient":
+            batch = Calibration(1, seen.length, 1) if kind.per_sample else seen
+            sums = 2 if kind.per_sample else 1
+            found = max(found, params * (shape.itemsize + sums * wide) + _saved(shape, batch))
+        elif kind.source == "influence":
+            times = 7 if kind.inverse == "conjugate_gradient" else 5
+            found = max(found, times * params * wide + _saved(shape, seen))
+        ahead = ahead or kind.source in ("gradient", "influence", "zeroth_order", "probe")
+    return found, ahead

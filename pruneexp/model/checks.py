@@ -1,0 +1,177 @@
+"""What can be told of a checkpoint from its config and its files' headers: what is damaged, quantised or impossible."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruneexp import modeling_pruned
+from pruneexp.types import ConfigError
+
+if TYPE_CHECKING:
+    from pruneexp.model.checkpoint import Checkpoint
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "bitsandbytes": "bitsandbytes"}
+COUNTS = (  # config attributes that count something; absent or None where an architecture has none
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, Any]:
+    """config.json as it stands, checked: a supported family, not quantised. `path`: what the user calls the folder.
+
+    Raises:
+        ConfigError: one line that names what is wrong with it.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path={path!r}: holds no model; expected a folder with config.json")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:  # no JSON, or no text at all
+        raise ConfigError(f"model.path={path!r}: config.json is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"model.path={path!r}: config.json holds a {type(config).__name__}; expected an object")
+    model_type = str(config.get("model_type"))
+    if model_type.removeprefix("pruned_") not in modeling_pruned.FAMILIES:
+        families = ", ".join(sorted(modeling_pruned.FAMILIES))
+        if config.get("model_type") is None:
+            raise ConfigError(f"model.path={path!r}: config.json names no model_type; expected one of {families}")
+        hint = ""
+        if "auto_map" in config and not trust_remote_code:
+            hint = "; it brings its own code, which only model.trust_remote_code=true would run"
+        raise ConfigError(
+            f"model.path={path!r}: model_type {model_type!r} is not supported; expected one of {families}{hint}"
+        )
+    if config.get("quantization_config"):
+        how = _quantised_how(config["quantization_config"])
+        raise ConfigError(
+            f"model.path={path!r}: is quantised{how}; expected the full-precision checkpoint that it was made from"
+        )
+    return config
+
+
+def _quantised_how(settings: Any) -> str:
+    """ " (GPTQ, 4 bits)": what a config says about it."""
+    if not isinstance(settings, Mapping):
+        return ""
+    method = settings.get("quant_method")
+    bits = settings.get("bits") or next((n for n in (4, 8) if settings.get(f"load_in_{n}bit")), None)
+    words = [QUANTISERS.get(str(method), str(method))] if method else []
+    words += [f"{bits} bits"] if bits else []
+    return f" ({', '.join(words)})" if words else ""
+
+
+def check_counts(config: Any, path: str) -> None:
+    """Raises ConfigError, naming the value, where a config counts less than one of what a model needs, or query heads
+    that no whole number of which share a key/value head."""
+    called = getattr(config, "attribute_map", {})
+    for name in COUNTS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(
+                f"model.path={path!r}: config.json says {called.get(name, name)}={value}; expected an integer >= 1"
+            )
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ConfigError(
+            f"model.path={path!r}: config.json says num_attention_heads={heads}, which is no multiple of "
+            f"num_key_value_heads={shared}"
+        )
+
+
+@contextmanager
+def building(path: str, model_type: str) -> Iterator[None]:
+    """What goes wrong while a model's structure is made of its config becomes a ConfigError that names the version of
+    transformers: the class that is there may not know all that the config says."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        import transformers
+
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"model.path={path!r}: transformers {transformers.__version__} cannot make a {model_type} model of this "
+            f"config.json ({reason})"
+        ) from error
+
+
+def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
+    """Raises ConfigError, naming tensors, where checkpoint and config do not fit or weights are quantised."""
+    tied = set(module.all_tied_weights_keys) if module.config.tie_word_embeddings else set()
+    expected = [name for name in module.state_dict() if name not in tied]
+    missing = [name for name in expected if name not in checkpoint]
+    shapes = {name: tuple(t.shape) for name, t in module.state_dict().items() if name in checkpoint}
+    misshapen = [name for name, shape in shapes.items() if checkpoint.shape(name) != shape]
+    ignored = [*(module._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"attn\.(masked_)?bias$"]
+    beside = checkpoint.names_beside([*expected, *tied])
+    extra = [name for name in beside if not any(re.search(pattern, name) for pattern in ignored)]
+    check_precision(checkpoint.dtypes(), set(beside) - set(extra), path)
+    problems = [
+        f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in (("lacks", missing), ("has besides", extra), ("has in another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise ConfigError(f"model.path={path!r}: the checkpoint does not fit its config: it {' and '.join(problems)}")
+
+
+def check_precision(stored: Mapping[str, str], needless: Collection[str], path: str) -> None:
+    """`stored`: tensor name -> dtype in the files' headers; `needless`: those that no weight is made of.
+
+    Raises:
+        ConfigError: integers or floats of eight bits: a quantised checkpoint, whatever its config says.
+    """
+    for name, kind in stored.items():
+        if kind not in FLOATS and name not in needless:
+            raise ConfigError(
+                f"model.path={path!r}: {name} is stored as {kind}: the checkpoint is quantised; expected the "
+                f"full-precision checkpoint that it was made from ({', '.join(FLOATS)})"
+            )
+
+
+def precisions(stored: Mapping[str, str]) -> str:
+    """ "290 tensors as BF16, 1 as F32"; "" where all floats are stored alike."""
+    found = Counter(kind for kind in stored.values() if kind in FLOATS)
+    first, *others = [f"{count} tensors as {kind}" for kind, count in found.most_common()] or [""]
+    return ", ".join([first, *(other.replace(" tensors", "") for other in others)]) if others else ""
+
+
+def why_unreadable(file: Path, error: Exception) -> str:
+    """What is wrong with a file that safetensors does not open: `error` is what it said."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            start = opened.read(min(length, 100_000_000))
+    except OSError as unread:
+        return unread.strerror or str(unread)
+    if size == 0:
+        return "it is empty"
+    if start[:24].startswith(b"https://git-lfs"):  # "version " are the eight bytes before
+        return "it is a Git LFS pointer in the place of the weights, which `git lfs pull` fetches"
+    if not start.startswith(b"{"):
+        return "it is no safetensors file"
+    if len(start) < length:
+        return f"it is cut short: {size:,} bytes, not even its whole header"
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(start).items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"its header is damaged: {error}"
+    return f"it is cut short: {size:,} of {whole:,} bytes" if size < whole else str(error)

@@ -1,0 +1,521 @@
+"""What a run will take, against closed forms, counted operations, measured memory and what runs really spend."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from pruneexp import experiment as experiments
+from pruneexp import preflight, progress
+from pruneexp.__main__ import main
+from pruneexp.budget import check_pruning
+from pruneexp.calibrate import Meter
+from pruneexp.evidence import Gram, Moments, WantedOutput
+from pruneexp.forecast import (
+    Calibration,
+    Forecast,
+    Shape,
+    Work,
+    activations,
+    available_memory,
+    duration,
+    flops,
+    forecast,
+    machine,
+    matmul_speed,
+    memory,
+    refit_flops,
+    removal_flops,
+    shape_of,
+    size,
+    warn_of_memory,
+)
+from pruneexp.forecast.memory import statistics_bytes
+from pruneexp.model import Model
+from pruneexp.rounds import prune_in_rounds_
+from pruneexp.types import Cost, Site
+from tests.conftest import PARITY
+
+DATA = ["dataset=tokens", f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
+SEEN = Calibration(windows=10, length=24, batch_size=8)
+
+
+@pytest.fixture
+def foretold(build_from: Callable[..., Any]) -> Callable[..., tuple[Any, Forecast]]:
+    """An experiment on a small LLaMA, and the forecast of its pruning."""
+
+    def make(*overrides: str, path: Path = PARITY, seen: Calibration = SEEN) -> tuple[Any, Forecast]:
+        made = build_from("model=hf", f"model.path={path}", *DATA, "sparsity.ratio=0.25", *overrides)
+        outline = made.model.outline()
+        budget = check_pruning(outline, made.search, made.sparsity, made.compensator)
+        stream = made.model.stream
+        return made, forecast(outline, made.method, made.recovery, budget, seen, [], stream=stream, prove="")
+
+    return make
+
+
+def pruned(made: Any, seen: Calibration = SEEN) -> tuple[Model, Meter]:
+    """The model pruned on random windows, and what that spent."""
+    generator = torch.Generator().manual_seed(0)
+    tokens_NT = torch.randint(3, 96, (seen.windows, seen.length), generator=generator)
+    model, meter = made.model.load(), Meter()
+    clock = lambda stage: contextlib.nullcontext()  # noqa: E731
+    settings: dict[str, Any] = {"meter": meter, "rng": generator, "shrunk": lambda index: None, "clock": clock}
+    prune_in_rounds_(model, tokens_NT, made.method, **settings)
+    return model, meter
+
+
+# Passes
+
+
+PASSES = [
+    "recipe=flap",
+    "recipe=magnitude",
+    "recipe=wanda_sp",
+    "recipe=wanda_sp compensator=bias",
+    "recipe=wanda_sp compensator=least_squares",
+    "recipe=wanda_sp compensator=least_squares compensator.target=pruned",
+    "recipe=flap compensator.sequential=true",
+    "recipe=flap compensator=least_squares",
+    "recipe=flap compensator=least_squares compensator.target=pruned compensator.sequential=false",
+    "recipe=shortgpt",
+    "recipe=sleb",
+    "recipe=llm_pruner criterion.element=param_mix",
+    "recipe=mini_llm criterion.directions=3 criterion.windows=4",
+    "recipe=mini_llm criterion.gradient=exact",
+    "recipe=ifso criterion.windows=8",
+    "recipe=wanda_sp sparsity=linear sparsity.rounds=2",
+    "search=sublayers criterion=loss_drop",
+]
+
+
+@pytest.mark.parametrize("overrides", PASSES)
+def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> None:
+    made, found = foretold(*overrides.split())
+    _, meter = pruned(made)
+    assert found.work.forward == pytest.approx(meter.forward)
+    assert found.work.backward == pytest.approx(meter.backward)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "least"),
+    [
+        ("recipe=policy_gradient search.passes=4", 0.9),
+        ("recipe=best search.effort=4", 0.5),
+        ("recipe=sleb search.granularity=[attention,ffn]", 0.8),
+        ("recipe=ifso criterion.inverse=conjugate_gradient criterion.steps=2 criterion.damping=1", 0.9),
+    ],
+)
+def test_what_may_be_spent(overrides: str, least: float, foretold: Any) -> None:
+    made, found = foretold(*overrides.split())
+    _, meter = pruned(made)
+    assert least * found.work.forward <= meter.forward <= 1.05 * found.work.forward
+
+
+@pytest.mark.parametrize("settings", ["recovery.steps=3", "recovery.epochs=3", "recovery.samples=5 recovery.epochs=1"])
+def test_what_recovery_sees(settings: str, foretold: Any) -> None:
+    made, found = foretold("recipe=magnitude", "recovery=lora", "recovery.batch=4", *settings.split())
+    model, _ = pruned(made)
+    meter = Meter()
+    made.recovery(model, torch.randint(3, 96, (SEEN.windows, SEEN.length)), meter, 0)
+    assert found.work.forward == pytest.approx(meter.forward) and found.work.backward == pytest.approx(meter.backward)
+
+
+# Operations
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+def test_operations_are_those_of_the_matrix_products(
+    family: str, tiny: Callable[..., Model], tokens_NT: torch.Tensor
+) -> None:
+    model = tiny(family)
+    model.module.set_attn_implementation("eager")  # the counter knows plain products best
+    shape, batch = shape_of(model), tokens_NT[:2]
+    with FlopCounterMode(display=False) as counter:
+        model.module(batch)
+    layers = flops(Work(forward=1), shape, Calibration(2, batch.shape[1], 2))
+    whole = flops(Work(forward=1, losses=1), shape, Calibration(2, batch.shape[1], 2))
+    rotations = counter.get_total_flops() - whole  # LLaMA's angles are a product too: one column
+    assert 0 <= rotations <= 2 * 4 * batch.numel()
+    assert whole - layers == 2 * 96 * 48 * batch.numel()
+    assert flops(Work(backward=1), shape, Calibration(1, 8, 1)) == 2 * flops(Work(1, 0, 1), shape, Calibration(1, 8, 1))
+
+
+def test_a_gram_takes_2_c2_a_token(foretold: Any) -> None:
+    """C is 64 (4 heads of 16) and 172; a fourth leaves; 4 layers, hidden size 64."""
+    _, found = foretold("recipe=flap", "compensator=least_squares", "compensator.target=pruned")
+    gram = 4 * SEEN.tokens * 2 * (64**2 + 172**2)
+    solves = 4 * sum(refit_flops(c, round(0.75 * c), 64) for c in (64, 172))
+    assert found.work.float64 == pytest.approx(gram + solves)
+    _, wanted = foretold("recipe=flap", "compensator=least_squares")
+    assert wanted.work.float64 - found.work.float64 == 4 * SEEN.tokens * 2 * 64 * (64 + 172)
+    _, obs = foretold("criterion=obs", "search=uniform", "compensator=none")
+    assert obs.work.float64 == pytest.approx(gram + 4 * sum(removal_flops(c, 64) for c in (64, 172)))
+
+
+def test_solves() -> None:
+    assert refit_flops(300, 300, 0) == pytest.approx(300**3 / 3)
+    m = np.arange(1, 301, dtype=float)
+    downdates = (2 * m * (m + 50)).sum()
+    assert removal_flops(300, 50) == pytest.approx(300**3 + downdates, rel=0.01)
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "recipe=flap search=uniform",
+        "recipe=magnitude search=uniform sparsity.of=prunable",
+        "recipe=flap search=uniform sparsity.of=prunable",
+        "recipe=magnitude search=uniform sparsity.of=macs",
+        "recipe=magnitude search=uniform sparsity.of=bytes sparsity.context=64",
+        "recipe=magnitude search=uniform sparsity.of=kv_cache",
+        "recipe=shortgpt",
+    ],
+)
+def test_parameters_left(overrides: str, foretold: Any) -> None:
+    made, found = foretold(*overrides.split())
+    model, _ = pruned(made)
+    near = max(site.cost.params for site in found.shape.sites)
+    assert abs(found.params_left - model.params) <= near
+    assert abs(found.decoder_left - model.decoder_params) <= near
+    assert found.bytes_left == 4 * found.params_left
+
+
+def test_biases_that_nothing_pays_for_are_added(foretold: Any) -> None:
+    without, with_bias = (
+        foretold("search=uniform", "sparsity.of=prunable", f"compensator={name}")[1] for name in ("none", "bias")
+    )
+    assert with_bias.params_left - without.params_left == 4 * 2 * 64
+
+
+# Memory
+
+
+def test_statistics_by_hand() -> None:
+    site = Site("a", "mlp", 0, 30, 2, Cost(1, 1, 0))
+    shape = Shape((), (site,), 0, 0, hidden=7, vocabulary=3, scores=0, itemsize=2)
+    assert statistics_bytes(Moments, [site], shape) == 2 * 8 * 60
+    assert statistics_bytes(Gram, [site, site], shape) == 2 * (8 * 60**2 + 8 * 60)
+    assert statistics_bytes(WantedOutput, [site], shape) == 8 * 60**2 + 8 * 60 + 8 * 60 * 7
+
+
+def test_activations_by_hand() -> None:
+    attention = Site("a", "attention", 0, 4, 16, Cost(0, 0, kv=16))
+    ffn = Site("b", "mlp", 0, 200, 1, Cost(300, macs=3 * 10, kv=0))  # gate, up, down; hidden size 10
+    shape = Shape((), (attention, ffn), 0, 0, hidden=10, vocabulary=1000, scores=0, itemsize=2)
+    seen = Calibration(windows=5, length=6, batch_size=8)
+    assert activations(shape, seen) == 30 * (3 * 200 + 3 * 10) * 2
+    assert activations(replace(shape, sites=(attention,)), seen) == 30 * (3 * 64 + 2 * 64 + 30) * 2
+    written_out = replace(shape, sites=(attention,), scores=4)
+    assert activations(written_out, seen) - activations(replace(written_out, scores=0), seen) == 2 * 5 * 4 * 36 * 2
+    assert activations(shape, seen, loss=True) == 30 * 1000 * (2 + 4 + 4)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were alive at a time: what an allocator would need at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: each for key, each in self.alive.items() if not each[0].expired()}
+        self.peak = max(self.peak, sum(count for _, count in self.alive.values()))
+        return out
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA whose parts all weigh something: 2 layers, hidden size 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wider")
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "recipe=flap",
+        "recipe=wanda_sp",
+        "recipe=flap compensator.sequential=true",
+        "recipe=flap compensator=least_squares compensator.target=pruned",
+        "recipe=flap compensator=least_squares",
+        "criterion=obs criterion.step=16 search=uniform compensator=none",
+        "recipe=best criterion.step=16 search.effort=8",
+        "recipe=llm_pruner",
+    ],
+)
+def test_memory_is_what_a_run_holds(overrides: str, foretold: Any, wider: Path) -> None:
+    seen = Calibration(windows=16, length=64, batch_size=8)
+    made, found = foretold(*overrides.split(), path=wider, seen=seen)
+    with LiveBytes() as measured:
+        pruned(made, seen)
+    assert found.held[0].parts["weights"] == 4 * found.shape.params
+    ratio = found.peak.total / measured.peak
+    assert 0.75 <= ratio <= 1.35, f"{ratio:.2f}: {found.peak}"
+
+
+def test_streamed_memory_does_not_grow_with_the_layers(foretold: Any, wider: Path, tmp_path: Path) -> None:
+    deeper = tmp_path / "deeper"
+    deeper.mkdir()
+    config = json.loads((wider / "config.json").read_text())
+    (deeper / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 20}))
+    peaks = [foretold("model.stream=true", "compensator=none", path=path)[1].peak.total for path in (wider, deeper)]
+    assert peaks[1] == peaks[0]
+    held = [foretold("compensator=none", path=path)[1].peak.parts["weights"] for path in (wider, deeper)]
+    layer = 128 * (2 * 128 + 2 * 64 + 3 * 344 + 2)
+    assert held[1] - held[0] == 4 * 18 * layer
+
+
+@pytest.mark.parametrize("overrides", ["recipe=llm_pruner", "recipe=sleb", "sparsity=cubic", "recovery=lora"])
+def test_what_cannot_be_streamed_has_no_such_forecast(overrides: str, foretold: Any) -> None:
+    assert foretold(overrides)[1].streamed == []
+
+
+# Dry runs, and warnings of real ones
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command on a small LLaMA in `tmp_path`: its exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*typed: str) -> tuple[int, str, str]:
+        try:
+            code = main(["model=hf", f"model.path={PARITY}", *DATA, "evaluator=[size]", "run.prove=off", *typed])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_a_model_of_70b_parameters_by_arithmetic(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text(json.dumps(LLAMA_70B))
+    np.save("calib.npy", np.full((128, 2048), 7))
+    answers: list[dict[str, float]] = []
+    dry = experiments._dry
+    monkeypatch.setattr(experiments, "_dry", lambda *given: answers.append(dry(*given)) or answers[0])
+    with LiveBytes() as measured:
+        code, out, err = cli(
+            "model.path=big",
+            "model.stream=true",
+            "dataset.calibration=calib.npy",
+            "evaluator=[perplexity,size]",
+            "compensator=none",
+            "run.dry=true",
+        )
+    assert code == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "calib.npy"], "a dry run writes nothing"
+    layer = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672 + 2)
+    total = 80 * layer + 2 * 32000 * 8192 + 8192
+    (found,) = answers
+    assert total == 68_976_648_192 and f"{total:,}" in out
+    assert found["dense/params"] == total and found["forecast/bytes/dense"] == 2 * total
+    assert found["forecast/params"] == total - round(0.2 * 80 * layer)
+    hidden = 128 * 2048 * 8192 * 2
+    ffn = 8 * 2048 * (3 * 28672 + 3 * 8192) * 2
+    moments = 2 * 8 * (8192 + 28672 + 28672)  # of a layer, and the new value of its widest site
+    assert found["forecast/memory/streamed_bytes"] == 2 * (2 * layer + total - 80 * layer) + hidden + ffn + moments
+    assert found["forecast/memory/held_bytes"] == 2 * total + hidden + ffn + moments
+    assert first_after(out, "heads (KV groups) a layer") == "8" and first_after(out, "FFN channels a layer") == "28,672"
+    assert "held" in out and "streamed" in out and "time at least" in out and "…" not in out
+    assert found["forecast/passes/forward"] == 1 and found["forecast/seconds"] > 0
+    evaluated = (np.load(PARITY / "test.npy")).size
+    attention = 2048 * 2 * 8192  # macs of a token
+    calibrated = 128 * 2048 * 2 * 80 * (layer - 2 * 8192 + attention)
+    assert calibrated < found["forecast/flops"] < calibrated + 5 * evaluated * total
+    assert measured.peak < 2**26
+
+
+def first_after(out: str, what: str) -> str:
+    return next(line for line in out.splitlines() if what in line).replace(what, "").split()[0]
+
+
+def test_a_dry_run_needs_no_weights_but_whole_ones(cli: Cli, tmp_path: Path) -> None:
+    shutil.copytree(PARITY, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    assert cli("model.path=copy", "run.dry=true")[0] == 0
+    code, _, err = cli("model.path=copy")
+    assert code == 2 and "holds no weights" in err
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"{")
+    code, _, err = cli("model.path=copy", "run.dry=true")
+    assert code == 2 and "model.safetensors cannot be read" in err
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_too_little_memory_is_said_before_a_weight_is_loaded(
+    stream: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "STREAMED_SHARD_BYTES", 0)  # which outweighs so small a model
+    monkeypatch.setattr(experiments, "available_memory", lambda device: 100_000)
+    code, _, err = cli("run.dir=run", f"model.stream={stream}", "run.save=false")
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith("WARNING: about ") and "of memory will be needed (" in err and "97.7 KiB are free" in err
+    assert ("model.stream=true" in err) == (stream == "false")
+    assert "a smaller model.batch_size" in err
+    log = Path("run/log.txt").read_text()
+    assert log.index("of memory will be needed") < log.index("dense/params")
+    monkeypatch.setattr(experiments, "available_memory", lambda device: 2**40)
+    assert cli("run.dir=run", "run.overwrite=true", "run.save=false")[2] == ""
+
+
+def test_a_warning_names_what_weighs(foretold: Any, caplog: pytest.LogCaptureFixture) -> None:
+    many = Calibration(windows=10**6, length=64, batch_size=1)
+    with caplog.at_level(logging.WARNING, "pruneexp"):
+        warn_of_memory(foretold("model.stream=true", seen=many)[1], 2**20)
+        warn_of_memory(foretold("recipe=llm_pruner", seen=replace(many, batch_size=10**4))[1], 2**20)
+        warn_of_memory(foretold("recipe=best")[1], 2**20)
+        warn_of_memory(foretold()[1], None)
+    first, second, third = (record.getMessage() for record in caplog.records)
+    assert "fewer dataset.samples" in first and "model.stream" not in first and "batch_size" not in first
+    assert "a smaller model.batch_size" in second and "model.stream" not in second
+    assert "(search)" in third and "a smaller criterion.levels" in third
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_disk_too_small_for_the_checkpoint(stream: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(experiments.ModelSource, "describe", lambda *_: pytest.fail("too late"))
+    code, _, err = cli("run.dir=run", f"model.stream={stream}")
+    assert code == 2 and err.count("\n") == 1 and not Path("run").exists()
+    assert err.startswith("pruneexp: run.dir='run': the pruned checkpoint takes about ") and "0 B are free" in err
+    assert ("run.save=false" in err) == (stream == "false")
+
+
+def test_a_disk_large_enough(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """227,904 parameters, of which a fifth of the decoder's leaves: 4 bytes each."""
+    free = [0]
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    decoder = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64)
+    needed = 4 * (decoder + 2 * 256 * 64 + 64 - round(0.2 * decoder))
+    free[0] = needed - 1
+    assert cli("run.dir=run")[0] == 2
+    free[0] = needed
+    assert cli("run.dir=run")[0] == 0
+    free[0] = 4000  # the old checkpoint goes first
+    assert cli("run.dir=run", "run.overwrite=true", "sparsity.ratio=0.3")[0] == 0
+    assert cli("run.dir=run", "run.overwrite=true", "sparsity.ratio=0")[0] == 2
+    free[0] = 0
+    assert cli("run.dir=other", "run.save=false")[0] == 0
+
+
+@pytest.mark.parametrize("folder", ["run.dir=run", "run.dir=null"])
+def test_a_place_that_cannot_be_written_is_known_at_once(
+    folder: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: not Path(path).samefile(tmp_path))
+    monkeypatch.setattr(experiments.ModelSource, "check", lambda *_, **__: pytest.fail("too late"))
+    code, _, err = cli(folder)
+    assert code == 2 and err.startswith("pruneexp: run.dir=") and "cannot be written to" in err
+    assert not list(tmp_path.iterdir())
+
+
+# The machine
+
+
+def test_memory_within_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "groups")
+    cpu = torch.device("cpu")
+    assert available_memory(cpu) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
+    assert available_memory(cpu) == 800 * 1024
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/job/step\n")
+    for path, most in (("job", "500000"), ("job/step", "max")):
+        folder = tmp_path / "groups" / path
+        folder.mkdir(parents=True)
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text("200000\n")
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 50000\n")
+    assert available_memory(cpu) == 500000 - 200000 + 50000
+    (tmp_path / "self" / "cgroup").write_text("5:cpu,memory:/old\n")
+    folder = tmp_path / "groups" / "memory" / "old"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text("300000\n")
+    (folder / "memory.usage_in_bytes").write_text("100000\n")
+    (folder / "memory.stat").write_text("total_inactive_file 1000\n")
+    assert available_memory(cpu) == 201000
+
+
+def test_a_machine_is_timed_shortly() -> None:
+    import time
+
+    start = time.perf_counter()
+    assert matmul_speed(torch.float32, torch.device("cpu")) > 1e8
+    assert time.perf_counter() - start < 2
+
+
+def test_figures_for_people() -> None:
+    assert [size(v) for v in (0, 999, 1536, 20 * 2**20, 137 * 2**30)] == [
+        "0 B",
+        "999 B",
+        "1.50 KiB",
+        "20.0 MiB",
+        "137 GiB",
+    ]
+    assert [duration(s) for s in (0.123, 90, 600, 10_000, 10**6)] == [
+        "0.12 s",
+        "90 s",
+        "10.0 min",
+        "2.8 h",
+        "11.6 days",
+    ]

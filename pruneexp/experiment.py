@@ -149,6 +149,12 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
         if prepare is not None:
             with waiting("tokenising the evaluation text"):
                 prepare(tokenizer, vocabulary)
+        longest = getattr(evaluator, "longest", None)
+        if longest is not None and max_length is not None and longest(tokenizer) > max_length:
+            raise ConfigError(
+                f"evaluator.{name}: a prompt and what is written after it take {longest(tokenizer)} tokens; "
+                f"expected at most {max_length}, the model's longest window"
+            )
         windows = getattr(evaluator, "windows", None)
         if windows is not None:
             wide = windows(tokenizer).shape[1]
@@ -240,11 +246,20 @@ class _Run:
         """Every evaluator's figures, prefixed "dense/" or "pruned/"."""
         found: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
         with self.clock(f"evaluate_{when}"):
-            for evaluator in self.experiment.evaluators.values():
+            for name, evaluator in self.experiment.evaluators.items():
                 found |= evaluator(model, model.tokenizer)
+                if hasattr(evaluator, "files"):
+                    self._keep_samples(evaluator.files(name, when))  # type: ignore[attr-defined]
         named = {f"{when}/{key}": value for key, value in found.items()}
         self.trackers.log(named)
         self.metrics |= named
+
+    def _keep_samples(self, files: Mapping[str, str]) -> None:
+        """What an evaluator saw of a model, item by item, into samples/."""
+        for name, content in files.items():
+            path = self.folder / "samples" / name
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, content)
 
     def _prune(self, model: Model, tokens_NT: Tensor) -> Pruned:
         """Prunes round by round, records the plan, trains where asked to, and writes and proves the checkpoint."""

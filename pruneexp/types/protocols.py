@@ -132,7 +132,12 @@ class Recovery(Protocol):
 
 
 class Evaluator(Protocol):
-    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}."""
+    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}.
+
+    Called with the dense model, then with the pruned one. Not required: `streams`, that it can do without the whole
+    model in memory; `check()`, `prepare(tokenizer, vocabulary)` and `longest(tokenizer)`, which is the most tokens that
+    the model will see at once, for what can be told before a weight is loaded; `files(name, when)`, what it saw of the
+    last model ("dense", "pruned"), as the contents of files in the run folder's samples/ that begin with its `name`."""
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]: ...
 

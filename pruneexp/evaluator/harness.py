@@ -60,7 +60,7 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
     """
     from lm_eval.tasks import TaskManager
 
-    with _quiet(), waiting("loading the evaluation tasks"):
+    with _quiet(), _seeded(torch.device("cpu")), waiting("loading the evaluation tasks"):
         known = [_definitions(name) for name in names if name in TASKS]
         # Indexing every definition takes seconds; a few folders of them do not.
         whole = len(known) < len(names)
@@ -142,8 +142,9 @@ def answer(model: Any, loaded: Loaded, shots: int | None, limit: int | None, bat
             limit=limit,
             bootstrap_iters=0,  # its standard errors cost a pool of processes
         )
-    answered = {name: _answered(task, found) for name, task in loaded.tasks.items()}
-    return answered | {name: _aggregated(group, found, answered) for name, group in loaded.groups.items()}
+        # Inside: even to ask a task for its name draws a random number.
+        answered = {name: _answered(task, found) for name, task in loaded.tasks.items()}
+        return answered | {name: _aggregated(group, found, answered) for name, group in loaded.groups.items()}
 
 
 def _answered(task: Any, found: Mapping[str, Any]) -> Answered:

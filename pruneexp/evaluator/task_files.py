@@ -24,7 +24,7 @@ class Row:
     """One line of a file."""
 
     values: Mapping[str, Any]
-    where: str  # "folder/piqa/valid.jsonl, line 3"
+    where: str  # "evaluator.zeroshot.data: folder/piqa/valid.jsonl, line 3"
     label: str | None  # the same line of the labels' file, where a task keeps them apart
 
     def text(self, path: str) -> str:
@@ -199,6 +199,9 @@ def read_task(folder: str, task: str, shots: int) -> TaskRows:
         path = _file(root, pattern, f"{task}'s rows" if split == files.split else f"{task}'s few-shot examples")
         splits[split], hashes = _rows(path, files)
         sources |= hashes
+    examples = splits.get("train", splits[files.split])
+    if shots > len(examples):
+        raise ConfigError(f"evaluator.zeroshot.num_fewshot={shots}: expected at most {task}'s {len(examples)} examples")
     return TaskRows(splits, sources, len(splits[files.split]) == files.items)
 
 
@@ -223,10 +226,10 @@ def _rows(path: Path, files: TaskFiles) -> tuple[list[dict[str, Any]], dict[str,
             raise ConfigError(f"{KEY}: no file {apart}; expected the labels of {path.name}, one a line")
         labels = list(_lines(apart, sources))
         if len(labels) != len(lines):
-            raise ConfigError(f"{apart}: {len(labels)} labels; expected {len(lines)}, one for each line of {path.name}")
+            raise ConfigError(f"{KEY}: {apart}: {len(labels)} labels; expected {len(lines)}, as {path.name} has lines")
     rows = []
     for number, (line, label) in enumerate(zip(lines, labels, strict=True), start=1):
-        where = f"{path}, line {number}"
+        where = f"{KEY}: {path}, line {number}"
         try:
             values = json.loads(line)
         except ValueError:
@@ -245,7 +248,7 @@ def _lines(path: Path, sources: dict[str, str]) -> list[str]:
         # Not splitlines: JSON texts may hold other line separators of Unicode's.
         lines = content.decode("utf-8").rstrip().split("\n")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; expected a UTF-8 text file") from None
+        raise ConfigError(f"{KEY}: {path}: byte {error.start} is not UTF-8; expected a UTF-8 text file") from None
     if lines == [""]:
-        raise ConfigError(f"{path}: the file is empty; expected one row a line")
+        raise ConfigError(f"{KEY}: {path}: the file is empty; expected one row a line")
     return lines

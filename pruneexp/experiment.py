@@ -147,7 +147,7 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     for name, evaluator in experiment.evaluators.items():
         prepare = getattr(evaluator, "prepare", None)
         if prepare is not None:
-            with waiting("tokenising the evaluation text"):
+            with waiting(f"preparing evaluator {name}"):
                 prepare(tokenizer, vocabulary)
         longest = getattr(evaluator, "longest", None)
         if longest is not None and max_length is not None and longest(tokenizer) > max_length:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,14 +251,13 @@ def test_it_wants_a_tokenizer(data):
 
 
 @pytest.fixture
-def few_definitions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """The whole index of the harness takes seconds: here it knows two folders."""
+def few_definitions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The whole index of the harness takes seconds: here it knows one of its folders, and this one."""
     from lm_eval import tasks
 
-    whole = tasks.TaskManager
-    folders = [f"{tasks.__path__[0]}/{folder}" for folder in ("humaneval", "hellaswag")]
+    whole, folders = tasks.TaskManager, [f"{tasks.__path__[0]}/hellaswag", str(tmp_path)]
     monkeypatch.setattr(tasks, "TaskManager", lambda **_: whole(include_path=folders, include_defaults=False))
-    yield lambda: None
+    return tmp_path
 
 
 def test_tasks_that_the_harness_lacks(few_definitions):
@@ -266,16 +265,26 @@ def test_tasks_that_the_harness_lacks(few_definitions):
         load_tasks(["helaswag"], {})
 
 
-def test_tasks_that_run_code(few_definitions, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "what"), [("unsafe_code: true", "runs code"), ("doc_to_image: q", "more than text")]
+)
+def test_tasks_that_cannot_be_run(few_definitions, monkeypatch, setting, what):
     import datasets
 
-    rows = datasets.Dataset.from_list(
-        [{"prompt": "def f():", "test": "", "entry_point": "f", "canonical_solution": ""}]
-    )
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **options: datasets.DatasetDict({"test": rows}))
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    with pytest.raises((ConfigError, RunError), match="humaneval"):
-        load_tasks(["humaneval"], {})
+    definition = """
+        task: odd
+        dataset_path: somebody/odd
+        test_split: test
+        output_type: multiple_choice
+        doc_to_text: q
+        doc_to_target: 0
+        doc_to_choice: ["yes", "no"]
+        """
+    (few_definitions / "odd.yaml").write_text(f"{definition}{setting}\n".replace("\n        ", "\n"))
+    split = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"q": "Is it?"}])})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **options: split)
+    with pytest.raises(ConfigError, match=f"^evaluator.zeroshot.tasks: odd .*{what}.*; expected tasks of text alone"):
+        load_tasks(["odd"], {})
 
 
 def test_without_a_network():

@@ -221,6 +221,87 @@ def test_a_run_keeps_every_item(data, build_from):
         assert each["tasks"]["piqa"]["figures"]["acc"] == metrics[f"{when}/acc/piqa@0shot[3]"]
 
 
+DEFINITION = """
+task: {name}
+dataset_path: somebody/{name}
+test_split: test
+output_type: multiple_choice
+doc_to_text: q
+doc_to_target: 0
+doc_to_choice: ["yes", "no"]
+metric_list:
+  - metric: acc
+"""
+GROUP = """
+group: both
+task: [one, two]
+aggregate_metric_list:
+  - metric: acc
+    weight_by_size: true
+"""
+WRITTEN = """
+task: written
+dataset_path: somebody/written
+test_split: test
+output_type: generate_until
+num_fewshot: 1
+doc_to_text: q
+doc_to_target: q
+generation_kwargs: {until: ["."], max_gen_toks: 3, do_sample: false}
+metric_list:
+  - metric: exact_match
+filter_list:
+  - {name: plain, filter: [{function: take_first}]}
+  - {name: small, filter: [{function: lowercase}, {function: take_first}]}
+"""
+
+
+@pytest.fixture
+def few_definitions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The whole index of the harness takes seconds: here it knows one of its folders, and this one."""
+    import datasets
+    from lm_eval import tasks
+
+    whole, folders = tasks.TaskManager, [f"{tasks.__path__[0]}/hellaswag", str(tmp_path)]
+    monkeypatch.setattr(tasks, "TaskManager", lambda **_: whole(include_path=folders, include_defaults=False))
+    rows = {"one": ["Is it warm", "Is it cold"], "two": ["Do dogs sing"] * 4, "written": ["The dogs", "Nora"]}
+    splits = {name: datasets.Dataset.from_list([{"q": text} for text in texts]) for name, texts in rows.items()}
+    splits["odd"] = splits["one"]
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda path, name=None, **options: datasets.DatasetDict({"test": splits[path.split("/")[1]]}),
+    )
+    return tmp_path
+
+
+def test_groups_and_filters(few_definitions, llama):
+    for name in ("one", "two"):
+        (few_definitions / f"{name}.yaml").write_text(DEFINITION.format(name=name))
+    (few_definitions / "both.yaml").write_text(GROUP)
+    (few_definitions / "written.yaml").write_text(WRITTEN)
+    evaluator = a_zeroshot(None, "both", "written", num_fewshot=None, limit=3)
+    evaluator.prepare(llama.tokenizer, llama.vocab_size)
+    figures = evaluator(llama, llama.tokenizer)
+    one, two = figures["acc/one@0shot"], figures["acc/two@0shot[3]"]
+    assert figures.pop("acc/both@0shot[5]") == pytest.approx((2 * one + 3 * two) / 5)
+    assert figures.keys() == {
+        "acc/one@0shot", "acc/two@0shot[3]", "exact_match/written@1shot/plain", "exact_match/written@1shot/small"
+    }  # fmt: skip
+    assert evaluator(llama, llama.tokenizer).keys() >= figures.keys()
+
+
+def test_a_model_that_gives_no_numbers(data, llama):
+    bias = llama.module.base_model.norm.weight
+    before = bias.data.clone()
+    try:
+        bias.data[0] = math.nan
+        with pytest.raises(RunError, match="^evaluator.zeroshot: piqa: the model's log-likelihood of request 0 is not"):
+            a_zeroshot(data, "piqa")(llama, llama.tokenizer)
+    finally:
+        bias.data.copy_(before)
+
+
 # mistakes
 
 
@@ -250,16 +331,6 @@ def test_it_wants_a_tokenizer(data):
         a_zeroshot(data, "piqa").prepare(None, 10)
 
 
-@pytest.fixture
-def few_definitions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The whole index of the harness takes seconds: here it knows one of its folders, and this one."""
-    from lm_eval import tasks
-
-    whole, folders = tasks.TaskManager, [f"{tasks.__path__[0]}/hellaswag", str(tmp_path)]
-    monkeypatch.setattr(tasks, "TaskManager", lambda **_: whole(include_path=folders, include_defaults=False))
-    return tmp_path
-
-
 def test_tasks_that_the_harness_lacks(few_definitions):
     with pytest.raises(ConfigError, match="^evaluator.zeroshot.tasks: lm-eval has no .* 'helaswag'.*mean hellaswag"):
         load_tasks(["helaswag"], {})
@@ -268,21 +339,8 @@ def test_tasks_that_the_harness_lacks(few_definitions):
 @pytest.mark.parametrize(
     ("setting", "what"), [("unsafe_code: true", "runs code"), ("doc_to_image: q", "more than text")]
 )
-def test_tasks_that_cannot_be_run(few_definitions, monkeypatch, setting, what):
-    import datasets
-
-    definition = """
-        task: odd
-        dataset_path: somebody/odd
-        test_split: test
-        output_type: multiple_choice
-        doc_to_text: q
-        doc_to_target: 0
-        doc_to_choice: ["yes", "no"]
-        """
-    (few_definitions / "odd.yaml").write_text(f"{definition}{setting}\n".replace("\n        ", "\n"))
-    split = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"q": "Is it?"}])})
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **options: split)
+def test_tasks_that_cannot_be_run(few_definitions, setting, what):
+    (few_definitions / "odd.yaml").write_text(f"{DEFINITION.format(name='odd')}{setting}\n")
     with pytest.raises(ConfigError, match=f"^evaluator.zeroshot.tasks: odd .*{what}.*; expected tasks of text alone"):
         load_tasks(["odd"], {})
 

@@ -93,13 +93,14 @@ def _loaded(manager: Any, name: str, rows: TaskRows | None) -> Loaded:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         offline = "offline, evaluator.zeroshot.data=FOLDER reads local files"
         raise RunError(f"{TASKS_KEY}: {name}'s data cannot be loaded ({reason}); {offline}") from error
-    tasks, groups = found["tasks"], {} if rows is not None else found.get("groups", {})
-    for task in tasks.values():
+    if rows is not None:
+        found = {"tasks": found["tasks"], "groups": {}, "group_map": {}}
+    for task in found["tasks"].values():
         unfit = [what for what in ("UNSAFE_CODE", "MULTIMODAL") if getattr(task, what, False)]
         if unfit:
             does = "runs code that the model writes" if unfit == ["UNSAFE_CODE"] else "needs more than text"
             raise ConfigError(f"{TASKS_KEY}: {task.task_name} {does}; expected tasks of text alone")
-    return Loaded(name, tasks, groups, {} if rows is not None else found.get("group_map", {}))
+    return Loaded(name, found["tasks"], found["groups"], found["group_map"])
 
 
 def _replaced(rows: TaskRows) -> dict[str, Any]:

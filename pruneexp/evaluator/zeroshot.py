@@ -58,13 +58,13 @@ class Zeroshot:
 
     def check(self) -> None:
         """Reads the local files. Raises ConfigError."""
-        assert self._rows is not None
+        _ = self._rows
 
     def prepare(self, tokenizer: Any, vocabulary: int) -> None:
         """Loads the tasks, so that unknown names and data that cannot be had are found before weights load."""
         if tokenizer is None:
             raise ConfigError("evaluator.zeroshot: needs a tokenizer and the model has none")
-        assert self._loaded is not None
+        _ = self._loaded
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         if model.streamed:

@@ -51,6 +51,8 @@ from pruneexp.types import (
 
 logger = logging.getLogger("pruneexp")
 
+Measured = tuple[dict[str, float], dict[str, str]]  # figures; contents of files by name
+
 PROOF_WINDOWS, PROOF_LENGTH = 2, 64  # tokens on which a saved checkpoint is compared
 
 
@@ -166,8 +168,14 @@ def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     for name, evaluator in experiment.evaluators.items():
         prepare = getattr(evaluator, "prepare", None)
         if prepare is not None:
-            with waiting("tokenising the evaluation text"):
+            with waiting(f"preparing evaluator {name}"):
                 prepare(tokenizer, vocabulary)
+        longest = getattr(evaluator, "longest", None)
+        if longest is not None and max_length is not None and longest(tokenizer) > max_length:
+            raise ConfigError(
+                f"evaluator.{name}: a prompt and what is written after it take {longest(tokenizer)} tokens; "
+                f"expected at most {max_length}, the model's longest window"
+            )
         windows = getattr(evaluator, "windows", None)
         if windows is not None:
             wide = windows(tokenizer).shape[1]
@@ -276,26 +284,36 @@ class _Run:
         """Every evaluator's figures, prefixed "dense/" or "pruned/"."""
         found: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
         with self.clock(f"evaluate_{when}"):
-            for evaluator in self.experiment.evaluators.values():
-                found |= self._dense_figures(model, evaluator) if when == "dense" else evaluator(model, model.tokenizer)
+            for name, evaluator in self.experiment.evaluators.items():
+                known = self._dense_figures if when == "dense" else _figures
+                figures, files = known(model, evaluator, name, when)
+                found |= figures
+                self._keep_samples(files)
         named = {f"{when}/{key}": value for key, value in found.items()}
         self.trackers.log(named)
         self.metrics |= named
 
-    def _dense_figures(self, model: Model, evaluator: Evaluator) -> dict[str, float]:
+    def _dense_figures(self, model: Model, evaluator: Evaluator, name: str, when: str) -> Measured:
         """The dense model's, from the cache where the evaluator says what it measures on."""
-        measured_on = getattr(evaluator, "measured_on", None)
+        measured_on = getattr(evaluator, "measured_on", lambda tokenizer: None)(model.tokenizer)
         if measured_on is None:
-            return evaluator(model, model.tokenizer)
-        what = {"evaluator": version_of(evaluator), "inputs": measured_on(model.tokenizer)}
+            return _figures(model, evaluator, name, when)
+        what = {"evaluator": [name, version_of(evaluator)], "inputs": measured_on}
         code = code_version((*STAGE, "dataset", "evaluator"))
         key = {"what": "the dense model's figures", **self.dense, **what, "code": code}
         with self.experiment.cache.held([key]) as entries:
             found = entries.get(key)
             if found is None:
-                found = evaluator(model, model.tokenizer)
+                found = _figures(model, evaluator, name, when)
                 entries.put(key, found)
         return found
+
+    def _keep_samples(self, files: Mapping[str, str]) -> None:
+        """What an evaluator saw of a model, item by item, into samples/."""
+        for name, content in files.items():
+            path = self.folder / "samples" / name
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, content)
 
     def _prune(self, model: Model, tokens_NT: Tensor) -> Pruned:
         """Prunes round by round, records the plan, trains where asked to, and writes and proves the checkpoint."""
@@ -344,6 +362,13 @@ class _Run:
             self.metrics["proof/max_logit_difference"] = proof["max_logit_difference"]
             if proof["max_logit_difference"] > 1e-2:
                 logger.warning("the reloaded checkpoint's logits differ by up to %g", proof["max_logit_difference"])
+
+
+def _figures(model: Model, evaluator: Evaluator, name: str, when: str) -> Measured:
+    """What the evaluator measures, and the files that it wants kept, by name."""
+    found = evaluator(model, model.tokenizer)
+    files = getattr(evaluator, "files", lambda name, when: {})
+    return found, dict(files(name, when))
 
 
 def _nothing(index: int) -> None:

@@ -362,7 +362,15 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert ended.returncode == 0 and "usage: pruneexp" in ended.stdout
 
 
-@pytest.mark.parametrize("mistake", ["sparsity.ratio=abc", "tracker=wandb evaluator=[latency,questions] seed=-1"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "sparsity.ratio=abc",
+        "tracker=wandb evaluator=[latency,questions] seed=-1",
+        "evaluator=[generation,zeroshot] evaluator.zeroshot.data=tasks evaluator.zeroshot.tasks=[pika]",
+        "evaluator=[zeroshot] evaluator.zeroshot.data=gone",
+    ],
+)
 def test_a_mistake_in_the_config_imports_torch_at_most(mistake: str, tmp_path: Path) -> None:
     code = f"import sys; from pruneexp.__main__ import main; code = main({mistake.split()!r})\n"
     ended = run_python(code + f"print([m for m in {HEAVY!r} if m in sys.modules]); sys.exit(code)", tmp_path)

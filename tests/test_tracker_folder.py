@@ -54,6 +54,9 @@ def test_overwrite_removes_the_runs_files_and_no_others(tmp_path):
     (tmp_path / "model" / "model-00001-of-00002.safetensors").touch()
     (tmp_path / "model" / "notes.md").write_text("mine")
     (tmp_path / "paper.pdf").write_text("mine")
+    (tmp_path / "samples").mkdir()
+    for name in ("zeroshot_dense.json", "generation.md", ".generation.md.7.tmp"):
+        (tmp_path / "samples" / name).touch()
     run = LocalRun(overwrite=True)
     run.start(record(tmp_path))
     assert sorted(contents(tmp_path)) == [

@@ -53,13 +53,16 @@ def test_an_offline_run_can_be_read_back(tmp_path, no_account):
     trackers.start(record(folder, group="sweep", name="probe"))
     trackers.log({"sparsity/decoder": 0.25})
     trackers.artifacts(PLAN, SCORES, SITES)
+    (folder / "samples").mkdir()
+    (folder / "samples" / "generation.md").write_text("| prompt |")
     trackers.finish(METRICS)
     run, records = read_back(folder)
     assert run["project"] == "pruneexp" and run["tags"] == ["probe"] and run["name"] == "probe"
     assert run["config"] == CONFIG and run["exit_code"] == 0
     assert METRICS.items() <= run["summary"].items()
     assert {"structure", "scores/attention", "scores/mlp"} <= run["summary"].keys()
-    assert '"plan"' in json.dumps([record for record in records if "artifact" in record["type"]])
+    artifacts = json.dumps([record for record in records if "artifact" in record["type"]])
+    assert '"plan"' in artifacts and '"samples"' in artifacts and "generation.md" in artifacts
     assert "could not" not in (folder / "log.txt").read_text()
     assert status_of(folder) == "done"
     written = [str(file) for file in no_account.rglob("*") if file.is_file() and file.suffix != ".log"]

@@ -7,7 +7,7 @@ tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecut
 from pruneexp.dataset.embedded import Embedded
 from pruneexp.dataset.files import Text, Tokens, text, tokens
 from pruneexp.dataset.hub import HubText
-from pruneexp.dataset.windows import WindowSource, check_vocabulary, fingerprint, overlap
+from pruneexp.dataset.windows import WindowSource, check_vocabulary, encode, fingerprint, overlap
 
 __all__ = [
     "Embedded",
@@ -16,6 +16,7 @@ __all__ = [
     "Tokens",
     "WindowSource",
     "check_vocabulary",
+    "encode",
     "fingerprint",
     "overlap",
     "text",

@@ -1,12 +1,16 @@
 """What a model is worth and what it costs: figures whose names carry their protocol.
 
 An evaluator is called with a model and its tokenizer, dense and pruned alike. Before any weight is loaded the runner
-reads `streams` (False: not possible with model.stream=true) and calls `check` (files) and `prepare` (windows).
+reads `streams` (False: not possible with model.stream=true) and calls `check` (files), `prepare` (windows) and
+`longest` (tokens of the longest text that the model will see). `files` gives what an evaluator saw of the last model,
+item by item, for the run folder's samples/.
 """
 
+from pruneexp.evaluator.generation import Generation
 from pruneexp.evaluator.latency import Latency
 from pruneexp.evaluator.perplexity import Perplexity
 from pruneexp.evaluator.questions import Questions
 from pruneexp.evaluator.size import Size
+from pruneexp.evaluator.zeroshot import Zeroshot
 
-__all__ = ["Latency", "Perplexity", "Questions", "Size"]
+__all__ = ["Generation", "Latency", "Perplexity", "Questions", "Size", "Zeroshot"]

@@ -46,12 +46,13 @@ class Latency:
     def prepare(self, tokenizer: Any, vocabulary: int) -> None:
         """Needs no windows."""
 
+    def longest(self, tokenizer: Any) -> int:
+        """Tokens of a prompt and what is written after it."""
+        return self.prompt + self.new_tokens
+
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         if model.streamed:
             raise ConfigError("evaluator.latency: not possible with model.stream=true")
-        if model.max_length is not None and self.prompt + self.new_tokens > model.max_length:
-            both = f"with new_tokens={self.new_tokens} longer than the model's {model.max_length} tokens"
-            raise ConfigError(f"evaluator.latency.prompt={self.prompt}: {both}; expected less")
         figures: dict[str, float] = {}
         for batch in self.batch_sizes:
             prompt_BT = torch.randint(
@@ -66,9 +67,7 @@ class Latency:
 
     def _round(self, model: Any, prompt_BT: Tensor) -> tuple[float, float]:
         """Seconds of one prefill and of the decoding after it."""
-        # Generation needs the last position's logits only; without this a large vocabulary would dominate prefill.
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.module.forward).parameters else {}
-        module, training = model.module, model.module.training
+        module, training, last = model.module, model.module.training, last_logits_only(model.module)
         module.eval()
         try:
             with torch.inference_mode():
@@ -82,6 +81,12 @@ class Latency:
                 return middle - start, _now(model.device) - middle
         finally:
             module.train(training)
+
+
+def last_logits_only(module: Any) -> dict[str, int]:
+    """The argument that asks a model for the last position's logits, where it takes one: writing needs no others, and a
+    large vocabulary would dominate the time."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
 
 def _summary(name: str, rates: Tensor) -> dict[str, float]:

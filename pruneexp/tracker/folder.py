@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ CHECKPOINT_FILES = (
     "*.model",
     "modeling_*.py",
     "configuration_*.py",
-    "adapter/adapter_*",
 )
+SAMPLE_FILES = ("*.json", "*.md", ".*.tmp")
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -131,18 +130,23 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
             (folder / name).unlink(missing_ok=True)
             for aside in folder.glob(f".{name}.*.tmp"):
                 aside.unlink(missing_ok=True)
-        checkpoint = folder / "model"
-        if checkpoint.is_dir() and not checkpoint.is_symlink():
-            for pattern in CHECKPOINT_FILES:
-                for file in checkpoint.glob(pattern):
-                    file.unlink()
-            adapter = checkpoint / "adapter"
-            if adapter.is_dir() and not any(adapter.iterdir()):
-                adapter.rmdir()
-            if not any(checkpoint.iterdir()):
-                shutil.rmtree(checkpoint)
+        if not (folder / "model").is_symlink():
+            _clear(folder / "model" / "adapter", ("adapter_*",))
+            _clear(folder / "model", CHECKPOINT_FILES)
+        _clear(folder / "samples", SAMPLE_FILES)
     except OSError as error:
         raise RunError(f"run.dir={str(folder)!r}: cannot write there: {error.strerror or error}") from error
+
+
+def _clear(folder: Path, patterns: Sequence[str]) -> None:
+    """Removes the files that fit, and the folder where nothing else is in it."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    for pattern in patterns:
+        for file in folder.glob(pattern):
+            file.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def new_status() -> dict[str, Any]:

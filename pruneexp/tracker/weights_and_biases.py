@@ -35,7 +35,8 @@ class _Live:
 
 @dataclass(frozen=True)
 class Wandb:
-    """A W&B run beside the run folder: config, metrics, the plan as an artifact, the structure, score histograms.
+    """A W&B run beside the run folder: config, metrics, the plan and the evaluators' samples as artifacts, the
+    structure, score histograms.
 
     `mode`: online, offline (its files lie in the run folder's wandb/, for `wandb sync`), shared, disabled, or None:
     what the user's environment says (WANDB_MODE, a login), offline where it says nothing."""
@@ -128,7 +129,18 @@ class Wandb:
         if picture.exists():
             run.log({"structure": wandb.Image(str(picture))})
 
+    def _log_samples(self, run: Any) -> None:
+        import wandb
+
+        files = sorted((self._live.folder / "samples").glob("*"))
+        if files:
+            artifact = wandb.Artifact(f"samples-{run.id}", type="samples")
+            for file in files:
+                artifact.add_file(str(file), policy="immutable")
+            run.log_artifact(artifact)
+
     def finish(self, metrics: Mapping[str, float]) -> None:
+        self._attempt("store the samples", self._log_samples)
         self._attempt("store the metrics", lambda run: run.summary.update(dict(metrics)))
         self._close(exit_code=0)
 

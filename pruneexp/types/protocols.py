@@ -133,9 +133,15 @@ class Recovery(Protocol):
 
 
 class Evaluator(Protocol):
-    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}. Not required:
-    `measured_on(tokenizer)`, what identifies its inputs, of one whose figures are the same each time: the dense model's
-    are then kept."""
+    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}.
+
+    Called with the dense model, then with the pruned one. Not required: `streams`, that it can do without the whole
+    model in memory; `check()`, `prepare(tokenizer, vocabulary)` and `longest(tokenizer)`, which is the most tokens that
+    the model will see at once, for what can be told before a weight is loaded; `files(name, when)`, what it saw of the
+    last model ("dense", "pruned"), as the contents of files in the run folder's samples/ that begin with its `name`;
+    `measured_on(tokenizer)`, what identifies its inputs (None: nothing does), of one whose figures are the same each
+    time: the dense model's are then kept.
+    """
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]: ...
 

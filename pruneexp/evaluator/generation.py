@@ -1,0 +1,266 @@
+"""What a model writes after a prompt, before and after pruning."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pruneexp.dataset import WindowSource, check_vocabulary, encode
+from pruneexp.evaluator.latency import last_logits_only
+from pruneexp.progress import progress
+from pruneexp.types import ConfigError
+
+Tokens = list[int]
+PROMPTS = "a UTF-8 text file, one prompt a line"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Continuations of `samples` prompts: `new_tokens` tokens each, or up to the end of sequence that the model writes.
+
+    Prompts are the first `prompt_tokens` tokens of windows of the dataset's evaluation split, evenly spread over it, or
+    the lines of the file `prompts` that are not blank (the first `samples` of them, with what special tokens the
+    tokenizer adds to any text). `temperature` 0: the likeliest token each time. Above 0: drawn from
+    softmax(logits / `temperature`) by inversion, with uniform numbers of `seed` that are the same for every model and
+    any batch size.
+
+    Figures, over the model's own tokens, that start where the prompt ends:
+
+    - "distinct_1", "distinct_2", "distinct_3": different n-grams / all n-grams of all continuations (Li et al. 2016)
+    - "seq_rep_4": 1 - different 4-grams / all 4-grams within a continuation, mean over continuations (Welleck et al.
+      2020); 0 is no repetition
+    - "exact_match": share of prompts whose continuation is, token by token, that of the first model the evaluator was
+      called with (the dense one); "common_prefix": tokens until the two part, mean over prompts. Not of that first one
+
+    Named "<figure>/<dataset>@<prompt tokens>+<new tokens>", "t<temperature>" where there is one, then "[<prompts>]":
+    "distinct_2/embedded@32+64[16]"; with a file of prompts "distinct_2/<file's stem>@+64[16]". Needs no tokenizer where
+    the dataset has windows of tokens: they are then shown as they are.
+    """
+
+    dataset: WindowSource
+    prompts: str | None
+    prompt_tokens: int
+    samples: int
+    new_tokens: int
+    temperature: float
+    seed: int
+    batch_size: int
+
+    streams: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt_tokens", 1), ("samples", 1), ("new_tokens", 4), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= {least}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature!r}: expected a number >= 0; 0 takes the likeliest token")
+
+    def check(self) -> None:
+        """The prompts' file, or the dataset's. Raises ConfigError."""
+        if self.prompts is None:
+            self.dataset.check(calibration=False)
+        else:
+            self._lines()
+
+    def prepare(self, tokenizer: Any, vocabulary: int) -> None:
+        """Makes the prompts, so that those that do not fit are found before weights load."""
+        source = (
+            self.dataset.key("evaluation") if self.prompts is None else f"evaluator.generation.prompts={self.prompts}"
+        )
+        for prompt_T in self._prompts(tokenizer):
+            check_vocabulary(prompt_T[None], vocabulary, source)
+
+    def longest(self, tokenizer: Any) -> int:
+        """Tokens of the longest prompt and its continuation."""
+        return max(len(prompt_T) for prompt_T in self._prompts(tokenizer)) + self.new_tokens
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        if model.streamed:
+            raise ConfigError("evaluator.generation: not possible with model.stream=true")
+        written = self._write(model, self._prompts(tokenizer))
+        figures = text_figures(written)
+        if self._seen:
+            figures |= agreement(self._seen[0], written)
+        self._seen[1:] = [written]
+        return {f"{name}/{self._protocol()}": value for name, value in figures.items()}
+
+    def files(self, name: str, when: str) -> Mapping[str, str]:
+        """The samples side by side, once a second model has written: {"<name>.md": ...}."""
+        if len(self._seen) < 2:
+            return {}
+        tokenizer, prompts = self._made[0]
+        return {f"{name}.md": side_by_side(tokenizer, [prompt_T.tolist() for prompt_T in prompts], *self._seen)}
+
+    @cached_property
+    def _seen(self) -> list[list[Tokens]]:
+        """What the first model wrote, and what the last one did."""
+        return []
+
+    @cached_property
+    def _made(self) -> list[tuple[Any, list[Tensor]]]:
+        """The tokenizer and its prompts, once made."""
+        return []
+
+    def _prompts(self, tokenizer: Any) -> list[Tensor]:
+        """int64 [T] each."""
+        if not self._made or self._made[0][0] is not tokenizer:
+            self._made[:] = [(tokenizer, self._make(tokenizer))]
+        return self._made[0][1]
+
+    def _make(self, tokenizer: Any) -> list[Tensor]:
+        if self.prompts is not None:
+            if tokenizer is None:
+                raise ConfigError(
+                    f"evaluator.generation.prompts={self.prompts}: text needs a tokenizer and the model has none; "
+                    "expected null, and dataset=tokens"
+                )
+            return [encode(tokenizer, line, special_tokens=True) for line in self._lines()]
+        windows_NT = self.dataset.evaluation(tokenizer, None)
+        if self.prompt_tokens > windows_NT.shape[1]:
+            wide = f"{windows_NT.shape[1]}, the width of the windows of {self.dataset.key('evaluation')}"
+            raise ConfigError(f"evaluator.generation.prompt_tokens={self.prompt_tokens}: expected at most {wide}")
+        chosen = torch.linspace(0, len(windows_NT) - 1, min(self.samples, len(windows_NT))).long()
+        return list(windows_NT[chosen, : self.prompt_tokens])
+
+    def _lines(self) -> list[str]:
+        """The prompts of the file."""
+        assert self.prompts is not None
+        key, path = f"evaluator.generation.prompts={self.prompts}", Path(self.prompts).expanduser()
+        if not path.is_file():
+            raise ConfigError(
+                f"{key}: {'this is a directory' if path.is_dir() else 'no such file'}; expected {PROMPTS}"
+            )
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{key}: byte {error.start} is not UTF-8; expected {PROMPTS}") from None
+        if not lines:
+            raise ConfigError(f"{key}: the file is empty; expected {PROMPTS}")
+        return lines[: self.samples]
+
+    def _write(self, model: Any, prompts: Sequence[Tensor]) -> list[Tokens]:
+        """The continuation of each prompt."""
+        uniform_NS = torch.rand(
+            len(prompts), self.new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed)
+        )
+        # Prompts of one length go together: without padding, what a batch holds changes nothing.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        alike = [list(group) for _, group in groupby(order, key=lambda i: len(prompts[i]))]
+        batches = [group[i : i + self.batch_size] for group in alike for i in range(0, len(group), self.batch_size)]
+        ends = end_tokens(model.module)
+        written: dict[int, Tokens] = {}
+        for batch in progress(batches, "generation", len(batches), "batches"):
+            rows_BT = torch.stack([prompts[i] for i in batch]).to(model.device)
+            new_BS = continued(model.module, rows_BT, self._choose(uniform_NS[batch]), self.new_tokens)
+            written |= {i: up_to(row, ends) for i, row in zip(batch, new_BS.tolist(), strict=True)}
+        return [written[i] for i in range(len(prompts))]
+
+    def _choose(self, uniform_BS: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """(logits [B, V], step) -> tokens [B]."""
+        if self.temperature == 0:
+            return lambda logits_BV, step: logits_BV.argmax(-1)
+        return lambda logits_BV, step: drawn(logits_BV.double() / self.temperature, uniform_BS[:, step])
+
+    def _protocol(self) -> str:
+        source, prompt = self.dataset.name, str(self.prompt_tokens)
+        if self.prompts is not None:
+            source, prompt = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(self.prompts).stem) or "prompts", ""
+        drawn_at = f"t{self.temperature:g}" if self.temperature else ""
+        return f"{source}@{prompt}+{self.new_tokens}{drawn_at}[{len(self._made[0][1])}]"
+
+
+@torch.inference_mode()
+def continued(module: Any, prompt_BT: Tensor, choose: Callable[[Tensor, int], Tensor], steps: int) -> Tensor:
+    """`steps` tokens after each prompt, on the KV cache: int64 [B, S] on the CPU."""
+    training = module.training
+    module.eval()
+    try:
+        out = module(prompt_BT, use_cache=True, **last_logits_only(module))
+        tokens = [choose(out.logits[:, -1], 0)]
+        for step in range(1, steps):
+            out = module(tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+            tokens.append(choose(out.logits[:, -1], step))
+        return torch.stack(tokens, dim=1).cpu()
+    finally:
+        module.train(training)
+
+
+def drawn(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which softmax's cumulative sum passes `uniform_B`, in [0, 1): int64 [B]."""
+    passed_BV = logits_BV.softmax(-1).cumsum(-1)
+    at_B1 = uniform_B.to(logits_BV.device)[:, None] * passed_BV[:, -1:]  # the sum is 1 up to rounding
+    return torch.searchsorted(passed_BV, at_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+
+
+def end_tokens(module: Any) -> frozenset[int]:
+    """The tokens that end a text, as the model's own settings name them."""
+    for config in (getattr(module, "generation_config", None), module.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()
+
+
+def up_to(tokens: Tokens, ends: frozenset[int]) -> Tokens:
+    """`tokens` in front of the first that is in `ends`."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def text_figures(texts: Sequence[Tokens]) -> dict[str, float]:
+    """distinct_1 to distinct_3 and seq_rep_4, as Generation defines them; left out where no text is long enough."""
+    figures = {}
+    for n in (1, 2, 3):
+        found = [gram for text in texts for gram in ngrams(text, n)]
+        if found:
+            figures[f"distinct_{n}"] = len(set(found)) / len(found)
+    repeated = [1 - len(set(found)) / len(found) for found in (ngrams(text, 4) for text in texts) if found]
+    if repeated:
+        figures["seq_rep_4"] = sum(repeated) / len(repeated)
+    return figures
+
+
+def agreement(first: Sequence[Tokens], second: Sequence[Tokens]) -> dict[str, float]:
+    """exact_match and common_prefix of texts in the same order."""
+    pairs = list(zip(first, second, strict=True))
+    return {
+        "exact_match": sum(a == b for a, b in pairs) / len(pairs),
+        "common_prefix": sum(common_prefix(a, b) for a, b in pairs) / len(pairs),
+    }
+
+
+def common_prefix(first: Tokens, second: Tokens) -> int:
+    """Tokens until the texts part."""
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+
+
+def side_by_side(tokenizer: Any, prompts: Sequence[Tokens], dense: Sequence[Tokens], pruned: Sequence[Tokens]) -> str:
+    """A Markdown table with a row for each prompt; token ids where there is no tokenizer."""
+
+    def text(tokens: Tokens) -> str:
+        return _cell(" ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens))
+
+    lines = ["| prompt | dense | pruned | tokens alike |", "|---|---|---|---|"]
+    for prompt, one, other in zip(prompts, dense, pruned, strict=True):
+        alike = f"{common_prefix(one, other)} of {max(len(one), len(other))}"
+        lines.append(f"| {text(prompt)} | {text(one)} | {text(other)} | {alike} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that Markdown and HTML take as it is, on one line."""
+    escaped = re.sub(r"[|*_`~\\\[\]]", lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
+    return "<br>".join(escaped.splitlines())

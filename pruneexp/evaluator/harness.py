@@ -1,0 +1,250 @@
+"""What lm-eval, the evaluation harness, is asked: its tasks by name, and a model's answers to them.
+
+Importing this loads neither the harness nor the libraries that it brings along; calling it does.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pruneexp.evaluator.task_files import TASKS, TaskRows
+from pruneexp.progress import BAR_AFTER, waiting
+from pruneexp.types import ConfigError, RunError
+
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
+TASKS_KEY = "evaluator.zeroshot.tasks"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A name that was asked for, as the harness knows it: one task, or a group or tag of several."""
+
+    name: str
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+    members: Mapping[str, Sequence[str]]  # names that each group holds
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model achieved on one task, or on a group of tasks (which has no scores of its own)."""
+
+    shots: int
+    items: int  # that were answered
+    complete: bool  # these are all items that the task evaluates
+    figures: Mapping[str, float]  # "acc" -> share; "exact_match,strict-match" where answers are filtered
+    scores: Mapping[str, Sequence[float]]  # of each item, by the same names
+    requests: Sequence[tuple[Any, ...]]  # (context, continuation), all items' choices in order
+    log_likelihoods: Sequence[float]  # of each request; empty where the model writes its answers
+    version: Any  # of the task's definition
+    data: str  # what the definition reads
+
+
+def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loaded]:
+    """The tasks called `names`, each on its local `rows` where there are any, else on its data set on the hub.
+
+    Raises:
+        ConfigError: a name that the harness does not know, or a task that cannot be run here.
+        RunError: neither the hub nor its cache has a task's data.
+    """
+    from lm_eval.tasks import TaskManager
+
+    with _quiet(), _seeded(torch.device("cpu")), waiting("loading the evaluation tasks"):
+        known = [_definitions(name) for name in names if name in TASKS]
+        # Indexing every definition takes seconds; a few folders of them do not.
+        whole = len(known) < len(names)
+        manager = TaskManager(include_path=None if whole else sorted(set(known)), include_defaults=whole)
+        for name in names:
+            if name not in manager.all_tasks:
+                near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"{TASKS_KEY}: lm-eval has no task {name!r}; expected its tasks, groups or tags{hint}"
+                )
+        return [_loaded(manager, name, rows.get(name)) for name in names]
+
+
+def _definitions(name: str) -> str:
+    """The folder of a task's definition."""
+    import lm_eval.tasks
+
+    return f"{lm_eval.tasks.__path__[0]}/{TASKS[name].definition}"
+
+
+def _loaded(manager: Any, name: str, rows: TaskRows | None) -> Loaded:
+    # A task inside a group of one is how the harness lets a definition's settings be replaced.
+    spec: Any = name if rows is None else {"group": f"local_{name}", "task": [{"task": name, **_replaced(rows)}]}
+    try:
+        found = manager.load(spec)
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # the hub's client raises OSError, ValueError, RuntimeError, its http library's own
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        offline = "offline, evaluator.zeroshot.data=FOLDER reads local files"
+        raise RunError(f"{TASKS_KEY}: {name}'s data cannot be loaded ({reason}); {offline}") from error
+    if rows is not None:
+        found = {"tasks": found["tasks"], "groups": {}, "group_map": {}}
+    for task in found["tasks"].values():
+        unfit = [what for what in ("UNSAFE_CODE", "MULTIMODAL") if getattr(task, what, False)]
+        if unfit:
+            does = "runs code that the model writes" if unfit == ["UNSAFE_CODE"] else "needs more than text"
+            raise ConfigError(f"{TASKS_KEY}: {task.task_name} {does}; expected tasks of text alone")
+    return Loaded(name, found["tasks"], found["groups"], found["group_map"])
+
+
+def _replaced(rows: TaskRows) -> dict[str, Any]:
+    import datasets
+
+    splits = {name: datasets.Dataset.from_list([dict(row) for row in found]) for name, found in rows.splits.items()}
+    any_split = next(iter(splits.values()))
+    # A definition reads its examples' split even where none is asked for.
+    filled = datasets.DatasetDict({"train": any_split.select([]), **splits})
+    return {"custom_dataset": lambda **_: filled}
+
+
+def answer(model: Any, loaded: Loaded, shots: int | None, limit: int | None, batch_size: int) -> dict[str, Answered]:
+    """The model's answers to the first `limit` items of every task of `loaded`, by the names of tasks and groups.
+
+    The harness runs them: its prompts, its tokenisation, its scores, its seeds. `shots`: None for each task's own.
+
+    Raises RunError where a log-likelihood is not a number.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models import huggingface
+
+    for task in loaded.tasks.values():
+        own = task.get_config("num_fewshot")
+        # As the harness does: a definition that says 0 cannot have examples.
+        task.set_config(key="num_fewshot", value=own or 0 if shots is None or own == 0 else shots)
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])
+    with _quiet(), _seeded(model.device), waiting(f"evaluating {loaded.name}"):
+        # A copy: the harness gives a tokenizer without a padding token one, which must not be saved with the model.
+        wrapper: Any = huggingface.HFLM  # its decorator hides its parameters from type checkers
+        lm = wrapper(
+            pretrained=model.module,
+            backend="causal",
+            tokenizer=copy.deepcopy(model.tokenizer),
+            batch_size=batch_size,
+        )
+        found: Any = evaluate(
+            lm=lm,
+            task_dict={"tasks": loaded.tasks, "groups": loaded.groups, "group_map": loaded.members},  # type: ignore
+            limit=limit,
+            bootstrap_iters=0,  # its standard errors cost a pool of processes
+        )
+        # Inside: even to ask a task for its name draws a random number.
+        answered = {name: _answered(task, found) for name, task in loaded.tasks.items()}
+        return answered | {name: _aggregated(group, found, answered) for name, group in loaded.groups.items()}
+
+
+def _answered(task: Any, found: Mapping[str, Any]) -> Answered:
+    name = task.task_name
+    counts = found["n-samples"][name]
+    scores: dict[str, list[float]] = {}
+    requests, nats = [], []
+    for sample in found["samples"][name]:
+        for metric in sample["metrics"]:
+            scores.setdefault(_named(metric, sample["filter"]), []).append(sample[metric])
+        if sample["filter"] == found["samples"][name][0]["filter"]:  # each filter repeats the same requests
+            requests += [tuple(request) for request in sample["arguments"]]
+            if task.OUTPUT_TYPE != "generate_until":
+                nats += [_likelihood(answers[0]) for answers in sample["resps"]]
+    if any(math.isnan(value) for value in nats):
+        broken = next(i for i, value in enumerate(nats) if math.isnan(value))
+        raise RunError(f"evaluator.zeroshot: {name}: the model's log-likelihood of request {broken} is not a number")
+    return Answered(
+        shots=found["n-shot"][name],
+        items=counts["effective"],
+        complete=counts["effective"] == counts["original"],
+        figures=_figures(found["results"][name]),
+        scores=scores,
+        requests=requests,
+        log_likelihoods=nats,
+        version=found["versions"][name],
+        data="local files" if task.config.custom_dataset is not None else f"{task.DATASET_PATH}/{task.DATASET_NAME}",
+    )
+
+
+def _aggregated(group: Any, found: Mapping[str, Any], tasks: Mapping[str, Answered]) -> Answered:
+    """A group's own figures (a weighted mean, say), where its definition asks for any."""
+    members = [tasks[task.task_name] for task in group.get_all_tasks()]
+    return Answered(
+        shots=max(member.shots for member in members),
+        items=sum(member.items for member in members),
+        complete=all(member.complete for member in members),
+        figures=_figures(found["results"].get(group.name, {})),
+        scores={},
+        requests=(),
+        log_likelihoods=(),
+        version=group.version,
+        data="",
+    )
+
+
+def _likelihood(answer: Any) -> float:
+    """The log-likelihood in (log-likelihood, greedy), or alone."""
+    return float(answer[0] if isinstance(answer, (tuple, list)) else answer)
+
+
+def _named(metric: str, chosen: str) -> str:
+    return metric if chosen == "none" else f"{metric},{chosen}"
+
+
+def _figures(results: Mapping[str, Any]) -> dict[str, float]:
+    """{"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": ...} -> {"acc": 0.5}."""
+    split = {key: key.rsplit(",", 1) for key, value in results.items() if isinstance(value, (int, float))}
+    return {_named(*parts): float(results[key]) for key, parts in split.items() if len(parts) == 2}
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """The harness's random numbers inside; those of the run go on afterwards as if nothing had been drawn."""
+    import numpy
+
+    plain, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        random.seed(SEEDS["random"])
+        numpy.random.seed(SEEDS["numpy"])
+        torch.manual_seed(SEEDS["torch"])
+        try:
+            yield
+        finally:
+            random.setstate(plain)
+            numpy.random.set_state(arrays)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No advice of the harness's about itself, and its bars as ours: on a terminal, after a while, gone when done."""
+    from datasets.utils import logging as datasets_logging
+    from tqdm import tqdm
+
+    logger = logging.getLogger("lm_eval")
+    level, init = logger.level, tqdm.__init__
+
+    def shown_late(self: Any, *args: Any, **kwargs: Any) -> None:
+        late = {"leave": False, "delay": BAR_AFTER, "disable": not sys.stderr.isatty()}
+        init(self, *args, **{**kwargs, **late})
+
+    bars = datasets_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    datasets_logging.disable_progress_bar()
+    tqdm.__init__ = shown_late  # the harness's bars take no setting but the class
+    try:
+        yield
+    finally:
+        tqdm.__init__ = init
+        logger.setLevel(level)
+        if bars:
+            datasets_logging.enable_progress_bar()

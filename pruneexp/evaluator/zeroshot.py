@@ -1,0 +1,165 @@
+"""Tasks of lm-eval, the evaluation harness, on a model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from typing import Any, ClassVar
+
+from pruneexp.evaluator.harness import Answered, Loaded, answer, load_tasks
+from pruneexp.evaluator.task_files import TaskRows, check_known, read_task
+from pruneexp.types import ConfigError
+
+PUBLISHED = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+@dataclass(frozen=True)
+class Zeroshot:
+    """lm-eval's tasks, run by lm-eval in this process: its prompts, its tokenisation, its scores.
+
+    - `tasks`: names of lm-eval's tasks, groups or tags
+    - `num_fewshot`: worked examples before each question; None: what a task's definition says, 0 where it says nothing
+    - `limit`: only the first so many items of each task
+    - `data`: folder of the tasks' original files (`task_files.TASKS`), for work without a network; None: the data sets
+      that the definitions name, on the hub or in its cache
+
+    Named "<metric>/<task>@<n>shot", then "[<items>]" where that is not the whole split: "acc_norm/piqa@0shot[100]".
+    Answers that are filtered in several ways end in "/<filter>". `acc` takes the choice with the highest
+    log-likelihood, `acc_norm` that with the highest per character.
+
+    Of the seven tasks that papers report, all asked for, two means: "acc/mean7@0shot", of `acc`, and
+    "acc_norm_or_acc/mean7@0shot", of `acc_norm` where a task has it and `acc` where it has none (boolq, winogrande).
+    """
+
+    tasks: list[str]
+    num_fewshot: int | None
+    limit: int | None
+    batch_size: int
+    data: str | None
+
+    streams: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"tasks={list(self.tasks)!r}: expected one task or more, each once")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError(f"num_fewshot={self.num_fewshot!r}: expected null or an int >= 0")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit={self.limit!r}: expected null or an int >= 1")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
+        if self.data is not None:
+            check_known(self.tasks)
+
+    def check(self) -> None:
+        """Reads the local files. Raises ConfigError."""
+        _ = self._rows
+
+    def prepare(self, tokenizer: Any, vocabulary: int) -> None:
+        """Loads the tasks, so that unknown names and data that cannot be had are found before weights load."""
+        if tokenizer is None:
+            raise ConfigError("evaluator.zeroshot: needs a tokenizer and the model has none")
+        _ = self._loaded
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        if model.streamed:
+            raise ConfigError("evaluator.zeroshot: not possible with model.stream=true")
+        found: dict[str, Answered] = {}
+        for loaded in self._loaded:
+            found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size)
+        self._last[:] = [found]
+        figures = {
+            self._name(metric, task, answered): value
+            for task, answered in found.items()
+            for metric, value in answered.figures.items()
+        }
+        return {**figures, **self._means(found)}
+
+    def measured_on(self, tokenizer: Any) -> str | None:
+        """Fingerprint of local files and tokenizer; None for data sets of the hub, of which only lm-eval knows more."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self.data is None or backend is None:
+            return None
+        files = {task: dict(rows.sources) for task, rows in self._rows.items()}
+        return _digest([(metadata.version("lm_eval"), files, backend.to_str())])
+
+    def files(self, name: str, when: str) -> Mapping[str, str]:
+        """What the last call saw, item by item: {"<name>_<when>.json": ...}."""
+        record = {
+            "lm_eval": metadata.version("lm_eval"),
+            "batch_size": self.batch_size,
+            "tasks": {task: self._record(task, answered) for task, answered in self._last[0].items()},
+        }
+        return {f"{name}_{when}.json": json.dumps(record) + "\n"}
+
+    @cached_property
+    def _rows(self) -> dict[str, TaskRows]:
+        if self.data is None:
+            return {}
+        return {task: read_task(self.data, task, self.num_fewshot or 0) for task in self.tasks}
+
+    @cached_property
+    def _loaded(self) -> list[Loaded]:
+        return load_tasks(self.tasks, self._rows)
+
+    @cached_property
+    def _last(self) -> list[dict[str, Answered]]:
+        """What the last model answered."""
+        return []
+
+    def _partial(self, task: str, answered: Answered) -> bool:
+        rows = self._rows.get(task)
+        return not answered.complete or (rows is not None and not rows.complete)
+
+    def _name(self, metric: str, task: str, answered: Answered) -> str:
+        metric, _, chosen = metric.partition(",")
+        count = f"[{answered.items}]" if self._partial(task, answered) else ""
+        return f"{metric}/{task}@{answered.shots}shot{count}{'/' if chosen else ''}{chosen}"
+
+    def _means(self, found: Mapping[str, Answered]) -> dict[str, float]:
+        if not set(PUBLISHED) <= set(self.tasks):
+            return {}
+        seven = {task: found[task] for task in PUBLISHED}
+        partial = any(self._partial(task, answered) for task, answered in seven.items())
+        count = f"[{sum(answered.items for answered in seven.values())}]" if partial else ""
+        protocol = f"/mean7@{seven['boolq'].shots}shot{count}"
+        figures = [answered.figures for answered in seven.values()]
+        return {
+            f"acc{protocol}": _mean([each["acc"] for each in figures]),
+            f"acc_norm_or_acc{protocol}": _mean([each.get("acc_norm", each["acc"]) for each in figures]),
+        }
+
+    def _record(self, task: str, answered: Answered) -> dict[str, Any]:
+        rows = self._rows.get(task)
+        return {
+            "version": answered.version,
+            "data": answered.data if rows is None else dict(rows.sources),
+            "num_fewshot": answered.shots,
+            "items": answered.items,
+            "requests_sha256": _digest(answered.requests),
+            "figures": dict(answered.figures),
+            "standard_errors": {metric: _standard_error(scores) for metric, scores in answered.scores.items()},
+            "scores": {metric: list(scores) for metric, scores in answered.scores.items()},
+        }
+
+
+def _digest(requests: Sequence[tuple[Any, ...]]) -> str:
+    """Of every context and continuation: two runs that agree in it were asked the same."""
+    return hashlib.sha256(json.dumps(requests, default=str).encode()).hexdigest()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _standard_error(scores: Sequence[Any]) -> float | None:
+    """Of the mean of the items' scores; None where they are not numbers, or too few."""
+    if len(scores) < 2 or not all(isinstance(score, (int, float)) for score in scores):
+        return None
+    mean = _mean(scores)
+    return math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores))

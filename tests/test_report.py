@@ -14,8 +14,8 @@ METRICS = {
     "dense/ppl/wikitext2@2048": 5.0,
     "pruned/ppl/wikitext2@2048": 6.0,
     "pruned/ppl/ptb@2048": 9.0,
-    "dense/zeroshot/arc_easy/acc": 0.75,
-    "pruned/zeroshot/arc_easy/acc": 0.7,
+    "dense/acc/arc_easy@0shot": 0.75,
+    "pruned/acc/arc_easy@0shot": 0.7,
     "dense/latency/prefill_ms": 40.0,
     "pruned/latency/prefill_ms": 30.0,
     "memory/peak_bytes": 3 * 2**30,
@@ -102,7 +102,7 @@ def test_summary_sets_the_pruned_figure_beside_the_dense_one():
     told = rows(METRICS, plan(), sites(1))
     assert told["perplexity", "wikitext2@2048"] == ("5", "6", "x1.2")
     assert told["perplexity", "ptb@2048"] == ("", "9", "")
-    assert told["accuracy", "zeroshot/arc_easy/acc"] == ("0.75", "0.7", "-5.0 points")
+    assert told["accuracy", "acc/arc_easy@0shot"] == ("0.75", "0.7", "-5.0 points")
     assert told["speed", "latency/prefill_ms"] == ("40", "30", "x0.75")
     assert told["memory", "peak_bytes"] == ("", "3.00 GiB", "")
     assert told["passes", "forward"] == ("", "1.5", "")

@@ -35,7 +35,7 @@ def save_form(model: Model) -> Form:
     modeling file beside the weights with the structure in `per_layer_config`."""
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
     if model.family.experts:
-        why = "layers or experts differ in width, or own biases that the stock class lacks"
+        why = "layers or experts are not alike, or own biases that the stock class lacks"
         return _uniform_mixture(model, structures) or _remote_code(model, structures, why)
     before = original_structure(model)
     if all(s == before for s in structures):

@@ -82,9 +82,9 @@ class Oracle(Protocol):
 
 class Search(Protocol):
     """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. Not required:
-    `granularity`, what may leave: units ("heads", "channels"), whole sublayers ("attention", "ffn"), "blocks";
-    `probes`, that it cannot do without losses, and so needs the whole model in memory; `check(sites, budget)`, which
-    raises ConfigError for a budget that it cannot meet, before there are scores."""
+    `granularity`, what may leave: units ("heads", "channels", "experts"), whole sublayers ("attention", "ffn"),
+    "blocks"; `probes`, that it cannot do without losses, and so needs the whole model in memory; `check(sites,
+    budget)`, which raises ConfigError for a budget that it cannot meet, before there are scores."""
 
     local: ClassVar[bool]
 

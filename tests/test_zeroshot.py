@@ -184,6 +184,7 @@ def test_names_say_which_items(data, llama, monkeypatch):
 
 def test_the_record_of_a_model(data, llama):
     evaluator = a_zeroshot(data, "piqa", "lambada_openai", num_fewshot=1)
+    assert evaluator.files("mine", "dense") == {}
     figures = evaluator(llama, llama.tokenizer)
     ((name, content),) = evaluator.files("mine", "pruned").items()
     record = json.loads(content)

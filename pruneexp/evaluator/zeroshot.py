@@ -89,7 +89,9 @@ class Zeroshot:
         return _digest([(metadata.version("lm_eval"), files, backend.to_str())])
 
     def files(self, name: str, when: str) -> Mapping[str, str]:
-        """What the last call saw, item by item: {"<name>_<when>.json": ...}."""
+        """What the last call saw, item by item: {"<name>_<when>.json": ...}; nothing where there was none."""
+        if not self._last:
+            return {}
         record = {
             "lm_eval": metadata.version("lm_eval"),
             "batch_size": self.batch_size,

@@ -43,7 +43,7 @@ def foreseen(experiment: Experiment, model: Model, budget: Budget, tokenizer: An
         windows = getattr(evaluator, "windows", None)
         if windows is not None:
             count, length = windows(tokenizer).shape
-            measured.append(Calibration(count, length, evaluator.batch_size))  # type: ignore[attr-defined]
+            measured.append(Calibration(count, length, getattr(evaluator, "batch_size", 1)))
     return forecast(
         model,
         experiment.method,

@@ -120,6 +120,7 @@ def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> No
         ("recipe=policy_gradient search.passes=4", 0.9),
         ("recipe=best search.effort=4", 0.5),
         ("recipe=sleb search.granularity=[attention,ffn]", 0.8),
+        ("recipe=sleb sparsity.ratio=0.5", 0.8),
         ("recipe=ifso criterion.inverse=conjugate_gradient criterion.steps=2 criterion.damping=1", 0.9),
     ],
 )
@@ -229,6 +230,18 @@ def test_activations_by_hand() -> None:
     written_out = replace(shape, sites=(attention,), scores=4)
     assert activations(written_out, seen) - activations(replace(written_out, scores=0), seen) == 2 * 5 * 4 * 36 * 2
     assert activations(shape, seen, loss=True) == 30 * 1000 * (2 + 4 + 4)
+
+
+def test_evidence_that_needs_real_tensors_is_no_reason_to_stop() -> None:
+    class Stubborn:
+        source = "reader"
+
+        @classmethod
+        def empty(cls, site: Site) -> float:
+            return torch.zeros(1).item()
+
+    site = Site("a", "mlp", 0, 30, 2, Cost(1, 1, 0))
+    assert statistics_bytes(Stubborn, [site], Shape((), (site,), 0, 0, 7, 3, 0, 2)) == 0
 
 
 class LiveBytes(TorchDispatchMode):

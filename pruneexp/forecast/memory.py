@@ -15,7 +15,7 @@ from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs
 from pruneexp.evidence import Gram, WantedOutput
 from pruneexp.forecast.shape import Shape
-from pruneexp.forecast.work import WALKED, Calibration, distinct
+from pruneexp.forecast.work import WALKED, Calibration, blocks_alone, distinct
 from pruneexp.prune import Method, by_site, goes_layer_by_layer
 from pruneexp.search import Evolutionary
 from pruneexp.surgery import STREAMED_SHARD_BYTES
@@ -52,11 +52,9 @@ def stages(
     is written. Streamed: two decoder layers, what is outside them, and what waits to be written."""
     if stream:
         weights = 2 * shape.block_bytes + shape.outside * shape.itemsize
-        copies = (
-            STREAMED_SHARD_BYTES + 2 * shape.block_bytes
-        )  # what waits to be written, and a layer beside the new one
+        copies = STREAMED_SHARD_BYTES + 2 * shape.block_bytes
     else:
-        weights, copies = shape.bytes, shape.block_bytes
+        weights, copies = shape.bytes, shape.block_bytes  # a layer beside what it becomes
     found = []
     for windows in measured:
         held = windows.tokens if stream else 0  # a streamed model runs all windows layer by layer
@@ -133,7 +131,7 @@ def _saved(shape: Shape, batch: Calibration) -> int:
 def _calibrating(method: Method, shape: Shape, seen: Calibration, weights: int, copies: int) -> Stage:
     """The first walk, or the only one. `copies`: of layers that are cut, and wait to be written."""
     criterion, compensator = method.criterion, method.compensator
-    dense = () if compensator.sequential else evidence_kinds(compensator.evidence)
+    dense = () if compensator.sequential or blocks_alone(method) else evidence_kinds(compensator.evidence)
     kinds, times, statistics = distinct(criterion.evidence), 1, 0
     if goes_layer_by_layer(method):
         times = 2
@@ -165,7 +163,7 @@ def _searching(method: Method, shape: Shape, seen: Calibration, weights: int) ->
     if not getattr(method.search, "probes", False):
         return []
     compensator = method.compensator
-    dense = () if compensator.sequential else evidence_kinds(compensator.evidence)
+    dense = () if compensator.sequential or blocks_alone(method) else evidence_kinds(compensator.evidence)
     statistics = sum(statistics_bytes(kind, shape.sites, shape) for kind in dense) + _paths(method, shape)
     stage = _stage("search", weights, shape, seen, loss=True, statistics=statistics)
     if isinstance(method.criterion, Obs) and isinstance(method.search, Evolutionary):
@@ -181,6 +179,8 @@ def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, co
     """The second walk. `copies`: of layers that are cut, and wait to be written."""
     compensator = method.compensator
     kinds, times = evidence_kinds(compensator.evidence), 0
+    if blocks_alone(method):
+        return Stage("shrink", {"weights": weights, "copies": copies})
     statistics = _scratch(shape) if isinstance(compensator, LeastSquares) else 0
     if by_site(compensator):
         times, statistics = 3, statistics + 2 * _of_widest(kinds, shape)
@@ -194,11 +194,15 @@ def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, co
 
 
 def statistics_bytes(kind: Any, sites: Sequence[Site], shape: Shape) -> int:
-    """Of one kind of evidence for these sites, as its own `empty` lays it out; beside wanted outputs, 8 C O."""
+    """Of one kind of evidence for these sites, as its own `empty` lays it out (0 where that needs real tensors); beside
+    wanted outputs, 8 C O."""
     if kind.source not in (*WALKED, "wanted"):
         return 0
     outputs = shape.hidden if kind is WantedOutput else 0
-    return sum(_empty_bytes(kind, replace(site, name="", layer=0)) + 8 * site.channels * outputs for site in sites)
+    try:
+        return sum(_empty_bytes(kind, replace(site, name="", layer=0)) + 8 * site.channels * outputs for site in sites)
+    except Exception:  # evidence of somebody else's: a forecast must not stop a run
+        return 0
 
 
 @cache

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pruneexp.budget import searched_sites
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs
 from pruneexp.evidence import Gram, WantedOutput
@@ -59,22 +60,27 @@ def work_of(method: Method, recovery: Recovery, model: Model, shape: Shape, budg
     one = _layer_by_layer(method, shape, seen) if goes_layer_by_layer(method) else _at_once(method, model, shape, seen)
     spends = getattr(method.search, "spends", None)
     if spends is not None and budget.ratio > 0:
-        probes = spends(model.sites(), budget, seen.batches)
+        probes = spends(searched_sites(model, method.search), budget, seen.batches)
         one += Work(forward=probes, losses=probes)
     one += Work(float64=_solves(method, shape, budget))
-    trained = recovery.seen(seen.windows) / seen.windows if recovery.trains else 0.0  # type: ignore[attr-defined]
+    trains = getattr(recovery, "seen", None) if recovery.trains else None
+    trained = 0.0 if trains is None else trains(seen.windows) / seen.windows
     return one.times(len(method.sparsity.shares())) + Work(trained, trained, trained)
+
+
+def blocks_alone(method: Method) -> bool:
+    """Whether whole blocks leave and nothing else, so that no reader is there to be compensated."""
+    return set(getattr(method.search, "granularity", ())) == {"blocks"}
 
 
 def _at_once(method: Method, model: Model, shape: Shape, seen: Calibration) -> Work:
     criterion, compensator = method.criterion, method.compensator
-    blocks_alone = set(getattr(method.search, "granularity", ())) == {"blocks"}
-    dense = None if compensator.sequential or blocks_alone else compensator.evidence
+    dense = None if compensator.sequential or blocks_alone(method) else compensator.evidence
     kinds = distinct(criterion.evidence, dense)
     shown = judged_whole(method)
     whole = [site for index in range(len(shape.layers)) for site in model.whole_block(index, shown).sites]
     work = _walk(kinds, shape, seen, shrinks=False) + _ahead(kinds, shape, seen, whole)
-    if blocks_alone:
+    if blocks_alone(method):
         return work + Work(walks=1)
     if by_site(compensator):
         return work + _walk_sites((), shape, seen)
@@ -146,7 +152,7 @@ def _solves(method: Method, shape: Shape, budget: Budget) -> float:
     for site in shape.sites:
         if isinstance(method.criterion, Obs):
             flops += removal_flops(site.channels, shape.hidden)
-        if isinstance(method.compensator, LeastSquares) and budget.ratio > 0:
+        if isinstance(method.compensator, LeastSquares) and budget.ratio > 0 and not blocks_alone(method):
             flops += refit_flops(site.channels, round(kept * site.channels), shape.hidden)
     return flops
 

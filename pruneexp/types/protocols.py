@@ -84,7 +84,8 @@ class Search(Protocol):
     """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. Not required:
     `granularity`, what may leave: units ("heads", "channels", "experts"), whole sublayers ("attention", "ffn"),
     "blocks"; `probes`, that it cannot do without losses, and so needs the whole model in memory; `check(sites,
-    budget)`, which raises ConfigError for a budget that it cannot meet, before there are scores."""
+    budget)`, which raises ConfigError for a budget that it cannot meet, before there are scores; `spends(sites, budget,
+    batches)`, the passes over the calibration windows that its probes may cost, for forecasts."""
 
     local: ClassVar[bool]
 
@@ -119,7 +120,8 @@ class Compensator(Protocol):
 
 
 class Recovery(Protocol):
-    """Training after pruning. `trains`: it does (and so needs backward passes through the whole model)."""
+    """Training after pruning. `trains`: it does (and so needs backward passes through the whole model). Not required:
+    `seen(windows)`, the windows that it trains on in all, for forecasts."""
 
     trains: ClassVar[bool]
 

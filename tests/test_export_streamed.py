@@ -26,9 +26,9 @@ def layers_in_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     loaded = Model.loaded
 
-    def counting(self: Model, index: int) -> Any:
+    def counting(self: Model, index: int, *then: Any) -> Any:
         counts.append(sum(not p.is_meta for layer in self.layers for p in list(layer.parameters())[:1]))
-        return loaded(self, index)
+        return loaded(self, index, *then)
 
     monkeypatch.setattr(Model, "loaded", counting)
     return counts
@@ -76,7 +76,8 @@ def test_the_same_files_layer_by_layer(
 def test_a_stock_form_with_biases(tmp_path: Path) -> None:
     folder = pruned_folder(tmp_path, "llama", ((2, 7), (2, 7), (2, 7)), biases=True)
     for stream in ("true", "false"):
-        assert main([str(folder), "format=stock", f"stream={stream}", f"out={tmp_path / stream}"]) == 0
+        arguments = [str(folder), "format=stock", f"stream={stream}", f"out={tmp_path / stream}"]
+        assert main([*arguments, "prove=in_place"]) == 0
     assert files_of(tmp_path / "true") == files_of(tmp_path / "false")
     record = json.loads((tmp_path / "true" / "export.json").read_text())
     assert record["prove"] == "block_by_block" and record["max_logit_difference"] < 1e-5
@@ -112,9 +113,8 @@ def test_another_model_is_not_kept(
 
 def test_by_the_memory_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2**20 < streamed.available_memory() < 2**50
-    outline = ModelSource(
-        "x", str(pruned_folder(tmp_path, "llama", EVEN)), None, "float32", "cpu", False, False, 1
-    ).outline()
+    folder = pruned_folder(tmp_path, "llama", EVEN)
+    outline = ModelSource("x", str(folder), None, "float32", "cpu", False, False, 1).outline()
     for free, expected in ((outline.params * 16 + 2, False), (outline.params * 16 - 2, True)):
         monkeypatch.setattr(streamed, "available_memory", lambda free=free: free)
         assert streamed.wants_streaming(outline) is expected

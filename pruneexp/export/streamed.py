@@ -63,6 +63,7 @@ def _parts(model: Model, form: Form, padding: Padding | None) -> Iterator[dict[s
                 if linear.bias is None:
                     part[f"{path}.bias"] = torch.zeros(linear.out_features, dtype=model.dtype)
             yield {f"{model.layers_path}.{index}.{name}": tensor for name, tensor in part.items()}
+            layer.to("meta")  # a padded one holds weights of its own
 
 
 def prove_streamed(checkpoint: Path, tokens_BT: Tensor, folder: Path) -> dict[str, Any]:

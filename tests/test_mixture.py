@@ -21,12 +21,12 @@ from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Obs, Taylo
 from pruneexp.evidence import InputMoments, Moments
 from pruneexp.model import Model, ModelSource
 from pruneexp.modeling_pruned import experts_of, router_of
-from pruneexp.prune import Method, prune_
+from pruneexp.prune import Method, Pruned, prune_
 from pruneexp.report import widths
 from pruneexp.rounds import prune_in_rounds_
 from pruneexp.search import AlAm, Evolutionary, Global, Greedy, Layerwise, PolicyGradient, UlMm, Uniform
 from pruneexp.sparsity import Linear, OneShot
-from pruneexp.surgery import masked, padding, save, shrink_
+from pruneexp.surgery import BlockProof, StreamedSave, masked, padding, save, shrink_
 from pruneexp.types import Budget, ConfigError, Plan, SitePlan, unit_scores
 from tests.tiny_families import tiny_model
 
@@ -66,9 +66,17 @@ def logits(model: Any, tokens_NT: torch.Tensor) -> torch.Tensor:
     return getattr(model, "module", model)(tokens_NT, use_cache=False).logits
 
 
-def pruned(model: Model, tokens_NT: torch.Tensor, criterion: Any, search: Any, ratio: float, compensator: Any = NONE):
+def pruned(
+    model: Model,
+    tokens_NT: torch.Tensor,
+    criterion: Any,
+    search: Any,
+    ratio: float,
+    compensator: Any = NONE,
+    **other: Any,
+) -> Pruned:
     method = Method(criterion, OneShot(ratio, "decoder", 0), search, compensator)
-    return prune_(model, tokens_NT, method, ratio, **settings())
+    return prune_(model, tokens_NT, method, ratio, **{**settings(), **other})
 
 
 def settings() -> dict[str, Any]:
@@ -262,6 +270,19 @@ def test_a_pruned_mixture_is_pruned_on(made: Made, tokens_NT: torch.Tensor, tmp_
     assert save(again, tmp_path / "once_more").kind == "remote_code"
     last = ModelSource("last", str(tmp_path / "once_more"), None, "float64", "cpu", True, False, 4).load()
     torch.testing.assert_close(last.token_losses(tokens_NT, 4), again.token_losses(tokens_NT, 4))
+
+
+@pytest.mark.parametrize("granularity", ["channels", "experts"])
+def test_streamed_is_held(granularity: str, made: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
+    held, method = made("mixtral"), (Flap("WIFV", False), Global(1, [granularity], "zscore", 1), 0.2)
+    save(held, tmp_path / "dense")
+    streamed = ModelSource("s", str(tmp_path / "dense"), None, "float64", "cpu", True, False, 4).load()
+    plan = pruned(held, tokens_NT, *method).plan
+    writing = StreamedSave(streamed, tmp_path / "pruned", BlockProof(streamed, tokens_NT[:2]))
+    assert pruned(streamed, tokens_NT, *method, shrunk=writing.layer).plan == plan
+    writing.finish()
+    assert writing.prove()["max_logit_difference"] < 1e-6
+    torch.testing.assert_close(streamed.token_losses(tokens_NT, 4), held.token_losses(tokens_NT, 4))
 
 
 def test_ul_mm_counts_the_channels_of_a_layer(made: Made) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pruneexp.export import gguf_file, gguf_proof, main
-from pruneexp.export.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, vocabulary
+from pruneexp.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
 from pruneexp.model import ModelSource
 from pruneexp.surgery import save
 from tests.llama_like import MODELS, Kept, model_logits, pruned_folder
-from tests.tiny_families import tiny_model
+from tests.tiny_families import random_model, tiny_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -259,5 +259,70 @@ def test_other_tokenizers() -> None:
         tokenizer_of(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     ):
         none = vocabulary(unknown, 300)
-        assert not none.tokens and "no byte-level BPE of a kind that llama.cpp knows" in none.notes[0]
+        assert not none.tokens and "is no BPE, of bytes or of pieces, that llama.cpp knows" in none.notes[0]
     assert "259 tokens are more than the model's 100" in vocabulary(tokenizer_of(spelled), 100).notes[0]
+
+
+def pieces_tokenizer(complete: bool = True) -> Any:
+    """As LLaMA 2's: pieces learned from a few words, every pair that makes one among the merges, bytes for the rest."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    space = "\u2581"
+    text = [
+        "the other mother gathers another feather",
+        "aaa aaaa aa a banana",
+        "it's 3.14 in 2024, don't",
+        "x_i == (y+z)",
+    ]
+    normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = normalizer
+    learned.train_from_iterator(text * 3, trainers.BpeTrainer(vocab_size=140, show_progress=False))
+    joined = [a + b for a, b in json.loads(learned.to_str())["model"]["merges"]]
+    letters = sorted({letter for line in text for letter in line.replace(" ", space)} | {space})
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(joined), *letters]
+    vocab = {word: token for token, word in enumerate(dict.fromkeys(words))}
+    cuts = [(piece, cut) for piece in dict.fromkeys(joined) for cut in range(1, len(piece))]
+    merges = [(piece[:cut], piece[cut:]) for piece, cut in cuts if piece[:cut] in vocab and piece[cut:] in vocab]
+    merges = merges if complete else merges[:-1]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizer
+    backend.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(word, special=True) for word in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def joined_by_score(text: str, found: Any) -> list[int]:
+    """llama.cpp's way with pieces: of all neighbours that make one, the best score first, the leftmost of equals."""
+    tokens = {word: token for token, word in enumerate(found.tokens)}
+    parts = list(("\u2581" if found.space_prefix else "") + text.replace(" ", "\u2581"))
+    while True:
+        joins = (a + b for a, b in zip(parts, parts[1:], strict=False))
+        made = [(-found.scores[tokens[word]], place) for place, word in enumerate(joins) if word in tokens]
+        if not made:
+            break
+        place = min(made)[1]
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    ids = [[tokens[p]] if p in tokens else [tokens[f"<0x{byte:02X}>"] for byte in p.encode()] for p in parts]
+    return [token for part in ids for token in part]
+
+
+def test_tokenizers_of_pieces(tmp_path: Path) -> None:
+    tokenizer = pieces_tokenizer()
+    found = vocabulary(tokenizer, len(tokenizer) + 2)
+    assert found.types[:4] == (UNKNOWN, CONTROL, CONTROL, BYTE) and found.types[-1] == UNUSED
+    assert found.space_prefix and not found.merges and not found.notes and not found.begins
+    for text in (*gguf_proof.TEXTS, "aaaa aaaaaaa banana bananas", "the mothers gathered  other feathers"):
+        assert joined_by_score(text, found) == tokenizer(text, add_special_tokens=False).input_ids, text
+    incomplete = vocabulary(pieces_tokenizer(complete=False), 600)
+    assert not incomplete.tokens and "is no BPE, of bytes or of pieces" in incomplete.notes[0]
+
+
+def test_llama_cpp_splits_text_into_the_same_pieces(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    tokenizer = pieces_tokenizer()
+    random_model("Llama", {**MODELS["llama"][1], "vocab_size": len(tokenizer) + 2}).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    assert main([str(tmp_path / "dense"), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["prompt_tokens_equal"]

@@ -1,4 +1,5 @@
-"""A tokenizer as llama.cpp reads it: byte-level BPE, whose words are split by one of the patterns that it knows."""
+"""A tokenizer as llama.cpp reads it: byte-level BPE, whose words are split by one of the patterns that it knows, or
+pieces with scores (`gguf_pieces`)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
+from pruneexp.export.gguf_pieces import is_byte, piece_scores, space_prefix
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {  # the pattern that splits text into words -> llama.cpp's name of it, whether whole words skip the merges
@@ -23,8 +26,10 @@ class Vocabulary:
 
     tokens: tuple[str, ...] = ()
     types: tuple[int, ...] = ()
-    merges: tuple[str, ...] = ()
+    merges: tuple[str, ...] = ()  # of byte-level BPE
     split: str = ""
+    scores: tuple[float, ...] = ()  # of pieces
+    space_prefix: bool = False
     special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad -> token
     begins: bool = False  # a text is tokenised with the beginning-of-sequence token in front
     ends: bool = False
@@ -35,12 +40,15 @@ class Vocabulary:
         if not self.tokens:
             writer.add_tokenizer_model("none")
             return
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.split)
+        writer.add_tokenizer_model("llama" if self.scores else "gpt2")
+        writer.add_tokenizer_pre(self.split or "default")
         writer.add_token_list(list(self.tokens))
         writer.add_token_types(list(self.types))
         if self.merges:
             writer.add_token_merges(list(self.merges))
+        if self.scores:
+            writer.add_token_scores(list(self.scores))
+            writer.add_add_space_prefix(self.space_prefix)
         for name, token in self.special.items():
             getattr(writer, f"add_{name}_token_id")(token)
         writer.add_add_bos_token(self.begins)
@@ -57,19 +65,18 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
     added = {token["id"]: token for token in spec.get("added_tokens", ())}
     words = {token: word for word, token in spec["model"]["vocab"].items()}
     words |= {token: own["content"] for token, own in added.items()}
-    types = [
-        UNUSED if token not in words else NORMAL if token not in added
-        else CONTROL if added[token]["special"] else USER_DEFINED
-        for token in range(vocab_size)
-    ]  # fmt: skip
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
+    split = _split_name(spec)
+    scores = None if split else piece_scores(spec)
+    pairs = spec["model"]["merges"] if split else ()
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     text = tokenizer("a").input_ids
     return Vocabulary(
         tokens=tuple(words.get(token, f"[PAD{token}]") for token in range(vocab_size)),
-        types=tuple(types),
-        merges=tuple(merges),
-        split=_split_name(spec) or "",
+        types=tuple(_type(token, words, added, spec["model"].get("unk_token")) for token in range(vocab_size)),
+        merges=tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in pairs),
+        split=split or "",
+        scores=tuple(scores.get(words.get(token, ""), 0.0) for token in range(vocab_size)) if scores else (),
+        space_prefix=bool(space_prefix(spec)),
         special={name: token for name, token in special.items() if token is not None and token < vocab_size},
         begins=len(text) > 1 and text[0] == special["bos"],
         ends=len(text) > 1 and text[-1] == special["eos"],
@@ -77,13 +84,24 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
     )
 
 
+def _type(token: int, words: dict[int, str], added: dict[int, Any], unknown: str | None) -> int:
+    if token not in words:
+        return UNUSED
+    if words[token] == unknown and token in added:
+        return UNKNOWN
+    if token in added:
+        return CONTROL if added[token]["special"] else USER_DEFINED
+    return BYTE if is_byte(words[token]) else NORMAL
+
+
 def unreadable(tokenizer: Any, vocab_size: int) -> str:
     """Why llama.cpp cannot read the tokenizer; "" where it can."""
     if tokenizer is None:
         return "the checkpoint has none"
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or _split_name(json.loads(backend.to_str())) is None:
-        return f"{type(tokenizer).__name__} is no byte-level BPE of a kind that llama.cpp knows"
+    spec = None if backend is None else json.loads(backend.to_str())
+    if spec is None or not (_split_name(spec) or (space_prefix(spec) is not None and piece_scores(spec))):
+        return f"{type(tokenizer).__name__} is no BPE, of bytes or of pieces, that llama.cpp knows"
     if len(tokenizer) > vocab_size:
         return f"its {len(tokenizer)} tokens are more than the model's {vocab_size}"
     return ""

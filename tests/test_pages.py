@@ -235,6 +235,9 @@ def breakages() -> dict[str, tuple[Any, str]]:
         "running": (lambda f: (f / "metrics.json").unlink(), "still running, as process 1 on elsewhere"),
         "older": (data("environment.json", versions={"pruneexp": "0.0.1"}), "of pruneexp 0.0.1, this is"),
         "no_environment": (lambda f: (f / "environment.json").unlink(), "environment.json is missing"),
+        "no_versions": (data("environment.json", versions="0.1"), "environment.json: expected versions"),
+        "no_prints": (data("environment.json", model=["llama"]), "environment.json: expected versions, and finger"),
+        "budget": (data("plan.json", budget=[0.2]), "plan.json: budget: expected an object"),
         "no_plan": (lambda f: (f / "plan.json").unlink(), "plan.json is missing"),
         "plan_2": (text("plan.json", lambda old: old.replace('"version": 1', '"version": 2')), "plan.json: ValueError"),
         "cut": (text("metrics.json", lambda old: old[:40]), "metrics.json is no JSON"),
@@ -246,6 +249,7 @@ def breakages() -> dict[str, tuple[Any, str]]:
         "yaml": (text("config.yaml", lambda old: f"{old}\n  - ]"), "config.yaml is no config"),
         "not_ours": (text("config.yaml", lambda old: "a: 1\n"), "config.yaml is no run's config: it has no model"),
         "ratio": (text("config.yaml", lambda old: old.replace("ratio: 0.2", "ratio: much")), "sparsity.ratio='much'"),
+        "asked": (text("config.yaml", lambda old: old.replace("ratio: 0.2", "ratio: 0.3")), "=0.3, plan.json met 0.2"),
     }
 
 

@@ -162,7 +162,7 @@ def _join(data: Mapping[str, Any]) -> str | None:
 
 
 def _harness(one: Described) -> str | None:
-    version = (one.run.environment.get("versions") or {}).get("lm_eval")
+    version = one.run.environment["versions"].get("lm_eval")
     return f"lm_eval {version}" if version else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,13 @@ def write_run(
         folder = folder.with_name(config_hash(composed))
     folder.mkdir(parents=True)
     measured = metrics() if measured is None else measured
+    kept = replace(kept or plan(), budget={key: composed["sparsity"][key] for key in ("ratio", "of")})
     state = {"status": status, "reason": reason, "ended": "2026-01-02T03:04:05+00:00", "pid": 1, "host": "elsewhere"}
     (folder / "status.json").write_text(json.dumps(state))
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(composed), sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment() if around is None else around))
     if status == "done":
-        (folder / "plan.json").write_text((kept or plan()).to_json() + "\n")
+        (folder / "plan.json").write_text(kept.to_json() + "\n")
         logged = [
             f"2026-01-02 03:04:05,678 INFO {key} = {value:.6g}"
             for key, value in measured.items()

@@ -235,6 +235,9 @@ def breakages() -> dict[str, tuple[Any, str]]:
         "running": (lambda f: (f / "metrics.json").unlink(), "still running, as process 1 on elsewhere"),
         "older": (data("environment.json", versions={"pruneexp": "0.0.1"}), "of pruneexp 0.0.1, this is"),
         "no_environment": (lambda f: (f / "environment.json").unlink(), "environment.json is missing"),
+        "no_versions": (data("environment.json", versions="0.1"), "environment.json: expected versions"),
+        "no_prints": (data("environment.json", model=["llama"]), "environment.json: expected versions, and finger"),
+        "budget": (data("plan.json", budget=[0.2]), "plan.json: budget: expected an object"),
         "no_plan": (lambda f: (f / "plan.json").unlink(), "plan.json is missing"),
         "plan_2": (text("plan.json", lambda old: old.replace('"version": 1', '"version": 2')), "plan.json: ValueError"),
         "cut": (text("metrics.json", lambda old: old[:40]), "metrics.json is no JSON"),
@@ -246,6 +249,7 @@ def breakages() -> dict[str, tuple[Any, str]]:
         "yaml": (text("config.yaml", lambda old: f"{old}\n  - ]"), "config.yaml is no config"),
         "not_ours": (text("config.yaml", lambda old: "a: 1\n"), "config.yaml is no run's config: it has no model"),
         "ratio": (text("config.yaml", lambda old: old.replace("ratio: 0.2", "ratio: much")), "sparsity.ratio='much'"),
+        "asked": (text("config.yaml", lambda old: old.replace("ratio: 0.2", "ratio: 0.3")), "=0.3, plan.json met 0.2"),
     }
 
 
@@ -289,7 +293,8 @@ def test_one_config_with_two_results_is_shown_as_such(tmp_path: Path) -> None:
     write_run(tmp_path / "a", composed, metrics(4.0))
     write_run(tmp_path / "b", composed, metrics(5.0), around=environment(platform="Windows"))
     write_run(tmp_path / "c", config("recipe=magnitude"), metrics(6.0))
-    write_run(tmp_path / "d", config("recipe=magnitude"), metrics(6.0, **{"seconds/calibrate": 99.0}))
+    timed = {"seconds/calibrate": 99.0, "proof/max_logit_difference": 1e-6}
+    write_run(tmp_path / "d", config("recipe=magnitude"), metrics(6.0, **timed))
     out = tmp_path / "page"
     assert report(tmp_path, f"out={out}") == 0
     page = Page(out / "index.html")
@@ -314,7 +319,8 @@ def llama(ppl: float, *overrides: str, **settings: Any) -> tuple[dict[str, Any],
 def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path) -> None:
     for seed, ppl in enumerate((14.5, 15.0)):
         composed, measured = llama(ppl, "recipe=flap", **{"dataset.seed": seed})
-        write_run(tmp_path / "runs" / f"flap{seed}", composed, measured)
+        accuracy = {"dense/acc/boolq@0shot": 0.70, "pruned/acc/boolq@0shot": 0.70}  # published: 73.18 and 69.63
+        write_run(tmp_path / "runs" / f"flap{seed}", composed, measured | accuracy)
     composed, measured = llama(99.0, "recipe=wanda_sp")
     write_run(tmp_path / "runs" / "wanda", composed, measured)
     out = tmp_path / "page"
@@ -326,7 +332,14 @@ def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path
     assert float(flap["difference"]) == pytest.approx(math.sqrt(14.5 * 15.0) - 14.62)
     assert float(flap["tolerance"]) == pytest.approx(0.05 * 14.62)
     assert found["wanda_sp", "22.12"]["verdict"] == "outside"
-    assert {row["metric"] for row in found.values() if row["our method"] == "dense"} == {"ppl/wikitext2@128", "params"}
+    told = {(key, row["metric"], row["verdict"]) for key, row in found.items() if "acc/" in row["metric"]}
+    assert told == {
+        (("dense", "73.18"), "acc/boolq@0shot", "outside"),
+        (("flap", "69.63"), "acc/boolq@0shot", "within"),
+    }
+    assert float(found["flap", "69.63"]["ours"]) == pytest.approx(70.0)
+    dense = {row["metric"] for row in found.values() if row["our method"] == "dense"}
+    assert dense == {"ppl/wikitext2@128", "params", "acc/boolq@0shot"}
     points = rows(out / "tables" / "perplexity-ppl-wikitext2-128.csv")
     assert [float(row["ppl/wikitext2@128"]) for row in points] == pytest.approx([math.sqrt(14.5 * 15.0), 99.0])
     protocols = rows(out / "tables" / "protocols.csv")

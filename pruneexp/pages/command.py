@@ -177,13 +177,14 @@ def _write(made: Report, found: Found, folder: Path) -> None:
     from pruneexp.pages.figures import as_png
     from pruneexp.pages.page import page
     from pruneexp.pages.tables import as_csv, as_latex, as_markdown
+    from pruneexp.progress import progress
 
     (folder / "tables").mkdir(parents=True)
     (folder / "figures").mkdir()
     for table in made.tables:
         for suffix, text in (("csv", as_csv(table)), ("md", as_markdown(table)), ("tex", as_latex(table))):
             (folder / "tables" / f"{table.name}.{suffix}").write_text(text, encoding="utf-8")
-    for picture in made.pictures:
+    for picture in progress(made.pictures, "draw", unit="figures"):
         (folder / "figures" / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
         (folder / "figures" / f"{picture.name}.png").write_bytes(as_png(picture.figure))
     (folder / "index.html").write_text(page(made.title, made.lines, made.sections), encoding="utf-8")

@@ -105,7 +105,7 @@ def _aspects(figure: Published, one: Described) -> list[Aspect]:
             found.append(Aspect("windows", NOT_STATED, f"the first {limit} at most", None))
     elif figure.unit == "percent":
         found.append(_told("harness", protocol.get("harness"), _harness(one)))
-        found.append(_told("score", protocol.get("score"), figure.metric.rpartition("/")[2]))
+        found.append(_told("score", protocol.get("score"), figure.metric.partition("/")[0]))
     if figure.ratio:
         found += _calibration(figure, one)
         asked = f"{one.ratio:g} of {config.get('sparsity', {}).get('of')}; {one.run.metrics.get(SHARE, 0):.4f} left"
@@ -162,7 +162,7 @@ def _join(data: Mapping[str, Any]) -> str | None:
 
 
 def _harness(one: Described) -> str | None:
-    version = (one.run.environment.get("versions") or {}).get("lm_eval")
+    version = one.run.environment["versions"].get("lm_eval")
     return f"lm_eval {version}" if version else None
 
 

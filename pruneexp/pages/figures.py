@@ -211,7 +211,7 @@ def widths_figure(name: str, kind: str, rows: Sequence[tuple[str, Sequence[Descr
             names.append(label)
     if not table:
         return None
-    labels = [_wrapped(label, 40) for label in names]
+    labels = [_wrapped(label, 46) for label in names]
     lines = max(label.count("\n") + 1 for label in labels)
     longest = max(len(line) for label in labels for line in label.split("\n"))
     figure, axes = _figure(1.2 + (0.1 + 0.14 * lines) * len(table), 0)

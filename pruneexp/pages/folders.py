@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pruneexp
+from pruneexp.progress import progress
 from pruneexp.tracker import status_of
 from pruneexp.types import ConfigError, Plan
 
-NOT_COMPARED = ("seconds/", "memory/", "dense/latency/", "pruned/latency/")  # another figure every time
+NOT_COMPARED = ("seconds/", "memory/", "proof/", "dense/latency/", "pruned/latency/")  # not what was computed
 SAME = 1e-6  # relative difference up to which two figures are the same result
 LOGGED = 1e-5  # and that of a figure from what log.txt has of it, in six digits
 SECTIONS = ("model", "dataset", "criterion", "sparsity", "search", "compensator", "evaluator")
@@ -65,7 +66,7 @@ def find(folders: Sequence[Path], versions: str) -> Found:
             raise ConfigError(f"FOLDER={str(folder)!r}: {found}; expected a run's, a sweep's, or one that holds such")
     runs: list[Run] = []
     skipped: list[Skipped] = []
-    for path, name in _run_folders(folders):
+    for path, name in progress(list(_run_folders(folders)), "read", unit="runs"):
         try:
             runs.append(_read(path, name, versions))
         except _Unusable as reason:
@@ -92,17 +93,15 @@ def _run_folders(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
 def _read(folder: Path, name: str, versions: str) -> Run:
     status = _status(folder)
-    config, environment = _config(folder), _json(folder, "environment.json")
-    versions_of_run = environment.get("versions")
-    if not isinstance(versions_of_run, dict):
-        raise _Unusable("environment.json says nothing of versions")
-    version = versions_of_run.get("pruneexp")
+    config, environment = _config(folder), _environment(folder)
+    version = environment["versions"].get("pruneexp")
     if versions == "same" and version != pruneexp.__version__:
         raise _Unusable(f"of pruneexp {version}, this is {pruneexp.__version__}; versions=any takes it")
     metrics = _metrics(_json(folder, "metrics.json"))
     hashed = _config_hash(config)
-    _check_untouched(folder, hashed, metrics)
-    return Run(folder, name, hashed, config, environment, status, metrics, _plan(folder))
+    plan = _plan(folder)
+    _check_untouched(folder, hashed, config, metrics, plan)
+    return Run(folder, name, hashed, config, environment, status, metrics, plan)
 
 
 def _status(folder: Path) -> Mapping[str, Any]:
@@ -136,6 +135,16 @@ def _json(folder: Path, name: str) -> Mapping[str, Any]:
     return data
 
 
+def _environment(folder: Path) -> Mapping[str, Any]:
+    found = _json(folder, "environment.json")
+    model = found.get("model")
+    files = model.get("files", {}) if isinstance(model, dict) else None
+    prints = isinstance(files, dict) and all(isinstance(file, dict) for file in files.values())
+    if not isinstance(found.get("versions"), dict) or not prints:
+        raise _Unusable("environment.json: expected versions, and fingerprints of the model's files")
+    return found
+
+
 def _config(folder: Path) -> Mapping[str, Any]:
     from omegaconf import OmegaConf
 
@@ -166,9 +175,12 @@ def _metrics(data: Mapping[str, Any]) -> Mapping[str, float]:
 def _plan(folder: Path) -> Plan:
     text = _text(folder, "plan.json")
     try:
-        return Plan.from_json(text)
+        plan = Plan.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Unusable(f"plan.json: {type(error).__name__}: {error}") from error
+    if not isinstance(plan.budget, dict):
+        raise _Unusable("plan.json: budget: expected an object")
+    return plan
 
 
 def _config_hash(config: Mapping[str, Any]) -> str:
@@ -177,7 +189,9 @@ def _config_hash(config: Mapping[str, Any]) -> str:
     return config_hash(config)
 
 
-def _check_untouched(folder: Path, hashed: str, metrics: Mapping[str, float]) -> None:
+def _check_untouched(
+    folder: Path, hashed: str, config: Mapping[str, Any], metrics: Mapping[str, float], plan: Plan
+) -> None:
     """Raises _Unusable where the files of a run contradict each other, as they do when one was edited."""
     if re.fullmatch(r"[0-9a-f]{12}", folder.name) and folder.name != hashed:
         raise _Unusable(f"edited: config.yaml has the hash {hashed}, which is not the folder's name")
@@ -188,6 +202,12 @@ def _check_untouched(folder: Path, hashed: str, metrics: Mapping[str, float]) ->
     for key, logged in _logged(folder).items():
         if key in metrics and _apart(metrics[key], logged) > LOGGED:
             raise _Unusable(f"edited: metrics.json has {key}={metrics[key]:g}, log.txt {logged:g}")
+    for key in ("ratio", "of"):
+        asked = config["sparsity"].get(key)
+        met = plan.budget.get(key, asked)
+        numbers = isinstance(met, float) and isinstance(asked, float)
+        if met != asked and not (numbers and _apart(met, asked) <= SAME):
+            raise _Unusable(f"edited: config.yaml has sparsity.{key}={asked}, plan.json met {met}")
     delivered = folder / "model" / "plan.json"
     if delivered.is_file() and delivered.read_bytes() != (folder / "plan.json").read_bytes():
         raise _Unusable("edited: plan.json is not the plan of its checkpoint, model/plan.json")

@@ -151,7 +151,7 @@ def _contexts(runs: Sequence[Run]) -> list[str]:
 
 def _weights(run: Run) -> dict[str, str]:
     """The fingerprint of the weights: one path may have held several models."""
-    files = (run.environment.get("model") or {}).get("files") or {}
+    files = run.environment["model"].get("files", {})
     hashes = [str(file.get("sha256"))[:8] for name, file in sorted(files.items()) if name.endswith(".safetensors")]
     return {"model.weights": "+".join(hashes[:2])} if hashes else {}
 

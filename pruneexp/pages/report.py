@@ -82,7 +82,7 @@ def _header(runs: Sequence[Described], found: Found) -> tuple[str, ...]:
     models = ", ".join(dict.fromkeys(one.context for one in runs))
     ended = sorted(str(one.run.status.get("ended") or "")[:10] for one in runs)
     when = f"{ended[0]} to {ended[-1]}" if ended[0] != ended[-1] else ended[0]
-    versions = sorted({str((one.run.environment.get("versions") or {}).get("pruneexp")) for one in runs})
+    versions = sorted({str(one.run.environment["versions"].get("pruneexp")) for one in runs})
     where = sorted({machine(one.run.environment) for one in runs})
     first = f"{count(len(runs), 'finished run')} of {models}" + (f", {when}" if when else "")
     lines = [f"{first}; pruneexp {', '.join(versions)}; on {'; '.join(where)}."]
@@ -175,11 +175,12 @@ def _left_out(found: Found) -> Section | None:
 
 def _configs(runs: Sequence[Described]) -> Section:
     flat = [settings(one.run.config) for one in runs]
-    rows = tuple(
-        tuple([Cell(one.run.name), *(Cell(str(setting.get(key, "-"))) for key in differing(flat))])
+    keys = differing(flat)
+    rows = [
+        (Cell(one.run.name), *(Cell(str(setting.get(key, "-"))) for key in keys))
         for one, setting in zip(runs, flat, strict=True)
-    )
-    table = Table("configs", "Every key that is not the same in all runs", ("run", *differing(flat)), rows)
+    ]
+    table = Table("configs", "Every key that is not the same in all runs", ("run", *keys), tuple(rows))
     folded = tuple(Folded(f"{one.run.name} ({one.method}, {one.ratio:g})", _yaml(one.run.config)) for one in runs)
     tables = (table,) if len(runs) > 1 else ()
     return Section("configs", "Configs", (), tables, (), folded, "The complete config of each run")

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from pruneexp.pages.comparison import NOT_STATED, Aspect, Comparison, unpublished
 from pruneexp.pages.figures import (
-    KIND_NAMES,
     Picture,
     Style,
     effects_figure,
@@ -27,6 +26,7 @@ from pruneexp.pages.points import (
     ablation,
     costs,
     dense,
+    kept_shares,
     machine,
     perplexities,
     points,
@@ -161,7 +161,8 @@ def widths_section(runs: Sequence[Described]) -> Section | None:
         for one in runs:
             if one.context == context:
                 rows.setdefault(f"{one.method}, {one.ratio:g}", []).append(one)
-        for kind in KIND_NAMES:
+        kinds = sorted({kind for one in runs for kind in kept_shares(one.run.plan)})
+        for kind in kinds:
             only = _only(runs, context)
             picture = widths_figure(_name("widths", kind, *only), kind, list(rows.items()))
             pictures += [_of(context, only, picture)] if picture is not None else []

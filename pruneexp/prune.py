@@ -134,6 +134,7 @@ def _all_at_once(work: _Pruning) -> Plan:
             for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
                 evidence = visit.of(compensator.evidence) if kinds else kept_evidence
                 _shrink(work, visit, renamed, evidence)
+                del visit, evidence  # which may be a Gram, before the next one grows
     return plan
 
 
@@ -163,6 +164,7 @@ def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequen
         plan = decide(visit) if site is sites[0] else plan
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
         shrink_layer_(work.model, visit.index, alone, _readers(work, visit, [site], plan, {site.name: evidence}))
+        del evidence  # before the next site's grows
         if site is sites[-1]:
             work.shrunk(visit.index)
 
@@ -190,6 +192,7 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
                 plan = decided.at(visit)
                 evidence = visit.of(compensator.evidence) if compensator.sequential else dense
                 _shrink(work, visit, plan, evidence)
+                del visit, evidence
     return decided.plan
 
 
@@ -287,14 +290,16 @@ def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any
 def _readers(
     work: _Pruning, visit: Visit, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Compensated readers of the sites that lose units."""
+    """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
+    compensator = work.method.compensator
+    compensate = getattr(compensator, "in_place", compensator)
     readers = {}
     for site in sites:
         if plan.removed(site):
             weights = visit.block.weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
-            readers[site.name] = work.method.compensator(weights.reader, weights.reader_bias, found, keep_C)
+            readers[site.name] = compensate(weights.reader, weights.reader_bias, found, keep_C)
     return readers
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
+from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -35,7 +36,7 @@ def walk_sites(
     dense, calls = enter_all(model, tokens_NT)
     hidden = list(dense)
     for index in progress(range(total), stage, total, "blocks"):
-        with model.loaded(index) as layer:
+        with model.loaded(index, index + 1) as layer:
             block = model.block(index)
             seen = observe(model, layer, block, hidden, calls, kinds, [torch.empty(0)] * len(hidden)) if kinds else {}
             visit = Visit(index, layer, block, seen)
@@ -87,7 +88,7 @@ def _wanted(
         input_BTC, given_BTD = (t.view(*x_BTD.shape[:2], -1) for t in seen[site.kind])
         if site.kind == "attention" and "mlp" in seen:
             behind_BTD = behind_BTD - _scale(model) * seen["mlp"][1].view_as(x_BTD)
-        evidence = evidence.update(input_BTC, given_BTD + (wanted_BTD - behind_BTD) / _scale(model))
+        evidence = grown(evidence, input_BTC, given_BTD + (wanted_BTD - behind_BTD) / _scale(model))
     return evidence
 
 

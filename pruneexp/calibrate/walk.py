@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import influence_evidence
 from pruneexp.calibrate.zeroth_order import Slopes
+from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -72,19 +73,20 @@ def walk(
     kinds = [kind for kind in kinds if kind.source in ("reader", "writer", "block")]
     if not kinds or tokens_NT is None:
         for index in progress(range(total), stage, total, "blocks"):
-            with model.loaded(index) as layer:
+            with model.loaded(index, index + 1) as layer:
                 block, shown = model.block(index), model.whole_block(index, whole) if whole else None
                 yield Visit(index, layer, block, ahead.of(block, shown), shown)
         return
     hidden, calls = enter_all(model, tokens_NT)
     for index in progress(range(total), stage, total, "blocks"):
-        with model.loaded(index) as layer:
+        with model.loaded(index, index + 1) as layer:
             block, shown = model.block(index), model.whole_block(index, whole) if whole else None
             output = hidden if read_only else [torch.empty(0)] * len(hidden)
             evidence = observe(model, layer, block, hidden, calls, kinds, output, shown)
             meter.forward += 1 / total
             before = _fingerprint(layer)
             yield Visit(index, layer, block, evidence | ahead.of(block, shown), shown)
+            del evidence  # the caller decides how long it lives
             touched = _fingerprint(layer) != before
             if touched and read_only:
                 raise AssertionError(f"{block.name} was changed during a read-only walk")
@@ -213,7 +215,7 @@ def _watched(module: nn.Module, site: Site, kinds: Sequence[Any], evidence: dict
     def update(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].view(-1, length, args[0].shape[-1])  # OPT flattens windows in front of its FFN
         for kind in kinds:
-            evidence[kind][site.name] = evidence[kind][site.name].update(x)
+            evidence[kind][site.name] = grown(evidence[kind][site.name], x)
 
     return module.register_forward_pre_hook(update)
 

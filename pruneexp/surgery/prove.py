@@ -102,7 +102,7 @@ class BlockProof:
         hidden, calls = reloaded.enter(self.tokens_BT)
         gaps = []
         for index, expected in enumerate(self.outputs):
-            with reloaded.loaded(index) as layer:
+            with reloaded.loaded(index, index + 1) as layer:
                 hidden = reloaded.run_layer(layer, hidden, calls[index])
             gaps.append((hidden - expected).abs().max().item())
         logits = [m.leave(self.tokens_BT, h).float() for m, h in ((reloaded, hidden), (self.model, self.outputs[-1]))]

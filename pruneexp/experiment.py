@@ -28,9 +28,19 @@ from pruneexp.model import Model, ModelSource
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
 from pruneexp.report import print_summary
+from pruneexp.resume import Notes, identity, take_up
 from pruneexp.rounds import prune_in_rounds_
 from pruneexp.surgery import BlockProof, StreamedSave
-from pruneexp.tracker import LocalRun, Trackers, check_folder, peak_bytes, run_folder, write_atomic
+from pruneexp.tracker import (
+    NOTES,
+    LocalRun,
+    Trackers,
+    check_folder,
+    clear_unfinished,
+    peak_bytes,
+    run_folder,
+    write_atomic,
+)
 from pruneexp.types import (
     Budget,
     Compensator,
@@ -185,6 +195,7 @@ class _Run:
         self.experiment, self.folder, self.local, self.trackers = experiment, folder, local, trackers
         self.metrics: dict[str, float] = {}
         self.meter = Meter()
+        self.identity = ""  # of what the results depend on
 
     def execute(self, tokenizer: Any, tokens_NT: Tensor) -> dict[str, float]:
         experiment = self.experiment
@@ -211,6 +222,7 @@ class _Run:
             self.metrics[f"sparsity/{experiment.sparsity.of}"] = 1 - counted[1] / counted[0] if counted[0] else 0.0
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
         self.metrics["memory/peak_bytes"] = peak_bytes(model.device)
+        shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
         print_summary(self.metrics, pruned.plan, pruned.sites, self.folder)
         return self.metrics
@@ -232,9 +244,10 @@ class _Run:
     def _record_inputs(self, tokens_NT: Tensor) -> None:
         experiment = self.experiment
         data = {**experiment.dataset.description(), "calibration_windows": list(tokens_NT.shape)}
-        self.local.environment(
-            experiment.model.fingerprint(), {**data, "calibration_tokens_sha256": fingerprint(tokens_NT)}
-        )
+        weights, tokens = experiment.model.fingerprint(), fingerprint(tokens_NT)
+        self.local.environment(weights, {**data, "calibration_tokens_sha256": tokens})
+        method = {key: value for key, value in experiment.config.items() if key not in ("run", "sweep", "tracker")}
+        self.identity = identity(config=method, save=experiment.run.save, weights=weights, tokens=tokens)
 
     def _measure(self, model: Model, when: str) -> None:
         """Every evaluator's figures, prefixed "dense/" or "pruned/"."""
@@ -253,24 +266,25 @@ class _Run:
         if not experiment.search.local and experiment.criterion.sequential:
             logger.info("the search decides over all layers at once: scores are those of the dense model")
         probe_BT = tokens_NT[:PROOF_WINDOWS, :PROOF_LENGTH]
-        streamed = None
+        streamed, notes = None, Notes(None)
         if model.streamed:
             target = self.folder / ("model" if experiment.run.save else "streamed")
-            streamed = StreamedSave(model, target, BlockProof(model, probe_BT))
-        try:
-            pruned = prune_in_rounds_(
-                model,
-                tokens_NT,
-                method,
-                meter=self.meter,
-                rng=torch.Generator().manual_seed(experiment.seed),
-                shrunk=streamed.layer if streamed is not None else _nothing,
-                clock=self.clock,
+            streamed = StreamedSave(
+                model, target, BlockProof(model, probe_BT), keep=take_up(self.folder, self.identity)
             )
-        except BaseException:
-            if streamed is not None:
-                streamed.discard()
-            raise
+            notes = Notes(self.folder / NOTES, streamed)
+        else:
+            clear_unfinished(self.folder)  # of a streamed run that came before
+        pruned = prune_in_rounds_(
+            model,
+            tokens_NT,
+            method,
+            meter=self.meter,
+            rng=torch.Generator().manual_seed(experiment.seed),
+            shrunk=streamed.layer if streamed is not None else _nothing,
+            clock=self.clock,
+            notes=notes,
+        )
         self.trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
         adapter = None
         if experiment.recovery.trains:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pruneexp.budget import biases_added, budget_of, refusal, searched_sites, whole_budget
-from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
+from pruneexp.calibrate import Bookmark, Meter, Probe, Visit, walk, walk_sites
 from pruneexp.model import Model
+from pruneexp.resume import Notes
 from pruneexp.search import KIND, block_scores, scored_as
 from pruneexp.surgery import remove_blocks_, shrink_layer_
 from pruneexp.types import (
@@ -64,6 +65,7 @@ class _Pruning:
     rng: torch.Generator
     shrunk: Shrunk
     clock: Callable[[str], Any]
+    notes: Notes
     scores: dict[str, Score] = field(default_factory=dict)
 
 
@@ -77,17 +79,19 @@ def prune_(
     rng: torch.Generator,
     shrunk: Shrunk,
     clock: Callable[[str], Any],
+    notes: Notes | None = None,
     original: int | None = None,
 ) -> Pruned:
     """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
 
     Layer by layer in one walk where the criterion is sequential and the search decides each layer alone; otherwise
-    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage. `original`:
-    what the ratio is a share of, where that is not this model but a larger one that it was pruned from.
+    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage. `notes`:
+    where it is noted how far each walk has come, and where it begins (None: nowhere). `original`: what
+    the ratio is a share of, where that is not this model but a larger one that it was pruned from.
     """
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
-    work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock)
+    work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, notes or Notes(None))
     budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
         work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
@@ -113,8 +117,13 @@ def _all_at_once(work: _Pruning) -> Plan:
     kinds = _distinct(criterion.evidence, dense_kind)
     shown = [KIND[name] for name in granularity] if wholes else ()
     kept_evidence: dict[str, Any] = {}
+    note = work.notes.bookmark("calibrate", lambda: (work.scores, kept_evidence))
+    if note.found is not None:
+        work.scores, kept_evidence = note.found
     with work.clock("calibrate"):
-        for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True, whole=shown):
+        for visit in walk(
+            work.model, work.tokens_NT, kinds, work.meter, "calibrate", read_only=True, whole=shown, bookmark=note
+        ):
             scores = _checked(criterion(visit.whole or visit.block, visit.of(criterion.evidence)))
             work.scores.update(_without_readers(scores) if work.model.streamed else scores)
             kept_evidence.update(visit.of(dense_kind))
@@ -125,14 +134,16 @@ def _all_at_once(work: _Pruning) -> Plan:
     work.scores = _without_readers(work.scores)
     plan, moved = _remove_blocks(work.model, plan)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items()})
-    kept_evidence = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
+    dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.clock("shrink"):
         if _by_site(compensator) and not blocks_alone:
-            _site_by_site(work, lambda visit: renamed, ())
+            note = work.notes.bookmark("shrink", lambda: None, writing=True)
+            _site_by_site(work, lambda visit: renamed, (), note)
         else:
             kinds = _distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
-            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
-                evidence = visit.of(compensator.evidence) if kinds else kept_evidence
+            note = work.notes.bookmark("shrink", lambda: None, writing=True)
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink", bookmark=note):
+                evidence = visit.of(compensator.evidence) if kinds else dense
                 _shrink(work, visit, renamed, evidence)
                 del visit, evidence  # which may be a Gram, before the next one grows
     return plan
@@ -152,14 +163,14 @@ def _remove_blocks(model: Model, plan: Plan) -> tuple[Plan, dict[str, str]]:
     return plan, dict(zip((site.name for site in model.sites()), (site.name for site in stay), strict=True))
 
 
-def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type]) -> None:
+def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type], note: Bookmark) -> None:
     """Each sublayer is compensated and shrunk on what the pruned sublayers before it produce."""
     wanted = work.method.compensator.evidence
     assert wanted is not None
     if work.tokens_NT is None:
         raise RunError("compensator.target='dense': expected calibration windows")
     plan = Plan({})
-    for visit, site, evidence in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink"):
+    for visit, site, evidence in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink", note):
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
@@ -178,17 +189,24 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
     criterion, compensator = work.method.criterion, work.method.compensator
     dense: dict[str, Any] = {}
     if compensator.evidence is not None and not compensator.sequential:
+        note = work.notes.bookmark("dense", lambda: dense)
+        dense = dense if note.found is None else note.found
         with work.clock("calibrate"):
-            for visit in walk(work.model, work.tokens_NT, (compensator.evidence,), work.meter, "dense", read_only=True):
+            for visit in walk(
+                work.model, work.tokens_NT, (compensator.evidence,), work.meter, "dense", read_only=True, bookmark=note
+            ):
                 dense.update(visit.of(compensator.evidence))
     by_site = _by_site(compensator)
     kinds = _distinct(criterion.evidence, compensator.evidence if compensator.sequential and not by_site else None)
     decided = _Decided(work)
+    note = work.notes.bookmark("shrink", decided.noted, writing=True)
+    if note.found is not None:
+        decided.go_on(note.found)
     with work.clock("calibrate"):
         if by_site:
-            _site_by_site(work, decided.at, kinds)
+            _site_by_site(work, decided.at, kinds, note)
         else:
-            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink", bookmark=note):
                 plan = decided.at(visit)
                 evidence = visit.of(compensator.evidence) if compensator.sequential else dense
                 _shrink(work, visit, plan, evidence)
@@ -215,6 +233,14 @@ class _Decided:
         )
         self.plan = self.plan.merged(Plan(layer_plan.sites))
         return self.plan
+
+    def noted(self) -> Any:
+        """What to go on from."""
+        return self.plan, self.carry, self.work.scores, self.work.rng.get_state()
+
+    def go_on(self, noted: Any) -> None:
+        self.plan, self.carry, self.work.scores, rng = noted
+        self.work.rng.set_state(rng)
 
 
 def _searched(work: _Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
 from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
@@ -18,24 +19,34 @@ from pruneexp.types import ConfigError, Site
 
 
 def walk_sites(
-    model: Model, tokens_NT: Tensor, kind: type, kinds: Sequence[type], meter: Meter, stage: str
+    model: Model,
+    tokens_NT: Tensor,
+    kind: type,
+    kinds: Sequence[type],
+    meter: Meter,
+    stage: str,
+    bookmark: Bookmark | None = None,
 ) -> Iterator[tuple[Visit, Site, Any]]:
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with its
     evidence of type `kind` (source "wanted"): its reader's input, the sublayers before it as the caller left them, and
     the output with which the hidden state behind it would be the dense model's.
 
     The layer's visit is that before anything left it, and holds its evidence of `kinds` on the pruned model's hidden
-    states, as in `walk`. Four plain passes, one more with `kinds`; holds three times the hidden states, N x D each.
+    states, as in `walk`; `bookmark` as there. Four plain passes, one more with `kinds`; holds three
+    times the hidden states, N x D each.
 
     Raises:
         ConfigError: as `require_sums`.
         RunError: NaN or Inf in weights or activations.
     """
     require_sums(model)
-    total = len(model.layers)
-    dense, calls = enter_all(model, tokens_NT)
-    hidden = list(dense)
-    for index in progress(range(total), stage, total, "blocks"):
+    total, bookmark = len(model.layers), bookmark or Bookmark()
+    indices = range(bookmark.index, total)
+    if bookmark.index:
+        meter.forward = bookmark.forward
+    dense, calls = enter_all(model, tokens_NT) if indices else ([], [])
+    dense, hidden = bookmark.take_hidden(model.device) or (dense, list(dense))
+    for index in progress(indices, stage, len(indices), "blocks"):
         with model.loaded(index, index + 1) as layer:
             block = model.block(index)
             seen = observe(model, layer, block, hidden, calls, kinds, [torch.empty(0)] * len(hidden)) if kinds else {}
@@ -47,6 +58,7 @@ def walk_sites(
                 yield visit, site, _wanted(model, visit, site, kind, hidden, wanted, calls)
             _run(model, visit, hidden, calls)
             meter.forward += (2 + len(block.sites) + bool(kinds)) / total
+        bookmark.reached(index + 1, total, (dense, hidden), meter.forward)
 
 
 def require_sums(model: Model) -> None:

@@ -1,7 +1,7 @@
 """Second moments of a reader's input, alone or with the output that is wanted of it.
 
-What is called with a `_` at its end (`update_`, `covariance_`) works in the memory of the value, which is then of no more
-use: for whoever alone holds it, and cannot hold two.
+What has a `_` at the end of its name (`update_`, `covariance_`) works in the memory of the value, which is then spent:
+for whoever alone holds it, and cannot hold two.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading tensors of a safetensors file by their place in it.
 
-The file is read, never mapped: a tensor lies in memory of its own, which goes when the tensor goes, and what is resident is
-what is in use.
+The file is read, never mapped: a tensor lies in memory of its own, which goes when the tensor goes, and what is
+resident is what is in use.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Place:
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def places(file: Path) -> dict[str, Place]:

@@ -96,6 +96,11 @@ class BlockProof:
         self.hidden_BTD = self.model.run_layer(self.model.layers[index], self.hidden_BTD, call)
         self.outputs.append(self.hidden_BTD)
 
+    def restore(self, outputs: list[Tensor]) -> None:
+        """Goes on behind layers that another process recorded."""
+        self.outputs = [output.to(self.model.device) for output in outputs]
+        self.hidden_BTD = self.outputs[-1]
+
     def compare(self, folder: Path) -> dict[str, Any]:
         """Reloads `folder` through its own config, one block at a time, then the head."""
         reloaded = _source(self.model, folder, stream=True).load()

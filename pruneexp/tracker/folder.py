@@ -25,6 +25,7 @@ FILES = (
     "config.yaml",
     "log.txt",
 )
+NOTES = "resume"  # folder of a streamed run's notes of how far it has come, until it is done
 CHECKPOINT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -113,7 +114,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
     """Makes `folder` ready for a new run: created, and an older run's files removed (those that a run writes, by name;
-    anything else stays). Raises ConfigError as `check_folder`, RunError where it cannot be written."""
+    anything else stays). What a streamed run that did not end has noted and written of a checkpoint stays without
+    `overwrite`: this one may go on from there. Raises ConfigError as `check_folder`, RunError where it cannot be
+    written."""
     check_folder(folder, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,18 +124,28 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
             (folder / name).unlink(missing_ok=True)
             for aside in folder.glob(f".{name}.*.tmp"):
                 aside.unlink(missing_ok=True)
-        checkpoint = folder / "model"
-        if checkpoint.is_dir() and not checkpoint.is_symlink():
-            for pattern in CHECKPOINT_FILES:
-                for file in checkpoint.glob(pattern):
-                    file.unlink()
-            adapter = checkpoint / "adapter"
-            if adapter.is_dir() and not any(adapter.iterdir()):
-                adapter.rmdir()
-            if not any(checkpoint.iterdir()):
-                shutil.rmtree(checkpoint)
+        if overwrite or not (folder / NOTES).is_dir():
+            clear_unfinished(folder)
     except OSError as error:
         raise RunError(f"run.dir={str(folder)!r}: cannot write there: {error.strerror or error}") from error
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes a run's notes and its checkpoint, whole or half-written, by the names of what a run writes. Raises
+    OSError."""
+    for name in (NOTES, "model.partial", "streamed", "streamed.partial"):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            shutil.rmtree(folder / name)
+    checkpoint = folder / "model"
+    if checkpoint.is_dir() and not checkpoint.is_symlink():
+        for pattern in CHECKPOINT_FILES:
+            for file in checkpoint.glob(pattern):
+                file.unlink()
+        adapter = checkpoint / "adapter"
+        if adapter.is_dir() and not any(adapter.iterdir()):
+            adapter.rmdir()
+        if not any(checkpoint.iterdir()):
+            shutil.rmtree(checkpoint)
 
 
 def new_status() -> dict[str, Any]:

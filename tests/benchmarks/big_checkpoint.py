@@ -3,9 +3,9 @@
     python -m tests.benchmarks.big_checkpoint FOLDER [--hidden 4096] [--intermediate 11008] [--layers 32] [--heads 32]
         [--kv-heads 32] [--vocab 32000] [--dtype bfloat16] [--windows 8] [--length 128] [--seed 0]
 
-The defaults are LLaMA-2-7B's: 13.5 GB. FOLDER gets config.json, one safetensors file a layer and their index, beside them
-calibration.npy, random windows of tokens: there is no tokenizer. Weights are normal, their variance 1 / inputs (of the
-readers less by twice the number of layers), so that hidden states keep their size.
+The defaults are LLaMA-2-7B's: 13.5 GB. FOLDER gets config.json, one safetensors file a layer and their index, beside
+them calibration.npy, random windows of tokens: there is no tokenizer. Weights are normal, their variance 1 / inputs (of
+the readers less by twice the number of layers), so that hidden states keep their size.
 """
 
 from __future__ import annotations

@@ -1,0 +1,95 @@
+"""Evidence and scores as tensors with a JSON outline, and back: what a safetensors file can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Unpackable(ValueError):
+    """A value that is no tensor, number, string, sequence, mapping or dataclass of such."""
+
+
+def packed(value: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The outline of `value` (JSON) and its tensors by number. Views are copied, so that each tensor stands alone.
+
+    Raises:
+        Unpackable: something in it is of another kind.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _outline(value, tensors), tensors
+
+
+def _outline(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name, "device": str(value.device)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+        kind = type(value)
+        return {
+            "class": [kind.__module__, kind.__qualname__],
+            "fields": {name: _outline(field, tensors) for name, field in fields.items()},
+        }
+    if isinstance(value, Mapping):
+        return {"items": [[_outline(key, tensors), _outline(each, tensors)] for key, each in value.items()]}
+    if isinstance(value, (tuple, list)):
+        return {type(value).__name__: [_outline(each, tensors) for each in value]}
+    raise Unpackable(f"a {type(value).__name__} cannot be written down")
+
+
+def unpacked(outline: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value again. Only dataclasses of modules that are imported already are made: a file cannot ask for code."""
+    if not isinstance(outline, dict):
+        return outline
+    [kind, *_] = outline
+    content = outline[kind]
+    if kind == "tensor":
+        return tensors[content].to(outline["device"])
+    if kind == "items":
+        return {unpacked(key, tensors): unpacked(each, tensors) for key, each in content}
+    if kind == "class":
+        fields = {name: unpacked(field, tensors) for name, field in outline["fields"].items()}
+        return _dataclass(*content)(**fields)
+    items = [unpacked(each, tensors) for each in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _dataclass(module: str, name: str) -> Any:
+    found: Any = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise Unpackable(f"{module}.{name} is no dataclass")
+    return found
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of the tensors in `value`, without copying them; 0 for what cannot be written down."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return sum(bytes_of(getattr(value, each.name)) for each in dataclasses.fields(value) if each.init)
+    if isinstance(value, Mapping):
+        return sum(bytes_of(each) for each in value.values())
+    return sum(map(bytes_of, value)) if isinstance(value, (tuple, list)) else 0
+
+
+def digest_of(tensors: Mapping[str, Tensor], outline: str) -> str:
+    """SHA-256 over outline, names, shapes, types and contents."""
+    digest = hashlib.sha256(outline.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

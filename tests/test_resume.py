@@ -70,7 +70,12 @@ bookmark.SHARE, save.STREAMED_SHARD_BYTES = float("inf"), int(sys.argv.pop(1))
 sys.exit(main())
 """
 CASES = {  # what is run; the call that kills it; calls from there to the end; bytes of a shard
-    "scores": (["criterion=my_flap", "search=uniform", "compensator=my_bias"], "score 3", ["score"] * 2 + ["fit"] * 8, 1),
+    "scores": (
+        ["criterion=my_flap", "search=uniform", "compensator=my_bias"],
+        "score 3",
+        ["score"] * 2 + ["fit"] * 8,
+        1,
+    ),
     "shrinking": (["criterion=my_flap", "search=uniform", "compensator=my_bias"], "fit 5", ["fit"] * 4, 1),
     "layer by layer": (
         ["criterion=my_wanda_sp", "search=uniform", "compensator=my_bias", "compensator.sequential=true"],
@@ -78,7 +83,12 @@ CASES = {  # what is run; the call that kills it; calls from there to the end; b
         ["score", "fit", "fit"] * 2,
         10**9,
     ),
-    "site by site": (["criterion=my_flap", "search=uniform", "compensator=my_least_squares"], "fit 6", ["fit"] * 4, 10**9),
+    "site by site": (
+        ["criterion=my_flap", "search=uniform", "compensator=my_least_squares"],
+        "fit 6",
+        ["fit"] * 4,
+        10**9,
+    ),
 }
 
 Run = Callable[..., int]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.model import Model, ModelSource
-from pruneexp.progress import waiting
+from pruneexp.progress import progress, waiting
 from pruneexp.types import RunError
 
 # Runs in a process of its own, isolated from this package (-I: no working directory, no PYTHONPATH).
@@ -106,7 +106,7 @@ class BlockProof:
         reloaded = _source(self.model, folder, stream=True).load()
         hidden, calls = reloaded.enter(self.tokens_BT)
         gaps = []
-        for index, expected in enumerate(self.outputs):
+        for index, expected in enumerate(progress(self.outputs, "prove", unit="blocks")):
             with reloaded.loaded(index, index + 1) as layer:
                 hidden = reloaded.run_layer(layer, hidden, calls[index])
             gaps.append((hidden - expected).abs().max().item())

@@ -246,7 +246,9 @@ class _Run:
         data = {**experiment.dataset.description(), "calibration_windows": list(tokens_NT.shape)}
         weights, tokens = experiment.model.fingerprint(), fingerprint(tokens_NT)
         self.local.environment(weights, {**data, "calibration_tokens_sha256": tokens})
-        method = {key: value for key, value in experiment.config.items() if key not in ("run", "sweep", "tracker")}
+        method = {
+            key: value for key, value in experiment.config.items() if key not in ("run", "sweep", "cache", "tracker")
+        }
         self.identity = identity(config=method, save=experiment.run.save, weights=weights, tokens=tokens)
 
     def _measure(self, model: Model, when: str) -> None:

@@ -46,7 +46,7 @@ class Notes:
         if self.folder is None:
             return Bookmark()
         file, writes = self.folder / f"{walk}.safetensors", self.writes if writing else None
-        noted = _read(file) if file.is_file() else None
+        noted = _read(file)
         if writes is not None and not writes.restore(None if noted is None else noted["writes"]):
             noted = None
 
@@ -98,7 +98,9 @@ def _write(file: Path, value: Mapping[str, Any], hidden: Sequence[Sequence[Tenso
     from safetensors.torch import save_file
 
     outline, tensors = packed(value)
-    tensors |= {f"hidden.{i}.{j}": t.contiguous() for i, batches in enumerate(hidden) for j, t in enumerate(batches)}
+    tensors |= {
+        f"hidden.{i}.{j}": t.cpu().contiguous() for i, batches in enumerate(hidden) for j, t in enumerate(batches)
+    }
     sizes = [len(batches) for batches in hidden]
     aside = file.with_suffix(".partial")
     try:
@@ -111,10 +113,16 @@ def _write(file: Path, value: Mapping[str, Any], hidden: Sequence[Sequence[Tenso
         raise error if isinstance(error, OSError) else OSError(str(error)) from error
 
 
-def _read(file: Path) -> dict[str, Any]:
-    with open(file, "rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    tensors = {name: read_tensor(file, place) for name, place in places(file).items()}
-    meta = header["__metadata__"]
-    hidden = [[tensors.pop(f"hidden.{i}.{j}") for j in range(n)] for i, n in enumerate(json.loads(meta["hidden"]))]
-    return {**unpacked(json.loads(meta["outline"]), tensors), "hidden": hidden}
+def _read(file: Path) -> dict[str, Any] | None:
+    """What was noted, None where nothing was, or nothing that can be read."""
+    if not file.is_file():
+        return None
+    try:
+        tensors = {name: read_tensor(file, place) for name, place in places(file).items()}
+        with open(file, "rb") as opened:
+            meta = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))["__metadata__"]
+        hidden = [[tensors.pop(f"hidden.{i}.{j}") for j in range(n)] for i, n in enumerate(json.loads(meta["hidden"]))]
+        return {**unpacked(json.loads(meta["outline"]), tensors), "hidden": hidden}
+    except Exception as error:  # whatever it is, it is no note
+        logger.warning("%s cannot be read: its walk begins anew (%s)", file, " ".join(str(error).split()))
+        return None

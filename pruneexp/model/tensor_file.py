@@ -66,7 +66,7 @@ def read_tensor(file: Path, place: Place) -> Tensor:
     count = prod(place.shape)
     tensor = torch.empty(count, dtype=place.dtype)
     if count:
-        buffer = memoryview(tensor.view(torch.uint8).numpy())
+        buffer = memoryview(tensor.view(torch.uint8).numpy().data)
         try:
             with open(file, "rb", buffering=0) as opened:
                 filled = 0

@@ -127,6 +127,7 @@ def _all_at_once(work: _Pruning) -> Plan:
             scores = _checked(criterion(visit.whole or visit.block, visit.of(criterion.evidence)))
             work.scores.update(_without_readers(scores) if work.model.streamed else scores)
             kept_evidence.update(visit.of(dense_kind))
+            del visit  # holds the block's weights: before the next ones come
     with work.clock("search"):
         sites, scores = searched_sites(work.model, work.method.search), work.scores
         scores = block_scores(scores, sites) if blocks_alone and not wholes else scores
@@ -145,7 +146,7 @@ def _all_at_once(work: _Pruning) -> Plan:
             for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink", bookmark=note):
                 evidence = visit.of(compensator.evidence) if kinds else dense
                 _shrink(work, visit, renamed, evidence)
-                del visit, evidence  # which may be a Gram, before the next one grows
+                del visit, evidence
     return plan
 
 
@@ -174,10 +175,12 @@ def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequen
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
-        shrink_layer_(work.model, visit.index, alone, _readers(work, visit, [site], plan, {site.name: evidence}))
-        del evidence  # before the next site's grows
+        readers = _readers(work, visit, [site], plan, {site.name: evidence})
+        del evidence  # which is spent
+        shrink_layer_(work.model, visit.index, alone, readers)
         if site is sites[-1]:
             work.shrunk(visit.index)
+        del visit, readers
 
 
 def _by_site(compensator: Compensator) -> bool:
@@ -196,6 +199,7 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
                 work.model, work.tokens_NT, (compensator.evidence,), work.meter, "dense", read_only=True, bookmark=note
             ):
                 dense.update(visit.of(compensator.evidence))
+                del visit
     by_site = _by_site(compensator)
     kinds = _distinct(criterion.evidence, compensator.evidence if compensator.sequential and not by_site else None)
     decided = _Decided(work)

@@ -58,6 +58,7 @@ def walk_sites(
                 yield visit, site, _wanted(model, visit, site, kind, hidden, wanted, calls)
             _run(model, visit, hidden, calls)
             meter.forward += (2 + len(block.sites) + bool(kinds)) / total
+            del block, visit, seen  # views of weights, before the next block's come
         bookmark.reached(index + 1, total, (dense, hidden), meter.forward)
 
 

@@ -81,6 +81,7 @@ def walk(
             with model.loaded(index, index + 1) as layer:
                 block, shown = model.block(index), model.whole_block(index, whole) if whole else None
                 yield Visit(index, layer, block, ahead.of(block, shown), shown)
+                del block, shown  # views of weights, before the next block's come
             bookmark.reached(index + 1, total, (), meter.forward)
         return
     hidden, calls = enter_all(model, tokens_NT) if indices else ([], [])
@@ -102,6 +103,7 @@ def walk(
                 observe(model, layer, block, hidden, calls, (), output)
                 meter.forward += 1 / total
             hidden = output
+            del block, shown
         bookmark.reached(index + 1, total, (hidden,), meter.forward)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pruneexp import types
 from pruneexp.coerce import coerced, described
 from pruneexp.compose import Composed
+from pruneexp.evidence import Gram
 from pruneexp.experiment import Experiment, RunSettings
 from pruneexp.explain import did_you_mean, missing_key, one_line
 from pruneexp.search import scored_as
@@ -85,6 +86,12 @@ def check_together(experiment: Experiment) -> None:
                     f"model.stream=True: criterion={chosen} measures the loss of many structures; "
                     "expected model.stream=false, or a criterion that goes block by block"
                 )
+        compensator = experiment.compensator
+        if not compensator.sequential and compensator.evidence is Gram:
+            raise ConfigError(
+                "compensator.sequential=False: with model.stream=true, the covariances of all layers would be held at "
+                "once; expected true"
+            )
         if getattr(experiment.search, "probes", False):
             chosen = experiment.job["choices"]["search"]
             raise ConfigError(

@@ -31,10 +31,20 @@ from pruneexp.preflight import check_disk, foreseen
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
 from pruneexp.report import print_summary
+from pruneexp.resume import Notes, identity, take_up
 from pruneexp.rounds import prune_in_rounds_
 from pruneexp.scoring import Results
 from pruneexp.surgery import BlockProof, StreamedSave
-from pruneexp.tracker import LocalRun, Trackers, check_folder, peak_bytes, run_folder, write_atomic
+from pruneexp.tracker import (
+    NOTES,
+    LocalRun,
+    Trackers,
+    check_folder,
+    clear_unfinished,
+    peak_bytes,
+    run_folder,
+    write_atomic,
+)
 from pruneexp.types import (
     Budget,
     Compensator,
@@ -226,6 +236,7 @@ class _Run:
         self.meter = Meter()
         self.dense: dict[str, Any] = {}  # what identifies the dense model and how it is run
         self.results = Results(NoCache(), {})
+        self.identity = ""  # of what the results depend on
 
     def execute(self, tokenizer: Any, tokens_NT: Tensor) -> dict[str, float]:
         experiment = self.experiment
@@ -252,6 +263,7 @@ class _Run:
             self.metrics[f"sparsity/{experiment.sparsity.of}"] = 1 - counted[1] / counted[0] if counted[0] else 0.0
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
         self.metrics["memory/peak_bytes"] = peak_bytes(model.device)
+        shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
         print_summary(self.metrics, pruned.plan, pruned.sites, self.folder)
         return self.metrics
@@ -279,6 +291,10 @@ class _Run:
         run = {"dtype": str(model.dtype), "device": model.device.type, "batch_size": model.batch_size}
         self.dense = {"weights": weights["files"], **run}
         self.results = Results(experiment.cache, {**self.dense, "tokens": tokens})
+        method = {
+            key: value for key, value in experiment.config.items() if key not in ("run", "sweep", "cache", "tracker")
+        }
+        self.identity = identity(config=method, save=experiment.run.save, weights=weights, tokens=tokens)
 
     def _measure(self, model: Model, when: str) -> None:
         """Every evaluator's figures, prefixed "dense/" or "pruned/"."""
@@ -321,25 +337,26 @@ class _Run:
         if not experiment.search.local and experiment.criterion.sequential:
             logger.info("the search decides over all layers at once: scores are those of the dense model")
         probe_BT = tokens_NT[:PROOF_WINDOWS, :PROOF_LENGTH]
-        streamed = None
+        streamed, notes = None, Notes(None)
         if model.streamed:
             target = self.folder / ("model" if experiment.run.save else "streamed")
-            streamed = StreamedSave(model, target, BlockProof(model, probe_BT))
-        try:
-            pruned = prune_in_rounds_(
-                model,
-                tokens_NT,
-                experiment.method,
-                meter=self.meter,
-                rng=torch.Generator().manual_seed(experiment.seed),
-                shrunk=streamed.layer if streamed is not None else _nothing,
-                clock=self.clock,
-                results=self.results,
+            streamed = StreamedSave(
+                model, target, BlockProof(model, probe_BT), keep=take_up(self.folder, self.identity)
             )
-        except BaseException:
-            if streamed is not None:
-                streamed.discard()
-            raise
+            notes = Notes(self.folder / NOTES, streamed)
+        else:
+            clear_unfinished(self.folder)  # of a streamed run that came before
+        pruned = prune_in_rounds_(
+            model,
+            tokens_NT,
+            experiment.method,
+            meter=self.meter,
+            rng=torch.Generator().manual_seed(experiment.seed),
+            shrunk=streamed.layer if streamed is not None else _nothing,
+            clock=self.clock,
+            results=self.results,
+            notes=notes,
+        )
         self.trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
         adapter = None
         if experiment.recovery.trains:

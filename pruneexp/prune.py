@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pruneexp.budget import as_searched, biases_added, budget_of, refusal, searched_sites, whole_budget
 from pruneexp.cache import NoCache
-from pruneexp.calibrate import Meter, Probe, Visit, walk, walk_sites
+from pruneexp.calibrate import Bookmark, Meter, Probe, Visit, walk, walk_sites
 from pruneexp.model import Model
+from pruneexp.resume import Notes
 from pruneexp.scoring import Results, checked, distinct, without_readers
 from pruneexp.search import KIND, block_scores, expert_scores, scored_as
 from pruneexp.surgery import remove_blocks_, shrink_layer_
@@ -64,6 +65,7 @@ class _Pruning:
     shrunk: Shrunk
     clock: Callable[[str], Any]
     results: Results
+    notes: Notes
     scores: dict[str, Score] = field(default_factory=dict)
 
 
@@ -78,19 +80,22 @@ def prune_(
     shrunk: Shrunk,
     clock: Callable[[str], Any],
     results: Results | None = None,
+    notes: Notes | None = None,
     original: int | None = None,
 ) -> Pruned:
     """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
 
     Layer by layer in one walk where the criterion is sequential and the search decides each layer alone; otherwise
     all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage. `results`:
-    where scores and evidence of the dense model are kept (None: nowhere). `original`:
-    what the ratio is a share of, where that is not this model but a larger one that it was pruned from.
+    where scores and evidence of the dense model are kept (None: nowhere). `notes`: where it is noted how far each walk
+    has come, and where it begins (None: nowhere). `original`: what the ratio is a share of, where that is not this
+    model but a larger one that it was pruned from.
     """
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     leave = {site.name: site for site in (*sites, *as_searched(model, method.search, sites), *blocks)}
-    work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, results or Results(NoCache(), {}))
+    results, notes = results or Results(NoCache(), {}), notes or Notes(None)
+    work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, results, notes)
     budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
         work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
@@ -126,7 +131,7 @@ def _all_at_once(work: _Pruning) -> Plan:
     shown = judged_whole(work.method)
     dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
     with work.clock("calibrate"):
-        scores, kept_evidence = work.results.of(work.model, work.tokens_NT, criterion, dense_kind, shown, work.meter)
+        scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
         work.scores.update(scores)
     with work.clock("search"):
         sites = searched_sites(work.model, work.method.search)
@@ -138,16 +143,25 @@ def _all_at_once(work: _Pruning) -> Plan:
     del scores  # and with them the covariances of removal paths
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items()})
-    kept_evidence = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
+    dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.clock("shrink"):
         if by_site(compensator) and not blocks_alone:
-            _site_by_site(work, lambda visit: renamed, ())
+            note = work.notes.bookmark("shrink", lambda: None, writing=True)
+            _site_by_site(work, lambda visit: renamed, (), note)
         else:
             kinds = distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
-            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink"):
-                evidence = visit.of(compensator.evidence) if kinds else kept_evidence
+            note = work.notes.bookmark("shrink", lambda: None, writing=True)
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink", bookmark=note):
+                evidence = visit.of(compensator.evidence) if kinds else dense
                 _shrink(work, visit, renamed, evidence)
+                del visit, evidence
     return plan
+
+
+def _dense_results(
+    work: _Pruning, criterion: Criterion | None, kind: Any, whole: tuple[str, ...]
+) -> tuple[dict[str, Score], dict[str, Any]]:
+    return work.results.of(work.model, work.tokens_NT, criterion, kind, whole, work.meter, work.notes)
 
 
 def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:
@@ -166,20 +180,23 @@ def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict
     return plan, dict(zip((site.name for site in left), (site.name for site in stay), strict=True))
 
 
-def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type]) -> None:
+def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type], note: Bookmark) -> None:
     """Each sublayer is compensated and shrunk on what the pruned sublayers before it produce."""
     wanted = work.method.compensator.evidence
     assert wanted is not None
     if work.tokens_NT is None:
         raise RunError("compensator.target='dense': expected calibration windows")
     plan = Plan({})
-    for visit, site, evidence in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink"):
+    for visit, site, evidence in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink", note):
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
-        shrink_layer_(work.model, visit.index, alone, _readers(work, visit, [site], plan, {site.name: evidence}))
+        readers = _readers(work, visit, [site], plan, {site.name: evidence})
+        del evidence  # which is spent
+        shrink_layer_(work.model, visit.index, alone, readers)
         if site is sites[-1]:
             work.shrunk(visit.index)
+        del visit, readers
 
 
 def by_site(compensator: Compensator) -> bool:
@@ -192,18 +209,22 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
     dense: dict[str, Any] = {}
     if compensator.evidence is not None and not compensator.sequential:
         with work.clock("calibrate"):
-            _, dense = work.results.of(work.model, work.tokens_NT, None, compensator.evidence, (), work.meter)
+            _, dense = _dense_results(work, None, compensator.evidence, ())
     sitewise = by_site(compensator)
     kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
     decided = _Decided(work)
+    note = work.notes.bookmark("shrink", decided.noted, writing=True)
+    if note.found is not None:
+        decided.go_on(note.found)
     with work.clock("calibrate"):
         if sitewise:
-            _site_by_site(work, decided.at, kinds)
+            _site_by_site(work, decided.at, kinds, note)
         else:
-            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink"):
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink", bookmark=note):
                 plan = decided.at(visit)
                 evidence = visit.of(compensator.evidence) if compensator.sequential else dense
                 _shrink(work, visit, plan, evidence)
+                del visit, evidence
     return decided.plan
 
 
@@ -228,6 +249,14 @@ class _Decided:
         )
         self.plan = self.plan.merged(Plan(layer_plan.sites))
         return self.plan
+
+    def noted(self) -> Any:
+        """What to go on from."""
+        return self.plan, self.carry, self.work.scores, self.work.rng.get_state()
+
+    def go_on(self, noted: Any) -> None:
+        self.plan, self.carry, self.work.scores, rng = noted
+        self.work.rng.set_state(rng)
 
 
 def _searched(work: _Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
@@ -303,12 +332,14 @@ def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any
 def _readers(
     work: _Pruning, visit: Visit, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Compensated readers of the sites that lose units."""
+    """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
+    compensator = work.method.compensator
+    compensate = getattr(compensator, "in_place", compensator)
     readers = {}
     for site in sites:
         if plan.removed(site):
             weights = visit.block.weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
-            readers[site.name] = work.method.compensator(weights.reader, weights.reader_bias, found, keep_C)
+            readers[site.name] = compensate(weights.reader, weights.reader_bias, found, keep_C)
     return readers

@@ -12,6 +12,7 @@ from torch import Tensor
 from pruneexp.cache import Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import Meter, walk
 from pruneexp.model import Model
+from pruneexp.resume import Notes
 from pruneexp.types import Criterion, RemovalPath, RunError, Score, evidence_kinds, unit_scores
 
 WALKED = ("reader", "writer", "block")  # sources of evidence that one shared pass through the blocks collects
@@ -33,12 +34,13 @@ class Results:
         kind: Any,
         whole: tuple[str, ...],
         meter: Meter,
+        notes: Notes,
     ) -> tuple[dict[str, Score], dict[str, Any]]:
         """Scores by site name (of the kinds of sites in `whole` as wholes; none without a criterion), and the evidence
         of type `kind` by site name.
 
-        What is missing is collected in one walk. The meter is charged as if all of it had been: what a method costs
-        does not depend on what ran before.
+        What is missing is collected in one walk, which begins where `notes` say that it stopped. The meter is charged
+        as if all of it had been collected now: what a method costs does not depend on what ran before.
 
         Raises:
             RunError: scores hold NaN or Inf.
@@ -51,7 +53,7 @@ class Results:
             evidence = {} if kind is None else entries.get(evidence_key)
             if scored is None or evidence is None:
                 missing = (criterion if scored is None else None, kind if evidence is None else None)
-                found, seen, spent = _collected(model, tokens_NT, *missing, whole)
+                found, seen, spent = _collected(model, tokens_NT, *missing, whole, notes)
                 if scored is None:
                     scored = (found, spent.forward, spent.backward)
                     entries.put(score_key, scored)
@@ -70,7 +72,12 @@ class Results:
 
 
 def _collected(
-    model: Model, tokens_NT: Tensor | None, criterion: Criterion | None, kind: Any, whole: tuple[str, ...]
+    model: Model,
+    tokens_NT: Tensor | None,
+    criterion: Criterion | None,
+    kind: Any,
+    whole: tuple[str, ...],
+    notes: Notes,
 ) -> tuple[dict[str, Score], dict[str, Any], Meter]:
     """One walk over the dense model; the meter has what it spent besides the walk itself."""
     scores: dict[str, Score] = {}
@@ -78,11 +85,16 @@ def _collected(
     meter = Meter()
     wanted = None if criterion is None else criterion.evidence
     kinds = distinct(wanted, kind)
-    for visit in walk(model, tokens_NT, kinds, meter, "calibrate", read_only=True, whole=whole):
+    name = "_".join(["dense", *(["scores"] if criterion else []), *(["evidence"] if kind else [])])
+    note = notes.bookmark(name, lambda: (scores, evidence))
+    if note.found is not None:
+        scores, evidence = note.found
+    for visit in walk(model, tokens_NT, kinds, meter, "calibrate", read_only=True, whole=whole, bookmark=note):
         if criterion is not None:
             found = checked(criterion(visit.whole or visit.block, visit.of(wanted)))
             scores.update(without_readers(found) if model.streamed else found)
         evidence.update(visit.of(kind))
+        del visit  # holds the block's weights: before the next ones come
     if tokens_NT is not None and any(each.source in WALKED for each in kinds):
         meter.forward = max(0.0, round(meter.forward - 1, 9))
     return scores, evidence, meter

@@ -123,6 +123,10 @@ MISTAKES = [
     ("hydra.mode=foo", "hydra.mode=foo: Invalid value 'foo'"),
     ("+sweep=flap_ration", "sweep=flap_ration: expected one of .*; did you mean sweep=flap_ratios?"),
     ("evaluator=[latency] model.stream=true", "model.stream=True: evaluator=latency needs the whole model"),
+    (
+        "model.stream=true compensator=least_squares compensator.sequential=false compensator.target=pruned",
+        "compensator.sequential=False: with model.stream=true, the covariances of all layers",
+    ),
     ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected "),
     ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
     ("--multirun search=al_am,al_an criterion=flap,flup", ".*search=al_an: expected .*; .*criterion=flup: expected "),

@@ -18,7 +18,7 @@ LAYERS = (
     ("types",),
     ("evidence",),
     ("criterion", "compensator", "search", "sparsity"),
-    ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache"),
+    ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache", "resume"),
     ("budget", "scoring", "prune", "rounds", "recovery"),
     ("delivery", "forecast"),
     ("preflight",),

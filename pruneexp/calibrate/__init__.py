@@ -1,5 +1,6 @@
 """The walk over a model's blocks that collects evidence, derivatives, slopes, and loss probes of masked structures."""
 
+from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.probe import Probe
@@ -8,6 +9,7 @@ from pruneexp.calibrate.walk import Meter, Visit, walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
 
 __all__ = [
+    "Bookmark",
     "Landscape",
     "Meter",
     "Probe",

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
+from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -17,25 +19,35 @@ from pruneexp.types import ConfigError, Site
 
 
 def walk_sites(
-    model: Model, tokens_NT: Tensor, kind: type, kinds: Sequence[type], meter: Meter, stage: str
+    model: Model,
+    tokens_NT: Tensor,
+    kind: type,
+    kinds: Sequence[type],
+    meter: Meter,
+    stage: str,
+    bookmark: Bookmark | None = None,
 ) -> Iterator[tuple[Visit, Site, Any]]:
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with its
     evidence of type `kind` (source "wanted"): its reader's input, the sublayers before it as the caller left them, and
     the output with which the hidden state behind it would be the dense model's.
 
     The layer's visit is that before anything left it, and holds its evidence of `kinds` on the pruned model's hidden
-    states, as in `walk`. Four plain passes, one more with `kinds`; holds three times the hidden states, N x D each.
+    states, as in `walk`; `bookmark` as there. Four plain passes, one more with `kinds`; holds three
+    times the hidden states, N x D each.
 
     Raises:
         ConfigError: as `require_sums`.
         RunError: NaN or Inf in weights or activations.
     """
     require_sums(model)
-    total = len(model.layers)
-    dense, calls = enter_all(model, tokens_NT)
-    hidden = list(dense)
-    for index in progress(range(total), stage, total, "blocks"):
-        with model.loaded(index) as layer:
+    total, bookmark = len(model.layers), bookmark or Bookmark()
+    indices = range(bookmark.index, total)
+    if bookmark.index:
+        meter.forward = bookmark.forward
+    dense, calls = enter_all(model, tokens_NT) if indices else ([], [])
+    dense, hidden = bookmark.take_hidden(model.device) or (dense, list(dense))
+    for index in progress(indices, stage, len(indices), "blocks"):
+        with model.loaded(index, index + 1) as layer:
             block = model.block(index)
             seen = observe(model, layer, block, hidden, calls, kinds, [torch.empty(0)] * len(hidden)) if kinds else {}
             visit = Visit(index, layer, block, seen)
@@ -46,6 +58,8 @@ def walk_sites(
                 yield visit, site, _wanted(model, visit, site, kind, hidden, wanted, calls)
             _run(model, visit, hidden, calls)
             meter.forward += (2 + len(block.sites) + bool(kinds)) / total
+            del block, visit, seen  # views of weights, before the next block's come
+        bookmark.reached(index + 1, total, (dense, hidden), meter.forward)
 
 
 def require_sums(model: Model) -> None:
@@ -91,7 +105,7 @@ def _wanted(
         input_BTC, given_BTD = (t.view(*x_BTD.shape[:2], -1) for t in seen[site.kind])
         if site.kind == "attention" and "mlp" in seen:
             behind_BTD = behind_BTD - _scale(model) * seen["mlp"][1].view_as(x_BTD)
-        evidence = evidence.update(input_BTC, given_BTD + (wanted_BTD - behind_BTD) / _scale(model))
+        evidence = grown(evidence, input_BTC, given_BTD + (wanted_BTD - behind_BTD) / _scale(model))
     return evidence
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import influence_evidence
 from pruneexp.calibrate.zeroth_order import Slopes
+from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -54,6 +56,7 @@ def walk(
     *,
     read_only: bool = False,
     whole: Collection[str] = (),
+    bookmark: Bookmark | None = None,
 ) -> Iterator[Visit]:
     """Goes block by block: runs a block on all windows, collecting evidence of every type in `kinds`, and yields it.
 
@@ -62,29 +65,36 @@ def walk(
     block running once more. `read_only`: the caller promises not to touch blocks, and the windows' hidden states are
     held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
     `whole`: kinds of sites that are shown as a whole too, one unit each ("attention", "mlp", "block"): what is seen of
-    whole sublayers and blocks is then theirs.
+    whole sublayers and blocks is then theirs. `bookmark`: where to begin, and where to note how far it has come.
 
     Raises:
         RunError: NaN or Inf in weights or activations; the message names the block.
     """
-    total = len(model.layers)
-    ahead = _Ahead(model, tokens_NT, kinds, meter, whole)
+    total, bookmark = len(model.layers), bookmark or Bookmark()
+    indices = range(bookmark.index, total)
+    ahead = _Ahead(model, tokens_NT, kinds if indices else (), meter, whole)
+    if bookmark.index:
+        meter.forward = bookmark.forward
     kinds = [kind for kind in kinds if kind.source in ("reader", "writer", "block")]
     if not kinds or tokens_NT is None:
-        for index in progress(range(total), stage, total, "blocks"):
-            with model.loaded(index) as layer:
+        for index in progress(indices, stage, len(indices), "blocks"):
+            with model.loaded(index, index + 1) as layer:
                 block, shown = model.block(index), model.whole_block(index, whole) if whole else None
                 yield Visit(index, layer, block, ahead.of(block, shown), shown)
+                del block, shown  # views of weights, before the next block's come
+            bookmark.reached(index + 1, total, (), meter.forward)
         return
-    hidden, calls = enter_all(model, tokens_NT)
-    for index in progress(range(total), stage, total, "blocks"):
-        with model.loaded(index) as layer:
+    hidden, calls = enter_all(model, tokens_NT) if indices else ([], [])
+    [hidden] = bookmark.take_hidden(model.device) or [hidden]
+    for index in progress(indices, stage, len(indices), "blocks"):
+        with model.loaded(index, index + 1) as layer:
             block, shown = model.block(index), model.whole_block(index, whole) if whole else None
             output = hidden if read_only else [torch.empty(0)] * len(hidden)
             evidence = observe(model, layer, block, hidden, calls, kinds, output, shown)
             meter.forward += 1 / total
             before = _fingerprint(layer)
             yield Visit(index, layer, block, evidence | ahead.of(block, shown), shown)
+            del evidence  # the caller decides how long it lives
             touched = _fingerprint(layer) != before
             if touched and read_only:
                 raise AssertionError(f"{block.name} was changed during a read-only walk")
@@ -93,6 +103,8 @@ def walk(
                 observe(model, layer, block, hidden, calls, (), output)
                 meter.forward += 1 / total
             hidden = output
+            del block, shown
+        bookmark.reached(index + 1, total, (hidden,), meter.forward)
 
 
 class _Ahead:
@@ -236,7 +248,7 @@ class _Watch:
     def add(self, x_BTC: Tensor) -> None:
         self.tokens += x_BTC.shape[0] * x_BTC.shape[1]
         for kind in self.kinds:
-            self.evidence[kind][self.site.name] = self.evidence[kind][self.site.name].update(x_BTC)
+            self.evidence[kind][self.site.name] = grown(self.evidence[kind][self.site.name], x_BTC)
 
 
 def _fingerprint(layer: nn.Module) -> tuple:

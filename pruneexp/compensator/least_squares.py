@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -55,12 +56,21 @@ class LeastSquares:
     ) -> tuple[Tensor, Tensor | None]:
         if len(keep_C) == weight_OC.shape[1]:
             return weight_OC, bias_O
-        inputs = evidence if isinstance(evidence, Gram) else evidence.inputs
-        cov_CC, mean_C = (t.to(weight_OC.device) for t in (inputs.covariance_CC, inputs.mean_C))
+        return self.in_place(weight_OC, bias_O, evidence.copy(), keep_C)
+
+    def in_place(
+        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As calling it, but worked out in the memory of `evidence`, which is spent. Beside it 8 K O bytes are held
+        for a `Gram`, the result alone for a `WantedOutput`."""
+        if len(keep_C) == weight_OC.shape[1]:
+            return weight_OC, bias_O
+        inputs, device = evidence if isinstance(evidence, Gram) else evidence.inputs, weight_OC.device
+        mean_C = inputs.mean_C.to(device)
         if isinstance(evidence, Gram):
-            return refitted(weight_OC, bias_O, cov_CC, mean_C, keep_C, self.ridge)
-        cov_CO, wanted_O = (t.to(weight_OC.device) for t in (evidence.covariance_CO, evidence.wanted_mean_O))
-        return fitted(weight_OC, cov_CC, mean_C, cov_CO, wanted_O, keep_C, self.ridge)
+            return refitted_(weight_OC, bias_O, inputs.covariance_().to(device), mean_C, keep_C, self.ridge)
+        wanted_O, cov_CO = evidence.wanted_mean_O.to(device), evidence.covariance_().to(device)
+        return fitted_(weight_OC, inputs.covariance_().to(device), mean_C, cov_CO, wanted_O, keep_C, self.ridge)
 
 
 def check_ridge(ridge: float) -> None:
@@ -72,12 +82,25 @@ def refitted(
     weight_OC: Tensor, bias_O: Tensor | None, cov_CC: Tensor, mean_C: Tensor, keep_C: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """`LeastSquares`' solution for target=pruned from a covariance and means, float64, in the dtype of `weight_OC`."""
-    weight = weight_OC.double()
-    wanted_O = weight @ mean_C + (0 if bias_O is None else bias_O.double())
-    return fitted(weight_OC, cov_CC, mean_C, cov_CC @ weight.T, wanted_O, keep_C, ridge)
+    return refitted_(weight_OC, bias_O, cov_CC.clone(), mean_C, keep_C, ridge)
 
 
-def fitted(
+def refitted_(
+    weight_OC: Tensor, bias_O: Tensor | None, cov_CC: Tensor, mean_C: Tensor, keep_C: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """`refitted`, in the memory of the covariance: W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + lambda I)^-1."""
+    keep_C = keep_C.to(weight_OC.device)
+    gone_C = _others(keep_C, weight_OC.shape[1])
+    gone_OG, missing_KO = weight_OC[:, gone_C].double(), mean_C.new_empty(len(keep_C), len(weight_OC))
+    for rows in _parts(len(keep_C)):
+        missing_KO[rows] = cov_CC[keep_C[rows]][:, gone_C] @ gone_OG.T
+    solved_KO = _solved_(missing_KO, cov_CC, keep_C, ridge * cov_CC.diagonal().mean(), ridge)
+    bias = gone_OG @ mean_C[gone_C] - solved_KO.T @ mean_C[keep_C]
+    bias = bias if bias_O is None else bias + bias_O.double()
+    return _rounded(solved_KO.add_(weight_OC[:, keep_C].T), weight_OC.dtype), bias.to(weight_OC.dtype)
+
+
+def fitted_(
     weight_OC: Tensor,
     cov_CC: Tensor,
     mean_C: Tensor,
@@ -87,26 +110,64 @@ def fitted(
     ridge: float,
 ) -> tuple[Tensor, Tensor]:
     """`LeastSquares`' solution from the covariance and mean of the inputs, their covariance with the wanted output and
-    its mean, float64, in the dtype of `weight_OC`."""
+    its mean, float64, in the memory of the covariances: (S_y,keep + lambda W[:,keep]) (S_keep,keep + lambda I)^-1."""
     keep_C = keep_C.to(weight_OC.device)
-    fitted_OK = weight_OC[:, keep_C].double()
-    constant = ridge > 0 and not cov_CC.any()  # inputs that never change, as an expert's without tokens: nothing to fit
-    if len(keep_C) and not constant:
-        gram_KK = cov_CC[keep_C[:, None], keep_C]
-        missing_KO = cov_CO[keep_C] - gram_KK @ fitted_OK.T
-        gram_KK.diagonal().add_(ridge * cov_CC.diagonal().mean())
-        fitted_OK = fitted_OK + torch.cholesky_solve(missing_KO, cholesky(gram_KK, ridge)).T
-    bias_O = wanted_O - fitted_OK @ mean_C[keep_C]
-    return fitted_OK.to(weight_OC.dtype).contiguous(), bias_O.to(weight_OC.dtype)
+    strength = ridge * cov_CC.diagonal().mean()
+    wanted_KO = _compacted_(cov_CO, keep_C, None)
+    # inputs that never change, as an expert's without tokens, leave nothing to fit
+    wanted_KO.add_(weight_OC[:, keep_C].T, alpha=strength.item() if strength or not ridge else 1.0)
+    solved_KO = _solved_(wanted_KO, cov_CC, keep_C, strength, ridge)
+    bias_O = wanted_O - solved_KO.T @ mean_C[keep_C]
+    return _rounded(solved_KO, weight_OC.dtype), bias_O.to(weight_OC.dtype)
 
 
-def cholesky(gram_KK: Tensor, ridge: float) -> Tensor:
-    """Lower factor. Raises RunError where the matrix is singular to float64."""
-    factor_KK, info = torch.linalg.cholesky_ex(gram_KK)
-    diagonal, scale = factor_KK.diagonal(), gram_KK.diagonal().max()
-    if info.any() or not (diagonal.square() > 1e-14 * scale).all():
+def _solved_(right_KO: Tensor, cov_CC: Tensor, keep_C: Tensor, strength: Tensor, ridge: float) -> Tensor:
+    """(S_keep,keep + strength I)^-1 right, in the memory of both; `right` itself where inputs never change."""
+    if not len(keep_C) or (ridge and not strength):
+        return right_KO
+    cov_KK = _compacted_(cov_CC, keep_C, keep_C)
+    cov_KK.diagonal().add_(strength)
+    upper_KK = cholesky_(cov_KK, ridge).T
+    transposed_OK = right_KO.T  # solved from the right, where LAPACK finds its own order of elements and copies nothing
+    for factor_KK, upper in ((upper_KK, True), (upper_KK.T, False)):
+        torch.linalg.solve_triangular(factor_KK, transposed_OK, upper=upper, left=False, out=transposed_OK)
+    return right_KO
+
+
+def cholesky_(matrix_KK: Tensor, ridge: float) -> Tensor:
+    """Lower factor of a symmetric matrix, in its memory. Raises RunError where the matrix is singular to float64."""
+    scale, info = matrix_KK.diagonal().max(), torch.zeros((), dtype=torch.int32, device=matrix_KK.device)
+    factor_KK = matrix_KK.T  # the same numbers, in LAPACK's order
+    torch.linalg.cholesky_ex(factor_KK, out=(factor_KK, info))
+    if info.any() or not (factor_KK.diagonal().square() > 1e-14 * scale).all():
         raise RunError(
             f"ridge={ridge!r}: the inputs' covariance is singular (constant or dependent channels); "
             "expected a larger ridge, such as 1e-4"
         )
     return factor_KK
+
+
+def _compacted_(matrix_CX: Tensor, rows_K: Tensor, columns: Tensor | None) -> Tensor:
+    """The rows (ascending) and columns (None: all) of a matrix, moved to the front of its memory."""
+    if (rows_K.diff() <= 0).any():
+        raise ValueError("kept channels: expected in ascending order, each once")
+    width = matrix_CX.shape[1] if columns is None else len(columns)
+    front_KX = matrix_CX.view(-1)[: len(rows_K) * width].view(len(rows_K), width)
+    for part in _parts(len(rows_K)):  # a row never moves behind one that is still to be read
+        moved = matrix_CX[rows_K[part]]
+        front_KX[part] = moved if columns is None else moved[:, columns]
+    return front_KX
+
+
+def _parts(rows: int) -> Iterator[slice]:
+    return (slice(start, start + 512) for start in range(0, rows, 512))
+
+
+def _others(keep_C: Tensor, count: int) -> Tensor:
+    gone = torch.ones(count, dtype=torch.bool, device=keep_C.device)
+    gone[keep_C] = False
+    return gone.nonzero().flatten()
+
+
+def _rounded(weight_KO: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight_KO.to(dtype).T.contiguous()

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.compensator.least_squares import check_ridge, cholesky, refitted
+from pruneexp.compensator.least_squares import check_ridge, cholesky_, refitted
 from pruneexp.evidence import Gram
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights
 
@@ -71,7 +71,7 @@ class Obs:
             return order_U, torch.zeros_like(order_U, dtype=weight_OC.dtype)
         hessian_CC = cov_CC.clone()
         hessian_CC.diagonal().add_(self.ridge * cov_CC.diagonal().mean())
-        left = _Left(site.width, torch.cholesky_inverse(cholesky(hessian_CC, self.ridge)), weight_OC.clone())
+        left = _Left(site.width, torch.cholesky_inverse(cholesky_(hessian_CC, self.ridge)), weight_OC.clone())
         step = self.step if site.width == 1 else 1
         order, cost, total = [], [], torch.zeros((), dtype=torch.float64, device=weight_OC.device)
         while left.count:

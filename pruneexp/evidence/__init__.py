@@ -2,8 +2,9 @@
 
 from pruneexp.evidence.depth import BlockChange, LossWithout
 from pruneexp.evidence.gradients import Gradient, PerSampleGradient
+from pruneexp.evidence.gram import Gram, WantedOutput, grown
 from pruneexp.evidence.influence import BatchDerivatives, GateDerivatives, Influence
-from pruneexp.evidence.statistics import AbsoluteMoments, Gram, InputMoments, Moments, RunningFluctuation, WantedOutput
+from pruneexp.evidence.statistics import AbsoluteMoments, InputMoments, Moments, RunningFluctuation
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "Perturbation",
     "RunningFluctuation",
     "WantedOutput",
+    "grown",
 ]

@@ -1,7 +1,7 @@
 """What calibration collects at a reader's input.
 
-`update(x_BTC)` receives the input of the site's reader (o_proj, down_proj, fc2), batch by batch; that of
-`WantedOutput` beside it what the reader should give. All are immutable: `update` and `merge` return new values.
+`update(x_BTC)` receives the input of the site's reader (o_proj, down_proj, fc2), batch by batch. All are immutable:
+`update` and `merge` return new values.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _chunks_NC(x_BTC: Tensor) -> Iterator[Tensor]:
-    """Runs of tokens [n, C] that are cheap to work on."""
+def _chunks_NC(x_BTC: Tensor, cpu_chunk: int | None = None) -> Iterator[Tensor]:
+    """Runs of tokens [n, C] that are cheap to work on: `cpu_chunk` elements each, or as many as a CPU's cache takes."""
     x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
-    size = _CPU_CHUNK if x_NC.device.type == "cpu" else _DEVICE_CHUNK
+    size = (cpu_chunk or _CPU_CHUNK) if x_NC.device.type == "cpu" else _DEVICE_CHUNK
     return iter(x_NC.split(max(1, size // max(1, x_NC.shape[1])))) if len(x_NC) else iter(())
 
 
@@ -137,95 +137,6 @@ class AbsoluteMoments:
 
 
 @dataclass(frozen=True)
-class Gram:
-    """Second moments of a reader's input: gram_CC = sum_t x_t x_t^T (not centred) and sum_C = sum_t x_t, float64.
-
-    Products are formed and summed in float64, so the statistic is chunk-invariant up to float64 rounding. Memory: 8 C^2
-    bytes; an update holds the old and the new value for a moment.
-    """
-
-    source: ClassVar[str] = "reader"
-
-    n: int  # tokens
-    sum_C: Tensor
-    gram_CC: Tensor
-
-    @classmethod
-    def empty(cls, site: Site) -> Gram:
-        c = site.channels
-        return cls(0, torch.zeros(c, dtype=torch.float64), torch.zeros(c, c, dtype=torch.float64))
-
-    def update(self, x_BTC: Tensor) -> Gram:
-        n, sum_C, gram_CC = self.n, self.sum_C.to(x_BTC.device, copy=True), self.gram_CC.to(x_BTC.device, copy=True)
-        for x_NC in _chunks_NC(x_BTC.detach()):
-            x_NC = x_NC.double()
-            n += len(x_NC)
-            sum_C += x_NC.sum(0)
-            gram_CC.addmm_(x_NC.T, x_NC)
-        return Gram(n, sum_C, gram_CC)
-
-    def merge(self, other: Gram) -> Gram:
-        device = other.sum_C.device
-        return Gram(self.n + other.n, self.sum_C.to(device) + other.sum_C, self.gram_CC.to(device) + other.gram_CC)
-
-    @property
-    def mean_C(self) -> Tensor:
-        _require_tokens(self.n, 1)
-        return self.sum_C / self.n
-
-    @property
-    def covariance_CC(self) -> Tensor:
-        """(gram - n mean mean^T) / (n - 1), unbiased. Raises RunError for fewer than two tokens."""
-        _require_tokens(self.n, 2)
-        mean_C = self.mean_C
-        return torch.addr(self.gram_CC, mean_C, mean_C, alpha=-self.n) / (self.n - 1)
-
-
-@dataclass(frozen=True)
-class WantedOutput:
-    """A reader's input beside the output that is wanted of it: sums, centred when they are read.
-
-    `update(x_BTC, y_BTO)`: y is what the reader would have to give for the hidden state behind it to be the dense
-    model's, x what the layers before give it as they are. inputs is the Gram of x; cross_CO = sum_t x_t y_t^T and
-    wanted_O = sum_t y_t, float64.
-    """
-
-    source: ClassVar[str] = "wanted"
-
-    inputs: Gram
-    wanted_O: Tensor
-    cross_CO: Tensor
-
-    @classmethod
-    def empty(cls, site: Site) -> WantedOutput:
-        return cls(Gram.empty(site), torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64))
-
-    def update(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
-        x_NC, y_NO = x_BTC.detach().flatten(0, -2).double(), y_BTO.detach().flatten(0, -2).double()
-        return self.merge(WantedOutput(Gram(0, *_nothing(x_NC)).update(x_BTC), y_NO.sum(0), x_NC.T @ y_NO))
-
-    def merge(self, other: WantedOutput) -> WantedOutput:
-        if self.inputs.n == 0:
-            return other
-        if other.inputs.n == 0:
-            return self
-        device = other.wanted_O.device
-        wanted_O, cross_CO = self.wanted_O.to(device) + other.wanted_O, self.cross_CO.to(device) + other.cross_CO
-        return WantedOutput(self.inputs.merge(other.inputs), wanted_O, cross_CO)
-
-    @property
-    def wanted_mean_O(self) -> Tensor:
-        _require_tokens(self.inputs.n, 1)
-        return self.wanted_O / self.inputs.n
-
-    @property
-    def covariance_CO(self) -> Tensor:
-        """Of x with y, unbiased. Raises RunError for fewer than two tokens."""
-        _require_tokens(self.inputs.n, 2)
-        return torch.addr(self.cross_CO, self.inputs.sum_C, self.wanted_mean_O, alpha=-1) / (self.inputs.n - 1)
-
-
-@dataclass(frozen=True)
 class RunningFluctuation:
     """The estimators of FLAP's released code (`BiasGPT`, commit 3bb57db), operation by operation, in float32.
 
@@ -270,11 +181,6 @@ class RunningFluctuation:
             "RunningFluctuation depends on the order of the sequences and cannot be merged: collect it in one pass, "
             "or use criterion=flap, whose moments can"
         )
-
-
-def _nothing(x_NC: Tensor) -> tuple[Tensor, Tensor]:
-    c = x_NC.shape[1]
-    return x_NC.new_zeros(c, dtype=torch.float64), x_NC.new_zeros(c, c, dtype=torch.float64)
 
 
 def _require_tokens(n: int, least: int) -> None:

@@ -40,7 +40,7 @@ def available_memory() -> int:
 def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | None) -> None:
     """Writes a streamed model in `form`, padded where that is asked for."""
     folder.mkdir(parents=True)
-    writer = ShardWriter(folder, shard_bytes=STREAMED_SHARD_BYTES)
+    writer = ShardWriter(folder, model.family.stored_as, shard_bytes=STREAMED_SHARD_BYTES)
     for part in _parts(model, form, padding):
         writer.add(part)
     writer.close()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pruneexp.model.checks import why_unreadable
+from pruneexp.model.tensor_file import Place, places, read_tensor
 from pruneexp.types import ConfigError
 
 INDEX = "model.safetensors.index.json"
@@ -30,6 +31,7 @@ class Checkpoint:
         self.folder, self.base_prefix, self.stored_as = folder, base_prefix, stored_as
         self._files: dict[str, str] = {}
         self._open: dict[str, Any] = {}
+        self._places: dict[str, dict[str, Place]] = {}
         for file in safetensors_files(folder):
             for name in self._handle(file).keys():
                 self._files[name] = file
@@ -41,7 +43,10 @@ class Checkpoint:
         spelling = self._spelling(name)
         if spelling is None:
             raise ConfigError(f"model.path={str(self.folder)!r}: the checkpoint lacks tensor {name!r}")
-        return self._handle(self._files[spelling]).get_tensor(spelling)
+        file = self._files[spelling]
+        if file not in self._places:
+            self._places[file] = places(self.folder / file)
+        return read_tensor(self.folder / file, self._places[file][spelling])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that is there, from its file's header."""
@@ -77,7 +82,7 @@ class Checkpoint:
         return self._open[file]
 
     def close(self) -> None:
-        """Unmaps the files, so that their pages stop counting as this process' memory."""
+        """Lets go of the files; tensors can be read as before."""
         self._open.clear()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model.checkpoint import Checkpoint
+from pruneexp.model.half import WideLinear, widening_pays
 from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
 from pruneexp.modeling_pruned import Family, experts_of
 from pruneexp.progress import progress
@@ -51,6 +53,7 @@ class Model:
         self.module, self.tokenizer, self.family, self.config = module, tokenizer, family, config
         self.name, self.device, self.dtype, self.batch_size = name, device, dtype, batch_size
         self.checkpoint = checkpoint
+        self._ahead: tuple[int, Future] | None = None  # the layer that is being read, and its tensors by name
         self.layers_path = f"{module.base_model_prefix}.{family.layers}"
         self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
 
@@ -134,20 +137,45 @@ class Model:
         return decoder_layer_block(self.layers[index], index, self.family, self.config, prefix, read)
 
     @contextmanager
-    def loaded(self, index: int) -> Iterator[nn.Module]:
+    def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights. Raises RunError where they are not finite (held ones are checked when
-        they are loaded)."""
-        layer = self.layers[index]
-        if self.checkpoint is not None:
-            origin = f"{self.layers_path}.{self.origin[index]}."
-            load_into_(layer, self.checkpoint, origin, self.device, self.dtype)
-            check_finite(layer, origin)
-        try:
+        they are loaded).
+
+        `then`: the layer that is wanted next, read on another thread meanwhile; what goes wrong there is raised when it
+        is asked for. One that is not asked for next is let go, and so is one whose forerunner ends in an error.
+        """
+        layer, checkpoint = self.layers[index], self.checkpoint
+        if checkpoint is None:
             yield layer
+            return
+        try:
+            prefix = self._checkpoint_prefix(index)
+            load_into_(layer, self._read(checkpoint, index), prefix, self.device, self.dtype)
+            if then is not None and then < len(self.layers):
+                self._read_ahead(checkpoint, then)
+            check_finite(layer, prefix)
+            yield layer
+        except BaseException:
+            self._ahead = None
+            raise
         finally:
-            if self.checkpoint is not None:
-                layer.to("meta")
-                self.checkpoint.close()
+            layer.to("meta")
+
+    def _checkpoint_prefix(self, index: int) -> str:
+        return f"{self.layers_path}.{self.origin[index]}."
+
+    def _read(self, checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
+        """The tensors of decoder layer `index` by their names in the model: those read ahead, if they are of it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            return ahead[1].result()
+        return stored_tensors(self.layers[index], checkpoint, self._checkpoint_prefix(index))
+
+    def _read_ahead(self, checkpoint: Checkpoint, index: int) -> None:
+        reader = ThreadPoolExecutor(1, "read-ahead")
+        prefix = self._checkpoint_prefix(index)
+        self._ahead = index, reader.submit(stored_tensors, self.layers[index], checkpoint, prefix)
+        reader.shutdown(wait=False)  # its thread ends with the layer
 
     @torch.no_grad()
     def enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[Call]]:
@@ -168,7 +196,8 @@ class Model:
     @torch.no_grad()
     def run_layer(self, layer: nn.Module, hidden_BTD: Tensor, call: Call) -> Tensor:
         """One decoder layer's output [B, T, D]."""
-        output = layer(hidden_BTD, *call.args, **call.kwargs)
+        with WideLinear() if self.streamed and widening_pays(hidden_BTD) else nullcontext():
+            output = layer(hidden_BTD, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -196,7 +225,7 @@ class Model:
         entered = [self.enter(b) for b in batches]
         hidden, calls = [h for h, _ in entered], [c for _, c in entered]
         for index in progress(range(len(self.layers)), stage, len(self.layers), "blocks"):
-            with self.loaded(index) as layer:
+            with self.loaded(index, index + 1) as layer:
                 hidden = [self.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
         return torch.cat([next_token_losses(self.leave(b, h), b) for h, b in zip(hidden, batches, strict=True)])
 
@@ -205,7 +234,7 @@ class Model:
         """The first decoder layer whose output for these windows holds NaN or Inf; None where all are finite."""
         hidden, calls = self.enter(tokens_BT)
         for index in range(len(self.layers)):
-            with self.loaded(index) as layer:
+            with self.loaded(index, index + 1) as layer:
                 hidden = self.run_layer(layer, hidden, calls[index])
             if not torch.isfinite(hidden).all():
                 return f"{self.layers_path}.{index}"
@@ -254,21 +283,18 @@ def check_finite(module: nn.Module, prefix: str) -> None:
             raise RunError(f"{prefix}{name}: weights hold NaN or Inf")
 
 
-def load_into_(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    prefix: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    copy: bool = False,
-) -> None:
-    """Gives `module`'s parameters and persistent buffers the checkpoint's tensors, called `prefix` + name there.
+def stored_tensors(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """What the checkpoint has of `module`, as it is stored, by the names that begin with `prefix`."""
+    return {prefix + name: checkpoint[prefix + name] for name in module.state_dict()}
 
-    `copy`: into memory of their own, so that the checkpoint can be closed; else they may be its mapped pages.
-    """
+
+def load_into_(
+    module: nn.Module, tensors: MutableMapping[str, Tensor], prefix: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Gives `module`'s parameters and persistent buffers the `tensors` called `prefix` + name, which are taken out."""
     for name, tensor in list(module.state_dict().items()):
         kind = dtype if tensor.is_floating_point() else None
-        loaded = checkpoint[prefix + name].to(device=device, dtype=kind, copy=copy)
+        loaded = tensors.pop(prefix + name).to(device=device, dtype=kind)
         if loaded.shape != tensor.shape:
             raise RunError(
                 f"{prefix}{name}: the checkpoint holds shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}"

@@ -15,7 +15,7 @@ from torch import nn
 from pruneexp import modeling_pruned
 from pruneexp.model import checks
 from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
-from pruneexp.model.loaded import Model, check_finite, load_into_
+from pruneexp.model.loaded import Model, check_finite, load_into_, stored_tensors
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
 
@@ -173,9 +173,9 @@ class ModelSource:
         if not self.stream:
             layers = list(module.get_submodule(layers_path).children())
             for index, layer in enumerate(progress(layers, "load", len(layers), "blocks")):
-                load_into_(layer, checkpoint, f"{layers_path}.{index}.", device, dtype, copy=True)
-                check_finite(layer, f"{layers_path}.{index}.")
-                checkpoint.close()
+                prefix = f"{layers_path}.{index}."
+                load_into_(layer, stored_tensors(layer, checkpoint, prefix), prefix, device, dtype)
+                check_finite(layer, prefix)
         module.eval().requires_grad_(False)
         if tokenizer is None:
             tokenizer = _tokenizer(folder, self.stock_config(folder))
@@ -284,7 +284,8 @@ def _load_outside_(
         own = nn.Module()  # the part's own tensors alone
         own._parameters = {k: v for k, v in part._parameters.items() if f"{path}.{k}" not in tied}
         own._buffers = {k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set}
-        load_into_(own, checkpoint, f"{path}." if path else "", device, dtype, copy=True)
+        prefix = f"{path}." if path else ""
+        load_into_(own, stored_tensors(own, checkpoint, prefix), prefix, device, dtype)
         part._parameters.update(own._parameters)
         part._buffers.update(own._buffers)
     if config.tie_word_embeddings:

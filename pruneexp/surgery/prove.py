@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.model import Model, ModelSource
-from pruneexp.progress import waiting
+from pruneexp.progress import progress, waiting
 from pruneexp.types import RunError
 
 # Runs in a process of its own, isolated from this package (-I: no working directory, no PYTHONPATH).
@@ -97,13 +97,18 @@ class BlockProof:
         self.hidden_BTD = self.model.run_layer(self.model.layers[index], self.hidden_BTD, call)
         self.outputs.append(self.hidden_BTD)
 
+    def restore(self, outputs: list[Tensor]) -> None:
+        """Goes on behind layers that another process recorded."""
+        self.outputs = [output.to(self.model.device) for output in outputs]
+        self.hidden_BTD = self.outputs[-1]
+
     def compare(self, folder: Path) -> dict[str, Any]:
         """Reloads `folder` through its own config, one block at a time, then the head."""
         reloaded = _source(self.model, folder, stream=True).load()
         hidden, calls = reloaded.enter(self.tokens_BT)
         gaps = []
-        for index, expected in enumerate(self.outputs):
-            with reloaded.loaded(index) as layer:
+        for index, expected in enumerate(progress(self.outputs, "prove", unit="blocks")):
+            with reloaded.loaded(index, index + 1) as layer:
                 hidden = reloaded.run_layer(layer, hidden, calls[index])
             gaps.append((hidden - expected).abs().max().item())
         logits = [m.leave(self.tokens_BT, h).float() for m, h in ((reloaded, hidden), (self.model, self.outputs[-1]))]

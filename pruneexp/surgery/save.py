@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.model import Checkpoint, Model
-from pruneexp.model.checkpoint import stored_name
+from pruneexp.model import Checkpoint, Model, layer_structure
+from pruneexp.model.checkpoint import safetensors_files, stored_name
+from pruneexp.model.tensor_file import places
+from pruneexp.modeling_pruned import head_layout, number_caches_, resize_layer_
 from pruneexp.surgery.forms import REMOTE_CODE, Form, save_form
 from pruneexp.surgery.prove import BlockProof
 from pruneexp.types import RunError
@@ -77,17 +80,25 @@ def _tensors(model: Model, form: Form) -> Iterable[tuple[str, Tensor]]:
 
 
 class StreamedSave:
-    """A checkpoint written layer by layer, while each shrunk layer is at hand; aside first, renamed when finished."""
+    """A checkpoint written layer by layer, while each shrunk layer is at hand; aside first, renamed when finished.
 
-    def __init__(self, model: Model, folder: Path, proof: BlockProof):
+    `keep`: what an earlier process had written of it stays, until `restore` says whether it is of use.
+    """
+
+    def __init__(self, model: Model, folder: Path, proof: BlockProof, keep: bool = False):
         self.model, self.folder, self.proof = model, folder, proof
         self.aside = folder.with_name(folder.name + ".partial")
+        self.finished = False  # it was in its place already when the process that wrote it died
+        if not keep:
+            self._begin()
+        self.writer = ShardWriter(self.aside, model.family.stored_as, shard_bytes=STREAMED_SHARD_BYTES)
+
+    def _begin(self) -> None:
         try:
             shutil.rmtree(self.aside, ignore_errors=True)
             self.aside.mkdir(parents=True)
         except OSError as error:
-            raise RunError(f"{folder}: the checkpoint cannot be written ({error.strerror or error})") from error
-        self.writer = ShardWriter(self.aside, model.family.stored_as, shard_bytes=STREAMED_SHARD_BYTES)
+            raise RunError(f"{self.folder}: the checkpoint cannot be written ({error.strerror or error})") from error
 
     def layer(self, index: int) -> None:
         """Takes up decoder layer `index` as it stands."""
@@ -97,24 +108,55 @@ class StreamedSave:
         with _writing(self.folder, self.aside):
             self.writer.add({prefix + name: tensor for name, tensor in layer.state_dict().items()})
 
+    def state(self) -> dict[str, Any]:
+        """The layers so far: what they look like, where they are written, what waits to be written, what they compute.
+        Together with the files, enough for another process to go on."""
+        layers = self.model.layers[: len(self.proof.outputs)]
+        return {
+            "structures": [layer_structure(layer, self.model.family, self.model.config) for layer in layers],
+            "shards": self.writer.shards,
+            "waiting": self.writer.pending,
+            "outputs": self.proof.outputs,
+        }
+
+    def restore(self, state: dict[str, Any] | None) -> bool:
+        """Goes on from `state`, in a model that holds the layers as they were, where the files that it speaks of are
+        there and whole; begins anew otherwise, and returns that."""
+        self.finished = (self.folder / "config.json").is_file()
+        if state is None or not self._there(state["shards"]):
+            self.finished = False
+            self._begin()
+            return False
+        if not self.finished:
+            self.writer.restore(state["shards"], state["waiting"])
+        self.proof.restore(state["outputs"])
+        layout = head_layout(self.model.family, self.model.config)
+        for layer, structure in zip(self.model.layers, state["structures"], strict=False):
+            if layer_structure(layer, self.model.family, self.model.config) != structure:
+                resize_layer_(layer, self.model.family, structure, layout)
+        number_caches_(self.model.layers, self.model.family, self.model.configs)
+        return True
+
+    def _there(self, shards: list[list[str]]) -> bool:
+        if self.finished:
+            return all(tensors_of(self.folder / name) is not None for name in safetensors_files(self.folder))
+        return all(tensors_of(self.writer.file(i)) == set(names) for i, names in enumerate(shards))
+
     def finish(self) -> Form:
         """Writes the rest and puts the checkpoint in its place; the model streams from it from here on."""
         form = save_form(self.model)
-        with _writing(self.folder, self.aside):
-            for name, tensor in _tensors(self.model, form):
-                if not tensor.is_meta:
-                    self.writer.add({name: tensor})
-            self.writer.close()
-            write_description(self.model, form, self.aside)
-            self.aside.rename(self.folder)
+        if not self.finished:
+            with _writing(self.folder, self.aside):
+                for name, tensor in _tensors(self.model, form):
+                    if not tensor.is_meta:
+                        self.writer.add({name: tensor})
+                self.writer.close()
+                write_description(self.model, form, self.aside)
+                self.aside.rename(self.folder)
         family = self.model.family
         self.model.checkpoint = Checkpoint(self.folder, self.model.module.base_model_prefix, family.stored_as)
         self.model.origin = list(range(len(self.model.layers)))
         return form
-
-    def discard(self) -> None:
-        """Removes what has been written of a checkpoint that will not be finished."""
-        shutil.rmtree(self.aside, ignore_errors=True)
 
     def prove(self) -> dict[str, Any]:
         """Reloads the checkpoint block by block, by its own config, and compares what each block computes."""
@@ -134,46 +176,70 @@ def _writing(folder: Path, aside: Path) -> Iterator[None]:
         raise
 
 
+def tensors_of(file: Path) -> set[str] | None:
+    """Names of the tensors in a safetensors file; None where it is not there, or not whole."""
+    try:
+        found = places(file)
+        ends = [place.start + place.size for place in found.values()]
+        return set(found) if file.stat().st_size == max(ends, default=0) else None
+    except (OSError, ValueError, KeyError, RunError):
+        return None
+
+
 class ShardWriter:
     """Writes tensors as they come into safetensors shards of about 4 GiB, and the index when closed. `stored_as`: as
     the family's, for the names to be those of the stock class's checkpoints."""
 
     def __init__(self, folder: Path, stored_as: Sequence[tuple[str, str]] = (), shard_bytes: int = SHARD_BYTES):
         self.folder, self.stored_as, self.shard_bytes = folder, stored_as, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
+        self.pending: dict[str, Tensor] = {}
+        self.shards: list[list[str]] = []  # the tensors in each
         self._bytes = self._pending_bytes = 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self._pending[stored_name(name, self.stored_as)] = tensor.detach().cpu().contiguous()
+            self.pending[stored_name(name, self.stored_as)] = tensor.detach().cpu().contiguous()
             self._pending_bytes += tensor.numel() * tensor.element_size()
         if self._pending_bytes >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending as one shard."""
+        """Writes what is pending as one shard, down to the disk."""
         from safetensors.torch import save_file
 
-        if not self._pending:
+        if not self.pending:
             return
-        save_file(self._pending, self.folder / f"shard-{len(self._shards):05d}", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
+        file = self.file(len(self.shards))
+        save_file(self.pending, file, metadata={"format": "pt"})
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
+        self.shards.append(list(self.pending))
         self._bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
+        self.pending, self._pending_bytes = {}, 0
+
+    def file(self, number: int) -> Path:
+        """A shard's, until the writer is closed."""
+        return self.folder / f"shard-{number:05d}"
+
+    def restore(self, shards: list[list[str]], pending: dict[str, Tensor]) -> None:
+        """Goes on behind shards that are written."""
+        self.shards = [*shards]
+        self._bytes = sum(place.size for i in range(len(shards)) for place in places(self.file(i)).values())
+        self.pending = dict(pending)
+        self._pending_bytes = sum(tensor.numel() * tensor.element_size() for tensor in pending.values())
 
     def close(self) -> None:
         """Names the shards as transformers expects them."""
         self.flush()
-        count = len(self._shards)
+        count = len(self.shards)
         names = (
             ["model.safetensors"]
             if count == 1
             else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
         for index, name in enumerate(names):
-            (self.folder / f"shard-{index:05d}").rename(self.folder / name)
+            self.file(index).rename(self.folder / name)
         if count > 1:
-            weight_map = {tensor: name for name, shard in zip(names, self._shards, strict=True) for tensor in shard}
+            weight_map = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
             index_json = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1))

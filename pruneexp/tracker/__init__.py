@@ -10,18 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pruneexp.tracker.environment import peak_bytes
-from pruneexp.tracker.folder import check_folder, claim_folder, existing, run_folder, status_of, write_atomic
+from pruneexp.tracker.folder import (
+    NOTES,
+    check_folder,
+    claim_folder,
+    clear_unfinished,
+    existing,
+    run_folder,
+    status_of,
+    write_atomic,
+)
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
 from pruneexp.types import Plan, RunRecord, Scores, Site, Tracker
 
 __all__ = [
+    "NOTES",
     "Local",
     "LocalRun",
     "Trackers",
     "Wandb",
     "check_folder",
     "claim_folder",
+    "clear_unfinished",
     "existing",
     "flat_metrics",
     "peak_bytes",

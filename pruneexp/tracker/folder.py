@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -24,6 +25,7 @@ FILES = (
     "config.yaml",
     "log.txt",
 )
+NOTES = "resume"  # folder of a streamed run's notes of how far it has come, until it is done
 CHECKPOINT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -122,7 +124,9 @@ def existing(folder: Path) -> Path:
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
     """Makes `folder` ready for a new run: created, and an older run's files removed (those that a run writes, by name;
-    anything else stays). Raises ConfigError as `check_folder`, RunError where it cannot be written."""
+    anything else stays). What a streamed run that did not end has noted and written of a checkpoint stays without
+    `overwrite`: this one may go on from there. Raises ConfigError as `check_folder`, RunError where it cannot be
+    written."""
     check_folder(folder, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,10 +134,9 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
             (folder / name).unlink(missing_ok=True)
             for aside in folder.glob(f".{name}.*.tmp"):
                 aside.unlink(missing_ok=True)
-        if not (folder / "model").is_symlink():
-            _clear(folder / "model" / "adapter", ("adapter_*",))
-            _clear(folder / "model", CHECKPOINT_FILES)
         _clear(folder / "samples", SAMPLE_FILES)
+        if overwrite or not (folder / NOTES).is_dir():
+            clear_unfinished(folder)
     except OSError as error:
         raise RunError(f"run.dir={str(folder)!r}: cannot write there: {error.strerror or error}") from error
 
@@ -147,6 +150,17 @@ def _clear(folder: Path, patterns: Sequence[str]) -> None:
             file.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes a run's notes and its checkpoint, whole or half-written, by the names of what a run writes. Raises
+    OSError."""
+    for name in (NOTES, "model.partial", "streamed", "streamed.partial"):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            shutil.rmtree(folder / name)
+    if not (folder / "model").is_symlink():
+        _clear(folder / "model" / "adapter", ("adapter_*",))
+        _clear(folder / "model", CHECKPOINT_FILES)
 
 
 def new_status() -> dict[str, Any]:

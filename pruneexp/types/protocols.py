@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Evidence(Protocol):
-    """What calibration collects for one site. Values: `update` and `merge` return new evidence.
+    """What calibration collects for one site. Values: `update` and `merge` return new evidence. Not required:
+    `update_`, which is called in the stead of `update` and may return evidence in the memory of the old.
 
     `source` says which collector feeds it, and so what `update` receives:
 
@@ -108,7 +109,8 @@ class Sparsity(Protocol):
 
 class Compensator(Protocol):
     """The reader's weight and bias after units are gone. `sequential`: its evidence is collected on what the pruned
-    layers before produce (a second walk)."""
+    layers before produce (a second walk). Not required: `in_place`, which is called in its stead, with the same
+    arguments, and may work in the memory of the evidence."""
 
     evidence: ClassVar[type | None]
     adds_bias: ClassVar[bool]

@@ -1,0 +1,80 @@
+"""Reading tensors of a safetensors file by their place in it.
+
+The file is read, never mapped: a tensor lies in memory of its own, which goes when the tensor goes, and what is
+resident is what is in use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pruneexp.types import RunError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its file: the byte at which it starts, its type and shape."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def places(file: Path) -> dict[str, Place]:
+    """Every tensor of the file by name, from its header. Raises RunError for a type that is not computed with here."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise RunError(f"{file}: {name} is of type {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+        start = 8 + size + entry["data_offsets"][0]
+        found[name] = Place(start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return found
+
+
+def read_tensor(file: Path, place: Place) -> Tensor:
+    """One tensor. May be called on any thread. Raises RunError where the file ends before it or cannot be read."""
+    count = prod(place.shape)
+    tensor = torch.empty(count, dtype=place.dtype)
+    if count:
+        buffer = memoryview(tensor.view(torch.uint8).numpy().data)
+        try:
+            with open(file, "rb", buffering=0) as opened:
+                filled = 0
+                while filled < len(buffer):
+                    read = os.preadv(opened.fileno(), [buffer[filled:]], place.start + filled)
+                    if not read:
+                        raise RunError(f"{file}: ends within a tensor")
+                    filled += read
+        except OSError as error:
+            raise RunError(f"{file}: cannot be read ({error.strerror or error})") from error
+    return tensor.view(place.shape)

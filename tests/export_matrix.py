@@ -8,6 +8,7 @@ prints it as it stands in README.md, where `test_export_matrix` holds it to what
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,27 +27,39 @@ from tests.tiny_families import TINY, tiny_model
 FORMATS = ("stock", "padded", "remote_code", "gguf", "vllm")
 
 
-def plan_of(model: Model, count: Callable[[Site], int], block: bool) -> Plan:
-    """The first units of every site stay, so many; without the first decoder layer, if `block`."""
-    gone = f"{model.layers_path}.0"
-    kept = {s.name: SitePlan(s.kind, s.units, tuple(range(count(s)))) for s in model.sites() if s.layer or not block}
-    return Plan(kept | ({gone: SitePlan("block", 1, ())} if block else {}))
+def plan_of(model: Model, count: Callable[[Site, int], int], block: bool) -> Plan:
+    """The first units of every site stay: so many of the first site of its kind, of the second ...; without the first
+    decoder layer, if `block`."""
+    kept, number = {}, Counter[str]()
+    for site in model.sites():
+        if site.layer or not block:
+            kept[site.name] = SitePlan(site.kind, site.units, tuple(range(count(site, number[site.kind]))))
+        number[site.kind] += 1
+    return Plan(kept | ({f"{model.layers_path}.0": SitePlan("block", 1, ())} if block else {}))
 
 
-def fewer(site: Site) -> int:
-    return max(1, site.units - site.layer)
+def fewer(site: Site, number: int) -> int:
+    return max(1, site.units - number % 3)
 
 
-def two_thirds(site: Site) -> int:
+def fewer_channels(site: Site, number: int) -> int:
+    return 2 if site.kind == "attention" else fewer(site, number)
+
+
+def two_thirds(site: Site, number: int) -> int:
     return site.units * 2 // 3
+
+
+def two_thirds_of_channels(site: Site, number: int) -> int:
+    return site.units if site.kind == "attention" else two_thirds(site, number)
 
 
 PLANS: dict[str, Callable[[Model], Plan]] = {
     "any": lambda model: plan_of(model, fewer, block=True),
-    "heads alike": lambda model: plan_of(model, lambda s: 2 if s.kind == "attention" else fewer(s), block=True),
+    "heads alike": lambda model: plan_of(model, fewer_channels, block=True),
     "uniform": lambda model: plan_of(model, two_thirds, block=False),
-    "FFNs uniform": lambda model: plan_of(model, lambda s: two_thirds(s) if s.kind == "mlp" else s.units, block=False),
-    "blocks": lambda model: plan_of(model, lambda s: s.units, block=True),
+    "FFNs uniform": lambda model: plan_of(model, two_thirds_of_channels, block=False),
+    "blocks": lambda model: plan_of(model, lambda site, number: site.units, block=True),
 }
 WIDER = {"heads alike": ["any"], "uniform": ["any", "heads alike"], "FFNs uniform": ["any", "heads alike", "uniform"]}
 WIDER["blocks"] = ["any", "heads alike"]  # what holds one of these holds the plan, too, and is not tried

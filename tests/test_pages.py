@@ -379,6 +379,8 @@ def test_models_and_recipes_without_published_figures_are_named(made: Path, tmp_
     assert report(tmp_path / "runs") == 0
     text = (tmp_path / "runs" / "report" / "index.html").read_text()
     assert "No published figure is known of recipe llm_bip (LLM-BIP: " in text and "were not found" in text
+    assert "The paper&#x27;s claim: WikiText-2 perplexity below the best earlier method" in text
+    assert ": 14.09 perplexity (second hand)." in text
 
 
 def test_models_have_figures_of_their_own(tmp_path: Path) -> None:

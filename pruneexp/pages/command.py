@@ -208,7 +208,3 @@ def _replace(aside: Path, out: Path) -> None:
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

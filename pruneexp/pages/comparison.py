@@ -11,7 +11,7 @@ from typing import Any
 from pruneexp.pages.methods import Described, departures, model_names
 from pruneexp.pages.points import SHARE, by_seed, dense
 from pruneexp.pages.statistics import Interval, interval
-from pruneexp.published import Published, Table
+from pruneexp.published import Claim, Published, Table
 from pruneexp.summary import settings
 
 NOT_STATED = "not stated"
@@ -187,4 +187,10 @@ def unpublished(runs: Sequence[Described], tables: Sequence[Table]) -> list[str]
             about = [table for table in tables if recipe in table.recipes]
             why = "; ".join(f"{table.source.paper}: {table.missing or table.title}" for table in about)
             lines.append(f"No published figure is known of recipe {recipe}{f' ({why})' if why else ''}.")
+            lines += [_claimed(claim) for table in about for claim in table.claims]
     return lines
+
+
+def _claimed(claim: Claim) -> str:
+    value = "" if claim.value is None else f": {claim.value:g} {claim.unit}"
+    return f"The paper's claim: {claim.what}{value} ({claim.certainty.replace('_', ' ')})."

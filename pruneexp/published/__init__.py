@@ -27,19 +27,7 @@ TABLE_KEYS |= {"rows", "missing", "claims"}
 METHOD_KEYS = {"recipes", "settings", "recovery", "calibration", "note"}
 COLUMN_KEYS = {"model", "metric", "unit", "mean_of", "certainty"}
 ROW_KEYS = {"method", "ratio", "values", "note"}
-PROTOCOL_KEYS = {
-    "window",
-    "stride",
-    "bos",
-    "split",
-    "text",
-    "checkpoint",
-    "harness",
-    "shots",
-    "score",
-    "hardware",
-    "note",
-}
+PROTOCOL_KEYS = {"window", "bos", "split", "text", "checkpoint", "harness", "score", "hardware", "note"}
 ROUNDING = 0.011  # of a printed mean: two decimals, cut off rather than rounded in some rows
 
 

@@ -27,6 +27,7 @@ from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overla
 from pruneexp.delivery import deliver, deliver_streamed
 from pruneexp.forecast import Forecast, available_memory, matmul_speed, print_forecast, warn_of_memory
 from pruneexp.model import Model, ModelSource
+from pruneexp.model.half import multiplied_in
 from pruneexp.preflight import check_disk, foreseen
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
@@ -215,11 +216,13 @@ def _dry(
     print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
     print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
     with waiting("timing a matrix product"):
-        speeds = matmul_speed(model.dtype, model.device), matmul_speed(torch.float64, model.device)
+        multiplied = multiplied_in(model.dtype, model.device, experiment.model.stream)
+        speeds = matmul_speed(multiplied, model.device), matmul_speed(torch.float64, model.device)
     left_out = [n for n, each in experiment.evaluators.items() if not hasattr(each, "windows") and n != "size"]
     print_forecast(
         expected,
         dtype=str(model.dtype).removeprefix("torch."),
+        multiplied=str(multiplied).removeprefix("torch."),
         speeds=speeds,
         left_out=left_out,
         available=available_memory(model.device),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.export.folders import stored_source
+from pruneexp.forecast import available_memory
 from pruneexp.model import Model
 from pruneexp.progress import progress
 from pruneexp.surgery import BlockProof, Form, Padding
@@ -21,20 +21,8 @@ from pruneexp.surgery.save import STREAMED_SHARD_BYTES, ShardWriter, write_descr
 def wants_streaming(model: Model) -> bool:
     """Whether holding the model takes more than half of the memory that is free: once as it is stored or, for the
     proof, twice in float32."""
-    return model.params * max(model.dtype.itemsize, 2 * 4) > available_memory() / 2
-
-
-def available_memory() -> int:
-    """Bytes that the machine can give, and a container, where its limit is told."""
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    known = Path("/proc/meminfo")
-    for line in known.read_text().splitlines() if known.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            free.append(int(line.split()[1]) * 1024)
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():
-        free.append(int(limit.read_text()) - int(used.read_text()))
-    return min(free)
+    free = available_memory(torch.device("cpu"))
+    return free is not None and model.params * max(model.dtype.itemsize, 2 * 4) > free / 2
 
 
 def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | None) -> None:

@@ -19,13 +19,15 @@ def print_forecast(
     found: Forecast,
     *,
     dtype: str,
+    multiplied: str,
     speeds: tuple[float, float],
     left_out: Sequence[str],
     available: int | None,
     file: TextIO | None = None,
 ) -> None:
-    """Structure, sizes, memory by stage, and time, on `file` (stdout). `speeds`: operations per second in the model's
-    dtype and in float64; `left_out`: evaluators whose work is not counted; `available`: bytes of memory."""
+    """Structure, sizes, memory by stage, and time, on `file` (stdout). `multiplied`: the type in which matrices of
+    `dtype` are multiplied; `speeds`: operations per second in it and in float64; `left_out`: evaluators whose work is
+    not counted; `available`: bytes of memory."""
     from rich.console import Console
 
     out = sys.stdout if file is None else file
@@ -38,7 +40,7 @@ def print_forecast(
         console.print("model.stream=true is not possible with these methods")
     work, (speed, speed64) = found.work, speeds
     console.print(f"passes over the calibration windows: {work.forward:.3g} forward, {work.backward:.3g} backward")
-    counted = f"{found.flops / 1e12:,.4g} Tflop in {dtype} at {speed / 1e9:,.3g} Gflop/s measured here"
+    counted = f"{found.flops / 1e12:,.4g} Tflop in {multiplied} at {speed / 1e9:,.3g} Gflop/s measured here"
     if work.float64:
         counted += f", {work.float64 / 1e12:,.4g} Tflop in float64 at {speed64 / 1e9:,.3g} Gflop/s"
     console.print(f"time at least: {duration(found.seconds(speed, speed64))} ({counted})", soft_wrap=True)

@@ -22,6 +22,12 @@ def widening_pays(hidden_BTD: Tensor) -> bool:
     return hidden_BTD.device.type == "cpu" and tokens >= LEAST_TOKENS and not _multiplied_natively(hidden_BTD.dtype)
 
 
+def multiplied_in(dtype: torch.dtype, device: torch.device, streamed: bool) -> torch.dtype:
+    """The type in which a model of `dtype` multiplies its calibration windows."""
+    widened = streamed and device.type == "cpu" and not _multiplied_natively(dtype)
+    return torch.float32 if widened else dtype
+
+
 @cache
 def _multiplied_natively(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:

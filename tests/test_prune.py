@@ -374,6 +374,7 @@ def mandatory(group: str, option: str) -> list[str]:
 
 
 PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random", "sublayers": "criterion=random"}
+PARTNERS |= {"serve_safe": "search.multiple=8"}  # its FFNs are 40 channels wide
 PARTNERS |= {"block_influence": "search=blocks", "loss_drop": "search=blocks"}
 
 

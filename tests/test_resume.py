@@ -117,7 +117,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def line(*typed: str) -> list[str]:
     files = ["dataset.calibration=tokens.npy", "dataset.evaluation=tokens.npy", "dataset.length=24"]
     common = ["model=hf", "model.path=dense", "model.stream=true", "model.batch_size=2", "dataset=tokens", *files]
-    return ["--config-dir", "conf", *common, "sparsity.ratio=0.4", "evaluator=[perplexity,size]", *typed]
+    return ["--config-dir", "conf", *common, "sparsity.ratio=0.4", "evaluator=[perplexity,size]", "cache=off", *typed]
 
 
 def killed(run: Run, at: str, *typed: str) -> None:

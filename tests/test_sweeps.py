@@ -17,7 +17,7 @@ from tests.wandb_specs import parameters, spec
 
 # All that is large: model, data, steps.
 SMALL = ["model=embedded", "dataset=embedded", "dataset.samples=4", "dataset.length=32", "evaluator=[size]"]
-STEPS = {"policy_gradient": ["search.steps=3"], "tuned": ["recovery.steps=1"]}
+STEPS = {"manual": ["search.heads=5"], "policy_gradient": ["search.steps=3"], "tuned": ["recovery.steps=1"]}
 LOSES = {  # kinds of sites that lose units, where that is the point of the sweep
     "policy_gradient_heads": {"attention"},
     "policy_gradient_layers": {"block"},

@@ -181,13 +181,15 @@ def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, co
     kinds, times = evidence_kinds(compensator.evidence), 0
     if blocks_alone(method):
         return Stage("shrink", {"weights": weights, "copies": copies})
-    statistics = _scratch(shape) if isinstance(compensator, LeastSquares) else 0
+    statistics = 0
     if by_site(compensator):
-        times, statistics = 3, statistics + 2 * _of_widest(kinds, shape)
+        times, statistics = 3, _of_widest(kinds, shape)
     elif compensator.sequential and kinds:
         times, statistics = 2, statistics + _of_any_layer(kinds, shape)
     else:
         statistics += sum(statistics_bytes(kind, shape.sites, shape) for kind in kinds)
+    if isinstance(compensator, LeastSquares) and Gram in kinds:  # what the solved columns would give
+        statistics += 8 * shape.hidden * max((site.channels for site in shape.sites), default=0)
     hidden = times * seen.tokens
     stage = _stage("shrink", weights, shape, seen, hidden=hidden, statistics=statistics, copies=copies)
     return stage if hidden else Stage("shrink", {**stage.parts, "activations": 0})
@@ -220,12 +222,13 @@ def _tensor_bytes(value: Any) -> int:
 
 
 def _of_any_layer(kinds: Sequence[Any], shape: Shape) -> int:
-    """Evidence of the layer that has most, and the new value of the largest site's beside the old one."""
+    """Evidence of the layer that has most, and the new value of the largest site's beside the old one, where it does
+    not grow in place."""
     by_layer: dict[int, list[Site]] = {}
     for site in shape.sites:
         by_layer.setdefault(site.layer, []).append(site)
     sums = (sum(statistics_bytes(kind, sites, shape) for kind in kinds) for sites in by_layer.values())
-    return max(sums, default=0) + _of_widest(kinds, shape)
+    return max(sums, default=0) + _of_widest([kind for kind in kinds if not hasattr(kind, "update_")], shape)
 
 
 def _of_widest(kinds: Sequence[Any], shape: Shape) -> int:

@@ -19,6 +19,7 @@ def no_account(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))  # whose font cache is no business of W&B's
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     return home

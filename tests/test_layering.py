@@ -23,7 +23,19 @@ LAYERS = (
     ("delivery", "forecast"),
     ("preflight",),
     ("experiment",),
-    ("explain", "coerce", "compose", "build", "multirun", "cli_help", "summary", "export", "published", "pages"),
+    (
+        "explain",
+        "coerce",
+        "compose",
+        "build",
+        "multirun",
+        "cli_help",
+        "summary",
+        "console",
+        "export",
+        "published",
+        "pages",
+    ),
     ("__main__",),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 import threading
@@ -105,24 +104,10 @@ def _ended(code: int, line: str) -> int:
 
 def request(argv: Sequence[str]) -> Request:
     """Reads the command line. Raises ConfigError."""
-    from pruneexp.explain import did_you_mean, known_keys
+    from pruneexp.console import read_arguments
     from pruneexp.types import ConfigError
 
-    folders, values = [], {}
-    for text in argv:
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]+", key):
-            if text.startswith("-"):
-                raise ConfigError(f"{text}: unknown option; expected key=value; see pruneexp-export --help")
-            folders.append(text)
-            continue
-        known_keys([key], KEYS)
-        if key in values:
-            raise ConfigError(f"{text}: {key} is given twice")
-        if key in CHOICES and value not in CHOICES[key]:
-            near = did_you_mean(value, CHOICES[key], f"{key}={{}}")
-            raise ConfigError(f"{text}: expected {', '.join(CHOICES[key][:-1])} or {CHOICES[key][-1]}{near}")
-        values[key] = value
+    folders, values = read_arguments(argv, "pruneexp-export", KEYS, CHOICES)
     if len(folders) != 1:
         found = " ".join(folders) or "none"
         raise ConfigError(f"RUN_FOLDER: expected one folder, got {found}; see pruneexp-export --help")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +60,7 @@ def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = Fal
 
 def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool) -> None:
     """Raises ConfigError where nothing may be written."""
+    from pruneexp.console import check_replaceable
     from pruneexp.types import ConfigError
 
     where, resolved = f"out={str(out)!r}", out.resolve()
@@ -69,16 +69,7 @@ def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool) -> Non
             raise ConfigError(f"{where}: lies inside {str(source)!r}; expected a folder elsewhere")
         if resolved in folder.parents:
             raise ConfigError(f"{where}: holds {str(source)!r}; expected a folder of its own")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"{where}: is a file; expected a new folder")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"{where}: exists; expected a new folder, or overwrite=true")
-    if not (out / RECORD).is_file():
-        raise ConfigError(f"{where}: holds no {RECORD}; overwrite=true replaces earlier exports alone")
+    check_replaceable(out, RECORD, "export", overwrite)
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -91,17 +82,3 @@ def check_space(out: Path, needed: int) -> None:
         raise ConfigError(
             f"out={str(out)!r}: the export takes {needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there"
         )
-
-
-def replace_folder(aside: Path, out: Path) -> None:
-    """Puts the finished export in its place, an earlier one out of the way first."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        out.rename(old)
-    try:
-        aside.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -14,7 +14,6 @@ from pruneexp.export.folders import (
     check_out,
     check_space,
     checkpoint_folder,
-    replace_folder,
     stored_source,
 )
 
@@ -53,6 +52,7 @@ def export(asked: Request) -> dict[str, Any]:
         ConfigError: what is asked for cannot be; nothing has been written then, and no weight loaded.
         RunError: it could not be written, did not reload or is another model; nothing is left of it.
     """
+    from pruneexp.console import replace_folder
     from pruneexp.export.streamed import wants_streaming
 
     checkpoint = checkpoint_folder(asked.source)

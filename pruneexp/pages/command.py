@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -93,27 +92,13 @@ def _ended(code: int, line: str) -> int:
 
 def request(argv: Sequence[str]) -> Request:
     """Reads the command line. Raises ConfigError."""
-    from pruneexp.explain import did_you_mean, known_keys
+    from pruneexp.console import read_arguments
     from pruneexp.types import ConfigError
 
-    folders: list[Path] = []
-    values: dict[str, str] = {}
-    for text in argv:
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]+", key):
-            if text.startswith("-"):
-                raise ConfigError(f"{text}: unknown option; expected key=value; see pruneexp-report --help")
-            folders.append(Path(text).expanduser())
-            continue
-        known_keys([key], KEYS)
-        if key in values:
-            raise ConfigError(f"{text}: {key} is given twice")
-        if key in CHOICES and value not in CHOICES[key]:
-            near = did_you_mean(value, CHOICES[key], f"{key}={{}}")
-            raise ConfigError(f"{text}: expected {' or '.join(CHOICES[key])}{near}")
-        if not value:
-            raise ConfigError(f"{text}: expected a folder to write")
-        values[key] = value
+    typed, values = read_arguments(argv, "pruneexp-report", KEYS, CHOICES)
+    folders = [Path(text).expanduser() for text in typed]
+    if values.get("out") == "":
+        raise ConfigError("out=: expected a folder to write")
     if not folders:
         raise ConfigError("FOLDER is missing: expected run or sweep folders; see pruneexp-report --help")
     out = Path(values["out"]).expanduser() if "out" in values else folders[0] / "report"
@@ -127,6 +112,7 @@ def write_report(asked: Request) -> Found:
         ConfigError: what is asked for cannot be; nothing has been written then.
         RunError: it could not be written; nothing is left of it.
     """
+    from pruneexp.console import replace_folder
     from pruneexp.pages.folders import find
     from pruneexp.types import ConfigError, RunError
 
@@ -146,7 +132,7 @@ def write_report(asked: Request) -> Found:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         _write(made, found, aside)
-        _replace(aside, out)
+        replace_folder(aside, out)
     except OSError as error:
         raise RunError(f"out={str(asked.out)!r}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -155,22 +141,14 @@ def write_report(asked: Request) -> Found:
 
 
 def _check_out(asked: Request, runs: Sequence[Path]) -> None:
+    from pruneexp.console import check_replaceable
     from pruneexp.types import ConfigError
 
     where, out = f"out={str(asked.out)!r}", asked.out.resolve()
     for folder in (*asked.folders, *runs):
         if out == folder.resolve() or out in folder.resolve().parents:
             raise ConfigError(f"{where}: holds {str(folder)!r}; expected a folder of its own")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"{where}: is a file; expected a new folder")
-    if not any(out.iterdir()):
-        return
-    if not asked.overwrite:
-        raise ConfigError(f"{where}: exists; expected a new folder, or overwrite=true")
-    if not (out / RECORD).is_file():
-        raise ConfigError(f"{where}: holds no {RECORD}; overwrite=true replaces earlier reports alone")
+    check_replaceable(asked.out, RECORD, "report", asked.overwrite)
 
 
 def _write(made: Report, found: Found, folder: Path) -> None:
@@ -194,17 +172,3 @@ def _write(made: Report, found: Found, folder: Path) -> None:
         "conflicts": dict(found.conflicts),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def _replace(aside: Path, out: Path) -> None:
-    """Puts the finished report in its place, an earlier one out of the way first."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        out.rename(old)
-    try:
-        aside.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -3,62 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+from pruneexp.ending import run_command
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
     from omegaconf import DictConfig
 
-TERMINATED = 128 + signal.SIGTERM  # what a shell gives for a process that SIGTERM ended
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Gives the exit code: 0 done, 2 a config that cannot work, 1 a run that failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if "-h" in argv or "--help" in argv:
-        from pruneexp.cli_help import text
-
-        print(text())
-        return 0
-    arguments = _arguments(argv)
-    from pruneexp.types import ConfigError, RunError
-
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        signal.signal(signal.SIGTERM, _terminated)
-    try:
-        return _command(arguments)
-    except ConfigError as error:
-        return _ended(2, str(error))
-    except RunError as error:
-        return _ended(1, f"failed: {error}")
-    except KeyboardInterrupt:
-        return _ended(130, "interrupted")
-    except SystemExit as error:
-        if error.code != TERMINATED:
-            raise
-        return _ended(TERMINATED, "terminated")
-    except Exception as error:
-        return _ended(1, f"failed: {type(error).__name__}: {error}")
+    return run_command("pruneexp", lambda: _help() if "-h" in argv or "--help" in argv else _command(_arguments(argv)))
 
 
-def _ended(code: int, line: str) -> int:
-    if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
-        import traceback
+def _help() -> int:
+    from pruneexp.cli_help import text
 
-        traceback.print_exc()
-    print(f"pruneexp: {' '.join(line.split())}", file=sys.stderr)
-    return code
-
-
-def _terminated(signum: int, frame: Any) -> NoReturn:
-    # An exception, so that the run on its way out marks its folder failed.
-    raise SystemExit(TERMINATED)
+    print(text())
+    return 0
 
 
 class _Parser(argparse.ArgumentParser):

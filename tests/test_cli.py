@@ -211,6 +211,15 @@ def test_sigterm_becomes_an_exception(cli: Cli, monkeypatch: pytest.MonkeyPatch,
     assert ended.code == 143 and ended.err == "pruneexp: terminated\n"
 
 
+@pytest.mark.parametrize("module", ["pruneexp", "pruneexp.export", "pruneexp.pages"])
+def test_output_that_is_no_longer_read_ends_it_silently(module: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-m", module, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 def test_a_method_of_ones_own(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     (tmp_path / "mine_for_test.py").write_text(
         "from dataclasses import dataclass\n"

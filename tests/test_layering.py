@@ -32,6 +32,7 @@ LAYERS = (
         "cli_help",
         "summary",
         "console",
+        "ending",
         "export",
         "published",
         "pages",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+
+from pruneexp.ending import run_command
 
 HELP = """\
 usage: pruneexp-export RUN_FOLDER out=PATH [format=auto] [key=value ...]
@@ -63,24 +62,16 @@ class Request:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Gives the exit code: 0 done, 2 a request that cannot work, 1 an export that failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command("pruneexp-export", lambda: _command(argv))
+
+
+def _command(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP)
         return 0
     from pruneexp.export.write import export
-    from pruneexp.types import ConfigError, RunError
 
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        signal.signal(signal.SIGTERM, _terminated)
-    try:
-        record = export(request(argv))
-    except ConfigError as error:
-        return _ended(2, str(error))
-    except RunError as error:
-        return _ended(1, f"failed: {error}")
-    except KeyboardInterrupt:
-        return _ended(130, "interrupted")
-    except Exception as error:
-        return _ended(1, f"failed: {type(error).__name__}: {error}")
+    record = export(request(argv))
     print(f"format: {record['form']} ({record['why']})")
     for note in record.get("notes", ()):
         print(f"note: {note}")
@@ -90,16 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"largest difference of a logit: {record['max_logit_difference']:.3g}{same}")
     print(f"The export is {record['out']}")
     return 0
-
-
-def _terminated(signum: int, frame: Any) -> NoReturn:
-    # An exception, so that what has been written is removed on the way out.
-    raise SystemExit(128 + signum)
-
-
-def _ended(code: int, line: str) -> int:
-    print(f"pruneexp-export: {' '.join(line.split())}", file=sys.stderr)
-    return code
 
 
 def request(argv: Sequence[str]) -> Request:

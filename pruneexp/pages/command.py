@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
+
+from pruneexp.ending import run_command
 
 if TYPE_CHECKING:
     from pruneexp.pages.folders import Found
@@ -54,40 +54,21 @@ class Request:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Gives the exit code: 0 done, 2 a request that cannot work, 1 a report that failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command("pruneexp-report", lambda: _command(argv))
+
+
+def _command(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP)
         return 0
-    from pruneexp.types import ConfigError, RunError
-
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        signal.signal(signal.SIGTERM, _terminated)
-    try:
-        asked = request(argv)
-        found = write_report(asked)
-    except ConfigError as error:
-        return _ended(2, str(error))
-    except RunError as error:
-        return _ended(1, f"failed: {error}")
-    except KeyboardInterrupt:
-        return _ended(130, "interrupted")
-    except Exception as error:
-        return _ended(1, f"failed: {type(error).__name__}: {error}")
+    asked = request(argv)
+    found = write_report(asked)
     for one in found.skipped:
         print(f"left out: {one.name}: {one.reason}")
     for hashed, why in found.conflicts.items():
         print(f"same config, another result ({hashed}): {why}")
     print(f"{len(found.runs)} runs; the report is {asked.out / 'index.html'}")
     return 0
-
-
-def _terminated(signum: int, frame: Any) -> NoReturn:
-    # An exception, so that what has been written is removed on the way out.
-    raise SystemExit(128 + signum)
-
-
-def _ended(code: int, line: str) -> int:
-    print(f"pruneexp-report: {' '.join(line.split())}", file=sys.stderr)
-    return code
 
 
 def request(argv: Sequence[str]) -> Request:

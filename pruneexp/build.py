@@ -42,8 +42,8 @@ def build(composed: Composed) -> Experiment:
     builder = Builder(composed)
     config = composed.config
     seed = coerced(config.get("seed"), int, "seed")  # first: other settings are made of it
-    if seed < 0:
-        raise ConfigError(f"seed={seed!r}: expected an integer >= 0")
+    if not 0 <= seed < 2**63:  # what generators take
+        raise ConfigError(f"seed={seed!r}: expected an integer {'>= 0' if seed < 0 else 'below 2**63'}")
     run = builder.call(RunSettings, config["run"], "run")
     parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
     evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}

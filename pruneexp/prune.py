@@ -142,7 +142,7 @@ def _all_at_once(work: _Pruning) -> Plan:
     work.scores = without_readers(work.scores)
     del scores  # and with them the covariances of removal paths
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
-    renamed = Plan({new: plan.sites[old] for new, old in moved.items()})
+    renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.clock("shrink"):
         if by_site(compensator) and not blocks_alone:
@@ -342,4 +342,7 @@ def _readers(
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
             readers[site.name] = compensate(weights.reader, weights.reader_bias, found, keep_C)
+            shape, fits = tuple(readers[site.name][0].shape), (len(weights.reader), len(keep_C))
+            if shape != fits:
+                raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")
     return readers

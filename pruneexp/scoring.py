@@ -115,8 +115,14 @@ def without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
 
 
 def checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:
-    """Raises RunError for scores that are no numbers."""
+    """A criterion's answer. Raises RunError where it is none, or its scores are no numbers."""
+    if not isinstance(scores, Mapping):
+        raise RunError(f"the criterion gave {type(scores).__name__}, expected scores by site name")
     for name, score in scores.items():
+        given = score if isinstance(score, Tensor) else getattr(score, "scores_U", None)
+        if not (isinstance(given, Tensor) and given.is_floating_point()):
+            kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
+            raise RunError(f"{name}: the criterion's scores are {kind}, expected a floating-point tensor")
         if not torch.isfinite(unit_scores(score)).all():
             raise RunError(f"{name}: scores hold NaN or Inf")
     return scores

@@ -109,6 +109,8 @@ MISTAKES = [
     ("criterion=obs criterion.ridge=-1", "criterion.ridge=-1.0: expected a number >= 0"),
     ("seed=-1", "seed=-1: expected an integer >= 0"),
     ("seed=1.5", "seed=1.5: expected an integer"),
+    ("seed=9223372036854775808", "seed=9223372036854775808: expected an integer below 2**63"),
+    ("dataset.seed=9223372036854775808", "dataset.seed=9223372036854775808: expected an int below 2**63"),
     ("model.device=cudaa", "model.device='cudaa': expected cpu, cuda or cuda:N"),
     ("criterion._target_=my.module.Thing", "criterion._target_='my.module.Thing': cannot import it: ModuleNotFound"),
     ("criterion._target_=pruneexp.criterion.Flapp", ".*no Flapp; did you mean pruneexp.criterion.Flap?"),

@@ -27,7 +27,7 @@ from pruneexp.prune import Method, Pruned, prune_
 from pruneexp.search import AlAm, Global, UlUm, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_
-from pruneexp.types import ConfigError, Plan, Score, SitePlan, unit_scores
+from pruneexp.types import ConfigError, Plan, RunError, Score, SitePlan, unit_scores
 from tests.conftest import FAMILIES
 
 FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
@@ -445,3 +445,53 @@ def test_a_search_that_probes_is_charged_and_asked_once(tiny: Callable[..., Mode
     meter = Meter()
     prune(tiny("llama"), tokens_NT, method(FLAP, Probing(), BIAS), meter)
     assert Probing.asked == 1 and meter.forward == pytest.approx(3)
+
+
+class _Own:
+    """A method of a user's own, as a criterion, a search or a compensator."""
+
+    evidence, sequential, local, adds_bias = None, False, False, False
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        self.answer = answer
+
+    def __call__(self, *args: Any) -> Any:
+        return self.answer(*args)
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (lambda block, evidence: None, r"^the criterion gave NoneType, expected scores by site name"),
+        (
+            lambda block, evidence: {s.name: [1.0] * s.units for s in block.sites},
+            r"^model\.layers\.0\.\w+: the criterion's scores are list, expected a floating-point tensor",
+        ),
+        (
+            lambda block, evidence: {s.name: torch.arange(s.units) for s in block.sites},
+            r"^model\.layers\.0\.\w+: the criterion's scores are torch\.int64, expected a floating-point tensor",
+        ),
+    ],
+    ids=["nothing", "lists", "integers"],
+)
+def test_what_is_no_score_is_told_in_a_line(
+    answer: Callable[..., Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    with pytest.raises(RunError, match=line):
+        prune(tiny("llama"), tokens_NT[:1], method(_Own(answer), UNIFORM, NONE))
+
+
+def test_a_compensator_must_give_the_kept_channels(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    whole = _Own(lambda weight_OC, bias_O, evidence, keep_C: (weight_OC, bias_O))
+    with pytest.raises(RunError, match=r"^model\.layers\.0\.\w+: the compensator gave weights \(\d+, \d+\), expected "):
+        prune(tiny("llama"), tokens_NT[:1], method(Magnitude("reader", 2), UNIFORM, whole))
+
+
+def test_sites_that_a_search_does_not_name_stay_whole(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    model = tiny("llama")
+    site = next(site for site in model.sites() if site.kind == "mlp")
+    only = Plan({site.name: SitePlan("mlp", site.units, tuple(range(1, site.units)))})
+    pruned = prune(model, tokens_NT[:1], method(Random(0), _Own(lambda *args: only), NONE))
+    assert [s.name for s in pruned.sites if pruned.plan.removed(s)] == [site.name]
+    left = {s.name: s.units for s in model.sites()}
+    assert left == {s.name: s.units - (s.name == site.name) for s in pruned.sites}

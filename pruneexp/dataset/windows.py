@@ -50,8 +50,8 @@ def check_common(name: str | None, samples: int, length: int, seed: int, samplin
         raise ConfigError(f"samples={samples!r}: expected an int >= 1")
     if length < 2:
         raise ConfigError(f"length={length!r}: expected an int >= 2")
-    if seed < 0:
-        raise ConfigError(f"seed={seed!r}: expected an int >= 0")
+    if not 0 <= seed < 2**63:  # what generators take
+        raise ConfigError(f"seed={seed!r}: expected an int {'>= 0' if seed < 0 else 'below 2**63'}")
     if sampling not in get_args(Sampling):
         raise ConfigError(f"sampling={sampling!r}: expected one of {', '.join(get_args(Sampling))}")
 

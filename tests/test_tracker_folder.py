@@ -52,19 +52,19 @@ def test_overwrite_removes_the_runs_files_and_no_others(tmp_path):
     finished(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model-00001-of-00002.safetensors").touch()
-    (tmp_path / "model" / "notes.md").write_text("mine")
     (tmp_path / "paper.pdf").write_text("mine")
     (tmp_path / "samples").mkdir()
     for name in ("zeroshot_dense.json", "generation.md", ".generation.md.7.tmp"):
         (tmp_path / "samples" / name).touch()
+    (tmp_path / "samples" / "mine.txt").write_text("mine")
     run = LocalRun(overwrite=True)
     run.start(record(tmp_path))
     assert sorted(contents(tmp_path)) == [
         "config.yaml",
         "environment.json",
         "log.txt",
-        "model/notes.md",
         "paper.pdf",
+        "samples/mine.txt",
         "status.json",
     ]
     assert status_of(tmp_path) == "running"
@@ -77,6 +77,30 @@ def test_somebody_elses_files_are_not_taken_for_a_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"^run.dir=.*holds config.yaml, from no run"):
         LocalRun(False).start(record(tmp_path))
     assert (tmp_path / "config.yaml").read_text() == "mine: true"
+
+
+@pytest.mark.parametrize("file", ["model/config.json", "samples/mine.json", "model.partial/model.safetensors"])
+def test_somebody_elses_folders_are_not_taken_for_a_runs(tmp_path, file):
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"^run.dir=.*holds {Path(file).parts[0]}, from no run"):
+        LocalRun(False).start(record(tmp_path))
+    assert (tmp_path / file).read_text() == "mine"
+
+
+@pytest.mark.parametrize("file", ["notes.md", "adapter/notes.md"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_checkpoint_among_other_files_is_refused_beforehand(tmp_path, file, overwrite):
+    if overwrite:
+        finished(tmp_path)
+    (tmp_path / "model" / "adapter").mkdir(parents=True)
+    (tmp_path / "model" / "adapter" / "adapter_config.json").touch()
+    (tmp_path / "model" / "config.json").touch()
+    (tmp_path / "model" / file).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^run.dir=.*model/.* holds {file}, which no run writes"):
+        LocalRun(overwrite).start(record(tmp_path))
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_that_another_run_writes_to_is_refused_even_with_overwrite(tmp_path):

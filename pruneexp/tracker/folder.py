@@ -26,6 +26,7 @@ FILES = (
     "log.txt",
 )
 NOTES = "resume"  # folder of a streamed run's notes of how far it has come, until it is done
+FOLDERS = ("model", "model.partial", "samples", NOTES, "streamed", "streamed.partial")
 CHECKPOINT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -93,7 +94,8 @@ def _numbered(folder: Path) -> Iterator[Path]:
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises ConfigError where a run may not or cannot write: a finished run is there and `overwrite` is false, a run
-    is still writing, files that no run wrote bear the names of ours, or the system does not let us. Writes nothing."""
+    is still writing, what no run wrote bears the names of ours or lies where the checkpoint goes, or the system does
+    not let us. Writes nothing."""
     where = f"run.dir={str(folder)!r}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{where}: expected a folder, found a file")
@@ -106,15 +108,29 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     if state == "running":
         pid = _read_status(folder).get("pid")
         raise ConfigError(f"{where}: process {pid} is still writing a run there; expected an empty folder")
+    foreign = [] if (folder / "model").is_symlink() else _foreign(folder / "model")
+    if foreign:
+        raise ConfigError(
+            f"{where}: model/, where the checkpoint goes, holds {', '.join(foreign)}, which no run writes; expected an "
+            "empty folder"
+        )
     if overwrite:
         return
     if (folder / "metrics.json").exists():
         raise ConfigError(f"{where}: holds a finished run; expected an empty folder or run.overwrite=true")
-    strangers = [name for name in FILES if (folder / name).exists()]
+    strangers = [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
     if state == "absent" and strangers:
         raise ConfigError(
             f"{where}: holds {', '.join(strangers)}, from no run; expected an empty folder or run.overwrite=true"
         )
+
+
+def _foreign(model: Path) -> list[str]:
+    """What lies in a checkpoint's folder and is not of the names that a run writes there, as paths in it."""
+    ours = {file for pattern in CHECKPOINT_FILES for file in model.glob(pattern)}
+    ours |= {model / "adapter", *(model / "adapter").glob("adapter_*")}
+    found = [*model.glob("*"), *(model / "adapter").glob("*")]
+    return sorted(str(file.relative_to(model)) for file in found if file not in ours)
 
 
 def existing(folder: Path) -> Path:
@@ -155,7 +171,7 @@ def _clear(folder: Path, patterns: Sequence[str]) -> None:
 def clear_unfinished(folder: Path) -> None:
     """Removes a run's notes and its checkpoint, whole or half-written, by the names of what a run writes. Raises
     OSError."""
-    for name in (NOTES, "model.partial", "streamed", "streamed.partial"):
+    for name in (name for name in FOLDERS if name not in ("model", "samples")):
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             shutil.rmtree(folder / name)
     if not (folder / "model").is_symlink():

@@ -64,7 +64,7 @@ def _unchanged(model: Model) -> Form:
     config = deepcopy(model.config)
     if any(name.startswith("Pruned") for name in config.architectures or ()):  # of the checkpoint that was read
         config.architectures = [stock_class(config.model_type).__name__]
-    return Form("stock", "no width changed", config)
+    return Form("stock", "every width is as the config says", config)
 
 
 def original_structure(model: Model) -> LayerStructure:

@@ -190,6 +190,7 @@ class _Parts:
 
     @contextmanager
     def _attention_gives(self, given_BTD: Tensor) -> Iterator[None]:
+        """In the place of attention, what its reader has given."""
         family = self.model.family
         attention: Any = self.visit.layer.get_submodule(family.attention)
 

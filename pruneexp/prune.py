@@ -187,16 +187,15 @@ def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequen
     if work.tokens_NT is None:
         raise RunError("compensator.target='dense': expected calibration windows")
     plan = Plan({})
-    for visit, site, evidence in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink", note):
+    for visit, site, collect in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink", note):
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
-        readers = _readers(work, visit, [site], plan, {site.name: evidence})
-        del evidence  # which is spent
+        readers = _readers(work, visit, [site], plan, {site.name: collect()} if plan.removed(site) else {})
         shrink_layer_(work.model, visit.index, alone, readers)
         if site is sites[-1]:
             work.shrunk(visit.index)
-        del visit, readers
+        del visit, collect, readers
 
 
 def by_site(compensator: Compensator) -> bool:

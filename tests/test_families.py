@@ -305,7 +305,8 @@ def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
 ) -> None:
     """Parallel sublayers, and such as are scaled before they are added."""
     model = loaded(name)
-    for visit, site, seen in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
+    for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
+        seen = collect()
         weights = visit.block.weights[site.name]
         given = seen.inputs.covariance_CC @ weights.reader.T  # covariance of the inputs and what the reader gives
         torch.testing.assert_close(seen.covariance_CO, given, rtol=1e-5, atol=1e-6)

@@ -48,13 +48,42 @@ def reader_of(model, visit, site):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_untouched_model_wants_what_its_readers_give(family, tiny, tokens_NT):
-    model, meter, names = tiny(family), Meter(), []
-    for visit, site, raw in walk_sites(model, tokens_NT, Raw, (), meter, "test"):
-        x, y = raw.seen()
+    model, names = tiny(family), []
+    for visit, site, collect in walk_sites(model, tokens_NT, Raw, (), Meter(), "test"):
+        x, y = collect().seen()
         torch.testing.assert_close(y, reader_of(model, visit, site)(x), rtol=1e-9, atol=1e-9)
         names.append(site.name)
     assert names == [site.name for site in model.sites()]
-    assert meter.forward == pytest.approx(4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kinds", [(), (Moments,)], ids=["", "criterion"])
+@pytest.mark.parametrize("collected", [("attention", "mlp"), ("mlp",), ()], ids=str)
+def test_what_is_counted_is_what_is_run(family, kinds, collected, tiny, tokens_NT):
+    """Multiply-accumulates of all linear layers that are run, and of attention over its context."""
+    model, meter = tiny(family), Meter()
+    length, found = tokens_NT.shape[1], 0
+
+    def linear(module, args, _output):
+        nonlocal found
+        found += args[0].numel() // args[0].shape[-1] * module.weight.numel()
+
+    def attended(_reader, args):
+        nonlocal found
+        found += 2 * length * args[0].numel()
+
+    for layer in model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(linear)
+        layer.get_submodule(model.family.attention_reader).register_forward_pre_hook(attended)
+    last_hidden(model, tokens_NT)
+    plain, found = found, 0
+    for _, site, collect in walk_sites(model, tokens_NT, Raw, kinds, meter, "test"):
+        if site.kind in collected:
+            collect()
+    assert meter.forward == pytest.approx(found / plain)
+    assert meter.forward < 3 + len(kinds)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,15 +94,15 @@ def test_a_reader_that_gives_what_is_wanted_restores_the_dense_hidden_states(fam
     for index, layer in enumerate(dense.layers):
         hidden = dense.run_layer(layer, hidden, calls[index])
         before.append(hidden)
-    for visit, site, raw in walk_sites(model, tokens_NT[:4], Raw, (), Meter(), "test"):
+    for visit, site, collect in walk_sites(model, tokens_NT[:4], Raw, (), Meter(), "test"):
         reader = reader_of(model, visit, site)
         if visit.index == 0:
             reader.weight.data.mul_(0.5)  # what leaves here is made up for in the next layer
         elif visit.index == 1 and site.kind == "mlp":
-            _, wanted = raw.seen()
+            _, wanted = collect().seen()
             reader.forward = lambda x, wanted=wanted: wanted.view(*x.shape[:-1], -1)
         elif visit.index == 2 and site.kind == "attention":
-            x, wanted = raw.seen()
+            x, wanted = collect().seen()
             torch.testing.assert_close(wanted, reader(x), rtol=1e-8, atol=1e-8)
 
 
@@ -124,7 +153,7 @@ def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(fami
     norms = sum(plan.kept == () for plan in pruned.plan.sites.values())  # a sublayer that goes takes its norm along
     assert norms == 0
     assert abs(before - model.decoder_params - ratio * before) <= cheapest / 2
-    assert meter.forward <= 1 + 12 + 4
+    assert meter.forward <= 1 + 12 + 3
 
 
 def prune(model, tokens_NT, method, ratio, meter=None):

@@ -4,7 +4,7 @@ from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.probe import Probe
-from pruneexp.calibrate.site_walk import require_sums, walk_sites
+from pruneexp.calibrate.site_walk import passes_of_layer, require_sums, walk_sites
 from pruneexp.calibrate.walk import Meter, Visit, walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
 
@@ -17,6 +17,7 @@ __all__ = [
     "Visit",
     "gradient_evidence",
     "influence_evidence",
+    "passes_of_layer",
     "perturbed",
     "require_sums",
     "walk",

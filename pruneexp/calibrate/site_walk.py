@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
@@ -15,7 +17,7 @@ from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, Site
+from pruneexp.types import ConfigError, Cost, Site
 
 
 def walk_sites(
@@ -26,14 +28,19 @@ def walk_sites(
     meter: Meter,
     stage: str,
     bookmark: Bookmark | None = None,
-) -> Iterator[tuple[Visit, Site, Any]]:
-    """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with its
-    evidence of type `kind` (source "wanted"): its reader's input, the sublayers before it as the caller left them, and
-    the output with which the hidden state behind it would be the dense model's.
+) -> Iterator[tuple[Visit, Site, Callable[[], Any]]]:
+    """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with
+    what collects its evidence of type `kind` (source "wanted"): to be called before the walk goes on, or not at all.
+
+    Evidence is the reader's input, the sublayers before it as the caller left them, and the output with which the
+    hidden state behind the reader would be the dense model's. With d in front of the layer and d' behind it in the
+    dense model, x in front of it in the pruned one, a() what attention's reader gives, and r what outputs are
+    multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
 
     The layer's visit is that before anything left it, and holds its evidence of `kinds` on the pruned model's hidden
-    states, as in `walk`; `bookmark` as there. Four plain passes, one more with `kinds`; holds three
-    times the hidden states, N x D each.
+    states, as in `walk`; `bookmark` as there. Runs the dense layers, the pruned ones, and up to its reader each
+    sublayer whose evidence is collected: less than three plain passes (`passes_of_layer`), one more with `kinds`.
+    Holds three times the hidden states, N x D each.
 
     Raises:
         ConfigError: as `require_sums`.
@@ -50,16 +57,43 @@ def walk_sites(
         with model.loaded(index, index + 1) as layer:
             block = model.block(index)
             seen = observe(model, layer, block, hidden, calls, kinds, [torch.empty(0)] * len(hidden)) if kinds else {}
-            visit = Visit(index, layer, block, seen)
-            middle = _run(model, visit, dense, calls)
-            for site in block.sites:
-                last = site is block.sites[-1] or site.kind == "mlp"
-                wanted = dense if last else middle
-                yield visit, site, _wanted(model, visit, site, kind, hidden, wanted, calls)
-            _run(model, visit, hidden, calls)
-            meter.forward += (2 + len(block.sites) + bool(kinds)) / total
-            del block, visit, seen  # views of weights, before the next block's come
+            visit, sites = Visit(index, layer, block, seen), {site.kind: site for site in block.sites}
+            cost = model.whole_block(index).sites[0].cost
+            shares = sublayer_shares(cost, block.sites, model.config.hidden_size, tokens_NT.shape[1])
+            parts = _Parts(model, visit, [call[index] for call in calls], meter, shares)
+            given = parts.dense_(dense, hidden)
+            if "attention" in sites:
+                yield visit, sites["attention"], partial(parts.evidence, kind, sites["attention"], hidden, given)
+            parts.attention_(hidden, given)
+            if "mlp" in sites:
+                wanted = ((d - x) / parts.scale - a for d, x, a in zip(dense, hidden, given, strict=True))
+                yield visit, sites["mlp"], partial(parts.evidence, kind, sites["mlp"], hidden, wanted, given)
+                del wanted
+            if index + 1 < total:
+                parts.on_(hidden, given)
+            meter.forward += (1 + bool(kinds)) / total
+            del block, visit, seen, parts, given  # views of weights, before the next block's come
         bookmark.reached(index + 1, total, (dense, hidden), meter.forward)
+
+
+def sublayer_shares(
+    layer: Cost, sites: Sequence[Site], hidden_size: int, length: int
+) -> dict[str, tuple[float, float]]:
+    """What attention and FFN take of a plain run of their layer, by multiply-accumulates in windows of `length` tokens:
+    up to the reader's input, and whole."""
+    macs = max(1, layer.macs + length * layer.context_macs)
+    ffn = sum(site.units * site.cost.macs for site in sites if site.kind == "mlp") / macs
+    readers = {site.kind: site.channels * hidden_size / macs for site in sites}
+    whole = {"attention": 1 - ffn, "mlp": ffn}
+    return {kind: (share - readers.get(kind, 0.0), share) for kind, share in whole.items()}
+
+
+def passes_of_layer(layer: Cost, sites: Sequence[Site], hidden_size: int, length: int, last: bool) -> float:
+    """What `walk_sites` takes for a layer of which all evidence is collected, in plain runs of it: the dense one, the
+    pruned one (of the `last` layer without its FFN), and each sublayer up to its reader."""
+    shares = sublayer_shares(layer, sites, hidden_size, length)
+    pruned = shares["attention"][1] + (0.0 if last else shares["mlp"][1])
+    return 1 + pruned + sum(shares[site.kind][0] for site in sites)
 
 
 def require_sums(model: Model) -> None:
@@ -75,57 +109,97 @@ def require_sums(model: Model) -> None:
         )
 
 
-def _run(model: Model, visit: Visit, hidden: list[Tensor], calls: list[list[Call]]) -> list[Tensor]:
-    """Runs the layer over all batches in place; returns the hidden states in front of the last sublayer's sum."""
-    middle = []
-    for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
-        with _readers(model, visit) as seen:
-            hidden[number] = model.run_layer(visit.layer, x_BTD, call[visit.index])
-        check_finite(hidden[number], visit.block, number)
-        middle.append(
-            hidden[number] - _scale(model) * seen["mlp"][1].view_as(x_BTD) if "mlp" in seen else hidden[number]
-        )
-    return middle
+class _Reached(Exception):
+    """Ends a layer's run where nothing behind is wanted."""
 
 
-def _wanted(
-    model: Model,
-    visit: Visit,
-    site: Site,
-    kind: Any,
-    hidden: list[Tensor],
-    wanted: list[Tensor],
-    calls: list[list[Call]],
-) -> Any:
-    """Evidence of a reader's input and wanted output: what it gives, and what its hidden state lacks behind it."""
-    evidence = kind.empty(site)
-    for x_BTD, wanted_BTD, call in zip(hidden, wanted, calls, strict=True):
-        with _readers(model, visit) as seen:
-            behind_BTD = model.run_layer(visit.layer, x_BTD, call[visit.index])
-        input_BTC, given_BTD = (t.view(*x_BTD.shape[:2], -1) for t in seen[site.kind])
-        if site.kind == "attention" and "mlp" in seen:
-            behind_BTD = behind_BTD - _scale(model) * seen["mlp"][1].view_as(x_BTD)
-        evidence = grown(evidence, input_BTC, given_BTD + (wanted_BTD - behind_BTD) / _scale(model))
-    return evidence
+@dataclass(frozen=True)
+class _Parts:
+    """A decoder layer that is run in parts: up to a reader, and from what attention's reader gives to the end."""
 
+    model: Model
+    visit: Visit
+    calls: list[Call]  # of each batch
+    meter: Meter
+    shares: dict[str, tuple[float, float]]  # as `sublayer_shares` has them
 
-def _scale(model: Model) -> float:
-    """What a sublayer's output is multiplied by before it is added."""
-    named = model.family.residual_scale
-    return 1.0 if named is None else getattr(model.config, named)
+    @property
+    def scale(self) -> float:
+        """What a sublayer's output is multiplied by before it is added."""
+        named = self.model.family.residual_scale
+        return 1.0 if named is None else getattr(self.model.config, named)
 
+    def dense_(self, dense: list[Tensor], hidden: list[Tensor]) -> list[Tensor]:
+        """Runs the layer over the dense hidden states, in place; returns what is wanted of attention's reader."""
+        wanted = []
+        for number, (d_BTD, x_BTD) in enumerate(zip(dense, hidden, strict=True)):
+            given_BTD = self._attention(d_BTD, number)
+            dense[number] = self._on(d_BTD, number, given_BTD)
+            wanted.append(given_BTD + (d_BTD - x_BTD) / self.scale)
+        return wanted
 
-@contextmanager
-def _readers(model: Model, visit: Visit) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """What every reader of the layer gets and gives, by the kind of its site."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    def attention_(self, hidden: list[Tensor], given: list[Tensor]) -> None:
+        """Puts into `given` what attention's reader gives."""
+        for number, x_BTD in enumerate(hidden):
+            given[number] = self._attention(x_BTD, number)
+        self._count(self.shares["attention"][1])
 
-    def watch(kind: str) -> Any:
-        # a copy: Falcon adds the attention's output to it in place
-        return lambda _reader, args, output: seen.update({kind: (args[0], output.clone())})
+    def on_(self, hidden: list[Tensor], given: list[Tensor]) -> None:
+        """Runs the layer from what attention's reader gives to the end, in place."""
+        for number, (x_BTD, given_BTD) in enumerate(zip(hidden, given, strict=True)):
+            hidden[number] = self._on(x_BTD, number, given_BTD)
+        self._count(self.shares["mlp"][1])
 
-    with torch.no_grad(), ExitStack() as hooks:
-        for site in visit.block.sites:
-            reader = visit.layer.get_submodule(site_parts(model.family, site)[1])
-            hooks.enter_context(reader.register_forward_hook(watch(site.kind)))
-        yield seen
+    def evidence(
+        self, kind: Any, site: Site, hidden: list[Tensor], wanted: Iterable[Tensor], given: list[Tensor] | None = None
+    ) -> Any:
+        """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and its wanted output."""
+        evidence, path = kind.empty(site), site_parts(self.model.family, site)[1]
+        for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
+            with nullcontext() if given is None else self._attention_gives(given[number]):
+                input_BTC = self._part(x_BTD, number, path, False)
+            evidence = grown(evidence, input_BTC.view(*x_BTD.shape[:2], -1), wanted_BTD)
+        self._count(self.shares[site.kind][0])
+        return evidence
+
+    def _count(self, share: float) -> None:
+        self.meter.forward += share / len(self.model.layers)
+
+    def _attention(self, x_BTD: Tensor, number: int) -> Tensor:
+        return self._part(x_BTD, number, self.model.family.attention_reader, True).view_as(x_BTD)
+
+    def _on(self, x_BTD: Tensor, number: int, given_BTD: Tensor) -> Tensor:
+        with self._attention_gives(given_BTD):
+            output_BTD = self.model.run_layer(self.visit.layer, x_BTD, self.calls[number])
+        check_finite(output_BTD, self.visit.block, number)
+        return output_BTD
+
+    def _part(self, x_BTD: Tensor, number: int, path: str, through: bool) -> Tensor:
+        """What the module at `path` gets, or gives (`through`); the layer is run no further."""
+        seen: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
+            seen.extend(output or args[:1])
+            raise _Reached
+
+        module = self.visit.layer.get_submodule(path)
+        register = module.register_forward_hook if through else module.register_forward_pre_hook
+        with register(stop), suppress(_Reached):
+            self.model.run_layer(self.visit.layer, x_BTD, self.calls[number])
+        return seen[0]
+
+    @contextmanager
+    def _attention_gives(self, given_BTD: Tensor) -> Iterator[None]:
+        """In the place of attention, what its reader has given."""
+        family = self.model.family
+        attention: Any = self.visit.layer.get_submodule(family.attention)
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            residual = (args[0] if args else kwargs["residual"]) if family.adds_residual else None
+            return given_BTD if residual is None else given_BTD + residual, None
+
+        attention.forward = forward
+        try:
+            yield
+        finally:
+            del attention.forward

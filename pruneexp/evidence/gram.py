@@ -16,12 +16,26 @@ from pruneexp.evidence.statistics import _chunks_NC, _require_tokens
 from pruneexp.types import Site
 
 _CHUNK = 2**22  # elements looked at together on a CPU: a Gram is read and written once a chunk
-_ROWS = 1024  # of a Gram's lower triangle, multiplied at once
+_ROWS = 256  # of a Gram's lower triangle, multiplied at once
 
 
 def grown(evidence: Any, *seen: Any) -> Any:
     """`evidence` of any kind and what was seen since, for whoever alone holds it."""
     return getattr(evidence, "update_", evidence.update)(*seen)
+
+
+def _add_(sum_C: Tensor, gram_CC: Tensor, x_NC: Tensor) -> None:
+    """Adds float64 tokens to a Gram's sums: to the lower triangle alone, a run of rows at a time."""
+    sum_C += x_NC.sum(0)
+    for start in range(0, len(gram_CC), _ROWS):
+        end = start + _ROWS
+        gram_CC[start:end, :end].addmm_(x_NC[:, start:end].T, x_NC[:, :end])
+
+
+def _mirror_(gram_CC: Tensor) -> None:
+    """The upper triangle from the lower one."""
+    for start in range(_ROWS, len(gram_CC), _ROWS):
+        gram_CC[:start, start : start + _ROWS] = gram_CC[start : start + _ROWS, :start].T
 
 
 @dataclass(frozen=True)
@@ -47,18 +61,11 @@ class Gram:
         return self.copy().update_(x_BTC)
 
     def update_(self, x_BTC: Tensor) -> Gram:
-        n, sum_C, gram_CC = self.n, self.sum_C.to(x_BTC.device), self.gram_CC.to(x_BTC.device)
-        blocks = range(0, len(gram_CC), _ROWS)
+        sum_C, gram_CC = self.sum_C.to(x_BTC.device), self.gram_CC.to(x_BTC.device)
         for x_NC in _chunks_NC(x_BTC.detach(), _CHUNK):
-            x_NC = x_NC.double()
-            n += len(x_NC)
-            sum_C += x_NC.sum(0)
-            for start in blocks:
-                end = start + _ROWS
-                gram_CC[start:end, :end].addmm_(x_NC[:, start:end].T, x_NC[:, :end])
-        for start in blocks[1:]:
-            gram_CC[:start, start : start + _ROWS] = gram_CC[start : start + _ROWS, :start].T
-        return Gram(n, sum_C, gram_CC)
+            _add_(sum_C, gram_CC, x_NC.double())
+        _mirror_(gram_CC)
+        return Gram(self.n + x_BTC.shape[:-1].numel(), sum_C, gram_CC)
 
     def copy(self) -> Gram:
         return Gram(self.n, self.sum_C.clone(), self.gram_CC.clone())
@@ -108,6 +115,7 @@ class WantedOutput:
 
     def update_(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
         x_NC, y_NO = (t.detach().flatten(0, -2) for t in (x_BTC, y_BTO))
+        sum_C, gram_CC = self.inputs.sum_C.to(x_NC.device), self.inputs.gram_CC.to(x_NC.device)
         wanted_O, cross_CO = self.wanted_O.to(x_NC.device), self.cross_CO.to(x_NC.device)
         if self.inputs.n == 0:
             wanted_O = torch.zeros(y_NO.shape[1], dtype=torch.float64, device=x_NC.device)
@@ -115,10 +123,12 @@ class WantedOutput:
         x_chunks = list(_chunks_NC(x_NC, _CHUNK))
         y_chunks = y_NO.split(len(x_chunks[0])) if x_chunks else ()
         for x_nC, y_nO in zip(x_chunks, y_chunks, strict=True):
-            y_nO = y_nO.double()
+            x_nC, y_nO = x_nC.double(), y_nO.double()
+            _add_(sum_C, gram_CC, x_nC)
             wanted_O += y_nO.sum(0)
-            cross_CO.addmm_(x_nC.double().T, y_nO)
-        return WantedOutput(self.inputs.update_(x_BTC), wanted_O, cross_CO)
+            cross_CO.addmm_(x_nC.T, y_nO)
+        _mirror_(gram_CC)
+        return WantedOutput(Gram(self.inputs.n + len(x_NC), sum_C, gram_CC), wanted_O, cross_CO)
 
     def copy(self) -> WantedOutput:
         return WantedOutput(self.inputs.copy(), self.wanted_O.clone(), self.cross_CO.clone())

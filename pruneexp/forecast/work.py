@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruneexp.budget import searched_sites
+from pruneexp.calibrate import passes_of_layer
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs
 from pruneexp.evidence import Gram, WantedOutput
@@ -55,8 +56,8 @@ class Work:
 
 
 def work_of(method: Method, recovery: Recovery, model: Model, shape: Shape, budget: Budget, seen: Calibration) -> Work:
-    """What pruning computes, in all rounds, and training after it. Layers that keep all units are taken to be as much
-    work as others; searches that probe are taken to spend all they may."""
+    """What pruning computes, in all rounds, and training after it. Layers and sites that keep all units are taken to be
+    as much work as others; searches that probe are taken to spend all they may."""
     one = _layer_by_layer(method, shape, seen) if goes_layer_by_layer(method) else _at_once(method, model, shape, seen)
     spends = getattr(method.search, "spends", None)
     if spends is not None and budget.ratio > 0:
@@ -107,8 +108,13 @@ def _walk(kinds: Sequence[Any], shape: Shape, seen: Calibration, shrinks: bool) 
 
 
 def _walk_sites(kinds: Sequence[Any], shape: Shape, seen: Calibration) -> Work:
-    """`calibrate.walk_sites`: dense and pruned, and one for each site's evidence."""
-    passes = 2 + len(shape.sites) / len(shape.layers) + bool(kinds)
+    """`calibrate.walk_sites`, and a pass more where the criterion sees what the pruned layers before give."""
+    total = len(shape.layers)
+    runs = sum(
+        passes_of_layer(cost, shape.of_layer(index), shape.hidden, seen.length, last=index + 1 == total)
+        for index, cost in enumerate(shape.layers)
+    )
+    passes = runs / total + bool(kinds)
     return Work(forward=passes, walks=1, float64=_gram_flops((*kinds, WantedOutput), shape, seen))
 
 

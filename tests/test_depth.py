@@ -147,11 +147,12 @@ def test_greedy_measures_again_after_every_removal() -> None:
     assert short.asked == 4
 
 
-def test_greedy_keeps_the_ends_and_passes_over_nan() -> None:
+def test_greedy_keeps_the_ends_and_passes_over_nan(caplog: pytest.LogCaptureFixture) -> None:
     worth = [0, 0, 5.0, math.nan, 7.0, 0]
     method = Greedy(0, ["blocks"], 2, 1, None, "probes", "none", 1)
     assert gone(method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(1 / 6, 60), Additive(worth), RNG)) == [2]
     assert gone(method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(2 / 6, 60), Additive(worth), RNG)) == [2, 4]
+    assert "2 of 5 losses were not finite" in caplog.text  # one in each of two rounds
     with pytest.raises(RunError, match="the losses of all 1 candidates are NaN or Inf"):
         method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(3 / 6, 60), Additive(worth), RNG)
     with pytest.raises(ConfigError, match=r"^sparsity.ratio=0.7: expected at most 0.5"):

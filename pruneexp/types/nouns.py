@@ -92,7 +92,8 @@ class SitePlan:
     kept: tuple[int, ...]  # ascending
 
     def __post_init__(self) -> None:
-        if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= u < self.units for u in self.kept):
+        ends = self.kept[:1] + self.kept[-1:]  # ascending: what is between them is below `units`, too
+        if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= u < self.units for u in ends):
             raise ValueError(f"kept={list(self.kept)!r}: expected ascending, distinct unit indices below {self.units}")
 
 

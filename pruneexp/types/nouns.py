@@ -81,6 +81,7 @@ class Block:
     sites: tuple[Site, ...]
     weights: Mapping[str, SiteWeights]  # by site name
     norms: Mapping[str, Tensor] = field(default_factory=dict)  # site name -> scale [D] of the norm in front of it
+    side_by_side: bool = False  # the FFN does not see what attention gives, both read the block's input
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,15 @@ def test_loss_without_cannot_be_merged_or_guessed() -> None:
         _ = LossWithout.empty(site).rise
 
 
+def test_a_block_without_which_there_is_no_loss_stays() -> None:
+    sites, scores = block_sites(*[10] * 6), {}
+    for site, loss in zip(sites, (9, 4, math.nan, 3, math.inf, 9), strict=True):
+        scores |= LossDrop()(whole_block(site), {site.name: LossWithout.empty(site).update(loss, 2.0)})
+    assert gone(GREEDY(scores, sites, Budget(1 / 3, 60), Additive([9, 4, math.nan, 3, math.nan, 9]), RNG)) == [1, 3]
+    with pytest.raises(RunError, match="the calibration loss of the whole model is NaN or Inf"):
+        LossDrop()(whole_block(sites[0]), {sites[0].name: LossWithout.empty(sites[0]).update(1.0, math.nan)})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_drop_is_the_loss_of_the_model_without_the_block(
     family: str, tiny: Callable[..., Model], tokens_NT: Tensor

@@ -26,8 +26,10 @@ logger = logging.getLogger("pruneexp")
 class Slopes:
     """Directional derivatives (L(w + eps z) - L(w - eps z)) / (2 eps) of the calibration loss, measured when made.
 
-    Two passes over its windows a direction. A direction without finite losses is left out; all without is an error.
-    So are gates that move by less than the last place of the model's dtype, which rounding would put back.
+    Two passes over its windows a direction. A direction without finite losses is left out.
+    Raises:
+        RunError: no direction has finite losses; gates that move by less than the dtype's last place, which rounding
+            would undo.
     """
 
     def __init__(self, model: Model, tokens_NT: Tensor, kind: Perturbation, meter: Meter):

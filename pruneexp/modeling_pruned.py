@@ -65,6 +65,7 @@ class Family:
     shared_roles: tuple[str, ...] = ()  # set by `family_of`: rows that serve all units and belong to none
     reads_config: bool = False  # attention asks its config for the number of heads while it runs
     adds_residual: bool = False  # the sublayers take the residual as second argument and add it themselves
+    side_by_side: bool = False  # the FFN reads what attention reads, not what attention has added to it
     returns_tuple: bool = False  # the decoder layer returns (hidden states, ...)
     alibi: bool = False  # attention receives `alibi`, one slope a head
     learned_positions: bool = False  # positions are looked up in a table: beyond its end there is no answer
@@ -137,7 +138,7 @@ STABLELM = replace(
     LLAMA,
     stock="StableLm",
     variants=(
-        ({"use_parallel_residual": True}, {"mlp_norm": "input_layernorm"}),
+        ({"use_parallel_residual": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
         (
             {"qk_layernorm": True},
             {
@@ -192,7 +193,7 @@ FALCON = replace(
     alibi=False,
     variants=(
         ({"alibi": True}, {"alibi": True}),
-        ({"parallel_attn": True}, {"mlp_norm": "input_layernorm"}),
+        ({"parallel_attn": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
         (
             {"multi_query": True, "new_decoder_architecture": False},
             {
@@ -200,7 +201,7 @@ FALCON = replace(
                 "key_value_heads": 1,
             },
         ),
-        ({"new_decoder_architecture": True}, {"key_value_heads": "num_kv_heads"}),
+        ({"new_decoder_architecture": True}, {"key_value_heads": "num_kv_heads", "side_by_side": True}),
         (
             {"new_decoder_architecture": True, "num_ln_in_parallel_attn": (None, 2)},
             {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
@@ -218,7 +219,7 @@ GPT_NEOX = replace(
     adds_residual=False,
     returns_tuple=False,
     alibi=False,
-    variants=(),
+    variants=(({"use_parallel_residual": True}, {"side_by_side": True}),),
 )
 GPT2 = Family(
     stock="GPT2",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Random, WandaSp
 from pruneexp.evidence import Moments, RunningFluctuation
-from pruneexp.types import Block, ColumnScores, Site, unit_scores
+from pruneexp.types import Block, ColumnScores, RunError, Site, unit_scores
 from tests.toy_sites import activations, block
 
 METRICS = ["WIFV", "IFV", "WIFN"]
@@ -74,6 +74,15 @@ def test_flap_official_has_the_running_estimates_and_squares_attention(metric):
         columns = columns**2 if site.kind == "attention" else columns
         assert torch.equal(scores[site.name].columns_C, columns)
         assert torch.equal(scores[site.name].scores_U, columns.reshape(site.units, -1).sum(1))
+
+
+def test_flap_official_wants_a_second_window():
+    """Else all scores are 0, none is above AL-AM's threshold, and everything leaves."""
+    evidence = {s.name: RunningFluctuation.empty(s).update(X[s.name][:1]) for s in BLOCK.sites}
+    for metric in ("WIFV", "IFV"):
+        with pytest.raises(RunError, match="^1 calibration windows: expected at least 2"):
+            FlapOfficial(metric, False)(BLOCK, evidence)
+    assert FlapOfficial("WIFN", False)(BLOCK, evidence)
 
 
 @pytest.mark.parametrize("p", [1, 2])

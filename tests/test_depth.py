@@ -96,6 +96,15 @@ def test_loss_without_cannot_be_merged_or_guessed() -> None:
         _ = LossWithout.empty(site).rise
 
 
+def test_a_block_without_which_there_is_no_loss_stays() -> None:
+    sites, scores = block_sites(*[10] * 6), {}
+    for site, loss in zip(sites, (9, 4, math.nan, 3, math.inf, 9), strict=True):
+        scores |= LossDrop()(whole_block(site), {site.name: LossWithout.empty(site).update(loss, 2.0)})
+    assert gone(GREEDY(scores, sites, Budget(1 / 3, 60), Additive([9, 4, math.nan, 3, math.nan, 9]), RNG)) == [1, 3]
+    with pytest.raises(RunError, match="the calibration loss of the whole model is NaN or Inf"):
+        LossDrop()(whole_block(sites[0]), {sites[0].name: LossWithout.empty(sites[0]).update(1.0, math.nan)})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_drop_is_the_loss_of_the_model_without_the_block(
     family: str, tiny: Callable[..., Model], tokens_NT: Tensor
@@ -147,11 +156,12 @@ def test_greedy_measures_again_after_every_removal() -> None:
     assert short.asked == 4
 
 
-def test_greedy_keeps_the_ends_and_passes_over_nan() -> None:
+def test_greedy_keeps_the_ends_and_passes_over_nan(caplog: pytest.LogCaptureFixture) -> None:
     worth = [0, 0, 5.0, math.nan, 7.0, 0]
     method = Greedy(0, ["blocks"], 2, 1, None, "probes", "none", 1)
     assert gone(method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(1 / 6, 60), Additive(worth), RNG)) == [2]
     assert gone(method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(2 / 6, 60), Additive(worth), RNG)) == [2, 4]
+    assert "2 of 5 losses were not finite" in caplog.text  # one in each of two rounds
     with pytest.raises(RunError, match="the losses of all 1 candidates are NaN or Inf"):
         method(scores_of([0] * 6), block_sites(*[10] * 6), Budget(3 / 6, 60), Additive(worth), RNG)
     with pytest.raises(ConfigError, match=r"^sparsity.ratio=0.7: expected at most 0.5"):

@@ -128,6 +128,14 @@ def test_it_spends_its_effort_and_no_more():
         assert effort < 5 or oracle.passes > 0.6 * effort
 
 
+def test_without_the_effort_to_probe_every_site_loses_the_same_share():
+    scores = {site.name: torch.rand(site.units, generator=torch.Generator().manual_seed(1)) for site in SITES}
+    oracle = Loss(convex)
+    plan = search(effort=0.01)(scores, SITES, Budget(0.5, params(SITES)), oracle, torch.Generator())
+    assert oracle.passes == 0
+    assert all(plan.removed(site) == pytest.approx(site.units / 2, abs=0.5) for site in SITES)
+
+
 def test_more_effort_is_no_worse():
     found = [convex({s.name: plan_of(search(effort=e), Loss(convex))[0].removed(s) for s in SITES}) for e in (1, 8, 60)]
     assert found[0] >= found[1] >= found[2]

@@ -378,3 +378,16 @@ def test_a_shared_key_value_head_stays_while_any_head_does(name: str, loaded: Ma
     assert model.kv_elements == before
     shrink_(model, Plan({site.name: SitePlan("attention", 1, ())}))
     assert model.kv_elements == before - 2 * site.width
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_ffn_reads_what_attention_has_added_unless_they_stand_side_by_side(name: str, loaded: Made) -> None:
+    model, seen = loaded(name), []
+    site = model.layer_sites(0)[0]
+    module = model.layers[0].get_submodule(model.family.mlp)
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    for plan in (Plan({}), Plan({site.name: SitePlan(site.kind, site.units, ())})):
+        with masked(model, plan), torch.no_grad():
+            model.module(torch.arange(3, 19)[None])
+    hook.remove()
+    assert torch.equal(*seen) == model.block(0).side_by_side == model.family.side_by_side

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pruneexp.search import Evolutionary, Global, Greedy, PolicyGradient, Uniform
-from pruneexp.search.grain import is_nested, is_plain, removal_steps, scored_as
+from pruneexp.search.gates import Gates
+from pruneexp.search.grain import Grain, is_nested, is_plain, removal_steps, scored_as
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, Plan, RemovalPath, RunError, Site
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, model_sites, params
 
@@ -308,6 +309,24 @@ def test_greedy_probes_channels_by_the_bundle_and_composites_beside_them() -> No
         plan = mixed(scores, blocks, budget, Worth(), RNG)
         check(plan, mixed, blocks, budget)
         assert abs(removed(plan, blocks, budget) - budget.remove) <= 8 * CHANNEL_COST / 2
+
+
+@pytest.mark.parametrize("granularity", [g for g in MIXED if is_nested(g)], ids=repr)
+def test_gates_keep_on_average_what_they_say_and_are_lowered_to_the_budget_once(granularity: list[str]) -> None:
+    sites = sites_for(model_sites(3, heads=3, channels=10), granularity)
+    whole = sum(s.units * s.cost.params for s in sites if s.kind != "block")
+    budget = Budget(0.4, whole)
+    gates = Gates(Grain(draws(sites), sites, budget, granularity, 0, 1))
+    draw = torch.Generator().manual_seed(0)
+    s = 0.3 + 0.7 * torch.rand(len(gates.cost), generator=draw, dtype=torch.float64)
+    all_open, expected = gates.kept(torch.ones_like(s)), gates.kept(s)
+    plans = [gates.plan(torch.rand(len(s), generator=draw) < s) for _ in range(1000)]
+    left = torch.tensor([all_open - removed(plan, sites, budget) for plan in plans], dtype=torch.float64)
+    assert abs(left.mean().item() - expected) < 4 * (left.std() / len(plans) ** 0.5).item()
+    most = 0.5 * expected
+    lowered = gates.shifted(s, most)
+    assert gates.kept(lowered) == pytest.approx(most, rel=1e-9) and gates.kept(lowered) <= most
+    torch.testing.assert_close(gates.shifted(lowered, most), lowered, rtol=0, atol=0)
 
 
 def test_policy_gradients_learn_gates() -> None:

@@ -40,6 +40,7 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
     def run(*arguments: str) -> tuple[int, str]:
         files = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
         plain = ["model=hf", f"model.path={PARITY}", "dataset=tokens", "dataset.length=64", *files]
+        capfd.readouterr()  # what writing a checkpoint has shown
         try:
             code = main([*plain, "run.dir=run", "run.prove=off", "evaluator=[size]", *arguments])
         finally:

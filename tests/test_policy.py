@@ -19,7 +19,7 @@ from pruneexp.prune import Method, prune_
 from pruneexp.search import PolicyGradient
 from pruneexp.search.gates import projected
 from pruneexp.search.policy import policy_gradient
-from pruneexp.types import Budget, Candidate, ConfigError, RunError
+from pruneexp.types import Budget, Candidate, ConfigError, Cost, RunError, Site
 from tests.conftest import FAMILIES
 from tests.toy_sites import model_sites
 
@@ -116,6 +116,17 @@ def test_the_same_seed_gives_the_same_plan_and_batches_go_round() -> None:
     oracle = Worth()
     plans = [SEARCH(draws(), SITES, Budget(0.3, TOTAL), o, torch.Generator().manual_seed(3)) for o in (oracle, Worth())]
     assert plans[0] == plans[1] and oracle.asked == [step % 3 for step in range(60)]
+
+
+@pytest.mark.parametrize("initial", ["scores", "random"])
+def test_blocks_start_from_their_scores(initial: str) -> None:
+    sites = [Site(f"model.layers.{i}", "block", i, 1, 0, Cost(10, 10, 1)) for i in range(6)]
+    scores = {site.name: torch.tensor([worth]) for site, worth in zip(sites, (3.0, 5, 1, 4, 6, 2), strict=True)}
+    equal = Worth()  # no block has a half that matters: nothing is learned
+    method = replace(SEARCH, granularity=["blocks"], initial=initial, steps=1)
+    plan = method(scores, sites, Budget(0.5, 60), equal, torch.Generator().manual_seed(0))
+    left = [site.layer for site in sites if plan.removed(site)]
+    assert left == [0, 2, 5] if initial == "scores" else len(left) == 3 and left not in ([0, 1, 2], [0, 2, 5])
 
 
 def test_steps_are_what_the_passes_pay_for() -> None:

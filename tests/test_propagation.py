@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,8 +72,9 @@ def test_the_score_bounds_the_true_change_of_a_relu_block_without_norm() -> None
             torch.testing.assert_close(size(changed, tokens), scores[MLP.name].columns_C[j], rtol=1e-9, atol=1e-12)
 
 
-def test_attention_of_a_block_without_ffn_reaches_the_output_by_the_residual_path() -> None:
-    alone = Block(BLOCK.name, 0, (ATTENTION,), BLOCK.weights)
-    scores = LlmBip("l2", "up", "ignore", False)(alone, {ATTENTION.name: Moments.empty(ATTENTION).update(HEADS)})
+def test_attention_without_an_ffn_behind_it_reaches_the_output_by_the_residual_path() -> None:
     expected = size(HEADS.flatten(0, 1), "l2") * BLOCK.weights[ATTENTION.name].reader.abs().sum(0)
-    torch.testing.assert_close(scores[ATTENTION.name].columns_C, expected, rtol=1e-10, atol=0)
+    alone, beside = Block(BLOCK.name, 0, (ATTENTION,), BLOCK.weights), replace(BLOCK, side_by_side=True)
+    for without in (alone, beside):
+        scores = LlmBip("l2", "up", "ignore", False)(without, seen("l2", activations(MLP, 5, 7)))
+        torch.testing.assert_close(scores[ATTENTION.name].columns_C, expected, rtol=1e-10, atol=0)

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pruneexp.published import CERTAINTY, Table, read_table, tables
+from pruneexp.search import Uniform
+from pruneexp.types import Budget, Cost, Site
 
 ROOT = Path(__file__).parent.parent
 TABLES = {table.name: table for table in tables()}
@@ -141,3 +144,33 @@ def test_a_mean_that_is_not_the_mean_is_refused(tmp_path: Path) -> None:
     path.write_text(text.replace("69.91, 39.25, 39.40, 62.08", "69.91, 39.25, 39.40, 62.80"))
     with pytest.raises(ValueError, match="FLAP at 0.2: average is 62.8, the mean of its columns 62.08"):
         read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "groups", "queries", "channels", "beside", "stay"),
+    [  # beside the layers: embeddings, head, last norm
+        ("llm_pruner_llama3", 32, 4096, 8, 4, 14336, 2 * 128256 * 4096 + 4096, 6.61e9),
+        ("llm_pruner_tinyllama", 22, 2048, 4, 8, 5632, 2 * 32000 * 2048 + 2048, 9.46e8),
+    ],
+)
+def test_sweeps_prune_what_llm_pruner_prunes(
+    name: str, layers: int, hidden: int, groups: int, queries: int, channels: int, beside: int, stay: float
+) -> None:
+    sweep = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
+    ratio, models = sweep["sparsity"]["ratio"], sweep["hydra"]["sweeper"]["params"]["model"].split(",")
+    figures = [f for f in TABLES["llm_pruner_llama3"].figures if f.model in models and f.ratio == ratio]
+    assert {(f.model, f.method) for f in figures} == {(model, how) for model in models for how in ("L2", "Taylor")}
+    size, sites = hidden // (groups * queries), []
+    for layer in range(layers):
+        head, channel = (2 * queries + 2) * size * hidden, 3 * hidden
+        sites.append(Site(f"{layer}.a", "attention", layer, groups, queries * size, Cost(head, head, 2 * size)))
+        sites.append(Site(f"{layer}.m", "mlp", layer, channels, 1, Cost(channel, channel, 0)))
+    inside = sum(site.units * site.cost.params for site in sites) + 2 * layers * hidden
+    protected = {"protect_first": 0.125, "protect_last": 0.0625} | sweep.get("search", {})
+    search = Uniform(1, ["heads", "channels"], **protected, multiple=1)
+    scores = {site.name: torch.arange(site.units) for site in sites}
+    plan = search(scores, sites, Budget(ratio, inside), None, torch.Generator())
+    assert beside + inside - plan.budget["removed_params"] == pytest.approx(stay, rel=5e-4)
+    shares = {site.layer: plan.removed(site) / site.units for site in sites}
+    assert {layer for layer, share in shares.items() if share} == set(range(4, 18 if layers == 22 else 30))
+    assert all(share == pytest.approx(0.25, abs=1e-3) for share in shares.values() if share)

@@ -303,6 +303,17 @@ def test_heads_alone_meet_it_to_the_nearest_head(method):
         assert all(kept_ == 8 for kept_ in kept(plan, "mlp"))
 
 
+@pytest.mark.parametrize("method", [Uniform(0, BOTH, 0, 0, 1), Global(0, BOTH, "none", 1), Layerwise(0, BOTH, "none")],
+                         ids=repr)  # fmt: skip
+def test_a_head_stays_where_too_few_channels_could_make_up_for_it(method):
+    sites = model_sites(1, heads=2, channels=2)
+    for missing in (100, HEAD_COST * 2 // 5, HEAD_COST * 3 // 5):  # nearer to both channels, nearer to a head
+        plan = search(method, draws(sites), sites, (CHANNEL_COST + missing) / params(sites))
+        sums = [h * HEAD_COST + c * CHANNEL_COST for h in range(3) for c in range(3)]
+        nearest = min(abs(each - plan.budget["target_params"]) for each in sums)
+        assert abs(removed(plan, sites) - plan.budget["target_params"]) == pytest.approx(nearest)
+
+
 def test_the_largest_ratio_named_is_one_that_works():
     for method in (Uniform(1, BOTH, 0, 0, 1), Global(1, BOTH, "none", 1)):
         with pytest.raises(ConfigError, match="expected at most") as caught:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from pruneexp.search import Global, ServeSafe
-from pruneexp.types import Budget, ConfigError, Site
+from pruneexp.types import Budget, ConfigError, RunError, Site
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, layer_sites, model_sites, params
 
 BOTH = ["heads", "channels"]
@@ -65,6 +67,15 @@ def test_layers_that_lost_heads_before_are_made_alike() -> None:
     plan = ServeSafe(1, BOTH, "zscore", 1)(draws(sites), sites, Budget(0.35, params(sites)), None, RNG)
     kept = [len(plan.sites[s.name].kept) for s in sites if s.kind == "attention"]
     assert kept == [3, 3, 3]
+
+
+def test_scores_of_heads_that_are_no_numbers_name_the_site() -> None:
+    sites = model_sites(2)
+    scores = draws(sites)
+    scores[sites[2].name][1] = math.nan
+    for granularity in (BOTH, ["heads"]):
+        with pytest.raises(RunError, match=r"^model\.layers\.1\.self_attn: scores hold NaN or Inf"):
+            ServeSafe(1, granularity, "zscore", 1)(scores, sites, Budget(0.1, params(sites)), None, RNG)
 
 
 def test_one_kind_alone() -> None:

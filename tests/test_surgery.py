@@ -73,6 +73,19 @@ def test_masked_is_shrunk(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_masking_copies_and_writes_no_weight(family: str, tiny: Callable[..., Model]) -> None:
+    model = tiny(family)
+
+    def held() -> dict[str, tuple[int, int]]:
+        return {name: (p.data_ptr(), p._version) for name, p in model.module.named_parameters()}
+
+    before = held()
+    with masked(model, plan_for(model, CASES[0])):
+        assert held() == before
+    assert held() == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_keep_all_is_the_identity(family: str, tiny: Callable[..., Model], tokens_NT: torch.Tensor) -> None:
     model = tiny(family)
     dense, weights = logits(model, tokens_NT), {k: v.clone() for k, v in model.module.state_dict().items()}

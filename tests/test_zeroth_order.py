@@ -76,6 +76,26 @@ def test_weights_and_logits_are_restored_to_the_bit_even_after_an_error(
     assert all(not layer._forward_hooks and not layer._forward_pre_hooks for layer in model.layers)
 
 
+def test_gates_in_half_precision_are_rounded_once_and_small_steps_refused(
+    tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    model, kind = tiny("llama", dtype="bfloat16"), replace(KIND, perturb="gates", epsilon=0.01)
+    seen: list[Tensor] = []
+    reader = model.layers[0].get_submodule("self_attn.o_proj")
+    with torch.no_grad():
+        reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+        model.module(tokens_NT)
+        with perturbed(model, kind, 0, 0.01):
+            reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+            model.module(tokens_NT)
+    site = model.sites()[0]
+    z_U = kind.draw(0, site.name, torch.Size([site.units]), model.device).double()
+    expected = seen[0] * (1 + 0.01 * z_U).repeat_interleave(site.width)
+    assert ((seen[-1] - expected).abs() <= 1.001 * 2**-8 * expected.abs()).all()  # half of bfloat16's last place
+    with pytest.raises(RunError, match=r"^criterion.epsilon=0.001: expected at least 0.0078 for gates in bfloat16"):
+        Slopes(model, tokens_NT, replace(kind, epsilon=1e-3), Meter())
+
+
 @pytest.mark.parametrize("over", ["weights", "gates"])
 def test_a_streamed_model_gives_the_same_slopes(over: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     kind = replace(KIND, perturb=over, windows=4)

@@ -26,11 +26,18 @@ logger = logging.getLogger("pruneexp")
 class Slopes:
     """Directional derivatives (L(w + eps z) - L(w - eps z)) / (2 eps) of the calibration loss, measured when made.
 
-    Two passes over its windows a direction. A direction without finite losses is left out; all without is an error.
+    Two passes over its windows a direction. A direction without finite losses is left out.
+    Raises:
+        RunError: no direction has finite losses; gates that move by less than the dtype's last place, which rounding
+            would undo.
     """
 
     def __init__(self, model: Model, tokens_NT: Tensor, kind: Perturbation, meter: Meter):
         self.model, self.kind = model, kind
+        least = torch.finfo(model.dtype).eps
+        if kind.perturb == "gates" and kind.epsilon < least:
+            name = str(model.dtype).removeprefix("torch.")
+            raise RunError(f"criterion.epsilon={kind.epsilon}: expected at least {least:.2g} for gates in {name}")
         self.values: dict[int, float] = {}  # direction -> slope
         size = min(kind.windows or len(tokens_NT), len(tokens_NT))
         for number in progress(range(kind.directions), "zeroth order", kind.directions, "directions"):
@@ -86,7 +93,8 @@ def perturbed(model: Model, kind: Perturbation, number: int, step: float) -> Ite
             if kind.perturb == "gates":
                 for site in model.layer_sites(index):
                     z_U = kind.draw(number, site.name, torch.Size([site.units]), model.device)
-                    gates_C = (1 + step * z_U.to(model.dtype)).repeat_interleave(site.width)
+                    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+                    gates_C = (1 + step * z_U.to(wide)).repeat_interleave(site.width)
                     reader = layer.get_submodule(site_parts(model.family, site)[1])
                     hooks.enter_context(reader.register_forward_pre_hook(partial(_scaled, gates_C)))
             else:
@@ -97,7 +105,7 @@ def perturbed(model: Model, kind: Perturbation, number: int, step: float) -> Ite
 
 
 def _scaled(gates_C: Tensor, _reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-    return (args[0] * gates_C,)
+    return ((args[0] * gates_C).to(args[0].dtype),)  # rounded once: in half precision 1 + step z would be 1
 
 
 class _Moved:

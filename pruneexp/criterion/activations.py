@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pruneexp.criterion.common import of_columns, powers_C, wide, wifn_C
 from pruneexp.evidence import Moments, RunningFluctuation
-from pruneexp.types import Block, ColumnScores, Score, Site, SiteWeights
+from pruneexp.types import Block, ColumnScores, RunError, Score, Site, SiteWeights
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class FlapOfficial:
     `Flap`'s three formulas with the running fluctuation for the variance and the running squared norm for the mean
     square. Quirk: for attention the metric of each channel is squared before anything else. Departs: weights in half
     precision are widened to float32 first. That code knows LLaMA without grouped queries alone; elsewhere a unit is
-    a KV group with all its query heads' channels.
+    a KV group with all its query heads' channels. Raises RunError for a single window, whose fluctuation is 0.
     """
 
     evidence: ClassVar[type[RunningFluctuation]] = RunningFluctuation
@@ -74,6 +74,8 @@ class FlapOfficial:
         return {s.name: self._score(s, block.weights[s.name].reader, evidence[s.name]) for s in block.sites}
 
     def _score(self, site: Site, reader_OC: Tensor, seen: RunningFluctuation) -> ColumnScores:
+        if seen.n < 2 and self.metric != "WIFN":
+            raise RunError(f"{seen.n} calibration windows: expected at least 2, the first of which does not count")
         metric_C = _FLAP_OFFICIAL[self.metric](wide(reader_OC), seen)
         return of_columns(site, metric_C**2 if site.kind == "attention" else metric_C)
 

@@ -42,7 +42,8 @@ class LossDrop:
     """What the calibration loss rises by when a block is skipped: the metric of SLEB (Song et al., ICML 2024). Of a
     whole sublayer: when only its reader's bias is left.
 
-    Of the whole model: the first round of SLEB. With `search=greedy` it is measured anew after every removal.
+    Of the whole model: the first round of SLEB. With `search=greedy` it is measured anew after every removal. Without a
+    finite loss (an overflow of float16, say) a block is one of the dearest: a rise of 1e9 nats.
     """
 
     evidence: ClassVar[type[LossWithout]] = LossWithout
@@ -50,4 +51,5 @@ class LossDrop:
     judges: ClassVar[tuple[str, ...]] = ("sublayer", "block")
 
     def __call__(self, block: Block, evidence: Mapping[str, LossWithout]) -> dict[str, Score]:
-        return {s.name: torch.tensor([evidence[s.name].rise], dtype=torch.float64) for s in block.sites}
+        rises = {site.name: min(evidence[site.name].rise, 1e9) for site in block.sites}
+        return {name: torch.tensor([rise], dtype=torch.float64) for name, rise in rises.items()}

@@ -28,7 +28,8 @@ class LlmBip:
     tokens   l2: a = sqrt(mean_t x^2); l1: a = mean_t |x|
     gate     up: W_U as the formula has it; up_plus_gate: |W_U| + |W_gate| where the FFN has a gate
     norm     ignore; scale: the columns of |W_U| times |scale| of the norm in front of the FFN
-    In a mixture of experts u is the mean over the experts, as if each were chosen as often.
+    Where attention and the FFN stand side by side (GPT-NeoX, Falcon), nothing of the former goes through the latter:
+    u = 1. In a mixture of experts u is the mean over the experts, as if each were chosen as often.
     """
 
     tokens: Literal["l2", "l1"]
@@ -51,9 +52,9 @@ class LlmBip:
         return scores
 
     def _path_D(self, block: Block) -> Tensor | None:
-        """u [D]: what the FFN and the residual path make of a change of each hidden channel; None without FFN."""
-        paths = [self._through_ffn_D(block, site) for site in block.sites if site.kind == "mlp"]
-        return 1 + torch.stack(paths).mean(0) if paths else None
+        """u [D]: what the FFN and the residual path make of a change of a hidden channel; None without FFN behind."""
+        behind = [] if block.side_by_side else [site for site in block.sites if site.kind == "mlp"]
+        return 1 + torch.stack([self._through_ffn_D(block, site) for site in behind]).mean(0) if behind else None
 
     def _through_ffn_D(self, block: Block, site: Site) -> Tensor:
         ffn = block.weights[site.name]

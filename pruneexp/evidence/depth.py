@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,6 +70,10 @@ class LossWithout:
 
     @property
     def rise(self) -> float:
+        """Inf where the loss without the unit is no number. Raises RunError where it was not measured, or the whole
+        model's is no number."""
         if self.without is None or self.whole is None:
             raise RunError("the loss without this block was not measured")
-        return self.without - self.whole
+        if not math.isfinite(self.whole):
+            raise RunError("the calibration loss of the whole model is NaN or Inf")
+        return self.without - self.whole if math.isfinite(self.without) else math.inf

@@ -140,7 +140,7 @@ def decoder_layer_block(
         scale = None if path is None else getattr(layer.get_submodule(path), "weight", None)
         if isinstance(scale, Tensor):
             norms[site.name] = scale.detach() + family.norm_offset if family.norm_offset else scale.detach()
-    return Block(prefix, index, sites, weights, norms)
+    return Block(prefix, index, sites, weights, norms, family.side_by_side)
 
 
 def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site:

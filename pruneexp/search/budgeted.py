@@ -147,8 +147,11 @@ class Uniform:
         fill()
         for site in dearer:  # where the cheapest have run out, or the dearer took too much
             if abs(target) > least / 2 + _PARAMS_EPSILON:
+                before, missing = dict(taken), target
                 remove(site, math.ceil(abs(target) / price[site.name]) * (1 if target > 0 else -1))
                 fill()
+                if abs(target) > abs(missing):  # there are too few of the cheapest to make up for it
+                    taken, target = before, missing
         return {name: steps[name][count] for name, count in taken.items()}, target
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
@@ -264,6 +267,7 @@ def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
         rest = rest[~fits]
     if left > slack:
         # The cheapest have run out: dearer ones leave, and for what these are too much, the last of the cheapest stay.
+        before, missing = gone.clone(), left
         passed_over = order[~gone[order]]
         run = passed_over[: int((cost[passed_over].cumsum(0) < left - slack).sum()) + 1]
         gone[run] = True
@@ -271,6 +275,8 @@ def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
         back = max(0, math.ceil(-left / cheapest - 0.5 - _PARAMS_EPSILON))  # halves down: ties remove more
         taken = order[gone[order] & (cost[order] == cheapest)]
         gone[taken[max(0, len(taken) - back) :]] = False
+        left += min(back, len(taken)) * cheapest
+        return gone if abs(left) <= missing else before  # too few of the cheapest to make up for it
     return gone
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
-_HEAD_SHARES = (0.0, 0.5, 1.0, 1.5)  # of the uniform share: heads that leave, in the structures to start from
+_HEAD_SHARES = (0.0, 0.5, 1.5, 1.0)  # of the uniform share: heads that leave, in the structures to start from
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Evolutionary:
     stays); blocks only leave alone. For `effort` plain passes over the calibration tokens:
 
     1. The best of some starts: the same share everywhere, heads spared or charged more, the allotment of least
-       summed removal cost, and, with whole sublayers, what `Global` removes by score over cost.
+       summed removal cost, and, with whole sublayers, what `Global` removes by score over cost. Where the effort is too
+       little to tell, the last of these that there is; without removal paths or whole sublayers, the same share.
     2. `rounds` rounds of sensitivities: every site's level is moved up and down by itself; the parabolas through the
        losses, taken to add up, give the levels of least loss at the budget within that distance. The step (or half of
        it, or the one that leaves heads alone) is taken if its loss is lower; else the distance is halved.
@@ -169,9 +170,9 @@ class _Work:
             starts.append(self._cheapest())
         if structures.composites:
             starts.append(self._ranked())
-        starts = _distinct(starts)
+        last, starts = starts[-1], _distinct(starts)
         if self.left < self.price(len(starts), self.method.tokens):
-            return starts[-1]
+            return last
         return starts[int(self.losses(starts, self.drawn(self.method.tokens)).argmin())]
 
     def _uniform(self, head_share: float) -> Levels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -27,6 +28,8 @@ from pruneexp.search.grain import (
 )
 from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
 
+logger = logging.getLogger("pruneexp")
+
 Choice = tuple[int, Site, tuple[int, ...]]  # units, a whole sublayer or a block; which units leave with it
 Keep = dict[str, Tensor]  # site -> mask [U] of units that are left
 
@@ -40,7 +43,7 @@ class Greedy:
     first=scores: the first unit leaves by the scores (with criterion=loss_drop they are that round's losses); probes:
     by losses, as all others. `shortlist`: how many of the lowest-scored units a round probes, null: all. Sites in the
     first `keep_first` and last `keep_last` layers stay whole, the others keep `min_units` (blocks: one of all).
-    Candidates without a finite loss are passed over; ties in the loss go to the first in the order of the layers.
+    Losses that are not finite are skipped and counted; ties in the loss go to the first in the order of the layers.
 
     Whole sublayers and blocks are units like others (`grain` has their scores). normalise=per_parameter: by what the
     loss rises by over what leaves, for units that differ in size, and scores likewise. Of an FFN whose widths are to be
@@ -80,6 +83,8 @@ class Greedy:
             choices = sorted(choices, key=rounds.score)
             rounds.take(choices[0] if by_score else rounds.probed(choices[: self.shortlist]))
             by_score = False
+        if rounds.lost:
+            logger.warning("search: %d of %d losses were not finite and were skipped", rounds.lost, rounds.asked)
         return grain.plan(rounds.keep, rounds.out)
 
     def _inner(self, sites: Sequence[Site], budget: Budget) -> set[int]:
@@ -121,6 +126,7 @@ class _Rounds:
         self.keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in grain.chosen if s.kind != "block"}
         self.out: set[int] = set()
         self.left = grain.budget.remove
+        self.asked = self.lost = 0  # losses, and those that are NaN or Inf
         self.score_U = {s.name: unit_scores(grain.scores[s.name]).detach().cpu().double() for s in grain.fine}
         self.losses_U = {site.name: _by_unit(grain, site) for site in grain.fine}
         self.place = {site.name: place for place, site in enumerate(grain.sites)}
@@ -193,6 +199,8 @@ class _Rounds:
         if weighed:
             costs = torch.tensor([self.cost(choice) for choice in choices], dtype=torch.float64)
             losses = (losses[:-1] - losses[-1]) / costs
+        self.asked += len(choices)
+        self.lost += int((~losses.isfinite()).sum())
         losses = torch.where(losses.isfinite(), losses, torch.inf)
         if not losses.isfinite().any():
             raise RunError(f"the losses of all {len(choices)} candidates are NaN or Inf")

@@ -51,8 +51,9 @@ class PolicyGradient:
     Whole sublayers and blocks have a probability too: a gate that what they hold is behind. Beside what they hold
     (granularity=[channels, ffn], say) there is one budget for all, and all probabilities are lowered alike to meet it.
 
-    `initial`: scores, standardised within each site, through a sigmoid, and shifted to the keep ratio; or random, the
-    same of normal draws. `steps` null: as many as `passes` plain passes over the calibration windows pay for.
+    `initial`: scores, standardised within each site (of wholes, among those of a kind), through a sigmoid, and shifted
+    to the keep ratio; or random, the same of normal draws. `steps` null: as many as `passes` plain passes over the
+    calibration windows pay for.
     Masks whose loss is NaN or Inf are left out of a step.
     """
 
@@ -106,9 +107,8 @@ class PolicyGradient:
         return self._planned({**scores, **stays, **known}, sites, grain.chosen, budget)
 
     def _started(self, gates: Gates, share: float, rng: torch.Generator) -> Tensor:
-        """By the scores: units within their site, gates among those of a kind (blocks alone: all alike)."""
+        """By the scores: units within their site, gates among those of a kind."""
         grain, parts = gates.grain, []
-        alone = is_plain(self.granularity, self.multiple)
         spread = {
             kind: torch.tensor([grain.score[s.name] for _, s in grain.composites if s.kind == kind]).double()
             for kind in KIND.values()
@@ -119,7 +119,7 @@ class PolicyGradient:
                 parts.append(self._shaped(score_U, score_U, share ** (1 / depth), rng))
             else:
                 own = torch.tensor([grain.score[site.name]]).double()
-                parts.append(self._shaped(own, own if alone else spread[site.kind], share ** (1 / depth), rng))
+                parts.append(self._shaped(own, spread[site.kind], share ** (1 / depth), rng))
         return torch.cat(parts)
 
     def _shaped(self, score_U: Tensor, among: Tensor, share: float, rng: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from pruneexp.search.budgeted import Global, removable
-from pruneexp.search.common import planned, prunable, require
+from pruneexp.search.common import checked, planned, prunable, require
 from pruneexp.search.grain import Granularity, check_multiple, check_settings, chosen_sites, step_units, unit_order
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
@@ -42,6 +42,7 @@ class ServeSafe:
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
         heads, channels, kept = self._structure(sites, budget)
+        checked(scores, [*heads, *channels])
         keep = {}
         for site in heads:
             gone = unit_order(scores[site.name], site.units)[: max(0, site.units - kept)]

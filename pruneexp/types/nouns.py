@@ -81,6 +81,7 @@ class Block:
     sites: tuple[Site, ...]
     weights: Mapping[str, SiteWeights]  # by site name
     norms: Mapping[str, Tensor] = field(default_factory=dict)  # site name -> scale [D] of the norm in front of it
+    side_by_side: bool = False  # the FFN does not see what attention gives, both read the block's input
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class SitePlan:
     kept: tuple[int, ...]  # ascending
 
     def __post_init__(self) -> None:
-        if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= u < self.units for u in self.kept):
+        ends = self.kept[:1] + self.kept[-1:]  # ascending: what is between them is below `units`, too
+        if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= u < self.units for u in ends):
             raise ValueError(f"kept={list(self.kept)!r}: expected ascending, distinct unit indices below {self.units}")
 
 

@@ -86,7 +86,7 @@ def structure_figure(plan: Plan, sites: Sequence[Site], path: Path) -> None:
         bottom = height - 0.65 - 1.45 - 1.95 * number
         _panel(figure, Frame(0.75, bottom, width - 0.9, 1.45, layers, max(w.units for w in found)), kind, found)
     figure.text(0.5, 0.1 / height, "layer", fontsize=9, ha="center", va="bottom")
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(path, dpi=130, format="png", pil_kwargs={"compress_level": 1})
 
 
 @dataclass(frozen=True)

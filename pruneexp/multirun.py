@@ -64,7 +64,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
         if jobs and _runs_here(config.hydra):
             folder.mkdir(parents=True, exist_ok=True)
             for number, job in enumerate(jobs):
-                _objective(job, _run_recorded(job, str(number)), math.inf)
+                _objective(job, _run_recorded(job, str(number)), math.inf)  # nobody asks for it, but it must be there
         else:
             overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
             hydra.multirun("config", run_job, overrides, with_log_configuration=False)

@@ -80,7 +80,7 @@ class HubText:
     def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
         return _windows(self, "evaluation", length, tokenizer, self._rows(self.evaluation_split))
 
-    def drawn(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    def calibration_of(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The calibration windows of these documents."""
         key = self.key("calibration")
         if self.calibration_join is None:
@@ -93,7 +93,7 @@ class HubText:
         stream_M = encode(tokenizer, joined(rows, self.fields, self.calibration_join), self.special_tokens)
         return draw(stream_M, self.samples, self.length, self.seed, self.sampling, key)
 
-    def cut(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]], length: int | None) -> Tensor:
+    def evaluation_of(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]], length: int | None) -> Tensor:
         """The evaluation windows of these documents."""
         stream_M = encode(tokenizer, joined(rows, self.fields, self.evaluation_join), self.special_tokens)
         return cut(stream_M, length or self.length, self.key("evaluation"))[: self.evaluation_windows]
@@ -161,8 +161,9 @@ def _windows(
 
 @lru_cache(maxsize=4)
 def _made(source: HubText, part: str, length: int | None, tokenizer: Any, documents: _Documents) -> Tensor:
-    rows = documents.rows
-    return source.drawn(tokenizer, rows) if part == "calibration" else source.cut(tokenizer, rows, length)
+    if part == "calibration":
+        return source.calibration_of(tokenizer, documents.rows)
+    return source.evaluation_of(tokenizer, documents.rows, length)
 
 
 def document(row: Mapping[str, Any], fields: Sequence[str]) -> str:

@@ -50,18 +50,24 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     folder = sweep_folder(config)
     from pruneexp.build import build
 
-    problems: dict[str, None] = {}
+    jobs, problems = [], {}
     for overrides_of_job in job_overrides(hydra, config):
         try:
-            build(as_job(job_config(hydra, config, overrides_of_job), folder))
+            jobs.append(as_job(job_config(hydra, config, overrides_of_job), folder))
+            build(jobs[-1])
         except ConfigError as error:
             problems[str(error)] = None
     if problems:
         raise ConfigError("; ".join(problems))
     before = _statuses(folder)
-    overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
     try:
-        hydra.multirun("config", run_job, overrides, with_log_configuration=False)
+        if jobs and _runs_here(config.hydra):
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, job in enumerate(jobs):
+                _objective(job, _run_recorded(job, str(number)), math.inf)  # nobody asks for it, but it must be there
+        else:
+            overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
+            hydra.multirun("config", run_job, overrides, with_log_configuration=False)
     except (ConfigError, RunError):
         raise
     except Exception as error:
@@ -73,6 +79,13 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     print(f"sweep in {folder}: {len(ran)} jobs ran" + (f", failed: {', '.join(failed)}" if failed else ""))
     print(f"all its jobs are in {summary}")
     return 1 if failed else 0
+
+
+def _runs_here(node: DictConfig) -> bool:
+    """Whether Hydra would run the jobs one by one in this process, and only that: it then has nothing to add to what is
+    composed and checked already, and composing each job twice more costs as much as a small job."""
+    own = str(node.launcher.get("_target_")).endswith(".BasicLauncher")
+    return own and not node.callbacks and not node.job.env_set and not node.job.chdir
 
 
 def sweep_folder(config: DictConfig) -> Path:
@@ -95,13 +108,17 @@ def run_job(config: DictConfig) -> float | None:
         # Nothing to name a folder with: only sweepers that make up their jobs as they go get here.
         print(f"pruneexp: job {node.job.num}: {error}", file=sys.stderr)
         raise
+    downhill = not str(node.sweeper.get("direction", "")).lower().endswith("maximize")
+    return _objective(job, _run_recorded(job, str(node.job.num)), math.inf if downhill else -math.inf)
+
+
+def _objective(job: Composed, metrics: Mapping[str, float] | None, worst: float) -> float | None:
+    """`sweep.objective` of a job's metrics (None: it failed). Raises RunError where they have no such figure."""
     objective = job.config["sweep"]["objective"]
-    metrics = _run_recorded(job, str(node.job.num))
     if objective is None:
         return None
     if metrics is None:
-        downhill = not str(node.sweeper.get("direction", "")).lower().endswith("maximize")
-        return math.inf if downhill else -math.inf
+        return worst
     if objective not in metrics:
         raise RunError(f"sweep.objective={objective!r}: expected one of {', '.join(sorted(metrics))}")
     return metrics[objective]

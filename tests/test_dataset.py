@@ -407,3 +407,47 @@ def test_c4_protocol_on_real_documents(hub, byte_tokenizer):
     for row in dataset.calibration(byte_tokenizer).tolist():
         assert any(bytes(i for i in row if i != BOS) in content for content in documents)
     assert len(dataset.evaluation(byte_tokenizer, 32)) <= 256
+
+
+# windows that are made once
+
+
+class Counting:
+    """A tokenizer that counts how often it is asked."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.asked = tokenizer, 0
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        self.asked += 1
+        return self.tokenizer(*args, **settings)
+
+
+def test_windows_are_made_once_until_the_file_changes(files, byte_tokenizer):
+    counting = Counting(byte_tokenizer)
+    first = a_text(files).calibration(counting)
+    assert torch.equal(a_text(files).calibration(counting), first) and counting.asked == 1
+    assert not torch.equal(a_text(files, seed=9).calibration(counting), first)
+    text = files["calibration"].read_text()
+    files["calibration"].write_text("another text, and longer than the one before it. " + text)
+    changed = a_text(files).calibration(counting)
+    assert counting.asked == 3 and not torch.equal(changed, first)
+    assert torch.equal(changed, a_text(files).calibration(byte_tokenizer))
+
+
+def test_hub_windows_are_made_once_of_the_same_documents(hub, byte_tokenizer):
+    hub["test"] = [{"text": "abcdefgh"}]
+    counting, dataset = Counting(byte_tokenizer), a_hub(special_tokens=False)
+    for _ in range(2):
+        assert dataset.evaluation(counting, 4).tolist() == [ids("abcd"), ids("efgh")]
+        assert counting.asked == 1
+    hub["test"] = [{"text": "stuvwxyz"}]  # the hub's data set has moved on
+    assert dataset.evaluation(counting, 4).tolist() == [ids("stuv"), ids("wxyz")]
+
+
+def test_embedded_windows_are_made_once_for_each_seed(byte_tokenizer):
+    counting = Counting(byte_tokenizer)
+    made = [Embedded(2, 20, seed, 3).calibration(counting) for seed in (0, 0, 1)]
+    asked = counting.asked
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    assert torch.equal(Embedded(2, 20, 1, 3).calibration(counting), made[2]) and counting.asked == asked

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pruneexp import modeling_pruned, progress, report
 from pruneexp.__main__ import main
+from pruneexp.embedded import FOLDER
 from pruneexp.evaluator import Size
 from pruneexp.model import Model
 from pruneexp.surgery import save
@@ -501,3 +502,18 @@ def test_settings_that_cannot_be(source: Callable[..., Any]) -> None:
         with pytest.raises(ConfigError) as error:
             source(PARITY, **settings)
         assert str(error.value) == message
+
+
+def test_a_tokenizer_is_shared_until_a_file_changes(source, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(FOLDER / "llama", folder)
+    first = source(folder).describe().tokenizer
+    assert source(folder).load().tokenizer is first
+    before = source(folder).fingerprint()["files"]["config.json"]["sha256"]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 7}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 5}))
+    again = source(folder).describe().tokenizer
+    assert again is not first and again.model_max_length == 7 != first.model_max_length
+    assert source(folder).fingerprint()["files"]["config.json"]["sha256"] != before

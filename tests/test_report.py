@@ -1,5 +1,6 @@
 import io
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,20 @@ def test_structure_figure(tmp_path, layers):
 def test_structure_figure_without_sublayers(tmp_path, some_sites):
     structure_figure(plan(), some_sites, tmp_path / "structure.png")
     assert (tmp_path / "structure.png").stat().st_size > 1000
+
+
+def pixels(path: Path) -> Counter[tuple[int, int, int]]:
+    from matplotlib.image import imread
+
+    return Counter(map(tuple, (imread(path)[:, :, :3] * 255).round().astype(int).reshape(-1, 3).tolist()))
+
+
+def test_the_picture_shows_what_is_kept(tmp_path):
+    """The share of the bars' area that is filled is the share of units kept."""
+    path, kept, gone = tmp_path / "structure.png", (0x2F, 0x6F, 0x9F), (0xE9, 0xED, 0xF0)
+    for half in (plan(attn0=("attention", 4, 2), mlp0=("mlp", 10, 5)), plan(attn0=("attention", 4, 0))):
+        structure_figure(half, sites(1), path)
+        found = pixels(path)
+        assert found[kept] / (found[kept] + found[gone]) == pytest.approx(0.5, abs=0.02)
+    structure_figure(Plan.keep_all(sites(1)), sites(1), path)
+    assert not pixels(path)[gone]

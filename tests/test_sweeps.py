@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.types import RunMode
 
-from pruneexp import progress, report
+from pruneexp import multirun, progress, report
 from pruneexp.__main__ import main
+from pruneexp.compose import compose_raw, open_hydra
 from pruneexp.config_files import sweep_files, sweeps_folder
 from tests.wandb_specs import parameters, spec
 
@@ -70,3 +72,28 @@ def test_an_agent_runs_a_job_of_the_sweep(tmp_path: Path, monkeypatch: pytest.Mo
     pinned = [f"{key}={each['values'][0]}" for key, each in found["parameters"].items()]
     assert main([found["command"][1], *pinned, *SMALL, "sweep.dir=swept"]) == 0
     assert len(list(Path("swept").glob("*/metrics.json"))) == 1
+
+
+def test_jobs_that_were_checked_are_those_that_hydra_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same folders, same configs, same plans, whether Hydra's launcher composes each job anew or not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    swept = ["--multirun", *SMALL, "recipe=flap", "sparsity.ratio=0.2,0.4", "compensator=none", "sweep.dir=swept"]
+    assert main(swept) == 0
+    checked = recorded(tmp_path / "swept")
+    assert len(checked) == 2
+    (tmp_path / "swept").rename(tmp_path / "before")
+    monkeypatch.setattr(multirun, "_runs_here", lambda node: False)
+    assert main(swept) == 0
+    assert recorded(tmp_path / "swept") == checked
+
+
+def recorded(folder: Path) -> dict[str, tuple[str, str]]:
+    jobs = [path.parent for path in folder.glob("*/metrics.json")]
+    return {job.name: ((job / "config.yaml").read_text(), (job / "plan.json").read_text()) for job in jobs}
+
+
+def test_what_hydra_would_add_to_a_job_is_left_to_it() -> None:
+    for typed, here in (([], True), (["+hydra.job.env_set.X=1"], False), (["hydra.job.chdir=true"], False)):
+        config = compose_raw(open_hydra(), ["hydra.mode=MULTIRUN", *typed], RunMode.MULTIRUN)
+        assert multirun._runs_here(config.hydra) is here

@@ -292,6 +292,42 @@ def test_groups_and_filters(few_definitions, llama):
     assert evaluator(llama, llama.tokenizer).keys() >= figures.keys()
 
 
+def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build_from, monkeypatch):
+    import datasets
+
+    from pruneexp.evaluator import zeroshot
+
+    written = DEFINITION.format(name="one")
+    (few_definitions / "one.yaml").write_text(written)
+    asked: list[str] = []
+
+    def counted(model: Any, loaded: Any, *rest: Any) -> dict[str, Answered]:
+        asked.append(loaded.name)
+        return answer(model, loaded, *rest)
+
+    monkeypatch.setattr(zeroshot, "answer", counted)
+
+    def dense(folder: str, *changes: str) -> tuple[float, int]:
+        asked.clear()
+        overrides = ["evaluator=[zeroshot]", "evaluator.zeroshot.tasks=[one]", "dataset.samples=2", *changes]
+        metrics = run_experiment(build_from(*overrides, f"run.dir={folder}", "run.save=false"))
+        return next(value for key, value in metrics.items() if key.startswith("dense/acc/one@")), len(asked)
+
+    first, answered = dense("first")
+    assert answered == 2  # the dense and the pruned model
+    assert dense("again") == (first, 1)
+    samples = [Path(folder, "samples", "zeroshot_dense.json").read_text() for folder in ("first", "again")]
+    assert samples[0] == samples[1]
+    assert dense("shots", "evaluator.zeroshot.num_fewshot=1")[1] == 2
+    assert dense("limit", "evaluator.zeroshot.limit=1")[1] == 2
+    (few_definitions / "one.yaml").write_text(written.replace("doc_to_target: 0", "doc_to_target: 1"))
+    changed, answered = dense("definition")
+    assert answered == 2 and changed != first
+    rows = datasets.Dataset.from_list([{"q": "Is it late"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"test": rows}))
+    assert dense("data")[1] == 2
+
+
 def test_a_model_that_gives_no_numbers(data, llama):
     bias = llama.module.base_model.norm.weight
     before = bias.data.clone()

@@ -60,7 +60,7 @@ class Cache:
     """Results in `dir` (None: outputs/cache), `limit` GiB of them at most; the ones used longest ago leave first.
 
     A job that wants what another is computing waits for it: each key is locked while it is held, by a lock of the
-    operating system, which a killed job lets go of. A file is written aside and renamed, and carries the SHA-256 of
+    operating system, which a killed job lets go of. A file is written aside and renamed, and carries a checksum of
     its contents; one that does not match is computed anew. What cannot be written (a full or read-only disk, a value
     of a kind that a file cannot hold, one of more than half the limit) is not kept, and the log says so.
     """
@@ -126,7 +126,7 @@ class Cache:
             self._make_room(size)
             outline, tensors = packed(value)
             text = json.dumps(outline)
-            meta = {"key": _text(key), "outline": text, "sha256": digest_of(tensors, text)}
+            meta = {"key": _text(key), "outline": text, "checksum": digest_of(tensors, text)}
             write_atomic(path, save(tensors, meta))
         except (OSError, Unpackable) as error:
             logger.warning("cache: %s is not kept: %s", key.get("what", "a result"), error)
@@ -167,6 +167,6 @@ def _read(path: Path, key: Key) -> Any:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if meta["key"] != _text(key):
         raise ValueError("another key's")
-    if meta["sha256"] != digest_of(tensors, meta["outline"]):
+    if meta["checksum"] != digest_of(tensors, meta["outline"]):
         raise ValueError("contents and checksum differ")
     return unpacked(json.loads(meta["outline"]), tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,7 @@ class Embedded:
         return CALIBRATION[self.seed % len(CALIBRATION)], EVALUATION[0]
 
 
+@lru_cache(maxsize=8)
 def _windows(tokenizer: Any, seed: int, samples: int, length: int) -> Tensor:
     """The ids of `pruneexp.embedded.windows`, for any tokenizer: it need not keep words apart."""
     from pruneexp.embedded.language import stories

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.windows import Sampling, check_common, cut, draw, encode
+from pruneexp.file_state import FileState, file_state
 from pruneexp.types import ConfigError
 
 TEXT = "a UTF-8 text file"
@@ -88,15 +90,14 @@ class Text:
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         for part, needed in (("calibration", calibration), ("evaluation", evaluation)):
             if needed:
-                self._read(part)
+                _read(Path(self._state(part)[0]), self.key(part))
 
     def calibration(self, tokenizer: Any) -> Tensor:
-        stream_M = encode(tokenizer, self._read("calibration"), special_tokens=False)
-        return draw(stream_M, self.samples, self.length, self.seed, self.sampling, self.key("calibration"))
+        drawn = (self.samples, self.length, self.seed, self.sampling)
+        return _text_windows(self._state("calibration"), tokenizer, drawn, self.key("calibration"))
 
     def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
-        stream_M = encode(tokenizer, self._read("evaluation"), special_tokens=False)
-        return cut(stream_M, length or self.length, self.key("evaluation"))
+        return _text_windows(self._state("evaluation"), tokenizer, length or self.length, self.key("evaluation"))
 
     def key(self, part: str) -> str:
         return f"dataset.{part}={self.calibration_file if part == 'calibration' else self.evaluation_file}"
@@ -113,16 +114,26 @@ class Text:
             "seed": self.seed,
         }
 
-    def _read(self, part: str) -> str:
+    def _state(self, part: str) -> FileState:
         path = self.calibration_file if part == "calibration" else self.evaluation_file
-        content = _file(part, path, TEXT).read_bytes()
-        if not content.strip():
-            raise ConfigError(f"dataset.{part}={path}: the file is empty; expected {TEXT}")
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            where = f"byte {error.start} is not UTF-8"
-            raise ConfigError(f"dataset.{part}={path}: {where}; expected {TEXT}") from None
+        return file_state(_file(part, path, TEXT))
+
+
+@lru_cache(maxsize=8)
+def _text_windows(state: FileState, tokenizer: Any, wanted: int | tuple[int, int, int, Sampling], key: str) -> Tensor:
+    """Windows [N, T] of a text file: all that are `wanted` tokens wide, or drawn (samples, length, seed, sampling)."""
+    stream_M = encode(tokenizer, _read(Path(state[0]), key), special_tokens=False)
+    return cut(stream_M, wanted, key) if isinstance(wanted, int) else draw(stream_M, *wanted, key)
+
+
+def _read(file: Path, key: str) -> str:
+    content = file.read_bytes()
+    if not content.strip():
+        raise ConfigError(f"{key}: the file is empty; expected {TEXT}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}: byte {error.start} is not UTF-8; expected {TEXT}") from None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -70,8 +71,18 @@ class HubText:
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         """Nothing that could be told without asking the hub."""
 
+    def __hash__(self) -> int:
+        return hash(repr(self))  # lists and dicts are among the settings
+
     def calibration(self, tokenizer: Any) -> Tensor:
-        rows, key = self._rows(self.calibration_split), self.key("calibration")
+        return _windows(self, "calibration", None, tokenizer, self._rows(self.calibration_split))
+
+    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
+        return _windows(self, "evaluation", length, tokenizer, self._rows(self.evaluation_split))
+
+    def calibration_of(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """The calibration windows of these documents."""
+        key = self.key("calibration")
         if self.calibration_join is None:
             return document_windows(
                 lambda row: encode(tokenizer, document(row, self.fields), self.special_tokens),
@@ -82,8 +93,8 @@ class HubText:
         stream_M = encode(tokenizer, joined(rows, self.fields, self.calibration_join), self.special_tokens)
         return draw(stream_M, self.samples, self.length, self.seed, self.sampling, key)
 
-    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
-        rows = self._rows(self.evaluation_split)
+    def evaluation_of(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]], length: int | None) -> Tensor:
+        """The evaluation windows of these documents."""
         stream_M = encode(tokenizer, joined(rows, self.fields, self.evaluation_join), self.special_tokens)
         return cut(stream_M, length or self.length, self.key("evaluation"))[: self.evaluation_windows]
 
@@ -129,6 +140,30 @@ class HubText:
             offline = "offline, use dataset=text dataset.calibration=FILE dataset.evaluation=FILE"
             message = f"dataset.path={self.path}: cannot be loaded from the hub or its cache ({reason}); {offline}"
             raise RunError(message) from error
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Rows of a split; equal where `datasets` says so."""
+
+    fingerprint: str
+    rows: Sequence[Mapping[str, Any]] = field(compare=False, repr=False)
+
+
+def _windows(
+    source: HubText, part: str, length: int | None, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
+) -> Tensor:
+    """Windows [N, T], made once of documents that are the same; streamed ones do not tell."""
+    fingerprint = getattr(rows, "_fingerprint", None)
+    make = _made.__wrapped__ if fingerprint is None else _made
+    return make(source, part, length, tokenizer, _Documents(fingerprint or "", rows))
+
+
+@lru_cache(maxsize=4)
+def _made(source: HubText, part: str, length: int | None, tokenizer: Any, documents: _Documents) -> Tensor:
+    if part == "calibration":
+        return source.calibration_of(tokenizer, documents.rows)
+    return source.evaluation_of(tokenizer, documents.rows, length)
 
 
 def document(row: Mapping[str, Any], fields: Sequence[str]) -> str:

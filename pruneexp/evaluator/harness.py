@@ -113,6 +113,23 @@ def _replaced(rows: TaskRows) -> dict[str, Any]:
     return {"custom_dataset": lambda **_: filled}
 
 
+def identified(loaded: Sequence[Loaded]) -> list[Any] | None:
+    """What the harness will ask and how it will score that, for as long as its version is the same: each task's
+    definition with the source of its functions, the fingerprints that `datasets` gives its splits, the groups'
+    definitions. None where a split has no fingerprint."""
+    found: list[Any] = []
+    for each in loaded:
+        for name, task in each.tasks.items():
+            splits = task.dataset if isinstance(task.dataset, Mapping) else {}
+            prints = {split: getattr(rows, "_fingerprint", None) for split, rows in splits.items()}
+            if not prints or None in prints.values():
+                return None
+            found.append([name, task.VERSION, type(task).__qualname__, task.dump_config(), prints])
+        for name, group in each.groups.items():
+            found.append([name, group.version, group.aggregate_metric_list, each.members.get(name)])
+    return found
+
+
 def answer(model: Any, loaded: Loaded, shots: int | None, limit: int | None, batch_size: int) -> dict[str, Answered]:
     """The model's answers to the first `limit` items of every task of `loaded`, by the names of tasks and groups.
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, ClassVar
 
-from pruneexp.evaluator.harness import Answered, Loaded, answer, load_tasks
+from pruneexp.evaluator.harness import Answered, Loaded, answer, identified, load_tasks
 from pruneexp.evaluator.task_files import TaskRows, check_known, read_task
 from pruneexp.types import ConfigError
 
@@ -81,12 +81,14 @@ class Zeroshot:
         return {**figures, **self._means(found)}
 
     def measured_on(self, tokenizer: Any) -> str | None:
-        """Fingerprint of local files and tokenizer; None for data sets of the hub, of which only lm-eval knows more."""
+        """Fingerprint of the tokenizer, and of the local files or else of the definitions and data sets as lm-eval has
+        loaded them; None where one of these cannot be told."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if self.data is None or backend is None:
-            return None
         files = {task: dict(rows.sources) for task, rows in self._rows.items()}
-        return _digest([(metadata.version("lm_eval"), files, backend.to_str())])
+        inputs = files if self.data is not None else self._identified
+        if inputs is None or backend is None:
+            return None
+        return _digest([(metadata.version("lm_eval"), inputs, backend.to_str())])
 
     def files(self, name: str, when: str) -> Mapping[str, str]:
         """What the last call saw, item by item: {"<name>_<when>.json": ...}; nothing where there was none."""
@@ -108,6 +110,11 @@ class Zeroshot:
     @cached_property
     def _loaded(self) -> list[Loaded]:
         return load_tasks(self.tasks, self._rows)
+
+    @cached_property
+    def _identified(self) -> list[Any] | None:
+        """Before the tasks are asked, which sets the number of examples in their definitions."""
+        return identified(self._loaded)
 
     @cached_property
     def _last(self) -> list[dict[str, Answered]]:

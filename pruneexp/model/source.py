@@ -6,6 +6,7 @@ import hashlib
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from pruneexp import modeling_pruned
+from pruneexp.file_state import FileState, file_state
 from pruneexp.model import checks
 from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
 from pruneexp.model.loaded import Model, check_finite, load_into_, stored_tensors
@@ -104,7 +106,7 @@ class ModelSource:
         config = self.stock_config(folder)
         family = modeling_pruned.FAMILIES[config.model_type]
         return Described(
-            _tokenizer(folder, config),
+            self.tokenizer(folder),
             config.vocab_size,
             getattr(config, "max_position_embeddings", None),
             family.learned_positions,
@@ -138,19 +140,22 @@ class ModelSource:
         _, config, _ = _model_class(folder, self.read_config(folder)["model_type"])
         return modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config
 
+    def tokenizer(self, folder: Path) -> Any:
+        """The folder's tokenizer, None where it has none: one object as long as no file there changes, so that what was
+        made with it is known to be."""
+        return _tokenizer(self, folder, tuple(sorted(file_state(path) for path in folder.iterdir() if path.is_file())))
+
     def fingerprint(self) -> dict[str, Any]:
         """Where the weights came from and what identifies them: SHA-256 of config.json and of every weight file,
         of files over 256 MiB the header, the size and the time of the last change alone."""
         folder = self.folder()
         files = {}
         for name in ["config.json", *safetensors_files(folder)]:
-            path = folder / name
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
-            files[name] = {"bytes": size, "sha256": hashlib.sha256(content).hexdigest(), "whole": size <= WHOLE_FILE}
+            state = file_state(folder / name)
+            _, _, size, modified = state
+            files[name] = {"bytes": size, "sha256": _sha256(state), "whole": size <= WHOLE_FILE}
             if size > WHOLE_FILE:
-                files[name]["modified_ns"] = path.stat().st_mtime_ns
+                files[name]["modified_ns"] = modified
         return {"name": self.name, "path": self.path, "revision": self.revision, "files": files}
 
     def load(self, tokenizer: Any = None) -> Model:
@@ -177,8 +182,7 @@ class ModelSource:
                 load_into_(layer, stored_tensors(layer, checkpoint, prefix), prefix, device, dtype)
                 check_finite(layer, prefix)
         module.eval().requires_grad_(False)
-        if tokenizer is None:
-            tokenizer = _tokenizer(folder, self.stock_config(folder))
+        tokenizer = self.tokenizer(folder) if tokenizer is None else tokenizer
         return self._model(module, tokenizer, family, config, dtype, checkpoint if self.stream else None)
 
     def _model(
@@ -254,12 +258,22 @@ def _model_class(folder: Path, model_type: str) -> tuple[Any, Any, modeling_prun
     return model_class, config, family
 
 
-def _tokenizer(folder: Path, config: Any) -> Any:
+@lru_cache(maxsize=4)
+def _tokenizer(source: ModelSource, folder: Path, files: tuple[FileState, ...]) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder, config=config)
+    return AutoTokenizer.from_pretrained(folder, config=source.stock_config(folder))
+
+
+@lru_cache(maxsize=256)
+def _sha256(state: FileState) -> str:
+    """Of a file, or of a large one's safetensors header."""
+    path, _, size, _ = state
+    with open(path, "rb") as file:
+        content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
+    return hashlib.sha256(content).hexdigest()
 
 
 def _skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ PACKAGES = (
 
 
 def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of environment.json; `model` and `data` are the fingerprints the runner took. Memory in bytes."""
+    """The contents of environment.json; `model` and `data` are the fingerprints the runner took. Memory in bytes.
+
+    Versions and revision are those of the code that runs: as they were when this process first asked."""
     return {
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -43,7 +46,7 @@ def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
         if torch.cuda.is_available()
         else [],
         "cuda": torch.version.cuda,
-        "git": git_revision(Path(__file__).resolve().parent),
+        "git": _revision(),
         "command": list(sys.argv),
         "cwd": os.getcwd(),
         "model": dict(model),
@@ -51,6 +54,7 @@ def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
     }
 
 
+@cache
 def _versions() -> dict[str, str | None]:
     # Read from the installed metadata: importing transformers or lm_eval only to ask would cost seconds.
     versions: dict[str, str | None] = {"python": platform.python_version(), "pruneexp": pruneexp.__version__}
@@ -60,6 +64,11 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+@cache
+def _revision() -> dict[str, Any] | None:
+    return git_revision(Path(__file__).resolve().parent)
 
 
 def _memory() -> int | None:

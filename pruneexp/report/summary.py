@@ -1,4 +1,4 @@
-"""What a run did, for people: a short table at its end and a picture of the structure that is left."""
+"""What a run did, as a short table at its end."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from pruneexp.report.structure import UNITS, widths
 from pruneexp.types import Plan, Site
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from rich.table import Table
 
-UNITS = {"attention": "heads (KV groups)", "mlp": "FFN channels", "experts": "experts", "block": "layers"}
 SUBLAYERS = {"attention": "attention sublayers", "mlp": "FFN sublayers"}
 GROUPS = {  # first part of a metric's name -> heading
     "ppl": "perplexity",
@@ -34,8 +33,6 @@ COUNTED = {  # share removed of what the sparsity counts, where that is not the 
     "sparsity/kv_cache": "KV cache",
 }
 ORDER = ("removed", "perplexity", "accuracy", "speed", "memory", "size", "other", "passes", "seconds")
-KEPT, GONE = "#2f6f9f", "#e9edf0"
-OUTLINE, MARK = "#9aa5ad", "#b3412f"
 
 
 @dataclass(frozen=True)
@@ -47,56 +44,6 @@ class Row:
     dense: str
     pruned: str
     change: str
-
-
-@dataclass(frozen=True)
-class Width:
-    """Units of one kind in one layer of the original model, and the parameters that they carry."""
-
-    layer: int
-    kept: int
-    units: int
-    kept_params: int
-    params: int
-    block_gone: bool  # the whole layer leaves
-
-
-def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
-    """What is left of each layer, by kind of site, in the order of the layers.
-
-    A removed block takes its sublayers along. A kind that is there only as whole blocks is shown as such."""
-    removed = {name for name, site in plan.sites.items() if site.kind == "block" and not site.kept}
-    experts = {name: site for name, site in plan.sites.items() if site.kind == "experts"}
-    inner = [site for site in sites if site.kind != "block"]
-    found: dict[str, dict[int, Width]] = {}
-    for site in sorted(inner or sites, key=lambda site: site.layer):
-        layers = found.setdefault(site.kind, {})
-        # A layer may hold several sites of a kind (experts): their units are counted together.
-        before = layers.get(site.layer, Width(site.layer, 0, 0, 0, 0, False))
-        gone = any(site.name == block or site.name.startswith(f"{block}.") for block in removed)
-        mixture = experts.get(site.name.rpartition(".")[0]) if site.expert is not None else None
-        left = mixture is None or site.expert in mixture.kept
-        if mixture is not None:
-            kept = 0 if gone else len(mixture.kept)
-            whole = Width(site.layer, kept, mixture.units, 0, 0, gone)
-            found.setdefault("experts", {})[site.layer] = whole
-        kept = 0 if gone or not left else site.units - plan.removed(site)
-        layers[site.layer] = Width(
-            layer=site.layer,
-            kept=before.kept + kept,
-            units=before.units + site.units,
-            kept_params=before.kept_params + kept * site.cost.params,
-            params=before.params + site.units * site.cost.params,
-            block_gone=gone,
-        )
-    return {kind: list(layers.values()) for kind, layers in found.items()}
-
-
-def removed_share(plan: Plan, sites: Sequence[Site]) -> float:
-    """Share of the prunable parameters (those that units carry) that leaves."""
-    found = [width for layers in widths(plan, sites).values() for width in layers]
-    total = sum(width.params for width in found)
-    return 1 - sum(width.kept_params for width in found) / total if total else 0.0
 
 
 def summary(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) -> list[Row]:
@@ -220,52 +167,3 @@ def print_summary(
     console.print(f"Everything is in {folder}", soft_wrap=True)
     if (folder / "model").is_dir():
         console.print(f"The pruned model is {folder / 'model'}", soft_wrap=True)
-
-
-def structure_figure(plan: Plan, sites: Sequence[Site], path: Path) -> None:
-    """A PNG of the units kept in each layer, one panel per kind of site, the dense width as an outline."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = widths(plan, sites)
-    layers = max((w.layer + 1 for ws in panels.values() for w in ws), default=1)
-    # Figure and canvas by hand: pyplot would keep global state and may look for a screen.
-    figure = Figure(figsize=(min(14.0, 4.5 + 0.16 * layers), 1.1 + 1.9 * max(len(panels), 1)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (kind, found) in zip(axes, panels.items(), strict=False):
-        _panel(axis, kind, found)
-    axes[-1].set_xlabel("layer")
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if layers <= 22 * step)
-    axes[-1].set_xticks(range(0, layers, step))
-    axes[-1].set_xlim(-0.7, layers - 0.3)
-    figure.suptitle(f"{100 * removed_share(plan, sites):.1f} % of the prunable parameters removed", fontsize=11)
-    figure.savefig(path, dpi=130, format="png")
-
-
-def _panel(axis: Axes, kind: str, found: Sequence[Width]) -> None:
-    where, units, kept = [w.layer for w in found], [w.units for w in found], [w.kept for w in found]
-    style: dict[str, Any] = {"width": 0.8, "linewidth": 0.6}
-    axis.bar(where, units, facecolor=GONE, edgecolor=OUTLINE, **style)
-    axis.bar(where, kept, facecolor=KEPT, edgecolor=KEPT, **style)
-    for width in found:
-        if width.block_gone:
-            axis.bar(width.layer, width.units, facecolor="none", edgecolor=OUTLINE, hatch="////", **style)
-        elif not width.kept:
-            # An emptied sublayer and a nearly empty one look alike without a mark.
-            axis.plot(width.layer, 0.06 * max(units), marker="x", markersize=5, color=MARK, clip_on=False)
-    axis.set_ylim(0, 1.06 * max(units))
-    axis.locator_params(axis="y", integer=True, nbins=5)
-    axis.set_ylabel(UNITS.get(kind, kind))
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    axis.set_title(_caption(found, UNITS.get(kind, kind)), fontsize=9, loc="left", color="#444444")
-
-
-def _caption(found: Sequence[Width], unit: str) -> str:
-    units, kept = sum(w.units for w in found), sum(w.kept for w in found)
-    words = [f"{kept:,} of {units:,} {unit} kept ({100 * kept / units:.1f} %)"]
-    empty = sum(1 for w in found if not w.kept and not w.block_gone)
-    gone = sum(w.block_gone for w in found)
-    words += [f"{empty} emptied (x)"] * bool(empty) + [f"{gone} layers removed (hatched)"] * bool(gone)
-    return ", ".join(words)

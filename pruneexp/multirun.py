@@ -59,6 +59,8 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
             problems[str(error)] = None
     if problems:
         raise ConfigError("; ".join(problems))
+    if jobs and all(job.config["run"]["dry"] for job in jobs):
+        return _forecast(jobs)
     before = _statuses(folder)
     try:
         if jobs and _runs_here(config.hydra):
@@ -78,6 +80,24 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     summary = write_summary(folder)
     print(f"sweep in {folder}: {len(ran)} jobs ran" + (f", failed: {', '.join(failed)}" if failed else ""))
     print(f"all its jobs are in {summary}")
+    return 1 if failed else 0
+
+
+def _forecast(jobs: Sequence[Composed]) -> int:
+    """What each job of a sweep would take; nothing is written. The exit code: 1 if any cannot run."""
+    from pruneexp.build import build
+    from pruneexp.experiment import run_experiment
+
+    failed = 0
+    for number, job in enumerate(jobs):
+        print(f"job {number}: {' '.join(job.job['overrides'])}")
+        try:
+            experiment = build(job)
+            experiment.check()
+            run_experiment(experiment)
+        except (ConfigError, RunError) as error:
+            failed += 1
+            print(f"pruneexp: job {number} cannot run: {error}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -296,6 +296,12 @@ def test_a_sweep_goes_on_after_failures_and_says_so(cli: Cli, runs: list[Experim
     assert "3 jobs ran, failed: " in ended.out and all(folder.name in ended.out for folder in list(states)[:2])
 
 
+def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
+    ended = cli("--multirun", "run.dry=true", "sparsity.ratio=0.2,0.999", "dataset.samples=2", "evaluator=[]")
+    assert ended.code == 1 and "job 1 cannot run: sparsity.ratio=0.999" in ended.err
+    assert ended.out.count("to remove: 20.0%") == 1 and not list(Path().iterdir())
+
+
 def test_a_ready_sweep(cli: Cli, runs: list[Experiment]) -> None:
     ended = cli("+sweep=flap_ratios", "sparsity.ratio=0.4,0.6")
     assert ended.code == 0, ended.err

@@ -124,6 +124,8 @@ def _figure(name: str, value: float | None) -> str:
     if "bytes" in name:
         units = [("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)]
         return next((f"{value / size:,.2f} {unit}" for unit, size in units if value >= size), f"{value:,.0f} B")
+    if name.startswith("seconds"):
+        return f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 

@@ -25,7 +25,7 @@ from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
 from pruneexp.delivery import deliver, deliver_streamed
-from pruneexp.forecast import Forecast, available_memory, matmul_speed, print_forecast, warn_of_memory
+from pruneexp.forecast import Forecast, available_memory, matmul_speed, out_of_memory, print_forecast, warn_of_memory
 from pruneexp.model import Model, ModelSource
 from pruneexp.model.half import multiplied_in
 from pruneexp.preflight import check_disk, foreseen
@@ -42,7 +42,7 @@ from pruneexp.tracker import (
     Trackers,
     check_folder,
     clear_unfinished,
-    peak_bytes,
+    memory_metrics,
     run_folder,
     write_atomic,
 )
@@ -145,7 +145,7 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     try:
         kind = "job" if job["sweep"] else "run"
         trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
-        warn_of_memory(expected, available_memory(outline.device))
+        warn_of_memory(expected, available_memory(*outline.devices))
         return _Run(experiment, folder, local, trackers).execute(tokenizer, tokens_NT)
     except (ConfigError, RunError) as error:
         trackers.fail(str(error))
@@ -153,11 +153,12 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     except (KeyboardInterrupt, SystemExit) as error:
         trackers.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "terminated")
         raise
-    except MemoryError as error:
-        reason = "out of memory; a smaller model.batch_size or model.stream=true needs less"
-        trackers.fail(reason, traceback.format_exc())
-        raise RunError(reason) from error
     except Exception as error:
+        if where := out_of_memory(error):
+            helps = "a smaller model.batch_size or model.stream=true needs less"
+            spread = ", model.device=auto less of each" if torch.cuda.device_count() > 1 else ""
+            trackers.fail(f"{where}; {helps}{spread}", traceback.format_exc())
+            raise RunError(f"{where}; {helps}{spread}") from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         trackers.fail(reason, traceback.format_exc())
         raise RunError(f"{reason} (the traceback is in {folder / 'log.txt'})") from error
@@ -225,7 +226,7 @@ def _dry(
         multiplied=str(multiplied).removeprefix("torch."),
         speeds=speeds,
         left_out=left_out,
-        available=available_memory(model.device),
+        available=available_memory(*model.devices),
     )
     return expected.metrics(*speeds)
 
@@ -265,7 +266,7 @@ class _Run:
             counted.append(self._counted(model))
             self.metrics[f"sparsity/{experiment.sparsity.of}"] = 1 - counted[1] / counted[0] if counted[0] else 0.0
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
-        self.metrics["memory/peak_bytes"] = peak_bytes(model.device)
+        self.metrics |= memory_metrics(model.devices)
         shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
         print_summary(self.metrics, pruned.plan, pruned.sites, self.folder)
@@ -291,7 +292,8 @@ class _Run:
         weights = experiment.model.fingerprint()
         data = {**experiment.dataset.description(), "calibration_windows": list(tokens_NT.shape)}
         self.local.environment(weights, {**data, "calibration_tokens_sha256": tokens})
-        run = {"dtype": str(model.dtype), "device": model.device.type, "batch_size": model.batch_size}
+        gpus = sorted({torch.cuda.get_device_name(device) for device in model.devices if device.type == "cuda"})
+        run = {"dtype": str(model.dtype), "device": gpus or "cpu", "batch_size": model.batch_size}
         self.dense = {"weights": weights["files"], **run}
         self.results = Results(experiment.cache, {**self.dense, "tokens": tokens})
         method = {

@@ -114,9 +114,17 @@ def without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
     return {n: replace(score, readers={}) if isinstance(score, RemovalPath) else score for n, score in scores.items()}
 
 
-def checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:
-    """Raises RunError for scores that are no numbers."""
-    for name, score in scores.items():
+def checked(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """On the CPU, where searches work (but readers of removal paths). Raises RunError for scores that are no numbers."""
+    found = {name: _on_cpu(score) for name, score in scores.items()}
+    for name, score in found.items():
         if not torch.isfinite(unit_scores(score)).all():
             raise RunError(f"{name}: scores hold NaN or Inf")
-    return scores
+    return found
+
+
+def _on_cpu(score: Score) -> Score:
+    if isinstance(score, Tensor):
+        return score.cpu()
+    names = ("order_U", "cost_U") if isinstance(score, RemovalPath) else ("scores_U", "columns_C")
+    return replace(score, **{name: getattr(score, name).cpu() for name in names})

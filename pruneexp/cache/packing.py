@@ -54,7 +54,9 @@ def unpacked(outline: Any, tensors: Mapping[str, Tensor]) -> Any:
     [kind, *_] = outline
     content = outline[kind]
     if kind == "tensor":
-        return tensors[content].to(outline["device"])
+        device = torch.device(outline["device"])
+        there = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+        return tensors[content].to(device) if there else tensors[content]
     if kind == "items":
         return {unpacked(key, tensors): unpacked(each, tensors) for key, each in content}
     if kind == "class":

@@ -183,6 +183,7 @@ def observe(
     at_writer = [kind for kind in kinds if kind.source == "writer"]
     at_block = [kind for kind in kinds if kind.source == "block"]
     watches: list[_Watch] = []
+    device = model.layer_device(block.layer)
     with ExitStack() as hooks:
         for site in block.sites if at_reader or at_writer else ():
             writers, reader = site_parts(model.family, site)
@@ -196,6 +197,7 @@ def observe(
         if at_block and whole is not None and any(site.kind != "block" for site in whole.sites):
             hooks.enter_context(_between_sublayers(model, layer, middle))
         for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
+            x_BTD = x_BTD.to(device)  # the layer before may lie on another
             y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
             check_finite(y_BTD, block, number)
             if middle and torch.equal(middle[0].view_as(x_BTD), x_BTD):
@@ -209,7 +211,7 @@ def observe(
             middle.clear()
     for watch in watches:
         if watch.site.expert is not None and watch.tokens < 2:
-            watch.add(hidden[0].new_zeros(1, 2 - watch.tokens, watch.width))
+            watch.add(hidden[0].new_zeros(1, 2 - watch.tokens, watch.width, device=device))
     return evidence
 
 

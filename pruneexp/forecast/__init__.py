@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pruneexp.forecast.machine import available_memory, matmul_speed
+from pruneexp.forecast.machine import available_memory, matmul_speed, out_of_memory
 from pruneexp.forecast.memory import PARTS, Stage, activations, stages
 from pruneexp.forecast.shape import Shape, params_left, shape_of
 from pruneexp.forecast.table import duration, print_forecast, size
@@ -32,6 +32,7 @@ __all__ = [
     "flops",
     "forecast",
     "matmul_speed",
+    "out_of_memory",
     "params_left",
     "print_forecast",
     "refit_flops",

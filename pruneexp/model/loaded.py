@@ -33,7 +33,8 @@ class Model:
     """A Hugging Face causal LM (`module`) with its table, its tokenizer and, when streamed, its checkpoint.
 
     Streamed, the decoder layers live on the meta device and hold weights only inside `loaded(index)`; everything
-    else (embeddings, final norm, head) stays in memory. `forward_passes` counts what was run, in plain passes of all
+    else (embeddings, final norm, head) stays in memory. Spread over several devices (`placement`: each layer's),
+    everything else lies on `device`, and hooks bring a layer's inputs to it. `forward_passes` counts what was run, in plain passes of all
     decoder layers over the calibration windows, by whoever runs them (`calibrate`).
     """
 
@@ -49,6 +50,7 @@ class Model:
         dtype: torch.dtype,
         batch_size: int,
         checkpoint: Checkpoint | None = None,
+        placement: Sequence[torch.device] | None = None,
     ):
         self.module, self.tokenizer, self.family, self.config = module, tokenizer, family, config
         self.name, self.device, self.dtype, self.batch_size = name, device, dtype, batch_size
@@ -56,10 +58,20 @@ class Model:
         self._ahead: tuple[int, Future] | None = None  # the layer that is being read, and its tensors by name
         self.layers_path = f"{module.base_model_prefix}.{family.layers}"
         self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
+        self._placement = placement or [device] * len(self.layers)  # of the checkpoint's layers
 
     @property
     def streamed(self) -> bool:
         return self.checkpoint is not None
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where it lies: its own device first, then those of other decoder layers."""
+        return tuple(dict.fromkeys((self.device, *self._placement)))
+
+    def layer_device(self, index: int) -> torch.device:
+        """Where decoder layer `index` lies."""
+        return self._placement[self.origin[index]]
 
     @property
     def layers(self) -> nn.ModuleList:

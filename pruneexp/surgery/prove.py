@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.model import Model, ModelSource
+from pruneexp.model.placement import AUTO
 from pruneexp.progress import progress, waiting
 from pruneexp.types import RunError
 
@@ -126,7 +127,7 @@ def _source(model: Model, folder: Path, stream: bool) -> ModelSource:
         path=str(folder),
         revision=None,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
+        device=AUTO if len(model.devices) > 1 else str(model.device),
         stream=stream,
         trust_remote_code=False,
         batch_size=model.batch_size,

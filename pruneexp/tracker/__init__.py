@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pruneexp.tracker.environment import peak_bytes
+from pruneexp.tracker.environment import memory_metrics
 from pruneexp.tracker.folder import (
     NOTES,
     check_folder,
@@ -35,7 +35,7 @@ __all__ = [
     "clear_unfinished",
     "existing",
     "flat_metrics",
-    "peak_bytes",
+    "memory_metrics",
     "run_folder",
     "status_of",
     "write_atomic",

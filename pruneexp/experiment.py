@@ -382,7 +382,7 @@ class _Run:
         write_atomic(self.folder / "proof.json", json.dumps(proof, indent=1) + "\n")
         if "max_logit_difference" in proof:
             self.metrics["proof/max_logit_difference"] = proof["max_logit_difference"]
-            if proof["max_logit_difference"] > 1e-2:
+            if proof["max_logit_difference"] > proof.get("tolerance", 1e-2):
                 logger.warning("the reloaded checkpoint's logits differ by up to %g", proof["max_logit_difference"])
 
 

@@ -115,7 +115,7 @@ def without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
 
 
 def checked(scores: Mapping[str, Score]) -> dict[str, Score]:
-    """On the CPU, where searches work (but readers of removal paths). Raises RunError for scores that are no numbers."""
+    """On the CPU, where searches work; readers of removal paths stay. Raises RunError for what is no number."""
     found = {name: _on_cpu(score) for name, score in scores.items()}
     for name, score in found.items():
         if not torch.isfinite(unit_scores(score)).all():

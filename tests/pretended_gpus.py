@@ -66,6 +66,9 @@ class PretendedGpus(TorchFunctionMode):
             device, kwargs["device"] = torch.device(asked), CPU
         elif asked is not None:
             device = torch.device(asked)
+        generator = kwargs.get("generator")
+        if generator is not None and (place := getattr(generator, "place", CPU)) != device:
+            raise Mixed(f"{func.__name__}: a generator of {place} draws on {device}")
         before = {t.untyped_storage()._cdata for t in given if not self._without_storage(t)}
         result = func(*args, **kwargs)
         if func is torch.autograd.grad:
@@ -118,10 +121,21 @@ class PretendedGpus(TorchFunctionMode):
         return result
 
 
+class Generator(torch.Generator):
+    """One of the CPU that says of which device it is."""
+
+    place: torch.device
+
+    def __new__(cls, device: Any = CPU) -> Generator:
+        made = super().__new__(cls)
+        made.place = torch.device(device)
+        return made
+
+
 @contextmanager
 def pretended_gpus(count: int = 2, free: Sequence[int] = (2**30, 2**30)) -> Iterator[PretendedGpus]:
     """PretendedGpus, and a machine that says it has `count` of them."""
-    own, forked = torch.Generator, torch.random.fork_rng
+    forked = torch.random.fork_rng
     told = {
         "device_count": lambda: count,
         "mem_get_info": lambda device: (free[torch.device(device).index or 0], 2**30),
@@ -132,7 +146,7 @@ def pretended_gpus(count: int = 2, free: Sequence[int] = (2**30, 2**30)) -> Iter
     with ExitStack() as stack:
         for name, answer in told.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        stack.enter_context(mock.patch.object(torch, "Generator", lambda device=None: own()))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", lambda devices: forked(devices=[])))
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", lambda device=None: None))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))

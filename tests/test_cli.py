@@ -109,7 +109,12 @@ MISTAKES = [
     ("criterion=obs criterion.ridge=-1", "criterion.ridge=-1.0: expected a number >= 0"),
     ("seed=-1", "seed=-1: expected an integer >= 0"),
     ("seed=1.5", "seed=1.5: expected an integer"),
-    ("model.device=cudaa", "model.device='cudaa': expected cpu, cuda or cuda:N"),
+    ("model.device=cudaa", "model.device='cudaa': expected cpu, cuda, cuda:N or auto"),
+    ("model.device=mps", "model.device='mps': expected cpu, cuda, cuda:N or auto"),
+    (
+        "model.device=auto model.stream=true",
+        "model.device='auto': expected cpu, cuda or cuda:N with model.stream=true, which needs one",
+    ),
     ("criterion._target_=my.module.Thing", "criterion._target_='my.module.Thing': cannot import it: ModuleNotFound"),
     ("criterion._target_=pruneexp.criterion.Flapp", ".*no Flapp; did you mean pruneexp.criterion.Flap?"),
     ("criterion._target_=Flap", "criterion._target_='Flap': expected a dotted path to a class"),

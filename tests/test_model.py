@@ -244,7 +244,7 @@ def test_evaluation_windows_beyond_learned_positions(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(cli: Cli) -> None:
-    line = "pruneexp: model.device='cuda:1': this machine has 0 CUDA devices\n"
+    line = "pruneexp: model.device='cuda:1': this machine has 0 CUDA devices; expected cpu\n"
     assert cli("model.device=cuda:1") == (2, line)
     assert not Path("run").exists()
 

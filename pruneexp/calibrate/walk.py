@@ -16,6 +16,7 @@ from pruneexp.calibrate.influence import influence_evidence
 from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
+from pruneexp.model.half import overflow_hint
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.types import Block, Candidate, ConfigError, Plan, RunError, Site, SitePlan
@@ -148,7 +149,8 @@ class _Ahead:
 
 def check_finite(y_BTD: Tensor, block: Block, number: int) -> None:
     if not torch.isfinite(y_BTD.sum(dtype=torch.float32)) and not torch.isfinite(y_BTD).all():
-        raise RunError(f"{block.name}: activations hold NaN or Inf (calibration batch {number})")
+        hint = overflow_hint(y_BTD.dtype)
+        raise RunError(f"{block.name}: activations hold NaN or Inf (calibration batch {number}){hint}")
 
 
 def enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:

@@ -47,7 +47,7 @@ class Gram:
         return self.copy().update_(x_BTC)
 
     def update_(self, x_BTC: Tensor) -> Gram:
-        n, sum_C, gram_CC = self.n, self.sum_C.to(x_BTC.device), self.gram_CC.to(x_BTC.device)
+        n, sum_C, gram_CC = self.n, self._at(self.sum_C, x_BTC.device), self._at(self.gram_CC, x_BTC.device)
         blocks = range(0, len(gram_CC), _ROWS)
         for x_NC in _chunks_NC(x_BTC.detach(), _CHUNK):
             x_NC = x_NC.double()
@@ -59,6 +59,10 @@ class Gram:
         for start in blocks[1:]:
             gram_CC[:start, start : start + _ROWS] = gram_CC[start : start + _ROWS, :start].T
         return Gram(n, sum_C, gram_CC)
+
+    def _at(self, sums: Tensor, device: torch.device) -> Tensor:
+        """On `device`; zeros are made there rather than sent."""
+        return sums.to(device) if self.n or sums.device == device else torch.zeros_like(sums, device=device)
 
     def copy(self) -> Gram:
         return Gram(self.n, self.sum_C.clone(), self.gram_CC.clone())

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pruneexp import modeling_pruned
 from pruneexp.model import checks
 from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
-from pruneexp.model.loaded import Model, check_finite, load_into_, stored_tensors
+from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
+from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
 
@@ -174,7 +174,7 @@ class ModelSource:
         if mixed:
             logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, dtype)
         model = self._model(module, tokenizer, family, config, dtype, checkpoint if self.stream else None)
-        _load_outside_(module, config, layers_path, checkpoint, model.device, dtype)
+        load_outside_(module, config, layers_path, checkpoint, model.device, dtype)
         if not self.stream:
             layers = list(model.layers)
             for index, layer in enumerate(progress(layers, "load", len(layers), "blocks")):
@@ -199,9 +199,9 @@ class ModelSource:
         dtype: torch.dtype,
         checkpoint: Checkpoint | None,
     ) -> Model:
-        devices = devices_of(self.device)
+        home, *others = devices = devices_of(self.device)
         placement = None
-        if len(devices) > 1:
+        if others:
             layers = module.get_submodule(f"{module.base_model_prefix}.{family.layers}")
             sizes = [dtype.itemsize * sum(p.numel() for p in layer.parameters()) for layer in layers]
             whole = dtype.itemsize * sum(p.numel() for p in module.parameters())
@@ -213,7 +213,7 @@ class ModelSource:
             family,
             modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config,
             name=self.name,
-            device=devices[0],
+            device=home,
             dtype=dtype,
             batch_size=self.batch_size,
             checkpoint=checkpoint,
@@ -288,39 +288,6 @@ def _skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dty
     for layer in module.base_model.get_submodule(family.layers):
         modeling_pruned.split_experts_(layer, family)
     return module
-
-
-def _load_outside_(
-    module: Any, config: Any, layers_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Loads everything outside the decoder layers: embeddings, final norm, head."""
-    layers = module.get_submodule(layers_path)
-    module.set_submodule(layers_path, nn.ModuleList())
-    tied = set(module.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    for path, part in list(module.named_modules()):
-        _compute_buffers_(module, part, device)
-        own = nn.Module()  # the part's own tensors alone
-        own._parameters = {k: v for k, v in part._parameters.items() if f"{path}.{k}" not in tied}
-        own._buffers = {k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set}
-        prefix = f"{path}." if path else ""
-        load_into_(own, stored_tensors(own, checkpoint, prefix), prefix, device, dtype)
-        part._parameters.update(own._parameters)
-        part._buffers.update(own._buffers)
-    if config.tie_word_embeddings:
-        module.tie_weights()
-    check_finite(module, "")
-    module.set_submodule(layers_path, layers)
-    checkpoint.close()
-
-
-@torch.no_grad()
-def _compute_buffers_(module: Any, part: nn.Module, device: torch.device) -> None:
-    """Buffers that are stored nowhere, but computed when a model is made: rotary frequencies, scales of embeddings.
-    As transformers does it after loading; the part's weights are on the meta device still, and stay untouched."""
-    computed = {k: b for k, b in part._buffers.items() if k in part._non_persistent_buffers_set and b is not None}
-    part._buffers.update({key: torch.empty_like(buffer, device=device) for key, buffer in computed.items()})
-    if computed:
-        module._init_weights(part)
 
 
 def _quiet_transformers() -> None:

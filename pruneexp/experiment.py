@@ -25,7 +25,15 @@ from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
 from pruneexp.delivery import deliver, deliver_streamed
-from pruneexp.forecast import Forecast, available_memory, matmul_speed, out_of_memory, print_forecast, warn_of_memory
+from pruneexp.forecast import (
+    Forecast,
+    available_memory,
+    matmul_speed,
+    out_of_memory,
+    print_forecast,
+    warn_of_files,
+    warn_of_memory,
+)
 from pruneexp.model import Model, ModelSource
 from pruneexp.model.half import multiplied_in
 from pruneexp.preflight import check_disk, foreseen
@@ -146,6 +154,7 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
         kind = "job" if job["sweep"] else "run"
         trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
         warn_of_memory(expected, available_memory(*outline.devices))
+        warn_of_files(expected)
         return _Run(experiment, folder, local, trackers).execute(tokenizer, tokens_NT)
     except (ConfigError, RunError) as error:
         trackers.fail(str(error))

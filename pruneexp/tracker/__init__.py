@@ -19,6 +19,7 @@ from pruneexp.tracker.folder import (
     run_folder,
     status_of,
     write_atomic,
+    written_aside,
 )
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
@@ -39,6 +40,7 @@ __all__ = [
     "run_folder",
     "status_of",
     "write_atomic",
+    "written_aside",
 ]
 
 

@@ -23,12 +23,11 @@ from torch import Tensor
 from pruneexp.budget import check_mixture, check_pruning, whole_budget
 from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import Meter
-from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint, overlap
+from pruneexp.dataset import WindowSource, fingerprint
 from pruneexp.delivery import deliver, deliver_streamed
-from pruneexp.forecast import Forecast, available_memory, matmul_speed, print_forecast, warn_of_memory
+from pruneexp.forecast import available_memory, out_of_memory, warn_of_files, warn_of_memory
 from pruneexp.model import Model, ModelSource
-from pruneexp.model.half import multiplied_in
-from pruneexp.preflight import check_disk, foreseen
+from pruneexp.preflight import check_disk, foreseen, read_inputs, told
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
 from pruneexp.report import print_summary
@@ -42,12 +41,11 @@ from pruneexp.tracker import (
     Trackers,
     check_folder,
     clear_unfinished,
-    peak_bytes,
+    memory_metrics,
     run_folder,
     write_atomic,
 )
 from pruneexp.types import (
-    Budget,
     Compensator,
     ConfigError,
     Criterion,
@@ -64,6 +62,7 @@ logger = logging.getLogger("pruneexp")
 
 Measured = tuple[dict[str, float], dict[str, str]]  # figures; contents of files by name
 
+WIDE = 0.02  # between the share asked for and the one that left
 PROOF_WINDOWS, PROOF_LENGTH = 2, 64  # tokens on which a saved checkpoint is compared
 
 
@@ -134,10 +133,10 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
     if not experiment.run.dry:
         check_disk(experiment, outline, budget)
-    tokenizer, tokens_NT = _inputs(experiment)
+    tokenizer, tokens_NT = read_inputs(experiment)
     expected = foreseen(experiment, outline, budget, tokenizer, tokens_NT)
     if experiment.run.dry:
-        return _dry(experiment, outline, budget, tokens_NT, expected)
+        return told(experiment, outline, budget, tokens_NT, expected)
     settings, job = experiment.run, experiment.job
     folder = run_folder(settings.dir, job["recipe"], settings.name, datetime.now())
     local = LocalRun(settings.overwrite)
@@ -145,7 +144,8 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     try:
         kind = "job" if job["sweep"] else "run"
         trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
-        warn_of_memory(expected, available_memory(outline.device))
+        warn_of_memory(expected, available_memory(*outline.devices))
+        warn_of_files(expected)
         return _Run(experiment, folder, local, trackers).execute(tokenizer, tokens_NT)
     except (ConfigError, RunError) as error:
         trackers.fail(str(error))
@@ -153,81 +153,15 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
     except (KeyboardInterrupt, SystemExit) as error:
         trackers.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "terminated")
         raise
-    except MemoryError as error:
-        reason = "out of memory; a smaller model.batch_size or model.stream=true needs less"
-        trackers.fail(reason, traceback.format_exc())
-        raise RunError(reason) from error
     except Exception as error:
+        if where := out_of_memory(error):
+            helps = "a smaller model.batch_size or model.stream=true needs less"
+            spread = ", model.device=auto less of each" if torch.cuda.device_count() > 1 else ""
+            trackers.fail(f"{where}; {helps}{spread}", traceback.format_exc())
+            raise RunError(f"{where}; {helps}{spread}") from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         trackers.fail(reason, traceback.format_exc())
         raise RunError(f"{reason} (the traceback is in {folder / 'log.txt'})") from error
-
-
-def _inputs(experiment: Experiment) -> tuple[Any, Tensor]:
-    """Tokenizer and calibration windows, and every check of texts that needs them, before a weight is loaded."""
-    with waiting("loading the tokenizer"):
-        model = experiment.model.describe()
-    tokenizer, vocabulary, max_length = model.tokenizer, model.vocab_size, model.max_length
-    with waiting("tokenising the calibration text"):
-        tokens_NT = experiment.dataset.calibration(tokenizer)
-    check_vocabulary(tokens_NT, vocabulary, experiment.dataset.key("calibration"))
-    if max_length is not None and tokens_NT.shape[1] > max_length:
-        where = experiment.dataset.key("calibration")
-        wide = f"{where}: windows of {tokens_NT.shape[1]} tokens"
-        raise ConfigError(f"{wide}; expected dataset.length of at most {max_length}, the model's longest window")
-    experiment.recovery.prepare(model.family, len(tokens_NT))
-    for name, evaluator in experiment.evaluators.items():
-        prepare = getattr(evaluator, "prepare", None)
-        if prepare is not None:
-            with waiting(f"preparing evaluator {name}"):
-                prepare(tokenizer, vocabulary)
-        longest = getattr(evaluator, "longest", None)
-        if longest is not None and max_length is not None and longest(tokenizer) > max_length:
-            raise ConfigError(
-                f"evaluator.{name}: a prompt and what is written after it take {longest(tokenizer)} tokens; "
-                f"expected at most {max_length}, the model's longest window"
-            )
-        windows = getattr(evaluator, "windows", None)
-        if windows is not None:
-            wide = windows(tokenizer).shape[1]
-            if model.hard_limit and max_length is not None and wide > max_length:
-                raise ConfigError(
-                    f"evaluator.{name}.length={wide}: expected at most {max_length}, the model's positions"
-                )
-            share = overlap(tokens_NT, windows(tokenizer))
-            if share:
-                logger.warning(
-                    "%.0f %% of the windows that %s is measured on share text with the calibration windows",
-                    100 * share,
-                    evaluator.dataset.name,  # type: ignore[attr-defined]
-                )
-    return tokenizer, tokens_NT
-
-
-def _dry(
-    experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor, expected: Forecast
-) -> dict[str, float]:
-    """The model's structure, what would leave it and what that would take, from its config alone."""
-    sites, total, decoder = model.sites(), model.params, model.decoder_params
-    kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
-    units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
-    layers = f"{len(model.layers)} layers, {units}"
-    print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
-    print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
-    print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
-    with waiting("timing a matrix product"):
-        multiplied = multiplied_in(model.dtype, model.device, experiment.model.stream)
-        speeds = matmul_speed(multiplied, model.device), matmul_speed(torch.float64, model.device)
-    left_out = [n for n, each in experiment.evaluators.items() if not hasattr(each, "windows") and n != "size"]
-    print_forecast(
-        expected,
-        dtype=str(model.dtype).removeprefix("torch."),
-        multiplied=str(multiplied).removeprefix("torch."),
-        speeds=speeds,
-        left_out=left_out,
-        available=available_memory(model.device),
-    )
-    return expected.metrics(*speeds)
 
 
 class _Run:
@@ -264,8 +198,9 @@ class _Run:
         if experiment.sparsity.of != "decoder":
             counted.append(self._counted(model))
             self.metrics[f"sparsity/{experiment.sparsity.of}"] = 1 - counted[1] / counted[0] if counted[0] else 0.0
+        self._compare_with_asked()
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
-        self.metrics["memory/peak_bytes"] = peak_bytes(model.device)
+        self.metrics |= memory_metrics(model.devices)
         shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
         print_summary(self.metrics, pruned.plan, pruned.sites, self.folder)
@@ -281,6 +216,17 @@ class _Run:
             key = f"seconds/{stage}"
             self.metrics[key] = self.metrics.get(key, 0.0) + time.perf_counter() - start
 
+    def _compare_with_asked(self) -> None:
+        """A word where the share that left is far from the one asked for, which is no error."""
+        sparsity = self.experiment.sparsity
+        asked, removed = sparsity.ratio, self.metrics[f"sparsity/{sparsity.of}"]
+        if abs(removed - asked) > WIDE:
+            logger.warning(
+                "sparsity.ratio=%g was asked for, %.3f of %s has left: the search rounds in its own way, or by units "
+                "that large",
+                *(asked, removed, sparsity.of),
+            )
+
     def _counted(self, model: Model) -> int:
         """What the sparsity counts in the model as it stands."""
         return whole_budget(model, self.experiment.search, self.experiment.sparsity, 0.0).total
@@ -291,7 +237,8 @@ class _Run:
         weights = experiment.model.fingerprint()
         data = {**experiment.dataset.description(), "calibration_windows": list(tokens_NT.shape)}
         self.local.environment(weights, {**data, "calibration_tokens_sha256": tokens})
-        run = {"dtype": str(model.dtype), "device": model.device.type, "batch_size": model.batch_size}
+        gpus = sorted({torch.cuda.get_device_name(device) for device in model.devices if device.type == "cuda"})
+        run = {"dtype": str(model.dtype), "device": gpus or "cpu", "batch_size": model.batch_size}
         self.dense = {"weights": weights["files"], **run}
         self.results = Results(experiment.cache, {**self.dense, "tokens": tokens})
         method = {
@@ -380,7 +327,7 @@ class _Run:
         write_atomic(self.folder / "proof.json", json.dumps(proof, indent=1) + "\n")
         if "max_logit_difference" in proof:
             self.metrics["proof/max_logit_difference"] = proof["max_logit_difference"]
-            if proof["max_logit_difference"] > 1e-2:
+            if proof["max_logit_difference"] > proof.get("tolerance", 1e-2):
                 logger.warning("the reloaded checkpoint's logits differ by up to %g", proof["max_logit_difference"])
 
 

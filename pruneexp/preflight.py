@@ -1,20 +1,36 @@
-"""What is looked at before a run starts: room on the disk, and what the run will take."""
+"""What is looked at before a run starts: room on the disk, texts and windows, and what the run will take."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from pruneexp.forecast import Calibration, Forecast, forecast, params_left, size
+from pruneexp.dataset import check_vocabulary, overlap
+from pruneexp.forecast import (
+    Calibration,
+    Forecast,
+    available_memory,
+    forecast,
+    matmul_speed,
+    params_left,
+    print_forecast,
+    size,
+)
 from pruneexp.model import Model
+from pruneexp.model.half import multiplied_in
+from pruneexp.progress import waiting
 from pruneexp.tracker import existing
 from pruneexp.types import Budget, ConfigError
 
 if TYPE_CHECKING:
     from pruneexp.experiment import Experiment
+
+logger = logging.getLogger("pruneexp")
 
 
 def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
@@ -36,6 +52,50 @@ def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
         )
 
 
+def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
+    """Tokenizer and calibration windows, and every check of texts that needs them, before a weight is loaded."""
+    with waiting("loading the tokenizer"):
+        model = experiment.model.describe()
+    tokenizer, vocabulary, max_length = model.tokenizer, model.vocab_size, model.max_length
+    dataset, where = experiment.dataset, experiment.dataset.key("calibration")
+    drawn = getattr(dataset, "length", None) if hasattr(dataset, "samples") else None  # else as wide as they come
+    if max_length is not None and drawn is not None and drawn > max_length:
+        raise ConfigError(f"dataset.length={drawn}: expected at most {max_length}, the model's longest window")
+    with waiting("tokenising the calibration text"):
+        tokens_NT = dataset.calibration(tokenizer)
+    check_vocabulary(tokens_NT, vocabulary, where)
+    if max_length is not None and tokens_NT.shape[1] > max_length:
+        wide = f"{where}: windows of {tokens_NT.shape[1]} tokens"
+        raise ConfigError(f"{wide}; expected at most {max_length}, the model's longest window")
+    experiment.recovery.prepare(model.family, len(tokens_NT))
+    for name, evaluator in experiment.evaluators.items():
+        prepare = getattr(evaluator, "prepare", None)
+        if prepare is not None:
+            with waiting(f"preparing evaluator {name}"):
+                prepare(tokenizer, vocabulary)
+        longest = getattr(evaluator, "longest", None)
+        if longest is not None and max_length is not None and longest(tokenizer) > max_length:
+            raise ConfigError(
+                f"evaluator.{name}: a prompt and what is written after it take {longest(tokenizer)} tokens; "
+                f"expected at most {max_length}, the model's longest window"
+            )
+        windows = getattr(evaluator, "windows", None)
+        if windows is not None:
+            wide = windows(tokenizer).shape[1]
+            if model.hard_limit and max_length is not None and wide > max_length:
+                raise ConfigError(
+                    f"evaluator.{name}.length={wide}: expected at most {max_length}, the model's positions"
+                )
+            share = overlap(tokens_NT, windows(tokenizer))
+            if share:
+                logger.warning(
+                    "%.0f %% of the windows that %s is measured on share text with the calibration windows",
+                    100 * share,
+                    evaluator.dataset.name,  # type: ignore[attr-defined]
+                )
+    return tokenizer, tokens_NT
+
+
 def foreseen(experiment: Experiment, model: Model, budget: Budget, tokenizer: Any, tokens_NT: Tensor) -> Forecast:
     """What the run will take, as far as it is known now."""
     settings, measured = experiment.run, []
@@ -54,3 +114,29 @@ def foreseen(experiment: Experiment, model: Model, budget: Budget, tokenizer: An
         stream=experiment.model.stream,
         prove=settings.prove if settings.save else "",
     )
+
+
+def told(
+    experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor, expected: Forecast
+) -> dict[str, float]:
+    """The model's structure, what would leave it and what that would take, from its config alone."""
+    sites, total, decoder = model.sites(), model.params, model.decoder_params
+    kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
+    units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
+    layers = f"{len(model.layers)} layers, {units}"
+    print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
+    print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
+    print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
+    with waiting("timing a matrix product"):
+        multiplied = multiplied_in(model.dtype, model.device, experiment.model.stream)
+        speeds = matmul_speed(multiplied, model.device), matmul_speed(torch.float64, model.device)
+    left_out = [n for n, each in experiment.evaluators.items() if not hasattr(each, "windows") and n != "size"]
+    print_forecast(
+        expected,
+        dtype=str(model.dtype).removeprefix("torch."),
+        multiplied=str(multiplied).removeprefix("torch."),
+        speeds=speeds,
+        left_out=left_out,
+        available=available_memory(*model.devices),
+    )
+    return expected.metrics(*speeds)

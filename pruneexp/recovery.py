@@ -159,8 +159,7 @@ class Lora:
         linears = self._linears(model)
         if not linears:
             raise RunError(f"recovery.targets={list(self.targets)!r}: pruning left none of these layers")
-        on_gpu = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=on_gpu):
+        with torch.random.fork_rng(devices=[device for device in model.devices if device.type == "cuda"]):
             torch.manual_seed(seed)  # of the updates' first values and of dropout
             tuned = self._wrapped(model, list(linears))
             losses = self._train(model, tuned, tokens_NT, meter, seed)

@@ -114,8 +114,9 @@ def without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
     return {n: replace(score, readers={}) if isinstance(score, RemovalPath) else score for n, score in scores.items()}
 
 
-def checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:
-    """A criterion's answer. Raises RunError where it is none, or its scores are no numbers."""
+def checked(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """A criterion's answer, on the CPU, where searches work; readers of removal paths stay. Raises RunError where it is
+    none, or its scores are no numbers."""
     if not isinstance(scores, Mapping):
         raise RunError(f"the criterion gave {type(scores).__name__}, expected scores by site name")
     for name, score in scores.items():
@@ -123,6 +124,15 @@ def checked(scores: Mapping[str, Score]) -> Mapping[str, Score]:
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
             raise RunError(f"{name}: the criterion's scores are {kind}, expected a floating-point tensor")
+    found = {name: _on_cpu(score) for name, score in scores.items()}
+    for name, score in found.items():
         if not torch.isfinite(unit_scores(score)).all():
             raise RunError(f"{name}: scores hold NaN or Inf")
-    return scores
+    return found
+
+
+def _on_cpu(score: Score) -> Score:
+    if isinstance(score, Tensor):
+        return score.cpu()
+    names = ("order_U", "cost_U") if isinstance(score, RemovalPath) else ("scores_U", "columns_C")
+    return replace(score, **{name: getattr(score, name).cpu() for name in names})

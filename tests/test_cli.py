@@ -111,7 +111,12 @@ MISTAKES = [
     ("seed=1.5", "seed=1.5: expected an integer"),
     ("seed=9223372036854775808", "seed=9223372036854775808: expected an integer below 2**63"),
     ("dataset.seed=9223372036854775808", "dataset.seed=9223372036854775808: expected an int below 2**63"),
-    ("model.device=cudaa", "model.device='cudaa': expected cpu, cuda or cuda:N"),
+    ("model.device=cudaa", "model.device='cudaa': expected cpu, cuda, cuda:N or auto"),
+    ("model.device=mps", "model.device='mps': expected cpu, cuda, cuda:N or auto"),
+    (
+        "model.device=auto model.stream=true",
+        "model.device='auto': expected cpu, cuda or cuda:N with model.stream=true, which needs one",
+    ),
     ("criterion._target_=my.module.Thing", "criterion._target_='my.module.Thing': cannot import it: ModuleNotFound"),
     ("criterion._target_=pruneexp.criterion.Flapp", ".*no Flapp; did you mean pruneexp.criterion.Flap?"),
     ("criterion._target_=Flap", "criterion._target_='Flap': expected a dotted path to a class"),

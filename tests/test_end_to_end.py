@@ -105,6 +105,13 @@ def test_a_run_with_emptied_sublayers_is_proved_in_a_clean_process(cli: Cli, cap
     assert found["pruned/kv_bytes/token"] < found["dense/kv_bytes/token"]
 
 
+@pytest.mark.parametrize(("search", "told"), [("ul_um", True), ("global", False)])
+def test_a_share_far_from_the_one_asked_for_is_told(search: str, told: bool, cli: Cli) -> None:
+    found = cli("run", *QUICK, f"search={search}", "sparsity.ratio=0.2", "run.save=false", "evaluator=[]")
+    assert (abs(found["sparsity/decoder"] - 0.2) > 0.02) == told
+    assert ("sparsity.ratio=0.2 was asked for" in Path("run", "log.txt").read_text()) == told
+
+
 def test_a_model_without_any_attention_left(cli: Cli) -> None:
     found = cli("run", *QUICK, "recipe=flap", "sparsity.ratio=0.95", "model.dtype=float64", "run.prove=in_place")
     assert [site["kept"] for site in plan("run")["sites"].values() if site["kind"] == "attention"] == [[]] * 4

@@ -27,6 +27,7 @@ from pruneexp import preflight, progress
 from pruneexp.__main__ import main
 from pruneexp.budget import check_pruning
 from pruneexp.calibrate import Meter
+from pruneexp.criterion import shelf
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.forecast import (
     Calibration,
@@ -251,6 +252,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.files: dict[int, StorageWeakRef] = {}  # mapped ones: no allocator's
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -258,7 +260,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                if func is torch.ops.aten.from_file.default:
+                    self.files[storage._cdata] = StorageWeakRef(storage)
+                if storage._cdata not in self.files:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.alive = {key: each for key, each in self.alive.items() if not each[0].expired()}
         self.peak = max(self.peak, sum(count for _, count in self.alive.values()))
         return out
@@ -293,10 +298,15 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recipe=flap compensator=least_squares",
         "criterion=obs criterion.step=16 search=uniform compensator=none",
         "recipe=best criterion.step=16 search.effort=8",
+        "recipe=best criterion.step=16 search.effort=8 criterion.memory=0",
+        "recipe=best criterion.step=16 search.effort=8 criterion.memory=0.002",
         "recipe=llm_pruner",
     ],
 )
-def test_memory_is_what_a_run_holds(overrides: str, foretold: Any, wider: Path) -> None:
+def test_memory_is_what_a_run_holds(
+    overrides: str, foretold: Any, wider: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf, "SMALL", 0)  # what is small is not counted
     seen = Calibration(windows=16, length=64, batch_size=8)
     made, found = foretold(*overrides.split(), path=wider, seen=seen)
     with LiveBytes() as measured:
@@ -365,8 +375,8 @@ def test_a_model_of_70b_parameters_by_arithmetic(cli: Cli, tmp_path: Path, monke
     (tmp_path / "big" / "config.json").write_text(json.dumps(LLAMA_70B))
     np.save("calib.npy", np.full((128, 2048), 7))
     answers: list[dict[str, float]] = []
-    dry = experiments._dry
-    monkeypatch.setattr(experiments, "_dry", lambda *given: answers.append(dry(*given)) or answers[0])
+    dry = experiments.told
+    monkeypatch.setattr(experiments, "told", lambda *given: answers.append(dry(*given)) or answers[0])
     with LiveBytes() as measured:
         code, out, err = cli(
             "model.path=big",
@@ -441,7 +451,7 @@ def test_a_warning_names_what_weighs(foretold: Any, caplog: pytest.LogCaptureFix
     first, second, third = (record.getMessage() for record in caplog.records)
     assert "fewer dataset.samples" in first and "model.stream" not in first and "batch_size" not in first
     assert "a smaller model.batch_size" in second and "model.stream" not in second
-    assert "(search)" in third and "a smaller criterion.levels" in third
+    assert "(search)" in third and "a smaller criterion.memory" in third
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])

@@ -121,7 +121,7 @@ def test_an_expert_is_judged_by_the_tokens_routed_to_it(made: Made, tokens_NT: t
         Flap("WIFV", False),
         LlmBip("l2", "up", "scale", False),
         LlmBip("l1", "up", "ignore", False),
-        Obs(1e-2, 1, 4, "output", False),
+        Obs(1e-2, 1, 4, "output", False, 8.0),
         Taylor("param_first", "sum"),
         Taylor("param_mix", "sum"),
     ],

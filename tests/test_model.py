@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pruneexp import modeling_pruned, progress, report
 from pruneexp.__main__ import main
+from pruneexp.dataset import files as dataset_files
 from pruneexp.embedded import FOLDER
 from pruneexp.evaluator import Size
 from pruneexp.model import Model
@@ -228,9 +229,20 @@ def test_calibration_windows_longer_than_the_model_reads(cli: Cli) -> None:
     assert (code, err) == (
         2,
         "pruneexp: dataset.calibration=long.npy: windows of 300 tokens; "
-        "expected dataset.length of at most 256, the model's longest window\n",
+        "expected at most 256, the model's longest window\n",
     )
     assert not Path("run").exists()
+
+
+def test_a_length_that_the_model_does_not_read_is_told_before_any_text_is_tokenised(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("train.txt").write_text("abc")
+    monkeypatch.setattr(dataset_files, "encode", lambda *_, **__: pytest.fail("tokenised"))
+    code, err = cli(
+        "dataset=text", "dataset.calibration=train.txt", "dataset.evaluation=train.txt", "dataset.length=300"
+    )
+    assert (code, err) == (2, "pruneexp: dataset.length=300: expected at most 256, the model's longest window\n")
 
 
 def test_evaluation_windows_beyond_learned_positions(
@@ -246,7 +258,7 @@ def test_evaluation_windows_beyond_learned_positions(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(cli: Cli) -> None:
-    line = "pruneexp: model.device='cuda:1': this machine has 0 CUDA devices\n"
+    line = "pruneexp: model.device='cuda:1': this machine has 0 CUDA devices; expected cpu\n"
     assert cli("model.device=cuda:1") == (2, line)
     assert not Path("run").exists()
 
@@ -497,7 +509,7 @@ def test_settings_that_cannot_be(source: Callable[..., Any]) -> None:
     for settings, message in (
         ({"dtype": "float8"}, "dtype='float8': expected auto or one of float64, float32, bfloat16, float16"),
         ({"batch_size": 0}, "batch_size=0: expected an int >= 1"),
-        ({"device": "abacus"}, "device='abacus': expected cpu, cuda or cuda:N"),
+        ({"device": "abacus"}, "device='abacus': expected cpu, cuda, cuda:N or auto"),
     ):
         with pytest.raises(ConfigError) as error:
             source(PARITY, **settings)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruneexp.compensator import LeastSquares
-from pruneexp.criterion import Obs
+from pruneexp.criterion import Obs, shelf
 from pruneexp.evidence import Gram
 from pruneexp.types import Block, ConfigError, RunError, Site, SiteWeights
 from tests.toy_sites import activations, block, layer_sites
@@ -35,7 +35,7 @@ def lost(site: Site, reader: torch.Tensor, bias: torch.Tensor | None, keep_C: to
 @pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
 @pytest.mark.parametrize("step", [1, 7])
 def test_the_cost_is_the_increase_of_the_squared_error(site, step):
-    path = Obs(0.0, step, 8, "none", False)(BLOCK, SEEN)[site.name]
+    path = Obs(0.0, step, 8, "none", False, 8.0)(BLOCK, SEEN)[site.name]
     assert sorted(path.order_U.tolist()) == list(range(site.units))
     assert (path.cost_U.diff() >= -1e-9).all()
     for removed in range(1, site.units + 1):
@@ -47,7 +47,7 @@ def test_the_cost_is_the_increase_of_the_squared_error(site, step):
 
 @pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
 def test_each_step_takes_the_unit_whose_removal_costs_least(site):
-    path = Obs(0.0, 1, 8, "none", False)(BLOCK, SEEN)[site.name]
+    path = Obs(0.0, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[site.name]
     kept = list(range(site.units))
     for removed in range(min(5, site.units - 1)):
         costs = {}
@@ -61,7 +61,7 @@ def test_each_step_takes_the_unit_whose_removal_costs_least(site):
 
 def test_it_is_the_closed_form_of_a_single_weight():
     """w_j^T w_j / [(S + lambda I)^-1]_jj for the unit that leaves first."""
-    path = Obs(1e-2, 1, 8, "none", False)(BLOCK, SEEN)[MLP.name]
+    path = Obs(1e-2, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[MLP.name]
     cov = SEEN[MLP.name].covariance_CC
     inverse = torch.linalg.inv(cov + 1e-2 * cov.diagonal().mean() * torch.eye(MLP.channels, dtype=torch.float64))
     cost = BLOCK.weights[MLP.name].reader.square().sum(0) / inverse.diagonal()
@@ -70,15 +70,15 @@ def test_it_is_the_closed_form_of_a_single_weight():
 
 
 def test_output_scale_ends_at_one_and_changes_no_order():
-    plain = Obs(1e-9, 1, 8, "none", False)(BLOCK, SEEN)
-    relative = Obs(1e-9, 1, 8, "output", False)(BLOCK, SEEN)
+    plain = Obs(1e-9, 1, 8, "none", False, 8.0)(BLOCK, SEEN)
+    relative = Obs(1e-9, 1, 8, "output", False, 8.0)(BLOCK, SEEN)
     for site in (ATTENTION, MLP):
         assert torch.equal(plain[site.name].order_U, relative[site.name].order_U)
         assert float(relative[site.name].cost_U[-1]) == pytest.approx(1.0, rel=1e-6)
 
 
 def test_levels_are_evenly_spaced_and_any_other_is_answered():
-    readers = Obs(1e-3, 1, 8, "none", False)(BLOCK, SEEN)[MLP.name].readers
+    readers = Obs(1e-3, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[MLP.name].readers
     assert list(readers) == [5, 10, 15, 20, 25, 30, 35, 40] and len(readers) == 8
     assert readers[7][0].shape == (24, 33) and readers[40][0].shape == (24, 0) and 41 not in readers
     assert readers[0] == (BLOCK.weights[MLP.name].reader, None)
@@ -90,12 +90,12 @@ def test_duplicated_and_constant_channels_leave_first_and_free():
     x = mixed(MLP)
     x[..., 11], x[..., 20] = 2 * x[..., 30], 5.0
     seen = {**SEEN, MLP.name: Gram.empty(MLP).update(x)}
-    path = Obs(1e-9, 1, 8, "none", False)(BLOCK, seen)[MLP.name]
+    path = Obs(1e-9, 1, 8, "none", False, 8.0)(BLOCK, seen)[MLP.name]
     first = set(path.order_U[:2].tolist())
     assert 20 in first and first & {11, 30}
     assert float(path.cost_U[1]) < 1e-5 * float(path.cost_U[2])
     with pytest.raises(RunError, match=r"^ridge=0\.0: the inputs' covariance is singular"):
-        Obs(0.0, 1, 8, "none", False)(BLOCK, seen)
+        Obs(0.0, 1, 8, "none", False, 8.0)(BLOCK, seen)
 
 
 def test_a_thousand_channels_take_about_a_second():
@@ -106,11 +106,63 @@ def test_a_thousand_channels_take_about_a_second():
     wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, reader, None)})
     gram = Gram.empty(site).update(x[None])
     start = time.process_time()
-    Obs(1e-3, 4, 8, "none", False)(wide, {"wide": gram})
+    Obs(1e-3, 4, 8, "none", False, 8.0)(wide, {"wide": gram})
     assert time.process_time() - start < 10  # about 0.6 s alone on one thread
 
 
 @pytest.mark.parametrize(("key", "settings"), [("step", (0.0, 0, 8)), ("levels", (0.0, 1, 0)), ("ridge", (-1.0, 1, 8))])
 def test_settings_that_cannot_be(key, settings):
     with pytest.raises(ConfigError, match=f"^{key}="):
-        Obs(*settings, "none", False)
+        Obs(*settings, "none", False, 8.0)
+
+
+# what is kept while a search may ask
+
+
+@pytest.fixture
+def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of these sizes are counted, and written, as large ones are."""
+    monkeypatch.setattr(shelf, "SMALL", 0)
+
+
+def on_disk(tensor: torch.Tensor) -> bool:
+    """Whether this process has a file mapped where the tensor lies."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            low, high = (int(end, 16) for end in line.split()[0].split("-"))
+            if low <= tensor.data_ptr() < high:
+                return "pruneexp-" in line
+    return False
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_beyond_the_limit_tensors_are_mapped_files_without_a_name(dtype, small_counts, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    first, second = (torch.randn(30, 20, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
+    size, before = 600 * dtype.itemsize, shelf.held_bytes()
+    limit = before + 1.5 * size
+    kept, written = shelf.shelved(first, limit), shelf.shelved(second.T, limit)
+    assert kept is first and not on_disk(kept) and shelf.held_bytes() == before + size
+    assert on_disk(written) and torch.equal(written, second.T) and written.dtype == dtype
+    assert not list(tmp_path.iterdir())
+    del first, kept  # what is gone makes room
+    assert shelf.held_bytes() == before and shelf.shelved(second, limit) is second
+
+
+def test_little_memory_changes_no_reader(small_counts):
+    ample = Obs(1e-3, 1, 4, "none", False, 8.0)(BLOCK, SEEN)
+    tight = Obs(1e-3, 1, 4, "none", False, 0.0)(BLOCK, SEEN)
+    for site in (ATTENTION, MLP):
+        assert torch.equal(ample[site.name].order_U, tight[site.name].order_U)
+        assert on_disk(tight[site.name].readers.cov_CC) and not on_disk(ample[site.name].readers.cov_CC)
+        for removed in range(1, site.units):
+            (weight, bias), (again, same) = tight[site.name].readers[removed], ample[site.name].readers[removed]
+            assert on_disk(weight) and not on_disk(again)
+            assert torch.equal(weight, again) and torch.equal(bias, same)
+            assert tight[site.name].readers[removed][0] is weight  # probes tell readers apart by what they are
+
+
+def test_a_full_disk_is_one_line(small_counts, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    with pytest.raises(RunError, match=r"gone: covariances .* cannot be written there .*TMPDIR .*criterion\.memory"):
+        Obs(1e-3, 1, 4, "none", False, 0.0)(BLOCK, SEEN)

@@ -11,7 +11,7 @@ import torch
 
 from pruneexp.calibrate import Meter, walk_sites
 from pruneexp.compensator import LeastSquares
-from pruneexp.criterion import Obs, WandaSp
+from pruneexp.criterion import Obs, WandaSp, shelf
 from pruneexp.evidence import Moments
 from pruneexp.model.sites import site_parts
 from pruneexp.prune import Method, prune_
@@ -112,7 +112,7 @@ def test_dense_targets_come_nearer_to_the_dense_model(family, tiny, tokens_NT):
     for target in ("pruned", "dense"):
         dense, model = tiny(family), tiny(family)
         method = Method(
-            Obs(1e-3, 1, 8, "none", False),
+            Obs(1e-3, 1, 8, "none", False, 8.0),
             OneShot(0.3, "decoder", 0),
             Uniform(1, BOTH, 0.0, 0.0, 1),
             LeastSquares(1e-3, target, True),
@@ -146,7 +146,7 @@ def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(fami
     search = Evolutionary(1, BOTH, 12.0, 0.34, 2, 0.2, 4, None, 1)
     before = model.decoder_params
     method = Method(
-        Obs(1e-3, 1, 8, "none", False), OneShot(ratio, "decoder", 0), search, LeastSquares(1e-3, "dense", True)
+        Obs(1e-3, 1, 8, "none", False, 8.0), OneShot(ratio, "decoder", 0), search, LeastSquares(1e-3, "dense", True)
     )
     pruned = prune(model, tokens_NT, method, ratio, meter)
     cheapest = min(site.cost.params for site in pruned.sites)
@@ -154,6 +154,24 @@ def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(fami
     assert norms == 0
     assert abs(before - model.decoder_params - ratio * before) <= cheapest / 2
     assert meter.forward <= 1 + 12 + 3
+
+
+def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monkeypatch):
+    monkeypatch.setattr(shelf, "SMALL", 0)
+    found = []
+    for memory in (8.0, 0.0):
+        model = tiny("llama")
+        search = Evolutionary(1, BOTH, 8.0, 0.34, 2, 0.2, 4, None, 1)
+        method = Method(
+            Obs(1e-3, 1, 8, "none", False, memory),
+            OneShot(0.3, "decoder", 0),
+            search,
+            LeastSquares(1e-3, "dense", True),
+        )
+        plan = prune(model, tokens_NT, method, 0.3).plan
+        found.append((plan, {name: weight.clone() for name, weight in model.module.state_dict().items()}))
+    (ample, weights), (tight, others) = found
+    assert ample == tight and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def prune(model, tokens_NT, method, ratio, meter=None):
@@ -184,7 +202,7 @@ def test_kinds_of_the_criterion_are_seen_on_the_pruned_stream(tiny, tokens_NT):
 
 def test_no_readers_are_held_once_the_search_is_over(tiny, tokens_NT):
     method = Method(
-        Obs(1e-3, 1, 8, "none", False),
+        Obs(1e-3, 1, 8, "none", False, 8.0),
         OneShot(0.3, "decoder", 0),
         Uniform(1, BOTH, 0.0, 0.0, 1),
         LeastSquares(1e-3, "dense", True),
@@ -198,7 +216,7 @@ def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
     for stream in (False, True):
         model = tiny("llama", stream=stream)
         method = Method(
-            Obs(1e-3, 1, 8, "none", False),
+            Obs(1e-3, 1, 8, "none", False, 8.0),
             OneShot(0.3, "decoder", 0),
             Uniform(1, BOTH, 0.0, 0.0, 1),
             LeastSquares(1e-3, "dense", True),

@@ -18,7 +18,8 @@ class Unpackable(ValueError):
 
 
 def packed(value: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The outline of `value` (JSON) and its tensors by number. Views are copied, so that each tensor stands alone.
+    """The outline of `value` (JSON) and its tensors by number. Views are copied, and what is on a GPU, so that each
+    tensor stands alone.
 
     Raises:
         Unpackable: something in it is of another kind.
@@ -32,7 +33,10 @@ def _outline(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        own = value.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        shared = storage.nbytes() != own.nbytes or any(t.data_ptr() == own.data_ptr() for t in tensors.values())
+        tensors[name] = own.clone() if shared else own
         return {"tensor": name, "device": str(value.device)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
@@ -55,7 +59,9 @@ def unpacked(outline: Any, tensors: Mapping[str, Tensor]) -> Any:
     [kind, *_] = outline
     content = outline[kind]
     if kind == "tensor":
-        return tensors[content].to(outline["device"])
+        device = torch.device(outline["device"])
+        there = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+        return tensors[content].to(device) if there else tensors[content]
     if kind == "items":
         return {unpacked(key, tensors): unpacked(each, tensors) for key, each in content}
     if kind == "class":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
-from pruneexp.tracker import write_atomic
+from pruneexp.tracker import written_aside
 from pruneexp.types import ConfigError
 
 logger = logging.getLogger("pruneexp")
@@ -115,7 +115,8 @@ class Cache:
         return value
 
     def put(self, key: Key, value: Any) -> None:
-        from safetensors.torch import save
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
 
         size = bytes_of(value)
         if size > self.limit * 2**30 / 2:
@@ -127,8 +128,9 @@ class Cache:
             outline, tensors = packed(value)
             text = json.dumps(outline)
             meta = {"key": _text(key), "outline": text, "checksum": digest_of(tensors, text)}
-            write_atomic(path, save(tensors, meta))
-        except (OSError, Unpackable) as error:
+            with written_aside(path) as aside:
+                save_file(tensors, aside, meta)
+        except (OSError, SafetensorError, Unpackable) as error:
             logger.warning("cache: %s is not kept: %s", key.get("what", "a result"), error)
 
     def _make_room(self, size: int) -> None:

@@ -148,7 +148,8 @@ class Landscape:
                 by = [gates_BU] if weights is None else self.weights
                 first = torch.autograd.grad(loss, by, create_graph=True, materialize_grads=True)
                 towards = [gates_U] if gates_U is not None else weights or ()
-                slope = torch.stack([(g * d).sum() for g, d in zip(first, towards, strict=True)]).sum()
+                slopes_ = [(g * d).sum().to(self.device) for g, d in zip(first, towards, strict=True)]
+                slope = torch.stack(slopes_).sum()
                 second_BU, *second = torch.autograd.grad(slope, [gates_BU, *self.weights], materialize_grads=True)
             slopes.append((first[0] if weights is None else torch.zeros_like(gates_BU)).detach().double().cpu())
             found_U += second_BU.sum(0)
@@ -190,14 +191,15 @@ class Landscape:
             for a, r, p, h in zip(answer, left, towards, bent, strict=True):
                 a.add_(p * stride)
                 r.sub_((h + damping * p) * stride)
-                lost += r.double().square().sum()
+                lost += r.double().square().sum().cpu()
             for r, p in zip(left, towards, strict=True):
                 p.mul_(lost / before).add_(r)
         return answer
 
 
 def _dot(a: Tensors, b: Tensors) -> Tensor:
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+    """Float64, on the CPU: tensors of a model over several devices lie where their layers do."""
+    return torch.stack([(x.double() * y.double()).sum().cpu() for x, y in zip(a, b, strict=True)]).sum()
 
 
 def _norm(tensors: Sequence[Tensor | None]) -> float:
@@ -224,7 +226,7 @@ def _gated(model: Model, sites: Sequence[Site]) -> Iterator[Loss]:
     gates: list[Tensor] = []
 
     def scale(start: int, site: Site, _reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        x, own_BU = args[0], gates[0][:, start : start + site.units].to(args[0].dtype)
+        x, own_BU = args[0], gates[0][:, start : start + site.units].to(args[0])
         x_BTC = x.reshape(len(own_BU), -1, x.shape[-1])  # OPT flattens windows in front of its FFN
         return ((x_BTC * own_BU.repeat_interleave(site.width, 1)[:, None]).reshape(x.shape),)
 

@@ -55,7 +55,8 @@ def walk_sites(
     dense, hidden = bookmark.take_hidden(model.device) or (dense, list(dense))
     for index in progress(indices, stage, len(indices), "blocks"):
         with model.loaded(index, index + 1) as layer:
-            block = model.block(index)
+            block, device = model.block(index), model.layer_device(index)
+            dense, hidden = ([x_BTD.to(device) for x_BTD in each] for each in (dense, hidden))
             seen = observe(model, layer, block, hidden, calls, kinds, [torch.empty(0)] * len(hidden)) if kinds else {}
             visit, sites = Visit(index, layer, block, seen), {site.kind: site for site in block.sites}
             cost = model.whole_block(index).sites[0].cost

@@ -16,6 +16,7 @@ from pruneexp.calibrate.influence import influence_evidence
 from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
+from pruneexp.model.half import overflow_hint
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.types import Block, Candidate, ConfigError, Plan, RunError, Site, SitePlan
@@ -148,7 +149,8 @@ class _Ahead:
 
 def check_finite(y_BTD: Tensor, block: Block, number: int) -> None:
     if not torch.isfinite(y_BTD.sum(dtype=torch.float32)) and not torch.isfinite(y_BTD).all():
-        raise RunError(f"{block.name}: activations hold NaN or Inf (calibration batch {number})")
+        hint = overflow_hint(y_BTD.dtype)
+        raise RunError(f"{block.name}: activations hold NaN or Inf (calibration batch {number}){hint}")
 
 
 def enter_all(model: Model, tokens_NT: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
@@ -183,6 +185,7 @@ def observe(
     at_writer = [kind for kind in kinds if kind.source == "writer"]
     at_block = [kind for kind in kinds if kind.source == "block"]
     watches: list[_Watch] = []
+    device = model.layer_device(block.layer)
     with ExitStack() as hooks:
         for site in block.sites if at_reader or at_writer else ():
             writers, reader = site_parts(model.family, site)
@@ -196,6 +199,7 @@ def observe(
         if at_block and whole is not None and any(site.kind != "block" for site in whole.sites):
             hooks.enter_context(_between_sublayers(model, layer, middle))
         for number, (x_BTD, call) in enumerate(zip(hidden, calls, strict=True)):
+            x_BTD = x_BTD.to(device)  # the layer before may lie on another
             y_BTD = model.run_layer(layer, x_BTD, call[block.layer])
             check_finite(y_BTD, block, number)
             if middle and torch.equal(middle[0].view_as(x_BTD), x_BTD):
@@ -209,7 +213,7 @@ def observe(
             middle.clear()
     for watch in watches:
         if watch.site.expert is not None and watch.tokens < 2:
-            watch.add(hidden[0].new_zeros(1, 2 - watch.tokens, watch.width))
+            watch.add(hidden[0].new_zeros(1, 2 - watch.tokens, watch.width, device=device))
     return evidence
 
 

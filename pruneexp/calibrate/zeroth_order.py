@@ -66,17 +66,15 @@ class Slopes:
         return evidence
 
     def _directions(self, block: Block, number: int) -> dict[str, Any]:
-        model, kind = self.model, self.kind
+        model, kind, device = self.model, self.kind, self.model.layer_device(block.layer)
         if kind.perturb == "gates":
-            return {
-                site.name: kind.draw(number, site.name, torch.Size([site.units]), model.device) for site in block.sites
-            }
+            return {site.name: kind.draw(number, site.name, torch.Size([site.units]), device) for site in block.sites}
         names = {id(p): name for name, p in _weights(model, block.layer)}
 
         def read(parameter: Tensor) -> Tensor:
             name = names.get(id(parameter))  # biases are not perturbed
-            drawn = torch.zeros(parameter.shape, device=model.device)
-            return drawn if name is None else kind.draw(number, name, parameter.shape, model.device)
+            drawn = torch.zeros(parameter.shape, device=device)
+            return drawn if name is None else kind.draw(number, name, parameter.shape, device)
 
         return dict(model.block(block.layer, read=read).weights)
 
@@ -92,7 +90,7 @@ def perturbed(model: Model, kind: Perturbation, number: int, step: float) -> Ite
         for index, layer in enumerate(model.layers):
             if kind.perturb == "gates":
                 for site in model.layer_sites(index):
-                    z_U = kind.draw(number, site.name, torch.Size([site.units]), model.device)
+                    z_U = kind.draw(number, site.name, torch.Size([site.units]), model.layer_device(index))
                     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
                     gates_C = (1 + step * z_U.to(wide)).repeat_interleave(site.width)
                     reader = layer.get_submodule(site_parts(model.family, site)[1])

@@ -78,17 +78,11 @@ def check_ridge(ridge: float) -> None:
         raise ConfigError(f"ridge={ridge!r}: expected a number >= 0")
 
 
-def refitted(
-    weight_OC: Tensor, bias_O: Tensor | None, cov_CC: Tensor, mean_C: Tensor, keep_C: Tensor, ridge: float
-) -> tuple[Tensor, Tensor]:
-    """`LeastSquares`' solution for target=pruned from a covariance and means, float64, in the dtype of `weight_OC`."""
-    return refitted_(weight_OC, bias_O, cov_CC.clone(), mean_C, keep_C, ridge)
-
-
 def refitted_(
     weight_OC: Tensor, bias_O: Tensor | None, cov_CC: Tensor, mean_C: Tensor, keep_C: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor]:
-    """`refitted`, in the memory of the covariance: W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + lambda I)^-1."""
+    """`LeastSquares`' solution for target=pruned from a covariance and means, float64, in the dtype of `weight_OC`, and
+    in the memory of the covariance: W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + lambda I)^-1."""
     keep_C = keep_C.to(weight_OC.device)
     gone_C = _others(keep_C, weight_OC.shape[1])
     gone_OG, missing_KO = weight_OC[:, gone_C].double(), mean_C.new_empty(len(keep_C), len(weight_OC))

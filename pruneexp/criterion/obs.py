@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.compensator.least_squares import check_ridge, cholesky_, refitted
+from pruneexp.compensator.least_squares import check_ridge, cholesky_, refitted_
+from pruneexp.criterion.shelf import shelved
 from pruneexp.evidence import Gram
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights
 
@@ -32,8 +33,13 @@ class Obs:
     scale=output: over the variance of the reader's output) and readers fitted anew, as `LeastSquares` fits them, at
     `levels` levels; a reader at any other level is worked out when it is asked for.
 
+    While a search may ask for readers, the covariances of all sites (8 C^2 bytes each) and the readers asked for last
+    (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them in memory, the rest in files of
+    TMPDIR (or /var/tmp), which are mapped, read when needed, and gone with the search. Memory beside the model is then
+    at most `memory`, one layer's evidence, and 24 C^2 bytes for the site that is worked on.
+
     Raises:
-        RunError: H is singular (a ridge of 0 and constant or dependent channels).
+        RunError: H is singular (a ridge of 0 and constant or dependent channels); no room on the disk.
     """
 
     evidence: ClassVar[type[Gram]] = Gram
@@ -43,9 +49,12 @@ class Obs:
     levels: int
     scale: Literal["none", "output"]
     sequential: bool
+    memory: float
 
     def __post_init__(self) -> None:
         check_ridge(self.ridge)
+        if not self.memory >= 0:
+            raise ConfigError(f"memory={self.memory!r}: expected a number of GiB >= 0")
         for name, value in (("step", self.step), ("levels", self.levels)):
             if value < 1:
                 raise ConfigError(f"{name}={value!r}: expected an integer >= 1")
@@ -60,7 +69,8 @@ class Obs:
         if self.scale == "output":
             weight = weights.reader.double()
             cost_U = cost_U / ((weight @ cov_CC) * weight).sum().clamp_min(1e-300)
-        readers = Refits(site, weights.reader, weights.reader_bias, cov_CC, mean_C, order_U, self.ridge, self.levels)
+        limits = (self.ridge, self.levels, self.memory)
+        readers = Refits(site, weights.reader, weights.reader_bias, cov_CC, mean_C, order_U, *limits)
         return RemovalPath(order_U.cpu(), cost_U.cpu(), readers)
 
     def _removal(self, site: Site, weight_OC: Tensor, cov_CC: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,8 +144,8 @@ class _Left:
 @dataclass(frozen=True)
 class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     """Readers fitted anew once the first 1, 2, ... units of an order have left; each is worked out when it is asked
-    for. Iterates over `levels` levels, evenly spaced, and answers for every other one too. Holds the covariance:
-    8 C^2 bytes."""
+    for. Iterates over `levels` levels, evenly spaced, and answers for every other one too. Covariance and readers are
+    held in memory as long as those of all sites are within `memory` GiB, else in files."""
 
     site: Site
     weight_OC: Tensor
@@ -145,7 +155,11 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     order_U: Tensor
     ridge: float
     levels: int
+    memory: float
     made: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cov_CC", shelved(self.cov_CC, self.memory * 2**30))
 
     def __getitem__(self, removed: int) -> tuple[Tensor, Tensor | None]:
         if not 0 <= removed <= self.site.units:
@@ -154,7 +168,10 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
             return self.weight_OC, self.bias_O
         if removed not in self.made:
             keep_C = self.site.keep_C(sorted(self.order_U[removed:].tolist()))
-            self.made[removed] = refitted(self.weight_OC, self.bias_O, self.cov_CC, self.mean_C, keep_C, self.ridge)
+            cov_CC = self.cov_CC.to(self.weight_OC.device, copy=True)  # which the solve works in
+            weight, bias = refitted_(self.weight_OC, self.bias_O, cov_CC, self.mean_C, keep_C, self.ridge)
+            del cov_CC
+            self.made[removed] = shelved(weight, self.memory * 2**30), bias
             while len(self.made) > self.levels:
                 self.made.pop(next(iter(self.made)))
         return self.made[removed]

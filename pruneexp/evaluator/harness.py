@@ -60,7 +60,7 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
     """
     from lm_eval.tasks import TaskManager
 
-    with _quiet(), _seeded(torch.device("cpu")), waiting("loading the evaluation tasks"):
+    with _quiet(), _seeded(), waiting("loading the evaluation tasks"):
         known = [_definitions(name) for name in names if name in TASKS]
         # Indexing every definition takes seconds; a few folders of them do not.
         whole = len(known) < len(names)
@@ -145,7 +145,7 @@ def answer(model: Any, loaded: Loaded, shots: int | None, limit: int | None, bat
         # As the harness does: a definition that says 0 cannot have examples.
         task.set_config(key="num_fewshot", value=own or 0 if shots is None or own == 0 else shots)
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
-    with _quiet(), _seeded(model.device), waiting(f"evaluating {loaded.name}"):
+    with _quiet(), _seeded(model.devices), waiting(f"evaluating {loaded.name}"):
         # A copy: the harness gives a tokenizer without a padding token one, which must not be saved with the model.
         wrapper: Any = huggingface.HFLM  # its decorator hides its parameters from type checkers
         lm = wrapper(
@@ -225,12 +225,12 @@ def _figures(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
+def _seeded(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     """The harness's random numbers inside; those of the run go on afterwards as if nothing had been drawn."""
     import numpy
 
     plain, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         random.seed(SEEDS["random"])
         numpy.random.seed(SEEDS["numpy"])
         torch.manual_seed(SEEDS["torch"])

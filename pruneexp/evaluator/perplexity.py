@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint
+from pruneexp.model.half import overflow_hint
 from pruneexp.types import ConfigError, RunError
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Perplexity:
             where = f"{len(broken)} of {len(losses_NT)} windows, first in window {broken[0]}"
             layer = model.broken_layer(windows_NT[broken[:1]])
             blame = f": {layer}'s activations hold NaN or Inf" if layer else ""
-            raise RunError(f"{name}: the model's loss is not finite in {where}{blame}")
+            raise RunError(f"{name}: the model's loss is not finite in {where}{blame}{overflow_hint(model.dtype)}")
         mean = self._mean(losses_NT)
         if mean > math.log(sys.float_info.max):
             raise RunError(f"{name}: a mean loss of {mean:.1f} nats has no finite perplexity")

@@ -61,11 +61,15 @@ class Gram:
         return self.copy().update_(x_BTC)
 
     def update_(self, x_BTC: Tensor) -> Gram:
-        sum_C, gram_CC = self.sum_C.to(x_BTC.device), self.gram_CC.to(x_BTC.device)
+        sum_C, gram_CC = self._at(self.sum_C, x_BTC.device), self._at(self.gram_CC, x_BTC.device)
         for x_NC in _chunks_NC(x_BTC.detach(), _CHUNK):
             _add_(sum_C, gram_CC, x_NC.double())
         _mirror_(gram_CC)
         return Gram(self.n + x_BTC.shape[:-1].numel(), sum_C, gram_CC)
+
+    def _at(self, sums: Tensor, device: torch.device) -> Tensor:
+        """On `device`; zeros are made there rather than sent."""
+        return sums.to(device) if self.n or sums.device == device else torch.zeros_like(sums, device=device)
 
     def copy(self) -> Gram:
         return Gram(self.n, self.sum_C.clone(), self.gram_CC.clone())

@@ -4,11 +4,13 @@ structure alone."""
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pruneexp.forecast.machine import available_memory, matmul_speed
+from pruneexp.criterion.shelf import shelf_folder
+from pruneexp.forecast.machine import available_memory, matmul_speed, out_of_memory
 from pruneexp.forecast.memory import PARTS, Stage, activations, stages
 from pruneexp.forecast.shape import Shape, params_left, shape_of
 from pruneexp.forecast.table import duration, print_forecast, size
@@ -32,6 +34,7 @@ __all__ = [
     "flops",
     "forecast",
     "matmul_speed",
+    "out_of_memory",
     "params_left",
     "print_forecast",
     "refit_flops",
@@ -39,6 +42,7 @@ __all__ = [
     "shape_of",
     "size",
     "stages",
+    "warn_of_files",
     "warn_of_memory",
     "work_of",
 ]
@@ -69,6 +73,11 @@ class Forecast:
         return max(self.streamed if self.streams else self.held, key=lambda stage: stage.total)
 
     @property
+    def files(self) -> int:
+        """Bytes that lie in files of TMPDIR for a while, at most."""
+        return max(stage.files for stage in (self.streamed if self.streams else self.held))
+
+    @property
     def read(self) -> int:
         """Bytes that a streamed run reads from disk for pruning."""
         return self.work.walks * self.shape.decoder * self.shape.itemsize
@@ -92,6 +101,8 @@ class Forecast:
             "forecast/flops/float64": self.work.float64,
             "forecast/seconds": self.seconds(speed, speed64),
         }
+        if self.files:
+            found["forecast/disk/files_bytes"] = self.files
         for how, stages_ in (("held", self.held), ("streamed", self.streamed)):
             if stages_:
                 found[f"forecast/memory/{how}_bytes"] = max(stage.total for stage in stages_)
@@ -130,6 +141,18 @@ def _can_stream(method: Method, recovery: Recovery) -> bool:
     return not probes and not sources & {"gradient", "influence", "probe"}
 
 
+def warn_of_files(found: Forecast) -> None:
+    """Logs one line where the disk may have no room for what lies in files of TMPDIR for a while."""
+    if found.files and found.files > (free := shutil.disk_usage(shelf_folder()).free):
+        logger.warning(
+            "up to %s will lie in files of %s for a while, %s are free; what would help: TMPDIR on another disk, a "
+            "smaller criterion.levels or search.offspring",
+            size(found.files),
+            shelf_folder(),
+            size(free),
+        )
+
+
 def warn_of_memory(found: Forecast, available: int | None) -> None:
     """Logs one line, with what would help, where a run takes more memory than there is."""
     peak = found.peak
@@ -142,8 +165,8 @@ def warn_of_memory(found: Forecast, available: int | None) -> None:
         helps.append("a smaller model.batch_size" if peak.name != "evaluate" else "a smaller batch_size of evaluators")
     if peak.parts.get("hidden states", 0) > peak.total / 10:
         helps.append("fewer dataset.samples" if peak.name != "evaluate" else "fewer samples of evaluators")
-    if peak.parts.get("refits", 0) > peak.total / 10:
-        helps.append("a smaller criterion.levels")
+    if peak.parts.get("refits", 0) > peak.total / 10 or peak.files:
+        helps.append("a smaller criterion.memory")
     if peak.name == "prove":
         helps.append("run.prove=off")
     logger.warning(

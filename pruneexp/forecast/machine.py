@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,11 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 SIZES = (64, 128, 256, 512, 1024)  # of the square matrices that are timed
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take: of the device, or of the machine's memory within the limits of its
+def available_memory(*devices: torch.device) -> int | None:
+    """Bytes that this process may still take: of the GPUs together, or of the machine's memory within the limits of its
     control groups. None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if devices[0].type == "cuda":
+        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
     found = list(_free_in_groups())
     try:
         lines = (PROC / "meminfo").read_text().splitlines()
@@ -51,6 +52,15 @@ def _free_in_groups() -> Iterator[int]:
                 yield max(0, int(most) - int((folder / used).read_text()) + int(stat.get(cached, 0)))
             except (OSError, ValueError):
                 continue  # the root group has no limit, a container may not see those above its own
+
+
+def out_of_memory(error: BaseException) -> str:
+    """ "out of memory", with the GPU where it was one's; "" for errors of any other kind."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in text:
+        gpu = re.search(r"GPU (\d+)", text)
+        return f"out of memory on {f'cuda:{gpu[1]}' if gpu else 'the GPU'}"
+    return "out of memory" if isinstance(error, MemoryError) or "can't allocate memory" in text else ""
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:

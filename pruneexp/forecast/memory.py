@@ -26,10 +26,12 @@ PARTS = ("weights", "hidden states", "activations", "statistics", "refits", "gra
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run and the bytes of each of PARTS that it holds at most."""
+    """One stage of a run and the bytes of each of PARTS that it holds at most. `files`: bytes of what does not fit into
+    `criterion.memory`, which lie in files meanwhile."""
 
     name: str
     parts: Mapping[str, int]
+    files: int = 0
 
     @property
     def total(self) -> int:
@@ -140,12 +142,15 @@ def _calibrating(method: Method, shape: Shape, seen: Calibration, weights: int, 
         elif compensator.sequential:
             kinds = distinct(criterion.evidence, compensator.evidence)
         statistics += _scratch(shape) if isinstance(compensator, LeastSquares) else 0
+    files = 0
     if isinstance(criterion, Obs):
-        statistics += _scratch(shape) + (0 if goes_layer_by_layer(method) else _paths(method, shape))
+        paths = 0 if goes_layer_by_layer(method) else _paths(method, shape)
+        held = min(paths, _limit(criterion))
+        statistics, files = statistics + _scratch(shape) + held, paths - held
     walked = any(kind.source in WALKED for kind in (*kinds, *dense))
     statistics += sum(statistics_bytes(kind, shape.sites, shape) for kind in dense) + _of_any_layer(kinds, shape)
     gradients, ahead = _derivatives(kinds, shape, seen)
-    return _stage(
+    stage = _stage(
         "calibrate",
         weights,
         shape,
@@ -156,6 +161,7 @@ def _calibrating(method: Method, shape: Shape, seen: Calibration, weights: int, 
         gradients=gradients,
         copies=copies,
     )
+    return replace(stage, files=files)
 
 
 def _searching(method: Method, shape: Shape, seen: Calibration, weights: int) -> list[Stage]:
@@ -164,14 +170,24 @@ def _searching(method: Method, shape: Shape, seen: Calibration, weights: int) ->
         return []
     compensator = method.compensator
     dense = () if compensator.sequential or blocks_alone(method) else evidence_kinds(compensator.evidence)
-    statistics = sum(statistics_bytes(kind, shape.sites, shape) for kind in dense) + _paths(method, shape)
+    statistics = sum(statistics_bytes(kind, shape.sites, shape) for kind in dense)
     stage = _stage("search", weights, shape, seen, loss=True, statistics=statistics)
-    if isinstance(method.criterion, Obs) and isinstance(method.search, Evolutionary):
-        # readers are held at as many levels as were asked for: seldom more than one a pass
-        levels = min(method.criterion.levels, math.ceil(method.search.effort))
-        readers = sum(min(levels, site.units) * site.channels for site in shape.sites) * shape.hidden * shape.itemsize
-        more = {"statistics": statistics + _scratch(shape), "refits": readers}
-        stage = Stage("search", {**stage.parts, **more})
+    criterion = method.criterion
+    if isinstance(criterion, Obs):
+        paths, readers, scratch = _paths(method, shape), 0, 0
+        if isinstance(method.search, Evolutionary):
+            # readers are kept at as many levels as were asked for: seldom more than one a pass, at least those that
+            # are judged together
+            together = max(criterion.levels, method.search.offspring + 1)
+            levels = min(together, math.ceil(method.search.effort))
+            # a refit works on a copy of the covariance, and on what the solved columns would give
+            scratch = max((8 * site.channels * (site.channels + shape.hidden) for site in shape.sites), default=0)
+            wide = sum(min(levels, site.units) * site.channels for site in shape.sites)
+            readers = wide * shape.hidden * shape.itemsize
+        held = min(paths, _limit(criterion))
+        refits = min(readers, _limit(criterion) - held)
+        more = {"statistics": statistics + held + scratch, "refits": refits}
+        stage = Stage("search", {**stage.parts, **more}, files=paths + readers - held - refits)
     return [stage]
 
 
@@ -240,8 +256,13 @@ def _scratch(shape: Shape) -> int:
     return 3 * _of_widest((Gram,), shape)
 
 
+def _limit(criterion: Obs) -> int:
+    """Bytes of covariances and fitted readers in memory."""
+    return int(criterion.memory * 2**30)
+
+
 def _paths(method: Method, shape: Shape) -> int:
-    """Covariances that removal paths hold while a search may ask for refitted readers."""
+    """Covariances that removal paths keep while a search may ask for refitted readers."""
     return statistics_bytes(Gram, shape.sites, shape) if isinstance(method.criterion, Obs) else 0
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from pruneexp.criterion.shelf import shelf_folder
 from pruneexp.forecast.memory import PARTS, Stage
 from pruneexp.forecast.shape import Shape
 
@@ -36,6 +37,9 @@ def print_forecast(
     console.print(_memory(found))
     free = "" if available is None else f"; {size(available)} are free here"
     console.print(f"memory at most: {size(found.peak.total)} ({found.peak.name}){free}", soft_wrap=True)
+    if found.files:
+        files = f"in files of {shelf_folder()} for a while: {size(found.files)} beyond criterion.memory"
+        console.print(files, soft_wrap=True)
     if not found.streamed:
         console.print("model.stream=true is not possible with these methods")
     work, (speed, speed64) = found.work, speeds

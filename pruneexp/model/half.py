@@ -28,6 +28,11 @@ def multiplied_in(dtype: torch.dtype, device: torch.device, streamed: bool) -> t
     return torch.float32 if widened else dtype
 
 
+def overflow_hint(dtype: torch.dtype) -> str:
+    """What to say of NaN or Inf in a model of `dtype`, where that ends early."""
+    return "; float16 ends at 65504: model.dtype=bfloat16 or float32 may help" if dtype == torch.float16 else ""
+
+
 @cache
 def _multiplied_natively(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:

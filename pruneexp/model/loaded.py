@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from pruneexp.model.checkpoint import Checkpoint
 from pruneexp.model.half import WideLinear, widening_pays
 from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
+from pruneexp.model.weights import check_finite, load_into_, stored_tensors
 from pruneexp.modeling_pruned import Family, experts_of
 from pruneexp.progress import progress
-from pruneexp.types import Block, RunError, Site
+from pruneexp.types import Block, Site
 
 PER_LAYER = ("layer_types", "no_rope_layers")  # config attributes with one value a layer
 
@@ -33,8 +34,8 @@ class Model:
     """A Hugging Face causal LM (`module`) with its table, its tokenizer and, when streamed, its checkpoint.
 
     Streamed, the decoder layers live on the meta device and hold weights only inside `loaded(index)`; everything
-    else (embeddings, final norm, head) stays in memory. `forward_passes` counts what was run, in plain passes of all
-    decoder layers over the calibration windows, by whoever runs them (`calibrate`).
+    else (embeddings, final norm, head) stays in memory. Spread over several devices (`placement`: each layer's),
+    everything else lies on `device`, and hooks bring a layer's inputs to it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Model:
         dtype: torch.dtype,
         batch_size: int,
         checkpoint: Checkpoint | None = None,
+        placement: Sequence[torch.device] | None = None,
     ):
         self.module, self.tokenizer, self.family, self.config = module, tokenizer, family, config
         self.name, self.device, self.dtype, self.batch_size = name, device, dtype, batch_size
@@ -56,10 +58,20 @@ class Model:
         self._ahead: tuple[int, Future] | None = None  # the layer that is being read, and its tensors by name
         self.layers_path = f"{module.base_model_prefix}.{family.layers}"
         self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
+        self._placement = placement or [device] * len(self.layers)  # of the checkpoint's layers
 
     @property
     def streamed(self) -> bool:
         return self.checkpoint is not None
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where it lies: its own device first, then those of other decoder layers."""
+        return tuple(dict.fromkeys((self.device, *self._placement)))
+
+    def layer_device(self, index: int) -> torch.device:
+        """Where decoder layer `index` lies."""
+        return self._placement[self.origin[index]]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -273,38 +285,6 @@ def select_layers_(config: Any, kept: Sequence[int]) -> None:
         values = getattr(config, name, None)
         if values is not None:
             setattr(config, name, [values[index] for index in kept])
-
-
-def check_finite(module: nn.Module, prefix: str) -> None:
-    """Raises RunError, naming the tensor, where a parameter holds NaN or Inf."""
-    for name, parameter in module.named_parameters():
-        # a sum is finite unless a part is not, or it overflows: only then look at every element
-        if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise RunError(f"{prefix}{name}: weights hold NaN or Inf")
-
-
-def stored_tensors(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
-    """What the checkpoint has of `module`, as it is stored, by the names that begin with `prefix`."""
-    return {prefix + name: checkpoint[prefix + name] for name in module.state_dict()}
-
-
-def load_into_(
-    module: nn.Module, tensors: MutableMapping[str, Tensor], prefix: str, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Gives `module`'s parameters and persistent buffers the `tensors` called `prefix` + name, which are taken out."""
-    for name, tensor in list(module.state_dict().items()):
-        kind = dtype if tensor.is_floating_point() else None
-        loaded = tensors.pop(prefix + name).to(device=device, dtype=kind)
-        if loaded.shape != tensor.shape:
-            raise RunError(
-                f"{prefix}{name}: the checkpoint holds shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}"
-            )
-        owner_path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_path)
-        if leaf in owner._parameters:
-            setattr(owner, leaf, nn.Parameter(loaded, requires_grad=False))
-        else:
-            setattr(owner, leaf, loaded)
 
 
 def next_token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:

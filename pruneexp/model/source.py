@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pruneexp import modeling_pruned
 from pruneexp.file_state import FileState, file_state
 from pruneexp.model import checks
 from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
-from pruneexp.model.loaded import Model, check_finite, load_into_, stored_tensors
+from pruneexp.model.loaded import Model
+from pruneexp.model.placement import AUTO, connect_, devices_of, placed
+from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
 
@@ -45,8 +48,9 @@ class ModelSource:
     """A checkpoint and how to hold it.
 
     `path`: a folder with config.json and safetensors, a Hub id, or "embedded:NAME". `dtype` "auto": the
-    checkpoint's, but float32 for float16 on a CPU (which computes float16 slowly and badly). `stream`: the decoder
-    layers are read from their files one at a time instead of being held. `batch_size`: windows per forward pass.
+    checkpoint's, but float32 for float16 on a CPU (which computes float16 slowly and badly). `device` "auto": the
+    decoder layers in order over all visible GPUs (the CPU where there is none). `stream`: the decoder layers are read
+    from their files one at a time instead of being held. `batch_size`: windows per forward pass.
     """
 
     name: str
@@ -63,19 +67,20 @@ class ModelSource:
             raise ConfigError(f"dtype={self.dtype!r}: expected auto or one of {', '.join(DTYPES)}")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
-        try:
-            torch.device(self.device)
-        except RuntimeError:
-            raise ConfigError(f"device={self.device!r}: expected cpu, cuda or cuda:N") from None
+        if self.device == AUTO:
+            if self.stream:
+                raise ConfigError("device='auto': expected cpu, cuda or cuda:N with model.stream=true, which needs one")
+        elif not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device={self.device!r}: expected cpu, cuda, cuda:N or auto")
 
     def check(self, weights: bool = True) -> None:
         """Everything that can be told from files and the machine without loading a weight, or transformers. `weights`:
         they must be there; those that are there must be whole. Raises ConfigError."""
-        device = torch.device(self.device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(
-                f"model.device={self.device!r}: this machine has {torch.cuda.device_count()} CUDA devices"
-            )
+        device, count = devices_of(self.device)[0], torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= count:
+            has = f"{count} CUDA device{'' if count == 1 else 's'}"
+            expected = "cpu" if count == 0 else f"cpu, auto or cuda:0 to cuda:{count - 1}"
+            raise ConfigError(f"model.device={self.device!r}: this machine has {has}; expected {expected}")
         folder = self.local_folder()
         if folder is None:
             return
@@ -165,7 +170,6 @@ class ModelSource:
         dtype = self._dtype(config_json)
         _quiet_transformers()
         model_class, config, family = _model_class(folder, config_json["model_type"])
-        device = torch.device(self.device)
         checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
         with checks.building(self.path, config_json["model_type"]):
             module = _skeleton(model_class, config, family, dtype)
@@ -174,16 +178,22 @@ class ModelSource:
         mixed = checks.precisions(checkpoint.dtypes())
         if mixed:
             logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, dtype)
-        _load_outside_(module, config, layers_path, checkpoint, device, dtype)
+        model = self._model(module, tokenizer, family, config, dtype, checkpoint if self.stream else None)
+        load_outside_(module, config, layers_path, checkpoint, model.device, dtype)
         if not self.stream:
-            layers = list(module.get_submodule(layers_path).children())
+            layers = list(model.layers)
             for index, layer in enumerate(progress(layers, "load", len(layers), "blocks")):
                 prefix = f"{layers_path}.{index}."
-                load_into_(layer, stored_tensors(layer, checkpoint, prefix), prefix, device, dtype)
+                load_into_(layer, stored_tensors(layer, checkpoint, prefix), prefix, model.layer_device(index), dtype)
                 check_finite(layer, prefix)
         module.eval().requires_grad_(False)
-        tokenizer = self.tokenizer(folder) if tokenizer is None else tokenizer
-        return self._model(module, tokenizer, family, config, dtype, checkpoint if self.stream else None)
+        if len(model.devices) > 1:
+            connect_(module, model.layers, [model.layer_device(i) for i in range(len(model.layers))], model.device)
+            counts = Counter(model.layer_device(i) for i in range(len(model.layers)))
+            logger.info("decoder layers: %s", ", ".join(f"{n} on {device}" for device, n in counts.items()))
+        if tokenizer is None:
+            model.tokenizer = self.tokenizer(folder)
+        return model
 
     def _model(
         self,
@@ -194,23 +204,32 @@ class ModelSource:
         dtype: torch.dtype,
         checkpoint: Checkpoint | None,
     ) -> Model:
+        home, *others = devices = devices_of(self.device)
+        placement = None
+        if others:
+            layers = module.get_submodule(f"{module.base_model_prefix}.{family.layers}")
+            sizes = [dtype.itemsize * sum(p.numel() for p in layer.parameters()) for layer in layers]
+            whole = dtype.itemsize * sum(p.numel() for p in module.parameters())
+            free = [torch.cuda.mem_get_info(device)[0] for device in devices]
+            placement = placed(sizes, whole - sum(sizes), devices, free)
         return Model(
             module,
             tokenizer,
             family,
             modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config,
             name=self.name,
-            device=torch.device(self.device),
+            device=home,
             dtype=dtype,
             batch_size=self.batch_size,
             checkpoint=checkpoint,
+            placement=placement,
         )
 
     def _dtype(self, config: dict[str, Any]) -> torch.dtype:
         if self.dtype != "auto":
             return DTYPES[self.dtype]
         stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
-        on_cpu = torch.device(self.device).type == "cpu"
+        on_cpu = devices_of(self.device)[0].type == "cpu"
         return torch.float32 if on_cpu and stored == torch.float16 else stored
 
     def _download(self, weights: bool) -> Path:
@@ -284,39 +303,6 @@ def _skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dty
     for layer in module.base_model.get_submodule(family.layers):
         modeling_pruned.split_experts_(layer, family)
     return module
-
-
-def _load_outside_(
-    module: Any, config: Any, layers_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Loads everything outside the decoder layers: embeddings, final norm, head."""
-    layers = module.get_submodule(layers_path)
-    module.set_submodule(layers_path, nn.ModuleList())
-    tied = set(module.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    for path, part in list(module.named_modules()):
-        _compute_buffers_(module, part, device)
-        own = nn.Module()  # the part's own tensors alone
-        own._parameters = {k: v for k, v in part._parameters.items() if f"{path}.{k}" not in tied}
-        own._buffers = {k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set}
-        prefix = f"{path}." if path else ""
-        load_into_(own, stored_tensors(own, checkpoint, prefix), prefix, device, dtype)
-        part._parameters.update(own._parameters)
-        part._buffers.update(own._buffers)
-    if config.tie_word_embeddings:
-        module.tie_weights()
-    check_finite(module, "")
-    module.set_submodule(layers_path, layers)
-    checkpoint.close()
-
-
-@torch.no_grad()
-def _compute_buffers_(module: Any, part: nn.Module, device: torch.device) -> None:
-    """Buffers that are stored nowhere, but computed when a model is made: rotary frequencies, scales of embeddings.
-    As transformers does it after loading; the part's weights are on the meta device still, and stay untouched."""
-    computed = {k: b for k, b in part._buffers.items() if k in part._non_persistent_buffers_set and b is not None}
-    part._buffers.update({key: torch.empty_like(buffer, device=device) for key, buffer in computed.items()})
-    if computed:
-        module._init_weights(part)
 
 
 def _quiet_transformers() -> None:

@@ -37,7 +37,7 @@ def masked(model: Model, plan: Plan, readers: Readers | None = None) -> Iterator
 @contextmanager
 def masked_layer(model: Model, index: int, plan: Plan, readers: Readers | None = None) -> Iterator[nn.Module]:
     """`masked` for decoder layer `index` alone."""
-    layer, readers = model.layers[index], readers or {}
+    layer, readers, device = model.layers[index], readers or {}, model.layer_device(index)
     handles: list[Any] = []
     silenced: list[nn.Module] = []
     name = f"{model.layers_path}.{index}"
@@ -53,11 +53,11 @@ def masked_layer(model: Model, index: int, plan: Plan, readers: Readers | None =
         for site in () if layer in silenced else model.layer_sites(index):
             if site.name in readers:
                 reader = layer.get_submodule(site_parts(model.family, site)[1])
-                reader.forward = _replacement(site, plan, *readers[site.name], device=model.device)
+                reader.forward = _replacement(site, plan, *readers[site.name], device=device)
                 silenced.append(reader)
             elif plan.removed(site):
                 reader = layer.get_submodule(site_parts(model.family, site)[1])
-                handles.append(reader.register_forward_pre_hook(_zeroing(site, plan, model.device)))
+                handles.append(reader.register_forward_pre_hook(_zeroing(site, plan, device)))
             for norm, forward in _fewer_heads(model, layer, site, plan):
                 norm.forward = forward
                 silenced.append(norm)
@@ -78,7 +78,8 @@ def _zeroing(site: Site, plan: Plan, device: torch.device) -> Any:
 
 def _replacement(site: Site, plan: Plan, weight_OK: Tensor, bias_O: Tensor | None, device: torch.device) -> Any:
     kept = plan.sites[site.name].kept if site.name in plan.sites else range(site.units)
-    keep_C = site.keep_C(kept).to(device)
+    keep_C, weight_OK = site.keep_C(kept).to(device), weight_OK.to(device)
+    bias_O = None if bias_O is None else bias_O.to(device)
     return lambda x: nn.functional.linear(x.index_select(-1, keep_C), weight_OK, bias_O)
 
 
@@ -93,7 +94,7 @@ def _fewer_heads(model: Model, layer: nn.Module, site: Site, plan: Plan) -> Iter
         if hasattr(norm, "norms") or writer.roles[0] in model.family.shared_roles:
             continue
         width = rows[writer.roles[0]]
-        keep = replace(site, width=width).keep_C(plan.sites[site.name].kept).to(model.device)
+        keep = replace(site, width=width).keep_C(plan.sites[site.name].kept).to(model.layer_device(site.layer))
         yield norm, _narrowed(norm, keep)
 
 

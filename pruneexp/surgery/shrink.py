@@ -130,7 +130,8 @@ def _kept_tensors(
 ) -> dict[str, Tensor]:
     """New tensors of the site's writers and reader, by parameter name below the layer."""
     kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
-    units = torch.as_tensor(kept, dtype=torch.int64, device=model.device)
+    device = model.layer_device(site.layer)
+    units = torch.as_tensor(kept, dtype=torch.int64, device=device)
     writers, reader_path = site_parts(model.family, site)
     tensors = {}
     for writer in writers:
@@ -147,7 +148,7 @@ def _kept_tensors(
     linear: Any = layer.get_submodule(reader_path)
     if reader is None:
         matrix = as_matrix(linear, linear.weight)
-        weight, bias = matrix.index_select(1, site.keep_C(kept).to(model.device)), linear.bias
+        weight, bias = matrix.index_select(1, site.keep_C(kept).to(device)), linear.bias
     else:
         weight, bias = (None if t is None else t.to(linear.weight) for t in reader)
         for tensor in (weight, bias):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pruneexp.tracker.environment import peak_bytes
+from pruneexp.tracker.environment import memory_metrics
 from pruneexp.tracker.folder import (
     NOTES,
     check_folder,
@@ -19,6 +19,7 @@ from pruneexp.tracker.folder import (
     run_folder,
     status_of,
     write_atomic,
+    written_aside,
 )
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
@@ -35,10 +36,11 @@ __all__ = [
     "clear_unfinished",
     "existing",
     "flat_metrics",
-    "peak_bytes",
+    "memory_metrics",
     "run_folder",
     "status_of",
     "write_atomic",
+    "written_aside",
 ]
 
 

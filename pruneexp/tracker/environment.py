@@ -7,7 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -102,13 +102,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The largest resident memory of this process so far, or the device's allocations where that is more."""
+def memory_metrics(devices: Sequence[torch.device]) -> dict[str, int]:
+    """memory/peak_bytes: the largest resident memory of this process so far, or what all GPUs had allocated at most
+    where that is more; of each GPU memory/cuda:N/peak_bytes."""
     try:  # not getrusage's: a child process starts with its parent's peak there
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if device.type == "cuda":
-        peak = max(peak, torch.cuda.max_memory_allocated(device))
-    return peak
+    gpus = [device for device in devices if device.type == "cuda"]
+    found = {f"memory/{device}/peak_bytes": torch.cuda.max_memory_allocated(device) for device in gpus}
+    return {"memory/peak_bytes": max(peak, sum(found.values())), **found}

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,18 @@ SAMPLE_FILES = ("*.json", "*.md", ".*.tmp")
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes `data` (text as UTF-8) whole or not at all: aside, flushed to the disk, then renamed. Raises OSError."""
+    """Writes `data` (text as UTF-8) whole or not at all. Raises OSError."""
+    with written_aside(path) as aside:
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write what is to be `path`: whole or not at all, it is flushed to the disk, then renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
+        yield aside
+        with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:

@@ -27,7 +27,7 @@ from pruneexp.explain import explained, one_line
 from pruneexp.progress import progress
 from pruneexp.summary import sweep_table, write_summary
 from pruneexp.tracker import status_of, write_atomic
-from pruneexp.tracker.folder import new_status, timestamp
+from pruneexp.tracker.folder import timestamp
 from pruneexp.types import ConfigError, RunError, RunRecord, Tracker
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _record_failure(job: Composed, folder: Path, reason: str) -> None:
     """Marks the folder failed where the run did not come far enough to do so itself."""
     if status_of(folder) in ("absent", "interrupted"):
         folder.mkdir(parents=True, exist_ok=True)
-        status = {**new_status(), "status": "failed", "reason": reason, "ended": timestamp()}
+        status = {"status": "failed", "reason": reason, "started": timestamp(), "ended": timestamp()}
         write_atomic(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
         write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
 

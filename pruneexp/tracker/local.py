@@ -92,8 +92,10 @@ class LocalRun:
 
     def _end(self, status: str, reason: str | None) -> None:
         self._close_log()
-        # Which process it was matters while it runs, and is nobody's business afterwards.
-        self._status = {"status": status, "reason": reason, "started": self._status["started"], "ended": timestamp()}
+        self._status = {**self._status, "status": status, "reason": reason, "ended": timestamp()}
+        # The machine's name is for whoever finds the run running. The process stays: should it die before metrics.json
+        # is written, that is how one tells.
+        self._status.pop("host", None)
         self._write_json("status.json", self._status)
 
     def _open_log(self) -> None:

@@ -85,7 +85,7 @@ def _wrapped(label: str, characters: int) -> str:
 
 def _upright(metric: str) -> str:
     """A metric's name beside an axis: on two lines where one would be longer than the axis."""
-    return metric.replace("/", "/\n", 1) if len(metric) > 27 else metric
+    return metric.replace("/", "/\n", 1) if len(metric) > 24 else metric
 
 
 def _legend_columns(labels: Sequence[str]) -> int:

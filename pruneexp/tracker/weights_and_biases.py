@@ -63,7 +63,8 @@ class Wandb:
 
     def start(self, record: RunRecord) -> None:
         """Opens the W&B run, its files in the run folder."""
-        self._live.run, self._live.folder, self._live.warned = None, record.folder, False
+        # Absolute: W&B writes from a process of its own, which keeps the directory it was started in.
+        self._live.run, self._live.folder, self._live.warned = None, record.folder.resolve(), False
         mode = self.mode if self.mode or _environment_decides() else "offline"
         self._attempt_start(mode, record)
         if self._live.run is None and mode != "offline":

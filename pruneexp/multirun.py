@@ -24,10 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from pruneexp.compose import Composed, compose_raw, composed
 from pruneexp.config_files import option_file, sweep_files
 from pruneexp.explain import explained, one_line
-from pruneexp.summary import write_summary
+from pruneexp.progress import progress
+from pruneexp.summary import sweep_table, write_summary
 from pruneexp.tracker import status_of, write_atomic
-from pruneexp.tracker.folder import new_status, timestamp
-from pruneexp.types import ConfigError, RunError
+from pruneexp.tracker.folder import timestamp
+from pruneexp.types import ConfigError, RunError, RunRecord, Tracker
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -80,6 +81,8 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     summary = write_summary(folder)
     print(f"sweep in {folder}: {len(ran)} jobs ran" + (f", failed: {', '.join(failed)}" if failed else ""))
     print(f"all its jobs are in {summary}")
+    if ran:
+        _summarise(config, folder)
     return 1 if failed else 0
 
 
@@ -108,14 +111,41 @@ def _runs_here(node: DictConfig) -> bool:
     return own and not node.callbacks and not node.job.env_set and not node.job.chdir
 
 
+def _summarise(config: DictConfig, folder: Path) -> None:
+    """Hands the sweep, as its folders hold it, to a tracker that takes sweeps. Whatever goes wrong, it is done."""
+    from pruneexp.build import Builder
+
+    try:
+        node = OmegaConf.to_container(config.tracker, resolve=True)
+        tracker = Builder(Composed({"tracker": node}, {}, ())).part("tracker", Tracker)
+        summarise = getattr(tracker, "summarise", None)
+        if summarise is None:
+            return
+        from pruneexp.pages.figures import as_png
+        from pruneexp.pages.folders import find
+        from pruneexp.pages.report import report
+
+        found = find([folder], "same")
+        pictures = report(found, [folder]).pictures if found.runs else []
+        figures = {one.name: (one.caption, as_png(one.figure)) for one in progress(pictures, "draw", unit="figures")}
+        group = _sweep_name(config) or folder.name
+        record = RunRecord(folder, {}, group, f"{group}-summary", "summary")
+        summarise(record, *sweep_table(folder), figures)
+    except Exception as error:
+        print(f"pruneexp: no summary of the sweep for the tracker: {one_line(error)}", file=sys.stderr)
+
+
 def sweep_folder(config: DictConfig) -> Path:
     """`sweep.dir`, or outputs/sweeps/<name of the sweep or recipe>."""
-    choices = config.hydra.runtime.choices
-    name = choices.get("sweep") or choices.get("recipe") or "custom"
+    name = _sweep_name(config) or config.hydra.runtime.choices.get("recipe") or "custom"
     given = OmegaConf.select(config, "sweep.dir")
     if given == "" or not isinstance(given, (str, type(None))):
         raise ConfigError(f"sweep.dir={given!r}: expected a folder, or null for outputs/sweeps/{name}")
     return Path("outputs") / "sweeps" / name if given is None else Path(given)
+
+
+def _sweep_name(config: DictConfig) -> str | None:
+    return config.hydra.runtime.choices.get("sweep")
 
 
 def run_job(config: DictConfig) -> float | None:
@@ -228,7 +258,7 @@ def _record_failure(job: Composed, folder: Path, reason: str) -> None:
     """Marks the folder failed where the run did not come far enough to do so itself."""
     if status_of(folder) in ("absent", "interrupted"):
         folder.mkdir(parents=True, exist_ok=True)
-        status = {**new_status(), "status": "failed", "reason": reason, "ended": timestamp()}
+        status = {"status": "failed", "reason": reason, "started": timestamp(), "ended": timestamp()}
         write_atomic(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
         write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
 

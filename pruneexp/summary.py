@@ -16,20 +16,31 @@ from pruneexp.tracker import status_of, write_atomic
 LEFT_OUT = ("run", "sweep", "cache", "tracker")  # where a job runs and reports, not what it computes
 
 
-def write_summary(folder: Path) -> Path:
-    """Writes summary.csv: a row for every job in `folder`, with its status, the settings in which the jobs differ, and
-    its metrics. A job that is not done has a row without metrics."""
+def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows: a row for every job in `folder`, with its status, the settings in which the jobs differ, and its
+    metrics. A job that is not done has none; what a job lacks is ""."""
     jobs = sorted(path.parent for path in folder.glob("*/status.json"))
     found = [_settings(job) for job in jobs]
     keys = differing(found)
     metrics = [_metrics(job) for job in jobs]
     figures = sorted({key for measured in metrics for key in measured})
+    rows = [
+        [
+            job.name,
+            status_of(job),
+            *(setting.get(key, "") for key in keys),
+            *(measured.get(key, "") for key in figures),
+        ]
+        for job, setting, measured in zip(jobs, found, metrics, strict=True)
+    ]
+    return ["job", "status", *keys, *figures], rows
+
+
+def write_summary(folder: Path) -> Path:
+    """Writes the sweep's table as summary.csv."""
+    header, rows = sweep_table(folder)
     text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["job", "status", *keys, *figures])
-    for job, setting, measured in zip(jobs, found, metrics, strict=True):
-        row = [*(setting.get(key, "") for key in keys), *(measured.get(key, "") for key in figures)]
-        table.writerow([job.name, status_of(job), *row])
+    csv.writer(text).writerows([header, *rows])
     path = folder / "summary.csv"
     write_atomic(path, text.getvalue())
     return path

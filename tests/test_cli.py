@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 import pruneexp
 from pruneexp import experiment as experiments
@@ -160,6 +161,19 @@ def test_a_mistake_is_answered_in_one_line(command: str, answer: str, cli: Cli, 
     for part in parts[1:]:
         assert part in line
     assert not runs and not list(Path().iterdir())
+
+
+def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
+    file = tmp_path / "mine" / "sweep" / "odd.yaml"
+    file.parent.mkdir(parents=True)
+    params = {"recipe": "flap,flapp", "criterion": "flap,magnitud", "search": "global,unifrom", "search.min_unit": "1"}
+    swept = {"mode": "MULTIRUN", "sweeper": {"params": params}}
+    file.write_text(f"# @package _global_\n{yaml.safe_dump({'hydra': swept})}")
+    ended = cli("--config-dir", "mine", "+sweep=odd")
+    assert ended.code == 2 and ended.err.count("\n") == 1 and not runs
+    for wrong in ("recipe=flapp: ", "criterion=magnitud: ", "search=unifrom: ", "search.min_unit=1: "):
+        assert wrong in ended.err
+    assert [path.name for path in Path().iterdir()] == ["mine"]
 
 
 def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: list[Experiment]) -> None:

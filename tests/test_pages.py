@@ -421,7 +421,7 @@ def test_a_seed_counts_once_however_often_it_was_evaluated(tmp_path: Path) -> No
         composed = config("recipe=flap", **{"dataset.seed": seed, "evaluator.perplexity.batch_size": batch})
         write_run(tmp_path / str(index), composed, metrics(ppl))
     (point,) = points(describe(find([tmp_path], "same").runs), PPL)
-    assert (point.n, len(point.runs)) == (2, 3) and point.ppl == pytest.approx(6.0)
+    assert (point.n, len(point.runs)) == (2, 3) and point.value == pytest.approx(6.0)
 
 
 def test_settings_of_one_choice_tell_methods_apart(tmp_path: Path) -> None:
@@ -443,7 +443,46 @@ def test_runs_without_perplexity_have_a_page_too(tmp_path: Path) -> None:
     page = Page(tmp_path / "run" / "report" / "index.html")
     assert "No run measured a perplexity." in page.text
     assert page.table("Every finished run")[0]["pruned/questions/acc"] == ("0.5000", "0.5")
-    assert {path.stem for path in (tmp_path / "run" / "report" / "figures").iterdir()} == {"widths-block"}
+    drawn = {path.stem for path in (tmp_path / "run" / "report" / "figures").iterdir()}
+    assert drawn == {"widths-block", "accuracy-questions-acc"}
+
+
+def test_accuracies_are_means_over_seeds_beside_the_dense_models(tmp_path: Path) -> None:
+    mean, task = "acc/mean7@0shot[280]", "acc/piqa@0shot[40]"
+    for recipe, share in (("flap", 0.2), ("magnitude", 0.15)):
+        for seed, found in enumerate((0.40, 0.44)):
+            measured = {
+                f"dense/{mean}": 0.5,
+                f"pruned/{mean}": found,
+                f"dense/{task}": 0.7,
+                f"pruned/{task}": 0.6 + found / 10,
+            }
+            composed = config(
+                f"recipe={recipe}", **{"dataset.seed": seed, "model.path": "a/b/c/llm", "model.name": "a/b/c/llm"}
+            )
+            write_run(tmp_path / "runs" / "HASH", composed, metrics(4.0 + seed, share, **measured))
+    assert report(tmp_path / "runs", f"out={tmp_path / 'page'}") == 0
+    page = Page(tmp_path / "page" / "index.html")
+    found = {(row["model"][0], row["method"][0]): row for row in page.table("Accuracy on every task")}
+    assert set(found) == {("llm", "dense"), ("llm", "flap"), ("llm", "magnitude")}  # of a path, the folder's name
+    assert [found["llm", "dense"][key][0] for key in (mean, task)] == ["0.5000", "0.7000"]
+    assert [found["llm", "flap"][key][0] for key in (mean, task)] == ["0.4200", "0.6420"]
+    (first, _) = page.table(f"{mean}: mean accuracy")
+    half = t_quantile(1) * 0.02  # s / sqrt(n) of 0.40 and 0.44
+    assert [float(first[key][1] or "") for key in ("95 % from", "to")] == pytest.approx([0.42 - half, 0.42 + half])
+    assert f"{mean}: 280 items, whose draw alone moves an accuracy by up to 0.06" in page.text
+    drawn = {path.stem for path in (tmp_path / "page" / "figures").glob("accuracy*.svg")}
+    assert drawn == {"accuracy-acc-mean7-0shot-280"}  # tasks are tabled alone
+    columns = set(page.table("Every finished run")[0])
+    assert f"pruned/{mean}" in columns and f"pruned/{task}" not in columns
+    assert "the shares really removed differ at one ratio asked (15.0 to 20.0 % at 0.2)" in page.text
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", config("recipe=flap"), metrics(4.0))
+    assert report(tmp_path / "run", f"out={tmp_path / 'page'}") == 0
+    (row,) = Page(tmp_path / "page" / "index.html").table(f"{PPL}: exp of the mean")
+    assert {"95 % from", "to"}.isdisjoint(row) and row[PPL][1] == "4.0"
 
 
 def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:

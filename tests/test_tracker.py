@@ -51,8 +51,22 @@ def test_environment(tmp_path):
     assert known["model"] == {"sha256": "abc"} and known["data"] == {"windows": 8}
     assert known["versions"]["torch"] == torch.__version__.split("+")[0] or known["versions"]["torch"]
     assert {"python", "pruneexp", "transformers", "hydra-core", "lm_eval"} <= set(known["versions"])
-    assert known["cpus"] >= 1 and known["command"] == sys.argv
+    assert known["cpus"] >= 1 and known["command"][1:] == sys.argv[1:]
     run.fail("enough")
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"),
+    [("/home/me/bin/pruneexp", ["pruneexp"]), ("/home/me/pruneexp/__main__.py", ["python", "-m", "pruneexp"])],
+)
+def test_a_record_names_neither_the_machine_nor_its_folders(tmp_path, monkeypatch, program, typed):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.gethostname", lambda: "a-host-of-mine")
+    monkeypatch.setattr(sys, "argv", [program, "seed=1"])
+    finished(Path("run"))
+    assert json.loads(Path("run/environment.json").read_text())["command"] == [*typed, "seed=1"]
+    text = "".join(path.read_bytes().decode(errors="replace") for path in Path("run").iterdir())
+    assert all(private not in text for private in ("a-host-of-mine", "/home/me", str(tmp_path)))
 
 
 def test_git_revision_of_the_packages_own_checkout_only(tmp_path):

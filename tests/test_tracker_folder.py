@@ -186,6 +186,16 @@ def test_a_process_number_used_again_is_not_the_run(tmp_path):
     run.fail("over")
 
 
+def test_a_run_that_died_before_its_metrics_were_written_is_interrupted(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["status"] == "done" and "host" not in status
+    assert status_of(tmp_path) == "running"  # this process still lives, and may be about to write them
+    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": "another boot:1"}))
+    assert status_of(tmp_path) == "interrupted"
+
+
 def test_status_of_a_folder_without_a_run(tmp_path):
     assert status_of(tmp_path / "none") == status_of(tmp_path) == "absent"
     (tmp_path / "status.json").write_text("[]")

@@ -1,13 +1,21 @@
+import csv
 import json
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
+from PIL import Image
 
+from pruneexp.__main__ import main
+from pruneexp.compose import compose_raw, open_hydra
+from pruneexp.multirun import _summarise
+from pruneexp.pages import main as main_report
 from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, RunRecord
 from tests.tracker_samples import CONFIG, METRICS, PLAN, SCORES, SITES, record
 
 
@@ -68,6 +76,81 @@ def test_an_offline_run_can_be_read_back(tmp_path, no_account):
     assert status_of(folder) == "done"
     written = [str(file) for file in no_account.rglob("*") if file.is_file() and file.suffix != ".log"]
     assert written == []  # nothing but W&B's own debug logs outside the run folder
+
+
+def place(records: list[dict]) -> tuple[str, str]:
+    """Group and job type of a W&B run."""
+    (run,) = [record["run"] for record in records if record["type"] == "run"]
+    return run["run_group"], run["job_type"]
+
+
+def logged_table(folder: Path) -> tuple[list[str], list[list]]:
+    (file,) = folder.glob("wandb/offline-run-*/files/media/table/jobs_*.table.json")
+    content = json.loads(file.read_text())
+    return content["columns"], content["data"]
+
+
+def test_the_summary_of_a_sweep_can_be_read_back(tmp_path, no_account):
+    header = ["job", "status", "search.steps", "pruned/ppl/stories@128"]
+    rows = [["aa", "done", 3, 6.5], ["bb", "failed", "", ""], ["cc", "done", 4, 7]]
+    png = BytesIO()
+    Image.new("RGB", (7, 5)).save(png, "png")
+    record = RunRecord(tmp_path, {}, "stories", "stories-summary", "summary")
+    tracker().summarise(record, header, rows, {"perplexity": ("against the share removed", png.getvalue())})
+    run, records = read_back(tmp_path)
+    assert run["name"] == "stories-summary" and run["exit_code"] == 0 and place(records) == ("stories", "summary")
+    assert logged_table(tmp_path) == (
+        header,
+        [["aa", "done", 3, 6.5], ["bb", "failed", None, None], ["cc", "done", 4, 7]],
+    )
+    picture = run["summary"]["figures/perplexity"]
+    assert picture["caption"] == "against the share removed" and (picture["width"], picture["height"]) == (7, 5)
+
+
+def test_agents_of_a_sweep_of_wandbs_own_add_no_summaries(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "x")
+    monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("a run was started"))
+    tracker().summarise(RunRecord(tmp_path, {}, "s", None, "summary"), ["job"], [["aa"]], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_from_jobs_to_summary(tmp_path, no_account, monkeypatch):
+    """One group holds every job, with its plan, and the summary: the table of summary.csv and the report's figures."""
+    monkeypatch.chdir(tmp_path)
+    small = ["dataset.samples=4", "dataset.length=32", "evaluator=[size,perplexity]", "evaluator.perplexity.samples=4"]
+    assert main(["--multirun", "sparsity.ratio=0.2,0.3", *small, "tracker=wandb", "sweep.dir=ratios"]) == 0
+    jobs = [path.parent for path in Path("ratios").glob("*/metrics.json")]
+    assert len(jobs) == 2
+    for job in jobs:
+        _, records = read_back(job)
+        assert place(records) == ("ratios", "job")
+        assert '"plan.json"' in json.dumps([each for each in records if each["type"] == "artifact"])
+    run, records = read_back(Path("ratios"))
+    assert place(records) == ("ratios", "summary")
+    columns, rows = logged_table(Path("ratios"))
+    with Path("ratios/summary.csv").open() as file:
+        assert [columns, *rows] == [[plain(cell) for cell in row] for row in csv.reader(file)]
+    assert "pruned/ppl/embedded@32[4]" in columns and "sparsity.ratio" in columns
+    figures = {key for key in run["summary"] if key.startswith("figures/")}
+    assert main_report(["ratios", "out=report"]) == 0
+    assert figures == {f"figures/{path.stem}" for path in Path("report/figures").glob("*.png")}
+
+
+def plain(cell: str) -> float | str | None:
+    """A cell of a CSV file, as W&B's table holds it."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell or None
+
+
+def test_a_summary_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pruneexp.pages.folders.find", broken)
+    _summarise(compose_raw(open_hydra(), ["tracker=wandb"], RunMode.MULTIRUN), tmp_path)
+    assert capsys.readouterr().err == "pruneexp: no summary of the sweep for the tracker: disk full\n"
 
 
 def test_a_failed_run_is_failed_in_wandb(tmp_path, no_account):

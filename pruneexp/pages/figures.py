@@ -3,8 +3,6 @@ dash as well as by colour."""
 
 from __future__ import annotations
 
-import html
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +83,11 @@ def _wrapped(label: str, characters: int) -> str:
     return textwrap.fill(label, characters, break_on_hyphens=False)
 
 
+def _upright(metric: str) -> str:
+    """A metric's name beside an axis: on two lines where one would be longer than the axis."""
+    return metric.replace("/", "/\n", 1) if len(metric) > 24 else metric
+
+
 def _legend_columns(labels: Sequence[str]) -> int:
     return 2 if all(len(label) <= 28 for label in labels) else 1
 
@@ -114,7 +117,7 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def perplexity_figure(
+def share_figure(
     name: str,
     metric: str,
     points: Sequence[Point],
@@ -123,8 +126,8 @@ def perplexity_figure(
     published: Sequence[Comparison],
     looks: Mapping[str, Style],
 ) -> Picture:
-    """Perplexity against the real share removed, a line a method, 95 % t-intervals over seeds as bars. Runs of one
-    config with different results, and published figures, are marks on their own."""
+    """A perplexity or accuracy against the real share removed, a line a method, 95 % t-intervals over seeds as bars.
+    Runs of one config with different results, and published figures, are marks on their own."""
     methods = list(dict.fromkeys(point.method for point in points))
     entries = [*methods, *["published, at its nominal ratio"] * bool(published), *["dense"] * bool(dense)]
     figure, axes = _figure(2.9, _legend_rows([*entries, *["same config, another result"] * bool(conflicting)]))
@@ -135,13 +138,13 @@ def perplexity_figure(
     values = list(dense)
     for method in methods:
         line = sorted((point for point in points if point.method == method), key=lambda point: point.share)
-        x, y = [100 * point.share for point in line], [point.ppl for point in line]
+        x, y = [100 * point.share for point in line], [point.value for point in line]
         axes.plot(x, y, label=method, markersize=6, linewidth=1.6, **looks[method])
         barred = [point for point in line if point.low is not None and point.high is not None]
         if barred:
-            low = [point.ppl - (point.low or 0) for point in barred]
-            high = [(point.high or 0) - point.ppl for point in barred]
-            where = [100 * point.share for point in barred], [point.ppl for point in barred]
+            low = [point.value - (point.low or 0) for point in barred]
+            high = [(point.high or 0) - point.value for point in barred]
+            where = [100 * point.share for point in barred], [point.value for point in barred]
             axes.errorbar(*where, [low, high], fmt="none", ecolor=looks[method]["color"], capsize=3, elinewidth=1.2)
         values += y
     if conflicting:
@@ -154,17 +157,20 @@ def perplexity_figure(
         look: Style = {"linestyle": "none", "marker": "*", "markersize": 13, "markerfacecolor": "none", "zorder": 1.5}
         colour = looks[one.method]["color"] if one.method in looks else INK
         label = None if k else "published, at its nominal ratio"
-        axes.plot([100 * one.published.ratio], [one.published.value], color=colour, label=label, **look)
-        values.append(one.published.value)
-    _log_scale(axes, values)
+        value = one.published.value / (100 if one.published.unit == "percent" else 1)
+        axes.plot([100 * one.published.ratio], [value], color=colour, label=label, **look)
+        values.append(value)
+    if metric.startswith("ppl/"):
+        _log_scale(axes, values)
     axes.set_xlim(left=0)
     axes.set_xlabel("share of the decoder's parameters removed, %")
-    axes.set_ylabel(metric)
+    axes.set_ylabel(_upright(metric))
     axes.grid(axis="y", color=GRID, linewidth=0.6)
     _legend(figure, axes)
-    told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.ppl:.4g}" for p in points)
+    told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
     seeds = sorted({point.n for point in points})
-    bars = "bars are 95 % t-intervals of the mean log perplexity" if seeds and seeds[-1] > 1 else "no bars"
+    mean = "mean log perplexity" if metric.startswith("ppl/") else "mean"
+    bars = f"bars are 95 % t-intervals of the {mean}" if seeds and seeds[-1] > 1 else "no bars"
     over = f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}"
     return Picture(name, f"{metric} against the share removed, {over} a point; {bars}.", told, figure)
 
@@ -190,7 +196,7 @@ def pareto_figure(name: str, metric: str, cost: Cost, found: Sequence[Priced], l
     _log_scale(axes, [one.ppl for one in found])
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(cost.label)
-    axes.set_ylabel(metric)
+    axes.set_ylabel(_upright(metric))
     axes.grid(color=GRID, linewidth=0.6)
     _legend(figure, axes)
     told = "; ".join(f"{one.method} {one.ratio:g} ({one.cost:.4g}, {one.ppl:.4g})" for one in front)
@@ -277,23 +283,3 @@ def as_svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pruneexp", "font.family": "sans-serif"}):
         figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     return file.getvalue().decode()
-
-
-def inline_svg(svg: str, label: str, prefix: str) -> str:
-    """The figure as part of a page: no header, no reference outside, identifiers of its own, the page's ink and ground.
-    `label` is what screen readers say."""
-    text = svg[svg.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    text = re.sub(r'href="#', f'href="#{prefix}', text)
-    text = re.sub(r"url\(#", f"url(#{prefix}", text)
-    # matplotlib writes colours into every element, where no style sheet reaches them; a variable is reached.
-    for colour, variable in ((INK, "ink"), (FAINT, "faint"), (GRID, "grid"), ("#ffffff", "ground")):
-        text = text.replace(colour, f"var(--{variable})")
-    width = re.match(r'<svg[^>]*\swidth="([\d.]+)pt"', text)
-    text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
-    own = float(width[1]) * 4 / 3 if width else WIDTH * 96  # pixels
-    size = f"width:100%;min-width:{0.8 * own:.0f}px;max-width:{1.35 * own:.0f}px"
-    label = html.escape(label, quote=True)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="{size}"', 1)

@@ -252,7 +252,7 @@ def difference(one: Run, other: Run) -> str:
     if not worst or apart[worst] <= SAME:
         return ""
     values = " and ".join(f"{run.metrics[worst]:g}" if worst in run.metrics else "none" for run in (one, other))
-    parts = ("model", "data", "versions", "git", "platform", "cpus", "threads", "gpus")
+    parts = ("model", "data", "versions", "git", "platform", "cpu", "cpus", "threads", "gpus")
     also = [part for part in parts if one.environment.get(part) != other.environment.get(part)]
     why = f"; their environments differ in {', '.join(also)}" if also else "; their environments are the same"
     return f"{worst} is {values}{why}"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import PurePath
 from typing import Any, cast
 
 import yaml
@@ -140,13 +141,18 @@ def describe(runs: Sequence[Run]) -> list[Described]:
 def _contexts(runs: Sequence[Run]) -> list[str]:
     """The model of each run: its name, and what else tells it from another of that name."""
     nodes = [settings({"model": run.config["model"]}) | _weights(run) for run in runs]
-    names = [str(run.config["model"].get("name")) for run in runs]
+    names = [_short(str(run.config["model"].get("name"))) for run in runs]
     found = []
     for node, name in zip(nodes, names, strict=True):
         same = [other for other, other_name in zip(nodes, names, strict=True) if other_name == name]
         keys = [key for key in differing(same) if key not in HOW]
         found.append(" ".join([name, *(f"{key.removeprefix('model.')}={node.get(key)}" for key in keys)]))
     return found
+
+
+def _short(name: str) -> str:
+    """A folder's own name; an id on the hub as it is."""
+    return PurePath(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
 
 
 def _weights(run: Run) -> dict[str, str]:

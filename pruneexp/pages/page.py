@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pruneexp.pages.figures import Picture, inline_svg
+from pruneexp.pages.figures import FAINT, GRID, INK, WIDTH, Picture
 from pruneexp.pages.tables import Table, as_html
 
 STYLE = """
@@ -105,6 +106,26 @@ def _section(section: Section) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    svg = inline_svg(picture.svg, f"{picture.caption} {picture.told}", f"{picture.name}-")
+    svg = _inline_svg(picture.svg, f"{picture.caption} {picture.told}", f"{picture.name}-")
     caption = html.escape(picture.caption)
     return f"<figure><div class='wide' tabindex='0'>{svg}</div><figcaption>{caption}</figcaption></figure>"
+
+
+def _inline_svg(svg: str, label: str, prefix: str) -> str:
+    """The figure as part of a page: no header, no reference outside, identifiers of its own, the page's ink and ground.
+    `label` is what screen readers say."""
+    text = svg[svg.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'href="#', f'href="#{prefix}', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}", text)
+    # matplotlib writes colours into every element, where no style sheet reaches them; a variable is reached.
+    for colour, variable in ((INK, "ink"), (FAINT, "faint"), (GRID, "grid"), ("#ffffff", "ground")):
+        text = text.replace(colour, f"var(--{variable})")
+    width = re.match(r'<svg[^>]*\swidth="([\d.]+)pt"', text)
+    text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
+    own = float(width[1]) * 4 / 3 if width else WIDTH * 96  # pixels
+    size = f"width:100%;min-width:{0.8 * own:.0f}px;max-width:{1.35 * own:.0f}px"
+    label = html.escape(label, quote=True)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="{size}"', 1)

@@ -21,15 +21,15 @@ KINDS = ("attention", "mlp", "block")
 class Point:
     """A method at a ratio, its seeds taken together.
 
-    `share`: mean real share removed of the decoder's parameters. `ppl`: exp of the mean log perplexity; `low`, `high`:
-    exp of that mean's 95 % t-interval over the `n` seeds, None for one."""
+    `share`: mean real share removed of the decoder's parameters. `value`: the metric's mean over the `n` seeds, of
+    perplexities exp of the mean logarithm; `low`, `high`: its 95 % t-interval, None for one seed."""
 
     context: str
     method: str
     ratio: float
     metric: str
     share: float
-    ppl: float
+    value: float
     low: float | None
     high: float | None
     n: int
@@ -47,6 +47,16 @@ def perplexities(runs: Sequence[Described]) -> list[str]:
     return metrics_of(runs, "ppl/.*")
 
 
+def accuracies(runs: Sequence[Described]) -> list[str]:
+    """Means over tasks, then tasks."""
+    found = metrics_of(runs, r"(?!ppl/)(?:.*/)?acc\w*(?:[@/\[].*)?")
+    return sorted(found, key=lambda name: (not is_mean(name), name))
+
+
+def is_mean(accuracy: str) -> bool:
+    return re.search(r"/mean\d+(@|$)", accuracy) is not None
+
+
 def points(runs: Sequence[Described], metric: str) -> list[Point]:
     """One a context, method and ratio, in that order; of the runs that measured the metric."""
     groups: dict[tuple[str, str, float], list[Described]] = {}
@@ -58,11 +68,12 @@ def points(runs: Sequence[Described], metric: str) -> list[Point]:
 
 def _point(key: tuple[str, str, float], metric: str, members: Sequence[Described]) -> Point:
     seeds = [one.seed for one in members]
-    log = interval(by_seed([math.log(one.run.metrics[f"pruned/{metric}"]) for one in members], seeds))
+    scale, back = (math.log, math.exp) if metric.startswith("ppl/") else (float, float)
+    found = interval(by_seed([scale(one.run.metrics[f"pruned/{metric}"]) for one in members], seeds))
     share = math.fsum(one.run.metrics[SHARE] for one in members) / len(members)
-    low = None if log.half is None else math.exp(log.mean - log.half)
-    high = None if log.half is None else math.exp(log.mean + log.half)
-    return Point(*key, metric, share, math.exp(log.mean), low, high, log.n, tuple(members))
+    low = None if found.half is None else back(found.mean - found.half)
+    high = None if found.half is None else back(found.mean + found.half)
+    return Point(*key, metric, share, back(found.mean), low, high, found.n, tuple(members))
 
 
 def by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
@@ -130,7 +141,7 @@ def priced(points: Sequence[Point], cost: Cost) -> list[Priced]:
     found: list[tuple[str, float, float, float]] = []
     for point in points:
         if measured := mean_of(point, f"pruned/{cost.metric}"):
-            found.append((point.method, point.ratio, cost.of(measured), point.ppl))
+            found.append((point.method, point.ratio, cost.of(measured), point.value))
     for point in points[:1]:
         measured, ppl = mean_of(point, f"dense/{cost.metric}"), mean_of(point, f"dense/{point.metric}")
         if measured and ppl:
@@ -141,7 +152,8 @@ def priced(points: Sequence[Point], cost: Cost) -> list[Priced]:
 
 def machine(run: Mapping[str, Any]) -> str:
     """What a latency was measured on, from environment.json."""
-    where = ", ".join(run.get("gpus") or ()) or f"{run.get('platform')}, {run.get('cpus')} CPUs"
+    cpus = ", ".join(str(run[key]) for key in ("platform", "cpu") if run.get(key))
+    where = ", ".join(run.get("gpus") or ()) or f"{cpus}, {run.get('cpus')} CPUs"
     threads = run.get("threads")
     return f"{where}, {threads} thread{'' if threads == 1 else 's'}"
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruneexp.pages.against_share import accuracy_section, perplexity_section
 from pruneexp.pages.comparison import comparisons
 from pruneexp.pages.figures import Picture, styles
 from pruneexp.pages.folders import Found
 from pruneexp.pages.methods import GROUPS, Described, departures, describe
 from pruneexp.pages.page import Folded, Section
-from pruneexp.pages.points import SHARE, kept_shares, machine, metrics_of, perplexities
+from pruneexp.pages.points import SHARE, accuracies, is_mean, kept_shares, machine, perplexities
 from pruneexp.pages.sections import (
     effects_section,
     pareto_section,
-    perplexity_section,
     published_section,
     widths_section,
 )
@@ -24,7 +24,7 @@ from pruneexp.pages.tables import Cell, Table, count, number, ratio
 from pruneexp.published import tables as published_tables
 from pruneexp.summary import differing, settings
 
-UNITS = {SHARE: "share", "memory/peak_bytes": "bytes"}
+UNITS = {SHARE: "share", "memory/peak_bytes": "bytes", "passes/forward": "count", "passes/backward": "count"}
 LATER = (
     "seconds/calibrate",
     "seconds/search",
@@ -64,6 +64,7 @@ def report(found: Found, folders: Sequence[Path]) -> Report:
         _runs(runs, found),
         _left_out(found),
         perplexity_section(counted, conflicting, compared, looks),
+        accuracy_section(counted, conflicting, compared, looks),
         pareto_section(counted, looks),
         widths_section(runs),
         effects_section(counted),
@@ -107,7 +108,7 @@ def _runs(runs: Sequence[Described], found: Found) -> Section:
         flagged = one.run.hash in found.conflicts
         cells = [Cell(one.run.name, mark="flag" if flagged else ""), *([Cell(one.context)] if several else [])]
         cells += [Cell(one.method), ratio(one.ratio), *(Cell(str(setting.get(key, "-"))) for key in keys)]
-        cells += [number(one.run.metrics.get(key), UNITS.get(key, "")) for key in columns]
+        cells += [number(one.run.metrics.get(key), _unit(key)) for key in columns]
         rows.append((*cells, Cell("same config, another result", mark="flag") if flagged else Cell("")))
     head = ["run", *(["model"] if several else []), "method", "ratio asked", *keys, *columns, "remark"]
     if not found.conflicts:
@@ -125,8 +126,13 @@ def _runs(runs: Sequence[Described], found: Found) -> Section:
 
 
 def _measured(runs: Sequence[Described]) -> list[str]:
-    """Perplexities, then accuracies."""
-    return perplexities(runs) + metrics_of(runs, r"(?!ppl/)(?:.*/)?acc\w*(?:[@/\[].*)?")
+    """Perplexities, then accuracies: means over tasks where there are any."""
+    found = accuracies(runs)
+    return perplexities(runs) + ([name for name in found if is_mean(name)] or found)
+
+
+def _unit(metric: str) -> str:
+    return UNITS.get(metric, "accuracy" if "/acc" in metric else "")
 
 
 def _shared(runs: Sequence[Described]) -> str:

@@ -1,18 +1,15 @@
-"""The sections of a report that hold figures: what is drawn and tabled for each model and metric."""
+"""The other sections of a report that hold figures: what is drawn and tabled for each model and metric."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
+from pruneexp.pages.against_share import file_name, named, only_of
 from pruneexp.pages.comparison import NOT_STATED, Aspect, Comparison, unpublished
 from pruneexp.pages.figures import (
-    Picture,
     Style,
     effects_figure,
     pareto_figure,
-    perplexity_figure,
     widths_figure,
 )
 from pruneexp.pages.methods import Described
@@ -21,11 +18,9 @@ from pruneexp.pages.points import (
     SHARE,
     Ablation,
     Cost,
-    Point,
     Priced,
     ablation,
     costs,
-    dense,
     kept_shares,
     machine,
     perplexities,
@@ -35,91 +30,13 @@ from pruneexp.pages.points import (
 from pruneexp.pages.tables import Cell, Table, count, number, ratio
 from pruneexp.published import Table as PublishedTable
 
-FEW = 3  # figures of a list that are written out
-
-
-def _name(*parts: str) -> str:
-    """A file name and HTML identifier."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(parts)).strip("-")
-
-
-def _only(runs: Sequence[Described], context: str) -> tuple[str, ...]:
-    """A short name for the context, where a report has several."""
-    contexts = list(dict.fromkeys(one.context for one in runs))
-    return (f"model{contexts.index(context) + 1}",) if len(contexts) > 1 else ()
-
-
-def _of(context: str, only: tuple[str, ...], picture: Picture) -> Picture:
-    """The picture, its caption with the model where a report has several."""
-    return replace(picture, caption=f"{context}: {picture.caption}") if only else picture
-
-
-def perplexity_section(
-    runs: Sequence[Described],
-    conflicting: Sequence[Described],
-    compared: Sequence[Comparison],
-    looks: Mapping[str, Style],
-) -> Section:
-    lines, tables, pictures = [], [], []
-    everyone = [*runs, *conflicting]
-    for metric in perplexities(everyone):
-        found = points(runs, metric)
-        for context in dict.fromkeys(one.context for one in everyone):
-            here = [point for point in found if point.context == context]
-            members = [one for one in everyone if one.context == context]
-            measured = [one for one in conflicting if {f"pruned/{metric}", SHARE} <= set(one.run.metrics)]
-            odd = [one for one in measured if one.context == context]
-            if not here and not odd:
-                continue
-            theirs = [
-                one
-                for one in compared
-                if one.published.metric == metric and one.published.ratio and one.runs[0].context == context
-            ]
-            only = _only(everyone, context)
-            before = dense(members, metric)
-            name = _name("perplexity", metric, *only)
-            pictures.append(_of(context, only, perplexity_figure(name, metric, here, before, odd, theirs, looks)))
-            if len(before) > 1:
-                lines.append(
-                    f"{context}: the dense model's {metric} is not one figure but {_list(before)}: other texts, "
-                    "numeric precision or machines are mixed here."
-                )
-        if found:
-            tables.append(_points_table(_name("perplexity", metric), found))
-    if not pictures:
-        lines.append("No run measured a perplexity.")
-    return Section("perplexity", "Perplexity and share removed", tuple(lines), tuple(tables), tuple(pictures))
-
-
-def _list(values: Sequence[float]) -> str:
-    shown = [f"{value:.6g}" for value in values[:FEW]]
-    return ", ".join(shown) + (f" and {len(values) - FEW} more" if len(values) > FEW else "")
-
-
-def _points_table(name: str, found: Sequence[Point]) -> Table:
-    head = ("model", "method", "ratio asked", "share removed", found[0].metric, "95 % from", "to", "seeds")
-    rows = tuple(
-        (
-            Cell(point.context),
-            Cell(point.method),
-            ratio(point.ratio),
-            number(point.share, "share"),
-            number(point.ppl),
-            number(point.low),
-            number(point.high),
-            number(point.n),
-        )
-        for point in found
-    )
-    title = f"{found[0].metric}: exp of the mean log perplexity over seeds, with its t-interval"
-    return Table(name, title, head, rows)
+UNEQUAL = 0.01  # difference of shares removed at one ratio that is told
 
 
 def pareto_section(runs: Sequence[Described], looks: Mapping[str, Style]) -> Section | None:
     tables, pictures = [], []
     for context in dict.fromkeys(one.context for one in runs):
-        only = _only(runs, context)
+        only = only_of(runs, context)
         members = [one for one in runs if one.context == context]
         places = list(dict.fromkeys(machine(one.run.environment) for one in members))
         for metric in perplexities(members):
@@ -128,11 +45,11 @@ def pareto_section(runs: Sequence[Described], looks: Mapping[str, Style]) -> Sec
                 for k, place in enumerate(places if cost.inverse else [""]):
                     here = [one for one in members if not place or machine(one.run.environment) == place]
                     several = (f"machine{k + 1}",) if place and len(places) > 1 else ()
-                    name = _name("pareto", metric, cost.metric, *only, *several)
+                    name = file_name("pareto", metric, cost.metric, *only, *several)
                     found = priced(points(here, metric), cost)
                     if len(found) > 1:
                         where = ", ".join([*([context] if only else []), *([place] if several else [])])
-                        pictures.append(_of(context, only, pareto_figure(name, metric, cost, found, looks)))
+                        pictures.append(named(context, only, pareto_figure(name, metric, cost, found, looks)))
                         tables.append(_priced_table(name, metric, cost, found, where))
     if not pictures:
         return None
@@ -163,9 +80,9 @@ def widths_section(runs: Sequence[Described]) -> Section | None:
                 rows.setdefault(f"{one.method}, {one.ratio:g}", []).append(one)
         kinds = sorted({kind for one in runs for kind in kept_shares(one.run.plan)})
         for kind in kinds:
-            only = _only(runs, context)
-            picture = widths_figure(_name("widths", kind, *only), kind, list(rows.items()))
-            pictures += [_of(context, only, picture)] if picture is not None else []
+            only = only_of(runs, context)
+            picture = widths_figure(file_name("widths", kind, *only), kind, list(rows.items()))
+            pictures += [named(context, only, picture)] if picture is not None else []
     lines = ("Share of its units that each layer keeps, mean over seeds; a row is a method and the ratio asked.",)
     return Section("widths", "Kept widths", lines, (), tuple(pictures)) if pictures else None
 
@@ -174,14 +91,18 @@ def effects_section(runs: Sequence[Described]) -> Section | None:
     lines, tables, pictures = [], [], []
     for context in dict.fromkeys(one.context for one in runs):
         members = [one for one in runs if one.context == context]
+        designs: dict[str, list[str]] = {}
+        only = only_of(runs, context)
         for metric in perplexities(members):
             found = ablation(members, metric)
             if found is not None:
-                only = _only(runs, context)
-                name = _name("effects", metric, *only)
-                lines.append(_design(found))
+                name = file_name("effects", metric, *only)
+                designs.setdefault(_design(found), []).append(metric)
                 tables.append(_effects_table(name, found))
-                pictures.append(_of(context, only, effects_figure(name, found)))
+                pictures.append(named(context, only, effects_figure(name, found)))
+        lines += [f"{context}, {', '.join(metrics)}: {design}" for design, metrics in designs.items()]
+        if designs:
+            lines += _unequal_shares(context, members)
     if not pictures:
         return None
     return Section("effects", "Main effects", tuple(lines), tuple(tables), tuple(pictures))
@@ -190,11 +111,29 @@ def effects_section(runs: Sequence[Described]) -> Section | None:
 def _design(found: Ablation) -> str:
     seeds = f", {count(found.seeds, 'seed')}"
     if found.balanced:
-        return f"{found.context}, {found.metric}: balanced, all {found.possible} combinations of levels alike{seeds}."
+        return f"balanced, all {found.possible} combinations of levels alike{seeds}."
     return (
-        f"{found.context}, {found.metric}: unbalanced, {found.cells} of {found.possible} combinations of levels, not "
-        f"all equally often{seeds}: a level's mean holds what the other factors happened to be there."
+        f"unbalanced, {found.cells} of {found.possible} combinations of levels, not all equally often{seeds}: a "
+        "level's mean holds what the other factors happened to be there."
     )
+
+
+def _unequal_shares(context: str, runs: Sequence[Described]) -> list[str]:
+    """That runs asked for one ratio removed different shares: what removes less looks better for that alone."""
+    shares: dict[float, list[float]] = {}
+    for one in runs:
+        if SHARE in one.run.metrics:
+            shares.setdefault(one.ratio, []).append(one.run.metrics[SHARE])
+    apart = {ratio: found for ratio, found in sorted(shares.items()) if max(found) - min(found) > UNEQUAL}
+    if not apart:
+        return []
+    told = ", ".join(
+        f"{100 * min(found):.1f} to {100 * max(found):.1f} % at {ratio:g}" for ratio, found in apart.items()
+    )
+    return [
+        f"{context}: the shares really removed differ at one ratio asked ({told}); part of an effect is that. The "
+        "figures above, against the real share, do not have this flaw."
+    ]
 
 
 def _effects_table(name: str, found: Ablation) -> Table:

@@ -42,8 +42,10 @@ def number(value: float | None, unit: str = "") -> Cell:
         return Cell(_bytes(value), value)
     if unit == "share":
         return Cell(f"{100 * value:.2f} %", value)
-    if isinstance(value, int):
-        return Cell(f"{value:,}", value)
+    if unit == "accuracy":
+        return Cell(f"{value:.4f}", value)
+    if isinstance(value, int) or (unit == "count" and value.is_integer()):
+        return Cell(f"{value:,.0f}", value)
     return Cell(f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:,.0f}", value)
 
 

@@ -35,10 +35,12 @@ PACKAGES = (
 def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of environment.json; `model` and `data` are the fingerprints the runner took. Memory in bytes.
 
-    Versions and revision are those of the code that runs: as they were when this process first asked."""
+    Versions and revision are those of the code that runs: as they were when this process first asked. Records are
+    passed on: of the machine they say what figures may depend on, and neither its name nor its folders."""
     return {
         "versions": dict(_versions()),
-        "platform": platform.platform(),
+        "platform": " ".join([platform.system(), platform.machine(), *filter(None, platform.libc_ver())]),
+        "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
@@ -47,8 +49,7 @@ def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
         else [],
         "cuda": torch.version.cuda,
         "git": _revision(),
-        "command": list(sys.argv),
-        "cwd": os.getcwd(),
+        "command": _command(sys.argv),
         "model": dict(model),
         "data": dict(data),
     }
@@ -69,6 +70,24 @@ def _versions() -> dict[str, str | None]:
 @cache
 def _revision() -> dict[str, Any] | None:
     return git_revision(Path(__file__).resolve().parent)
+
+
+def _command(argv: Sequence[str]) -> list[str]:
+    """As it would be typed: where the program is installed says nothing."""
+    program = Path(argv[0])
+    if program.name == "__main__.py":
+        return ["python", "-m", program.parent.name, *argv[1:]]
+    return [program.name, *argv[1:]]
+
+
+def _cpu() -> str | None:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return " ".join(next(names, "").split()) or None
 
 
 def _memory() -> int | None:

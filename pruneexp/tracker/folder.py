@@ -228,7 +228,7 @@ def _read_status(folder: Path) -> dict[str, Any]:
 
 
 def _alive(status: dict[str, Any]) -> bool:
-    if status.get("host") != socket.gethostname():
+    if status.get("host", socket.gethostname()) != socket.gethostname():
         return True
     pid = status.get("pid")
     if not isinstance(pid, int) or pid <= 0:

@@ -48,7 +48,7 @@ class LocalRun:
         self._open_log()
         self._write("config.yaml", _yaml(record.config))
         self.environment({}, {})
-        logger.info("started in %s", folder.resolve())
+        logger.info("started in %s", folder)
 
     def environment(self, model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Writes environment.json, with the model's and the data's fingerprints once they are known."""
@@ -93,6 +93,9 @@ class LocalRun:
     def _end(self, status: str, reason: str | None) -> None:
         self._close_log()
         self._status = {**self._status, "status": status, "reason": reason, "ended": timestamp()}
+        # The machine's name is for whoever finds the run running. The process stays: should it die before metrics.json
+        # is written, that is how one tells.
+        self._status.pop("host", None)
         self._write_json("status.json", self._status)
 
     def _open_log(self) -> None:

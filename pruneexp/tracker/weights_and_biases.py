@@ -7,6 +7,7 @@ import netrc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,9 @@ PUBLIC_HOST = "api.wandb.ai"
 logger = logging.getLogger("pruneexp")
 
 
+Figure = tuple[str, bytes]  # its caption, and a PNG
+
+
 @dataclass
 class _Live:
     """What a tracker holds while a run is on."""
@@ -36,7 +40,7 @@ class _Live:
 @dataclass(frozen=True)
 class Wandb:
     """A W&B run beside the run folder: config, metrics, the plan and the evaluators' samples as artifacts, the
-    structure, score histograms.
+    structure, score histograms. Jobs of a sweep share its name as their group, which a last run, its summary, ends.
 
     `mode`: online, offline (its files lie in the run folder's wandb/, for `wandb sync`), shared, disabled, or None:
     what the user's environment says (WANDB_MODE, a login), offline where it says nothing."""
@@ -59,7 +63,8 @@ class Wandb:
 
     def start(self, record: RunRecord) -> None:
         """Opens the W&B run, its files in the run folder."""
-        self._live.run, self._live.folder, self._live.warned = None, record.folder, False
+        # Absolute: W&B writes from a process of its own, which keeps the directory it was started in.
+        self._live.run, self._live.folder, self._live.warned = None, record.folder.resolve(), False
         mode = self.mode if self.mode or _environment_decides() else "offline"
         self._attempt_start(mode, record)
         if self._live.run is None and mode != "offline":
@@ -144,6 +149,18 @@ class Wandb:
         self._attempt("store the metrics", lambda run: run.summary.update(dict(metrics)))
         self._close(exit_code=0)
 
+    def summarise(
+        self, record: RunRecord, header: Sequence[str], rows: Sequence[Sequence[Any]], figures: Mapping[str, Figure]
+    ) -> None:
+        """A sweep that has ended, as a run of its own: a row a job as the table `jobs`, `figures/<name>` as images. Of
+        a sweep that is W&B's own (`wandb agent`) nothing: each of its agents would add one."""
+        if os.environ.get("WANDB_SWEEP_ID"):
+            return
+        self.start(record)
+        self._attempt("store the table", lambda run: run.log({"jobs": _table(header, rows)}))
+        self._attempt("store the figures", lambda run: run.log(_images(figures)))
+        self._close(exit_code=0)
+
     def fail(self, reason: str, trace: str = "") -> None:
         self._attempt("store the failure", lambda run: run.summary.update({"failure": reason}))
         self._close(exit_code=1)
@@ -215,4 +232,27 @@ def _histograms(scores: Scores, sites: Sequence[Site]) -> dict[str, Any]:
             values.setdefault(kinds.get(name, "other"), []).append(finite)
     return {
         f"scores/{kind}": wandb.Histogram(torch.cat(v).tolist(), num_bins=HISTOGRAM_BINS) for kind, v in values.items()
+    }
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """A W&B table, whose columns are of one type each: numbers where nothing else is in them, else text; a cell that is
+    "" stays empty."""
+    import wandb
+
+    columns = []
+    for column in zip(*rows, strict=True):
+        numbers = all(cell == "" or (isinstance(cell, (int, float)) and not isinstance(cell, bool)) for cell in column)
+        kind = float if numbers else str
+        columns.append([None if cell == "" else kind(cell) for cell in column])
+    return wandb.Table(columns=list(header), data=[list(row) for row in zip(*columns, strict=True)])
+
+
+def _images(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    import wandb
+    from PIL import Image
+
+    return {
+        f"figures/{name}": wandb.Image(Image.open(BytesIO(png)), caption=caption)
+        for name, (caption, png) in figures.items()
     }

@@ -233,4 +233,4 @@ class RunRecord:
     config: Mapping[str, Any]  # the composed config
     group: str | None  # the sweep that it belongs to
     name: str | None
-    job_type: str | None  # "run", or "job" of a sweep
+    job_type: str | None  # "run", "job" of a sweep, or its "summary"

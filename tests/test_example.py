@@ -1,0 +1,46 @@
+"""The finished sweep in outputs/example: what users look at first is what the code makes and reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+from pruneexp.pages.folders import find
+
+OUTPUTS = Path(__file__).parents[1] / "outputs"
+EXAMPLE = OUTPUTS / "example"
+
+
+def commands() -> list[list[str]]:
+    """What outputs/README.md says to type."""
+    lines = (OUTPUTS / "README.md").read_text().splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("    pruneexp")]
+
+
+def test_every_run_of_the_example_is_read() -> None:
+    found = find([EXAMPLE], "same")
+    assert len(found.runs) == 9 and not found.skipped and not found.repeats and not found.conflicts
+
+
+def test_it_is_what_the_commands_make() -> None:
+    sweep, report = commands()
+    assert report == ["pruneexp-report", "outputs/example", "out=outputs/example/report"]
+    found = find([EXAMPLE], "same").runs
+    assert all(run.environment["command"] == sweep for run in found)
+    listed = json.loads((EXAMPLE / "report" / "report.json").read_text())
+    assert listed == {"runs": {run.name: run.hash for run in found}, "left_out": {}, "conflicts": {}}
+    shown = {row["run"]: row for row in csv.DictReader((EXAMPLE / "report" / "tables" / "metrics.csv").open())}
+    for run in found:
+        assert {key: float(shown[run.name][key]) for key in run.metrics} == run.metrics
+
+
+def test_it_is_small_and_says_nothing_of_the_machine_it_was_made_on() -> None:
+    files = [path for path in EXAMPLE.rglob("*") if path.is_file() and path.name != "multirun.yaml"]
+    assert sum(path.stat().st_size for path in files) < 3 * 2**19
+    assert not [path for path in files if path.parent.name == "model"]
+    texts = {path: path.read_text() for path in files if path.suffix not in (".png", ".safetensors")}
+    folder = re.compile(r"(?<![\w./])/(home|root|tmp|work|Users|mnt|data)/")
+    assert [str(path) for path, text in texts.items() if folder.search(text) or '"host"' in text] == []

@@ -256,6 +256,7 @@ def breakages() -> dict[str, tuple[Any, str]]:
 def test_what_is_not_whole_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     write_run(runs / "good", config("recipe=flap"), metrics(4.0))
+    write_run(runs / "unmeasured", config("recipe=flap", "evaluator=[]"), metrics(4.0))
     for name, (breaking, _) in breakages().items():
         breaking(write_run(runs / name, config("recipe=magnitude"), metrics(4.0)))
     hashed = write_run(runs / "HASH", config("recipe=magnitude"), metrics(4.0))
@@ -272,9 +273,9 @@ def test_what_is_not_whole_is_named_and_left_out(tmp_path: Path, capsys: pytest.
     assert set(told) == set(expected)
     for name, reason in expected.items():
         assert reason in told[name], name
-    assert [row["run"][0] for row in page.table("Every finished run")] == ["good"]
+    assert [row["run"][0] for row in page.table("Every finished run")] == ["good", "unmeasured"]
     said = capsys.readouterr().out
-    assert said.count("left out: ") == len(expected) and "1 runs; the report is" in said
+    assert said.count("left out: ") == len(expected) and "2 runs; the report is" in said
     # A second report is no run, and does not replace the first unasked.
     assert report(runs) == 2 and "overwrite=true" in capsys.readouterr().err
     assert report(runs, "overwrite=true") == 0

@@ -19,7 +19,7 @@ from pruneexp.types import ConfigError, Plan
 NOT_COMPARED = ("seconds/", "memory/", "proof/", "dense/latency/", "pruned/latency/")  # not what was computed
 SAME = 1e-6  # relative difference up to which two figures are the same result
 LOGGED = 1e-5  # and that of a figure from what log.txt has of it, in six digits
-SECTIONS = ("model", "dataset", "criterion", "sparsity", "search", "compensator", "evaluator")
+SECTIONS = ("model", "dataset", "criterion", "sparsity", "search", "compensator")  # a run may have no evaluator
 REDUNDANT = {"sparsity/model": "params", "sparsity/decoder": "params/decoder"}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import MutableMapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,3 +77,19 @@ def _compute_buffers_(module: Any, part: nn.Module, device: torch.device) -> Non
     part._buffers.update({key: torch.empty_like(buffer, device=device) for key, buffer in computed.items()})
     if computed:
         module._init_weights(part)
+
+
+def give_back_memory() -> None:
+    """Has the C library give free memory back to the system, where it can (glibc): a layer that comes and goes leaves
+    gaps of other sizes than the next one fills, so that the memory of a walk over many layers would grow."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pruneexp.tracker import LocalRun, check_folder, run_folder, status_of, write_atomic
+from pruneexp.tracker import LocalRun, check_folder, folder, run_folder, status_of, write_atomic
 from pruneexp.types import ConfigError, RunError
 from tests.tracker_samples import METRICS, contents, finished, record
 
@@ -70,6 +70,23 @@ def test_overwrite_removes_the_runs_files_and_no_others(tmp_path):
     assert status_of(tmp_path) == "running"
     run.finish(METRICS)
     assert status_of(tmp_path) == "done"
+
+
+def test_a_run_that_is_killed_while_it_clears_the_folder_makes_room_for_the_next(tmp_path, monkeypatch):
+    finished(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(folder, "clear_unfinished", killed)
+        folder.claim_folder(tmp_path, overwrite=True)
+    assert (tmp_path / "model" / "config.json").exists() and status_of(tmp_path) != "done"
+    monkeypatch.setattr(folder, "_alive", lambda status: False)
+    folder.claim_folder(tmp_path, overwrite=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_somebody_elses_files_are_not_taken_for_a_runs(tmp_path):

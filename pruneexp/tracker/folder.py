@@ -27,7 +27,8 @@ FILES = (
     "log.txt",
 )
 NOTES = "resume"  # folder of a streamed run's notes of how far it has come, until it is done
-FOLDERS = ("model", "model.partial", "samples", NOTES, "streamed", "streamed.partial")
+UNFINISHED = (NOTES, "model.partial", "streamed", "streamed.partial")  # folders of a run that has not ended
+FOLDERS = ("model", "samples", *UNFINISHED)
 CHECKPOINT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -154,12 +155,14 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            (folder / name).unlink(missing_ok=True)
+            if name != "status.json":
+                (folder / name).unlink(missing_ok=True)
             for aside in folder.glob(f".{name}.*.tmp"):
                 aside.unlink(missing_ok=True)
         _clear(folder / "samples", SAMPLE_FILES)
         if overwrite or not (folder / NOTES).is_dir():
             clear_unfinished(folder)
+        (folder / "status.json").unlink(missing_ok=True)  # last: until then, what is left is known to be a run's
     except OSError as error:
         raise RunError(f"run.dir={str(folder)!r}: cannot write there: {error.strerror or error}") from error
 
@@ -178,7 +181,7 @@ def _clear(folder: Path, patterns: Sequence[str]) -> None:
 def clear_unfinished(folder: Path) -> None:
     """Removes a run's notes and its checkpoint, whole or half-written, by the names of what a run writes. Raises
     OSError."""
-    for name in (name for name in FOLDERS if name not in ("model", "samples")):
+    for name in UNFINISHED:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             shutil.rmtree(folder / name)
     if not (folder / "model").is_symlink():

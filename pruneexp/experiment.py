@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pruneexp.budget import check_mixture, check_pruning, whole_budget
 from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
-from pruneexp.calibrate import Meter
+from pruneexp.calibrate import DenseStates, Meter
 from pruneexp.dataset import WindowSource, fingerprint
 from pruneexp.delivery import deliver, deliver_streamed
 from pruneexp.forecast import available_memory, out_of_memory, warn_of_files, warn_of_memory
@@ -121,8 +121,9 @@ class Experiment:
                 check()
 
 
-def run_experiment(experiment: Experiment) -> dict[str, float]:
-    """Runs it and returns its metrics; the run folder records how it ended.
+def run_experiment(experiment: Experiment, shared: DenseStates | None = None) -> dict[str, float]:
+    """Runs it and returns its metrics; the run folder records how it ended. `shared`: hidden states that runs one after
+    the other have in common.
 
     Raises ConfigError or RunError, one line each, for what the user can mend; both are in status.json by then.
     """
@@ -146,7 +147,7 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
         trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
         warn_of_memory(expected, available_memory(*outline.devices))
         warn_of_files(expected)
-        return _Run(experiment, folder, local, trackers).execute(tokenizer, tokens_NT)
+        return _Run(experiment, folder, local, trackers, shared).execute(tokenizer, tokens_NT)
     except (ConfigError, RunError) as error:
         trackers.fail(str(error))
         raise
@@ -167,12 +168,19 @@ def run_experiment(experiment: Experiment) -> dict[str, float]:
 class _Run:
     """One run under way: its parts, its clock, its metrics."""
 
-    def __init__(self, experiment: Experiment, folder: Path, local: LocalRun, trackers: Trackers):
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        local: LocalRun,
+        trackers: Trackers,
+        shared: DenseStates | None,
+    ):
         self.experiment, self.folder, self.local, self.trackers = experiment, folder, local, trackers
         self.metrics: dict[str, float] = {}
         self.meter = Meter()
         self.dense: dict[str, Any] = {}  # what identifies the dense model and how it is run
-        self.results = Results(NoCache(), {})
+        self.results, self.shared = Results(NoCache(), {}), shared
         self.identity = ""  # of what the results depend on
 
     def execute(self, tokenizer: Any, tokens_NT: Tensor) -> dict[str, float]:
@@ -240,7 +248,7 @@ class _Run:
         gpus = sorted({torch.cuda.get_device_name(device) for device in model.devices if device.type == "cuda"})
         run = {"dtype": str(model.dtype), "device": gpus or "cpu", "batch_size": model.batch_size}
         self.dense = {"weights": weights["files"], **run}
-        self.results = Results(experiment.cache, {**self.dense, "tokens": tokens})
+        self.results = Results(experiment.cache, {**self.dense, "tokens": tokens}, self.shared)
         method = {
             key: value for key, value in experiment.config.items() if key not in ("run", "sweep", "cache", "tracker")
         }

@@ -33,7 +33,10 @@ from pruneexp.types import ConfigError, RunError, RunRecord, Tracker
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
+    from pruneexp.calibrate import DenseStates
+
 NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra")
+SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one process share
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -65,9 +68,13 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     before = _statuses(folder)
     try:
         if jobs and _runs_here(config.hydra):
+            from pruneexp.calibrate import DenseStates
+
             folder.mkdir(parents=True, exist_ok=True)
+            shared = DenseStates(SHARED_BYTES)
             for number, job in enumerate(jobs):
-                _objective(job, _run_recorded(job, str(number)), math.inf)  # nobody asks for it, but it must be there
+                metrics = _run_recorded(job, str(number), shared)
+                _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
         else:
             overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
             hydra.multirun("config", run_job, overrides, with_log_configuration=False)
@@ -228,7 +235,7 @@ def job_config(hydra: Hydra, config: DictConfig, overrides: Sequence[str]) -> Co
     return composed(raw)
 
 
-def _run_recorded(job: Composed, number: str) -> dict[str, float] | None:
+def _run_recorded(job: Composed, number: str, shared: DenseStates | None = None) -> dict[str, float] | None:
     """The job's metrics, those on disk where it is done already; None for a failure, which is recorded."""
     from pruneexp.build import build
     from pruneexp.experiment import run_experiment
@@ -245,7 +252,7 @@ def _run_recorded(job: Composed, number: str) -> dict[str, float] | None:
     try:
         experiment = build(job)
         experiment.check()
-        return run_experiment(experiment)
+        return run_experiment(experiment, shared)
     except Exception as error:
         expected = isinstance(error, (ConfigError, RunError))
         reason = str(error) if expected else f"{type(error).__name__}: {one_line(error)}"

@@ -186,16 +186,20 @@ def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequen
     assert wanted is not None
     if work.tokens_NT is None:
         raise RunError("compensator.target='dense': expected calibration windows")
-    plan = Plan({})
-    for visit, site, collect in walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink", note):
+    plan, states = Plan({}), work.results.dense_states(work.model)
+    walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink", note, states)
+    for visit, site, collect in walked:
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
-        readers = _readers(work, visit, [site], plan, {site.name: collect()} if plan.removed(site) else {})
+        evidence = {}
+        if plan.removed(site):
+            evidence[site.name] = collect(site.keep_C(plan.sites[site.name].kept))
+        readers = _readers(work, visit, [site], plan, evidence)
         shrink_layer_(work.model, visit.index, alone, readers)
         if site is sites[-1]:
             work.shrunk(visit.index)
-        del visit, collect, readers
+        del visit, collect, readers, evidence
 
 
 def by_site(compensator: Compensator) -> bool:

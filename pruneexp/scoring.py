@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.cache import Cache, NoCache, code_version, version_of
-from pruneexp.calibrate import Meter, walk
+from pruneexp.calibrate import DenseStates, Meter, walk
 from pruneexp.model import Model
 from pruneexp.resume import Notes
 from pruneexp.types import Criterion, RemovalPath, RunError, Score, evidence_kinds, unit_scores
@@ -21,10 +21,11 @@ WALKED = ("reader", "writer", "block")  # sources of evidence that one shared pa
 @dataclass(frozen=True)
 class Results:
     """What is known of a dense model and calibration windows, and where it is kept. `basis`: what identifies both,
-    and how the model is run, as JSON."""
+    and how the model is run, as JSON. `shared`: hidden states that a sweep's jobs share while it runs."""
 
     cache: Cache | NoCache
     basis: Mapping[str, Any]
+    shared: DenseStates | None = None
 
     def of(
         self,
@@ -65,6 +66,10 @@ class Results:
         meter.forward += forward + walked
         meter.backward += backward
         return scores, evidence
+
+    def dense_states(self, model: Model) -> DenseStates | None:
+        """Of a model from which nothing but whole blocks has left."""
+        return None if self.shared is None else self.shared.of((self.basis, tuple(model.origin)))
 
     def _key(self, what: str, criterion: str | None, kinds: tuple[Any, ...], whole: tuple[str, ...]) -> dict[str, Any]:
         asked = {"criterion": criterion, "evidence": [version_of(kind) for kind in kinds if kind], "whole": list(whole)}

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pruneexp import modeling_pruned
-from pruneexp.calibrate import Meter, walk, walk_sites
+from pruneexp.calibrate import Meter, site_walk, walk, walk_sites
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.model import Model, next_token_losses
-from pruneexp.surgery import masked, save, shrink_
+from pruneexp.surgery import masked, save, shrink_, shrink_layer_
 from pruneexp.types import ConfigError, Plan, SitePlan
 from tests.tiny_families import TINY, tiny_model
 
@@ -306,10 +306,27 @@ def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
     """Parallel sublayers, and such as are scaled before they are added."""
     model = loaded(name)
     for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
-        seen = collect()
+        seen = collect(torch.arange(site.channels))
         weights = visit.block.weights[site.name]
         given = seen.inputs.covariance_CC @ weights.reader.T  # covariance of the inputs and what the reader gives
         torch.testing.assert_close(seen.covariance_CO, given, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"])
+def test_site_by_site_layers_run_on_from_what_their_readers_were_left(
+    name: str, loaded: Made, tokens_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for kept in (site_walk.KEPT_BYTES, 0):
+        monkeypatch.setattr(site_walk, "KEPT_BYTES", kept)
+        model, seen = loaded(name), {}
+        for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
+            half = tuple(range(0, site.units, 2))
+            seen[site.name] = collect(site.keep_C(half)).wanted_mean_O
+            shrink_layer_(model, visit.index, Plan({site.name: SitePlan(site.kind, site.units, half)}))
+        found.append(seen)
+    for name, wanted_O in found[0].items():
+        torch.testing.assert_close(wanted_O, found[1][name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from pruneexp.calibrate import Meter, walk_sites
+from pruneexp.cache import NoCache
+from pruneexp.calibrate import DenseStates, Meter, site_walk, walk_sites
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs, WandaSp, shelf
 from pruneexp.evidence import Moments
 from pruneexp.model.sites import site_parts
 from pruneexp.prune import Method, prune_
+from pruneexp.scoring import Results
 from pruneexp.search import Evolutionary, Uniform
 from pruneexp.sparsity import OneShot
+from pruneexp.surgery import shrink_layer_
+from pruneexp.types import Plan, SitePlan
 from tests.conftest import FAMILIES
 
 BOTH = ["heads", "channels"]
@@ -42,6 +47,10 @@ class Raw:
         return torch.cat(self.x), torch.cat(self.y)
 
 
+def all_of(site):
+    return torch.arange(site.channels)
+
+
 def reader_of(model, visit, site):
     return visit.layer.get_submodule(site_parts(model.family, site)[1])
 
@@ -50,7 +59,7 @@ def reader_of(model, visit, site):
 def test_an_untouched_model_wants_what_its_readers_give(family, tiny, tokens_NT):
     model, names = tiny(family), []
     for visit, site, collect in walk_sites(model, tokens_NT, Raw, (), Meter(), "test"):
-        x, y = collect().seen()
+        x, y = collect(all_of(site)).seen()
         torch.testing.assert_close(y, reader_of(model, visit, site)(x), rtol=1e-9, atol=1e-9)
         names.append(site.name)
     assert names == [site.name for site in model.sites()]
@@ -59,31 +68,34 @@ def test_an_untouched_model_wants_what_its_readers_give(family, tiny, tokens_NT)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kinds", [(), (Moments,)], ids=["", "criterion"])
 @pytest.mark.parametrize("collected", [("attention", "mlp"), ("mlp",), ()], ids=str)
-def test_what_is_counted_is_what_is_run(family, kinds, collected, tiny, tokens_NT):
+@pytest.mark.parametrize("kept", [2**28, 0, 2**15], ids=str)
+def test_what_is_counted_is_what_is_run(family, kinds, collected, kept, tiny, tokens_NT, monkeypatch):
     """Multiply-accumulates of all linear layers that are run, and of attention over its context."""
+    monkeypatch.setattr(site_walk, "KEPT_BYTES", kept)
     model, meter = tiny(family), Meter()
+    model.batch_size = 1
     length, found = tokens_NT.shape[1], 0
 
     def linear(module, args, _output):
         nonlocal found
         found += args[0].numel() // args[0].shape[-1] * module.weight.numel()
 
-    def attended(_reader, args):
+    def attended(_values, args):
         nonlocal found
-        found += 2 * length * args[0].numel()
+        found += 2 * length * args[0].numel()  # as wide as the hidden states in these models
 
     for layer in model.layers:
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(linear)
-        layer.get_submodule(model.family.attention_reader).register_forward_pre_hook(attended)
+        layer.get_submodule(model.family.attention_writers[-1].path).register_forward_pre_hook(attended)
     last_hidden(model, tokens_NT)
     plain, found = found, 0
     for _, site, collect in walk_sites(model, tokens_NT, Raw, kinds, meter, "test"):
         if site.kind in collected:
-            collect()
+            collect(all_of(site))
     assert meter.forward == pytest.approx(found / plain)
-    assert meter.forward < 3 + len(kinds)
+    assert meter.forward < (2 if kept == 2**28 else 3) + len(kinds)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,10 +111,10 @@ def test_a_reader_that_gives_what_is_wanted_restores_the_dense_hidden_states(fam
         if visit.index == 0:
             reader.weight.data.mul_(0.5)  # what leaves here is made up for in the next layer
         elif visit.index == 1 and site.kind == "mlp":
-            _, wanted = collect().seen()
+            _, wanted = collect(all_of(site)).seen()
             reader.forward = lambda x, wanted=wanted: wanted.view(*x.shape[:-1], -1)
         elif visit.index == 2 and site.kind == "attention":
-            x, wanted = collect().seen()
+            x, wanted = collect(all_of(site)).seen()
             torch.testing.assert_close(wanted, reader(x), rtol=1e-8, atol=1e-8)
 
 
@@ -174,7 +186,85 @@ def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monk
     assert ample == tight and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def prune(model, tokens_NT, method, ratio, meter=None):
+LEAST_SQUARES = Method(
+    Obs(1e-3, 1, 8, "none", False, 8.0),
+    OneShot(0.3, "decoder", 0),
+    Uniform(1, BOTH, 0.0, 0.0, 1),
+    LeastSquares(1e-3, "dense", True),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_run_on_from_kept_inputs_as_from_the_start(family, tiny, tokens_NT, monkeypatch):
+    """Also where inputs are kept of some batches and not of others."""
+    found = []
+    for kept in (2**28, 2**15, 0):
+        monkeypatch.setattr(site_walk, "KEPT_BYTES", kept)
+        model = tiny(family)
+        model.batch_size = 3
+        prune(model, tokens_NT, LEAST_SQUARES, 0.3)
+        found.append(last_hidden(model, tokens_NT))
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], rtol=1e-9, atol=1e-9)
+
+
+def test_a_sublayer_that_loses_all_of_its_units_is_walked_on_from(tiny, tokens_NT):
+    model = tiny("llama")
+    for visit, site, collect in walk_sites(model, tokens_NT, Raw, (), Meter(), "test"):
+        if (visit.index, site.kind) == (1, "mlp"):
+            collect(torch.arange(0))
+            shrink_layer_(model, 1, Plan({site.name: SitePlan("mlp", site.units, ())}))
+    assert [site.kind for site in model.layer_sites(1)] == ["attention"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_that_share_dense_states_find_what_others_find(family, tiny, tokens_NT):
+    """And run the dense layers once."""
+    shared, plain = Results(NoCache(), {"tokens": 1}, DenseStates(2**28)), Results(NoCache(), {})
+    batches = math.ceil(len(tokens_NT) / tiny(family).batch_size)
+    for ratio in (0.2, 0.5):
+        weights, metered, runs = [], [], []
+        for results in (plain, shared):
+            model, meter = tiny(family), Meter()
+            calls = counted(model)
+            prune(model, tokens_NT, LEAST_SQUARES, ratio, meter, results)
+            weights.append(model.module.state_dict())
+            metered.append(meter.forward)
+            runs.append(len(calls))
+        assert all(torch.equal(own, weights[1][name]) for name, own in weights[0].items())
+        assert metered[0] == metered[1]
+        assert runs[0] - runs[1] == (0 if ratio == 0.2 else 2 * len(model.layers) * batches)
+
+
+def test_dense_states_of_another_model_are_given_up(tiny, tokens_NT):
+    found, shared = [], DenseStates(2**28)
+    for number, family in enumerate(("llama", "opt", "llama")):
+        model, results = tiny(family), Results(NoCache(), {"model": number}, shared)
+        prune(model, tokens_NT, LEAST_SQUARES, 0.3, None, results)
+        found.append(last_hidden(model, tokens_NT))
+    assert torch.equal(found[0], found[2]) and len(shared.layers) == 3
+
+
+def test_dense_states_that_are_too_large_are_not_held(tiny, tokens_NT):
+    model, shared = tiny("llama"), DenseStates(2**10)
+    prune(model, tokens_NT, LEAST_SQUARES, 0.3, None, Results(NoCache(), {}, shared))
+    assert not shared.layers
+
+
+def counted(model):
+    """Runs of decoder layers from here on, those that end half way among them."""
+    calls, run = [], model.run_layer
+
+    def run_layer(layer, *args):
+        if layer in list(model.layers):
+            calls.append(layer)
+        return run(layer, *args)
+
+    model.run_layer = run_layer
+    return calls
+
+
+def prune(model, tokens_NT, method, ratio, meter=None, results=None):
     return prune_(
         model,
         tokens_NT,
@@ -184,6 +274,7 @@ def prune(model, tokens_NT, method, ratio, meter=None):
         rng=torch.Generator().manual_seed(0),
         shrunk=lambda index: None,
         clock=lambda stage: nullcontext(),
+        results=results,
     )
 
 
@@ -201,13 +292,7 @@ def test_kinds_of_the_criterion_are_seen_on_the_pruned_stream(tiny, tokens_NT):
 
 
 def test_no_readers_are_held_once_the_search_is_over(tiny, tokens_NT):
-    method = Method(
-        Obs(1e-3, 1, 8, "none", False, 8.0),
-        OneShot(0.3, "decoder", 0),
-        Uniform(1, BOTH, 0.0, 0.0, 1),
-        LeastSquares(1e-3, "dense", True),
-    )
-    pruned = prune(tiny("llama"), tokens_NT, method, 0.3)
+    pruned = prune(tiny("llama"), tokens_NT, LEAST_SQUARES, 0.3)
     assert all(not score.readers for score in pruned.scores.values())
 
 
@@ -215,12 +300,6 @@ def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
     plans, logits = [], []
     for stream in (False, True):
         model = tiny("llama", stream=stream)
-        method = Method(
-            Obs(1e-3, 1, 8, "none", False, 8.0),
-            OneShot(0.3, "decoder", 0),
-            Uniform(1, BOTH, 0.0, 0.0, 1),
-            LeastSquares(1e-3, "dense", True),
-        )
         readers = []
 
         def keep(index, model=model, readers=readers):
@@ -229,7 +308,7 @@ def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
         pruned = prune_(
             model,
             tokens_NT,
-            method,
+            LEAST_SQUARES,
             0.3,
             meter=Meter(),
             rng=torch.Generator().manual_seed(0),

@@ -4,12 +4,14 @@ from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.probe import Probe
-from pruneexp.calibrate.site_walk import passes_of_layer, require_sums, walk_sites
+from pruneexp.calibrate.site_walk import KEPT_BYTES, DenseStates, passes_of_layer, require_sums, walk_sites
 from pruneexp.calibrate.walk import Meter, Visit, walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
 
 __all__ = [
+    "KEPT_BYTES",
     "Bookmark",
+    "DenseStates",
     "Landscape",
     "Meter",
     "Probe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,10 @@ from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError, Cost, Site
 
+KEPT_BYTES = 2**28  # of readers' inputs that are held until the sublayer has been shrunk, rather than made once more
+
+Collect = Callable[[Tensor], Any]
+
 
 def walk_sites(
     model: Model,
@@ -28,9 +32,11 @@ def walk_sites(
     meter: Meter,
     stage: str,
     bookmark: Bookmark | None = None,
-) -> Iterator[tuple[Visit, Site, Callable[[], Any]]]:
+    dense_states: DenseStates | None = None,
+) -> Iterator[tuple[Visit, Site, Collect]]:
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with
-    what collects its evidence of type `kind` (source "wanted"): to be called before the walk goes on, or not at all.
+    what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
+    the reader, before the walk goes on, or not at all.
 
     Evidence is the reader's input, the sublayers before it as the caller left them, and the output with which the
     hidden state behind the reader would be the dense model's. With d in front of the layer and d' behind it in the
@@ -38,9 +44,11 @@ def walk_sites(
     multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
 
     The layer's visit is that before anything left it, and holds its evidence of `kinds` on the pruned model's hidden
-    states, as in `walk`; `bookmark` as there. Runs the dense layers, the pruned ones, and up to its reader each
-    sublayer whose evidence is collected: less than three plain passes (`passes_of_layer`), one more with `kinds`.
-    Holds three times the hidden states, N x D each.
+    states, as in `walk`; `bookmark` as there. Runs the dense layers and the pruned ones, these last from the inputs of
+    their readers that were kept: two plain passes; what is beyond `KEPT_BYTES` of a site's inputs is made once more,
+    less than one pass in all (`passes_of_layer`). One more with `kinds`. Holds three times the hidden states, N x D
+    each. `dense_states`: of a walk over the same model and windows, which then run through no dense layer again; the
+    meter is charged for them as if they did.
 
     Raises:
         ConfigError: as `require_sums`.
@@ -48,6 +56,7 @@ def walk_sites(
     """
     require_sums(model)
     total, bookmark = len(model.layers), bookmark or Bookmark()
+    dense_states = DenseStates(0) if dense_states is None else dense_states
     indices = range(bookmark.index, total)
     if bookmark.index:
         meter.forward = bookmark.forward
@@ -62,9 +71,9 @@ def walk_sites(
             cost = model.whole_block(index).sites[0].cost
             shares = sublayer_shares(cost, block.sites, model.config.hidden_size, tokens_NT.shape[1])
             parts = _Parts(model, visit, [call[index] for call in calls], meter, shares)
-            given = parts.dense_(dense, hidden)
+            given = parts.dense_(dense, hidden, dense_states)
             if "attention" in sites:
-                yield visit, sites["attention"], partial(parts.evidence, kind, sites["attention"], hidden, given)
+                yield visit, sites["attention"], partial(parts.evidence, kind, sites["attention"], hidden, given, None)
             parts.attention_(hidden, given)
             if "mlp" in sites:
                 wanted = ((d - x) / parts.scale - a for d, x, a in zip(dense, hidden, given, strict=True))
@@ -75,6 +84,26 @@ def walk_sites(
             meter.forward += (1 + bool(kinds)) / total
             del block, visit, seen, parts, given  # views of weights, before the next block's come
         bookmark.reached(index + 1, total, (dense, hidden), meter.forward)
+
+
+@dataclass
+class DenseStates:
+    """What walks over one model and one set of windows have in common: by layer and batch, what attention's reader
+    gives in the dense model and its hidden states behind the layer, where all of them take at most `limit` bytes."""
+
+    limit: int
+    basis: Any = None  # what identifies the model and the windows
+    layers: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def of(self, basis: Any) -> DenseStates:
+        """Itself; those of another model or other windows are given up."""
+        if basis != self.basis:
+            self.basis, self.layers = basis, {}
+        return self
+
+    def has_room(self, hidden: Sequence[Tensor], layers: int) -> bool:
+        """For as many layers, with hidden states as these."""
+        return 2 * layers * sum(x_BTD.nbytes for x_BTD in hidden) <= self.limit
 
 
 def sublayer_shares(
@@ -89,12 +118,19 @@ def sublayer_shares(
     return {kind: (share - readers.get(kind, 0.0), share) for kind, share in whole.items()}
 
 
-def passes_of_layer(layer: Cost, sites: Sequence[Site], hidden_size: int, length: int, last: bool) -> float:
-    """What `walk_sites` takes for a layer of which all evidence is collected, in plain runs of it: the dense one, the
-    pruned one (of the `last` layer without its FFN), and each sublayer up to its reader."""
+def passes_of_layer(
+    layer: Cost, sites: Sequence[Site], hidden_size: int, length: int, last: bool, kept: Callable[[Site], float]
+) -> float:
+    """What `walk_sites` takes for a layer of which all evidence is collected, in plain runs of it: the dense one, each
+    sublayer up to its reader, and the rest of the pruned one (of the `last` layer without its FFN), from the reader on
+    where inputs were `kept` (a share of the windows, by site)."""
     shares = sublayer_shares(layer, sites, hidden_size, length)
-    pruned = shares["attention"][1] + (0.0 if last else shares["mlp"][1])
-    return 1 + pruned + sum(shares[site.kind][0] for site in sites)
+    runs = 1 + sum(shares[site.kind][0] for site in sites)
+    held = {site.kind: kept(site) for site in sites}
+    for kind in ("attention",) if last else ("attention", "mlp"):
+        before, whole = shares[kind]
+        runs += whole - held.get(kind, 0.0) * before
+    return runs
 
 
 def require_sums(model: Model) -> None:
@@ -123,6 +159,7 @@ class _Parts:
     calls: list[Call]  # of each batch
     meter: Meter
     shares: dict[str, tuple[float, float]]  # as `sublayer_shares` has them
+    inputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of shrunk readers, by kind of site and batch
 
     @property
     def scale(self) -> float:
@@ -130,38 +167,73 @@ class _Parts:
         named = self.model.family.residual_scale
         return 1.0 if named is None else getattr(self.model.config, named)
 
-    def dense_(self, dense: list[Tensor], hidden: list[Tensor]) -> list[Tensor]:
-        """Runs the layer over the dense hidden states, in place; returns what is wanted of attention's reader."""
-        wanted = []
+    def dense_(self, dense: list[Tensor], hidden: list[Tensor], states: DenseStates) -> list[Tensor]:
+        """Puts the dense hidden states behind the layer into `dense`; returns what is wanted of attention's reader."""
+        wanted, found, index = [], [], self.visit.index
+        known = states.layers.get(index)
+        keeps = known is None and states.has_room(dense, len(self.model.layers))
         for number, (d_BTD, x_BTD) in enumerate(zip(dense, hidden, strict=True)):
-            given_BTD = self._attention(d_BTD, number)
-            dense[number] = self._on(d_BTD, number, given_BTD)
+            if known is None:
+                given_BTD = self._attention(d_BTD, number)
+                dense[number] = self._on(d_BTD, number, given_BTD)
+            else:
+                given_BTD, dense[number] = known[number]
             wanted.append(given_BTD + (d_BTD - x_BTD) / self.scale)
+            found += [(given_BTD, dense[number])] if keeps else []
+        if keeps:
+            states.layers[index] = found
         return wanted
 
     def attention_(self, hidden: list[Tensor], given: list[Tensor]) -> None:
         """Puts into `given` what attention's reader gives."""
+        inputs, (before, whole) = self.inputs.pop("attention", {}), self.shares["attention"]
         for number, x_BTD in enumerate(hidden):
-            given[number] = self._attention(x_BTD, number)
-        self._count(self.shares["attention"][1])
+            kept_BTK = inputs.pop(number, None)
+            if kept_BTK is None:
+                given[number] = self._attention(x_BTD, number)
+            else:
+                given[number] = self._read(self.model.family.attention_reader, kept_BTK)
+            self._count((whole if kept_BTK is None else whole - before) / len(hidden))
 
     def on_(self, hidden: list[Tensor], given: list[Tensor]) -> None:
         """Runs the layer from what attention's reader gives to the end, in place."""
+        inputs, (before, whole) = self.inputs.pop("mlp", {}), self.shares["mlp"]
         for number, (x_BTD, given_BTD) in enumerate(zip(hidden, given, strict=True)):
-            hidden[number] = self._on(x_BTD, number, given_BTD)
-        self._count(self.shares["mlp"][1])
+            kept_BTK = inputs.pop(number, None)
+            if kept_BTK is None:
+                hidden[number] = self._on(x_BTD, number, given_BTD)
+            else:
+                added_BTD = self._read(self.model.family.mlp_reader, kept_BTK)
+                hidden[number] = x_BTD.add(given_BTD, alpha=self.scale).add_(added_BTD, alpha=self.scale)
+                check_finite(hidden[number], self.visit.block, number)
+            self._count((whole if kept_BTK is None else whole - before) / len(hidden))
 
     def evidence(
-        self, kind: Any, site: Site, hidden: list[Tensor], wanted: Iterable[Tensor], given: list[Tensor] | None = None
+        self,
+        kind: Any,
+        site: Site,
+        hidden: list[Tensor],
+        wanted: Iterable[Tensor],
+        given: list[Tensor] | None,
+        keep_C: Tensor,
     ) -> Any:
-        """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and its wanted output."""
+        """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and its wanted output. Of
+        the input, the channels `keep_C` are held for the run of the shrunk layer."""
         evidence, path = kind.empty(site), site_parts(self.model.family, site)[1]
+        held, inputs = 0, self.inputs.setdefault(site.kind, {})
         for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
             with nullcontext() if given is None else self._attention_gives(given[number]):
-                input_BTC = self._part(x_BTD, number, path, False)
-            evidence = grown(evidence, input_BTC.view(*x_BTD.shape[:2], -1), wanted_BTD)
+                input_BTC = self._part(x_BTD, number, path, False).view(*x_BTD.shape[:2], -1)
+            evidence = grown(evidence, input_BTC, wanted_BTD)
+            held += x_BTD[..., :1].nbytes * len(keep_C)
+            if len(keep_C) and held <= KEPT_BYTES:  # a sublayer that loses all has no reader any more
+                inputs[number] = input_BTC[..., keep_C.to(input_BTC.device)]
         self._count(self.shares[site.kind][0])
         return evidence
+
+    def _read(self, path: str, kept_BTK: Tensor) -> Tensor:
+        """What the reader at `path` gives, as the caller left it, for the inputs that it was left."""
+        return self.model.run_layer(self.visit.layer.get_submodule(path), kept_BTK, Call((), {}))
 
     def _count(self, share: float) -> None:
         self.meter.forward += share / len(self.model.layers)

@@ -30,7 +30,7 @@ class LeastSquares:
     target=pruned: y = W x + b, what the unpruned reader gives on the same inputs; keeping everything is the identity.
     target=dense: y is what makes the hidden state behind the reader the dense model's, so that the reader also makes up
     for what was lost before it. The second walk then goes sublayer by sublayer, the dense model's hidden states beside
-    the pruned one's: less than three plain passes. Sequential by nature.
+    the pruned one's: two plain passes and less than one more. Sequential by nature.
 
     Raises:
         RunError: S_xx + lambda I is singular (a ridge of 0 and constant or dependent channels).

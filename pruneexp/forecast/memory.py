@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.calibrate import KEPT_BYTES
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs
 from pruneexp.evidence import Gram, WantedOutput
@@ -138,7 +139,7 @@ def _calibrating(method: Method, shape: Shape, seen: Calibration, weights: int, 
     if goes_layer_by_layer(method):
         times = 2
         if by_site(compensator):
-            times, statistics = 3, 2 * _of_widest((compensator.evidence,), shape)
+            times, statistics = 3, 2 * _of_widest((compensator.evidence,), shape) + _inputs(shape, seen)
         elif compensator.sequential:
             kinds = distinct(criterion.evidence, compensator.evidence)
         statistics += _scratch(shape) if isinstance(compensator, LeastSquares) else 0
@@ -199,7 +200,7 @@ def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, co
         return Stage("shrink", {"weights": weights, "copies": copies})
     statistics = 0
     if by_site(compensator):
-        times, statistics = 3, _of_widest(kinds, shape)
+        times, statistics = 3, _of_widest(kinds, shape) + _inputs(shape, seen)
     elif compensator.sequential and kinds:
         times, statistics = 2, statistics + _of_any_layer(kinds, shape)
     else:
@@ -209,6 +210,12 @@ def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, co
     hidden = times * seen.tokens
     stage = _stage("shrink", weights, shape, seen, hidden=hidden, statistics=statistics, copies=copies)
     return stage if hidden else Stage("shrink", {**stage.parts, "activations": 0})
+
+
+def _inputs(shape: Shape, seen: Calibration) -> int:
+    """Of readers that are fitted anew, held until the layer runs on."""
+    widest = max((site.channels for site in shape.sites), default=0)
+    return min(KEPT_BYTES, widest * seen.tokens * shape.itemsize)
 
 
 def statistics_bytes(kind: Any, sites: Sequence[Site], shape: Shape) -> int:

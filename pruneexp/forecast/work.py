@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruneexp.budget import searched_sites
-from pruneexp.calibrate import passes_of_layer
+from pruneexp.calibrate import KEPT_BYTES, passes_of_layer
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs
 from pruneexp.evidence import Gram, WantedOutput
@@ -110,8 +110,12 @@ def _walk(kinds: Sequence[Any], shape: Shape, seen: Calibration, shrinks: bool) 
 def _walk_sites(kinds: Sequence[Any], shape: Shape, seen: Calibration) -> Work:
     """`calibrate.walk_sites`, and a pass more where the criterion sees what the pruned layers before give."""
     total = len(shape.layers)
+
+    def kept(site: Site) -> float:
+        return min(1.0, KEPT_BYTES / max(1, site.channels * seen.tokens * shape.itemsize))
+
     runs = sum(
-        passes_of_layer(cost, shape.of_layer(index), shape.hidden, seen.length, last=index + 1 == total)
+        passes_of_layer(cost, shape.of_layer(index), shape.hidden, seen.length, index + 1 == total, kept)
         for index, cost in enumerate(shape.layers)
     )
     passes = runs / total + bool(kinds)

@@ -1,4 +1,4 @@
-"""How every command ends: its exit code, and at most one line that says why."""
+"""How every command ends: its exit code, and a line that says why (of several mistakes in configs, a line each)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_READ = 128 + 13  # that SIGPIPE ended, which not every system has
 def run_command(name: str, command: Callable[[], int]) -> int:
     """Runs the command called `name` and gives its exit code: its own, 2 for a ConfigError, 1 for anything else that
     failed, what a shell gives for a signal where it was interrupted, terminated, or its output is no longer read.
-    The one line about it goes to stderr, with the traceback where HYDRA_FULL_ERROR asks for it."""
+    What there is to say goes to stderr, with the traceback where HYDRA_FULL_ERROR asks for it."""
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -34,8 +34,10 @@ def run_command(name: str, command: Callable[[], int]) -> int:
             raise
         return _ended(name, TERMINATED, "terminated")
     except Exception as error:
-        from pruneexp.types import ConfigError, RunError
+        from pruneexp.types import ConfigError, ConfigErrors, RunError
 
+        if isinstance(error, ConfigErrors):
+            return _ended(name, 2, *error.lines)
         if isinstance(error, ConfigError):
             return _ended(name, 2, str(error))
         reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
@@ -47,10 +49,11 @@ def _terminated(signum: int, frame: Any) -> NoReturn:
     raise SystemExit(TERMINATED)
 
 
-def _ended(name: str, code: int, line: str) -> int:
+def _ended(name: str, code: int, *lines: str) -> int:
     if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
         import traceback
 
         traceback.print_exc()
-    print(f"{name}: {' '.join(line.split())}", file=sys.stderr)
+    for line in lines:
+        print(f"{name}: {' '.join(line.split())}", file=sys.stderr)
     return code

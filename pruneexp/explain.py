@@ -32,12 +32,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def explained(error: BaseException, hydra: Hydra | None, overrides: Sequence[str]) -> ConfigError:
-    """The ConfigError for what composing `overrides` raised."""
+def explained(
+    error: BaseException, hydra: Hydra | None, overrides: Sequence[str], swept: Sequence[str] = ()
+) -> ConfigError:
+    """The ConfigError for what composing `overrides` raised. `swept`: the overrides of the multirun that they are one
+    job of."""
     if isinstance(error, ConfigError):
         return error
     if hydra is not None:
-        for message in _override_mistakes(hydra, overrides, error):
+        for message in _override_mistakes(hydra, overrides, swept, error):
             return ConfigError(message)
     while error.__cause__ is not None and (not str(error) or str(error).startswith("Error merging override")):
         merged = str(error).removeprefix("Error merging override ")
@@ -54,13 +57,15 @@ def _first_sentence(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _override_mistakes(hydra: Hydra, overrides: Sequence[str], error: BaseException) -> Iterator[str]:
+def _override_mistakes(
+    hydra: Hydra, overrides: Sequence[str], swept: Sequence[str], error: BaseException
+) -> Iterator[str]:
     """What is wrong with what was typed, worst first."""
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     parsed: list[Override] = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
+            parsed += parser.parse_overrides([text])
         except HydraException:
             yield _malformed(text, hydra)
     for override in parsed:
@@ -70,7 +75,7 @@ def _override_mistakes(hydra: Hydra, overrides: Sequence[str], error: BaseExcept
         if "more than once" in str(error) and override.is_add():
             yield f"{text}: this group has a choice already; expected {text.lstrip('+')}"
     if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error)):
-        yield from _unknown_key(found[1], parsed, hydra)
+        yield from _unknown_key(found[1], parsed, parser.parse_overrides(list(swept)), hydra)
 
 
 def _malformed(text: str, hydra: Hydra) -> str:
@@ -92,7 +97,7 @@ def _unknown_choice(override: Override, hydra: Hydra) -> Iterator[str]:
         return
     options = loader.get_group_options(group, ObjectType.CONFIG)
     if override.is_sweep_override():
-        chosen = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        chosen = _values(override) if override.is_discrete_sweep() else []
     else:
         value = override.value()
         chosen = value if isinstance(value, list) else [value]
@@ -104,8 +109,9 @@ def _unknown_choice(override: Override, hydra: Hydra) -> Iterator[str]:
             yield f"{group}={choice}: expected one of {', '.join(options)}{plugin}{near}"
 
 
-def _unknown_key(key: str, parsed: Sequence[Override], hydra: Hydra) -> Iterator[str]:
-    typed = next((override.input_line for override in parsed if override.key_or_group == key), key)
+def _unknown_key(key: str, parsed: Sequence[Override], swept: Sequence[Override], hydra: Hydra) -> Iterator[str]:
+    varied = [override for override in swept if override.is_discrete_sweep() and len(_values(override)) > 1]
+    typed = next((override.input_line for override in (*varied, *parsed) if override.key_or_group == key), key)
     groups = [group for group in parsed if "/" in group.key_or_group or group.key_or_group in _own_groups(hydra)]
     try:
         # The same choices without the settings: what could have been set.
@@ -120,12 +126,21 @@ def _unknown_key(key: str, parsed: Sequence[Override], hydra: Hydra) -> Iterator
     if section not in known:
         yield f"{typed}: unknown key{did_you_mean(key, [*known, *_own_groups(hydra)])}"
     choice, elsewhere = f"{section}={choices.get(section)}", _keys_of_choices(section, folders)
+    groups_varied = {override.key_or_group for override in varied} & {section, "recipe"}
+    if "recipe" in groups_varied:
+        choice += f" (recipe={choices.get('recipe')})"
     if rest in elsewhere:
-        yield f"{typed}: {choice} has no such key; it is one of {section}={', '.join(elsewhere[rest])}"
+        apart = f"; expected two commands with one sweep.dir, {key} only in that of the choices that have it"
+        has = f"{typed}: {choice} has no such key; it is one of {section}={', '.join(elsewhere[rest])}"
+        yield has + (apart if groups_varied else "")
     if siblings:
         yield f"{typed}: unknown key; expected one of {', '.join(siblings)}{did_you_mean(key, siblings)}"
     near = did_you_mean(rest, elsewhere, f"{section}.{{}}")
     yield f"{typed}: {choice} has no keys{near}"
+
+
+def _values(override: Override) -> list[str]:
+    return list(override.sweep_string_iterator())
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:

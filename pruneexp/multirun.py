@@ -10,32 +10,30 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pruneexp.compose import Composed, compose_raw, composed
+from pruneexp.compose import Composed, composed
 from pruneexp.config_files import option_file, sweep_files
-from pruneexp.explain import explained, one_line
+from pruneexp.explain import one_line
+from pruneexp.jobs import NOT_HASHED, job_config, job_overrides, recipes_name, whole
 from pruneexp.progress import progress
 from pruneexp.summary import sweep_table, write_summary
 from pruneexp.tracker import status_of, write_atomic
 from pruneexp.tracker.folder import timestamp
-from pruneexp.types import ConfigError, RunError, RunRecord, Tracker
+from pruneexp.types import ConfigError, ConfigErrors, RunError, RunRecord, Tracker
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
     from pruneexp.calibrate import DenseStates
 
-NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra")
 SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one process share
 
 
@@ -50,19 +48,20 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     """Runs every job; the exit code: 1 if any failed. Raises ConfigError, before the first job and for all of them at
     once, for jobs that cannot be built (where the sweeper decides its jobs beforehand)."""
     overrides = [*overrides, "hydra.mode=MULTIRUN"]
-    config = compose_raw(hydra, overrides, RunMode.MULTIRUN)
-    folder = sweep_folder(config)
+    overrides, config = whole(hydra, overrides)
+    folder = sweep_folder(hydra, config)
     from pruneexp.build import build
 
-    jobs, problems = [], {}
-    for overrides_of_job in job_overrides(hydra, config):
+    jobs, mistakes = [], Counter()
+    listed = job_overrides(hydra, config)
+    for overrides_of_job in listed:
         try:
             jobs.append(as_job(job_config(hydra, config, overrides_of_job), folder))
             build(jobs[-1])
         except ConfigError as error:
-            problems[str(error)] = None
-    if problems:
-        raise ConfigError("; ".join(problems))
+            mistakes[one_line(error)] += 1
+    if mistakes:
+        raise ConfigErrors([_of_jobs(line, count, len(listed)) for line, count in mistakes.items()])
     if jobs and all(job.config["run"]["dry"] for job in jobs):
         return _forecast(jobs)
     before = _statuses(folder)
@@ -91,6 +90,10 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     if ran:
         _summarise(config, folder)
     return 1 if failed else 0
+
+
+def _of_jobs(line: str, count: int, all_jobs: int) -> str:
+    return line if count == all_jobs else f"{line} ({count} of {all_jobs} jobs)"
 
 
 def _forecast(jobs: Sequence[Composed]) -> int:
@@ -142,9 +145,9 @@ def _summarise(config: DictConfig, folder: Path) -> None:
         print(f"pruneexp: no summary of the sweep for the tracker: {one_line(error)}", file=sys.stderr)
 
 
-def sweep_folder(config: DictConfig) -> Path:
-    """`sweep.dir`, or outputs/sweeps/<name of the sweep or recipe>."""
-    name = _sweep_name(config) or config.hydra.runtime.choices.get("recipe") or "custom"
+def sweep_folder(hydra: Hydra, config: DictConfig) -> Path:
+    """`sweep.dir`, or outputs/sweeps/<name of the sweep, or of its recipes>."""
+    name = _sweep_name(config) or recipes_name(hydra, config) or "custom"
     given = OmegaConf.select(config, "sweep.dir")
     if given == "" or not isinstance(given, (str, type(None))):
         raise ConfigError(f"sweep.dir={given!r}: expected a folder, or null for outputs/sweeps/{name}")
@@ -205,34 +208,6 @@ def _asked(run: Composed) -> set[str]:
     path = None if name is None else sweep_files().get(name) or option_file(run.folders, "sweep", name)
     content = yaml.safe_load(path.read_text()) if path is not None else {}
     return asked | set(content.get("run") or {})
-
-
-def job_configs(hydra: Hydra, config: DictConfig) -> Iterator[Composed]:
-    """The runs of a multirun, as far as they are known beforehand. Raises ConfigError."""
-    return (job_config(hydra, config, overrides) for overrides in job_overrides(hydra, config))
-
-
-def job_overrides(hydra: Hydra, config: DictConfig) -> list[Sequence[str]]:
-    """What each job of a multirun overrides: none for a sweeper that decides as it goes. Raises ConfigError."""
-    sweeper = config.hydra.sweeper
-    if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
-        return []
-    swept = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    swept += [str(text) for text in config.hydra.overrides.task]
-    try:
-        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(swept)
-        return list(BasicSweeper.split_arguments(parsed, None)[0])
-    except Exception as error:
-        raise explained(error, hydra, swept) from error
-
-
-def job_config(hydra: Hydra, config: DictConfig, overrides: Sequence[str]) -> Composed:
-    """One job of the multirun. Raises ConfigError."""
-    try:
-        raw = hydra.config_loader.load_sweep_config(config, list(overrides))
-    except Exception as error:
-        raise explained(error, hydra, overrides) from error
-    return composed(raw)
 
 
 def _run_recorded(job: Composed, number: str, shared: DenseStates | None = None) -> dict[str, float] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,10 +136,18 @@ MISTAKES = [
         "model.stream=true compensator=least_squares compensator.sequential=false compensator.target=pruned",
         "compensator.sequential=False: with model.stream=true, the covariances of all layers",
     ),
-    ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected "),
+    ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected .* (1 of 2 jobs)"),
     ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
-    ("--multirun search=al_am,al_an criterion=flap,flup", ".*search=al_an: expected .*; .*criterion=flup: expected "),
-    ("--multirun sparsity.ratio=2,0.2,3", "sparsity.ratio=2.0: .*; sparsity.ratio=3.0: "),
+    ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3: unknown key; .*did you mean sparsity.ratio?\n"),
+    (
+        "--multirun recipe=flap,best search.effort=5,10",
+        "search.effort=5,10: search=al_am (recipe=flap) has no such key; it is one of search=evolutionary; expected "
+        "two commands with one sweep.dir, search.effort only in that of the choices that have it (2 of 4 jobs)",
+    ),
+    (
+        "--multirun search=al_am,evolutionary search.effort=5",
+        "search.effort=5: search=al_am has no such key; .*; expected two commands with one sweep.dir.*(1 of 2 jobs)",
+    ),
     ("--multirun seed=1,2 run.dir=x", "run.dir='x': expected null in a multirun"),
     ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),
     ("--multirunn", "unrecognized arguments: --multirunn"),
@@ -163,6 +172,16 @@ def test_a_mistake_is_answered_in_one_line(command: str, answer: str, cli: Cli, 
     assert not runs and not list(Path().iterdir())
 
 
+def test_mistakes_of_jobs_are_a_line_each(cli: Cli, runs: list[Experiment]) -> None:
+    ended = cli("--multirun", "search=al_am,al_an", "criterion=flap,flup", "sparsity.ratio=2,0.2", "seed=1,2")
+    lines = ended.err.splitlines()
+    assert ended.code == 2 and ended.out == "" and len(lines) == 3 and not runs
+    assert lines[0] == "pruneexp: sparsity.ratio=2.0: expected a number in [0, 1) (2 of 16 jobs)"
+    assert lines[1].startswith("pruneexp: criterion=flup: expected one of ") and lines[1].endswith("(4 of 16 jobs)")
+    assert lines[2].startswith("pruneexp: search=al_an: expected one of ") and lines[2].endswith("(8 of 16 jobs)")
+    assert not list(Path().iterdir())
+
+
 def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     file = tmp_path / "mine" / "sweep" / "odd.yaml"
     file.parent.mkdir(parents=True)
@@ -170,9 +189,9 @@ def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[
     swept = {"mode": "MULTIRUN", "sweeper": {"params": params}}
     file.write_text(f"# @package _global_\n{yaml.safe_dump({'hydra': swept})}")
     ended = cli("--config-dir", "mine", "+sweep=odd")
-    assert ended.code == 2 and ended.err.count("\n") == 1 and not runs
+    assert ended.code == 2 and not runs
     for wrong in ("recipe=flapp: ", "criterion=magnitud: ", "search=unifrom: ", "search.min_unit=1: "):
-        assert wrong in ended.err
+        assert f"pruneexp: {wrong}" in ended.err
     assert [path.name for path in Path().iterdir()] == ["mine"]
 
 
@@ -287,6 +306,32 @@ def test_a_multirun_names_its_folders_by_config(cli: Cli, runs: list[Experiment]
         assert run.job["sweep"] == "flap" and run.config["sweep"]["dir"] == "outputs/sweeps/flap"
         assert run.config["run"]["dir"] == run.run.dir
     assert not list(Path().rglob(".hydra"))
+
+
+@pytest.mark.parametrize(
+    ("swept", "name"),
+    [("recipe=wanda_sp,best", "wanda_sp+best"), ("recipe=glob(m*)", "magnitude+mini_llm"), ("recipe=best", "best")],
+)
+def test_a_sweep_over_recipes_is_named_by_them(swept: str, name: str, cli: Cli, runs: list[Experiment]) -> None:
+    for _ in range(2):
+        ended = cli("--multirun", swept, "seed=1,2")
+        assert ended.code == 0, ended.err
+    assert {Path(str(run.run.dir)).parent for run in runs} == {Path("outputs/sweeps", name)}
+    assert ended.err.count("done already") == len(runs)
+
+
+def test_the_name_of_a_sweep_over_many_recipes_is_short(cli: Cli, runs: list[Experiment]) -> None:
+    assert cli("--multirun", "recipe=glob(*)").code == cli("--multirun", "recipe=glob(*,exclude=best)").code == 0
+    names = [path.name for path in Path("outputs/sweeps").iterdir()]
+    assert len(names) == 2 and all(re.fullmatch(r"[a-z_+]+\+[0-9a-f]{6}", name) for name in names)
+    assert max(map(len, names)) < 100
+
+
+def test_a_setting_of_all_choices_that_are_swept_over(cli: Cli, runs: list[Experiment]) -> None:
+    ended = cli("--multirun", "sparsity=linear,cubic", "sparsity.rounds=2")  # the default choice has no such key
+    assert ended.code == 0, ended.err
+    assert [len(run.sparsity.shares()) for run in runs] == [2, 2]
+    assert runs[0].job["overrides"] == ["sparsity=linear", "sparsity.rounds=2"]
 
 
 def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: list[Experiment]) -> None:

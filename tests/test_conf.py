@@ -14,7 +14,8 @@ from hydra.types import RunMode
 from pruneexp.build import build, located
 from pruneexp.compose import SECTIONS, compose, compose_raw, open_hydra
 from pruneexp.config_files import choices, conf_folder, first_comment, inherited, key_comments, sweep_files
-from pruneexp.multirun import as_job, job_configs
+from pruneexp.jobs import job_configs
+from pruneexp.multirun import as_job
 from pruneexp.types import ConfigError
 
 GROUPS = [path.name for path in sorted(conf_folder().iterdir()) if path.is_dir()]

@@ -28,6 +28,7 @@ LAYERS = (
         "coerce",
         "compose",
         "build",
+        "jobs",
         "multirun",
         "cli_help",
         "summary",

@@ -20,6 +20,14 @@ class ConfigError(ValueError):
     """A config that cannot work. The message is one line: the key, the value, what was expected. Exit code 2."""
 
 
+class ConfigErrors(ConfigError):
+    """Several mistakes, each a message of one line."""
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("; ".join(lines))
+        self.lines = tuple(lines)
+
+
 class RunError(RuntimeError):
     """A run that failed for a reason the user can act on. The message is one line. Exit code 1."""
 

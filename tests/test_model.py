@@ -164,10 +164,30 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
     assert not Path("run").exists()
 
 
-def test_a_path_that_does_not_exist(cli: Cli, tmp_path: Path) -> None:
-    path = str(tmp_path / "nowhere")
-    expected = f"pruneexp: model.path={path!r}: no such folder; expected one with config.json, or a Hub id\n"
-    assert cli(f"model.path={path}") == (2, expected)
+ODD_PATHS = [
+    "",
+    "nowhere/of/all",
+    "./no/where",
+    "gpt2",
+    "owner/a name",
+    "owner/name.git",
+    "https://hub.co/a/b",
+    "~no_one/x",
+]
+
+
+@pytest.mark.parametrize("path", [*ODD_PATHS, "x" * 5000])
+def test_a_path_that_is_no_folder_and_no_hub_id(path: str, cli: Cli) -> None:
+    expected = "no such folder; expected a folder with config.json and *.safetensors, or a Hub id, owner/name"
+    assert cli(f"model.path='{path}'") == (2, f"pruneexp: model.path={path!r}: {expected}\n")
+
+
+def test_a_path_that_is_a_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.safetensors").touch()  # a path that could be a Hub id
+    code, err = cli("model.path=models/model.safetensors")
+    assert code == 2 and err.startswith("pruneexp: model.path='models/model.safetensors': is a file; expected a folder")
 
 
 def test_a_hub_id_that_cannot_be_had(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from pruneexp.types import ConfigError
 if TYPE_CHECKING:
     from pruneexp.model.checkpoint import Checkpoint
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "bitsandbytes": "bitsandbytes"}
 COUNTS = (  # config attributes that count something; absent or None where an architecture has none
@@ -28,6 +29,14 @@ COUNTS = (  # config attributes that count something; absent or None where an ar
     "vocab_size",
     "max_position_embeddings",
 )
+
+
+def check_hub_id(path: str, is_file: bool) -> None:
+    """Raises ConfigError where `path`, which is no folder, cannot be the name of a model on the Hub either."""
+    if is_file or not HUB_ID.fullmatch(path) or "--" in path or ".." in path or path.endswith(".git"):
+        what = "is a file" if is_file else "no such folder"
+        expected = "a folder with config.json and *.safetensors, or a Hub id, owner/name"
+        raise ConfigError(f"model.path={path!r}: {what}; expected {expected}")
 
 
 def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, Any]:

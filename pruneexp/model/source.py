@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import warnings
 from collections import Counter
@@ -93,13 +94,11 @@ class ModelSource:
         if self.path.startswith(EMBEDDED):
             folder = Path(__file__).parent.parent / "embedded" / self.path.removeprefix(EMBEDDED)
         else:
-            folder = Path(self.path).expanduser()
-        if folder.is_dir():
+            folder = Path(os.path.expanduser(self.path))
+        if self.path and os.path.isdir(folder):  # unlike Path's own, False for whatever can be none
             return folder
-        looks_like_hub_id = self.path.count("/") == 1 and self.path[0] not in "./~" and not self.path.endswith("/")
-        if looks_like_hub_id:
-            return None
-        raise ConfigError(f"model.path={self.path!r}: no such folder; expected one with config.json, or a Hub id")
+        checks.check_hub_id(self.path, os.path.isfile(folder))
+        return None
 
     def read_config(self, folder: Path) -> dict[str, Any]:
         """config.json as it stands, checked. Raises ConfigError."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from omegaconf import OmegaConf
 from pruneexp.dataset import Embedded, HubText, WindowSource, check_vocabulary, fingerprint, overlap, text, tokens
 from pruneexp.dataset.hub import document, joined
 from pruneexp.dataset.windows import cut, draw
+from pruneexp.hub import unreachable
 from pruneexp.types import ConfigError, RunError
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -335,6 +338,40 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch, byte_tokenizer):
     with pytest.raises(RunError, match="^dataset.path=Salesforce/wikitext: .*ConnectionError.*dataset=text") as caught:
         a_hub().calibration(byte_tokenizer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("listens", "offline"), [(True, False), (False, False), (False, True)])
+def test_a_hub_that_takes_no_connection_is_not_asked(listens, offline, monkeypatch, byte_tokenizer):
+    import datasets
+    import huggingface_hub
+
+    flags = (datasets.config, huggingface_hub.constants)
+    seen: list[bool] = []
+
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        seen.extend(each.HF_HUB_OFFLINE for each in flags)
+        raise ConnectionError("never had")
+
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        if not listens:
+            server.close()
+        for each in flags:
+            monkeypatch.setattr(each, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(RunError) as caught:
+            a_hub().calibration(byte_tokenizer)
+    assert seen == [not listens] * 2 and [each.HF_HUB_OFFLINE for each in flags] == [offline] * 2
+    told = str(caught.value)
+    assert ("cannot be reached: Connection refused" in told) == (not listens and not offline)
+    assert ("ConnectionError: never had" in told) == (listens or offline)
+
+
+def test_behind_a_proxy_the_hub_is_left_to_its_libraries(monkeypatch):
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy.example:3128"})
+    assert unreachable("https://127.0.0.1:9") == ""
+    assert unreachable("http://127.0.0.1:9")  # of another scheme
 
 
 # what can be said about windows

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.windows import Sampling, check_common, cut, draw, encode, generator
+from pruneexp.hub import hub
 from pruneexp.types import ConfigError, RunError
 
 SPLIT = re.compile(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?")
@@ -130,16 +131,17 @@ class HubText:
         base, start, stop = SPLIT.fullmatch(split).groups()  # type: ignore[union-attr]
         files = None if self.data_files is None else {base: self.data_files[base]}
         options = {"name": self.config, "revision": self.revision, "data_files": files, "streaming": self.streaming}
-        try:
-            if not self.streaming:
-                return datasets.load_dataset(self.path, split=split, **options)
-            rows = datasets.load_dataset(self.path, split=base, **options).skip(int(start or 0))
-            return list(rows.take(int(stop) - int(start or 0)) if stop else rows)
-        except Exception as error:  # the hub's client raises OSError, ValueError, RuntimeError, its http library's own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            offline = "offline, use dataset=text dataset.calibration=FILE dataset.evaluation=FILE"
-            message = f"dataset.path={self.path}: cannot be loaded from the hub or its cache ({reason}); {offline}"
-            raise RunError(message) from error
+        with hub() as unreachable:
+            try:
+                if not self.streaming:
+                    return datasets.load_dataset(self.path, split=split, **options)
+                rows = datasets.load_dataset(self.path, split=base, **options).skip(int(start or 0))
+                return list(rows.take(int(stop) - int(start or 0)) if stop else rows)
+            except Exception as error:  # the client raises OSError, ValueError, RuntimeError, its http library's own
+                reason = unreachable or f"{type(error).__name__}: {' '.join(str(error).split())}"
+                offline = "offline, use dataset=text dataset.calibration=FILE dataset.evaluation=FILE"
+                message = f"dataset.path={self.path}: cannot be loaded from the hub or its cache ({reason}); {offline}"
+                raise RunError(message) from error
 
 
 @dataclass(frozen=True)

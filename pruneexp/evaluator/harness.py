@@ -12,13 +12,14 @@ import math
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pruneexp.evaluator.task_files import TASKS, TaskRows
+from pruneexp.hub import hub
 from pruneexp.progress import BAR_AFTER, waiting
 from pruneexp.types import ConfigError, RunError
 
@@ -60,7 +61,13 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
     """
     from lm_eval.tasks import TaskManager
 
-    with _quiet(), _seeded(), waiting("loading the evaluation tasks"):
+    asks_hub = any(name not in rows for name in names)
+    with (
+        hub() if asks_hub else nullcontext("") as unreachable,
+        _quiet(),
+        _seeded(),
+        waiting("loading the evaluation tasks"),
+    ):
         known = [_definitions(name) for name in names if name in TASKS]
         # Indexing every definition takes seconds; a few folders of them do not.
         whole = len(known) < len(names)
@@ -72,7 +79,7 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
                 raise ConfigError(
                     f"{TASKS_KEY}: lm-eval has no task {name!r}; expected its tasks, groups or tags{hint}"
                 )
-        return [_loaded(manager, name, rows.get(name)) for name in names]
+        return [_loaded(manager, name, rows.get(name), unreachable) for name in names]
 
 
 def _definitions(name: str) -> str:
@@ -82,7 +89,7 @@ def _definitions(name: str) -> str:
     return f"{lm_eval.tasks.__path__[0]}/{TASKS[name].definition}"
 
 
-def _loaded(manager: Any, name: str, rows: TaskRows | None) -> Loaded:
+def _loaded(manager: Any, name: str, rows: TaskRows | None, unreachable: str) -> Loaded:
     # A task inside a group of one is how the harness lets a definition's settings be replaced.
     spec: Any = name if rows is None else {"group": f"local_{name}", "task": [{"task": name, **_replaced(rows)}]}
     try:
@@ -90,7 +97,7 @@ def _loaded(manager: Any, name: str, rows: TaskRows | None) -> Loaded:
     except (ConfigError, MemoryError):
         raise
     except Exception as error:  # the hub's client raises OSError, ValueError, RuntimeError, its http library's own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = unreachable or f"{type(error).__name__}: {' '.join(str(error).split())}"
         offline = "offline, evaluator.zeroshot.data=FOLDER reads local files"
         raise RunError(f"{TASKS_KEY}: {name}'s data cannot be loaded ({reason}); {offline}") from error
     if rows is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pruneexp.embedded import FOLDER
-from pruneexp.evaluator import Zeroshot
+from pruneexp.evaluator import Zeroshot, zeroshot
 from pruneexp.evaluator.harness import Answered, answer, load_tasks
 from pruneexp.evaluator.task_files import TASKS, read_task
 from pruneexp.evaluator.zeroshot import PUBLISHED
@@ -257,6 +257,34 @@ filter_list:
 """
 
 
+def test_jobs_of_a_process_share_tasks_that_are_asked_alike(data, tmp_path, llama, monkeypatch):
+    loads: list[tuple[str, ...]] = []
+
+    def counted(names: Any, rows: Any) -> Any:
+        loads.append(tuple(names))
+        return load_tasks(names, rows)
+
+    def figures(folder: Path, **changes: Any) -> tuple[dict[str, float], Any, Any]:
+        evaluator = a_zeroshot(folder, "piqa", "boolq", **changes)
+        found = evaluator(llama, llama.tokenizer)
+        return found, evaluator.measured_on(llama.tokenizer), evaluator.files("zeroshot", "dense")
+
+    monkeypatch.setattr(zeroshot, "load_tasks", counted)
+    zeroshot._asked.cache_clear()
+    first = figures(data, num_fewshot=2)
+    assert figures(data, num_fewshot=2, batch_size=4) == first and len(loads) == 1
+    zeroshot._asked.cache_clear()
+    assert figures(data, num_fewshot=2) == first and len(loads) == 2
+    for changes in ({"num_fewshot": 0}, {"num_fewshot": 2, "limit": 1}):
+        loads.clear()
+        assert figures(data, **changes)[0].keys().isdisjoint(first[0]) and len(loads) == 1
+    copy = write_files(tmp_path)
+    unchanged = figures(copy)[1]
+    (copy / "piqa" / "valid.jsonl").write_text((copy / "piqa" / "valid.jsonl").read_text().replace("towel", "rag"))
+    loads.clear()
+    assert figures(copy)[1] != unchanged and len(loads) == 1
+
+
 @pytest.fixture
 def few_definitions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The whole index of the harness takes seconds: here it knows one of its folders, and this one."""
@@ -295,8 +323,6 @@ def test_groups_and_filters(few_definitions, llama):
 def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build_from, monkeypatch):
     import datasets
 
-    from pruneexp.evaluator import zeroshot
-
     written = DEFINITION.format(name="one")
     (few_definitions / "one.yaml").write_text(written)
     asked: list[str] = []
@@ -309,6 +335,7 @@ def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build
 
     def dense(folder: str, *changes: str) -> tuple[float, int]:
         asked.clear()
+        zeroshot._asked.cache_clear()  # as in a process of its own
         overrides = ["evaluator=[zeroshot]", "evaluator.zeroshot.tasks=[one]", "dataset.samples=2", *changes]
         metrics = run_experiment(build_from(*overrides, f"run.dir={folder}", "run.save=false"))
         return next(value for key, value in metrics.items() if key.startswith("dense/acc/one@")), len(asked)

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -64,13 +64,13 @@ class Zeroshot:
         """Loads the tasks, so that unknown names and data that cannot be had are found before weights load."""
         if tokenizer is None:
             raise ConfigError("evaluator.zeroshot: needs a tokenizer and the model has none")
-        _ = self._loaded
+        _ = self._asked
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         if model.streamed:
             raise ConfigError("evaluator.zeroshot: not possible with model.stream=true")
         found: dict[str, Answered] = {}
-        for loaded in self._loaded:
+        for loaded in self._asked.loaded:
             found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size)
         self._last[:] = [found]
         figures = {
@@ -85,7 +85,7 @@ class Zeroshot:
         loaded them; None where one of these cannot be told."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         files = {task: dict(rows.sources) for task, rows in self._rows.items()}
-        inputs = files if self.data is not None else self._identified
+        inputs = files if self.data is not None else self._asked.identified
         if inputs is None or backend is None:
             return None
         return _digest([(metadata.version("lm_eval"), inputs, backend.to_str())])
@@ -108,13 +108,9 @@ class Zeroshot:
         return {task: read_task(self.data, task, self.num_fewshot or 0) for task in self.tasks}
 
     @cached_property
-    def _loaded(self) -> list[Loaded]:
-        return load_tasks(self.tasks, self._rows)
-
-    @cached_property
-    def _identified(self) -> list[Any] | None:
-        """Before the tasks are asked, which sets the number of examples in their definitions."""
-        return identified(self._loaded)
+    def _asked(self) -> _Asked:
+        sources = _digest([(task, rows.sources) for task, rows in self._rows.items()])
+        return _asked(_Request(tuple(self.tasks), self.num_fewshot, self.limit, sources, self._rows))
 
     @cached_property
     def _last(self) -> list[dict[str, Answered]]:
@@ -155,6 +151,30 @@ class Zeroshot:
             "standard_errors": {metric: _standard_error(scores) for metric, scores in answered.scores.items()},
             "scores": {metric: list(scores) for metric, scores in answered.scores.items()},
         }
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Tasks and how they are asked: equal where a run after another in this process would ask the same."""
+
+    tasks: tuple[str, ...]
+    num_fewshot: int | None
+    limit: int | None
+    sources: str  # digest of the local files
+    rows: Mapping[str, TaskRows] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    loaded: list[Loaded]
+    identified: list[Any] | None  # before they are asked, which sets the number of examples in their definitions
+
+
+@lru_cache(maxsize=1)
+def _asked(request: _Request) -> _Asked:
+    """The tasks, loaded once for the jobs of a sweep: seconds, and on the hub a request for each data set."""
+    loaded = load_tasks(request.tasks, request.rows)
+    return _Asked(loaded, identified(loaded))
 
 
 def _digest(requests: Sequence[tuple[Any, ...]]) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from copy import deepcopy
+from typing import TYPE_CHECKING, cast
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pruneexp.compose import SECTIONS, Composed, compose_raw, composed
 from pruneexp.explain import explained
@@ -52,7 +55,7 @@ def _left_to_jobs(text: str) -> str:
 
 def job_configs(hydra: Hydra, config: DictConfig) -> Iterator[Composed]:
     """The runs of a multirun, as far as they are known beforehand. Raises ConfigError."""
-    return (job_config(hydra, config, overrides) for overrides in job_overrides(hydra, config))
+    return map(JobComposer(hydra, config).job, job_overrides(hydra, config))
 
 
 def job_overrides(hydra: Hydra, config: DictConfig) -> list[Sequence[str]]:
@@ -75,16 +78,74 @@ def decided_beforehand(config: DictConfig) -> bool:
 def _typed(config: DictConfig) -> list[str]:
     """A multirun's overrides as they were written, in the sweep's file or on the command line."""
     of_file = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    return of_file + [str(text) for text in config.hydra.overrides.task]
+    typed = OmegaConf.to_container(config.hydra.overrides.task)  # unresolved: ${...} is a job's to resolve
+    return [*of_file, *map(str, cast(list, typed))]
 
 
-def job_config(hydra: Hydra, config: DictConfig, overrides: Sequence[str]) -> Composed:
-    """One job of the multirun. Raises ConfigError."""
-    try:
-        raw = hydra.config_loader.load_sweep_config(config, list(overrides))
-    except Exception as error:
-        raise explained(error, hydra, overrides, _typed(config)) from error
-    return composed(raw)
+class JobComposer:
+    """Composes a multirun's jobs as Hydra does, but what several of them choose alike once: each job's values are then
+    set in a copy of it, which takes a tenth of the time."""
+
+    def __init__(self, hydra: Hydra, config: DictConfig):
+        self.hydra, self.config = hydra, config
+        self.parser = OverridesParser.create(config_loader=hydra.config_loader)
+        self.parsed: dict[str, Override] = {}
+        self.groups: dict[str, bool] = {}
+        self.bases: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}  # by overrides: config, `hydra` node
+
+    def job(self, overrides: Sequence[str]) -> Composed:
+        """One job, of its overrides. Raises ConfigError."""
+        try:
+            return composed(*self._from_base(overrides))
+        except ConfigError:
+            raise
+        except Exception:  # what is wrong with it, Hydra tells of the whole
+            return self._by_hydra(overrides)
+
+    def _by_hydra(self, overrides: Sequence[str]) -> Composed:
+        try:
+            raw = self.hydra.config_loader.load_sweep_config(self.config, list(overrides))
+        except Exception as error:
+            raise explained(error, self.hydra, overrides, _typed(self.config)) from error
+        return composed(raw)
+
+    def _from_base(self, overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
+        parsed = [self._parsed(text) for text in overrides]
+        values = [override for override in parsed if self._is_value(override, parsed)]
+        rest = tuple(text for text, override in zip(overrides, parsed, strict=True) if override not in values)
+        if rest not in self.bases:
+            base = self.hydra.config_loader.load_sweep_config(self.config, list(rest))
+            with open_dict(base):
+                self.bases[rest] = base, base.pop("hydra")
+        base, node = self.bases[rest]
+        config = deepcopy(base)
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        own = [override for override in parsed if not override.is_hydra_override()]
+        node.overrides.task = [override.input_line for override in own]
+        named = node.job.config.override_dirname
+        node.job.override_dirname = get_overrides_dirname(own, named.exclude_keys, named.item_sep, named.kv_sep)
+        return config, node
+
+    def _parsed(self, text: str) -> Override:
+        if text not in self.parsed:
+            self.parsed[text] = self.parser.parse_overrides([text])[0]
+        return self.parsed[text]
+
+    def _is_value(self, override: Override, others: Sequence[Override]) -> bool:
+        """Whether it sets a value below one of our sections, and nothing that another override touches too."""
+        key = override.key_or_group
+        if override.type is not OverrideType.CHANGE or override.package is not None or "." not in key:
+            return False
+        if key.partition(".")[0] not in SECTIONS or isinstance(override.value(), (list, dict)):
+            return False
+        set_too = [f"{other.key_or_group}." for other in others if other is not override and not self._is_group(other)]
+        return not any(f"{key}.".startswith(other) or other.startswith(f"{key}.") for other in set_too)
+
+    def _is_group(self, override: Override) -> bool:
+        group = override.key_or_group
+        if group not in self.groups:
+            self.groups[group] = bool(self.hydra.config_loader.get_group_options(group))
+        return self.groups[group]
 
 
 def recipes_name(hydra: Hydra, config: DictConfig) -> str | None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from pruneexp.compose import Composed, composed
 from pruneexp.config_files import option_file, sweep_files
 from pruneexp.explain import one_line
-from pruneexp.jobs import NOT_HASHED, job_config, job_overrides, recipes_name, whole
+from pruneexp.jobs import NOT_HASHED, JobComposer, job_overrides, recipes_name, whole
 from pruneexp.progress import progress
 from pruneexp.summary import sweep_table, write_summary
 from pruneexp.tracker import status_of, write_atomic
@@ -53,10 +53,10 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     from pruneexp.build import build
 
     jobs, mistakes = [], Counter()
-    listed = job_overrides(hydra, config)
+    listed, composer = job_overrides(hydra, config), JobComposer(hydra, config)
     for overrides_of_job in listed:
         try:
-            jobs.append(as_job(job_config(hydra, config, overrides_of_job), folder))
+            jobs.append(as_job(composer.job(overrides_of_job), folder))
             build(jobs[-1])
         except ConfigError as error:
             mistakes[one_line(error)] += 1

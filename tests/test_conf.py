@@ -12,9 +12,9 @@ import yaml
 from hydra.types import RunMode
 
 from pruneexp.build import build, located
-from pruneexp.compose import SECTIONS, compose, compose_raw, open_hydra
+from pruneexp.compose import SECTIONS, compose, compose_raw, composed, open_hydra
 from pruneexp.config_files import choices, conf_folder, first_comment, inherited, key_comments, sweep_files
-from pruneexp.jobs import job_configs
+from pruneexp.jobs import JobComposer, job_configs, job_overrides
 from pruneexp.multirun import as_job
 from pruneexp.types import ConfigError
 
@@ -150,3 +150,36 @@ def test_comments_of_nested_keys_are_found(tmp_path: Path) -> None:
 def test_a_missing_choice_is_answered() -> None:
     with pytest.raises(ConfigError, match=r"^search is missing: expected one of al_am, "):
         build(compose(["~search"]))
+
+
+TYPED = [
+    ["sparsity.ratio=0.1,0.2", "criterion=flap,magnitude", "recipe=flap", "seed=0,1"],
+    ["recipe=flap,best", "sparsity.ratio=range(0.1,0.5,0.2)", "run.name='a, ${seed} $b'"],
+    ["search=uniform,global", "search.granularity=[heads],[channels]", "search.min_units=1,2"],
+    ["criterion.metric=WIFV,IFV", "+model.note=x", "~dataset.seed", "dataset.samples=4,8"],
+    ["run.name=${hydra:job.override_dirname}", "sparsity.ratio=0.1,0.3"],
+    ["run={dir: null, name: a, overwrite: false, save: true, prove: off, dry: false}", "run.name=b,c"],
+    ["hydra.job.name=a", "dataset.seed=${seed}", "seed=1,2", "sweep.dir=here"],
+]
+
+
+@pytest.mark.parametrize("typed", TYPED, ids=lambda typed: typed[0])
+def test_jobs_are_composed_as_hydra_composes_them(typed: list[str]) -> None:
+    hydra = open_hydra()
+    config = compose_raw(hydra, ["hydra.mode=MULTIRUN", *typed], RunMode.MULTIRUN)
+    jobs = list(job_configs(hydra, config))
+    expected = [composed(hydra.config_loader.load_sweep_config(config, o)) for o in job_overrides(hydra, config)]
+    assert len(jobs) > 1 and jobs == expected
+
+
+def test_a_job_with_a_mistake_is_told_as_a_single_run_would_be() -> None:
+    hydra = open_hydra()
+    config = compose_raw(hydra, ["hydra.mode=MULTIRUN", "seed=0,1"], RunMode.MULTIRUN)
+    composer = JobComposer(hydra, config)
+    composer.job(["seed=0", "sparsity.ratio=0.2"])
+    for mistake in ("sparsity.ration=0.2", "sparsity=one_shit", "dataset.=1"):
+        with pytest.raises(ConfigError) as alone:
+            compose(["seed=0", mistake])
+        with pytest.raises(ConfigError) as as_job:
+            composer.job(["seed=0", mistake])
+        assert str(as_job.value) == str(alone.value)

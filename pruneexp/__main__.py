@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from pruneexp.ending import run_command
+from pruneexp.startup import uncollected
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -55,19 +56,21 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _command(arguments: argparse.Namespace) -> int:
-    from hydra.types import RunMode
+    with uncollected():
+        from hydra.types import RunMode
 
-    from pruneexp.compose import compose_raw, open_hydra
-    from pruneexp.types import ConfigError
+        from pruneexp.compose import compose_raw, open_hydra
+        from pruneexp.types import ConfigError
 
-    hydra, overrides = open_hydra(arguments.config_dir), arguments.overrides
+        hydra, overrides = open_hydra(arguments.config_dir), arguments.overrides
     if arguments.cfg or arguments.info or arguments.shell_completion:
         return _show(hydra, arguments)
     for text in overrides:
         if text.lstrip("+~").startswith(("hydra.run.", "hydra.sweep.")):
             raise ConfigError(f"{text}: the folders of runs are not Hydra's here; expected run.dir or sweep.dir")
     if not arguments.multirun:
-        config = compose_raw(hydra, overrides, RunMode.RUN)
+        with uncollected():
+            config = compose_raw(hydra, overrides, RunMode.RUN)
         if config.hydra.mode != RunMode.MULTIRUN:
             return _single(config)
     from pruneexp.multirun import multirun

@@ -24,6 +24,7 @@ from pruneexp.config_files import option_file, sweep_files
 from pruneexp.explain import one_line
 from pruneexp.jobs import NOT_HASHED, JobComposer, job_overrides, recipes_name, whole
 from pruneexp.progress import progress
+from pruneexp.startup import uncollected
 from pruneexp.summary import sweep_table, write_summary
 from pruneexp.tracker import status_of, write_atomic
 from pruneexp.tracker.folder import timestamp
@@ -48,20 +49,10 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     """Runs every job; the exit code: 1 if any failed. Raises ConfigError, before the first job and for all of them at
     once, for jobs that cannot be built (where the sweeper decides its jobs beforehand)."""
     overrides = [*overrides, "hydra.mode=MULTIRUN"]
-    overrides, config = whole(hydra, overrides)
-    folder = sweep_folder(hydra, config)
-    from pruneexp.build import build
-
-    jobs, mistakes = [], Counter()
-    listed, composer = job_overrides(hydra, config), JobComposer(hydra, config)
-    for overrides_of_job in listed:
-        try:
-            jobs.append(as_job(composer.job(overrides_of_job), folder))
-            build(jobs[-1])
-        except ConfigError as error:
-            mistakes[one_line(error)] += 1
-    if mistakes:
-        raise ConfigErrors([_of_jobs(line, count, len(listed)) for line, count in mistakes.items()])
+    with uncollected():
+        overrides, config = whole(hydra, overrides)
+        folder = sweep_folder(hydra, config)
+        jobs = _composed_jobs(hydra, config, folder)
     if jobs and all(job.config["run"]["dry"] for job in jobs):
         return _forecast(jobs)
     before = _statuses(folder)
@@ -90,6 +81,23 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     if ran:
         _summarise(config, folder)
     return 1 if failed else 0
+
+
+def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> list[Composed]:
+    """The jobs in the sweep's folder, as far as they are known beforehand. Raises ConfigError."""
+    from pruneexp.build import build
+
+    jobs, mistakes = [], Counter()
+    listed, composer = job_overrides(hydra, config), JobComposer(hydra, config)
+    for overrides in listed:
+        try:
+            jobs.append(as_job(composer.job(overrides), folder))
+            build(jobs[-1])
+        except ConfigError as error:
+            mistakes[one_line(error)] += 1
+    if mistakes:
+        raise ConfigErrors([_of_jobs(line, count, len(listed)) for line, count in mistakes.items()])
+    return jobs
 
 
 def _of_jobs(line: str, count: int, all_jobs: int) -> str:

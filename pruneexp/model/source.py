@@ -23,6 +23,7 @@ from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
+from pruneexp.startup import uncollected
 from pruneexp.types import ConfigError
 
 logger = logging.getLogger("pruneexp")
@@ -246,11 +247,13 @@ class ModelSource:
 
 def _model_class(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pruned.Family]:
     """The class that loads a checkpoint (stock, or with pruned layers), its config and its table."""
-    import transformers
-
     family = modeling_pruned.FAMILIES[model_type.removeprefix("pruned_")]
     names = (family.causal_lm or f"{family.stock}ForCausalLM", f"{family.stock}Config")
-    if not all(hasattr(transformers, name) for name in names):
+    with uncollected():
+        import transformers
+
+        there = all(hasattr(transformers, name) for name in names)  # loads them
+    if not there:
         raise ConfigError(
             f"model.path={str(folder)!r}: model_type {model_type!r} needs transformers >= {family.since}; "
             f"{transformers.__version__} is installed"

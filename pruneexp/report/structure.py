@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pruneexp.types import Plan, Site
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from PIL.ImageDraw import ImageDraw
 
 UNITS = {"attention": "heads (KV groups)", "mlp": "FFN channels", "experts": "experts", "block": "layers"}
 KEPT, GONE = "#2f6f9f", "#e9edf0"
 OUTLINE, MARK = "#9aa5ad", "#b3412f"
+DPI = 110  # pixels
 
 
 @dataclass(frozen=True)
@@ -70,75 +71,82 @@ def removed_share(plan: Plan, sites: Sequence[Site]) -> float:
 def structure_figure(plan: Plan, sites: Sequence[Site], path: Path) -> None:
     """A PNG of the units kept in each layer, one panel per kind of site, the dense width as an outline.
 
-    Drawn without axes: finding their margins and ticks takes several times as long as the picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    Drawn bar by bar: a plotting library takes as long to load, and to lay it out, as a small model to be pruned."""
+    from PIL import Image, ImageDraw
 
     panels = widths(plan, sites)
     layers = max((w.layer + 1 for ws in panels.values() for w in ws), default=1)
     width, height = min(14.0, 7.0 + 0.1 * layers), 0.75 + 1.95 * max(len(panels), 1)
-    # Figure and canvas by hand: pyplot would keep global state and may look for a screen.
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    image = Image.new("RGB", (round(DPI * width), round(DPI * height)), "white")
+    draw = ImageDraw.Draw(image)
     title = f"{100 * removed_share(plan, sites):.1f} % of the prunable parameters removed"
-    figure.text(0.5, 1 - 0.1 / height, title, fontsize=11, ha="center", va="top")
+    _text(draw, (DPI * width / 2, 0.1 * DPI), title, anchor="ma", points=11)
     for number, (kind, found) in enumerate(panels.items()):
-        bottom = height - 0.65 - 1.45 - 1.95 * number
-        _panel(figure, Frame(0.75, bottom, width - 0.9, 1.45, layers, max(w.units for w in found)), kind, found)
-    figure.text(0.5, 0.1 / height, "layer", fontsize=9, ha="center", va="bottom")
-    figure.savefig(path, dpi=130, format="png", pil_kwargs={"compress_level": 1})
+        units = max(w.units for w in found)
+        _panel(draw, Frame(0.6, 0.65 + 1.95 * number, width - 0.75, 1.45, layers, units), kind, found)
+    _text(draw, (DPI * width / 2, DPI * (height - 0.1)), "layer", anchor="md")
+    image.save(path, format="PNG", compress_level=1)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a panel lies in its figure, in inches, and what it shows: `layers` bars of up to `units`."""
+    """Where a panel lies in its figure, in inches from the left and the top, and what it shows: `layers` bars of up to
+    `units`. Positions are in pixels."""
 
     left: float
-    bottom: float
+    top: float
     width: float
     height: float
     layers: int
     units: int
 
     def x(self, layer: float) -> float:
-        return self.left + self.width * (layer + 0.7) / (self.layers + 0.4)
+        return DPI * (self.left + self.width * (layer + 0.7) / (self.layers + 0.4))
 
     def y(self, units: float) -> float:
-        return self.bottom + self.height * units / (1.06 * self.units)
+        return DPI * (self.top + self.height * (1 - units / (1.06 * self.units)))
 
-    def bar(self, layer: int, units: int) -> list[tuple[float, float]]:
-        """Its corners."""
-        left, right = self.x(layer - 0.4), self.x(layer + 0.4)
-        return [(left, self.y(0)), (right, self.y(0)), (right, self.y(units)), (left, self.y(units))]
+    def bar(self, layer: int, units: int) -> tuple[float, float, float, float]:
+        """Its left, upper, right and lower edge."""
+        return self.x(layer - 0.4), self.y(units), self.x(layer + 0.4), self.y(0)
 
 
-def _panel(figure: Figure, frame: Frame, kind: str, found: Sequence[Width]) -> None:
-    from matplotlib.collections import LineCollection, PolyCollection
-    from matplotlib.lines import Line2D
+def _panel(draw: ImageDraw, frame: Frame, kind: str, found: Sequence[Width]) -> None:
+    for w in found:
+        draw.rectangle(frame.bar(w.layer, w.units), fill=GONE, outline=OUTLINE)
+        if w.kept:
+            draw.rectangle(frame.bar(w.layer, w.kept), fill=KEPT)
+        elif w.block_gone:
+            _hatch(draw, frame.bar(w.layer, w.units))
+        else:  # an emptied sublayer and a nearly empty one look alike without a mark
+            x, y, arm = frame.x(w.layer), frame.y(0.06 * frame.units), 0.035 * DPI
+            draw.line((x - arm, y - arm, x + arm, y + arm), fill=MARK, width=2)
+            draw.line((x - arm, y + arm, x + arm, y - arm), fill=MARK, width=2)
+    left, bottom, tick = DPI * frame.left, frame.y(0), 0.05 * DPI
+    draw.line((left, DPI * frame.top, left, bottom, DPI * (frame.left + frame.width), bottom), fill="black")
+    for layer in range(0, frame.layers, _step(frame.layers, 22)):
+        draw.line((frame.x(layer), bottom, frame.x(layer), bottom + tick), fill="black")
+        _text(draw, (frame.x(layer), bottom + 1.6 * tick), str(layer), anchor="ma")
+    for units in range(0, frame.units + 1, _step(frame.units, 5)):
+        draw.line((left - tick, frame.y(units), left, frame.y(units)), fill="black")
+        _text(draw, (left - 1.6 * tick, frame.y(units)), str(units), anchor="rm")
+    _text(draw, (left, DPI * (frame.top - 0.05)), _caption(found, UNITS.get(kind, kind)), anchor="ld", fill="#444444")
 
-    inches: dict[str, Any] = {"transform": figure.dpi_scale_trans}
-    right, top = frame.left + frame.width, frame.bottom + frame.height
-    dense, kept = [frame.bar(w.layer, w.units) for w in found], [frame.bar(w.layer, w.kept) for w in found if w.kept]
-    gone = [frame.bar(w.layer, w.units) for w in found if w.block_gone]
-    emptied = [w.layer for w in found if not w.kept and not w.block_gone]
-    figure.add_artist(PolyCollection(dense, facecolor=GONE, edgecolor=OUTLINE, linewidth=0.6, **inches))
-    figure.add_artist(PolyCollection(kept, facecolor=KEPT, edgecolor=KEPT, linewidth=0.6, **inches))
-    figure.add_artist(PolyCollection(gone, facecolor="none", edgecolor=OUTLINE, linewidth=0.6, hatch="////", **inches))
-    # An emptied sublayer and a nearly empty one look alike without a mark.
-    at, low = [frame.x(layer) for layer in emptied], [frame.y(0.06 * frame.units)] * len(emptied)
-    figure.add_artist(Line2D(at, low, linestyle="", marker="x", markersize=5, color=MARK, **inches))
-    columns, rows = range(0, frame.layers, _step(frame.layers, 22)), range(0, frame.units + 1, _step(frame.units, 5))
-    ticks = [[(frame.x(layer), frame.bottom), (frame.x(layer), frame.bottom - 0.05)] for layer in columns]
-    ticks += [[(frame.left - 0.05, frame.y(units)), (frame.left, frame.y(units))] for units in rows]
-    sides = [[(frame.left, top), (frame.left, frame.bottom), (right, frame.bottom)]]
-    figure.add_artist(LineCollection([*sides, *ticks], color="black", linewidth=0.8, **inches))
-    small: dict[str, Any] = {"fontsize": 9, **inches}
-    for layer in columns:
-        figure.text(frame.x(layer), frame.bottom - 0.08, str(layer), ha="center", va="top", **small)
-    for units in rows:
-        figure.text(frame.left - 0.08, frame.y(units), str(units), ha="right", va="center", **small)
-    figure.text(0.15, frame.bottom + frame.height / 2, UNITS.get(kind, kind), rotation=90, va="center", **small)
-    figure.text(frame.left, top + 0.05, _caption(found, UNITS.get(kind, kind)), color="#444444", **small)
+
+def _hatch(draw: ImageDraw, bar: tuple[float, float, float, float]) -> None:
+    """Slanting lines over a bar, cut off at its edges."""
+    left, top, right, bottom = bar
+    for start in range(round(top - bottom), round(right - left), round(0.09 * DPI)):
+        near, far = max(0, -start), min(bottom - top, right - left - start)
+        draw.line((left + start + near, bottom - near, left + start + far, bottom - far), fill=OUTLINE)
+
+
+def _text(
+    draw: ImageDraw, at: tuple[float, float], text: str, anchor: str, points: float = 9, fill: str = "black"
+) -> None:
+    from PIL import ImageFont
+
+    draw.text(at, text, fill, ImageFont.load_default(points * DPI / 72), anchor)
 
 
 def _step(count: int, most: int) -> int:
@@ -151,5 +159,6 @@ def _caption(found: Sequence[Width], unit: str) -> str:
     words = [f"{kept:,} of {units:,} {unit} kept ({100 * kept / units:.1f} %)"]
     empty = sum(1 for w in found if not w.kept and not w.block_gone)
     gone = sum(w.block_gone for w in found)
-    words += [f"{empty} emptied (x)"] * bool(empty) + [f"{gone} layers removed (hatched)"] * bool(gone)
+    words += [f"{empty} emptied (x)"] * bool(empty)
+    words += [f"{gone} layer{'s' * (gone > 1)} removed (hatched)"] * bool(gone)
     return ", ".join(words)

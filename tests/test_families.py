@@ -309,7 +309,7 @@ def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
         seen = collect(torch.arange(site.channels))
         weights = visit.block.weights[site.name]
         given = seen.inputs.covariance_CC @ weights.reader.T  # covariance of the inputs and what the reader gives
-        torch.testing.assert_close(seen.covariance_CO, given, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(seen.covariance_KO, given, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"])

@@ -141,8 +141,32 @@ def test_wanted_outputs_do_not_depend_on_chunks_and_merge():
     flat, wanted = x.reshape(-1, C), y.reshape(-1, 9)
     expected = (flat - flat.mean(0)).T @ (wanted - wanted.mean(0)) / (len(flat) - 1)
     for seen in (whole, joined):
-        torch.testing.assert_close(seen.covariance_CO, expected, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(seen.covariance_KO, expected, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(seen.wanted_mean_O, wanted.mean(0))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+def test_wanted_outputs_of_the_kept_channels_fit_as_those_of_all(ridge):
+    """The ridge goes by the variance of all channels."""
+    weight, bias = reader()
+    x, keep = mixed(), torch.arange(1, C, 3)
+    y = torch.tanh(x) @ weight.T + mixed(1)[..., :9]
+    whole, kept = (WantedOutput.of(MLP, channels) for channels in (torch.arange(C), keep))
+    for part_x, part_y in zip(x.split(3), y.split(3), strict=True):
+        whole, kept = whole.update(part_x, part_y), kept.update(part_x, part_y)
+    assert kept.inputs.gram_CC.shape == (len(keep), len(keep))
+    fits = [LeastSquares(ridge, "dense", True)(weight, bias, seen, keep) for seen in (whole, kept)]
+    for of_all, of_kept in zip(*fits, strict=True):
+        torch.testing.assert_close(of_kept, of_all, rtol=1e-9, atol=1e-10)
+    halved = [
+        half.narrowed(keep[::2]) for half in (whole, whole.narrowed(keep), kept.merge(WantedOutput.of(MLP, keep)))
+    ]
+    for other in halved[1:]:
+        torch.testing.assert_close(other.inputs.gram_CC, halved[0].inputs.gram_CC)
+        torch.testing.assert_close(other.cross_KO, halved[0].cross_KO)
+        torch.testing.assert_close(other.gone.m2_C.sum(), halved[0].gone.m2_C.sum())
+    with pytest.raises(ValueError, match="some of those looked at"):
+        kept.narrowed(torch.arange(3))
 
 
 def test_the_dense_target_is_sequential():

@@ -37,7 +37,7 @@ class Raw:
     y: tuple[Any, ...] = ()
 
     @classmethod
-    def empty(cls, site):
+    def of(cls, site, keep_C):
         return cls()
 
     def update(self, x_BTC, y_BTO):

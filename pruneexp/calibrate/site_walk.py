@@ -38,10 +38,11 @@ def walk_sites(
     what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
     the reader, before the walk goes on, or not at all.
 
-    Evidence is the reader's input, the sublayers before it as the caller left them, and the output with which the
-    hidden state behind the reader would be the dense model's. With d in front of the layer and d' behind it in the
-    dense model, x in front of it in the pruned one, a() what attention's reader gives, and r what outputs are
-    multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
+    Evidence, begun by `kind.of(site, keep_C)`, is of the reader's input, the sublayers before it as the caller left
+    them, and of the output with which the hidden state behind the reader would be the dense model's. With d in front of
+    the layer and d' behind it in the dense model, x in front of it in the pruned one, a() what attention's reader
+    gives, and r what outputs are multiplied by before they are added, that output is a(d) + (d - x) / r for attention,
+    (d' - x) / r - a(x) for FFNs.
 
     The layer's visit is that before anything left it, and holds its evidence of `kinds` on the pruned model's hidden
     states, as in `walk`; `bookmark` as there. Runs the dense layers and the pruned ones, these last from the inputs of
@@ -217,9 +218,9 @@ class _Parts:
         given: list[Tensor] | None,
         keep_C: Tensor,
     ) -> Any:
-        """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and its wanted output. Of
-        the input, the channels `keep_C` are held for the run of the shrunk layer."""
-        evidence, path = kind.empty(site), site_parts(self.model.family, site)[1]
+        """Evidence of the channels `keep_C` of a reader's input, of the FFN's where attention's reader gives `given`,
+        and of its wanted output. The inputs are held for the run of the shrunk layer."""
+        evidence, path = kind.of(site, keep_C), site_parts(self.model.family, site)[1]
         held, inputs = 0, self.inputs.setdefault(site.kind, {})
         for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
             with nullcontext() if given is None else self._attention_gives(given[number]):

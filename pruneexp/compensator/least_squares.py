@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.evidence import Gram, WantedOutput
+from pruneexp.evidence import Gram, WantedOutput, others
 from pruneexp.types import ConfigError, RunError
 
 
@@ -65,12 +65,17 @@ class LeastSquares:
         for a `Gram`, the result alone for a `WantedOutput`."""
         if len(keep_C) == weight_OC.shape[1]:
             return weight_OC, bias_O
-        inputs, device = evidence if isinstance(evidence, Gram) else evidence.inputs, weight_OC.device
-        mean_C = inputs.mean_C.to(device)
+        device = weight_OC.device
         if isinstance(evidence, Gram):
-            return refitted_(weight_OC, bias_O, inputs.covariance_().to(device), mean_C, keep_C, self.ridge)
-        wanted_O, cov_CO = evidence.wanted_mean_O.to(device), evidence.covariance_().to(device)
-        return fitted_(weight_OC, inputs.covariance_().to(device), mean_C, cov_CO, wanted_O, keep_C, self.ridge)
+            mean_C = evidence.mean_C.to(device)
+            return refitted_(weight_OC, bias_O, evidence.covariance_().to(device), mean_C, keep_C, self.ridge)
+        seen = evidence.narrowed(keep_C)
+        variance = seen.gone.variance_C.sum().to(device)
+        mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
+        cov_KK = seen.inputs.covariance_().to(device)
+        strength = self.ridge * (cov_KK.trace() + variance) / weight_OC.shape[1]
+        weight_OK = weight_OC[:, keep_C.to(device)]
+        return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, self.ridge)
 
 
 def check_ridge(ridge: float) -> None:
@@ -84,42 +89,39 @@ def refitted_(
     """`LeastSquares`' solution for target=pruned from a covariance and means, float64, in the dtype of `weight_OC`, and
     in the memory of the covariance: W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + lambda I)^-1."""
     keep_C = keep_C.to(weight_OC.device)
-    gone_C = _others(keep_C, weight_OC.shape[1])
+    gone_C, strength = others(keep_C, weight_OC.shape[1]), ridge * cov_CC.diagonal().mean()
     gone_OG, missing_KO = weight_OC[:, gone_C].double(), mean_C.new_empty(len(keep_C), len(weight_OC))
     for rows in _parts(len(keep_C)):
         missing_KO[rows] = cov_CC[keep_C[rows]][:, gone_C] @ gone_OG.T
-    solved_KO = _solved_(missing_KO, cov_CC, keep_C, ridge * cov_CC.diagonal().mean(), ridge)
+    solved_KO = _solved_(missing_KO, _compacted_(cov_CC, keep_C), strength, ridge)
     bias = gone_OG @ mean_C[gone_C] - solved_KO.T @ mean_C[keep_C]
     bias = bias if bias_O is None else bias + bias_O.double()
     return _rounded(solved_KO.add_(weight_OC[:, keep_C].T), weight_OC.dtype), bias.to(weight_OC.dtype)
 
 
 def fitted_(
-    weight_OC: Tensor,
-    cov_CC: Tensor,
-    mean_C: Tensor,
-    cov_CO: Tensor,
+    weight_OK: Tensor,
+    cov_KK: Tensor,
+    mean_K: Tensor,
+    cov_KO: Tensor,
     wanted_O: Tensor,
-    keep_C: Tensor,
+    strength: Tensor,
     ridge: float,
 ) -> tuple[Tensor, Tensor]:
-    """`LeastSquares`' solution from the covariance and mean of the inputs, their covariance with the wanted output and
-    its mean, float64, in the memory of the covariances: (S_y,keep + lambda W[:,keep]) (S_keep,keep + lambda I)^-1."""
-    keep_C = keep_C.to(weight_OC.device)
-    strength = ridge * cov_CC.diagonal().mean()
-    wanted_KO = _compacted_(cov_CO, keep_C, None)
+    """`LeastSquares`' solution from the kept inputs' covariance and mean, their covariance with the wanted output and
+    its mean, float64, in the memory of the covariances: (S_y,keep + lambda W[:,keep]) (S_keep,keep + lambda I)^-1 with
+    lambda = `strength`."""
     # inputs that never change, as an expert's without tokens, leave nothing to fit
-    wanted_KO.add_(weight_OC[:, keep_C].T, alpha=strength.item() if strength or not ridge else 1.0)
-    solved_KO = _solved_(wanted_KO, cov_CC, keep_C, strength, ridge)
-    bias_O = wanted_O - solved_KO.T @ mean_C[keep_C]
-    return _rounded(solved_KO, weight_OC.dtype), bias_O.to(weight_OC.dtype)
+    cov_KO.add_(weight_OK.T, alpha=strength.item() if strength or not ridge else 1.0)
+    solved_KO = _solved_(cov_KO, cov_KK, strength, ridge)
+    bias_O = wanted_O - solved_KO.T @ mean_K
+    return _rounded(solved_KO, weight_OK.dtype), bias_O.to(weight_OK.dtype)
 
 
-def _solved_(right_KO: Tensor, cov_CC: Tensor, keep_C: Tensor, strength: Tensor, ridge: float) -> Tensor:
-    """(S_keep,keep + strength I)^-1 right, in the memory of both; `right` itself where inputs never change."""
-    if not len(keep_C) or (ridge and not strength):
+def _solved_(right_KO: Tensor, cov_KK: Tensor, strength: Tensor, ridge: float) -> Tensor:
+    """(S + strength I)^-1 right, in the memory of both; `right` itself where inputs never change."""
+    if not len(cov_KK) or (ridge and not strength):
         return right_KO
-    cov_KK = _compacted_(cov_CC, keep_C, keep_C)
     cov_KK.diagonal().add_(strength)
     upper_KK = cholesky_(cov_KK, ridge).T
     transposed_OK = right_KO.T  # solved from the right, where LAPACK finds its own order of elements and copies nothing
@@ -141,26 +143,18 @@ def cholesky_(matrix_KK: Tensor, ridge: float) -> Tensor:
     return factor_KK
 
 
-def _compacted_(matrix_CX: Tensor, rows_K: Tensor, columns: Tensor | None) -> Tensor:
-    """The rows (ascending) and columns (None: all) of a matrix, moved to the front of its memory."""
-    if (rows_K.diff() <= 0).any():
+def _compacted_(matrix_CC: Tensor, keep_C: Tensor) -> Tensor:
+    """The rows and columns `keep_C` (ascending) of a matrix, moved to the front of its memory."""
+    if (keep_C.diff() <= 0).any():
         raise ValueError("kept channels: expected in ascending order, each once")
-    width = matrix_CX.shape[1] if columns is None else len(columns)
-    front_KX = matrix_CX.view(-1)[: len(rows_K) * width].view(len(rows_K), width)
-    for part in _parts(len(rows_K)):  # a row never moves behind one that is still to be read
-        moved = matrix_CX[rows_K[part]]
-        front_KX[part] = moved if columns is None else moved[:, columns]
-    return front_KX
+    front_KK = matrix_CC.view(-1)[: len(keep_C) ** 2].view(len(keep_C), len(keep_C))
+    for part in _parts(len(keep_C)):  # a row never moves behind one that is still to be read
+        front_KK[part] = matrix_CC[keep_C[part]][:, keep_C]
+    return front_KK
 
 
 def _parts(rows: int) -> Iterator[slice]:
     return (slice(start, start + 512) for start in range(0, rows, 512))
-
-
-def _others(keep_C: Tensor, count: int) -> Tensor:
-    gone = torch.ones(count, dtype=torch.bool, device=keep_C.device)
-    gone[keep_C] = False
-    return gone.nonzero().flatten()
 
 
 def _rounded(weight_KO: Tensor, dtype: torch.dtype) -> Tensor:

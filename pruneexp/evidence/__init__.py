@@ -2,7 +2,7 @@
 
 from pruneexp.evidence.depth import BlockChange, LossWithout
 from pruneexp.evidence.gradients import Gradient, PerSampleGradient
-from pruneexp.evidence.gram import Gram, WantedOutput, grown
+from pruneexp.evidence.gram import Gram, WantedOutput, grown, others
 from pruneexp.evidence.influence import BatchDerivatives, GateDerivatives, Influence
 from pruneexp.evidence.statistics import AbsoluteMoments, InputMoments, Moments, RunningFluctuation
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
@@ -24,4 +24,5 @@ __all__ = [
     "RunningFluctuation",
     "WantedOutput",
     "grown",
+    "others",
 ]

@@ -6,13 +6,13 @@ for whoever alone holds it, and cannot hold two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pruneexp.evidence.statistics import _chunks_NC, _require_tokens
+from pruneexp.evidence.statistics import Moments, _chunks_NC, _require_tokens
 from pruneexp.types import Site
 
 _CHUNK = 2**22  # elements looked at together on a CPU: a Gram is read and written once a chunk
@@ -54,7 +54,11 @@ class Gram:
 
     @classmethod
     def empty(cls, site: Site) -> Gram:
-        c = site.channels
+        return cls.of_width(site.channels)
+
+    @classmethod
+    def of_width(cls, c: int) -> Gram:
+        """Of as many channels, before any token."""
         return cls(0, torch.zeros(c, dtype=torch.float64), torch.zeros(c, c, dtype=torch.float64))
 
     def update(self, x_BTC: Tensor) -> Gram:
@@ -97,45 +101,61 @@ class Gram:
 
 @dataclass(frozen=True)
 class WantedOutput:
-    """A reader's input beside the output that is wanted of it: sums, centred when they are read.
+    """The inputs that a reader is left with, beside the output that is wanted of it: sums, centred when they are read.
 
     `update(x_BTC, y_BTO)`: y is what the reader would have to give for the hidden state behind it to be the dense
-    model's, x what the layers before give it as they are. inputs is the Gram of x; cross_CO = sum_t x_t y_t^T and
-    wanted_O = sum_t y_t, float64.
+    model's, x what the layers before give it as they are. inputs is the Gram of x[keep_C], cross_KO = sum_t
+    x_t[keep_C] y_t^T and wanted_O = sum_t y_t, float64; of the channels that leave, gone has the moments.
     """
 
     source: ClassVar[str] = "wanted"
 
+    keep_C: Tensor  # indices [K], ascending
     inputs: Gram
+    gone: Moments
     wanted_O: Tensor
-    cross_CO: Tensor
+    cross_KO: Tensor
 
     @classmethod
     def empty(cls, site: Site) -> WantedOutput:
-        return cls(Gram.empty(site), torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64))
+        """Of all channels, before any token."""
+        return cls.of(site, torch.arange(site.channels))
+
+    @classmethod
+    def of(cls, site: Site, keep_C: Tensor) -> WantedOutput:
+        """Of the channels `keep_C`, before any token."""
+        inputs, left = Gram.of_width(len(keep_C)), torch.zeros(site.channels - len(keep_C), dtype=torch.float64)
+        none = torch.zeros(0, dtype=torch.float64)
+        return cls(keep_C, inputs, Moments(0, left, left), none, none[:, None])
 
     def update(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
         return self.copy().update_(x_BTC, y_BTO)
 
     def update_(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
         x_NC, y_NO = (t.detach().flatten(0, -2) for t in (x_BTC, y_BTO))
-        sum_C, gram_CC = self.inputs.sum_C.to(x_NC.device), self.inputs.gram_CC.to(x_NC.device)
-        wanted_O, cross_CO = self.wanted_O.to(x_NC.device), self.cross_CO.to(x_NC.device)
+        device, keep_C, gone = x_NC.device, self.keep_C.to(x_NC.device), self.gone
+        sum_K, gram_KK = self.inputs.sum_C.to(device), self.inputs.gram_CC.to(device)
+        wanted_O, cross_KO = self.wanted_O.to(device), self.cross_KO.to(device)
         if self.inputs.n == 0:
-            wanted_O = torch.zeros(y_NO.shape[1], dtype=torch.float64, device=x_NC.device)
-            cross_CO = wanted_O.new_zeros(x_NC.shape[1], y_NO.shape[1])
+            wanted_O = torch.zeros(y_NO.shape[1], dtype=torch.float64, device=device)
+            cross_KO = wanted_O.new_zeros(len(keep_C), y_NO.shape[1])
+        if len(keep_C) < x_NC.shape[1]:
+            gone = gone.update(x_NC[:, others(keep_C, x_NC.shape[1])])
+            x_NC = x_NC[:, keep_C]
         x_chunks = list(_chunks_NC(x_NC, _CHUNK))
         y_chunks = y_NO.split(len(x_chunks[0])) if x_chunks else ()
-        for x_nC, y_nO in zip(x_chunks, y_chunks, strict=True):
-            x_nC, y_nO = x_nC.double(), y_nO.double()
-            _add_(sum_C, gram_CC, x_nC)
+        for x_nK, y_nO in zip(x_chunks, y_chunks, strict=True):
+            x_nK, y_nO = x_nK.double(), y_nO.double()
+            _add_(sum_K, gram_KK, x_nK)
             wanted_O += y_nO.sum(0)
-            cross_CO.addmm_(x_nC.T, y_nO)
-        _mirror_(gram_CC)
-        return WantedOutput(Gram(self.inputs.n + len(x_NC), sum_C, gram_CC), wanted_O, cross_CO)
+            cross_KO.addmm_(x_nK.T, y_nO)
+        _mirror_(gram_KK)
+        inputs = Gram(self.inputs.n + len(x_NC), sum_K, gram_KK)
+        return replace(self, inputs=inputs, gone=gone, wanted_O=wanted_O, cross_KO=cross_KO)
 
     def copy(self) -> WantedOutput:
-        return WantedOutput(self.inputs.copy(), self.wanted_O.clone(), self.cross_CO.clone())
+        wanted_O, cross_KO = self.wanted_O.clone(), self.cross_KO.clone()
+        return replace(self, inputs=self.inputs.copy(), wanted_O=wanted_O, cross_KO=cross_KO)
 
     def merge(self, other: WantedOutput) -> WantedOutput:
         if self.inputs.n == 0:
@@ -143,8 +163,27 @@ class WantedOutput:
         if other.inputs.n == 0:
             return self
         device = other.wanted_O.device
-        wanted_O, cross_CO = self.wanted_O.to(device) + other.wanted_O, self.cross_CO.to(device) + other.cross_CO
-        return WantedOutput(self.inputs.merge(other.inputs), wanted_O, cross_CO)
+        wanted_O, cross_KO = self.wanted_O.to(device) + other.wanted_O, self.cross_KO.to(device) + other.cross_KO
+        inputs, gone = self.inputs.merge(other.inputs), self.gone.merge(other.gone)
+        return WantedOutput(self.keep_C, inputs, gone, wanted_O, cross_KO)
+
+    def narrowed(self, keep_C: Tensor) -> WantedOutput:
+        """Of some of its channels (ascending, each once); itself, for those that it is of."""
+        keep_C = keep_C.to(self.keep_C.device).contiguous()
+        if torch.equal(keep_C, self.keep_C):
+            return self
+        if (keep_C.diff() <= 0).any() or not torch.isin(keep_C, self.keep_C).all():
+            raise ValueError("kept channels: expected some of those looked at, in ascending order, each once")
+        at_K = torch.searchsorted(self.keep_C, keep_C).to(self.inputs.sum_C.device)
+        left = others(at_K, len(self.keep_C))
+        mean_C, squares_C = self.inputs.mean_C, self.inputs.gram_CC.diagonal()
+        m2_C = squares_C[left] - self.inputs.n * mean_C[left].square()
+        parts = ((self.gone.mean_C, mean_C[left]), (self.gone.m2_C, m2_C.clamp_min(0)))
+        gone = Moments(self.inputs.n, *(torch.cat([old.to(new.device), new]) for old, new in parts))
+        inputs = Gram(self.inputs.n, self.inputs.sum_C[at_K], self.inputs.gram_CC[at_K][:, at_K])
+        return replace(
+            self, keep_C=keep_C, inputs=inputs, gone=gone, cross_KO=self.cross_KO[at_K.to(self.cross_KO.device)]
+        )
 
     @property
     def wanted_mean_O(self) -> Tensor:
@@ -152,11 +191,18 @@ class WantedOutput:
         return self.wanted_O / self.inputs.n
 
     @property
-    def covariance_CO(self) -> Tensor:
+    def covariance_KO(self) -> Tensor:
         """Of x with y, unbiased. Raises RunError for fewer than two tokens."""
         return self.copy().covariance_()
 
     def covariance_(self) -> Tensor:
-        """`covariance_CO` in the memory of cross_CO, which is spent."""
+        """`covariance_KO` in the memory of cross_KO, which is spent."""
         _require_tokens(self.inputs.n, 2)
-        return self.cross_CO.addr_(self.inputs.sum_C, self.wanted_mean_O, alpha=-1).div_(self.inputs.n - 1)
+        return self.cross_KO.addr_(self.inputs.sum_C, self.wanted_mean_O, alpha=-1).div_(self.inputs.n - 1)
+
+
+def others(some: Tensor, count: int) -> Tensor:
+    """The indices below `count` that are not among `some`, ascending."""
+    left = torch.ones(count, dtype=torch.bool, device=some.device)
+    left[some] = False
+    return left.nonzero().flatten()

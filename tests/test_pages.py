@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -371,6 +372,31 @@ def test_another_ratio_window_metric_or_recovery_is_another_figure(tmp_path: Pat
     found = {(one.runs[0].run.name, one.published.method) for one in comparisons(runs, published_tables())}
     assert {method for _, method in found} == {"dense"}
     assert {one.recipe for one in runs} == {"flap", None}
+
+
+def test_a_published_ratio_is_matched_as_it_is_printed_and_no_run_by_two(tmp_path: Path) -> None:
+    for name, asked in (("near", 0.203125), ("same", 0.2), ("far", 0.2051)):
+        composed, measured = llama(14.6, "recipe=flap", **{"sparsity.ratio": asked})
+        left = {key: value for key, value in metrics(share=asked + 0.001).items() if "ppl" not in key}
+        write_run(tmp_path / "runs" / name, composed, measured | left)
+    runs = describe(find([tmp_path / "runs"], "same").runs)
+    tables = [table for table in published_tables() if table.name == "flap_perplexity"]
+
+    def pruned(tables: Any) -> set[tuple[str, float, float]]:
+        found = [one for one in comparisons(runs, tables) if one.method != "dense"]
+        assert all(len(one.runs) == 1 and one.ratio == one.runs[0].ratio for one in found)
+        return {(one.runs[0].run.name, one.published.ratio, round(one.share, 6)) for one in found}
+
+    assert pruned(tables) == {("near", 0.2, 0.204125), ("same", 0.2, 0.201)}
+    (table,) = tables
+    closer = [replace(one, ratio=0.204) for one in table.figures if one.ratio == 0.2]
+    both = replace(table, figures=(*table.figures, *closer))
+    assert pruned([both]) == {("near", 0.204, 0.204125), ("same", 0.2, 0.201), ("far", 0.204, 0.2061)}
+    assert report(tmp_path / "runs", f"out={tmp_path / 'page'}") == 0
+    shown = rows(tmp_path / "page" / "tables" / "published.csv")
+    assert {(row["ratio"], row["our ratio"]) for row in shown if row["our method"] == "flap"} >= {
+        ("0.2", "0.203125"), ("0.2", "0.2")
+    }  # fmt: skip
 
 
 def test_models_and_recipes_without_published_figures_are_named(made: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pruneexp.pages.statistics import Interval, interval
 from pruneexp.published import Claim, Published, Table
 from pruneexp.summary import settings
 
+NOMINAL = 0.005 + 1e-9  # between the ratio that a paper prints and the one that a run asked for
 NOT_STATED = "not stated"
 
 
@@ -35,22 +36,31 @@ class Comparison:
     runs: tuple[Described, ...]
     method: str
     ours: Interval
-    share: float
+    ratio: float  # that our runs asked for
+    share: float  # that left
     within: bool
     aspects: tuple[Aspect, ...]
 
 
 def comparisons(runs: Sequence[Described], tables: Sequence[Table]) -> list[Comparison]:
     """Every published figure that some of the runs reproduce, by model and ratio."""
-    found = []
-    for figure in (figure for table in tables for figure in table.figures):
-        groups: dict[tuple[str, str], list[Described]] = {}
-        for one in runs:
-            if matches(one, figure):
-                # The dense model is the same one under every method.
-                groups.setdefault((one.context, "dense" if figure.ratio == 0 else one.method), []).append(one)
-        found += [_compared(figure, method, members) for (_, method), members in groups.items()]
+    figures = [figure for table in tables for figure in table.figures]
+    groups: dict[tuple[int, str, str, float], list[Described]] = {}
+    for one in runs:
+        matched = [(number, figure) for number, figure in enumerate(figures) if matches(one, figure)]
+        for number, figure in matched:
+            if figure.ratio == 0:  # the dense model is the same one under every method
+                groups.setdefault((number, one.context, "dense", 0.0), []).append(one)
+            elif figure.ratio == _nearest(one.ratio, [f for _, f in matched if _key(f) == _key(figure)]):
+                groups.setdefault((number, one.context, one.method, one.ratio), []).append(one)
+    ordered = sorted(groups.items(), key=lambda item: item[0][0])  # as the tables have them; stable
+    found = [_compared(figures[number], method, members) for (number, _, method, _), members in ordered]
     return sorted(found, key=lambda one: (one.published.model, one.published.ratio, one.published.metric))
+
+
+def _nearest(asked: float, figures: Sequence[Published]) -> float:
+    """The one ratio of these figures that a run is held against: figures of two ratios never share a run."""
+    return min((figure.ratio for figure in figures), key=lambda ratio: (abs(ratio - asked), ratio))
 
 
 def _key(figure: Published) -> str:
@@ -58,8 +68,8 @@ def _key(figure: Published) -> str:
 
 
 def matches(one: Described, figure: Published) -> bool:
-    """Same model and metric; where the figure is of a pruned model, same recipe, ratio, recovery and such settings as
-    make the method."""
+    """Same model and metric; where the figure is of a pruned model, same recipe, ratio (as it is printed: LLM-Pruner's
+    20 % are 20.3 %), recovery and such settings as make the method."""
     if figure.model not in model_names(one.run.config) or _key(figure) not in one.run.metrics:
         return False
     if figure.ratio == 0:
@@ -67,7 +77,7 @@ def matches(one: Described, figure: Published) -> bool:
     found = settings(one.run.config)
     return (
         one.recipe in figure.recipes
-        and math.isclose(one.ratio, figure.ratio, abs_tol=1e-9)
+        and abs(one.ratio - figure.ratio) <= NOMINAL
         and one.choices["recovery"].name == figure.recovery
         and all(found.get(key) == value for key, value in figure.settings.items())
     )
@@ -87,7 +97,8 @@ def _compared(figure: Published, method: str, members: Sequence[Described]) -> C
     shares = [one.run.metrics.get(SHARE, 0.0) if figure.ratio else 0.0 for one in members]
     within = abs(ours.mean - figure.value) <= figure.tolerance
     share = math.fsum(shares) / len(shares)
-    return Comparison(figure, tuple(members), method, ours, share, within, tuple(_aspects(figure, members[0])))
+    asked = members[0].ratio if figure.ratio else 0.0
+    return Comparison(figure, tuple(members), method, ours, asked, share, within, tuple(_aspects(figure, members[0])))
 
 
 def _aspects(figure: Published, one: Described) -> list[Aspect]:

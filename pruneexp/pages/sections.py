@@ -183,12 +183,13 @@ def published_section(
                 number(distance),
                 number(figure.tolerance),
                 Cell("within" if one.within else "outside", mark="" if one.within else "flag"),
+                ratio(one.ratio),
                 number(one.share, "share"),
                 Cell(f"arXiv {figure.source.arxiv}, {figure.source.table}", mark="published"),
             )
         )
     head = ("no.", "model", "metric", "ratio", "our method", "ours", "95 %, ±", "seeds", "published", "their method")
-    head += ("difference", "tolerance", "verdict", "our share removed", "source")
+    head += ("difference", "tolerance", "verdict", "our ratio", "our share removed", "source")
     table = Table("published", "Ours and the published figure, in its unit", head, tuple(rows))
     # Papers share most of a protocol: each part of one is told once, with the rows above that have it.
     rows_of: dict[Aspect, list[str]] = {}

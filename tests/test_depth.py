@@ -119,6 +119,30 @@ def test_loss_drop_is_the_loss_of_the_model_without_the_block(
     assert meter.forward == pytest.approx(3)  # three blocks: 2 + 2 + 2 layers without one, and 3
 
 
+def test_losses_that_are_not_finite_are_counted(
+    tiny: Callable[..., Model], tokens_NT: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured = Probe.losses
+
+    def scores(lost: Sequence[int]) -> list[float]:
+        def losses(self: Probe, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
+            found = measured(self, candidates, batch)
+            found[list(lost)] = math.nan
+            return found
+
+        monkeypatch.setattr(Probe, "losses", losses)
+        visits = walk(tiny("llama"), tokens_NT, (LossWithout,), Meter(), "test", read_only=True, whole=["block"])
+        return [LossDrop()(visit.whole, visit.of(LossWithout))[visit.block.name].item() for visit in visits]
+
+    assert max(scores([])) < 100 and not caplog.text
+    assert [score > 1e8 for score in scores([0, 2])] == [True, False, True]
+    assert "2 of 3 losses were not finite" in caplog.text
+    with pytest.raises(RunError, match="none of 3 losses without a block or sublayer is finite"):
+        scores([0, 1, 2])
+    with pytest.raises(RunError, match="the calibration loss of the whole model is NaN or Inf"):
+        scores([0, 1, 2, 3])
+
+
 def test_blocks_meet_the_budget_to_the_nearest_and_ties_remove_more() -> None:
     sites, scores = block_sites(*[10] * 8), scores_of(range(8))
     search = Global(1, ["blocks"], "none", 1)

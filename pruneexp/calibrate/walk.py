@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +22,8 @@ from pruneexp.model.half import overflow_hint
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.types import Block, Candidate, ConfigError, Plan, RunError, Site, SitePlan
+
+logger = logging.getLogger("pruneexp")
 
 
 @dataclass
@@ -69,7 +73,7 @@ def walk(
     whole sublayers and blocks is then theirs. `bookmark`: where to begin, and where to note how far it has come.
 
     Raises:
-        RunError: NaN or Inf in weights or activations; the message names the block.
+        RunError: NaN or Inf in weights or activations; the message names the block. No structure's loss is finite.
     """
     total, bookmark = len(model.layers), bookmark or Bookmark()
     indices = range(bookmark.index, total)
@@ -135,6 +139,7 @@ class _Ahead:
                 probe = Probe(model, tokens_NT, meter)
                 *without, dense = probe.losses([Candidate(p) for p in (*plans, Plan({}))]).tolist()
                 probe.close()
+                _report_lost(without, dense)
                 self.losses[kind] = dict(zip((site.name for site in shown), without, strict=True)), dense
 
     def of(self, block: Block, whole: Block | None) -> dict[Any, dict[str, Any]]:
@@ -145,6 +150,17 @@ class _Ahead:
             sites = (whole or block).sites
             found[kind] = {s.name: kind.empty(s).update(without[s.name], dense) for s in sites}
         return found
+
+
+def _report_lost(without: Sequence[float], whole: float) -> None:
+    """Counts losses that are not finite, as searches do: the criterion takes what they are without for the dearest.
+    Raises RunError where the whole model's is the only one that is."""
+    lost = sum(not math.isfinite(loss) for loss in without)
+    if not lost or not math.isfinite(whole):  # of the whole model the criterion tells
+        return
+    if lost == len(without):
+        raise RunError(f"calibrate: none of {lost} losses without a block or sublayer is finite")
+    logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(without))
 
 
 def check_finite(y_BTD: Tensor, block: Block, number: int) -> None:

@@ -154,7 +154,7 @@ class PolicyGradient:
         if baseline is None:
             raise RunError(f"the losses of all {lost} masks are NaN or Inf")
         if lost:
-            logger.warning("%d of %d masks gave losses that are NaN or Inf", lost, steps * self.samples)
+            logger.warning("search: %d of %d losses were not finite and were skipped", lost, steps * self.samples)
         return s
 
     def _projected(self, s: Tensor, gates: Gates, groups: Sequence[Tensor], share: float, most: float) -> Tensor:

@@ -27,7 +27,8 @@ from pruneexp import preflight, progress
 from pruneexp.__main__ import main
 from pruneexp.budget import check_pruning
 from pruneexp.calibrate import Meter
-from pruneexp.criterion import shelf
+from pruneexp.compensator.least_squares import refitted_
+from pruneexp.criterion import obs, shelf
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.forecast import (
     Calibration,
@@ -42,6 +43,7 @@ from pruneexp.forecast import (
     machine,
     matmul_speed,
     memory,
+    path_flops,
     refit_flops,
     removal_flops,
     shape_of,
@@ -173,7 +175,31 @@ def test_a_gram_takes_2_c2_a_token(foretold: Any) -> None:
     assert obs.work.float64 == pytest.approx(gram + 4 * sum(removal_flops(c, 64) for c in (64, 172)))
 
 
+@pytest.mark.parametrize(("effort", "batch_size"), [(4, 10), (10, 1), (30, 1)])
+def test_readers_that_probes_ask_for_are_counted(
+    effort: int, batch_size: int, foretold: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About: which ones is decided by the losses. At least one a sublayer, for the structures to start from."""
+    settings, seen = (f"model.batch_size={batch_size}",), replace(SEEN, batch_size=batch_size)
+    probing = (*settings, "search=evolutionary", f"search.effort={effort}", "compensator=none")
+    fitted: list[float] = []
+
+    def counted(weight_OC: Any, bias: Any, cov: Any, mean: Any, keep_C: Any, ridge: float) -> Any:
+        fitted.append(path_flops(weight_OC.shape[1], len(keep_C), len(weight_OC)))
+        return refitted_(weight_OC, bias, cov, mean, keep_C, ridge)
+
+    monkeypatch.setattr(obs, "refitted_", counted)
+    made, found = foretold("criterion=obs", *probing, seen=seen)
+    pruned(made)
+    _, without = foretold("criterion=obs", "search=uniform", "compensator=none", *settings, seen=seen)
+    _, unscored = foretold("criterion=flap", *probing, seen=seen)
+    probed = found.work.float64 - without.work.float64
+    assert len(fitted) >= 8 and 0.5 < probed / sum(fitted) < 2
+    assert unscored.work.float64 == 0
+
+
 def test_solves() -> None:
+    assert path_flops(300, 200, 50) == 200**3 / 3 + 2 * 200 * 100 * 50 + 2 * 200**2 * 50
     assert refit_flops(300, 300, 0) == pytest.approx(300**3 / 3)
     m = np.arange(1, 301, dtype=float)
     downdates = (2 * m * (m + 50)).sum()

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from pruneexp.criterion.shelf import shelf_folder
@@ -14,7 +15,7 @@ from pruneexp.forecast.machine import available_memory, matmul_speed, out_of_mem
 from pruneexp.forecast.memory import PARTS, Stage, activations, stages
 from pruneexp.forecast.shape import Shape, params_left, shape_of
 from pruneexp.forecast.table import duration, print_forecast, size
-from pruneexp.forecast.work import Calibration, Work, flops, refit_flops, removal_flops, work_of
+from pruneexp.forecast.work import Calibration, Work, flops, path_flops, refit_flops, removal_flops, work_of
 from pruneexp.model import Model
 from pruneexp.prune import Method
 from pruneexp.types import Budget, Recovery, evidence_kinds
@@ -36,6 +37,7 @@ __all__ = [
     "matmul_speed",
     "out_of_memory",
     "params_left",
+    "path_flops",
     "print_forecast",
     "refit_flops",
     "removal_flops",
@@ -56,11 +58,22 @@ class Forecast:
     shape: Shape
     params_left: int
     decoder_left: int
-    work: Work
-    flops: float  # in the model's dtype: pruning, training, and what evaluators measure on windows
+    seen: Calibration
+    counted: Callable[[], Work]  # takes a while where a search is rehearsed, and a real run need not know
+    measuring: float  # operations in the model's dtype, of what evaluators measure on windows
     held: Sequence[Stage]
     streamed: Sequence[Stage]
     streams: bool
+
+    @cached_property
+    def work(self) -> Work:
+        """What pruning and training compute."""
+        return self.counted()
+
+    @cached_property
+    def flops(self) -> float:
+        """In the model's dtype: pruning, training, and what evaluators measure."""
+        return flops(self.work, self.shape, self.seen) + self.measuring
 
     @property
     def bytes_left(self) -> int:
@@ -124,15 +137,14 @@ def forecast(
     "" where no checkpoint is written."""
     shape = shape_of(model)
     left, decoder_left = params_left(model, method.search, method.sparsity, method.compensator, budget)
-    work = work_of(method, recovery, model, shape, budget, seen)
     share = decoder_left / shape.decoder if shape.decoder else 1.0
     measuring = sum(w.tokens * ((1 + share) * shape.forward_flops(w.length) + 2 * 2.0 * shape.head) for w in measured)
     trains = min(model.batch_size, getattr(recovery, "batch", 0)) if recovery.trains else 0
     settings: dict[str, Any] = {"left": left, "trains": trains, "prove": prove}
     held = stages(method, shape, seen, measured, stream=False, **settings)
     streamed = stages(method, shape, seen, measured, stream=True, **settings) if _can_stream(method, recovery) else []
-    total = flops(work, shape, seen) + measuring
-    return Forecast(shape, left, decoder_left, work, total, held, streamed, stream)
+    counted = partial(work_of, method, recovery, model, shape, budget, seen)
+    return Forecast(shape, left, decoder_left, seen, counted, measuring, held, streamed, stream)
 
 
 def _can_stream(method: Method, recovery: Recovery) -> bool:

@@ -11,9 +11,11 @@ from pruneexp.calibrate import KEPT_BYTES, passes_of_layer
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs
 from pruneexp.evidence import Gram, WantedOutput
+from pruneexp.forecast.rehearsal import refits
 from pruneexp.forecast.shape import Shape
 from pruneexp.model import Model
 from pruneexp.prune import Method, by_site, goes_layer_by_layer, judged_whole
+from pruneexp.search import Evolutionary
 from pruneexp.types import Budget, Recovery, Site, evidence_kinds
 
 WALKED = ("reader", "writer", "block")  # sources of evidence that a walk collects
@@ -61,8 +63,9 @@ def work_of(method: Method, recovery: Recovery, model: Model, shape: Shape, budg
     one = _layer_by_layer(method, shape, seen) if goes_layer_by_layer(method) else _at_once(method, model, shape, seen)
     spends = getattr(method.search, "spends", None)
     if spends is not None and budget.ratio > 0:
-        probes = spends(searched_sites(model, method.search), budget, seen.batches)
-        one += Work(forward=probes, losses=probes)
+        sites = searched_sites(model, method.search)
+        probes = spends(sites, budget, seen.batches)
+        one += Work(forward=probes, losses=probes, float64=_probed_readers(method, sites, shape, budget, seen))
     one += Work(float64=_solves(method, shape, budget))
     trains = getattr(recovery, "seen", None) if recovery.trains else None
     trained = 0.0 if trains is None else trains(seen.windows) / seen.windows
@@ -165,6 +168,21 @@ def _solves(method: Method, shape: Shape, budget: Budget) -> float:
         if isinstance(method.compensator, LeastSquares) and budget.ratio > 0 and not blocks_alone(method):
             flops += refit_flops(site.channels, round(kept * site.channels), shape.hidden)
     return flops
+
+
+def _probed_readers(method: Method, sites: Sequence[Site], shape: Shape, budget: Budget, seen: Calibration) -> float:
+    """Of the readers that probes ask removal paths for."""
+    search, criterion = method.search, method.criterion
+    if not isinstance(search, Evolutionary) or not isinstance(criterion, Obs) or blocks_alone(method):
+        return 0.0
+    fitted = refits(search, sites, budget, seen.batches, criterion.levels)
+    return sum(path_flops(s.channels, (s.units - removed) * s.width, shape.hidden) for s, removed in fitted)
+
+
+def path_flops(channels: int, kept: int, outputs: int) -> float:
+    """Of a removal path's reader on K of its C inputs: K^3 / 3 for the factor of the inputs' covariance, 2 K (C - K) O
+    for what the others gave, 2 K^2 O for the solve."""
+    return kept**3 / 3 + 2.0 * kept * channels * outputs
 
 
 def refit_flops(channels: int, kept: int, outputs: int) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,10 +85,11 @@ class Evolutionary:
 
     def rebalanced(self, plan: Plan, scores: Scores, sites: Sequence[Site], budget: Budget) -> Plan:
         """The plan at a budget that differs a little (biases that nothing has to pay for), without a probe."""
-        structures = self._structures(scores, sites, budget)
+        structures = self.structures(scores, sites, budget)
         return structures.plan(structures.balanced(structures.levels(plan)))
 
-    def _structures(self, scores: Scores, sites: Sequence[Site], budget: Budget) -> Structures:
+    def structures(self, scores: Scores, sites: Sequence[Site], budget: Budget) -> Structures:
+        """Those that it may choose from."""
         chosen = chosen_sites(sites, self.granularity, budget)
         plain = is_plain(self.granularity, self.multiple)
         grain = None if plain else Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple)
@@ -97,13 +98,13 @@ class Evolutionary:
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
-        structures = self._structures(scores, sites, budget)
+        structures = self.structures(scores, sites, budget)
         require(budget, structures.removable)
         if budget.remove <= 0:
             return structures.plan({site.name: 0 for site in structures.chosen})
         if oracle is None:
             raise ConfigError("search=evolutionary: needs the whole model in memory; expected model.stream=false")
-        work = _Work(self, structures, oracle, rng)
+        work = Evolution(self, structures, oracle, rng, structures.candidate)
         best = work.evolved(work.descended(work.start()))
         if work.skipped:
             log.warning("search: %d of %d losses were not finite and were skipped", work.skipped, work.asked)
@@ -118,13 +119,14 @@ class Evolutionary:
 
 
 @dataclass
-class _Work:
+class Evolution:
     """One search under way."""
 
     method: Evolutionary
     structures: Structures
     oracle: Oracle
     rng: torch.Generator
+    candidate: Callable[[Levels], Any]  # what the oracle is shown of a structure
     asked: int = 0
     skipped: int = 0
     spent_before: float = field(init=False)
@@ -151,7 +153,7 @@ class _Work:
 
     def losses(self, population: Sequence[Levels], batches: Sequence[int]) -> Tensor:
         """Mean loss of each over the batches, Inf where it is not finite: float64."""
-        candidates = [self.structures.candidate(levels) for levels in population]
+        candidates = [self.candidate(levels) for levels in population]
         total = torch.stack([self.oracle.losses(candidates, batch) for batch in batches]).mean(0)
         broken = ~total.isfinite()
         self.asked += len(population)

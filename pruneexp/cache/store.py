@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +79,11 @@ class Cache:
     def folder(self) -> Path:
         return DEFAULT if self.dir is None else Path(self.dir).expanduser()
 
+    @cached_property
+    def _warned(self) -> list[bool]:
+        """Not empty once this run's log says that the folder takes nothing."""
+        return []
+
     def check(self) -> None:
         """Raises ConfigError where the folder cannot be one."""
         above = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
@@ -95,7 +101,9 @@ class Cache:
                 for path in sorted({self._path(key) for key in keys}):
                     locks.enter_context(FileLock(path.with_suffix(".lock")))
             except OSError as error:
-                logger.warning("nothing is cached: %s: %s", self.folder, error.strerror or error)
+                if not self._warned:
+                    logger.warning("nothing is cached: %s: %s", self.folder, error.strerror or error)
+                    self._warned.append(True)
                 yield NoCache()
                 return
             yield self

@@ -10,7 +10,7 @@ from pruneexp.budget import searched_sites
 from pruneexp.calibrate import KEPT_BYTES, passes_of_layer
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs
-from pruneexp.evidence import Gram, WantedOutput
+from pruneexp.evidence import Gram
 from pruneexp.forecast.rehearsal import refits
 from pruneexp.forecast.shape import Shape
 from pruneexp.model import Model
@@ -60,7 +60,10 @@ class Work:
 def work_of(method: Method, recovery: Recovery, model: Model, shape: Shape, budget: Budget, seen: Calibration) -> Work:
     """What pruning computes, in all rounds, and training after it. Layers and sites that keep all units are taken to be
     as much work as others; searches that probe are taken to spend all they may."""
-    one = _layer_by_layer(method, shape, seen) if goes_layer_by_layer(method) else _at_once(method, model, shape, seen)
+    if goes_layer_by_layer(method):
+        one = _layer_by_layer(method, shape, budget, seen)
+    else:
+        one = _at_once(method, model, shape, budget, seen)
     spends = getattr(method.search, "spends", None)
     if spends is not None and budget.ratio > 0:
         sites = searched_sites(model, method.search)
@@ -77,7 +80,7 @@ def blocks_alone(method: Method) -> bool:
     return set(getattr(method.search, "granularity", ())) == {"blocks"}
 
 
-def _at_once(method: Method, model: Model, shape: Shape, seen: Calibration) -> Work:
+def _at_once(method: Method, model: Model, shape: Shape, budget: Budget, seen: Calibration) -> Work:
     criterion, compensator = method.criterion, method.compensator
     dense = None if compensator.sequential or blocks_alone(method) else compensator.evidence
     kinds = distinct(criterion.evidence, dense)
@@ -87,17 +90,17 @@ def _at_once(method: Method, model: Model, shape: Shape, seen: Calibration) -> W
     if blocks_alone(method):
         return work + Work(walks=1)
     if by_site(compensator):
-        return work + _walk_sites((), shape, seen)
+        return work + _walk_sites((), shape, budget, seen)
     return work + _walk(distinct(compensator.evidence if compensator.sequential else None), shape, seen, shrinks=True)
 
 
-def _layer_by_layer(method: Method, shape: Shape, seen: Calibration) -> Work:
+def _layer_by_layer(method: Method, shape: Shape, budget: Budget, seen: Calibration) -> Work:
     criterion, compensator = method.criterion, method.compensator
     work = _ahead(evidence_kinds(criterion.evidence), shape, seen, ())
     if compensator.evidence is not None and not compensator.sequential:
         work += _walk((compensator.evidence,), shape, seen, shrinks=False)
     if by_site(compensator):
-        return work + _walk_sites(evidence_kinds(criterion.evidence), shape, seen)
+        return work + _walk_sites(evidence_kinds(criterion.evidence), shape, budget, seen)
     kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential else None)
     return work + _walk(kinds, shape, seen, shrinks=True)
 
@@ -110,8 +113,9 @@ def _walk(kinds: Sequence[Any], shape: Shape, seen: Calibration, shrinks: bool) 
     return Work(forward=1 + again, walks=1, float64=_gram_flops(kinds, shape, seen))
 
 
-def _walk_sites(kinds: Sequence[Any], shape: Shape, seen: Calibration) -> Work:
-    """`calibrate.walk_sites`, and a pass more where the criterion sees what the pruned layers before give."""
+def _walk_sites(kinds: Sequence[Any], shape: Shape, budget: Budget, seen: Calibration) -> Work:
+    """`calibrate.walk_sites`, and a pass more where the criterion sees what the pruned layers before give; statistics
+    of the inputs that readers are left with: 2 K^2 a token and site, and 2 K O beside the wanted outputs."""
     total = len(shape.layers)
 
     def kept(site: Site) -> float:
@@ -121,8 +125,10 @@ def _walk_sites(kinds: Sequence[Any], shape: Shape, seen: Calibration) -> Work:
         passes_of_layer(cost, shape.of_layer(index), shape.hidden, seen.length, index + 1 == total, kept)
         for index, cost in enumerate(shape.layers)
     )
+    left = [(1 - budget.ratio) * site.channels for site in shape.sites]
+    fitted = sum(2.0 * channels * (channels + shape.hidden) for channels in left) * seen.tokens
     passes = runs / total + bool(kinds)
-    return Work(forward=passes, walks=1, float64=_gram_flops((*kinds, WantedOutput), shape, seen))
+    return Work(forward=passes, walks=1, float64=fitted + _gram_flops(kinds, shape, seen))
 
 
 def _ahead(kinds: Sequence[Any], shape: Shape, seen: Calibration, whole: Sequence[Site]) -> Work:
@@ -151,13 +157,8 @@ def _influence(kind: Any, shape: Shape, seen: Calibration) -> Work:
 
 
 def _gram_flops(kinds: Iterable[Any], shape: Shape, seen: Calibration) -> float:
-    """2 C^2 a token and site, and 2 C O where inputs are held against wanted outputs."""
-    flops = 0.0
-    for kind in kinds:
-        if kind in (Gram, WantedOutput):
-            outputs = shape.hidden if kind is WantedOutput else 0
-            flops += sum(2.0 * s.channels * (s.channels + outputs) for s in shape.sites) * seen.tokens
-    return flops
+    """2 C^2 a token and site."""
+    return sum(kind is Gram for kind in kinds) * sum(2.0 * site.channels**2 for site in shape.sites) * seen.tokens
 
 
 def _solves(method: Method, shape: Shape, budget: Budget) -> float:

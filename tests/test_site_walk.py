@@ -40,8 +40,9 @@ class Raw:
     def of(cls, site, keep_C):
         return cls()
 
-    def update(self, x_BTC, y_BTO):
-        return Raw((*self.x, x_BTC), (*self.y, y_BTO))
+    def update_parts_(self, x_BTK, x_BTG, y_BTO):
+        assert x_BTK.shape[:2] == x_BTG.shape[:2] == y_BTO.shape[:2]
+        return Raw((*self.x, x_BTK), (*self.y, y_BTO))
 
     def seen(self):
         return torch.cat(self.x), torch.cat(self.y)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
-from pruneexp.evidence import grown
+from pruneexp.evidence import others
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -38,11 +38,11 @@ def walk_sites(
     what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
     the reader, before the walk goes on, or not at all.
 
-    Evidence, begun by `kind.of(site, keep_C)`, is of the reader's input, the sublayers before it as the caller left
-    them, and of the output with which the hidden state behind the reader would be the dense model's. With d in front of
-    the layer and d' behind it in the dense model, x in front of it in the pruned one, a() what attention's reader
-    gives, and r what outputs are multiplied by before they are added, that output is a(d) + (d - x) / r for attention,
-    (d' - x) / r - a(x) for FFNs.
+    Evidence, begun by `kind.of(site, keep_C)`, is of the reader's input (those channels and the others, batch by batch
+    to its `update_parts_`), the sublayers before it as the caller left them, and of the output with which the hidden
+    state behind the reader would be the dense model's. With d in front of the layer and d' behind it in the dense
+    model, x in front of it in the pruned one, a() what attention's reader gives, and r what outputs are multiplied by
+    before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
 
     The layer's visit is that before anything left it, and holds its evidence of `kinds` on the pruned model's hidden
     states, as in `walk`; `bookmark` as there. Runs the dense layers and the pruned ones, these last from the inputs of
@@ -221,14 +221,18 @@ class _Parts:
         """Evidence of the channels `keep_C` of a reader's input, of the FFN's where attention's reader gives `given`,
         and of its wanted output. The inputs are held for the run of the shrunk layer."""
         evidence, path = kind.of(site, keep_C), site_parts(self.model.family, site)[1]
-        held, inputs = 0, self.inputs.setdefault(site.kind, {})
+        held, inputs, gone_C = 0, self.inputs.setdefault(site.kind, {}), others(keep_C, site.channels)
         for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
             with nullcontext() if given is None else self._attention_gives(given[number]):
-                input_BTC = self._part(x_BTD, number, path, False).view(*x_BTD.shape[:2], -1)
-            evidence = grown(evidence, input_BTC, wanted_BTD)
-            held += x_BTD[..., :1].nbytes * len(keep_C)
+                input_NC = self._part(x_BTD, number, path, False).view(-1, site.channels)
+            kept_BTK, gone_BTG = (
+                input_NC.index_select(1, some_C.to(input_NC.device)).view(*x_BTD.shape[:2], len(some_C))
+                for some_C in (keep_C, gone_C)
+            )
+            evidence = evidence.update_parts_(kept_BTK, gone_BTG, wanted_BTD)
+            held += kept_BTK.nbytes
             if len(keep_C) and held <= KEPT_BYTES:  # a sublayer that loses all has no reader any more
-                inputs[number] = input_BTC[..., keep_C.to(input_BTC.device)]
+                inputs[number] = kept_BTK
         self._count(self.shares[site.kind][0])
         return evidence
 

@@ -70,10 +70,9 @@ class LeastSquares:
             mean_C = evidence.mean_C.to(device)
             return refitted_(weight_OC, bias_O, evidence.covariance_().to(device), mean_C, keep_C, self.ridge)
         seen = evidence.narrowed(keep_C)
-        variance = seen.gone.variance_C.sum().to(device)
         mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
         cov_KK = seen.inputs.covariance_().to(device)
-        strength = self.ridge * (cov_KK.trace() + variance) / weight_OC.shape[1]
+        strength = self.ridge * (cov_KK.trace() + seen.gone_variance.to(device)) / weight_OC.shape[1]
         weight_OK = weight_OC[:, keep_C.to(device)]
         return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, self.ridge)
 

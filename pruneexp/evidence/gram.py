@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.evidence.statistics import Moments, _chunks_NC, _require_tokens
+from pruneexp.evidence.statistics import _chunks_NC, _require_tokens
 from pruneexp.types import Site
 
 _CHUNK = 2**22  # elements looked at together on a CPU: a Gram is read and written once a chunk
@@ -105,14 +105,16 @@ class WantedOutput:
 
     `update(x_BTC, y_BTO)`: y is what the reader would have to give for the hidden state behind it to be the dense
     model's, x what the layers before give it as they are. inputs is the Gram of x[keep_C], cross_KO = sum_t
-    x_t[keep_C] y_t^T and wanted_O = sum_t y_t, float64; of the channels that leave, gone has the moments.
+    x_t[keep_C] y_t^T, wanted_O = sum_t y_t; of the channels that leave, gone_G = sum_t x_t and gone_squares, their sum
+    of squares; all float64.
     """
 
     source: ClassVar[str] = "wanted"
 
     keep_C: Tensor  # indices [K], ascending
     inputs: Gram
-    gone: Moments
+    gone_G: Tensor
+    gone_squares: Tensor  # []
     wanted_O: Tensor
     cross_KO: Tensor
 
@@ -124,34 +126,45 @@ class WantedOutput:
     @classmethod
     def of(cls, site: Site, keep_C: Tensor) -> WantedOutput:
         """Of the channels `keep_C`, before any token."""
-        inputs, left = Gram.of_width(len(keep_C)), torch.zeros(site.channels - len(keep_C), dtype=torch.float64)
         none = torch.zeros(0, dtype=torch.float64)
-        return cls(keep_C, inputs, Moments(0, left, left), none, none[:, None])
+        gone_G = none.new_zeros(site.channels - len(keep_C))
+        return cls(keep_C, Gram.of_width(len(keep_C)), gone_G, none.new_zeros(()), none, none[:, None])
 
     def update(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
         return self.copy().update_(x_BTC, y_BTO)
 
     def update_(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
-        x_NC, y_NO = (t.detach().flatten(0, -2) for t in (x_BTC, y_BTO))
-        device, keep_C, gone = x_NC.device, self.keep_C.to(x_NC.device), self.gone
-        sum_K, gram_KK = self.inputs.sum_C.to(device), self.inputs.gram_CC.to(device)
-        wanted_O, cross_KO = self.wanted_O.to(device), self.cross_KO.to(device)
+        x_NC, keep_C = x_BTC.detach().flatten(0, -2), self.keep_C.to(x_BTC.device)
+        if len(keep_C) == x_NC.shape[1]:
+            return self.update_parts_(x_NC, x_NC[:, :0], y_BTO)
+        gone_G = others(keep_C, x_NC.shape[1])
+        return self.update_parts_(x_NC.index_select(1, keep_C), x_NC.index_select(1, gone_G), y_BTO)
+
+    def update_parts_(self, x_BTK: Tensor, x_BTG: Tensor, y_BTO: Tensor) -> WantedOutput:
+        """`update_` with the input apart: the channels `keep_C`, and the others."""
+        x_NK, x_NG, y_NO = (t.detach().flatten(0, -2) for t in (x_BTK, x_BTG, y_BTO))
+        sum_K, gram_KK, gone_G, squares, wanted_O, cross_KO = (
+            t.to(x_NK.device)
+            for t in (*vars(self.inputs).values(), self.gone_G, self.gone_squares, self.wanted_O, self.cross_KO)
+            if isinstance(t, Tensor)
+        )
         if self.inputs.n == 0:
-            wanted_O = torch.zeros(y_NO.shape[1], dtype=torch.float64, device=device)
-            cross_KO = wanted_O.new_zeros(len(keep_C), y_NO.shape[1])
-        if len(keep_C) < x_NC.shape[1]:
-            gone = gone.update(x_NC[:, others(keep_C, x_NC.shape[1])])
-            x_NC = x_NC[:, keep_C]
-        x_chunks = list(_chunks_NC(x_NC, _CHUNK))
-        y_chunks = y_NO.split(len(x_chunks[0])) if x_chunks else ()
-        for x_nK, y_nO in zip(x_chunks, y_chunks, strict=True):
+            wanted_O = wanted_O.new_zeros(y_NO.shape[1])
+            cross_KO = wanted_O.new_zeros(x_NK.shape[1], y_NO.shape[1])
+        x_chunks = list(_chunks_NC(x_NK, _CHUNK))
+        tokens = len(x_chunks[0]) if x_chunks else 1
+        for x_nK, y_nO in zip(x_chunks, y_NO.split(tokens), strict=True):
             x_nK, y_nO = x_nK.double(), y_nO.double()
             _add_(sum_K, gram_KK, x_nK)
             wanted_O += y_nO.sum(0)
             cross_KO.addmm_(x_nK.T, y_nO)
+        for x_nG in x_NG.split(tokens):
+            x_nG = x_nG.double()
+            gone_G = gone_G + x_nG.sum(0)
+            squares = squares + torch.linalg.vector_norm(x_nG).square()
         _mirror_(gram_KK)
-        inputs = Gram(self.inputs.n + len(x_NC), sum_K, gram_KK)
-        return replace(self, inputs=inputs, gone=gone, wanted_O=wanted_O, cross_KO=cross_KO)
+        inputs = Gram(self.inputs.n + len(x_NK), sum_K, gram_KK)
+        return WantedOutput(self.keep_C, inputs, gone_G, squares, wanted_O, cross_KO)
 
     def copy(self) -> WantedOutput:
         wanted_O, cross_KO = self.wanted_O.clone(), self.cross_KO.clone()
@@ -163,9 +176,9 @@ class WantedOutput:
         if other.inputs.n == 0:
             return self
         device = other.wanted_O.device
-        wanted_O, cross_KO = self.wanted_O.to(device) + other.wanted_O, self.cross_KO.to(device) + other.cross_KO
-        inputs, gone = self.inputs.merge(other.inputs), self.gone.merge(other.gone)
-        return WantedOutput(self.keep_C, inputs, gone, wanted_O, cross_KO)
+        names = ("gone_G", "gone_squares", "wanted_O", "cross_KO")
+        sums = {name: getattr(self, name).to(device) + getattr(other, name) for name in names}
+        return replace(self, inputs=self.inputs.merge(other.inputs), **sums)
 
     def narrowed(self, keep_C: Tensor) -> WantedOutput:
         """Of some of its channels (ascending, each once); itself, for those that it is of."""
@@ -176,14 +189,19 @@ class WantedOutput:
             raise ValueError("kept channels: expected some of those looked at, in ascending order, each once")
         at_K = torch.searchsorted(self.keep_C, keep_C).to(self.inputs.sum_C.device)
         left = others(at_K, len(self.keep_C))
-        mean_C, squares_C = self.inputs.mean_C, self.inputs.gram_CC.diagonal()
-        m2_C = squares_C[left] - self.inputs.n * mean_C[left].square()
-        parts = ((self.gone.mean_C, mean_C[left]), (self.gone.m2_C, m2_C.clamp_min(0)))
-        gone = Moments(self.inputs.n, *(torch.cat([old.to(new.device), new]) for old, new in parts))
+        gone_G = torch.cat([self.gone_G.to(left.device), self.inputs.sum_C[left]])
+        squares = self.gone_squares.to(left.device) + self.inputs.gram_CC.diagonal()[left].sum()
         inputs = Gram(self.inputs.n, self.inputs.sum_C[at_K], self.inputs.gram_CC[at_K][:, at_K])
-        return replace(
-            self, keep_C=keep_C, inputs=inputs, gone=gone, cross_KO=self.cross_KO[at_K.to(self.cross_KO.device)]
+        return WantedOutput(
+            keep_C, inputs, gone_G, squares, self.wanted_O, self.cross_KO[at_K.to(self.cross_KO.device)]
         )
+
+    @property
+    def gone_variance(self) -> Tensor:
+        """Sum of the unbiased variances of the channels that leave, []. Raises RunError for fewer than two tokens."""
+        _require_tokens(self.inputs.n, 2)
+        squares = self.gone_squares - self.gone_G.square().sum() / self.inputs.n
+        return squares.clamp_min(0) / (self.inputs.n - 1)
 
     @property
     def wanted_mean_O(self) -> Tensor:

@@ -58,7 +58,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     """What would have run. A seed of 13 fails as a run fails, one of 14 as a bug does."""
     started: list[Experiment] = []
 
-    def run_experiment(experiment: Experiment) -> dict[str, float]:
+    def run_experiment(experiment: Experiment, shared: Any = None) -> dict[str, float]:
         started.append(experiment)
         if experiment.seed == 13:
             raise RunError("unlucky")

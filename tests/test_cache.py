@@ -238,6 +238,14 @@ def test_one_calibration_serves_ratios_searches_and_compensators(tmp_path: Path)
     assert len(list((tmp_path / "outputs" / "cache").glob("*.safetensors"))) == 3  # scores, means, the dense figures
 
 
+def test_a_job_that_shares_the_dense_models_states_gives_what_it_gives_alone(tmp_path: Path) -> None:
+    typed = [*QUICK, "recipe=flap", "compensator=least_squares"]
+    ran(tmp_path, "--multirun", *typed, "sparsity.ratio=0.2,0.3,0.4", "sweep.dir=swept")
+    ran(tmp_path, *typed, "sparsity.ratio=0.4", "run.dir=alone", "run.save=false", "cache=off")
+    [last] = [path.parent for path in (tmp_path / "swept").glob("*/config.yaml") if "ratio: 0.4" in path.read_text()]
+    assert metrics(last) == metrics(tmp_path / "alone")
+
+
 def test_eight_jobs_at_once_give_what_they_give_one_by_one(tmp_path: Path) -> None:
     ratios = [0.1 * number for number in range(1, 9)]
     typed = [*QUICK, "recipe=flap", "run.save=false"]

@@ -120,6 +120,7 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     job = _job(node)
     plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     known_keys([str(key) for key in plain], SECTIONS)
+    _one_choice_each(job["overrides"])
     # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
     for key in _missing(OmegaConf.to_container(plain, resolve=False)):
         raise missing_key(key, job["choices"], folders)
@@ -133,6 +134,14 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
             raise ConfigError(f"{section}={container.get(section)!r}: expected its keys, as {section}.dir=...")
     known_keys([f"sweep.{key}" for key in container["sweep"]], SWEEP_KEYS)
     return Composed({str(key): value for key, value in container.items()}, job, folders)
+
+
+def _one_choice_each(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a list where one choice is expected, of which Hydra would make a mixture."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if value.startswith("[") and key in (*SECTIONS, "recipe") and key != "evaluator":
+            raise ConfigError(f"{text}: expected one choice; evaluator is the only group that takes a list")
 
 
 def _missing(node: Any, key: str = "") -> Iterator[str]:

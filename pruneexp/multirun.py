@@ -27,7 +27,7 @@ from pruneexp.progress import progress
 from pruneexp.startup import uncollected
 from pruneexp.summary import sweep_table, write_summary
 from pruneexp.tracker import status_of, write_atomic
-from pruneexp.tracker.folder import timestamp
+from pruneexp.tracker.folder import check_writable, timestamp
 from pruneexp.types import ConfigError, ConfigErrors, RunError, RunRecord, Tracker
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
         jobs = _composed_jobs(hydra, config, folder)
     if jobs and all(job.config["run"]["dry"] for job in jobs):
         return _forecast(jobs)
+    _make(folder)
     before = _statuses(folder)
     try:
         if jobs and _runs_here(config.hydra):
             from pruneexp.calibrate import DenseStates
 
-            folder.mkdir(parents=True, exist_ok=True)
             shared = DenseStates(SHARED_BYTES)
             for number, job in enumerate(jobs):
                 metrics = _run_recorded(job, str(number), shared)
@@ -98,6 +98,15 @@ def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> list[Compo
     if mistakes:
         raise ConfigErrors([_of_jobs(line, count, len(listed)) for line, count in mistakes.items()])
     return jobs
+
+
+def _make(folder: Path) -> None:
+    where = f"sweep.dir={str(folder)!r}"
+    check_writable(folder, where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}; expected a folder that can be made") from error
 
 
 def _of_jobs(line: str, count: int, all_jobs: int) -> str:

@@ -105,13 +105,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     is still writing, what no run wrote bears the names of ours or lies where the checkpoint goes, or the system does
     not let us. Writes nothing."""
     where = f"run.dir={str(folder)!r}"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{where}: expected a folder, found a file")
-    nearest = existing(folder)
-    if not nearest.is_dir():
-        raise ConfigError(f"{where}: {nearest} is a file; expected a folder that can be made")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{where}: {nearest} cannot be written to; expected a folder that can")
+    check_writable(folder, where)
     state = status_of(folder)
     if state == "running":
         pid = _read_status(folder).get("pid")
@@ -131,6 +125,17 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{where}: holds {', '.join(strangers)}, from no run; expected an empty folder or run.overwrite=true"
         )
+
+
+def check_writable(folder: Path, where: str) -> None:
+    """Raises ConfigError, saying `where`, for what is no folder and cannot be made one, or does not let us write."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{where}: expected a folder, found a file")
+    nearest = existing(folder)
+    if not nearest.is_dir():
+        raise ConfigError(f"{where}: {nearest} is a file; expected a folder that can be made")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{where}: {nearest} cannot be written to; expected a folder that can")
 
 
 def _foreign(model: Path) -> list[str]:

@@ -76,7 +76,10 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     ran = [path.parent for path, text in _statuses(folder).items() if before.get(path) != text]
     failed = sorted(job.name for job in ran if status_of(job) != "done")
     summary = write_summary(folder)
-    print(f"sweep in {folder}: {len(ran)} jobs ran" + (f", failed: {', '.join(failed)}" if failed else ""))
+    print(
+        f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran"
+        + (f", failed: {', '.join(failed)}" if failed else "")
+    )
     print(f"all its jobs are in {summary}")
     if ran:
         _summarise(config, folder)

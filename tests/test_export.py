@@ -182,6 +182,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
         (["a", "out=x", "format=padded", "multiple=0"], "expected an int >= 1"),
         (["a", "out=x", "--force"], "unknown option"),
         (["nowhere", "out=x"], "no such folder"),
+        ([__file__, "out=x"], "is a file; expected a finished run's"),
     ],
 )
 def test_mistakes_on_the_command_line(
@@ -210,7 +211,7 @@ def test_runs_that_have_nothing_to_export(
     shutil.rmtree(run / "model")
     assert "run.save=true" in refused(capsys, str(run), out)
     (run / "status.json").write_text(json.dumps({"status": "failed"}))
-    assert "this run is failed" in refused(capsys, str(run), out)
+    assert "this run failed; expected a finished one: run it again" in refused(capsys, str(run), out)
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,8 @@ def checkpoint_folder(source: Path) -> Path:
 
     where = repr(str(source))
     if not source.is_dir():
-        raise ConfigError(f"RUN_FOLDER={where}: no such folder; expected a finished run's, or a checkpoint's")
+        found = "is a file" if source.exists() else "no such folder"
+        raise ConfigError(f"RUN_FOLDER={where}: {found}; expected a finished run's, or a checkpoint's")
     state = status_of(source)
     if state == "absent":
         if not (source / "config.json").is_file():
@@ -28,8 +29,9 @@ def checkpoint_folder(source: Path) -> Path:
             )
         folder = source
     elif state != "done":
-        todo = "wait for its end" if state == "running" else "run it again with run.overwrite=true"
-        raise ConfigError(f"RUN_FOLDER={where}: this run is {state}; expected a finished one: {todo}")
+        found = "is still running" if state == "running" else "failed" if state == "failed" else f"was {state}"
+        todo = "wait for its end" if state == "running" else "run it again"
+        raise ConfigError(f"RUN_FOLDER={where}: this run {found}; expected a finished one: {todo}")
     else:
         folder = source / "model"
         if not (folder / "config.json").is_file():

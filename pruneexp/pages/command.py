@@ -67,7 +67,7 @@ def _command(argv: Sequence[str]) -> int:
         print(f"left out: {one.name}: {one.reason}")
     for hashed, why in found.conflicts.items():
         print(f"same config, another result ({hashed}): {why}")
-    print(f"{len(found.runs)} runs; the report is {asked.out / 'index.html'}")
+    print(f"{len(found.runs)} run{'' if len(found.runs) == 1 else 's'}; the report is {asked.out / 'index.html'}")
     return 0
 
 

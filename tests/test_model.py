@@ -182,6 +182,12 @@ def test_a_path_that_is_no_folder_and_no_hub_id(path: str, cli: Cli) -> None:
     assert cli(f"model.path='{path}'") == (2, f"pruneexp: model.path={path!r}: {expected}\n")
 
 
+def test_a_run_in_the_place_of_its_checkpoint(cli: Cli, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    shutil.copytree(tiny_folder("llama"), tmp_path / "a run" / "model")
+    code, err = cli(f"model.path='{tmp_path / 'a run'}/'")
+    assert code == 2 and err.endswith(f"expected a folder with config.json; did you mean {tmp_path / 'a run'}/model?\n")
+
+
 def test_a_path_that_is_a_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()

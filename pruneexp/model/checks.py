@@ -47,7 +47,9 @@ def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, A
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise ConfigError(f"model.path={path!r}: holds no model; expected a folder with config.json")
+        a_run = (folder / "model" / "config.json").is_file()  # its own folder in the place of the checkpoint's
+        near = f"; did you mean {path.rstrip('/')}/model?" if a_run else ""
+        raise ConfigError(f"model.path={path!r}: holds no model; expected a folder with config.json{near}")
     try:
         config = json.loads(file.read_text())
     except ValueError as error:  # no JSON, or no text at all

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import re
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +17,12 @@ import torch
 from pruneexp import modeling_pruned
 from pruneexp.file_state import FileState, file_state
 from pruneexp.model import checks
+from pruneexp.model.architecture import model_class_of, skeleton
 from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
 from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
-from pruneexp.startup import uncollected
 from pruneexp.types import ConfigError
 
 logger = logging.getLogger("pruneexp")
@@ -125,9 +124,9 @@ class ModelSource:
         folder = local or self.folder(weights=False)
         config_json = self.read_config(folder)
         dtype = self._dtype(config_json)
-        model_class, config, family = _model_class(folder, config_json["model_type"])
+        model_class, config, family = model_class_of(folder, config_json["model_type"])
         with checks.building(self.path, config_json["model_type"]):
-            module = _skeleton(model_class, config, family, dtype)
+            module = skeleton(model_class, config, family, dtype)
             outline = self._model(module, None, family, config, dtype, None)
             outline.sites()
         if local is not None and holds_weights(local):
@@ -142,7 +141,7 @@ class ModelSource:
 
     def stock_config(self, folder: Path) -> Any:
         """The config of the stock architecture: a pruned checkpoint's, without its structure."""
-        _, config, _ = _model_class(folder, self.read_config(folder)["model_type"])
+        _, config, _ = model_class_of(folder, self.read_config(folder)["model_type"])
         return modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config
 
     def tokenizer(self, folder: Path) -> Any:
@@ -169,10 +168,10 @@ class ModelSource:
         config_json = self.read_config(folder)
         dtype = self._dtype(config_json)
         _quiet_transformers()
-        model_class, config, family = _model_class(folder, config_json["model_type"])
+        model_class, config, family = model_class_of(folder, config_json["model_type"])
         checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
         with checks.building(self.path, config_json["model_type"]):
-            module = _skeleton(model_class, config, family, dtype)
+            module = skeleton(model_class, config, family, dtype)
         layers_path = f"{module.base_model_prefix}.{family.layers}"
         checks.check_tensors(module, checkpoint, self.path)
         mixed = checks.precisions(checkpoint.dtypes())
@@ -245,40 +244,6 @@ class ModelSource:
             ) from error
 
 
-def _model_class(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pruned.Family]:
-    """The class that loads a checkpoint (stock, or with pruned layers), its config and its table."""
-    family = modeling_pruned.FAMILIES[model_type.removeprefix("pruned_")]
-    names = (family.causal_lm or f"{family.stock}ForCausalLM", f"{family.stock}Config")
-    with uncollected():
-        import transformers
-
-        there = all(hasattr(transformers, name) for name in names)  # loads them
-    if not there:
-        raise ConfigError(
-            f"model.path={str(folder)!r}: model_type {model_type!r} needs transformers >= {family.since}; "
-            f"{transformers.__version__} is installed"
-        )
-    if model_type in modeling_pruned.FAMILIES:
-        model_class, config_class = (getattr(transformers, name) for name in names)
-    else:
-        own = (f"Pruned{family.stock}{what}" for what in ("ForCausalLM", "Config"))
-        model_class, config_class = (modeling_pruned.__getattr__(name) for name in own)
-    try:
-        config = config_class.from_pretrained(folder)
-        stock = modeling_pruned.stock_config(config) if model_type.startswith("pruned_") else config
-        family = modeling_pruned.family_of(stock)
-    except Exception as error:  # each config class checks itself in its own way
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"model.path={str(folder)!r}: config.json does not describe a {model_type} model ({reason})"
-        ) from error
-    checks.check_counts(stock, str(folder))
-    for name, value in family.impossible:
-        if getattr(stock, name) == value:
-            raise ConfigError(f"model.path={str(folder)!r}: a {model_type} model with {name}={value} is not supported")
-    return model_class, config, family
-
-
 @lru_cache(maxsize=4)
 def _tokenizer(source: ModelSource, folder: Path, files: tuple[FileState, ...]) -> Any:
     from transformers import AutoTokenizer
@@ -297,18 +262,8 @@ def _sha256(state: FileState) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dtype: torch.dtype) -> Any:
-    """The model on the meta device: its structure, no weights; experts apart from each other."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of sublayers that are gone
-        module = model_class._from_config(config, dtype=dtype)
-    for layer in module.base_model.get_submodule(family.layers):
-        modeling_pruned.split_experts_(layer, family)
-    return module
-
-
 def _quiet_transformers() -> None:
-    """Its load reports and progress bars would drown ours; what they say, `_load_whole` checks."""
+    """Its load reports and progress bars would drown ours; what they say, `check_tensors` finds."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

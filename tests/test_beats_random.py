@@ -1,7 +1,7 @@
 """What a criterion is worth: at the same share removed, each must leave a better model than random choices do.
 
-The embedded models at 30 %, uniform, nothing compensated. Three ways to lose are the methods' own, and stand below as
-what they are:
+The embedded models at 30 %, uniform, at first with nothing compensated. Three ways to lose are the methods' own, and
+stand below as what they are:
 
 - magnitude, heads included (OPT: 6.9 against the median 5.0 of five random draws; BLOOM: no better than they). It looks
   at weights alone. Of channels alone, its choice is better than random in every family.
@@ -12,9 +12,14 @@ what they are:
 
 Of heads, a uniform search takes one of four in every layer here, and in OPT nearly all that is lost is lost in the
 first one: 0.18 nats without one of its heads, 0.27 to 0.29 without any other, 0.02 at most without a head of another
-layer. One draw of four is there as good as any ranking of what is so nearly alike: on which side of the median
-wanda_sp, taylor and mini_llm come to lie, and mini_llm in BLOOM, changes with the calibration text. So every family is
-held to the comparison on channels, and LLaMA on both.
+layer. One draw of four is there as good as any ranking of what is so nearly alike. What a ranking loses there is the
+constant that its units hand on together: values with biases and ReLU channels have means, which add up over the units
+that leave, while a score judges each alone. With the means carried by a bias, on both sides, every criterion is better
+than random in OPT and BLOOM too, heads included (magnitude in OPT: 4.4 against 4.8). One is not held to it, mini_llm in
+BLOOM: the side that it comes to lie on changes with the calibration text.
+
+With steps of the paper's length, but not its number, the policy gradient is worse than random in LLaMA (7.0 against
+5.0); with longer ones, its default, 3.4.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ MODELS = {"llama": "embedded", "opt": "embedded_opt", "bloom": "embedded_bloom"}
 WIDTHS = ("magnitude", "wanda_sp", "flap", "llm_bip", "taylor", "mini_llm", "mini_llm_exact", "obs")
 QUICK = {"mini_llm": ("criterion.directions=8",)}
 UNIFORM = ("search=uniform", "search.granularity=[heads,channels]")
+CARRIED = (*UNIFORM, "compensator=bias")
 CHANNELS = ("search=uniform", "search.granularity=[channels]")
 WINDOWS = 16  # of calibration and of evaluation, 128 tokens each
 
@@ -100,6 +106,20 @@ def test_gradients_that_may_cancel_choose_better_than_at_random() -> None:
 @pytest.mark.parametrize("criterion", WIDTHS)
 def test_heads_and_channels_are_chosen_better_than_at_random(criterion: str) -> None:
     assert_beats_random("llama", criterion, UNIFORM, UNIFORM)
+
+
+@pytest.mark.parametrize(
+    ("family", "criterion"),
+    [(family, each) for family in ("opt", "bloom") for each in WIDTHS if (family, each) != ("bloom", "mini_llm")],
+)
+def test_with_the_means_carried_heads_and_channels_are_chosen_better_than_at_random(
+    family: str, criterion: str
+) -> None:
+    assert_beats_random(family, criterion, CARRIED, CARRIED)
+
+
+def test_the_policy_gradient_beats_random() -> None:
+    assert_beats_random("llama", "wanda_sp", ("search=policy_gradient",), UNIFORM)
 
 
 @pytest.mark.xfail(reason="magnitude looks at weights alone", strict=True)

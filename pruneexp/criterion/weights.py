@@ -44,6 +44,9 @@ class Magnitude:
     FLAP's baseline mag_sp (released code, commit 3bb57db).
     members=coupled: mean over the site's matrices of sum |w|^p over the unit's rows (writers) or columns (reader), no
     root: the L1 and L2 baselines of LLM-Pruner (Ma et al., NeurIPS 2023), biases not counted.
+
+    It may be worse than random: norms of FFN channels differ by 6 to 9 % in small trained models, what the channels
+    carry by 20 to 50 %, and the latter decides. The product of writer's and reader's norms does no better.
     """
 
     evidence: ClassVar[None] = None

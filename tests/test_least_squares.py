@@ -172,6 +172,15 @@ def test_wanted_outputs_of_the_kept_channels_fit_as_those_of_all(ridge):
         kept.narrowed(torch.arange(3))
 
 
+def test_a_reader_that_is_left_without_inputs_gives_the_wanted_mean():
+    weight, bias = reader()
+    x, y = mixed(), mixed(1)[..., :9]
+    seen = WantedOutput.of(MLP, torch.arange(0)).update(x, y)
+    pruned, added = LeastSquares(1e-3, "dense", True)(weight, bias, seen, torch.arange(0))
+    assert pruned.shape == (9, 0)
+    torch.testing.assert_close(added, y.reshape(-1, 9).mean(0))
+
+
 def test_the_dense_target_is_sequential():
     with pytest.raises(ConfigError, match=r"^sequential=False: expected true with target=dense"):
         LeastSquares(1e-3, "dense", False)

@@ -29,7 +29,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _chunks_NC(x_BTC: Tensor, cpu_chunk: int | None = None) -> Iterator[Tensor]:
     """Runs of tokens [n, C] that are cheap to work on: `cpu_chunk` elements each, or as many as a CPU's cache takes."""
-    x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
+    x_NC = x_BTC.flatten(0, -2)
     size = (cpu_chunk or _CPU_CHUNK) if x_NC.device.type == "cpu" else _DEVICE_CHUNK
     return iter(x_NC.split(max(1, size // max(1, x_NC.shape[1])))) if len(x_NC) else iter(())
 

@@ -48,8 +48,8 @@ def walk_sites(
     states, as in `walk`; `bookmark` as there. Runs the dense layers and the pruned ones, these last from the inputs of
     their readers that were kept: two plain passes; what is beyond `KEPT_BYTES` of a site's inputs is made once more,
     less than one pass in all (`passes_of_layer`). One more with `kinds`. Holds three times the hidden states, N x D
-    each. `dense_states`: of a walk over the same model and windows, which then run through no dense layer again; the
-    meter is charged for them as if they did.
+    each, beside them. `dense_states`: of a walk over the same model and windows, which then run through no dense layer
+    again; the meter is charged for them as if they did.
 
     Raises:
         ConfigError: as `require_sums`.

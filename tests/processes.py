@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PRELOAD = ["pruneexp.build", "pruneexp.multirun", "pruneexp.report", "pruneexp.cache", "safetensors.torch", "filelock"]
-PRELOAD += ["transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg", "wandb"]
+PRELOAD += ["transformers.models.llama.modeling_llama", "PIL.ImageFont", "wandb"]
 
 
 def started(folder: Path, *argv: str) -> BaseProcess:

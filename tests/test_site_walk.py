@@ -14,7 +14,7 @@ from pruneexp.cache import NoCache
 from pruneexp.calibrate import DenseStates, Meter, site_walk, walk_sites
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs, WandaSp, shelf
-from pruneexp.evidence import Moments
+from pruneexp.evidence import Moments, WantedOutput
 from pruneexp.model.sites import site_parts
 from pruneexp.prune import Method, prune_
 from pruneexp.scoring import Results
@@ -37,12 +37,11 @@ class Raw:
     y: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, site, keep_C):
+    def empty(cls, site):
         return cls()
 
-    def update_parts_(self, x_BTK, x_BTG, y_BTO):
-        assert x_BTK.shape[:2] == x_BTG.shape[:2] == y_BTO.shape[:2]
-        return Raw((*self.x, x_BTK), (*self.y, y_BTO))
+    def update(self, x_BTC, y_BTO):
+        return Raw((*self.x, x_BTC), (*self.y, y_BTO))
 
     def seen(self):
         return torch.cat(self.x), torch.cat(self.y)
@@ -235,6 +234,23 @@ def test_runs_that_share_dense_states_find_what_others_find(family, tiny, tokens
         assert all(torch.equal(own, weights[1][name]) for name, own in weights[0].items())
         assert metered[0] == metered[1]
         assert runs[0] - runs[1] == (0 if ratio == 0.2 else 2 * len(model.layers) * batches)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evidence_of_what_stays_is_a_part_of_that_of_everything(family, tiny, tokens_NT):
+    found = []
+    for kind in (Raw, WantedOutput):
+        model, seen = tiny(family), {}
+        for _, site, collect in walk_sites(model, tokens_NT, kind, (), Meter(), "test"):
+            seen[site.name] = collect(site.keep_C(range(0, site.units, 2)))
+            half = tuple(range(0, site.units, 2))
+            shrink_layer_(model, site.layer, Plan({site.name: SitePlan(site.kind, site.units, half)}))
+        found.append(seen)
+    for name, raw in found[0].items():
+        (x, y), part = raw.seen(), found[1][name]
+        flat = x.flatten(0, -2)
+        torch.testing.assert_close(part.inputs.gram_CC, flat[:, part.keep_C].T @ flat[:, part.keep_C])
+        torch.testing.assert_close(part.cross_KO, flat[:, part.keep_C].T @ y.flatten(0, -2))
 
 
 def test_dense_states_of_another_model_are_given_up(tiny, tokens_NT):

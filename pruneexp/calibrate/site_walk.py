@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
-from pruneexp.evidence import others
+from pruneexp.evidence import grown, others
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -38,9 +38,9 @@ def walk_sites(
     what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
     the reader, before the walk goes on, or not at all.
 
-    Evidence, begun by `kind.of(site, keep_C)`, is of the reader's input (those channels and the others, batch by batch
-    to its `update_parts_`), the sublayers before it as the caller left them, and of the output with which the hidden
-    state behind the reader would be the dense model's. With d in front of the layer and d' behind it in the dense
+    Evidence is of the reader's input (for kinds with `of(site, keep_C)`, of those channels and the others apart), the
+    sublayers before it as the caller left them, and of the output with which the hidden state behind the reader would
+    be the dense model's. With d in front of the layer and d' behind it in the dense
     model, x in front of it in the pruned one, a() what attention's reader gives, and r what outputs are multiplied by
     before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
 
@@ -218,9 +218,10 @@ class _Parts:
         given: list[Tensor] | None,
         keep_C: Tensor,
     ) -> Any:
-        """Evidence of the channels `keep_C` of a reader's input, of the FFN's where attention's reader gives `given`,
-        and of its wanted output. The inputs are held for the run of the shrunk layer."""
-        evidence, path = kind.of(site, keep_C), site_parts(self.model.family, site)[1]
+        """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and of its wanted output.
+        The channels `keep_C` are held for the run of the shrunk layer."""
+        parted, path = hasattr(kind, "of"), site_parts(self.model.family, site)[1]
+        evidence = kind.of(site, keep_C) if parted else kind.empty(site)
         held, inputs, gone_C = 0, self.inputs.setdefault(site.kind, {}), others(keep_C, site.channels)
         for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
             with nullcontext() if given is None else self._attention_gives(given[number]):
@@ -229,7 +230,10 @@ class _Parts:
                 input_NC.index_select(1, some_C.to(input_NC.device)).view(*x_BTD.shape[:2], len(some_C))
                 for some_C in (keep_C, gone_C)
             )
-            evidence = evidence.update_parts_(kept_BTK, gone_BTG, wanted_BTD)
+            if parted:
+                evidence = evidence.update_parts_(kept_BTK, gone_BTG, wanted_BTD)
+            else:
+                evidence = grown(evidence, input_NC.view(*x_BTD.shape[:2], -1), wanted_BTD)
             held += kept_BTK.nbytes
             if len(keep_C) and held <= KEPT_BYTES:  # a sublayer that loses all has no reader any more
                 inputs[number] = kept_BTK

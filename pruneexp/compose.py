@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import version as hydra_version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -23,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pruneexp.config_files import conf_folder, sweep_files
+from pruneexp.config_files import YAML_LOADER, conf_folder, sweep_files
 from pruneexp.explain import explained, known_keys, missing_key
 from pruneexp.types import ConfigError
 
@@ -77,7 +78,7 @@ def _offer_sweeps() -> None:
     # The group is called `sweep` and its folder `sweeps/`, so Hydra is handed the files instead of finding them.
     for name, path in sweep_files().items():
         try:
-            node = OmegaConf.load(path)
+            node = OmegaConf.create(yaml.load(path.read_text(), YAML_LOADER) or {})
         except Exception as error:
             raise ConfigError(f"sweeps/{path.name}: not YAML: {' '.join(str(error).split())}") from error
         ConfigStore.instance().store(name, node, group="sweep", package="_global_", provider="sweeps")

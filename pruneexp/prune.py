@@ -16,7 +16,7 @@ from pruneexp.model import Model
 from pruneexp.resume import Notes
 from pruneexp.scoring import Results, checked, distinct, without_readers
 from pruneexp.search import KIND, block_scores, expert_scores, scored_as
-from pruneexp.surgery import remove_blocks_, shrink_layer_
+from pruneexp.surgery import remove_blocks_, replace_readers_, shrink_layer_
 from pruneexp.types import (
     Budget,
     Compensator,
@@ -192,14 +192,21 @@ def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequen
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
-        evidence = {}
         if plan.removed(site):
-            evidence[site.name] = collect(site.keep_C(plan.sites[site.name].kept))
-        readers = _readers(work, visit, [site], plan, evidence)
-        shrink_layer_(work.model, visit.index, alone, readers)
+            keep_C = site.keep_C(plan.sites[site.name].kept)
+            before = hasattr(wanted, "of") and len(keep_C) > 0  # evidence of what stays alone: nothing else need run
+            if before:
+                shrink_layer_(work.model, visit.index, alone)
+            evidence = {site.name: collect(keep_C)}
+            readers = _readers(work, visit, [site], plan, evidence)
+            if before:
+                replace_readers_(work.model, visit.index, readers)
+            else:
+                shrink_layer_(work.model, visit.index, alone, readers)
+            del evidence, readers
         if site is sites[-1]:
             work.shrunk(visit.index)
-        del visit, collect, readers, evidence
+        del visit, collect
 
 
 def by_site(compensator: Compensator) -> bool:

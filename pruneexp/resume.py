@@ -22,7 +22,7 @@ from pruneexp.types import RunError
 
 logger = logging.getLogger("pruneexp")
 
-VERSION = 1  # of the notes
+VERSION = 2  # of the notes
 
 
 class Writes(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from pruneexp.cache import Cache, NoCache, code_version, version_of
+from pruneexp.cache.packing import bytes_of
 from pruneexp.calibrate import DenseStates, Meter, walk
 from pruneexp.model import Model
 from pruneexp.resume import Notes
 from pruneexp.types import Criterion, RemovalPath, RunError, Score, evidence_kinds, unit_scores
 
+SMALL = 64  # bytes a channel
 WALKED = ("reader", "writer", "block")  # sources of evidence that one shared pass through the blocks collects
 
 
@@ -40,27 +42,37 @@ class Results:
         """Scores by site name (of the kinds of sites in `whole` as wholes; none without a criterion), and the evidence
         of type `kind` by site name.
 
-        What is missing is collected in one walk, which begins where `notes` say that it stopped. The meter is charged
-        as if all of it had been collected now: what a method costs does not depend on what ran before.
+        What is missing is collected in one walk, which begins where `notes` say that it stopped. Evidence of the
+        criterion's that is small is kept as well: a compensator may ask for it. The meter is charged as if all had been
+        collected now: what a method costs does not depend on what ran before.
 
         Raises:
             RunError: scores hold NaN or Inf.
         """
         score_key = self._key("scores", None if criterion is None else version_of(criterion), _kinds(criterion), whole)
-        evidence_key = self._key("evidence", None, (kind,), ())
-        wanted = [(score_key, criterion), (evidence_key, kind)]
-        with self.cache.held([key for key, part in wanted if part is not None]) as entries:
+        small = [each for each in distinct(_kinds(criterion)) if each is not kind and _is_small(each, model)]
+        keys = {each: self._key("evidence", None, (each,), ()) for each in (kind, *small) if each is not None}
+        with self.cache.held([*([] if criterion is None else [score_key]), *keys.values()]) as entries:
             scored = ({}, 0.0, 0.0) if criterion is None else entries.get(score_key)
-            evidence = {} if kind is None else entries.get(evidence_key)
+            evidence = {} if kind is None else entries.get(keys[kind])
             if scored is None or evidence is None:
-                missing = (criterion if scored is None else None, kind if evidence is None else None)
-                found, seen, spent = _collected(model, tokens_NT, *missing, whole, notes, self.dense_states(model))
+                kinds = [*([kind] if evidence is None else []), *(small if scored is None else [])]
+                found, seen, spent = _collected(
+                    model,
+                    tokens_NT,
+                    criterion if scored is None else None,
+                    kinds,
+                    whole,
+                    notes,
+                    self.dense_states(model),
+                )
                 if scored is None:
                     scored = (found, spent.forward, spent.backward)
                     entries.put(score_key, scored)
-                if evidence is None:
-                    evidence = seen
-                    entries.put(evidence_key, evidence)
+                for each, own in zip(kinds, seen, strict=True):
+                    entries.put(keys[each], own)
+                    evidence = own if each is kind else evidence
+        assert evidence is not None
         scores, forward, backward = scored
         walked = tokens_NT is not None and any(each.source in WALKED for each in distinct(_kinds(criterion), kind))
         meter.forward += forward + walked
@@ -80,19 +92,19 @@ def _collected(
     model: Model,
     tokens_NT: Tensor | None,
     criterion: Criterion | None,
-    kind: Any,
+    kept: Sequence[Any],
     whole: tuple[str, ...],
     notes: Notes,
     states: DenseStates | None,
-) -> tuple[dict[str, Score], dict[str, Any], Meter]:
-    """One walk over the dense model, whose hidden states stay in `states`; the meter has what it spent besides the
-    walk itself."""
+) -> tuple[dict[str, Score], list[dict[str, Any]], Meter]:
+    """Scores, and evidence of the types `kept`, from one walk over the dense model, whose hidden states stay in
+    `states`; the meter has what it spent besides the walk itself."""
     scores: dict[str, Score] = {}
-    evidence: dict[str, Any] = {}
+    evidence: list[dict[str, Any]] = [{} for _ in kept]
     meter = Meter()
     wanted = None if criterion is None else criterion.evidence
-    kinds = distinct(wanted, kind)
-    name = "_".join(["dense", *(["scores"] if criterion else []), *(["evidence"] if kind else [])])
+    kinds = distinct(wanted, *kept)
+    name = "_".join(["dense", *(["scores"] if criterion else []), *(["evidence"] if kept else [])])
     note = notes.bookmark(name, lambda: (scores, evidence))
     if note.found is not None:
         scores, evidence = note.found
@@ -103,7 +115,8 @@ def _collected(
         if criterion is not None:
             found = checked(criterion(visit.whole or visit.block, visit.of(wanted)))
             scores.update(without_readers(found) if model.streamed else found)
-        evidence.update(visit.of(kind))
+        for kind, own in zip(kept, evidence, strict=True):
+            own.update(visit.of(kind))
         del visit  # holds the block's weights: before the next ones come
     if tokens_NT is not None and any(each.source in WALKED for each in kinds):
         meter.forward = max(0.0, round(meter.forward - 1, 9))
@@ -112,6 +125,18 @@ def _collected(
 
 def _kinds(criterion: Criterion | None) -> tuple[Any, ...]:
     return () if criterion is None else evidence_kinds(criterion.evidence)
+
+
+def _is_small(kind: Any, model: Model) -> bool:
+    """Whether evidence of readers takes a few numbers a channel: no second moments of channels with each other."""
+    site = next(iter(model.sites()), None)
+    if kind.source != "reader" or site is None:
+        return False
+    try:
+        with torch.device("meta"):
+            return bytes_of(kind.empty(site)) <= SMALL * site.channels
+    except Exception:  # somebody else's evidence, that wants real tensors
+        return False
 
 
 def distinct(*wanted: Any) -> tuple[Any, ...]:

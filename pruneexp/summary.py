@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pruneexp.config_files import YAML_LOADER
 from pruneexp.tracker import status_of, write_atomic
 
 LEFT_OUT = ("run", "sweep", "cache", "tracker")  # where a job runs and reports, not what it computes
@@ -49,7 +50,7 @@ def write_summary(folder: Path) -> Path:
 def _settings(job: Path) -> dict[str, Any]:
     """The job's config, flat: {"sparsity.ratio": 0.2}. Empty where it did not come far enough to write it."""
     try:
-        config = yaml.safe_load((job / "config.yaml").read_text())
+        config = yaml.load((job / "config.yaml").read_text(), YAML_LOADER)
     except (OSError, yaml.YAMLError):
         return {}
     return settings(config)

@@ -246,7 +246,7 @@ def test_statistics_by_hand() -> None:
     shape = Shape((), (site,), 0, 0, hidden=7, vocabulary=3, scores=0, itemsize=2)
     assert statistics_bytes(Moments, [site], shape) == 2 * 8 * 60
     assert statistics_bytes(Gram, [site, site], shape) == 2 * (8 * 60**2 + 8 * 60)
-    assert statistics_bytes(WantedOutput, [site], shape) == 8 * 60**2 + 2 * 8 * 60 + 8 + 8 * 60 * 7
+    assert statistics_bytes(WantedOutput, [site], shape) == 8 * 60**2 + 2 * 8 * 60 + 8 * 60 * 7
 
 
 def test_activations_by_hand() -> None:

@@ -196,7 +196,7 @@ def test_a_gram_is_whole_however_its_triangle_is_cut(monkeypatch: pytest.MonkeyP
     x = torch.randn(3, 8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     flat = x.flatten(0, 1)
     for rows in (7, 20, 40, 1024):
-        monkeypatch.setattr(module, "_ROWS", rows)
+        monkeypatch.setattr(module, "_ROWS", (rows, rows))
         empty = Gram(0, torch.zeros(40, dtype=torch.float64), torch.zeros(40, 40, dtype=torch.float64))
         seen = empty.update(x[:1]).update(x[1:])
         torch.testing.assert_close(seen.gram_CC, flat.T @ flat, rtol=1e-12, atol=1e-12)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
-from pruneexp.evidence import grown, others
+from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -37,20 +37,20 @@ def walk_sites(
 ) -> Iterator[tuple[Visit, Site, Collect]]:
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with
     what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
-    the reader, before the walk goes on, or not at all.
+    the reader, before the walk goes on, or not at all. For kinds with `of(site, keep_C)` the others may have left
+    already, so that nothing need be run for them; kinds without are of everything.
 
-    Evidence is of the reader's input (for kinds with `of(site, keep_C)`, of those channels and the others apart), the
-    sublayers before it as the caller left them, and of the output with which the hidden state behind the reader would
-    be the dense model's. With d in front of the layer and d' behind it in the dense
-    model, x in front of it in the pruned one, a() what attention's reader gives, and r what outputs are multiplied by
-    before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
+    Evidence is of the reader's input, the sublayers before it as the caller left them, and of the output with which the
+    hidden state behind the reader would be the dense model's. With d in front of the layer and d' behind it in the
+    dense model, x in front of it in the pruned one, a() what attention's reader gives, and r what outputs are
+    multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
 
     The layer's visit is that before anything left it, and holds its evidence of `kinds` on the pruned model's hidden
     states, as in `walk`; `bookmark` as there. Runs the dense layers and the pruned ones, these last from the inputs of
     their readers that were kept: two plain passes; what is beyond `KEPT_BYTES` of a site's inputs is made once more,
     less than one pass in all (`passes_of_layer`). One more with `kinds`. Holds three times the hidden states, N x D
-    each, beside them. `dense_states`: of a walk over the same model and windows, which then run through no dense layer
-    again; the meter is charged for them as if they did.
+    each, beside them, and once more in the first layer. `dense_states`: of a walk over the same model and windows,
+    which then run through no dense layer again; the meter is charged for them as if they did.
 
     Raises:
         ConfigError: as `require_sums`.
@@ -73,12 +73,14 @@ def walk_sites(
             cost = model.whole_block(index).sites[0].cost
             shares = sublayer_shares(cost, block.sites, model.config.hidden_size, tokens_NT.shape[1])
             parts = _Parts(model, visit, [call[index] for call in calls], meter, shares)
-            given = parts.dense_(dense, hidden, dense_states)
+            given, known = parts.dense_(dense, hidden, dense_states)
             if "attention" in sites:
-                known = dense_states.entered if index == 0 else []
-                collect = partial(parts.evidence, kind, sites["attention"], hidden, given, None, known)
-                yield visit, sites["attention"], collect
-                del collect
+                yield (
+                    visit,
+                    sites["attention"],
+                    partial(parts.evidence, kind, sites["attention"], hidden, given, None, known),
+                )
+            del known
             parts.attention_(hidden, given)
             if "mlp" in sites:
                 wanted = ((d - x) / parts.scale - a for d, x, a in zip(dense, hidden, given, strict=True))
@@ -104,13 +106,21 @@ def sublayer_shares(
 
 
 def passes_of_layer(
-    layer: Cost, sites: Sequence[Site], hidden_size: int, length: int, last: bool, kept: Callable[[Site], float]
+    layer: Cost,
+    sites: Sequence[Site],
+    hidden_size: int,
+    length: int,
+    kept: Callable[[Site], float],
+    *,
+    first: bool,
+    last: bool,
 ) -> float:
     """What `walk_sites` takes for a layer of which all evidence is collected, in plain runs of it: the dense one, each
-    sublayer up to its reader, and the rest of the pruned one (of the `last` layer without its FFN), from the reader on
-    where inputs were `kept` (a share of the windows, by site)."""
+    sublayer up to its reader (in the `first` layer attention's comes with the dense one), and the rest of the pruned
+    one (of the `last` layer without its FFN), from the reader on where inputs were `kept` (a share of the windows, by
+    site)."""
     shares = sublayer_shares(layer, sites, hidden_size, length)
-    runs = 1 + sum(shares[site.kind][0] for site in sites)
+    runs = 1 + sum(shares[site.kind][0] for site in sites if not (first and site.kind == "attention"))
     held = {site.kind: kept(site) for site in sites}
     for kind in ("attention",) if last else ("attention", "mlp"):
         before, whole = shares[kind]
@@ -152,8 +162,11 @@ class _Parts:
         named = self.model.family.residual_scale
         return 1.0 if named is None else getattr(self.model.config, named)
 
-    def dense_(self, dense: list[Tensor], hidden: list[Tensor], states: DenseStates) -> list[Tensor]:
-        """Puts the dense hidden states behind the layer into `dense`; returns what is wanted of attention's reader."""
+    def dense_(
+        self, dense: list[Tensor], hidden: list[Tensor], states: DenseStates
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Puts the dense hidden states behind the layer into `dense`; returns what is wanted of attention's reader, and
+        of the first layer what this reader gets, there also in the pruned model."""
         wanted, read, index = [], [], self.visit.index
         known, keeps = states.layers.get(index), states.keeps(self.model, index, dense)
         for number, (d_BTD, x_BTD) in enumerate(zip(dense, hidden, strict=True)):
@@ -161,13 +174,14 @@ class _Parts:
                 got_BTC, given_BTD = self._part(d_BTD, number, self.model.family.attention_reader, True)
                 given_BTD = given_BTD.view_as(d_BTD)
                 dense[number] = self._on(d_BTD, number, given_BTD)
-                read += [(got_BTC, given_BTD)] if keeps else []
+                read += [(got_BTC, given_BTD)] if keeps or index == 0 else []
             else:
                 given_BTD, dense[number] = known[number]
             wanted.append(given_BTD + (d_BTD - x_BTD) / self.scale)
         if keeps:
             states.put(index, read, dense)
-        return wanted
+        first = [got for got, _ in read] if known is None else states.entered
+        return wanted, first if index == 0 else []
 
     def attention_(self, hidden: list[Tensor], given: list[Tensor]) -> None:
         """Puts into `given` what attention's reader gives."""
@@ -206,27 +220,26 @@ class _Parts:
         """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and of its wanted output.
         The input is `known` already, or the layer is run up to it. The channels `keep_C` are held for the run of the
         shrunk layer."""
-        parted, path = hasattr(kind, "of"), site_parts(self.model.family, site)[1]
-        evidence = kind.of(site, keep_C) if parted else kind.empty(site)
-        held, inputs, gone_C = 0, self.inputs.setdefault(site.kind, {}), others(keep_C, site.channels)
+        narrows, path = hasattr(kind, "of"), site_parts(self.model.family, site)[1]
+        evidence = kind.of(site, keep_C) if narrows else kind.empty(site)
+        held, inputs = 0, self.inputs.setdefault(site.kind, {})
         for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
             if known:
-                input_NC = known[number].view(-1, site.channels)
+                input_BTC = known[number]
+            elif narrows and not len(keep_C):
+                input_BTC = x_BTD[..., :0]
             else:
                 with nullcontext() if given is None else self._attention_gives(given[number]):
-                    input_NC = self._part(x_BTD, number, path, False)[0].view(-1, site.channels)
-            kept_BTK, gone_BTG = (
-                input_NC.index_select(1, some_C.to(input_NC.device)).view(*x_BTD.shape[:2], len(some_C))
-                for some_C in (keep_C, gone_C)
-            )
-            if parted:
-                evidence = evidence.update_parts_(kept_BTK, gone_BTG, wanted_BTD)
-            else:
-                evidence = grown(evidence, input_NC.view(*x_BTD.shape[:2], -1), wanted_BTD)
+                    input_BTC = self._part(x_BTD, number, path, False)[0]
+                self._count(self.shares[site.kind][0] / len(hidden))
+            input_BTC = input_BTC.view(*x_BTD.shape[:2], -1)
+            kept_BTK = input_BTC
+            if input_BTC.shape[-1] != len(keep_C):
+                kept_BTK = input_BTC.index_select(-1, keep_C.to(input_BTC.device))
+            evidence = grown(evidence, kept_BTK if narrows else input_BTC, wanted_BTD)
             held += kept_BTK.nbytes
             if len(keep_C) and held <= KEPT_BYTES:  # a sublayer that loses all has no reader any more
                 inputs[number] = kept_BTK
-        self._count(self.shares[site.kind][0])
         return evidence
 
     def _read(self, path: str, kept_BTK: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ class LeastSquares:
         sum_t ||y_t - (W' x_t[keep] + b')||^2 + lambda ||W' - W[:,keep]||^2
 
     in closed form: W' = W[:,keep] + (S_yx - W[:,keep] S_xx) (S_xx + lambda I)^-1 with the covariances S of y and
-    x[keep], b' from the means. lambda is `ridge` times the mean variance of x; it holds back the change alone, so that
-    what nothing is told about keeps its weights. Float64, Cholesky, rounded once to the reader's dtype. Where nothing
-    leaves, weight and bias come back untouched.
+    x[keep], b' from the means. lambda is `ridge` times the mean variance of x (with target=dense: of
+    x[keep], all that is seen there); it holds back the change alone, so that what nothing is told about keeps its
+    weights. Float64, Cholesky, rounded once to the reader's dtype. Where nothing leaves, weight and bias come back
+    untouched.
 
     target=pruned: y = W x + b, what the unpruned reader gives on the same inputs; keeping everything is the identity.
     target=dense: y is what makes the hidden state behind the reader the dense model's, so that the reader also makes up
@@ -72,7 +73,7 @@ class LeastSquares:
         seen = evidence.narrowed(keep_C)
         mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
         cov_KK = seen.inputs.covariance_().to(device)
-        strength = self.ridge * (cov_KK.trace() + seen.gone_variance.to(device)) / weight_OC.shape[1]
+        strength = self.ridge * cov_KK.trace() / max(1, len(keep_C))
         weight_OK = weight_OC[:, keep_C.to(device)]
         return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, self.ridge)
 

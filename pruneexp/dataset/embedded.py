@@ -66,14 +66,14 @@ class Embedded:
 @lru_cache(maxsize=8)
 def _windows(tokenizer: Any, seed: int, samples: int, length: int) -> Tensor:
     """The ids of `pruneexp.embedded.windows`, for any tokenizer: it need not keep words apart."""
-    from pruneexp.embedded.language import stories
+    from pruneexp.embedded.language import texts
 
-    source = stories(seed)
+    source = texts(seed)
     rows: list[Tensor] = []
     for _ in range(samples):
         text, row_T = "", torch.empty(0, dtype=torch.int64)
         while len(row_T) < length:
-            text += next(source).text
+            text += next(source)
             row_T = encode(tokenizer, text, special_tokens=False)
         rows.append(row_T[:length])
     return torch.stack(rows)

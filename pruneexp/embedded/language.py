@@ -127,9 +127,14 @@ def stories(seed: int) -> Iterator[Story]:
         )
 
 
+def texts(seed: int) -> Iterator[str]:
+    """The texts of the same stories."""
+    return map(_text, _tellings(seed))
+
+
 def text(seed: int, stories: int) -> str:
     """That many stories, each closed by a newline."""
-    return "".join(_text(told) for told in itertools.islice(_tellings(seed), stories))
+    return "".join(itertools.islice(texts(seed), stories))
 
 
 class _Coder:

@@ -6,6 +6,7 @@ for whoever alone holds it, and cannot hold two.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -110,18 +111,15 @@ class Gram:
 class WantedOutput:
     """The inputs that a reader is left with, beside the output that is wanted of it: sums, centred when they are read.
 
-    `update(x_BTC, y_BTO)`: y is what the reader would have to give for the hidden state behind it to be the dense
-    model's, x what the layers before give it as they are. inputs is the Gram of x[keep_C], cross_KO = sum_t
-    x_t[keep_C] y_t^T, wanted_O = sum_t y_t; of the channels that leave, gone_G = sum_t x_t and gone_squares, their sum
-    of squares; all float64.
+    `update(x_BTK, y_BTO)`: y is what the reader would have to give for the hidden state behind it to be the dense
+    model's, x what the layers before give it as they are: the channels `keep_C`, or all, of which these are taken.
+    inputs is the Gram of x, cross_KO = sum_t x_t y_t^T, wanted_O = sum_t y_t; all float64.
     """
 
     source: ClassVar[str] = "wanted"
 
     keep_C: Tensor  # indices [K], ascending
     inputs: Gram
-    gone_G: Tensor
-    gone_squares: Tensor  # []
     wanted_O: Tensor
     cross_KO: Tensor
 
@@ -134,44 +132,28 @@ class WantedOutput:
     def of(cls, site: Site, keep_C: Tensor) -> WantedOutput:
         """Of the channels `keep_C`, before any token."""
         none = torch.zeros(0, dtype=torch.float64)
-        gone_G = none.new_zeros(site.channels - len(keep_C))
-        return cls(keep_C, Gram.of_width(len(keep_C)), gone_G, none.new_zeros(()), none, none[:, None])
+        return cls(keep_C, Gram.of_width(len(keep_C)), none, none[:, None])
 
-    def update(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
-        return self.copy().update_(x_BTC, y_BTO)
+    def update(self, x_BTK: Tensor, y_BTO: Tensor) -> WantedOutput:
+        return self.copy().update_(x_BTK, y_BTO)
 
-    def update_(self, x_BTC: Tensor, y_BTO: Tensor) -> WantedOutput:
-        x_NC, keep_C = x_BTC.detach().flatten(0, -2), self.keep_C.to(x_BTC.device)
-        if len(keep_C) == x_NC.shape[1]:
-            return self.update_parts_(x_NC, x_NC[:, :0], y_BTO)
-        gone_G = others(keep_C, x_NC.shape[1])
-        return self.update_parts_(x_NC.index_select(1, keep_C), x_NC.index_select(1, gone_G), y_BTO)
-
-    def update_parts_(self, x_BTK: Tensor, x_BTG: Tensor, y_BTO: Tensor) -> WantedOutput:
-        """`update_` with the input apart: the channels `keep_C`, and the others."""
-        x_NK, x_NG, y_NO = (t.detach().flatten(0, -2) for t in (x_BTK, x_BTG, y_BTO))
-        sum_K, gram_KK, gone_G, squares, wanted_O, cross_KO = (
-            t.to(x_NK.device)
-            for t in (*vars(self.inputs).values(), self.gone_G, self.gone_squares, self.wanted_O, self.cross_KO)
-            if isinstance(t, Tensor)
+    def update_(self, x_BTK: Tensor, y_BTO: Tensor) -> WantedOutput:
+        x_NK, y_NO = x_BTK.detach().flatten(0, -2), y_BTO.detach().flatten(0, -2)
+        if x_NK.shape[1] != len(self.keep_C):
+            x_NK = x_NK.index_select(1, self.keep_C.to(x_NK.device))
+        sum_K, gram_KK, wanted_O, cross_KO = (
+            t.to(x_NK.device) for t in (self.inputs.sum_C, self.inputs.gram_CC, self.wanted_O, self.cross_KO)
         )
         if self.inputs.n == 0:
             wanted_O = wanted_O.new_zeros(y_NO.shape[1])
             cross_KO = wanted_O.new_zeros(x_NK.shape[1], y_NO.shape[1])
-        x_chunks = list(_chunks_NC(x_NK, _CHUNK))
-        tokens = len(x_chunks[0]) if x_chunks else 1
-        for x_nK, y_nO in zip(x_chunks, y_NO.split(tokens), strict=True):
+        for x_nK, y_nO in _chunks_beside(x_NK, y_NO):
             x_nK, y_nO = x_nK.double(), y_nO.double()
             _add_(sum_K, gram_KK, x_nK)
             wanted_O += y_nO.sum(0)
             cross_KO.addmm_(x_nK.T, y_nO)
-        for x_nG in x_NG.split(tokens):
-            x_nG = x_nG.double()
-            gone_G = gone_G + x_nG.sum(0)
-            squares = squares + torch.linalg.vector_norm(x_nG).square()
         _mirror_(gram_KK)
-        inputs = Gram(self.inputs.n + len(x_NK), sum_K, gram_KK)
-        return WantedOutput(self.keep_C, inputs, gone_G, squares, wanted_O, cross_KO)
+        return WantedOutput(self.keep_C, Gram(self.inputs.n + len(x_NK), sum_K, gram_KK), wanted_O, cross_KO)
 
     def copy(self) -> WantedOutput:
         wanted_O, cross_KO = self.wanted_O.clone(), self.cross_KO.clone()
@@ -183,8 +165,7 @@ class WantedOutput:
         if other.inputs.n == 0:
             return self
         device = other.wanted_O.device
-        names = ("gone_G", "gone_squares", "wanted_O", "cross_KO")
-        sums = {name: getattr(self, name).to(device) + getattr(other, name) for name in names}
+        sums = {name: getattr(self, name).to(device) + getattr(other, name) for name in ("wanted_O", "cross_KO")}
         return replace(self, inputs=self.inputs.merge(other.inputs), **sums)
 
     def narrowed(self, keep_C: Tensor) -> WantedOutput:
@@ -195,20 +176,8 @@ class WantedOutput:
         if (keep_C.diff() <= 0).any() or not torch.isin(keep_C, self.keep_C).all():
             raise ValueError("kept channels: expected some of those looked at, in ascending order, each once")
         at_K = torch.searchsorted(self.keep_C, keep_C).to(self.inputs.sum_C.device)
-        left = others(at_K, len(self.keep_C))
-        gone_G = torch.cat([self.gone_G.to(left.device), self.inputs.sum_C[left]])
-        squares = self.gone_squares.to(left.device) + self.inputs.gram_CC.diagonal()[left].sum()
         inputs = Gram(self.inputs.n, self.inputs.sum_C[at_K], self.inputs.gram_CC[at_K][:, at_K])
-        return WantedOutput(
-            keep_C, inputs, gone_G, squares, self.wanted_O, self.cross_KO[at_K.to(self.cross_KO.device)]
-        )
-
-    @property
-    def gone_variance(self) -> Tensor:
-        """Sum of the unbiased variances of the channels that leave, []. Raises RunError for fewer than two tokens."""
-        _require_tokens(self.inputs.n, 2)
-        squares = self.gone_squares - self.gone_G.square().sum() / self.inputs.n
-        return squares.clamp_min(0) / (self.inputs.n - 1)
+        return WantedOutput(keep_C, inputs, self.wanted_O, self.cross_KO[at_K.to(self.cross_KO.device)])
 
     @property
     def wanted_mean_O(self) -> Tensor:
@@ -224,6 +193,12 @@ class WantedOutput:
         """`covariance_KO` in the memory of cross_KO, which is spent."""
         _require_tokens(self.inputs.n, 2)
         return self.cross_KO.addr_(self.inputs.sum_C, self.wanted_mean_O, alpha=-1).div_(self.inputs.n - 1)
+
+
+def _chunks_beside(x_NK: Tensor, y_NO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs of tokens of both; a reader may be left without inputs."""
+    chunks = list(_chunks_NC(x_NK, _CHUNK)) if x_NK.numel() else [x_NK]
+    return zip(chunks, y_NO.split(len(chunks[0])), strict=True)
 
 
 def others(some: Tensor, count: int) -> Tensor:

@@ -122,7 +122,9 @@ def _walk_sites(kinds: Sequence[Any], shape: Shape, budget: Budget, seen: Calibr
         return min(1.0, KEPT_BYTES / max(1, site.channels * seen.tokens * shape.itemsize))
 
     runs = sum(
-        passes_of_layer(cost, shape.of_layer(index), shape.hidden, seen.length, index + 1 == total, kept)
+        passes_of_layer(
+            cost, shape.of_layer(index), shape.hidden, seen.length, kept, first=index == 0, last=index + 1 == total
+        )
         for index, cost in enumerate(shape.layers)
     )
     left = [(1 - budget.ratio) * site.channels for site in shape.sites]

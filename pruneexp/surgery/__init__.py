@@ -5,7 +5,7 @@ from pruneexp.surgery.mask import masked, masked_layer
 from pruneexp.surgery.pad import Padding, pad_, padding
 from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
 from pruneexp.surgery.save import STREAMED_SHARD_BYTES, StreamedSave, save
-from pruneexp.surgery.shrink import remove_blocks_, shrink_, shrink_layer_
+from pruneexp.surgery.shrink import remove_blocks_, replace_readers_, shrink_, shrink_layer_
 
 __all__ = [
     "STREAMED_SHARD_BYTES",
@@ -21,6 +21,7 @@ __all__ = [
     "prove_in_process",
     "remote_code_form",
     "remove_blocks_",
+    "replace_readers_",
     "save",
     "save_form",
     "shrink_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,25 @@ def _narrow_(model: Model, index: int, plan: Plan, readers: Readers) -> None:
         tensors.update(_kept_tensors(model, layer, site, plan, readers.get(site.name)))
     structure = _structure_after(model, layer, sites, plan, readers)
     resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
+    _set_(layer, tensors)
+    number_caches_(model.layers, model.family, model.configs)
+
+
+def replace_readers_(model: Model, index: int, readers: Readers) -> None:
+    """Gives decoder layer `index` other readers, as wide as they are, by site name. Raises RunError as
+    `shrink_layer_`."""
+    layer = model.layers[index]
+    sites = [site for site in model.layer_sites(index) if site.name in readers]
+    structure = _structure_after(model, layer, sites, Plan({}), readers)  # a reader may get a bias
+    resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
+    for site in sites:
+        path = site_parts(model.family, site)[1]
+        linear: Any = layer.get_submodule(path)
+        _set_(layer, _named(path, *_fitted(site, readers[site.name], linear.weight)))
+
+
+def _set_(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives the layer new parameters by name, as far as it still has them."""
     parameters = dict(layer.named_parameters())
     for name, tensor in tensors.items():
         if name in parameters:  # a removed sublayer's writers are gone
@@ -68,7 +88,6 @@ def _narrow_(model: Model, index: int, plan: Plan, readers: Readers) -> None:
             if leaf == "weight" and tensor.ndim == 2:
                 tensor = as_matrix(owner, tensor).contiguous()
             setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-    number_caches_(model.layers, model.family, model.configs)
 
 
 def remove_blocks_(model: Model, plan: Plan) -> None:
@@ -148,17 +167,24 @@ def _kept_tensors(
     linear: Any = layer.get_submodule(reader_path)
     if reader is None:
         matrix = as_matrix(linear, linear.weight)
-        weight, bias = matrix.index_select(1, site.keep_C(kept).to(device)), linear.bias
+        reader = matrix.index_select(1, site.keep_C(kept).to(device)), linear.bias
     else:
-        weight, bias = (None if t is None else t.to(linear.weight) for t in reader)
-        for tensor in (weight, bias):
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise RunError(f"{site.name}: the compensated reader holds NaN or Inf")
-    assert weight is not None
-    tensors[f"{reader_path}.weight"] = weight.contiguous()
-    if bias is not None:
-        tensors[f"{reader_path}.bias"] = bias.detach()
-    return tensors
+        reader = _fitted(site, reader, linear.weight)
+    return {**tensors, **_named(reader_path, *reader)}
+
+
+def _fitted(site: Site, reader: tuple[Tensor, Tensor | None], like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A compensator's answer, of the kind and on the device of the reader that it replaces. Raises RunError."""
+    weight, bias = reader[0].to(like), None if reader[1] is None else reader[1].to(like)
+    for tensor in (weight, bias):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise RunError(f"{site.name}: the compensated reader holds NaN or Inf")
+    return weight, bias
+
+
+def _named(path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    named = {f"{path}.weight": weight.contiguous()}
+    return named if bias is None else {**named, f"{path}.bias": bias.detach()}
 
 
 def _kept_rows(model: Model, rows: Tensor, writer: Writer, site: Site, units: Tensor) -> Tensor:

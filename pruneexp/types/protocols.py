@@ -26,8 +26,7 @@ class Evidence(Protocol):
     - "writer": `update(x_BTD)`, what the site's writers read
     - "wanted": `update(x_BTC, y_BTO)`, the reader's input in the partly pruned model, and the output with which the
       hidden state behind it would be the dense model's (compensators that walk site by site). Not required:
-      `of(site, keep_C)`, in the stead of `empty`, for evidence of the channels that stay; it is then fed by
-      `update_parts_(x_BTK, x_BTG, y_BTO)`, these and the others apart
+      `of(site, keep_C)`, in the stead of `empty`, for evidence of the channels that stay: x is then of these alone
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
     - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
     - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;

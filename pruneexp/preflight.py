@@ -52,6 +52,26 @@ def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
         )
 
 
+def check_room(experiment: Experiment) -> None:
+    """Raises ConfigError where windows, int64 [N, T], of which any number can be had, take more memory than is free:
+    it would be hours until that is found while they are made."""
+    dataset = experiment.dataset
+    asked = [("dataset.samples", getattr(dataset, "samples", 0), getattr(dataset, "length", 0))]
+    for name, evaluator in experiment.evaluators.items():
+        source = getattr(evaluator, "dataset", None)
+        key = f"{'dataset' if source == dataset else f'evaluator.{name}.dataset'}.evaluation_samples"
+        length = getattr(evaluator, "length", None) or getattr(source, "length", 0)
+        asked.append((key, getattr(source, "evaluation_samples", 0), length))
+    free = available_memory(torch.device("cpu"))
+    for key, samples, length in asked:
+        needed = 8 * samples * (length or 0)
+        if free is not None and needed > free:
+            raise ConfigError(
+                f"{key}={samples}: so many windows of {length} tokens take {size(needed)} of memory, {size(free)} are "
+                "free; expected fewer"
+            )
+
+
 def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     """Tokenizer and calibration windows, and every check of texts that needs them, before a weight is loaded."""
     with waiting("loading the tokenizer"):
@@ -61,6 +81,7 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     drawn = getattr(dataset, "length", None) if hasattr(dataset, "samples") else None  # else as wide as they come
     if max_length is not None and drawn is not None and drawn > max_length:
         raise ConfigError(f"dataset.length={drawn}: expected at most {max_length}, the model's longest window")
+    check_room(experiment)
     with waiting("tokenising the calibration text"):
         tokens_NT = dataset.calibration(tokenizer)
     check_vocabulary(tokens_NT, vocabulary, where)

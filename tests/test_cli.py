@@ -17,11 +17,19 @@ import yaml
 
 import pruneexp
 from pruneexp import experiment as experiments
+from pruneexp import preflight
 from pruneexp.__main__ import main
+from pruneexp.dataset import Embedded
 from pruneexp.experiment import Experiment
+from pruneexp.forecast import size
 from pruneexp.multirun import config_hash
 from pruneexp.types import ConfigError, RunError
 
+OTHER_TEXT = [
+    "evaluator=[ptb_128]",
+    "dataset@evaluator.ptb_128.dataset=embedded",
+    "evaluator.ptb_128.dataset.evaluation_samples=1000",
+]
 HEAVY = ("transformers", "datasets", "wandb", "lm_eval")
 
 
@@ -198,6 +206,39 @@ def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[
     for wrong in ("recipe=flapp: ", "criterion=magnitud: ", "search=unifrom: ", "search.min_unit=1: "):
         assert f"pruneexp: {wrong}" in ended.err
     assert [path.name for path in Path().iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "key", "bytes_"),
+    [
+        (["dataset.samples=1000"], "dataset.samples", 8 * 1000 * 128),
+        (
+            ["dataset.samples=9", "dataset.evaluation_samples=1000", "evaluator.perplexity.length=4"],
+            "dataset.evaluation_samples",
+            8 * 1000 * 4,
+        ),
+        (["dataset.samples=9", *OTHER_TEXT], "evaluator.ptb_128.dataset.evaluation_samples", 8 * 1000 * 128),
+    ],
+    ids=["calibration", "evaluation", "evaluator"],
+)
+def test_windows_that_no_memory_holds_are_refused_before_they_are_made(
+    asked: list[str], key: str, bytes_: int, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made(Exception):
+        pass
+
+    def calibration(*_: object) -> None:
+        raise Made
+
+    monkeypatch.setattr(Embedded, "calibration", calibration)
+    monkeypatch.setattr(preflight, "available_memory", lambda device: bytes_ - 1)
+    ended = cli("evaluator=[perplexity]", *asked)
+    assert ended.code == 2 and ended.out == "" and ended.err.count("\n") == 1, ended
+    assert ended.err.startswith(f"pruneexp: {key}=1000: ") and f"take {size(bytes_)} of memory" in ended.err
+    assert f"{size(bytes_ - 1)} are free" in ended.err and not list(Path().iterdir())
+    for free in (bytes_, None):
+        monkeypatch.setattr(preflight, "available_memory", lambda device, free=free: free)
+        assert cli("evaluator=[perplexity]", *asked).code == 1  # they are made
 
 
 def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: list[Experiment]) -> None:

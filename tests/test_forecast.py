@@ -512,7 +512,11 @@ def test_a_disk_large_enough(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_place_that_cannot_be_written_is_known_at_once(
     folder: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: not Path(path).samefile(tmp_path))
+    def refuse(dir: Path) -> None:
+        assert dir.samefile(tmp_path)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr(experiments.ModelSource, "check", lambda *_, **__: pytest.fail("too late"))
     code, _, err = cli(folder)
     assert code == 2 and err.startswith("pruneexp: run.dir=") and "cannot be written to" in err

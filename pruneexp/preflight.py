@@ -28,6 +28,7 @@ from pruneexp.tracker import existing
 from pruneexp.types import Budget, ConfigError
 
 if TYPE_CHECKING:
+    from pruneexp.calibrate import DenseStates
     from pruneexp.experiment import Experiment
 
 logger = logging.getLogger("pruneexp")
@@ -117,9 +118,17 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     return tokenizer, tokens_NT
 
 
-def foreseen(experiment: Experiment, model: Model, budget: Budget, tokenizer: Any, tokens_NT: Tensor) -> Forecast:
-    """What the run will take, as far as it is known now."""
+def foreseen(
+    experiment: Experiment,
+    model: Model,
+    budget: Budget,
+    tokenizer: Any,
+    tokens_NT: Tensor,
+    shared: DenseStates | None = None,
+) -> Forecast:
+    """What the run will take, as far as it is known now. `shared`: as for `run_experiment`."""
     settings, measured = experiment.run, []
+    to_share = 0 if shared is None or shared.layers else shared.limit  # what is held already is free no more
     for evaluator in experiment.evaluators.values():
         windows = getattr(evaluator, "windows", None)
         if windows is not None:
@@ -134,6 +143,7 @@ def foreseen(experiment: Experiment, model: Model, budget: Budget, tokenizer: An
         measured,
         stream=experiment.model.stream,
         prove=settings.prove if settings.save else "",
+        shared=to_share,
     )
 
 

@@ -22,7 +22,7 @@ from pruneexp.__main__ import main
 from pruneexp.dataset import Embedded
 from pruneexp.experiment import Experiment
 from pruneexp.forecast import size
-from pruneexp.multirun import config_hash
+from pruneexp.multirun import SHARED_BYTES, config_hash
 from pruneexp.types import ConfigError, RunError
 
 OTHER_TEXT = [
@@ -410,6 +410,18 @@ def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
     ended = cli("--multirun", "run.dry=true", "sparsity.ratio=0.2,0.999", "dataset.samples=2", "evaluator=[]")
     assert ended.code == 1 and "job 1 cannot run: sparsity.ratio=0.999" in ended.err
     assert ended.out.count("to remove: 20.0%") == 1 and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_jobs_that_run_here_share_the_dense_models_hidden_states(
+    dry: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(experiments, "run_experiment", lambda _, shared=None: given.append(shared) or {})
+    assert cli("--multirun", "seed=1,2", f"run.dry={dry}").code == 0
+    assert cli(f"run.dry={dry}").code == 0
+    first, second, alone = given
+    assert first is second and first.limit == SHARED_BYTES and alone is None
 
 
 def test_a_ready_sweep(cli: Cli, runs: list[Experiment]) -> None:

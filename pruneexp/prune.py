@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,8 @@ from pruneexp.types import (
     Site,
     Sparsity,
 )
+
+logger = logging.getLogger("pruneexp")
 
 Shrunk = Callable[[int], None]  # called with each layer's index while the shrunk layer is at hand
 
@@ -132,6 +135,8 @@ def _all_at_once(work: _Pruning) -> Plan:
     dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
     with work.clock("calibrate"):
         scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
+        if lost := getattr(criterion, "lost", lambda _: 0)(scores):  # said of scores from the cache, too
+            logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(scores))
         work.scores.update(scores)
     with work.clock("search"):
         sites = searched_sites(work.model, work.method.search)

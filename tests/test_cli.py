@@ -149,12 +149,21 @@ MISTAKES = [
     ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3: unknown key; .*did you mean sparsity.ratio?\n"),
     (
         "--multirun recipe=flap,best search.effort=5,10",
-        "search.effort=5,10: search=al_am (recipe=flap) has no such key; it is one of search=evolutionary; expected "
-        "two commands with one sweep.dir, search.effort only in that of the choices that have it (2 of 4 jobs)",
+        "search.effort=5,10: not every search that is swept over has such a key; it is one of search=evolutionary; "
+        "expected two commands with one sweep.dir, search.effort only in that of the choices that have it "
+        "(2 of 4 jobs)",
+    ),
+    (
+        "--multirun recipe=flap,wanda_sp,sleb,best search.effort=5",
+        "search.effort=5: not every search that is swept over has such a key; it is one of .* (3 of 4 jobs)\n",
+    ),
+    (
+        "--multirun recipe=flap,wanda_sp,sleb,best search.min_unit=1",
+        "search.min_unit=1: unknown key; expected one of .*search.effort, .*; did you mean search.min_units?\n",
     ),
     (
         "--multirun search=al_am,evolutionary search.effort=5",
-        "search.effort=5: search=al_am has no such key; .*; expected two commands with one sweep.dir.*(1 of 2 jobs)",
+        "search.effort=5: not every search that .*; expected two commands with one sweep.dir.*(1 of 2 jobs)",
     ),
     ("--multirun seed=1,2 run.dir=x", "run.dir='x': expected null in a multirun"),
     ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),

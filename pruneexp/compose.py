@@ -115,15 +115,19 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     """Resolved and in plain containers. `hydra_node`: for a config that has lost its own. Raises ConfigError for
     missing values, interpolations that lead nowhere and top-level keys that nothing reads."""
     node = config.hydra if hydra_node is None else hydra_node
-    HydraConfig.instance().set_config(OmegaConf.create({"hydra": node}))  # for ${hydra:...}
     folders = tuple(Path(source.path) for source in node.runtime.config_sources if source.schema == "file")
     job = _job(node)
-    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    plain = config
+    if "hydra" in config:
+        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     known_keys([str(key) for key in plain], SECTIONS)
     _one_choice_each(job["overrides"])
     # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
-    for key in _missing(OmegaConf.to_container(plain, resolve=False)):
+    unresolved = OmegaConf.to_container(plain, resolve=False)
+    for key in _missing(unresolved):
         raise missing_key(key, job["choices"], folders)
+    if "${hydra:" in str(unresolved):
+        HydraConfig.instance().set_config(OmegaConf.create({"hydra": node}))
     try:
         container = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
     except Exception as error:

@@ -30,7 +30,7 @@ from pruneexp.model import Model, ModelSource
 from pruneexp.preflight import check_disk, foreseen, read_inputs, told
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
-from pruneexp.report import print_summary
+from pruneexp.report import print_summary, summary_line
 from pruneexp.resume import Notes, identity, take_up
 from pruneexp.rounds import prune_in_rounds_
 from pruneexp.scoring import Results
@@ -211,7 +211,10 @@ class _Run:
         self.metrics |= memory_metrics(model.devices)
         shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
-        print_summary(self.metrics, pruned.plan, pruned.sites, self.folder)
+        if experiment.job["sweep"]:
+            print(f"  {summary_line(self.metrics)}", flush=True)
+        else:
+            print_summary(self.metrics, pruned.plan, pruned.sites, self.folder)
         return self.metrics
 
     @contextmanager

@@ -52,9 +52,9 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     with uncollected():
         overrides, config = whole(hydra, overrides)
         folder = sweep_folder(hydra, config)
-        jobs = _composed_jobs(hydra, config, folder)
-    shared = None
-    if jobs and _runs_here(config.hydra):
+        jobs, by_sites = _composed_jobs(hydra, config, folder)
+    here, shared = bool(jobs) and _runs_here(config.hydra), None
+    if here and by_sites:
         from pruneexp.calibrate import DenseStates
 
         shared = DenseStates(SHARED_BYTES)
@@ -63,7 +63,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     _make(folder)
     before = _statuses(folder)
     try:
-        if shared is not None:
+        if here:
             for number, job in enumerate(jobs):
                 metrics = _run_recorded(job, str(number), shared)
                 _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
@@ -88,21 +88,23 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> list[Composed]:
-    """The jobs in the sweep's folder, as far as they are known beforehand. Raises ConfigError."""
+def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list[Composed], bool]:
+    """The jobs in the sweep's folder, as far as they are known beforehand, and whether any goes sublayer by sublayer.
+    Raises ConfigError."""
     from pruneexp.build import build
+    from pruneexp.prune import by_site
 
-    jobs, mistakes = [], Counter()
+    jobs, by_sites, mistakes = [], False, Counter()
     listed, composer = job_overrides(hydra, config), JobComposer(hydra, config)
     for overrides in listed:
         try:
             jobs.append(as_job(composer.job(overrides), folder))
-            build(jobs[-1])
+            by_sites |= by_site(build(jobs[-1]).compensator)
         except ConfigError as error:
             mistakes[one_line(error)] += 1
     if mistakes:
         raise ConfigErrors([_of_jobs(line, count, len(listed)) for line, count in mistakes.items()])
-    return jobs
+    return jobs, by_sites
 
 
 def _make(folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,11 +71,15 @@ class Notes:
 
 def identity(**what: Any) -> str:
     """What a run's results depend on, and the versions of what computes them, as one hash."""
+    text = json.dumps({"version": VERSION, **_versions(), **what}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    versions = {"pruneexp": pruneexp.__version__, **{name: version(name) for name in ("torch", "transformers")}}
-    text = json.dumps({"version": VERSION, **versions, **what}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return {"pruneexp": pruneexp.__version__, **{name: version(name) for name in ("torch", "transformers")}}
 
 
 def take_up(run: Path, key: str) -> bool:

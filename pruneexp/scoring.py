@@ -54,7 +54,7 @@ class Results:
             evidence = {} if kind is None else entries.get(evidence_key)
             if scored is None or evidence is None:
                 missing = (criterion if scored is None else None, kind if evidence is None else None)
-                found, seen, spent = _collected(model, tokens_NT, *missing, whole, notes)
+                found, seen, spent = _collected(model, tokens_NT, *missing, whole, notes, self.dense_states(model))
                 if scored is None:
                     scored = (found, spent.forward, spent.backward)
                     entries.put(score_key, scored)
@@ -83,8 +83,10 @@ def _collected(
     kind: Any,
     whole: tuple[str, ...],
     notes: Notes,
+    states: DenseStates | None,
 ) -> tuple[dict[str, Score], dict[str, Any], Meter]:
-    """One walk over the dense model; the meter has what it spent besides the walk itself."""
+    """One walk over the dense model, whose hidden states stay in `states`; the meter has what it spent besides the
+    walk itself."""
     scores: dict[str, Score] = {}
     evidence: dict[str, Any] = {}
     meter = Meter()
@@ -94,7 +96,10 @@ def _collected(
     note = notes.bookmark(name, lambda: (scores, evidence))
     if note.found is not None:
         scores, evidence = note.found
-    for visit in walk(model, tokens_NT, kinds, meter, "calibrate", read_only=True, whole=whole, bookmark=note):
+    walked = walk(
+        model, tokens_NT, kinds, meter, "calibrate", read_only=True, whole=whole, bookmark=note, dense_states=states
+    )
+    for visit in walked:
         if criterion is not None:
             found = checked(criterion(visit.whole or visit.block, visit.of(wanted)))
             scores.update(without_readers(found) if model.streamed else found)

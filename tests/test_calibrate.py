@@ -20,7 +20,7 @@ from pruneexp import progress, report
 from pruneexp.__main__ import main
 from pruneexp.calibrate import Meter, Probe, walk
 from pruneexp.evidence import Moments
-from pruneexp.model import Model
+from pruneexp.model import Model, source
 from pruneexp.model.sites import site_parts
 from pruneexp.surgery import shrink_layer_
 from pruneexp.types import Candidate, Plan, RunError, Site, SitePlan
@@ -374,6 +374,7 @@ def test_a_streamed_run_never_holds_more_than_two_blocks(
     recipe: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everywhere that a block is run: evaluators before and after, calibration, saving, proving."""
+    source._outline.cache_clear()  # it may be that of the run before
     models: list[Model] = []
     held: list[int] = []
     init, run_layer, enter = Model.__init__, Model.run_layer, Model.enter

@@ -427,10 +427,10 @@ def test_jobs_that_run_here_share_the_dense_models_hidden_states(
 ) -> None:
     given: list[Any] = []
     monkeypatch.setattr(experiments, "run_experiment", lambda _, shared=None: given.append(shared) or {})
-    assert cli("--multirun", "seed=1,2", f"run.dry={dry}").code == 0
-    assert cli(f"run.dry={dry}").code == 0
-    first, second, alone = given
-    assert first is second and first.limit == SHARED_BYTES and alone is None
+    for typed in (["--multirun", "seed=1,2"], ["--multirun", "seed=1,2", "compensator=bias"], []):
+        assert cli("compensator=least_squares", f"run.dry={dry}", *typed).code == 0
+    first, second, *others = given
+    assert first is second and first.limit == SHARED_BYTES and others == [None] * 3
 
 
 def test_a_ready_sweep(cli: Cli, runs: list[Experiment]) -> None:

@@ -367,7 +367,8 @@ def test_hidden_states_that_jobs_of_a_sweep_share(stream: str, foretold: Any) ->
     typed = ["recipe=flap", "compensator=least_squares", f"model.stream={stream}"]
     (made, alone), shared = foretold(*typed), DenseStates(2**29)
     pruned(made, results=Results(NoCache(), {}, shared))
-    held = sum(x_BTD.nbytes for layer in shared.layers.values() for batch in layer for x_BTD in batch)
+    kept = [x_BTD for layer in shared.layers.values() for batch in layer for x_BTD in batch]
+    held = sum(x_BTD.nbytes for x_BTD in [*kept, *shared.entered])
     for limit, more in ((held, held), (held - 1, 0)):
         found = foretold(*typed, shared=limit)[1]
         for stages in ("held", "streamed"):

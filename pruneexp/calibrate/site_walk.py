@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.calibrate.bookmark import Bookmark
+from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
 from pruneexp.evidence import grown, others
 from pruneexp.model import Call, Model
@@ -74,37 +75,20 @@ def walk_sites(
             parts = _Parts(model, visit, [call[index] for call in calls], meter, shares)
             given = parts.dense_(dense, hidden, dense_states)
             if "attention" in sites:
-                yield visit, sites["attention"], partial(parts.evidence, kind, sites["attention"], hidden, given, None)
+                known = dense_states.entered if index == 0 else []
+                collect = partial(parts.evidence, kind, sites["attention"], hidden, given, None, known)
+                yield visit, sites["attention"], collect
+                del collect
             parts.attention_(hidden, given)
             if "mlp" in sites:
                 wanted = ((d - x) / parts.scale - a for d, x, a in zip(dense, hidden, given, strict=True))
-                yield visit, sites["mlp"], partial(parts.evidence, kind, sites["mlp"], hidden, wanted, given)
+                yield visit, sites["mlp"], partial(parts.evidence, kind, sites["mlp"], hidden, wanted, given, [])
                 del wanted
             if index + 1 < total:
                 parts.on_(hidden, given)
             meter.forward += (1 + bool(kinds)) / total
             del block, visit, seen, parts, given  # views of weights, before the next block's come
         bookmark.reached(index + 1, total, (dense, hidden), meter.forward)
-
-
-@dataclass
-class DenseStates:
-    """What walks over one model and one set of windows have in common: by layer and batch, what attention's reader
-    gives in the dense model and its hidden states behind the layer, where all of them take at most `limit` bytes."""
-
-    limit: int
-    basis: Any = None  # what identifies the model and the windows
-    layers: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-
-    def of(self, basis: Any) -> DenseStates:
-        """Itself; those of another model or other windows are given up."""
-        if basis != self.basis:
-            self.basis, self.layers = basis, {}
-        return self
-
-    def has_room(self, hidden: Sequence[Tensor], layers: int) -> bool:
-        """For as many layers, with hidden states as these."""
-        return 2 * layers * sum(x_BTD.nbytes for x_BTD in hidden) <= self.limit
 
 
 def sublayer_shares(
@@ -170,19 +154,19 @@ class _Parts:
 
     def dense_(self, dense: list[Tensor], hidden: list[Tensor], states: DenseStates) -> list[Tensor]:
         """Puts the dense hidden states behind the layer into `dense`; returns what is wanted of attention's reader."""
-        wanted, found, index = [], [], self.visit.index
-        known = states.layers.get(index)
-        keeps = known is None and states.has_room(dense, len(self.model.layers))
+        wanted, read, index = [], [], self.visit.index
+        known, keeps = states.layers.get(index), states.keeps(self.model, index, dense)
         for number, (d_BTD, x_BTD) in enumerate(zip(dense, hidden, strict=True)):
             if known is None:
-                given_BTD = self._attention(d_BTD, number)
+                got_BTC, given_BTD = self._part(d_BTD, number, self.model.family.attention_reader, True)
+                given_BTD = given_BTD.view_as(d_BTD)
                 dense[number] = self._on(d_BTD, number, given_BTD)
+                read += [(got_BTC, given_BTD)] if keeps else []
             else:
                 given_BTD, dense[number] = known[number]
             wanted.append(given_BTD + (d_BTD - x_BTD) / self.scale)
-            found += [(given_BTD, dense[number])] if keeps else []
         if keeps:
-            states.layers[index] = found
+            states.put(index, read, dense)
         return wanted
 
     def attention_(self, hidden: list[Tensor], given: list[Tensor]) -> None:
@@ -216,16 +200,21 @@ class _Parts:
         hidden: list[Tensor],
         wanted: Iterable[Tensor],
         given: list[Tensor] | None,
+        known: list[Tensor],
         keep_C: Tensor,
     ) -> Any:
         """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and of its wanted output.
-        The channels `keep_C` are held for the run of the shrunk layer."""
+        The input is `known` already, or the layer is run up to it. The channels `keep_C` are held for the run of the
+        shrunk layer."""
         parted, path = hasattr(kind, "of"), site_parts(self.model.family, site)[1]
         evidence = kind.of(site, keep_C) if parted else kind.empty(site)
         held, inputs, gone_C = 0, self.inputs.setdefault(site.kind, {}), others(keep_C, site.channels)
         for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
-            with nullcontext() if given is None else self._attention_gives(given[number]):
-                input_NC = self._part(x_BTD, number, path, False).view(-1, site.channels)
+            if known:
+                input_NC = known[number].view(-1, site.channels)
+            else:
+                with nullcontext() if given is None else self._attention_gives(given[number]):
+                    input_NC = self._part(x_BTD, number, path, False)[0].view(-1, site.channels)
             kept_BTK, gone_BTG = (
                 input_NC.index_select(1, some_C.to(input_NC.device)).view(*x_BTD.shape[:2], len(some_C))
                 for some_C in (keep_C, gone_C)
@@ -248,7 +237,7 @@ class _Parts:
         self.meter.forward += share / len(self.model.layers)
 
     def _attention(self, x_BTD: Tensor, number: int) -> Tensor:
-        return self._part(x_BTD, number, self.model.family.attention_reader, True).view_as(x_BTD)
+        return self._part(x_BTD, number, self.model.family.attention_reader, True)[1].view_as(x_BTD)
 
     def _on(self, x_BTD: Tensor, number: int, given_BTD: Tensor) -> Tensor:
         with self._attention_gives(given_BTD):
@@ -256,19 +245,19 @@ class _Parts:
         check_finite(output_BTD, self.visit.block, number)
         return output_BTD
 
-    def _part(self, x_BTD: Tensor, number: int, path: str, through: bool) -> Tensor:
-        """What the module at `path` gets, or gives (`through`); the layer is run no further."""
+    def _part(self, x_BTD: Tensor, number: int, path: str, through: bool) -> list[Tensor]:
+        """What the module at `path` gets, and what it gives if the layer is run `through` it, but no further."""
         seen: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
-            seen.extend(output or args[:1])
+            seen.extend((args[0], *output))
             raise _Reached
 
         module = self.visit.layer.get_submodule(path)
         register = module.register_forward_hook if through else module.register_forward_pre_hook
         with register(stop), suppress(_Reached):
             self.model.run_layer(self.visit.layer, x_BTD, self.calls[number])
-        return seen[0]
+        return seen
 
     @contextmanager
     def _attention_gives(self, given_BTD: Tensor) -> Iterator[None]:

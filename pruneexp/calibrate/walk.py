@@ -6,12 +6,14 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pruneexp.calibrate.bookmark import Bookmark
+from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import influence_evidence
 from pruneexp.calibrate.zeroth_order import Slopes
@@ -59,6 +61,7 @@ def walk(
     read_only: bool = False,
     whole: Collection[str] = (),
     bookmark: Bookmark | None = None,
+    dense_states: DenseStates | None = None,
 ) -> Iterator[Visit]:
     """Goes block by block: runs a block on all windows, collecting evidence of every type in `kinds`, and yields it.
 
@@ -68,6 +71,7 @@ def walk(
     held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
     `whole`: kinds of sites that are shown as a whole too, one unit each ("attention", "mlp", "block"): what is seen of
     whole sublayers and blocks is then theirs. `bookmark`: where to begin, and where to note how far it has come.
+    `dense_states`: where a walk that is `read_only` leaves the hidden states that it passes.
 
     Raises:
         RunError: NaN or Inf in weights or activations; the message names the block. No structure's loss is finite.
@@ -92,7 +96,11 @@ def walk(
         with model.loaded(index, index + 1) as layer:
             block, shown = model.block(index), model.whole_block(index, whole) if whole else None
             output = hidden if read_only else [torch.empty(0)] * len(hidden)
-            evidence = observe(model, layer, block, hidden, calls, kinds, output, shown)
+            keeps = dense_states is not None and read_only and dense_states.keeps(model, index, hidden)
+            read: list[tuple[Tensor, Tensor]] = []
+            evidence = observe(model, layer, block, hidden, calls, kinds, output, shown, read if keeps else None)
+            if dense_states is not None and keeps:
+                dense_states.put(index, read, output)
             meter.forward += 1 / total
             before = _fingerprint(layer)
             yield Visit(index, layer, block, evidence | ahead.of(block, shown), shown)
@@ -181,9 +189,10 @@ def observe(
     kinds: Sequence[Any],
     output: list[Tensor],
     whole: Block | None = None,
+    read: list[tuple[Tensor, Tensor]] | None = None,
 ) -> dict[Any, dict[str, Any]]:
     """Runs the layer over all batches into `output` (which may be `hidden`) and returns the evidence: of source "block"
-    that of the sites of `whole`.
+    that of the sites of `whole`. What attention's reader gets and gives is left in `read`.
 
     An expert's evidence is of the tokens that are routed to it; where these are fewer than two, zeros stand for the
     others, so that an expert which nothing needs carries nothing."""
@@ -203,6 +212,9 @@ def observe(
                     watches.append(_Watch(site, wanted, evidence, hidden[0].shape[1], width))
                     module = layer.get_submodule(path)
                     hooks.enter_context(module.register_forward_pre_hook(watches[-1].update))
+        if read is not None:
+            attention_reader = layer.get_submodule(model.family.attention_reader)
+            hooks.enter_context(attention_reader.register_forward_hook(partial(_note, read)))
         middle: list[Tensor] = []
         if at_block and whole is not None and any(site.kind != "block" for site in whole.sites):
             hooks.enter_context(_between_sublayers(model, layer, middle))
@@ -223,6 +235,11 @@ def observe(
         if watch.site.expert is not None and watch.tokens < 2:
             watch.add(hidden[0].new_zeros(1, 2 - watch.tokens, watch.width, device=device))
     return evidence
+
+
+def _note(read: list[tuple[Tensor, Tensor]], _module: nn.Module, args: tuple[Tensor, ...], given: Tensor) -> None:
+    """A hook behind a module."""
+    read.append((args[0], given))
 
 
 def _between_sublayers(model: Model, layer: nn.Module, middle: list[Tensor]) -> Any:

@@ -123,8 +123,9 @@ def overlap(calibration_NT: Tensor, evaluation_NT: Tensor, n: int = 32) -> float
     n = min(n, calibration_NT.shape[1], evaluation_NT.shape[1])
     if not len(calibration_NT) or not len(evaluation_NT):
         return 0.0
-    seen = np.unique(_run_hashes(calibration_NT, n))
-    return float(np.isin(_run_hashes(evaluation_NT, n), seen).any(axis=1).mean())
+    seen, asked = np.unique(_run_hashes(calibration_NT, n)), _run_hashes(evaluation_NT, n)
+    nearest = seen[np.searchsorted(seen, asked).clip(max=len(seen) - 1)]
+    return float((nearest == asked).any(axis=1).mean())
 
 
 def _run_hashes(tokens_NT: Tensor, n: int) -> np.ndarray:

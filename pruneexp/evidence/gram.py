@@ -16,7 +16,7 @@ from pruneexp.evidence.statistics import _chunks_NC, _require_tokens
 from pruneexp.types import Site
 
 _CHUNK = 2**22  # elements looked at together on a CPU: a Gram is read and written once a chunk
-_ROWS = 256  # of a Gram's lower triangle, multiplied at once
+_ROWS = (64, 256)  # of a Gram's lower triangle, multiplied at once: a quarter of them within these bounds
 
 
 def grown(evidence: Any, *seen: Any) -> Any:
@@ -27,15 +27,22 @@ def grown(evidence: Any, *seen: Any) -> Any:
 def _add_(sum_C: Tensor, gram_CC: Tensor, x_NC: Tensor) -> None:
     """Adds float64 tokens to a Gram's sums: to the lower triangle alone, a run of rows at a time."""
     sum_C += x_NC.sum(0)
-    for start in range(0, len(gram_CC), _ROWS):
-        end = start + _ROWS
+    rows = _rows(len(gram_CC))
+    for start in range(0, len(gram_CC), rows):
+        end = start + rows
         gram_CC[start:end, :end].addmm_(x_NC[:, start:end].T, x_NC[:, :end])
 
 
 def _mirror_(gram_CC: Tensor) -> None:
     """The upper triangle from the lower one."""
-    for start in range(_ROWS, len(gram_CC), _ROWS):
-        gram_CC[:start, start : start + _ROWS] = gram_CC[start : start + _ROWS, :start].T
+    rows = _rows(len(gram_CC))
+    for start in range(rows, len(gram_CC), rows):
+        gram_CC[:start, start : start + rows] = gram_CC[start : start + rows, :start].T
+
+
+def _rows(width: int) -> int:
+    least, most = _ROWS
+    return min(most, max(least, width // 4))
 
 
 @dataclass(frozen=True)

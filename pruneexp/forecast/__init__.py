@@ -168,7 +168,7 @@ def _can_stream(method: Method, recovery: Recovery) -> bool:
 
 def _in_common(method: Method, shape: Shape, seen: Calibration, limit: int) -> int:
     """Bytes that `calibrate.DenseStates` holds from the first job's walk to the sweep's end."""
-    held = 2 * len(shape.layers) * seen.tokens * shape.hidden * shape.itemsize
+    held = (2 * len(shape.layers) + 1) * seen.tokens * shape.hidden * shape.itemsize
     return held if by_site(method.compensator) and not blocks_alone(method) and held <= limit else 0
 
 

@@ -119,21 +119,11 @@ class ModelSource:
 
     def outline(self) -> Model:
         """The model's structure, from the config alone: every tensor on the meta device. Where weights lie in the
-        folder, their headers are held against it. Raises ConfigError."""
+        folder, their headers are held against it. One object as long as no file there changes: to be read only. Raises
+        ConfigError."""
         local = self.local_folder()
         folder = local or self.folder(weights=False)
-        config_json = self.read_config(folder)
-        dtype = self._dtype(config_json)
-        model_class, config, family = model_class_of(folder, config_json["model_type"])
-        with checks.building(self.path, config_json["model_type"]):
-            module = skeleton(model_class, config, family, dtype)
-            outline = self._model(module, None, family, config, dtype, None)
-            outline.sites()
-        if local is not None and holds_weights(local):
-            checkpoint = Checkpoint(local, model_class.base_model_prefix, family.stored_as)
-            checks.check_tensors(module, checkpoint, self.path)
-            checkpoint.close()
-        return outline
+        return _outline(self, folder, local is not None and holds_weights(local), _file_states(folder))
 
     def folder(self, weights: bool = True) -> Path:
         """The checkpoint's folder; what a Hub id names is downloaded first, with its weights or without."""
@@ -147,7 +137,7 @@ class ModelSource:
     def tokenizer(self, folder: Path) -> Any:
         """The folder's tokenizer, None where it has none: one object as long as no file there changes, so that what was
         made with it is known to be."""
-        return _tokenizer(self, folder, tuple(sorted(file_state(path) for path in folder.iterdir() if path.is_file())))
+        return _tokenizer(self, folder, _file_states(folder))
 
     def fingerprint(self) -> dict[str, Any]:
         """Where the weights came from and what identifies them: SHA-256 of config.json and of every weight file,
@@ -242,6 +232,26 @@ class ModelSource:
             raise ConfigError(
                 f"model.path={self.path!r}: no such folder, and not had from the Hub ({reason})"
             ) from error
+
+
+@lru_cache(maxsize=1)
+def _outline(source: ModelSource, folder: Path, weights: bool, files: tuple[FileState, ...]) -> Model:
+    config_json = source.read_config(folder)
+    dtype = source._dtype(config_json)
+    model_class, config, family = model_class_of(folder, config_json["model_type"])
+    with checks.building(source.path, config_json["model_type"]):
+        module = skeleton(model_class, config, family, dtype)
+        outline = source._model(module, None, family, config, dtype, None)
+        outline.sites()
+    if weights:
+        checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
+        checks.check_tensors(module, checkpoint, source.path)
+        checkpoint.close()
+    return outline
+
+
+def _file_states(folder: Path) -> tuple[FileState, ...]:
+    return tuple(sorted(file_state(path) for path in folder.iterdir() if path.is_file()))
 
 
 @lru_cache(maxsize=4)

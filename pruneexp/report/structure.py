@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pruneexp.types import Plan, Site
 
@@ -144,9 +145,14 @@ def _hatch(draw: ImageDraw, bar: tuple[float, float, float, float]) -> None:
 def _text(
     draw: ImageDraw, at: tuple[float, float], text: str, anchor: str, points: float = 9, fill: str = "black"
 ) -> None:
+    draw.text(at, text, fill, _font(points * DPI / 72), anchor)
+
+
+@cache
+def _font(size: float) -> Any:
     from PIL import ImageFont
 
-    draw.text(at, text, fill, ImageFont.load_default(points * DPI / 72), anchor)
+    return ImageFont.load_default(size)
 
 
 def _step(count: int, most: int) -> int:

@@ -32,6 +32,7 @@ COUNTED = {  # share removed of what the sparsity counts, where that is not the 
     "sparsity/bytes": "weights and KV cache, bytes",
     "sparsity/kv_cache": "KV cache",
 }
+MOST_FIGURES = 4  # in a line
 ORDER = ("removed", "perplexity", "accuracy", "speed", "memory", "size", "other", "passes", "seconds")
 
 
@@ -127,6 +128,20 @@ def _figure(name: str, value: float | None) -> str:
     if name.startswith("seconds"):
         return f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def summary_line(metrics: Mapping[str, float]) -> str:
+    """What matters most of a job among many: the share removed, perplexities and accuracies, the time that it took.
+    `summary.csv` has the rest."""
+    found = [f"{_share(metrics['sparsity/decoder'], 1)} decoder parameters"]
+    for key, value in metrics.items():
+        side, _, name = key.partition("/")
+        if side == "pruned" and _group(name) in ("perplexity", "accuracy"):
+            dense = _figure(name, metrics.get(f"dense/{name}"))
+            found.append(f"{name} {dense and dense + ' -> '}{_figure(name, value)}")
+    more = len(found) - 1 - MOST_FIGURES
+    found = found[: 1 + MOST_FIGURES] + ([f"{more} more"] if more > 0 else [])
+    return f"{', '.join(found)}, {sum(v for key, v in metrics.items() if key.startswith('seconds/')):.1f} s"
 
 
 def summary_table(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) -> Table:

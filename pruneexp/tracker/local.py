@@ -8,6 +8,7 @@ import math
 import numbers
 import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,18 @@ def _number(key: str, value: Any) -> int | float:
 
 
 def _yaml(config: Mapping[str, Any]) -> str:
+    texts = {key: json.dumps(value) for key, value in config.items()}
+    exact = {key: json.loads(text) == config[key] for key, text in texts.items()}  # not of integers as keys, or of NaN
+    return "".join(_remembered(key, text) if exact[key] else _dumped({key: config[key]}) for key, text in texts.items())
+
+
+@lru_cache(maxsize=64)
+def _remembered(key: str, value: str) -> str:
+    """Of a value given as JSON: most sections of a job's config are those of the job before."""
+    return _dumped({key: json.loads(value)})
+
+
+def _dumped(config: Mapping[str, Any]) -> str:
     from omegaconf import OmegaConf
 
     # OmegaConf's own dumper quotes what its loader would read as something else ("1e-5"): the file composes back.

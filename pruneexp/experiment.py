@@ -135,7 +135,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None) ->
     if not experiment.run.dry:
         check_disk(experiment, outline, budget)
     tokenizer, tokens_NT = read_inputs(experiment)
-    expected = foreseen(experiment, outline, budget, tokenizer, tokens_NT)
+    expected = foreseen(experiment, outline, budget, tokenizer, tokens_NT, shared)
     if experiment.run.dry:
         return told(experiment, outline, budget, tokens_NT, expected)
     settings, job = experiment.run, experiment.job

@@ -126,13 +126,14 @@ def _unknown_key(key: str, parsed: Sequence[Override], swept: Sequence[Override]
     if section not in known:
         yield f"{typed}: unknown key{did_you_mean(key, [*known, *_own_groups(hydra)])}"
     choice, elsewhere = f"{section}={choices.get(section)}", _keys_of_choices(section, folders)
-    groups_varied = {override.key_or_group for override in varied} & {section, "recipe"}
-    if "recipe" in groups_varied:
-        choice += f" (recipe={choices.get('recipe')})"
+    if swept_over := section != "evaluator" and any(o.key_or_group in (section, "recipe") for o in varied):
+        # Of all choices at once: the same line for every job that has the mistake, so that it is told once.
+        siblings = [f"{section}.{name}" for name in elsewhere]
     if rest in elsewhere:
+        lacks = f"not every {section} that is swept over has such a key" if swept_over else f"{choice} has no such key"
         apart = f"; expected two commands with one sweep.dir, {key} only in that of the choices that have it"
-        has = f"{typed}: {choice} has no such key; it is one of {section}={', '.join(elsewhere[rest])}"
-        yield has + (apart if groups_varied else "")
+        has = f"it is one of {section}={', '.join(elsewhere[rest])}"
+        yield f"{typed}: {lacks}; {has}{apart if swept_over else ''}"
     if siblings:
         yield f"{typed}: unknown key; expected one of {', '.join(siblings)}{did_you_mean(key, siblings)}"
     near = did_you_mean(rest, elsewhere, f"{section}.{{}}")

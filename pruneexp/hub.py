@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import socket
 import urllib.request
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 PATIENCE = 3.0  # seconds for one of the hub's addresses to take a connection; how slow it is then does not matter
+PROXYS_PATIENCE = 10.0  # seconds for a proxy, which answers once it has reached the hub, or given up
 
 
 @contextmanager
@@ -33,13 +36,32 @@ def hub() -> Iterator[str]:
 
 
 def unreachable(url: str) -> str:
-    """Why no address of the URL's host takes a connection, "" where one does. Behind a proxy nothing can be told."""
-    parts = urlsplit(url)
-    if {parts.scheme, "all"} & set(urllib.request.getproxies()):
-        return ""
-    port = parts.port or {"http": 80}.get(parts.scheme, 443)
+    """Why the URL's host takes no connection, none of its addresses or not through the proxy that is set for it; ""
+    where it does, and behind proxies that cannot be asked: of another kind than http, or for an http URL."""
+    parts, proxies = urlsplit(url), urllib.request.getproxies()
+    host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
+    named = proxies.get(parts.scheme) or proxies.get("all") or ""
+    proxy, through = urlsplit(named if "//" in named else f"http://{named}"), ""
     try:
-        socket.create_connection((parts.hostname, port), PATIENCE).close()
-    except OSError as error:
-        return f"{url} cannot be reached: {error.strerror or error}"
+        if not named or urllib.request.proxy_bypass(host):
+            socket.create_connection((host, port), PATIENCE).close()
+        elif (parts.scheme, proxy.scheme) == ("https", "http"):
+            through = f" through the proxy {proxy.hostname}"
+            _tunnel(proxy, host, port)
+    except ValueError:  # an address that cannot be read
+        return ""
+    except (OSError, HTTPException) as error:
+        return f"{url} cannot be reached{through}: {getattr(error, 'strerror', None) or error}"
     return ""
+
+
+def _tunnel(proxy: SplitResult, host: str, port: int) -> None:
+    """Has the proxy connect to the host. Raises OSError or HTTPException where it does not."""
+    known = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()
+    headers = {"Proxy-Authorization": f"Basic {b64encode(known).decode()}"} if proxy.username else {}
+    connection = HTTPConnection(proxy.hostname or "", proxy.port or 80, timeout=PROXYS_PATIENCE)
+    connection.set_tunnel(host, port, headers)
+    try:
+        connection.connect()
+    finally:
+        connection.close()

@@ -53,15 +53,17 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
         overrides, config = whole(hydra, overrides)
         folder = sweep_folder(hydra, config)
         jobs, by_sites = _composed_jobs(hydra, config, folder)
+    here, shared = bool(jobs) and _runs_here(config.hydra), None
+    if here and by_sites:
+        from pruneexp.calibrate import DenseStates
+
+        shared = DenseStates(SHARED_BYTES)
     if jobs and all(job.config["run"]["dry"] for job in jobs):
-        return _forecast(jobs)
+        return _forecast(jobs, shared)
     _make(folder)
     before = _statuses(folder)
     try:
-        if jobs and _runs_here(config.hydra):
-            from pruneexp.calibrate import DenseStates
-
-            shared = DenseStates(SHARED_BYTES) if by_sites else None
+        if here:
             for number, job in enumerate(jobs):
                 metrics = _run_recorded(job, str(number), shared)
                 _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
@@ -118,7 +120,7 @@ def _of_jobs(line: str, count: int, all_jobs: int) -> str:
     return line if count == all_jobs else f"{line} ({count} of {all_jobs} jobs)"
 
 
-def _forecast(jobs: Sequence[Composed]) -> int:
+def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> int:
     """What each job of a sweep would take; nothing is written. The exit code: 1 if any cannot run."""
     from pruneexp.build import build
     from pruneexp.experiment import run_experiment
@@ -129,7 +131,7 @@ def _forecast(jobs: Sequence[Composed]) -> int:
         try:
             experiment = build(job)
             experiment.check()
-            run_experiment(experiment)
+            run_experiment(experiment, shared)
         except (ConfigError, RunError) as error:
             failed += 1
             print(f"pruneexp: job {number} cannot run: {error}", file=sys.stderr)

@@ -28,6 +28,7 @@ from pruneexp.tracker import existing
 from pruneexp.types import Budget, ConfigError
 
 if TYPE_CHECKING:
+    from pruneexp.calibrate import DenseStates
     from pruneexp.experiment import Experiment
 
 logger = logging.getLogger("pruneexp")
@@ -52,6 +53,26 @@ def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
         )
 
 
+def check_room(experiment: Experiment) -> None:
+    """Raises ConfigError where windows, int64 [N, T], of which any number can be had, take more memory than is free:
+    it would be hours until that is found while they are made."""
+    dataset = experiment.dataset
+    asked = [("dataset.samples", getattr(dataset, "samples", 0), getattr(dataset, "length", 0))]
+    for name, evaluator in experiment.evaluators.items():
+        source = getattr(evaluator, "dataset", None)
+        key = f"{'dataset' if source == dataset else f'evaluator.{name}.dataset'}.evaluation_samples"
+        length = getattr(evaluator, "length", None) or getattr(source, "length", 0)
+        asked.append((key, getattr(source, "evaluation_samples", 0), length))
+    free = available_memory(torch.device("cpu"))
+    for key, samples, length in asked:
+        needed = 8 * samples * (length or 0)
+        if free is not None and needed > free:
+            raise ConfigError(
+                f"{key}={samples}: so many windows of {length} tokens take {size(needed)} of memory, {size(free)} are "
+                "free; expected fewer"
+            )
+
+
 def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     """Tokenizer and calibration windows, and every check of texts that needs them, before a weight is loaded."""
     with waiting("loading the tokenizer"):
@@ -61,6 +82,7 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     drawn = getattr(dataset, "length", None) if hasattr(dataset, "samples") else None  # else as wide as they come
     if max_length is not None and drawn is not None and drawn > max_length:
         raise ConfigError(f"dataset.length={drawn}: expected at most {max_length}, the model's longest window")
+    check_room(experiment)
     with waiting("tokenising the calibration text"):
         tokens_NT = dataset.calibration(tokenizer)
     check_vocabulary(tokens_NT, vocabulary, where)
@@ -96,9 +118,17 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     return tokenizer, tokens_NT
 
 
-def foreseen(experiment: Experiment, model: Model, budget: Budget, tokenizer: Any, tokens_NT: Tensor) -> Forecast:
-    """What the run will take, as far as it is known now."""
+def foreseen(
+    experiment: Experiment,
+    model: Model,
+    budget: Budget,
+    tokenizer: Any,
+    tokens_NT: Tensor,
+    shared: DenseStates | None = None,
+) -> Forecast:
+    """What the run will take, as far as it is known now. `shared`: as for `run_experiment`."""
     settings, measured = experiment.run, []
+    to_share = 0 if shared is None or shared.layers else shared.limit  # what is held already is free no more
     for evaluator in experiment.evaluators.values():
         windows = getattr(evaluator, "windows", None)
         if windows is not None:
@@ -113,6 +143,7 @@ def foreseen(experiment: Experiment, model: Model, budget: Budget, tokenizer: An
         measured,
         stream=experiment.model.stream,
         prove=settings.prove if settings.save else "",
+        shared=to_share,
     )
 
 

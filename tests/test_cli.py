@@ -17,11 +17,19 @@ import yaml
 
 import pruneexp
 from pruneexp import experiment as experiments
+from pruneexp import preflight
 from pruneexp.__main__ import main
+from pruneexp.dataset import Embedded
 from pruneexp.experiment import Experiment
-from pruneexp.multirun import config_hash
+from pruneexp.forecast import size
+from pruneexp.multirun import SHARED_BYTES, config_hash
 from pruneexp.types import ConfigError, RunError
 
+OTHER_TEXT = [
+    "evaluator=[ptb_128]",
+    "dataset@evaluator.ptb_128.dataset=embedded",
+    "evaluator.ptb_128.dataset.evaluation_samples=1000",
+]
 HEAVY = ("transformers", "datasets", "wandb", "lm_eval")
 
 
@@ -141,12 +149,21 @@ MISTAKES = [
     ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3: unknown key; .*did you mean sparsity.ratio?\n"),
     (
         "--multirun recipe=flap,best search.effort=5,10",
-        "search.effort=5,10: search=al_am (recipe=flap) has no such key; it is one of search=evolutionary; expected "
-        "two commands with one sweep.dir, search.effort only in that of the choices that have it (2 of 4 jobs)",
+        "search.effort=5,10: not every search that is swept over has such a key; it is one of search=evolutionary; "
+        "expected two commands with one sweep.dir, search.effort only in that of the choices that have it "
+        "(2 of 4 jobs)",
+    ),
+    (
+        "--multirun recipe=flap,wanda_sp,sleb,best search.effort=5",
+        "search.effort=5: not every search that is swept over has such a key; it is one of .* (3 of 4 jobs)\n",
+    ),
+    (
+        "--multirun recipe=flap,wanda_sp,sleb,best search.min_unit=1",
+        "search.min_unit=1: unknown key; expected one of .*search.effort, .*; did you mean search.min_units?\n",
     ),
     (
         "--multirun search=al_am,evolutionary search.effort=5",
-        "search.effort=5: search=al_am has no such key; .*; expected two commands with one sweep.dir.*(1 of 2 jobs)",
+        "search.effort=5: not every search that .*; expected two commands with one sweep.dir.*(1 of 2 jobs)",
     ),
     ("--multirun seed=1,2 run.dir=x", "run.dir='x': expected null in a multirun"),
     ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),
@@ -198,6 +215,39 @@ def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[
     for wrong in ("recipe=flapp: ", "criterion=magnitud: ", "search=unifrom: ", "search.min_unit=1: "):
         assert f"pruneexp: {wrong}" in ended.err
     assert [path.name for path in Path().iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "key", "bytes_"),
+    [
+        (["dataset.samples=1000"], "dataset.samples", 8 * 1000 * 128),
+        (
+            ["dataset.samples=9", "dataset.evaluation_samples=1000", "evaluator.perplexity.length=4"],
+            "dataset.evaluation_samples",
+            8 * 1000 * 4,
+        ),
+        (["dataset.samples=9", *OTHER_TEXT], "evaluator.ptb_128.dataset.evaluation_samples", 8 * 1000 * 128),
+    ],
+    ids=["calibration", "evaluation", "evaluator"],
+)
+def test_windows_that_no_memory_holds_are_refused_before_they_are_made(
+    asked: list[str], key: str, bytes_: int, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made(Exception):
+        pass
+
+    def calibration(*_: object) -> None:
+        raise Made
+
+    monkeypatch.setattr(Embedded, "calibration", calibration)
+    monkeypatch.setattr(preflight, "available_memory", lambda device: bytes_ - 1)
+    ended = cli("evaluator=[perplexity]", *asked)
+    assert ended.code == 2 and ended.out == "" and ended.err.count("\n") == 1, ended
+    assert ended.err.startswith(f"pruneexp: {key}=1000: ") and f"take {size(bytes_)} of memory" in ended.err
+    assert f"{size(bytes_ - 1)} are free" in ended.err and not list(Path().iterdir())
+    for free in (bytes_, None):
+        monkeypatch.setattr(preflight, "available_memory", lambda device, free=free: free)
+        assert cli("evaluator=[perplexity]", *asked).code == 1  # they are made
 
 
 def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: list[Experiment]) -> None:
@@ -369,6 +419,18 @@ def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
     ended = cli("--multirun", "run.dry=true", "sparsity.ratio=0.2,0.999", "dataset.samples=2", "evaluator=[]")
     assert ended.code == 1 and "job 1 cannot run: sparsity.ratio=0.999" in ended.err
     assert ended.out.count("to remove: 20.0%") == 1 and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_jobs_that_run_here_share_the_dense_models_hidden_states(
+    dry: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(experiments, "run_experiment", lambda _, shared=None: given.append(shared) or {})
+    for typed in (["--multirun", "seed=1,2"], ["--multirun", "seed=1,2", "compensator=bias"], []):
+        assert cli("compensator=least_squares", f"run.dry={dry}", *typed).code == 0
+    first, second, *others = given
+    assert first is second and first.limit == SHARED_BYTES and others == [None] * 3
 
 
 def test_a_ready_sweep(cli: Cli, runs: list[Experiment]) -> None:

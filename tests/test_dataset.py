@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -368,10 +372,69 @@ def test_a_hub_that_takes_no_connection_is_not_asked(listens, offline, monkeypat
     assert ("ConnectionError: never had" in told) == (listens or offline)
 
 
-def test_behind_a_proxy_the_hub_is_left_to_its_libraries(monkeypatch):
-    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy.example:3128"})
+@contextmanager
+def a_proxy(answer: bytes) -> Iterator[tuple[str, list[str]]]:
+    """A proxy on this machine that answers each request alike: its address, and what it was asked."""
+    asked: list[str] = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while line := self.rfile.readline().strip():
+                asked.append(line.decode())
+            self.wfile.write(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"HTTP/1.1 200 Connection established\r\n\r\n", ""),
+        (b"HTTP/1.1 503 No route\r\n\r\n", "503 No route"),
+        (b"HTTP/1.1 407 Who are you\r\n\r\n", "407 Who are you"),
+        (b"what?\r\n\r\n", "what?"),
+        (b"", "closed connection"),
+    ],
+)
+def test_behind_a_proxy_the_hub_is_asked_for_through_it(answer, told, monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    for key, form in (("https", "http://us%40er:pass@{}"), ("all", "http://{}/"), ("https", "{}")):
+        with a_proxy(answer) as (address, asked):
+            monkeypatch.setattr(urllib.request, "getproxies", {key: form.format(address)}.copy)
+            why = unreachable("https://hub.example")
+        assert asked[0].startswith("CONNECT hub.example:443 ")
+        assert ("Proxy-Authorization: Basic dXNAZXI6cGFzcw==" in asked) == ("pass" in form)
+        assert "pass" not in why and bool(why) == bool(told) and told in why
+        assert why == "" or why.startswith("https://hub.example cannot be reached through the proxy 127.0.0.1: ")
+    why = unreachable("https://hub.example")  # the proxy is gone
+    assert why == "https://hub.example cannot be reached through the proxy 127.0.0.1: Connection refused"
+
+
+def test_a_hub_that_no_proxy_is_for_is_asked_itself(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://127.0.0.1:9"})
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert unreachable(url) == ""
+    assert unreachable(url) == f"{url} cannot be reached: Connection refused"
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"http": "http://127.0.0.1:9"})
+    monkeypatch.setenv("no_proxy", "")
+    assert unreachable(url)  # the proxy is for another scheme
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "https://127.0.0.1:9", "http://proxy.example:port"])
+def test_proxies_that_cannot_be_asked_are_left_to_the_hubs_libraries(proxy, monkeypatch):
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"all": proxy})
+    monkeypatch.setenv("no_proxy", "")
     assert unreachable("https://127.0.0.1:9") == ""
-    assert unreachable("http://127.0.0.1:9")  # of another scheme
 
 
 # what can be said about windows

@@ -13,13 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from pruneexp.cache import Cache, NoCache
 from pruneexp.calibrate import Meter, Probe, walk
+from pruneexp.compensator import NoCompensation
 from pruneexp.criterion import BlockInfluence, LossDrop, Random
 from pruneexp.evidence import BlockChange, LossWithout
 from pruneexp.experiment import run_experiment
 from pruneexp.model import Model
 from pruneexp.prune import Method, prune_
+from pruneexp.scoring import Results
 from pruneexp.search import Global, Greedy
+from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, Plan, RunError, Site, SitePlan
 from tests.conftest import FAMILIES
@@ -119,28 +123,54 @@ def test_loss_drop_is_the_loss_of_the_model_without_the_block(
     assert meter.forward == pytest.approx(3)  # three blocks: 2 + 2 + 2 layers without one, and 3
 
 
-def test_losses_that_are_not_finite_are_counted(
-    tiny: Callable[..., Model], tokens_NT: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def lose(monkeypatch: pytest.MonkeyPatch, *lost: int) -> None:
+    """Makes these losses, of those that are asked for together, no numbers."""
     measured = Probe.losses
 
-    def scores(lost: Sequence[int]) -> list[float]:
-        def losses(self: Probe, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-            found = measured(self, candidates, batch)
-            found[list(lost)] = math.nan
-            return found
+    def losses(self: Probe, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
+        found = measured(self, candidates, batch)
+        found[list(lost)] = math.nan
+        return found
 
-        monkeypatch.setattr(Probe, "losses", losses)
+    monkeypatch.setattr(Probe, "losses", losses)
+
+
+def test_losses_that_are_not_finite_are_the_dearest(
+    tiny: Callable[..., Model], tokens_NT: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(lost: Sequence[int]) -> list[float]:
+        lose(monkeypatch, *lost)
         visits = walk(tiny("llama"), tokens_NT, (LossWithout,), Meter(), "test", read_only=True, whole=["block"])
         return [LossDrop()(visit.whole, visit.of(LossWithout))[visit.block.name].item() for visit in visits]
 
-    assert max(scores([])) < 100 and not caplog.text
+    assert max(scores([])) < 100
     assert [score > 1e8 for score in scores([0, 2])] == [True, False, True]
-    assert "2 of 3 losses were not finite" in caplog.text
     with pytest.raises(RunError, match="none of 3 losses without a block or sublayer is finite"):
         scores([0, 1, 2])
     with pytest.raises(RunError, match="the calibration loss of the whole model is NaN or Inf"):
         scores([0, 1, 2, 3])
+
+
+def test_losses_that_are_not_finite_are_counted_whether_measured_or_cached(
+    tiny: Callable[..., Model],
+    tokens_NT: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    method = Method(LossDrop(), OneShot(0.3, "decoder", 1), Global(0, ["blocks"], "none", 1), NoCompensation(False))
+    results = Results(Cache(str(tmp_path), 1.0), {})
+
+    def left(results: Results) -> list[int]:
+        caplog.clear()
+        return gone(prune_(tiny("llama"), tokens_NT, method, 0.3, meter=Meter(), results=results, **QUIET).plan)
+
+    left(Results(NoCache(), {}))
+    assert not caplog.text
+    lose(monkeypatch, 0, 2)
+    assert left(results) == [1] and "2 of 3 losses were not finite" in caplog.text
+    monkeypatch.setattr(Probe, "losses", lambda *_: pytest.fail("measured again"))
+    assert left(results) == [1] and "2 of 3 losses were not finite" in caplog.text
 
 
 def test_blocks_meet_the_budget_to_the_nearest_and_ties_remove_more() -> None:

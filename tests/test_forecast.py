@@ -26,7 +26,8 @@ from pruneexp import experiment as experiments
 from pruneexp import preflight, progress
 from pruneexp.__main__ import main
 from pruneexp.budget import check_pruning
-from pruneexp.calibrate import Meter
+from pruneexp.cache import NoCache
+from pruneexp.calibrate import DenseStates, Meter
 from pruneexp.compensator.least_squares import refitted_
 from pruneexp.criterion import obs, shelf
 from pruneexp.evidence import Gram, Moments, WantedOutput
@@ -53,6 +54,7 @@ from pruneexp.forecast import (
 from pruneexp.forecast.memory import statistics_bytes
 from pruneexp.model import Model
 from pruneexp.rounds import prune_in_rounds_
+from pruneexp.scoring import Results
 from pruneexp.types import Cost, Site
 from tests.conftest import PARITY
 
@@ -64,24 +66,24 @@ SEEN = Calibration(windows=10, length=24, batch_size=8)
 def foretold(build_from: Callable[..., Any]) -> Callable[..., tuple[Any, Forecast]]:
     """An experiment on a small LLaMA, and the forecast of its pruning."""
 
-    def make(*overrides: str, path: Path = PARITY, seen: Calibration = SEEN) -> tuple[Any, Forecast]:
+    def make(*overrides: str, path: Path = PARITY, seen: Calibration = SEEN, shared: int = 0) -> tuple[Any, Forecast]:
         made = build_from("model=hf", f"model.path={path}", *DATA, "sparsity.ratio=0.25", *overrides)
         outline = made.model.outline()
         budget = check_pruning(outline, made.search, made.sparsity, made.compensator)
-        stream = made.model.stream
-        return made, forecast(outline, made.method, made.recovery, budget, seen, [], stream=stream, prove="")
+        how = {"stream": made.model.stream, "prove": "", "shared": shared}
+        return made, forecast(outline, made.method, made.recovery, budget, seen, [], **how)
 
     return make
 
 
-def pruned(made: Any, seen: Calibration = SEEN) -> tuple[Model, Meter]:
+def pruned(made: Any, seen: Calibration = SEEN, results: Results | None = None) -> tuple[Model, Meter]:
     """The model pruned on random windows, and what that spent."""
     generator = torch.Generator().manual_seed(0)
     tokens_NT = torch.randint(3, 96, (seen.windows, seen.length), generator=generator)
     model, meter = made.model.load(), Meter()
     clock = lambda stage: contextlib.nullcontext()  # noqa: E731
     settings: dict[str, Any] = {"meter": meter, "rng": generator, "shrunk": lambda index: None, "clock": clock}
-    prune_in_rounds_(model, tokens_NT, made.method, **settings)
+    prune_in_rounds_(model, tokens_NT, made.method, results=results, **settings)
     return model, meter
 
 
@@ -360,6 +362,24 @@ def test_what_cannot_be_streamed_has_no_such_forecast(overrides: str, foretold: 
     assert foretold(overrides)[1].streamed == []
 
 
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_hidden_states_that_jobs_of_a_sweep_share(stream: str, foretold: Any) -> None:
+    typed = ["recipe=flap", "compensator=least_squares", f"model.stream={stream}"]
+    (made, alone), shared = foretold(*typed), DenseStates(2**29)
+    pruned(made, results=Results(NoCache(), {}, shared))
+    kept = [x_BTD for layer in shared.layers.values() for batch in layer for x_BTD in batch]
+    held = sum(x_BTD.nbytes for x_BTD in [*kept, *shared.entered])
+    for limit, more in ((held, held), (held - 1, 0)):
+        found = foretold(*typed, shared=limit)[1]
+        for stages in ("held", "streamed"):
+            assert [(stage.name, stage.total) for stage in getattr(found, stages)] == [
+                (stage.name, stage.total + more) for stage in getattr(alone, stages)
+            ]
+    for without in ("compensator=bias", "compensator.target=pruned", "search=blocks criterion=block_influence"):
+        settings = [*typed, *without.split()]
+        assert foretold(*settings, shared=held)[1].peak == foretold(*settings)[1].peak
+
+
 # Dry runs, and warnings of real ones
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -512,7 +532,11 @@ def test_a_disk_large_enough(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_place_that_cannot_be_written_is_known_at_once(
     folder: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: not Path(path).samefile(tmp_path))
+    def refuse(dir: Path) -> None:
+        assert dir.samefile(tmp_path)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr(experiments.ModelSource, "check", lambda *_, **__: pytest.fail("too late"))
     code, _, err = cli(folder)
     assert code == 2 and err.startswith("pruneexp: run.dir=") and "cannot be written to" in err

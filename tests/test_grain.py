@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pruneexp.search import Evolutionary, Global, Greedy, PolicyGradient, Uniform
 from pruneexp.search.gates import Gates
-from pruneexp.search.grain import Grain, is_nested, is_plain, removal_steps, scored_as
+from pruneexp.search.grain import Grain
+from pruneexp.search.granularity import is_nested, is_plain, removal_steps, scored_as
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, Plan, RemovalPath, RunError, Site
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, model_sites, params
 

@@ -140,12 +140,26 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)) or False)
-    with pytest.raises(ConfigError, match=r"^run.dir='.*/a/b': .* cannot be written to; expected a folder that can"):
+    def refuse(dir):
+        raise PermissionError(13, f"Permission denied in {dir}")
+
+    monkeypatch.setattr(folder.tempfile, "TemporaryFile", refuse)
+    refused = rf"^run.dir='.*/a/b': {tmp_path} cannot be written to \(Permission denied in {tmp_path}\); expected a "
+    with pytest.raises(ConfigError, match=refused):
         check_folder(tmp_path / "a" / "b", overwrite=False)
-    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_file_system_that_takes_no_files_whatever_its_permissions():
+    with pytest.raises(ConfigError, match=r"^run.dir='/proc/x/y': /proc cannot be written to \(.*\); expected a"):
+        check_folder(Path("/proc/x/y"), overwrite=False)
+
+
+def test_looking_leaves_nothing(tmp_path):
+    check_folder(tmp_path, overwrite=False)
+    check_folder(tmp_path / "a" / "b", overwrite=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_refuses_nevertheless(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,8 +23,6 @@ from pruneexp.model.half import overflow_hint
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.types import Block, Candidate, ConfigError, Plan, RunError, Site, SitePlan
-
-logger = logging.getLogger("pruneexp")
 
 
 @dataclass
@@ -147,7 +144,7 @@ class _Ahead:
                 probe = Probe(model, tokens_NT, meter)
                 *without, dense = probe.losses([Candidate(p) for p in (*plans, Plan({}))]).tolist()
                 probe.close()
-                _report_lost(without, dense)
+                _require_some(without, dense)
                 self.losses[kind] = dict(zip((site.name for site in shown), without, strict=True)), dense
 
     def of(self, block: Block, whole: Block | None) -> dict[Any, dict[str, Any]]:
@@ -160,15 +157,10 @@ class _Ahead:
         return found
 
 
-def _report_lost(without: Sequence[float], whole: float) -> None:
-    """Counts losses that are not finite, as searches do: the criterion takes what they are without for the dearest.
-    Raises RunError where the whole model's is the only one that is."""
-    lost = sum(not math.isfinite(loss) for loss in without)
-    if not lost or not math.isfinite(whole):  # of the whole model the criterion tells
-        return
-    if lost == len(without):
-        raise RunError(f"calibrate: none of {lost} losses without a block or sublayer is finite")
-    logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(without))
+def _require_some(without: Sequence[float], whole: float) -> None:
+    """Raises RunError where the whole model's loss is the only one that is finite; if it is not, the criterion does."""
+    if math.isfinite(whole) and not any(map(math.isfinite, without)):
+        raise RunError(f"calibrate: none of {len(without)} losses without a block or sublayer is finite")
 
 
 def check_finite(y_BTD: Tensor, block: Block, number: int) -> None:

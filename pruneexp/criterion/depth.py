@@ -9,7 +9,9 @@ from typing import ClassVar, Literal
 import torch
 
 from pruneexp.evidence import BlockChange, LossWithout
-from pruneexp.types import Block, Score
+from pruneexp.types import Block, Score, Scores, unit_scores
+
+DEAREST = 1e9  # nats: the rise of a loss that is not finite
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class LossDrop:
     whole sublayer: when only its reader's bias is left.
 
     Of the whole model: the first round of SLEB. With `search=greedy` it is measured anew after every removal. Without a
-    finite loss (an overflow of float16, say) a block is one of the dearest: a rise of 1e9 nats.
+    finite loss (an overflow of float16, say) a block is one of the dearest: a rise of `DEAREST`.
     """
 
     evidence: ClassVar[type[LossWithout]] = LossWithout
@@ -51,5 +53,9 @@ class LossDrop:
     judges: ClassVar[tuple[str, ...]] = ("sublayer", "block")
 
     def __call__(self, block: Block, evidence: Mapping[str, LossWithout]) -> dict[str, Score]:
-        rises = {site.name: min(evidence[site.name].rise, 1e9) for site in block.sites}
+        rises = {site.name: min(evidence[site.name].rise, DEAREST) for site in block.sites}
         return {name: torch.tensor([rise], dtype=torch.float64) for name, rise in rises.items()}
+
+    def lost(self, scores: Scores) -> int:
+        """How many of its scores stand for a loss that was not finite."""
+        return sum(int((unit_scores(score) == DEAREST).sum()) for score in scores.values())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.windows import check_common, encode
+from pruneexp.progress import progress
 from pruneexp.types import ConfigError
 
 
@@ -68,12 +69,11 @@ def _windows(tokenizer: Any, seed: int, samples: int, length: int) -> Tensor:
     """The ids of `pruneexp.embedded.windows`, for any tokenizer: it need not keep words apart."""
     from pruneexp.embedded.language import texts
 
-    source = texts(seed)
-    rows: list[Tensor] = []
-    for _ in range(samples):
-        text, row_T = "", torch.empty(0, dtype=torch.int64)
+    source, windows_NT = texts(seed), torch.empty(samples, length, dtype=torch.int64)
+    for window in progress(range(samples), "write stories", unit="windows"):
+        text, row_T = "", windows_NT[:0, 0]
         while len(row_T) < length:
             text += next(source)
             row_T = encode(tokenizer, text, special_tokens=False)
-        rows.append(row_T[:length])
-    return torch.stack(rows)
+        windows_NT[window] = row_T[:length]
+    return windows_NT

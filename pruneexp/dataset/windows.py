@@ -83,7 +83,7 @@ def draw(stream_M: Tensor, samples: int, length: int, seed: int, sampling: str, 
         return windows_NT[:samples].clone()
     _check_length(stream_M, length, key)
     starts_N = torch.randint(len(stream_M) - length + 1, (samples,), generator=generator(seed))
-    return stream_M[starts_N[:, None] + torch.arange(length)]
+    return stream_M.unfold(0, length, 1).index_select(0, starts_N)
 
 
 def cut(stream_M: Tensor, length: int, key: str) -> Tensor:

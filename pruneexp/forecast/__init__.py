@@ -15,9 +15,18 @@ from pruneexp.forecast.machine import available_memory, matmul_speed, out_of_mem
 from pruneexp.forecast.memory import PARTS, Stage, activations, stages
 from pruneexp.forecast.shape import Shape, params_left, shape_of
 from pruneexp.forecast.table import duration, print_forecast, size
-from pruneexp.forecast.work import Calibration, Work, flops, path_flops, refit_flops, removal_flops, work_of
+from pruneexp.forecast.work import (
+    Calibration,
+    Work,
+    blocks_alone,
+    flops,
+    path_flops,
+    refit_flops,
+    removal_flops,
+    work_of,
+)
 from pruneexp.model import Model
-from pruneexp.prune import Method
+from pruneexp.prune import Method, by_site
 from pruneexp.types import Budget, Recovery, evidence_kinds
 
 logger = logging.getLogger("pruneexp")
@@ -132,9 +141,11 @@ def forecast(
     *,
     stream: bool,
     prove: str,
+    shared: int = 0,
 ) -> Forecast:
     """Figures for an outline `model`. `measured`: the windows of each evaluator that has some; `prove`: as `run.prove`,
-    "" where no checkpoint is written."""
+    "" where no checkpoint is written; `shared`: bytes of the dense model's hidden states that jobs of a sweep may keep
+    for each other."""
     shape = shape_of(model)
     left, decoder_left = params_left(model, method.search, method.sparsity, method.compensator, budget)
     share = decoder_left / shape.decoder if shape.decoder else 1.0
@@ -143,6 +154,8 @@ def forecast(
     settings: dict[str, Any] = {"left": left, "trains": trains, "prove": prove}
     held = stages(method, shape, seen, measured, stream=False, **settings)
     streamed = stages(method, shape, seen, measured, stream=True, **settings) if _can_stream(method, recovery) else []
+    if common := _in_common(method, shape, seen, shared):
+        held, streamed = ([stage.with_hidden_states(common) for stage in each] for each in (held, streamed))
     counted = partial(work_of, method, recovery, model, shape, budget, seen)
     return Forecast(shape, left, decoder_left, seen, counted, measuring, held, streamed, stream)
 
@@ -151,6 +164,12 @@ def _can_stream(method: Method, recovery: Recovery) -> bool:
     sources = {kind.source for kind in evidence_kinds(method.criterion.evidence)}
     probes = getattr(method.search, "probes", False) or recovery.trains or len(method.sparsity.shares()) > 1
     return not probes and not sources & {"gradient", "influence", "probe"}
+
+
+def _in_common(method: Method, shape: Shape, seen: Calibration, limit: int) -> int:
+    """Bytes that `calibrate.DenseStates` holds from the first job's walk to the sweep's end."""
+    held = (2 * len(shape.layers) + 1) * seen.tokens * shape.hidden * shape.itemsize
+    return held if by_site(method.compensator) and not blocks_alone(method) and held <= limit else 0
 
 
 def warn_of_files(found: Forecast) -> None:

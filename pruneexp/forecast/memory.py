@@ -38,6 +38,9 @@ class Stage:
     def total(self) -> int:
         return sum(self.parts.values())
 
+    def with_hidden_states(self, more: int) -> Stage:
+        return replace(self, parts={**self.parts, "hidden states": self.parts.get("hidden states", 0) + more})
+
 
 def stages(
     method: Method,

@@ -20,23 +20,17 @@ from pruneexp.search.common import (
     standardised,
     z_scores,
 )
-from pruneexp.search.grain import (
-    Gone,
-    Grain,
+from pruneexp.search.grain import Gone, Grain, Item, bundled, losses_in_order, unit_order, within_reach
+from pruneexp.search.granularity import (
     Granularity,
-    Item,
-    bundled,
     check_multiple,
     check_settings,
     chosen_sites,
     complete,
     is_plain,
     least_units,
-    losses_in_order,
     removal_steps,
     step_units,
-    unit_order,
-    within_reach,
 )
 from pruneexp.search.ranking import ranked
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pruneexp.search.budgeted import Global
 from pruneexp.search.common import prunable, require
-from pruneexp.search.grain import Grain, Granularity, check_settings, chosen_sites, is_plain, within_reach
+from pruneexp.search.grain import Grain, within_reach
+from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain
 from pruneexp.search.levels import Levels, Structures, parabola
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, RemovalPath, RunError, Scores, Site
 

@@ -1,13 +1,10 @@
-"""What may leave, and by how much at a time: units, whole sublayers, whole blocks; FFN widths in multiples.
-
-The units are heads and channels; or, of a mixture's FFN, whole experts in the place of their channels, a layer keeping
-as many as a token is routed to. An expert's score is the sum of its channels'.
+"""What may leave in one search, what it costs and what it is worth: units, whole sublayers, whole blocks.
 
 A *composite* (a whole sublayer or block) is worth what it holds: a sublayer's score is the sum of its units' (of a
 removal path: its last cumulative cost), a block's the sum of its sublayers', unless the criterion scores it as a whole.
 When it leaves, what it still holds leaves with it, and only that is counted. It ignores `min_units`. Of the whole
 attention sublayers, of the FFNs and of the blocks, the one with the highest score always stays; among blocks, it keeps
-its sublayers too.
+its sublayers too. A whole expert, a unit like others, is worth what its channels are together.
 """
 
 from __future__ import annotations
@@ -15,110 +12,25 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import by_layer, in_order, planned, require
-from pruneexp.types import Budget, ConfigError, Plan, RemovalPath, RunError, Score, Scores, Site, unit_scores
-
-Granularity = list[Literal["heads", "channels", "blocks", "attention", "ffn", "experts"]]
-KIND = {
-    "heads": "attention",
-    "channels": "mlp",
-    "blocks": "block",
-    "attention": "attention",
-    "ffn": "mlp",
-    "experts": "experts",
-}
-UNITS = {"attention": "heads", "mlp": "channels", "experts": "experts"}  # kind -> what its units are called
-WHOLE = {"attention": "attention", "mlp": "ffn", "block": "blocks"}  # kind -> what the whole of it is called
-_AS_WHOLE = {"attention": "sublayer", "ffn": "sublayer", "blocks": "block"}  # what a criterion `judges` then
-_FROM_UNITS = {**{name: {kind} for name, kind in KIND.items()}, "experts": {"mlp"}, "blocks": {"attention", "mlp"}}
+from pruneexp.search.common import in_order, planned, require
+from pruneexp.search.granularity import (
+    UNITS,
+    WHOLE,
+    Granularity,
+    check_multiple,
+    chosen_sites,
+    is_plain,
+    removal_steps,
+    step_units,
+)
+from pruneexp.types import Budget, Plan, RemovalPath, RunError, Score, Scores, Site, unit_scores
 
 UNIT, SUBLAYER, BLOCK = range(3)
 Item = tuple[int, Site]  # what may leave at once: the next units of a site, a whole sublayer, a whole block
-
-
-def check_settings(min_units: int, granularity: Granularity, multiple: int = 1) -> None:
-    if min_units < 0:
-        raise ConfigError(f"min_units={min_units!r}: expected an integer >= 0")
-    if not granularity or len(set(granularity)) < len(granularity):
-        raise ConfigError(f"granularity={granularity!r}: expected one or more of {', '.join(KIND)}, each once")
-    if {"channels", "experts"} <= set(granularity):
-        raise ConfigError(f"granularity={granularity!r}: expected channels or experts, which hold them")
-    if multiple < 1:
-        raise ConfigError(f"multiple={multiple!r}: expected an integer >= 1, of which FFN widths are multiples")
-
-
-def is_plain(granularity: Granularity, multiple: int) -> bool:
-    """Units one by one, nothing that holds others: heads, channels or both; or blocks alone."""
-    if set(granularity) <= {"heads", "channels", "experts"}:
-        return multiple == 1 or "channels" not in granularity
-    return granularity == ["blocks"]
-
-
-def is_nested(granularity: Granularity) -> bool:
-    """Whether something that may leave holds other things that may."""
-    named = set(granularity)
-    return {"heads", "attention"} <= named or {"channels", "ffn"} <= named or ("blocks" in named and len(named) > 1)
-
-
-def scored_as(granularity: Sequence[str], judges: Collection[str]) -> Literal["wholes", "units"] | None:
-    """What a criterion is shown for a search to have the scores it needs: whole sublayers and blocks, or units, whose
-    scores add up to those of wholes; None where it judges neither."""
-    if all(_AS_WHOLE.get(name) in judges for name in granularity):
-        return "wholes"
-    return "units" if all(_FROM_UNITS[name] <= set(judges) for name in granularity) else None
-
-
-def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
-    """The sites that may lose units. Raises ConfigError where there are none (one layer of several may have none)."""
-    priced = [site for site in in_order(sites) if budget.price(site)]  # FFN channels, say, fill no KV cache: they stay
-    chosen = [site for site in priced if site.kind in {KIND[name] for name in granularity}]
-    if not chosen and complete(sites, budget):
-        there = [name for name, kind in KIND.items() if any(site.kind == kind for site in priced)]
-        raise ConfigError(f"search.granularity={list(granularity)!r}: expected some of {', '.join(there)}")
-    return chosen
-
-
-def complete(sites: Sequence[Site], budget: Budget) -> bool:
-    """Whether these are all layers, not one of several."""
-    return budget.layers is None or budget.layers == len(by_layer(sites))
-
-
-def least_units(site: Site, min_units: int) -> int:
-    """Units that a site keeps: `min_units`, of experts as many as a token needs, of a block none (one block of all
-    stays)."""
-    return 0 if site.kind == "block" else max(min_units, site.least)
-
-
-def removal_steps(site: Site, min_units: int, multiple: int, units: bool = True, whole: bool = False) -> list[int]:
-    """How many units may have left, ascending from 0. What stays of an FFN is a multiple, of any site at least
-    `min_units`; `units`: they may leave; `whole`: all of them together may."""
-    multiple = multiple if site.kind == "mlp" else 1
-    steps = [0]
-    if units:
-        least = -(-least_units(site, min_units) // multiple)
-        steps += [site.units - n * multiple for n in range((site.units - 1) // multiple, least - 1, -1)]
-    if whole and steps[-1] < site.units:
-        steps.append(site.units)
-    return steps
-
-
-def step_units(site: Site, multiple: int, units: bool = True) -> int:
-    """Units that leave in one step (the first one of a width that is no multiple, and a jump to nothing, aside)."""
-    if not units:
-        return site.units
-    return min(multiple, max(1, site.units)) if site.kind == "mlp" else 1
-
-
-def check_multiple(sites: Sequence[Site], granularity: Granularity, multiple: int) -> None:
-    """Raises ConfigError where no FFN is as wide as `multiple`."""
-    widest = max((site.units for site in sites if site.kind == "mlp"), default=multiple)
-    if "channels" in granularity and multiple > widest:
-        raise ConfigError(f"search.multiple={multiple!r}: expected at most {widest}, the FFN width")
 
 
 def unit_order(score: Score, units: int) -> Tensor:

@@ -11,21 +11,8 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.common import require
-from pruneexp.search.grain import (
-    BLOCK,
-    KIND,
-    SUBLAYER,
-    UNIT,
-    Gone,
-    Grain,
-    Granularity,
-    check_settings,
-    least_units,
-    losses_in_order,
-    step_units,
-    unit_order,
-    within_reach,
-)
+from pruneexp.search.grain import BLOCK, SUBLAYER, UNIT, Gone, Grain, losses_in_order, unit_order, within_reach
+from pruneexp.search.granularity import KIND, Granularity, check_settings, least_units, step_units
 from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
 
 logger = logging.getLogger("pruneexp")

@@ -10,7 +10,7 @@ import torch
 
 from pruneexp.search.budgeted import Global, removable
 from pruneexp.search.common import by_layer, in_order, layer_budgets, planned, require
-from pruneexp.search.grain import Granularity, chosen_sites
+from pruneexp.search.granularity import Granularity, chosen_sites
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from pruneexp.search.common import in_order, planned, raw
-from pruneexp.search.grain import Grain, removal_steps, step_units, unit_order
+from pruneexp.search.grain import Grain, unit_order
+from pruneexp.search.granularity import removal_steps, step_units
 from pruneexp.types import Budget, Candidate, Plan, RemovalPath, Scores, Site
 
 Levels = dict[str, int]  # site name -> steps taken: units that leave, or multiples of them

@@ -14,20 +14,8 @@ from torch import Tensor
 from pruneexp.search.budgeted import Global
 from pruneexp.search.common import in_order, planned, prunable, removed, require
 from pruneexp.search.gates import Gates, as_groups, projected
-from pruneexp.search.grain import (
-    KIND,
-    UNIT,
-    UNITS,
-    Grain,
-    Granularity,
-    bundled,
-    check_settings,
-    is_nested,
-    is_plain,
-    step_units,
-    unit_order,
-    within_reach,
-)
+from pruneexp.search.grain import UNIT, Grain, bundled, unit_order, within_reach
+from pruneexp.search.granularity import KIND, UNITS, Granularity, check_settings, is_nested, is_plain, step_units
 from pruneexp.search.ranking import ranked
 from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
 

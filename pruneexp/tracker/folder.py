@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -103,7 +104,7 @@ def _numbered(folder: Path) -> Iterator[Path]:
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises ConfigError where a run may not or cannot write: a finished run is there and `overwrite` is false, a run
     is still writing, what no run wrote bears the names of ours or lies where the checkpoint goes, or the system does
-    not let us. Writes nothing."""
+    not let us. Leaves nothing there."""
     where = f"run.dir={str(folder)!r}"
     check_writable(folder, where)
     state = status_of(folder)
@@ -134,8 +135,14 @@ def check_writable(folder: Path, where: str) -> None:
     nearest = existing(folder)
     if not nearest.is_dir():
         raise ConfigError(f"{where}: {nearest} is a file; expected a folder that can be made")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{where}: {nearest} cannot be written to; expected a folder that can")
+    try:
+        # Tried, not asked for: permissions tell nothing of file systems that take no files, such as /proc, and root has
+        # them everywhere. Where the system can, the file never has a name.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{where}: {nearest} cannot be written to ({reason}); expected a folder that can") from error
 
 
 def _foreign(model: Path) -> list[str]:

@@ -51,7 +51,8 @@ class Criterion(Protocol):
     """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
     value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
     search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges` (not
-    required): what it can score, where that is not the units of attention and mlp: "sublayer", "block", as a whole."""
+    required): what it can score, where that is not the units of attention and mlp: "sublayer", "block", as a whole.
+    `lost(scores)` (not required): how many of these stand for a loss that was not finite; the log says so."""
 
     evidence: ClassVar[Any]
     sequential: bool

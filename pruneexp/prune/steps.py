@@ -1,7 +1,8 @@
-"""Calibrate, score, search, compensate, shrink: a model and a budget to a smaller model."""
+"""The steps of pruning, all layers at once or one after the other: calibrate, score, search, compensate, shrink."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,64 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.budget import as_searched, biases_added, budget_of, refusal, searched_sites, whole_budget
+from pruneexp.budget import as_searched, budget_of, searched_sites, whole_budget
 from pruneexp.cache import NoCache
-from pruneexp.calibrate import Bookmark, Meter, Probe, Visit, walk, walk_sites
+from pruneexp.calibrate import Bookmark, Meter, Visit, walk, walk_sites
 from pruneexp.model import Model
+from pruneexp.prune.ask import asked, searched
+from pruneexp.prune.method import Method, Pruned, Pruning, Shrunk, by_site, goes_layer_by_layer, judged_whole
 from pruneexp.resume import Notes
 from pruneexp.scoring import Results, checked, distinct, without_readers
-from pruneexp.search import KIND, block_scores, expert_scores, scored_as
+from pruneexp.search import block_scores, expert_scores
 from pruneexp.surgery import remove_blocks_, replace_readers_, shrink_layer_
-from pruneexp.types import (
-    Budget,
-    Compensator,
-    Criterion,
-    Plan,
-    RunError,
-    Score,
-    Search,
-    Site,
-    Sparsity,
-)
+from pruneexp.types import Criterion, Plan, RunError, Score, Search, Site
 
-Shrunk = Callable[[int], None]  # called with each layer's index while the shrunk layer is at hand
-
-
-@dataclass(frozen=True)
-class Method:
-    """What decides which units leave, and what makes up for them."""
-
-    criterion: Criterion
-    sparsity: Sparsity
-    search: Search
-    compensator: Compensator
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What pruning decided, and on what grounds."""
-
-    plan: Plan
-    scores: Mapping[str, Score]
-    sites: tuple[Site, ...]  # of the model before
-    counted: int  # what the ratio is a share of, in the model before
-
-
-@dataclass
-class _Pruning:
-    """One round of pruning: the parts it needs at every step."""
-
-    model: Model
-    tokens_NT: Tensor | None
-    method: Method
-    ratio: float
-    meter: Meter
-    rng: torch.Generator
-    shrunk: Shrunk
-    clock: Callable[[str], Any]
-    results: Results
-    notes: Notes
-    scores: dict[str, Score] = field(default_factory=dict)
+logger = logging.getLogger("pruneexp")
 
 
 def prune_(
@@ -95,7 +51,7 @@ def prune_(
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     leave = {site.name: site for site in (*sites, *as_searched(model, method.search, sites), *blocks)}
     results, notes = results or Results(NoCache(), {}), notes or Notes(None)
-    work = _Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, results, notes)
+    work = Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, results, notes)
     budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
         work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
@@ -111,19 +67,7 @@ def prune_(
     return Pruned(plan, work.scores, sites, budget.total)
 
 
-def goes_layer_by_layer(method: Method) -> bool:
-    """Whether each layer is scored and decided on what the pruned layers before it produce."""
-    return method.search.local and method.criterion.sequential and method.criterion.evidence is not None
-
-
-def judged_whole(method: Method) -> tuple[str, ...]:
-    """Kinds of sites that the criterion judges as wholes: sublayers, blocks; none where it scores their units."""
-    granularity = getattr(method.search, "granularity", ("heads", "channels"))
-    judges = getattr(method.criterion, "judges", ("attention", "mlp"))
-    return tuple(KIND[name] for name in granularity) if scored_as(granularity, judges) == "wholes" else ()
-
-
-def _all_at_once(work: _Pruning) -> Plan:
+def _all_at_once(work: Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
     granularity = getattr(work.method.search, "granularity", ("heads", "channels"))
@@ -132,13 +76,15 @@ def _all_at_once(work: _Pruning) -> Plan:
     dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
     with work.clock("calibrate"):
         scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
+        if lost := getattr(criterion, "lost", lambda _: 0)(scores):  # said of scores from the cache, too
+            logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(scores))
         work.scores.update(scores)
     with work.clock("search"):
         sites = searched_sites(work.model, work.method.search)
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores
         scores = block_scores(scores, sites) if blocks_alone and not shown else scores
-        plan = _searched(work, sites, scores)
+        plan = searched(work, sites, scores)
     work.scores = without_readers(work.scores)
     del scores  # and with them the covariances of removal paths
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
@@ -159,7 +105,7 @@ def _all_at_once(work: _Pruning) -> Plan:
 
 
 def _dense_results(
-    work: _Pruning, criterion: Criterion | None, kind: Any, whole: tuple[str, ...]
+    work: Pruning, criterion: Criterion | None, kind: Any, whole: tuple[str, ...]
 ) -> tuple[dict[str, Score], dict[str, Any]]:
     return work.results.of(work.model, work.tokens_NT, criterion, kind, whole, work.meter, work.notes)
 
@@ -180,7 +126,7 @@ def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict
     return plan, dict(zip((site.name for site in left), (site.name for site in stay), strict=True))
 
 
-def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type], note: Bookmark) -> None:
+def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type], note: Bookmark) -> None:
     """Each sublayer is compensated and shrunk on what the pruned sublayers before it produce."""
     wanted = work.method.compensator.evidence
     assert wanted is not None
@@ -209,11 +155,7 @@ def _site_by_site(work: _Pruning, decide: Callable[[Visit], Plan], kinds: Sequen
         del visit, collect
 
 
-def by_site(compensator: Compensator) -> bool:
-    return compensator.sequential and getattr(compensator.evidence, "source", "") == "wanted"
-
-
-def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
+def _layer_by_layer(work: Pruning, sites: Sequence[Site]) -> Plan:
     """Each layer is scored, searched and shrunk on what the pruned layers before it produce."""
     criterion, compensator = work.method.criterion, work.method.compensator
     dense: dict[str, Any] = {}
@@ -242,7 +184,7 @@ def _layer_by_layer(work: _Pruning, sites: Sequence[Site]) -> Plan:
 class _Decided:
     """The layers decided so far, and the parameters that they left over or took too much."""
 
-    work: _Pruning
+    work: Pruning
     plan: Plan = field(default_factory=lambda: Plan({}))
     carry: float = 0.0
 
@@ -254,7 +196,7 @@ class _Decided:
         scores = {**scores, **expert_scores(scores, sites)}
         work.scores.update(without_readers(scores))
         budget = budget_of(work.model, work.method.sparsity, work.ratio, sites, [visit.index])
-        layer_plan, self.carry = _asked(
+        layer_plan, self.carry = asked(
             work, scores, sites, replace(budget, added=self.carry, layers=len(work.model.layers)), None
         )
         self.plan = self.plan.merged(Plan(layer_plan.sites))
@@ -269,78 +211,14 @@ class _Decided:
         self.work.rng.set_state(rng)
 
 
-def _searched(work: _Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
-    """The plan of a search over all layers, which may probe the model where it is held in memory."""
-    oracle = None
-    if work.tokens_NT is not None and not work.model.streamed:
-        oracle = Probe(work.model, work.tokens_NT, work.meter, getattr(work.method.search, "effort", None))
-    try:
-        budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
-        return _asked(work, scores, sites, budget, oracle)[0]
-    finally:
-        if oracle is not None:
-            oracle.close()
-
-
-def _asked(
-    work: _Pruning, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget, oracle: Probe | None
-) -> tuple[Plan, float]:
-    """The search's plan, and the parameters that it falls short of the budget (below 0: removed too many).
-
-    New biases are paid for by removing more. Sites that stay whole get none, so that a search which spends nothing is
-    asked again once it is known which sites those are; where its answers go round in circles, the nearest counts. One
-    that probes is too dear to ask again: it may offer to rebalance its plan instead.
-    """
-    answers: list[tuple[Plan, float]] = []
-    added = budget.added_params(_biases_added(work, sites))
-    if refusal(work.method.search, sites, replace(budget, added=budget.added + added)) is not None:
-        added = 0  # most of these sites may have to stay whole
-    for _ in range(4):
-        asked = replace(budget, added=budget.added + added)
-        plan = work.method.search(scores, sites, asked, oracle, work.rng)
-        needed, short = _left_over(work, plan, sites, budget)
-        settled = needed == added or work.ratio == 0
-        if oracle is not None and oracle.passes:
-            return (plan, short) if settled else _rebalanced(work, plan, scores, sites, budget)
-        answers.append((plan, short))
-        if settled:
-            return answers[-1]
-        added = needed
-    return min(answers, key=lambda answer: abs(answer[1]))
-
-
-def _rebalanced(
-    work: _Pruning, plan: Plan, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget
-) -> tuple[Plan, float]:
-    """A probing search's plan at the biases that it really adds, where the search offers that for nothing."""
-    needed, short = _left_over(work, plan, sites, budget)
-    rebalanced = getattr(work.method.search, "rebalanced", None)
-    if rebalanced is None:
-        return plan, short
-    plan = rebalanced(plan, scores, sites, replace(budget, added=budget.added + needed))
-    return plan, _left_over(work, plan, sites, budget)[1]
-
-
-def _left_over(work: _Pruning, plan: Plan, sites: Sequence[Site], budget: Budget) -> tuple[int, float]:
-    """What the biases that `plan` leads to add, and what is missing for the budget and them together."""
-    needed = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
-    removed = sum(plan.removed(site) * budget.price(site) for site in sites)
-    return needed, replace(budget, added=budget.added + needed).remove - removed
-
-
-def _biases_added(work: _Pruning, sites: Sequence[Site]) -> int:
-    """Parameters of the biases that compensation would add, were all `sites` to lose units."""
-    return biases_added(work.model, work.method.sparsity, work.method.compensator, sites) if work.ratio else 0
-
-
-def _shrink(work: _Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
+def _shrink(work: Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
     """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
     shrink_layer_(work.model, visit.index, plan, _readers(work, visit, visit.block.sites, plan, evidence))
     work.shrunk(visit.index)
 
 
 def _readers(
-    work: _Pruning, visit: Visit, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
+    work: Pruning, visit: Visit, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
     compensator = work.method.compensator

@@ -307,7 +307,7 @@ def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
     model = loaded(name)
     for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
         seen = collect(torch.arange(site.channels))
-        weights = visit.block.weights[site.name]
+        weights = model.block(visit.index).weights[site.name]
         given = seen.inputs.covariance_CC @ weights.reader.T  # covariance of the inputs and what the reader gives
         torch.testing.assert_close(seen.covariance_KO, given, rtol=1e-5, atol=1e-6)
 

@@ -18,7 +18,7 @@ from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, Cost, Site
+from pruneexp.types import Block, ConfigError, Cost, Site
 
 KEPT_BYTES = 2**28  # of readers' inputs that are held until the sublayer has been shrunk, rather than made once more
 
@@ -45,12 +45,12 @@ def walk_sites(
     dense model, x in front of it in the pruned one, a() what attention's reader gives, and r what outputs are
     multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
 
-    The layer's visit is that before anything left it, and holds its evidence of `kinds` on the pruned model's hidden
-    states, as in `walk`; `bookmark` as there. Runs the dense layers and the pruned ones, these last from the inputs of
-    their readers that were kept: two plain passes; what is beyond `KEPT_BYTES` of a site's inputs is made once more,
-    less than one pass in all (`passes_of_layer`). One more with `kinds`. Holds three times the hidden states, N x D
-    each, beside them, and once more in the first layer. `dense_states`: of a walk over the same model and windows,
-    which then run through no dense layer again; the meter is charged for them as if they did.
+    The layer's visits hold its evidence of `kinds` on the pruned model's hidden states, as in `walk`, and the first one
+    its weights, before anything left it. `bookmark` as there. Runs the dense layers and the pruned ones, these last
+    from the inputs of their readers that were kept: two plain passes; what is beyond `KEPT_BYTES` of a site's inputs is
+    made once more, less than one pass in all (`passes_of_layer`). One more with `kinds`. Holds three times the hidden
+    states, N x D each, beside them, and once more in the first layer. `dense_states`: of a walk over the same model and
+    windows, which then run through no dense layer again; the meter is charged for them as if they did.
 
     Raises:
         ConfigError: as `require_sums`.
@@ -69,18 +69,18 @@ def walk_sites(
             block, device = model.block(index), model.layer_device(index)
             dense, hidden = ([x_BTD.to(device) for x_BTD in each] for each in (dense, hidden))
             seen = observe(model, layer, block, hidden, calls, kinds, [torch.empty(0)] * len(hidden)) if kinds else {}
+            bare = Visit(index, layer, Block(block.name, index, block.sites, {}), seen)
             visit, sites = Visit(index, layer, block, seen), {site.kind: site for site in block.sites}
             cost = model.whole_block(index).sites[0].cost
             shares = sublayer_shares(cost, block.sites, model.config.hidden_size, tokens_NT.shape[1])
-            parts = _Parts(model, visit, [call[index] for call in calls], meter, shares)
+            parts = _Parts(model, bare, [call[index] for call in calls], meter, shares)
             given, known = parts.dense_(dense, hidden, dense_states)
             if "attention" in sites:
-                yield (
-                    visit,
-                    sites["attention"],
-                    partial(parts.evidence, kind, sites["attention"], hidden, given, None, known),
-                )
-            del known
+                collect = partial(parts.evidence, kind, sites["attention"], hidden, given, None, known)
+                yield visit, sites["attention"], collect
+                visit = bare
+                del collect
+            del known, block  # views of weights, which leave
             parts.attention_(hidden, given)
             if "mlp" in sites:
                 wanted = ((d - x) / parts.scale - a for d, x, a in zip(dense, hidden, given, strict=True))
@@ -89,7 +89,7 @@ def walk_sites(
             if index + 1 < total:
                 parts.on_(hidden, given)
             meter.forward += (1 + bool(kinds)) / total
-            del block, visit, seen, parts, given  # views of weights, before the next block's come
+            del visit, seen, parts, given  # views of weights, before the next block's come
         bookmark.reached(index + 1, total, (dense, hidden), meter.forward)
 
 
@@ -274,16 +274,22 @@ class _Parts:
 
     @contextmanager
     def _attention_gives(self, given_BTD: Tensor) -> Iterator[None]:
-        """In the place of attention, what its reader has given."""
-        family = self.model.family
-        attention: Any = self.visit.layer.get_submodule(family.attention)
+        """In the place of attention, what its reader has given; the norm in front of it is left out."""
+        family, layer = self.model.family, self.visit.layer
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
             residual = (args[0] if args else kwargs["residual"]) if family.adds_residual else None
             return given_BTD if residual is None else given_BTD + residual, None
 
-        attention.forward = forward
+        attention: Any = layer.get_submodule(family.attention)
+        replaced: list[tuple[Any, Callable]] = [(attention, forward)]
+        if family.attention_norm not in (None, family.mlp_norm):
+            norm: Any = layer.get_submodule(family.attention_norm)
+            replaced.append((norm, lambda hidden_states: hidden_states))
+        for module, own in replaced:
+            module.forward = own
         try:
             yield
         finally:
-            del attention.forward
+            for module, _ in replaced:
+                del module.forward

@@ -20,7 +20,7 @@ from pruneexp.resume import Notes
 from pruneexp.scoring import Results, checked, distinct, without_readers
 from pruneexp.search import block_scores, expert_scores
 from pruneexp.surgery import remove_blocks_, replace_readers_, shrink_layer_
-from pruneexp.types import Criterion, Plan, RunError, Score, Search, Site
+from pruneexp.types import Criterion, Plan, RunError, Score, Search, Site, SiteWeights
 
 logger = logging.getLogger("pruneexp")
 
@@ -140,16 +140,18 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
         if plan.removed(site):
             keep_C = site.keep_C(plan.sites[site.name].kept)
+            reader = work.model.block(visit.index).weights[site.name]
+            weights = {site.name: replace(reader, writers={}, writer_biases={})}  # whose rows leave, and are not held
+            del reader
             before = hasattr(wanted, "of") and len(keep_C) > 0  # evidence of what stays alone: nothing else need run
             if before:
                 shrink_layer_(work.model, visit.index, alone)
-            evidence = {site.name: collect(keep_C)}
-            readers = _readers(work, visit, [site], plan, evidence)
+            readers = _readers(work, weights, [site], plan, {site.name: collect(keep_C)})
             if before:
                 replace_readers_(work.model, visit.index, readers)
             else:
                 shrink_layer_(work.model, visit.index, alone, readers)
-            del evidence, readers
+            del weights, readers
         if site is sites[-1]:
             work.shrunk(visit.index)
         del visit, collect
@@ -213,12 +215,17 @@ class _Decided:
 
 def _shrink(work: Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
     """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
-    shrink_layer_(work.model, visit.index, plan, _readers(work, visit, visit.block.sites, plan, evidence))
+    readers = _readers(work, visit.block.weights, visit.block.sites, plan, evidence)
+    shrink_layer_(work.model, visit.index, plan, readers)
     work.shrunk(visit.index)
 
 
 def _readers(
-    work: Pruning, visit: Visit, sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
+    work: Pruning,
+    weights: Mapping[str, SiteWeights],
+    sites: Sequence[Site],
+    plan: Plan,
+    evidence: Mapping[str, Any],
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
     compensator = work.method.compensator
@@ -226,11 +233,11 @@ def _readers(
     readers = {}
     for site in sites:
         if plan.removed(site):
-            weights = visit.block.weights[site.name]
+            own = weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
-            readers[site.name] = compensate(weights.reader, weights.reader_bias, found, keep_C)
-            shape, fits = tuple(readers[site.name][0].shape), (len(weights.reader), len(keep_C))
+            readers[site.name] = compensate(own.reader, own.reader_bias, found, keep_C)
+            shape, fits = tuple(readers[site.name][0].shape), (len(own.reader), len(keep_C))
             if shape != fits:
                 raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")
     return readers

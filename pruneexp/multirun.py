@@ -72,10 +72,11 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
         raise
     except Exception as error:
         raise RunError(f"the sweep stopped: {type(error).__name__}: {one_line(error)}") from error
+    finally:  # also of a sweep that is interrupted
+        summary = write_summary(folder)
     # The folders say how the jobs ended, whatever process or machine a launcher ran them on.
-    ran = [path.parent for path, text in _statuses(folder).items() if before.get(path) != text]
+    ran = [path.parent for path, status in _statuses(folder).items() if before.get(path) != status]
     failed = sorted(job.name for job in ran if status_of(job) != "done")
-    summary = write_summary(folder)
     print(
         f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran"
         + (f", failed: {', '.join(failed)}" if failed else "")
@@ -265,8 +266,8 @@ def _record_failure(job: Composed, folder: Path, reason: str) -> None:
         write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
 
 
-def _statuses(folder: Path) -> dict[Path, str]:
-    return {path: path.read_text() for path in folder.glob("*/status.json")}
+def _statuses(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.glob("*/status.json")}
 
 
 def _quoted(text: str) -> str:

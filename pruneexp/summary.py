@@ -17,23 +17,30 @@ LEFT_OUT = ("run", "sweep", "cache", "tracker")  # where a job runs and reports,
 
 
 def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: a row for every job in `folder`, with its status, the settings in which the jobs differ, and its
-    metrics. A job that is not done has none; what a job lacks is ""."""
+    """Header and rows: a row for every job in `folder`, with its status, why it failed and the recipe (where any job
+    failed, or not all have the same), the settings in which the jobs differ, and its metrics. A job that is not done
+    has none; what a job lacks is ""."""
     jobs = sorted(path.parent for path in folder.glob("*/status.json"))
-    found = [_settings(job) for job in jobs]
+    configs = [_object(job / "config.yaml") for job in jobs]
+    found = [settings(config) for config in configs]
     keys = differing(found)
     metrics = [_metrics(job) for job in jobs]
     figures = sorted({key for measured in metrics for key in measured})
+    told = {"reason": [str(_object(job / "status.json").get("reason") or "") for job in jobs]}
+    if any(key.endswith("._target_") for key in keys):
+        told["recipe"] = _recipes(configs)
+    told = {name: values for name, values in told.items() if len(set(values)) > 1 or (name == "reason" and any(values))}
     rows = [
         [
             job.name,
             status_of(job),
-            *(setting.get(key, "") for key in keys),
-            *(measured.get(key, "") for key in figures),
+            *(values[index] for values in told.values()),
+            *(found[index].get(key, "") for key in keys),
+            *(metrics[index].get(key, "") for key in figures),
         ]
-        for job, setting, measured in zip(jobs, found, metrics, strict=True)
+        for index, job in enumerate(jobs)
     ]
-    return ["job", "status", *keys, *figures], rows
+    return ["job", "status", *told, *keys, *figures], rows
 
 
 def write_summary(folder: Path) -> Path:
@@ -46,13 +53,20 @@ def write_summary(folder: Path) -> Path:
     return path
 
 
-def _settings(job: Path) -> dict[str, Any]:
-    """The job's config, flat: {"sparsity.ratio": 0.2}. Empty where it did not come far enough to write it."""
+def _object(path: Path) -> dict[str, Any]:
+    """What a YAML or JSON file holds; empty where it is missing, damaged, or no object."""
     try:
-        config = yaml.safe_load((job / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return settings(config)
+    return found if isinstance(found, dict) else {}
+
+
+def _recipes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The recipe whose parts each job has; "" where none has them, or its config is not there."""
+    from pruneexp.pages.methods import choices_of
+
+    return [(choices_of(config)[0] or "") if config else "" for config in configs]
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,4 +92,4 @@ def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def _metrics(job: Path) -> dict[str, Any]:
     if status_of(job) != "done":
         return {}
-    return json.loads((job / "metrics.json").read_text())
+    return json.loads((job / "metrics.json").read_text(encoding="utf-8"))

@@ -55,7 +55,7 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
-    """What would have run. A seed of 13 fails as a run fails, one of 14 as a bug does."""
+    """What would have run. A seed of 13 fails as a run fails, one of 14 as a bug does; at 16 the user stops."""
     started: list[Experiment] = []
 
     def run_experiment(experiment: Experiment, shared: Any = None) -> dict[str, float]:
@@ -64,6 +64,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
             raise RunError("unlucky")
         if experiment.seed == 14:
             raise ValueError("a bug\nof two lines")
+        if experiment.seed == 16:
+            raise KeyboardInterrupt
         if experiment.run.dir is not None:
             folder = Path(experiment.run.dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -345,6 +347,24 @@ def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: lis
     again = cli(*command)
     assert again.code == 0 and again.err.count("done already") == 2 and len(runs) == 2
     assert cli(*command, "run.overwrite=true").code == 0 and len(runs) == 4
+
+
+def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
+    assert cli("--multirun", "seed=1,16,2", "sweep.dir=x").code == 130
+    assert [run.seed for run in runs] == [1, 16]
+    lines = Path("x/summary.csv").read_text().splitlines()
+    assert len(lines) == 2 and Path(str(runs[0].run.dir)).name in lines[1]
+
+
+def test_a_job_whose_figures_are_damaged_runs_again(cli: Cli, runs: list[Experiment]) -> None:
+    command = ("--multirun", "seed=1,2,3", "sweep.dir=x")
+    assert cli(*command).code == 0
+    first, second, _ = (Path(str(run.run.dir)) for run in runs)
+    (first / "metrics.json").write_text('{"pruned/x')
+    (second / "status.json").write_bytes(b"\xff\xfe")
+    again = cli(*command)
+    assert again.code == 0, again.err
+    assert [run.seed for run in runs] == [1, 2, 3, 1] and again.err.count("done already") == 2
 
 
 def test_a_checkpoint_asked_for_later_is_not_skipped(cli: Cli, runs: list[Experiment]) -> None:

@@ -109,6 +109,8 @@ def _status(folder: Path) -> Mapping[str, Any]:
     status = _json(folder, "status.json") if (folder / "status.json").is_file() else {}
     if state == "failed":
         raise _Unusable(f"failed: {status.get('reason') or 'no reason given'}")
+    if (folder / "metrics.json").exists():
+        return status  # finished; whoever reads it says what is wrong with it
     if state == "running":
         raise _Unusable(f"still running, as process {status.get('pid')} on {status.get('host')}")
     if state == "interrupted":

@@ -426,6 +426,21 @@ def test_models_have_figures_of_their_own(tmp_path: Path) -> None:
     assert len(list((runs / "report" / "figures").glob("perplexity*.svg"))) == 3
 
 
+def test_tables_of_several_models_say_which(tmp_path: Path) -> None:
+    for model in ("embedded", "embedded_opt"):
+        for ratio, seed in ((0.2, 0), (0.3, 0), (0.2, 1), (0.3, 1)):
+            composed = config("recipe=flap", f"model={model}", **{"sparsity.ratio": ratio, "dataset.seed": seed})
+            write_run(tmp_path / f"{model}{ratio}{seed}", composed, metrics(4.0 + ratio + seed))
+    assert report(tmp_path) == 0
+    text = (tmp_path / "report" / "index.html").read_text()
+    titles = re.findall(r"<caption>(Rise in ln [^<]*)</caption>", text)
+    assert [title.rpartition("; ")[2] for title in titles] == [
+        f"effect: its mean less that of all runs ({name})" for name in ("embedded-llama", "embedded-opt")
+    ]
+    table = rows(tmp_path / "report" / "tables" / "effects-ppl-embedded-128-model1.csv")
+    assert all(float(row["95 % over seeds, ±"]) >= 0 for row in table)
+
+
 def test_crossed_choices_are_factors_and_an_unbalanced_design_says_so(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     cells = [(c, s) for c in ("flap", "wanda_sp", "magnitude") for s in ("uniform", "global")]
@@ -439,6 +454,7 @@ def test_crossed_choices_are_factors_and_an_unbalanced_design_says_so(tmp_path: 
     found = {(row["factor"], row["level"]): row for row in table}
     assert {factor for factor, _ in found} == {"criterion", "search"}
     assert float(found["criterion", "wanda_sp"]["mean rise"]) == pytest.approx(3.5)
+    assert "95 % over seeds, ±" not in table[0]  # there is one seed
     methods = [row["method"] for row in rows(runs / "report" / "tables" / "runs.csv")]
     assert "wanda_sp global" in methods and len(set(methods)) == 5
 

@@ -98,7 +98,7 @@ def effects_section(runs: Sequence[Described]) -> Section | None:
             if found is not None:
                 name = file_name("effects", metric, *only)
                 designs.setdefault(_design(found), []).append(metric)
-                tables.append(_effects_table(name, found))
+                tables.append(_effects_table(name, found, context if only else ""))
                 pictures.append(named(context, only, effects_figure(name, found)))
         lines += [f"{context}, {', '.join(metrics)}: {design}" for design, metrics in designs.items()]
         if designs:
@@ -136,8 +136,9 @@ def _unequal_shares(context: str, runs: Sequence[Described]) -> list[str]:
     ]
 
 
-def _effects_table(name: str, found: Ablation) -> Table:
-    head = ("factor", "level", "runs", "mean rise", "standard deviation", "effect", "95 % over seeds, ±")
+def _effects_table(name: str, found: Ablation, where: str) -> Table:
+    intervals = any(effect.half is not None for effect in found.effects)
+    head = ("factor", "level", "runs", "mean rise", "standard deviation", "effect")
     rows = tuple(
         (
             Cell(effect.factor),
@@ -146,12 +147,13 @@ def _effects_table(name: str, found: Ablation) -> Table:
             number(effect.mean),
             number(effect.spread),
             number(effect.effect),
-            number(effect.half),
+            *([number(effect.half)] if intervals else []),
         )
         for effect in found.effects
     )
     title = f"Rise in ln {found.metric} over the dense model by level; effect: its mean less that of all runs"
-    return Table(name, title, head, rows)
+    title += f" ({where})" if where else ""
+    return Table(name, title, (*head, "95 % over seeds, ±") if intervals else head, rows)
 
 
 def published_section(

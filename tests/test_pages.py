@@ -356,6 +356,27 @@ def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path
     assert "published" in page.text and "No published figure is known" not in page.text
 
 
+def test_a_papers_mean_over_tasks_stands_beside_the_mean_of_ours_on_them(tmp_path: Path) -> None:
+    """FLAP prints 62.08 at 20 %: acc of four tasks and acc_norm of three, which is neither of our own two means."""
+    (table,) = (table for table in published_tables() if table.name == "flap_zeroshot")
+    (tasks,) = {figure.mean_of for figure in table.figures if figure.mean_of}
+    ours = {task: 0.5 + 0.01 * index for index, task in enumerate(tasks)}
+    means = {"acc/mean7@0shot": 0.1, "acc_norm_or_acc/mean7@0shot": 0.9}
+    composed, of_ppl = llama(14.6, "recipe=flap")
+    dense = {f"dense/{name}": value for name, value in (ours | means).items()}
+    pruned = {f"pruned/{name}": value - 0.1 for name, value in (ours | means).items()}
+    write_run(tmp_path / "whole", composed, of_ppl | dense | pruned)
+    composed, _ = llama(14.6, "recipe=flap", **{"dataset.seed": 1})
+    write_run(tmp_path / "part", composed, of_ppl | dict(list((dense | pruned).items())[1:-3]))
+    found = comparisons(describe(find([tmp_path], "same").runs), [table])
+    (before, after) = (one for one in found if one.published.mean_of)
+    assert (before.published.value, after.published.value) == (63.25, 62.08)
+    assert (before.ours.mean, after.ours.mean) == (pytest.approx(53.0), pytest.approx(43.0)) and after.ours.n == 1
+    assert [one.run.name for one in after.runs] == ["whole"]
+    told = {aspect.what: aspect.ours for aspect in after.aspects}
+    assert told["score"].startswith("mean of acc/boolq@0shot, ") and "acc_norm/hellaswag@0shot" in told["score"]
+
+
 def test_another_ratio_window_metric_or_recovery_is_another_figure(tmp_path: Path) -> None:
     changes = {
         "ratio": {"sparsity.ratio": 0.25},

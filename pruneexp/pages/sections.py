@@ -169,7 +169,7 @@ def published_section(
     )
     rows = []
     for k, one in enumerate(compared):
-        figure, distance = one.published, one.ours.mean - one.published.value
+        figure, distance = one.published, round(one.ours.mean - one.published.value, 9)  # no digits of rounding
         rows.append(
             (
                 number(k + 1),

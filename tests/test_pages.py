@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -280,6 +281,18 @@ def test_what_is_not_whole_is_named_and_left_out(tmp_path: Path, capsys: pytest.
     # A second report is no run, and does not replace the first unasked.
     assert report(runs) == 2 and "overwrite=true" in capsys.readouterr().err
     assert report(runs, "overwrite=true") == 0
+
+
+def test_runs_are_found_through_links_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "deep" / "sweep" / "run", config("recipe=flap"))
+    shutil.copytree(run, tmp_path / "best" / "copy")
+    (tmp_path / "best" / "linked").symlink_to(run)
+    (tmp_path / "best" / "round").symlink_to(tmp_path / "best")
+    assert [one.name for one in find([tmp_path / "best"], "same").repeats] == ["linked"]
+    assert len(find([tmp_path / "deep", tmp_path / "best" / "linked", run.parent], "same").runs) == 1
+    assert report(tmp_path / "best") == 0
+    said = capsys.readouterr().out
+    assert "left out: linked: the same config and results as copy" in said and "1 run; the report is" in said
 
 
 def test_other_versions_come_in_where_asked_for(tmp_path: Path) -> None:

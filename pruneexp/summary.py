@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def _recipes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config computes, flat: {"sparsity.ratio": 0.2}; lists as JSON."""
+    """What a config computes, flat: {"sparsity.ratio": 0.2}; lists as they are typed where they hold plain words,
+    "[heads,channels]", and as JSON otherwise."""
     return dict(_flat({key: value for key, value in config.items() if key not in LEFT_OUT}))
 
 
@@ -79,7 +81,12 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+            yield f"{prefix}{key}", _typed(value) if isinstance(value, list) else value
+
+
+def _typed(values: list[Any]) -> str:
+    plain = all(isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value) for value in values)
+    return f"[{','.join(values)}]" if plain else json.dumps(values)
 
 
 def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -512,6 +512,14 @@ def test_settings_of_one_choice_tell_methods_apart(tmp_path: Path) -> None:
     ]
 
 
+def test_settings_alone_name_methods_of_parts_that_all_share(tmp_path: Path) -> None:
+    for index, kinds in enumerate(("[heads,channels]", "[blocks]")):
+        typed = ("recipe=flap", "search=global", "compensator=none", f"search.granularity={kinds}")
+        write_run(tmp_path / str(index), config(*typed))
+    found = [one.method for one in describe(find([tmp_path], "same").runs)]
+    assert found == ["granularity=[heads,channels]", "granularity=[blocks]"]
+
+
 def test_runs_without_perplexity_have_a_page_too(tmp_path: Path) -> None:
     blocks = Plan({f"model.layers.{k}": SitePlan("block", 1, (0,) if k else ()) for k in range(3)})
     measured = {key: value for key, value in metrics().items() if "ppl/" not in key} | {"pruned/questions/acc": 0.5}

@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from pruneexp.summary import write_summary
+from pruneexp.summary import settings, write_summary
 from pruneexp.tracker.folder import new_status
 from tests.report_samples import config, write_run
 
@@ -41,6 +41,16 @@ def test_jobs_are_told_apart_by_recipe_where_that_differs(tmp_path: Path) -> Non
     (tmp_path / "cc" / "status.json").unlink()
     header = write_summary(tmp_path).read_text().splitlines()[0].split(",")
     assert header[:2] == ["job", "status"] and not {"recipe", "reason"} & set(header)
+
+
+def test_lists_are_told_as_they_are_typed() -> None:
+    config = {"search": {"granularity": ["heads", "channels"], "widths": [1, 2]}, "tasks": ["a b", "c"], "none": []}
+    assert settings(config) == {
+        "search.granularity": "[heads,channels]",
+        "search.widths": "[1, 2]",
+        "tasks": '["a b", "c"]',
+        "none": "[]",
+    }
 
 
 def test_metrics_of_a_job_that_is_not_done_do_not_count(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> list[Compo
         try:
             jobs.append(as_job(composer.job(overrides), folder))
             build(jobs[-1])
+        except ConfigErrors as error:
+            mistakes.update(error.lines)
         except ConfigError as error:
             mistakes[one_line(error)] += 1
     if mistakes:

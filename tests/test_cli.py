@@ -139,6 +139,11 @@ MISTAKES = [
         "compensator.sequential=False: with model.stream=true, the covariances of all layers",
     ),
     ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected .* (1 of 2 jobs)"),
+    (
+        "--multirun sparsity.ratio=interval(0.1,0.3)",
+        "sparsity.ratio=interval(0.1,0.3): a sweep needs values, .*hydra/sweeper=optuna",
+    ),
+    ("run.dir=späce", """run.dir=späce: cannot be read; expected key=value, .* as in "run.dir='späce'\""""),
     ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
     ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3: unknown key; .*did you mean sparsity.ratio?\n"),
     (
@@ -184,9 +189,19 @@ def test_mistakes_of_jobs_are_a_line_each(cli: Cli, runs: list[Experiment]) -> N
     lines = ended.err.splitlines()
     assert ended.code == 2 and ended.out == "" and len(lines) == 3 and not runs
     assert lines[0] == "pruneexp: sparsity.ratio=2.0: expected a number in [0, 1) (2 of 16 jobs)"
-    assert lines[1].startswith("pruneexp: criterion=flup: expected one of ") and lines[1].endswith("(4 of 16 jobs)")
+    assert lines[1].startswith("pruneexp: criterion=flup: expected one of ") and lines[1].endswith("(8 of 16 jobs)")
     assert lines[2].startswith("pruneexp: search=al_an: expected one of ") and lines[2].endswith("(8 of 16 jobs)")
     assert not list(Path().iterdir())
+
+
+def test_unknown_choices_that_were_typed_are_told_together(cli: Cli, runs: list[Experiment]) -> None:
+    wrong = ("run.dir=ä", "criterion=foo", "evaluator=[perplxity,size]")
+    told = ["run.dir=ä", "criterion=foo", "evaluator=perplxity"]
+    for typed, more in (((), []), (("--multirun", "recipe=flap,flp", "seed=1,2"), ["recipe=flp"])):
+        ended = cli(*typed, *wrong)
+        lines = [line.removeprefix("pruneexp: ").partition(": ")[0] for line in ended.err.splitlines()]
+        assert ended.code == 2 and sorted(lines) == sorted([*told, *more])
+    assert not runs and not list(Path().iterdir())
 
 
 def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:

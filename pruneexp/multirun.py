@@ -26,7 +26,7 @@ from pruneexp.jobs import NOT_HASHED, JobComposer, job_overrides, recipes_name, 
 from pruneexp.progress import progress
 from pruneexp.startup import uncollected
 from pruneexp.summary import sweep_table, write_summary
-from pruneexp.tracker import status_of, write_atomic
+from pruneexp.tracker import reset_peak_memory, status_of, write_atomic
 from pruneexp.tracker.folder import check_writable, timestamp
 from pruneexp.types import ConfigError, ConfigErrors, RunError, RunRecord, Tracker
 
@@ -63,6 +63,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
 
             shared = DenseStates(SHARED_BYTES)
             for number, job in enumerate(jobs):
+                reset_peak_memory()
                 metrics = _run_recorded(job, str(number), shared)
                 _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
         else:
@@ -191,6 +192,7 @@ def run_job(config: DictConfig) -> float | None:
         # Nothing to name a folder with: only sweepers that make up their jobs as they go get here.
         print(f"pruneexp: job {node.job.num}: {error}", file=sys.stderr)
         raise
+    reset_peak_memory()  # a launcher may run several jobs in one process
     downhill = not str(node.sweeper.get("direction", "")).lower().endswith("maximize")
     return _objective(job, _run_recorded(job, str(node.job.num)), math.inf if downhill else -math.inf)
 

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
 import pruneexp
 from pruneexp import experiment as experiments
+from pruneexp import multirun
 from pruneexp.__main__ import main
 from pruneexp.experiment import Experiment
 from pruneexp.multirun import config_hash
+from pruneexp.tracker import memory_metrics
 from pruneexp.types import ConfigError, RunError
 
 HEAVY = ("transformers", "datasets", "wandb", "lm_eval")
@@ -55,7 +58,8 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
-    """What would have run. A seed of 13 fails as a run fails, one of 14 as a bug does; at 16 the user stops."""
+    """What would have run. A seed of 13 fails as a run fails, one of 14 as a bug does; at 16 the user stops, and 17
+    needs much memory."""
     started: list[Experiment] = []
 
     def run_experiment(experiment: Experiment, shared: Any = None) -> dict[str, float]:
@@ -66,11 +70,15 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
             raise ValueError("a bug\nof two lines")
         if experiment.seed == 16:
             raise KeyboardInterrupt
+        if experiment.seed == 17:
+            torch.ones(2**26)  # a quarter of a GiB, which only this job has needed
         if experiment.run.dir is not None:
             folder = Path(experiment.run.dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "status.json").write_text(json.dumps({"status": "done", "seed": experiment.seed}))
-            (folder / "metrics.json").write_text(json.dumps({"pruned/x": experiment.sparsity.ratio}))
+            (folder / "metrics.json").write_text(
+                json.dumps({"pruned/x": experiment.sparsity.ratio, **memory_metrics([])})
+            )
             if experiment.run.save:
                 (folder / "model").mkdir(exist_ok=True)
         return {"pruned/x": experiment.sparsity.ratio}
@@ -362,6 +370,18 @@ def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: lis
     again = cli(*command)
     assert again.code == 0 and again.err.count("done already") == 2 and len(runs) == 2
     assert cli(*command, "run.overwrite=true").code == 0 and len(runs) == 4
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be reset")
+@pytest.mark.parametrize("here", [True, False])
+def test_no_job_has_the_peak_memory_of_those_before_it(
+    here: bool, cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multirun, "_runs_here", lambda node: here)
+    assert cli("--multirun", "seed=1,17,2", "sweep.dir=x").code == 0
+    folders = [Path(str(run.run.dir)) for run in runs]
+    before, most, after = (json.loads((job / "metrics.json").read_text())["memory/peak_bytes"] for job in folders)
+    assert most > before + 2**27 and most > after + 2**27
 
 
 def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: list[Experiment]) -> None:

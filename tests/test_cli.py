@@ -384,6 +384,18 @@ def test_no_job_has_the_peak_memory_of_those_before_it(
     assert most > before + 2**27 and most > after + 2**27
 
 
+def test_jobs_of_another_sweep_in_the_folder_are_not_counted(
+    cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another() -> None:
+        Path("x/other").mkdir(exist_ok=True)
+        Path("x/other/status.json").write_text(json.dumps({"status": "failed", "reason": "its own"}))
+
+    monkeypatch.setattr(multirun, "reset_peak_memory", another)
+    ended = cli("--multirun", "seed=1,2", "sweep.dir=x")
+    assert ended.code == 0 and "2 jobs ran\n" in ended.out
+
+
 def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "seed=1,16,2", "sweep.dir=x").code == 130
     assert [run.seed for run in runs] == [1, 16]

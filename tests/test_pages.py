@@ -187,6 +187,17 @@ def test_fronts_hold_the_dense_model_and_what_nothing_beats(made: Path) -> None:
     assert float(dense["prefill, ms per token (b1x128)"]) == 1.0  # 1,000 tokens a second
 
 
+def test_latencies_say_how_far_they_vary(tmp_path: Path) -> None:
+    for index, ratio in enumerate((0.2, 0.3)):
+        speed = {f"dense/{LATENCY}": 1000.0, f"pruned/{LATENCY}": 2000.0}
+        spread = {f"dense/{LATENCY}/iqr": 50.0, f"pruned/{LATENCY}/iqr": 200.0 + 40 * index}
+        composed = config("recipe=flap", **{"sparsity.ratio": ratio})
+        write_run(tmp_path / str(index), composed, metrics(4.0 + index, **speed, **spread))
+    assert report(tmp_path) == 0
+    said = "the interquartile range over repetitions is at most 12 % of prefill, ms per token (b1x128); points"
+    assert said in Page(tmp_path / "report" / "index.html").text
+
+
 def test_kept_widths_are_means_over_seeds(made: Path) -> None:
     (heads,) = [label for label in Page(made / "index.html").labels if "attention heads (KV groups) kept" in label]
     assert "flap, 0.2 100 50 50;" in heads  # the last layer keeps 1, 2 and 3 of 4

@@ -34,7 +34,7 @@ UNEQUAL = 0.01  # difference of shares removed at one ratio that is told
 
 
 def pareto_section(runs: Sequence[Described], looks: Mapping[str, Style]) -> Section | None:
-    tables, pictures = [], []
+    lines, tables, pictures = [], [], []
     for context in dict.fromkeys(one.context for one in runs):
         only = only_of(runs, context)
         members = [one for one in runs if one.context == context]
@@ -51,9 +51,27 @@ def pareto_section(runs: Sequence[Described], looks: Mapping[str, Style]) -> Sec
                         where = ", ".join([*([context] if only else []), *([place] if several else [])])
                         pictures.append(named(context, only, pareto_figure(name, metric, cost, found, looks)))
                         tables.append(_priced_table(name, metric, cost, found, where))
+        if perplexities(members):
+            lines += _noise(context, members)
     if not pictures:
         return None
-    return Section("pareto", "Perplexity against latency and bytes", (), tuple(tables), tuple(pictures))
+    return Section("pareto", "Perplexity against latency and bytes", tuple(lines), tuple(tables), tuple(pictures))
+
+
+def _noise(context: str, runs: Sequence[Described]) -> list[str]:
+    """How far apart the repetitions of a latency lie: what is nearer to each other is in no order."""
+    found = []
+    for cost in costs(runs):
+        keys = [f"{side}/{cost.metric}" for side in ("dense", "pruned")]
+        both = [(one.run.metrics.get(f"{key}/iqr"), one.run.metrics.get(key)) for one in runs for key in keys]
+        ranges = [width / value for width, value in both if width is not None and value]
+        found += [f"{100 * max(ranges):.0f} % of {cost.label}"] if ranges else []
+    if not found:
+        return []
+    return [
+        f"{context}: the interquartile range over repetitions is at most {', '.join(found)}; points that are nearer to "
+        "each other than that are not in order."
+    ]
 
 
 def _priced_table(name: str, metric: str, cost: Cost, found: Sequence[Priced], where: str) -> Table:

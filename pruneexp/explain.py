@@ -92,7 +92,7 @@ def _malformed(text: str, hydra: Hydra) -> str:
     if "=" in text:
         key, _, value = text.partition("=")
         # Hydra wants the quotes, and so does the shell around them.
-        say = "" if set("'\"[]{}()") & set(value) else f""", as in "{key}='{value}'\""""
+        say = "" if set("'\"[]{}(),") & set(value) else f""", as in "{key}='{value}'\""""
         return f"{text}: cannot be read; expected key=value, with quotes around a value of special characters{say}"
     groups = [group for group in _own_groups(hydra) if text in hydra.config_loader.get_group_options(group)]
     return f"{text}: expected key=value" + (f"; did you mean {groups[0]}={text}?" if groups else "")

@@ -151,6 +151,7 @@ MISTAKES = [
         "--multirun sparsity.ratio=interval(0.1,0.3)",
         "sparsity.ratio=interval(0.1,0.3): a sweep needs values, .*hydra/sweeper=optuna",
     ),
+    ("--multirun sparsity.ratio=0.2,", "sparsity.ratio=0.2,: cannot be read; .* special characters\n"),
     ("run.dir=späce", """run.dir=späce: cannot be read; expected key=value, .* as in "run.dir='späce'\""""),
     ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
     ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3: unknown key; .*did you mean sparsity.ratio?\n"),
@@ -223,6 +224,19 @@ def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[
     for wrong in ("recipe=flapp: ", "criterion=magnitud: ", "search=unifrom: ", "search.min_unit=1: "):
         assert f"pruneexp: {wrong}" in ended.err
     assert [path.name for path in Path().iterdir()] == ["mine"]
+
+
+def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
+    file = tmp_path / "mine" / "sweep" / "quiet.yaml"
+    file.parent.mkdir(parents=True)
+    params = {"seed": "1,2", "sparsity.ratio": "0.2,0.3"}
+    file.write_text(f"# @package _global_\n{yaml.safe_dump({'hydra': {'sweeper': {'params': params}}})}")
+    ended = cli("--config-dir", "mine", "+sweep=quiet")
+    line = (
+        "pruneexp: hydra.sweeper.params: seed, sparsity.ratio would be swept over in a single run; expected --multirun,"
+    )
+    assert ended.code == 2 and ended.err.startswith(line) and not runs
+    assert cli("--config-dir", "mine", "+sweep=quiet", "--multirun").code == 0 and len(runs) == 4
 
 
 def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: list[Experiment]) -> None:

@@ -77,10 +77,9 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
         summary = write_summary(folder)
     # The folders say how the jobs ended, whatever process or machine a launcher ran them on.
     ran = [path.parent for path, status in _statuses(folder).items() if before.get(path) != status]
-    if jobs:  # known beforehand: another sweep may write to the same folder
-        ours = {Path(job.config["run"]["dir"]) for job in jobs}
-        ran = [job for job in ran if job in ours]
-    failed = sorted(job.name for job in ran if status_of(job) != "done")
+    ours = [Path(job.config["run"]["dir"]) for job in jobs]  # where they are known: another sweep may write here, too
+    ran = [job for job in ran if not ours or job in ours]
+    failed = sorted({job.name for job in ours or ran if status_of(job) != "done"})
     print(
         f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran"
         + (f", failed: {', '.join(failed)}" if failed else "")

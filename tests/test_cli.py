@@ -410,6 +410,15 @@ def test_jobs_of_another_sweep_in_the_folder_are_not_counted(
     assert ended.code == 0 and "2 jobs ran\n" in ended.out
 
 
+def test_a_job_that_left_no_trace_is_no_success(
+    cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose folder another process was writing to all the while."""
+    monkeypatch.setattr(multirun, "_run_recorded", lambda *_: None)
+    ended = cli("--multirun", "seed=1,2", "sweep.dir=x")
+    assert ended.code == 1 and "0 jobs ran, failed: " in ended.out
+
+
 def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "seed=1,16,2", "sweep.dir=x").code == 130
     assert [run.seed for run in runs] == [1, 16]

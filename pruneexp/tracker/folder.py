@@ -118,7 +118,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         )
     if overwrite:
         return
-    if is_finished(folder):
+    if _is_finished(folder):
         raise ConfigError(f"{where}: holds a finished run; expected an empty folder or run.overwrite=true")
     strangers = [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
     if state == "absent" and strangers:
@@ -217,7 +217,7 @@ def status_of(folder: Path) -> str:
 
     A run that is still marked running on another host counts as running: its process cannot be asked from here. One
     whose metrics.json is damaged counts as interrupted: there is nothing to take its figures from."""
-    finished = is_finished(folder)
+    finished = _is_finished(folder)
     status = _read_status(folder)
     said = status.get("status")
     if said is None:
@@ -227,7 +227,7 @@ def status_of(folder: Path) -> str:
     return "running" if _alive(status) else "interrupted"
 
 
-def is_finished(folder: Path) -> bool:
+def _is_finished(folder: Path) -> bool:
     """Whether a metrics.json is there that can be read."""
     return _read_object(folder / "metrics.json") is not None
 

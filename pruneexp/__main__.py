@@ -72,6 +72,9 @@ def _command(arguments: argparse.Namespace) -> int:
         with uncollected():
             config = compose_raw(hydra, overrides, RunMode.RUN)
         if config.hydra.mode != RunMode.MULTIRUN:
+            if swept := config.hydra.sweeper.get("params"):
+                several = f"hydra.sweeper.params: {', '.join(map(str, swept))} would be swept over in a single run"
+                raise ConfigError(f"{several}; expected --multirun, or hydra.mode: MULTIRUN in the sweep's file")
             return _single(config)
     from pruneexp.multirun import multirun
 

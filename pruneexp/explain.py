@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from pruneexp.config_files import conf_folder, inherited, key_comments, option_file
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, ConfigErrors
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -35,12 +35,16 @@ def one_line(error: BaseException) -> str:
 def explained(
     error: BaseException, hydra: Hydra | None, overrides: Sequence[str], swept: Sequence[str] = ()
 ) -> ConfigError:
-    """The ConfigError for what composing `overrides` raised. `swept`: the overrides of the multirun that they are one
-    job of."""
+    """The ConfigError for what composing `overrides` raised; of several that cannot be read, or choose what is not
+    there, all. `swept`: the overrides of the multirun that they are one job of."""
     if isinstance(error, ConfigError):
         return error
     if hydra is not None:
-        for message in _override_mistakes(hydra, overrides, swept, error):
+        parsed, unreadable = _parsed(hydra, overrides)
+        plain = [*unreadable, *(line for override in parsed for line in _unknown_choice(override, hydra))]
+        if len(plain) > 1:
+            return ConfigErrors(list(dict.fromkeys(plain)))
+        for message in (*plain, *_override_mistakes(hydra, parsed, swept, error)):
             return ConfigError(message)
     while error.__cause__ is not None and (not str(error) or str(error).startswith("Error merging override")):
         merged = str(error).removeprefix("Error merging override ")
@@ -57,30 +61,39 @@ def _first_sentence(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _override_mistakes(
-    hydra: Hydra, overrides: Sequence[str], swept: Sequence[str], error: BaseException
-) -> Iterator[str]:
-    """What is wrong with what was typed, worst first."""
+def _parsed(hydra: Hydra, overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """The overrides that can be read, and a message for each one that cannot."""
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     parsed: list[Override] = []
+    unreadable = []
     for text in overrides:
         try:
             parsed += parser.parse_overrides([text])
         except HydraException:
-            yield _malformed(text, hydra)
+            unreadable.append(_malformed(text, hydra))
+    return parsed, unreadable
+
+
+def _override_mistakes(
+    hydra: Hydra, parsed: Sequence[Override], swept: Sequence[str], error: BaseException
+) -> Iterator[str]:
+    """What else is wrong with what was typed, worst first."""
     for override in parsed:
-        yield from _unknown_choice(override, hydra)
-    for override in parsed:
-        text = str(override.input_line)
+        text, key = str(override.input_line), override.key_or_group
         if "more than once" in str(error) and override.is_add():
             yield f"{text}: this group has a choice already; expected {text.lstrip('+')}"
+        if "BasicSweeper does not support" in str(error) and override.is_interval_sweep():
+            yield f"{text}: a sweep needs values, {key}=A,B; an interval is searched by hydra/sweeper=optuna"
     if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error)):
-        yield from _unknown_key(found[1], parsed, parser.parse_overrides(list(swept)), hydra)
+        yield from _unknown_key(found[1], parsed, _parsed(hydra, swept)[0], hydra)
 
 
 def _malformed(text: str, hydra: Hydra) -> str:
     if "=" in text:
-        return f"{text}: cannot be read; expected key=value, with quotes around a value that has special characters"
+        key, _, value = text.partition("=")
+        # Hydra wants the quotes, and so does the shell around them.
+        say = "" if set("'\"[]{}(),") & set(value) else f""", as in "{key}='{value}'\""""
+        return f"{text}: cannot be read; expected key=value, with quotes around a value of special characters{say}"
     groups = [group for group in _own_groups(hydra) if text in hydra.config_loader.get_group_options(group)]
     return f"{text}: expected key=value" + (f"; did you mean {groups[0]}={text}?" if groups else "")
 

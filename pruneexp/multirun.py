@@ -26,7 +26,7 @@ from pruneexp.jobs import NOT_HASHED, JobComposer, job_overrides, recipes_name, 
 from pruneexp.progress import progress
 from pruneexp.startup import uncollected
 from pruneexp.summary import sweep_table, write_summary
-from pruneexp.tracker import status_of, write_atomic
+from pruneexp.tracker import reset_peak_memory, status_of, write_atomic
 from pruneexp.tracker.folder import check_writable, timestamp
 from pruneexp.types import ConfigError, ConfigErrors, RunError, RunRecord, Tracker
 
@@ -65,6 +65,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     try:
         if here:
             for number, job in enumerate(jobs):
+                reset_peak_memory()
                 metrics = _run_recorded(job, str(number), shared)
                 _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
         else:
@@ -74,10 +75,13 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
         raise
     except Exception as error:
         raise RunError(f"the sweep stopped: {type(error).__name__}: {one_line(error)}") from error
+    finally:  # also of a sweep that is interrupted
+        summary = write_summary(folder)
     # The folders say how the jobs ended, whatever process or machine a launcher ran them on.
-    ran = [path.parent for path, text in _statuses(folder).items() if before.get(path) != text]
-    failed = sorted(job.name for job in ran if status_of(job) != "done")
-    summary = write_summary(folder)
+    ran = [path.parent for path, status in _statuses(folder).items() if before.get(path) != status]
+    ours = [Path(job.config["run"]["dir"]) for job in jobs]  # where they are known: another sweep may write here, too
+    ran = [job for job in ran if not ours or job in ours]
+    failed = sorted({job.name for job in ours or ran if status_of(job) != "done"})
     print(
         f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran"
         + (f", failed: {', '.join(failed)}" if failed else "")
@@ -100,6 +104,8 @@ def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list
         try:
             jobs.append(as_job(composer.job(overrides), folder))
             by_sites |= by_site(build(jobs[-1]).compensator)
+        except ConfigErrors as error:
+            mistakes.update(error.lines)
         except ConfigError as error:
             mistakes[one_line(error)] += 1
     if mistakes:
@@ -192,6 +198,7 @@ def run_job(config: DictConfig) -> float | None:
         # Nothing to name a folder with: only sweepers that make up their jobs as they go get here.
         print(f"pruneexp: job {node.job.num}: {error}", file=sys.stderr)
         raise
+    reset_peak_memory()  # a launcher may run several jobs in one process
     downhill = not str(node.sweeper.get("direction", "")).lower().endswith("maximize")
     return _objective(job, _run_recorded(job, str(node.job.num)), math.inf if downhill else -math.inf)
 
@@ -269,8 +276,8 @@ def _record_failure(job: Composed, folder: Path, reason: str) -> None:
         write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
 
 
-def _statuses(folder: Path) -> dict[Path, str]:
-    return {path: path.read_text() for path in folder.glob("*/status.json")}
+def _statuses(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.glob("*/status.json")}
 
 
 def _quoted(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,30 @@ LEFT_OUT = ("run", "sweep", "cache", "tracker")  # where a job runs and reports,
 
 
 def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: a row for every job in `folder`, with its status, the settings in which the jobs differ, and its
-    metrics. A job that is not done has none; what a job lacks is ""."""
+    """Header and rows: a row for every job in `folder`, with its status, why it failed and the recipe (where any job
+    failed, or not all have the same), the settings in which the jobs differ, and its metrics. A job that is not done
+    has none; what a job lacks is ""."""
     jobs = sorted(path.parent for path in folder.glob("*/status.json"))
-    found = [_settings(job) for job in jobs]
+    configs = [_object(job / "config.yaml") for job in jobs]
+    found = [settings(config) for config in configs]
     keys = differing(found)
     metrics = [_metrics(job) for job in jobs]
     figures = sorted({key for measured in metrics for key in measured})
+    told = {"reason": [str(_object(job / "status.json").get("reason") or "") for job in jobs]}
+    if any(key.endswith("._target_") for key in keys):
+        told["recipe"] = _recipes(configs)
+    told = {name: values for name, values in told.items() if len(set(values)) > 1 or (name == "reason" and any(values))}
     rows = [
         [
             job.name,
             status_of(job),
-            *(setting.get(key, "") for key in keys),
-            *(measured.get(key, "") for key in figures),
+            *(values[index] for values in told.values()),
+            *(found[index].get(key, "") for key in keys),
+            *(metrics[index].get(key, "") for key in figures),
         ]
-        for job, setting, measured in zip(jobs, found, metrics, strict=True)
+        for index, job in enumerate(jobs)
     ]
-    return ["job", "status", *keys, *figures], rows
+    return ["job", "status", *told, *keys, *figures], rows
 
 
 def write_summary(folder: Path) -> Path:
@@ -47,17 +55,25 @@ def write_summary(folder: Path) -> Path:
     return path
 
 
-def _settings(job: Path) -> dict[str, Any]:
-    """The job's config, flat: {"sparsity.ratio": 0.2}. Empty where it did not come far enough to write it."""
+def _object(path: Path) -> dict[str, Any]:
+    """What a YAML or JSON file holds; empty where it is missing, damaged, or no object."""
     try:
-        config = yaml.load((job / "config.yaml").read_text(), YAML_LOADER)
-    except (OSError, yaml.YAMLError):
+        found = yaml.load(path.read_text(encoding="utf-8"), YAML_LOADER)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return settings(config)
+    return found if isinstance(found, dict) else {}
+
+
+def _recipes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The recipe whose parts each job has; "" where none has them, or its config is not there."""
+    from pruneexp.pages.methods import choices_of
+
+    return [(choices_of(config)[0] or "") if config else "" for config in configs]
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config computes, flat: {"sparsity.ratio": 0.2}; lists as JSON."""
+    """What a config computes, flat: {"sparsity.ratio": 0.2}; lists as they are typed where they hold plain words,
+    "[heads,channels]", and as JSON otherwise."""
     return dict(_flat({key: value for key, value in config.items() if key not in LEFT_OUT}))
 
 
@@ -66,7 +82,12 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+            yield f"{prefix}{key}", _typed(value) if isinstance(value, list) else value
+
+
+def _typed(values: list[Any]) -> str:
+    plain = all(isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value) for value in values)
+    return f"[{','.join(values)}]" if plain else json.dumps(values)
 
 
 def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -79,4 +100,4 @@ def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def _metrics(job: Path) -> dict[str, Any]:
     if status_of(job) != "done":
         return {}
-    return json.loads((job / "metrics.json").read_text())
+    return json.loads((job / "metrics.json").read_text(encoding="utf-8"))

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
 import pruneexp
 from pruneexp import experiment as experiments
-from pruneexp import preflight
+from pruneexp import multirun, preflight
 from pruneexp.__main__ import main
 from pruneexp.dataset import Embedded
 from pruneexp.experiment import Experiment
 from pruneexp.forecast import size
 from pruneexp.multirun import SHARED_BYTES, config_hash
+from pruneexp.tracker import memory_metrics
 from pruneexp.types import ConfigError, RunError
 
 OTHER_TEXT = [
@@ -63,7 +65,8 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
-    """What would have run. A seed of 13 fails as a run fails, one of 14 as a bug does."""
+    """What would have run. A seed of 13 fails as a run fails, one of 14 as a bug does; at 16 the user stops, and 17
+    needs much memory."""
     started: list[Experiment] = []
 
     def run_experiment(experiment: Experiment, shared: Any = None) -> dict[str, float]:
@@ -72,11 +75,17 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
             raise RunError("unlucky")
         if experiment.seed == 14:
             raise ValueError("a bug\nof two lines")
+        if experiment.seed == 16:
+            raise KeyboardInterrupt
+        if experiment.seed == 17:
+            torch.ones(2**26)  # a quarter of a GiB, which only this job has needed
         if experiment.run.dir is not None:
             folder = Path(experiment.run.dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "status.json").write_text(json.dumps({"status": "done", "seed": experiment.seed}))
-            (folder / "metrics.json").write_text(json.dumps({"pruned/x": experiment.sparsity.ratio}))
+            (folder / "metrics.json").write_text(
+                json.dumps({"pruned/x": experiment.sparsity.ratio, **memory_metrics([])})
+            )
             if experiment.run.save:
                 (folder / "model").mkdir(exist_ok=True)
         return {"pruned/x": experiment.sparsity.ratio}
@@ -145,6 +154,12 @@ MISTAKES = [
         "compensator.sequential=False: with model.stream=true, the covariances of all layers",
     ),
     ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected .* (1 of 2 jobs)"),
+    (
+        "--multirun sparsity.ratio=interval(0.1,0.3)",
+        "sparsity.ratio=interval(0.1,0.3): a sweep needs values, .*hydra/sweeper=optuna",
+    ),
+    ("--multirun sparsity.ratio=0.2,", "sparsity.ratio=0.2,: cannot be read; .* special characters\n"),
+    ("run.dir=späce", """run.dir=späce: cannot be read; expected key=value, .* as in "run.dir='späce'\""""),
     ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
     ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3: unknown key; .*did you mean sparsity.ratio?\n"),
     (
@@ -199,9 +214,19 @@ def test_mistakes_of_jobs_are_a_line_each(cli: Cli, runs: list[Experiment]) -> N
     lines = ended.err.splitlines()
     assert ended.code == 2 and ended.out == "" and len(lines) == 3 and not runs
     assert lines[0] == "pruneexp: sparsity.ratio=2.0: expected a number in [0, 1) (2 of 16 jobs)"
-    assert lines[1].startswith("pruneexp: criterion=flup: expected one of ") and lines[1].endswith("(4 of 16 jobs)")
+    assert lines[1].startswith("pruneexp: criterion=flup: expected one of ") and lines[1].endswith("(8 of 16 jobs)")
     assert lines[2].startswith("pruneexp: search=al_an: expected one of ") and lines[2].endswith("(8 of 16 jobs)")
     assert not list(Path().iterdir())
+
+
+def test_unknown_choices_that_were_typed_are_told_together(cli: Cli, runs: list[Experiment]) -> None:
+    wrong = ("run.dir=ä", "criterion=foo", "evaluator=[perplxity,size]")
+    told = ["run.dir=ä", "criterion=foo", "evaluator=perplxity"]
+    for typed, more in (((), []), (("--multirun", "recipe=flap,flp", "seed=1,2"), ["recipe=flp"])):
+        ended = cli(*typed, *wrong)
+        lines = [line.removeprefix("pruneexp: ").partition(": ")[0] for line in ended.err.splitlines()]
+        assert ended.code == 2 and sorted(lines) == sorted([*told, *more])
+    assert not runs and not list(Path().iterdir())
 
 
 def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
@@ -248,6 +273,19 @@ def test_windows_that_no_memory_holds_are_refused_before_they_are_made(
     for free in (bytes_, None):
         monkeypatch.setattr(preflight, "available_memory", lambda device, free=free: free)
         assert cli("evaluator=[perplexity]", *asked).code == 1  # they are made
+
+
+def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
+    file = tmp_path / "mine" / "sweep" / "quiet.yaml"
+    file.parent.mkdir(parents=True)
+    params = {"seed": "1,2", "sparsity.ratio": "0.2,0.3"}
+    file.write_text(f"# @package _global_\n{yaml.safe_dump({'hydra': {'sweeper': {'params': params}}})}")
+    ended = cli("--config-dir", "mine", "+sweep=quiet")
+    line = (
+        "pruneexp: hydra.sweeper.params: seed, sparsity.ratio would be swept over in a single run; expected --multirun,"
+    )
+    assert ended.code == 2 and ended.err.startswith(line) and not runs
+    assert cli("--config-dir", "mine", "+sweep=quiet", "--multirun").code == 0 and len(runs) == 4
 
 
 def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: list[Experiment]) -> None:
@@ -395,6 +433,57 @@ def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: lis
     again = cli(*command)
     assert again.code == 0 and again.err.count("done already") == 2 and len(runs) == 2
     assert cli(*command, "run.overwrite=true").code == 0 and len(runs) == 4
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be reset")
+@pytest.mark.parametrize("here", [True, False])
+def test_no_job_has_the_peak_memory_of_those_before_it(
+    here: bool, cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multirun, "_runs_here", lambda node: here)
+    assert cli("--multirun", "seed=1,17,2", "sweep.dir=x").code == 0
+    folders = [Path(str(run.run.dir)) for run in runs]
+    before, most, after = (json.loads((job / "metrics.json").read_text())["memory/peak_bytes"] for job in folders)
+    assert most > before + 2**27 and most > after + 2**27
+
+
+def test_jobs_of_another_sweep_in_the_folder_are_not_counted(
+    cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another() -> None:
+        Path("x/other").mkdir(exist_ok=True)
+        Path("x/other/status.json").write_text(json.dumps({"status": "failed", "reason": "its own"}))
+
+    monkeypatch.setattr(multirun, "reset_peak_memory", another)
+    ended = cli("--multirun", "seed=1,2", "sweep.dir=x")
+    assert ended.code == 0 and "2 jobs ran\n" in ended.out
+
+
+def test_a_job_that_left_no_trace_is_no_success(
+    cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose folder another process was writing to all the while."""
+    monkeypatch.setattr(multirun, "_run_recorded", lambda *_: None)
+    ended = cli("--multirun", "seed=1,2", "sweep.dir=x")
+    assert ended.code == 1 and "0 jobs ran, failed: " in ended.out
+
+
+def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
+    assert cli("--multirun", "seed=1,16,2", "sweep.dir=x").code == 130
+    assert [run.seed for run in runs] == [1, 16]
+    lines = Path("x/summary.csv").read_text().splitlines()
+    assert len(lines) == 2 and Path(str(runs[0].run.dir)).name in lines[1]
+
+
+def test_a_job_whose_figures_are_damaged_runs_again(cli: Cli, runs: list[Experiment]) -> None:
+    command = ("--multirun", "seed=1,2,3", "sweep.dir=x")
+    assert cli(*command).code == 0
+    first, second, _ = (Path(str(run.run.dir)) for run in runs)
+    (first / "metrics.json").write_text('{"pruned/x')
+    (second / "status.json").write_bytes(b"\xff\xfe")
+    again = cli(*command)
+    assert again.code == 0, again.err
+    assert [run.seed for run in runs] == [1, 2, 3, 1] and again.err.count("done already") == 2
 
 
 def test_a_checkpoint_asked_for_later_is_not_skipped(cli: Cli, runs: list[Experiment]) -> None:

@@ -131,6 +131,12 @@ def test_text_is_tokenised_whole_without_special_tokens(files, byte_tokenizer, c
     assert not caplog.records  # no "longer than the maximum"
 
 
+def test_a_byte_order_mark_is_no_text(files, byte_tokenizer):
+    windows = a_text(files).evaluation(byte_tokenizer, 5)
+    files["evaluation"].write_bytes(b"\xef\xbb\xbf" + files["evaluation"].read_bytes())
+    assert torch.equal(a_text(files).evaluation(byte_tokenizer, 5), windows)
+
+
 def test_text_names(files):
     assert a_text(files).name == "te_st"
     assert a_text(files, name="mine").name == "mine"

@@ -382,6 +382,16 @@ def test_questions_keep_the_newest_context():
     assert rows.shape == (8, 20) and scored.any(dim=1).all()
 
 
+def test_questions_say_what_the_dense_models_answers_depend_on():
+    class Upper(Bytes):
+        def encode(self, text, **more):
+            return super().encode(text.upper(), **more)
+
+    asked = [(3, Bytes()), (4, Bytes()), (3, Upper())]
+    prints = [Questions(samples=n, batch_size=4).measured_on(tokenizer) for n, tokenizer in asked]
+    assert len(set(prints)) == 3 and prints[0] == Questions(samples=3, batch_size=8).measured_on(Bytes())
+
+
 def test_questions_config_errors():
     with pytest.raises(ConfigError, match="^samples=0: expected an int >= 1$"):
         Questions(samples=0, batch_size=1)

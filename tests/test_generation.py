@@ -223,6 +223,11 @@ def test_prompts_that_cannot_be_read(content, expected, tmp_path):
         a_generation(prompts=str(tmp_path)).check()
 
 
+def test_a_byte_order_mark_is_no_prompt(tmp_path):
+    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbfRosa Page\r\n\r\nNora\r\n")
+    assert a_generation(prompts=str(tmp_path / "lines.txt"))._lines() == ["Rosa Page", "Nora"]
+
+
 def test_prompts_that_do_not_fit(llama, build_from, tmp_path):
     with pytest.raises(
         ConfigError, match="prompt_tokens=25: expected at most 24, the width of the windows of dataset="

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -186,6 +187,17 @@ def test_fronts_hold_the_dense_model_and_what_nothing_beats(made: Path) -> None:
     assert float(dense["prefill, ms per token (b1x128)"]) == 1.0  # 1,000 tokens a second
 
 
+def test_latencies_say_how_far_they_vary(tmp_path: Path) -> None:
+    for index, ratio in enumerate((0.2, 0.3)):
+        speed = {f"dense/{LATENCY}": 1000.0, f"pruned/{LATENCY}": 2000.0}
+        spread = {f"dense/{LATENCY}/iqr": 50.0, f"pruned/{LATENCY}/iqr": 200.0 + 40 * index}
+        composed = config("recipe=flap", **{"sparsity.ratio": ratio})
+        write_run(tmp_path / str(index), composed, metrics(4.0 + index, **speed, **spread))
+    assert report(tmp_path) == 0
+    said = "the interquartile range over repetitions is at most 12 % of prefill, ms per token (b1x128); points"
+    assert said in Page(tmp_path / "report" / "index.html").text
+
+
 def test_kept_widths_are_means_over_seeds(made: Path) -> None:
     (heads,) = [label for label in Page(made / "index.html").labels if "attention heads (KV groups) kept" in label]
     assert "flap, 0.2 100 50 50;" in heads  # the last layer keeps 1, 2 and 3 of 4
@@ -282,6 +294,18 @@ def test_what_is_not_whole_is_named_and_left_out(tmp_path: Path, capsys: pytest.
     assert report(runs, "overwrite=true") == 0
 
 
+def test_runs_are_found_through_links_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "deep" / "sweep" / "run", config("recipe=flap"))
+    shutil.copytree(run, tmp_path / "best" / "copy")
+    (tmp_path / "best" / "linked").symlink_to(run)
+    (tmp_path / "best" / "round").symlink_to(tmp_path / "best")
+    assert [one.name for one in find([tmp_path / "best"], "same").repeats] == ["linked"]
+    assert len(find([tmp_path / "deep", tmp_path / "best" / "linked", run.parent], "same").runs) == 1
+    assert report(tmp_path / "best") == 0
+    said = capsys.readouterr().out
+    assert "left out: linked: the same config and results as copy" in said and "1 run; the report is" in said
+
+
 def test_other_versions_come_in_where_asked_for(tmp_path: Path) -> None:
     old = environment(versions={"pruneexp": "0.0.1"})
     write_run(tmp_path / "old", config("recipe=flap"), around=old)
@@ -356,6 +380,27 @@ def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path
     assert "published" in page.text and "No published figure is known" not in page.text
 
 
+def test_a_papers_mean_over_tasks_stands_beside_the_mean_of_ours_on_them(tmp_path: Path) -> None:
+    """FLAP prints 62.08 at 20 %: acc of four tasks and acc_norm of three, which is neither of our own two means."""
+    (table,) = (table for table in published_tables() if table.name == "flap_zeroshot")
+    (tasks,) = {figure.mean_of for figure in table.figures if figure.mean_of}
+    ours = {task: 0.5 + 0.01 * index for index, task in enumerate(tasks)}
+    means = {"acc/mean7@0shot": 0.1, "acc_norm_or_acc/mean7@0shot": 0.9}
+    composed, of_ppl = llama(14.6, "recipe=flap")
+    dense = {f"dense/{name}": value for name, value in (ours | means).items()}
+    pruned = {f"pruned/{name}": value - 0.1 for name, value in (ours | means).items()}
+    write_run(tmp_path / "whole", composed, of_ppl | dense | pruned)
+    composed, _ = llama(14.6, "recipe=flap", **{"dataset.seed": 1})
+    write_run(tmp_path / "part", composed, of_ppl | dict(list((dense | pruned).items())[1:-3]))
+    found = comparisons(describe(find([tmp_path], "same").runs), [table])
+    (before, after) = (one for one in found if one.published.mean_of)
+    assert (before.published.value, after.published.value) == (63.25, 62.08)
+    assert (before.ours.mean, after.ours.mean) == (pytest.approx(53.0), pytest.approx(43.0)) and after.ours.n == 1
+    assert [one.run.name for one in after.runs] == ["whole"]
+    told = {aspect.what: aspect.ours for aspect in after.aspects}
+    assert told["score"].startswith("mean of acc/boolq@0shot, ") and "acc_norm/hellaswag@0shot" in told["score"]
+
+
 def test_another_ratio_window_metric_or_recovery_is_another_figure(tmp_path: Path) -> None:
     changes = {
         "ratio": {"sparsity.ratio": 0.25},
@@ -426,6 +471,21 @@ def test_models_have_figures_of_their_own(tmp_path: Path) -> None:
     assert len(list((runs / "report" / "figures").glob("perplexity*.svg"))) == 3
 
 
+def test_tables_of_several_models_say_which(tmp_path: Path) -> None:
+    for model in ("embedded", "embedded_opt"):
+        for ratio, seed in ((0.2, 0), (0.3, 0), (0.2, 1), (0.3, 1)):
+            composed = config("recipe=flap", f"model={model}", **{"sparsity.ratio": ratio, "dataset.seed": seed})
+            write_run(tmp_path / f"{model}{ratio}{seed}", composed, metrics(4.0 + ratio + seed))
+    assert report(tmp_path) == 0
+    text = (tmp_path / "report" / "index.html").read_text()
+    titles = re.findall(r"<caption>(Rise in ln [^<]*)</caption>", text)
+    assert [title.rpartition("; ")[2] for title in titles] == [
+        f"effect: its mean less that of all runs ({name})" for name in ("embedded-llama", "embedded-opt")
+    ]
+    table = rows(tmp_path / "report" / "tables" / "effects-ppl-embedded-128-model1.csv")
+    assert all(float(row["95 % over seeds, ±"]) >= 0 for row in table)
+
+
 def test_crossed_choices_are_factors_and_an_unbalanced_design_says_so(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     cells = [(c, s) for c in ("flap", "wanda_sp", "magnitude") for s in ("uniform", "global")]
@@ -439,6 +499,7 @@ def test_crossed_choices_are_factors_and_an_unbalanced_design_says_so(tmp_path: 
     found = {(row["factor"], row["level"]): row for row in table}
     assert {factor for factor, _ in found} == {"criterion", "search"}
     assert float(found["criterion", "wanda_sp"]["mean rise"]) == pytest.approx(3.5)
+    assert "95 % over seeds, ±" not in table[0]  # there is one seed
     methods = [row["method"] for row in rows(runs / "report" / "tables" / "runs.csv")]
     assert "wanda_sp global" in methods and len(set(methods)) == 5
 
@@ -460,6 +521,14 @@ def test_settings_of_one_choice_tell_methods_apart(tmp_path: Path) -> None:
         ("flap metric=IFV", "IFV"),
         ("flap metric=WIFV", "WIFV"),
     ]
+
+
+def test_settings_alone_name_methods_of_parts_that_all_share(tmp_path: Path) -> None:
+    for index, kinds in enumerate(("[heads,channels]", "[blocks]")):
+        typed = ("recipe=flap", "search=global", "compensator=none", f"search.granularity={kinds}")
+        write_run(tmp_path / str(index), config(*typed))
+    found = [one.method for one in describe(find([tmp_path], "same").runs)]
+    assert found == ["granularity=[heads,channels]", "granularity=[blocks]"]
 
 
 def test_runs_without_perplexity_have_a_page_too(tmp_path: Path) -> None:

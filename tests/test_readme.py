@@ -14,18 +14,18 @@ from tests.conftest import PARITY
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def block(language: str) -> str:
-    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-    assert len(found) == 1
-    return found[0]
+def block(language: str, about: str) -> str:
+    """The one block of the language that holds the text."""
+    (found,) = (text for text in re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL) if about in text)
+    return found
 
 
 def test_a_criterion_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_criteria.py").write_text(block("python"))
+    (tmp_path / "my_criteria.py").write_text(block("python", "class Energy"))
     (tmp_path / "my_conf" / "criterion").mkdir(parents=True)
-    (tmp_path / "my_conf" / "criterion" / "energy.yaml").write_text(block("yaml"))
-    command = next(line for line in README.splitlines() if "--config-dir my_conf" in line).split()
+    (tmp_path / "my_conf" / "criterion" / "energy.yaml").write_text(block("yaml", "Energy"))
+    command = next(line for line in README.splitlines() if "--config-dir my_conf criterion=" in line).split()
     assert command[0] == "pruneexp"
     data = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
     ours = ["model=hf", f"model.path={PARITY}", "dataset=tokens", "dataset.length=64", *data]
@@ -33,6 +33,15 @@ def test_a_criterion_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["sparsity/decoder"] == pytest.approx(0.2, abs=2e-3)
     assert "my_criteria.Energy" in Path("run/config.yaml").read_text()
+
+
+def test_a_sweep_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_conf" / "sweep").mkdir(parents=True)
+    (tmp_path / "my_conf" / "sweep" / "mine.yaml").write_text(block("yaml", "sweeper:"))
+    command = re.findall(r"`pruneexp (--config-dir my_conf [^`]*)`", README)[0].split()
+    assert main([*command, "dataset.samples=4", "sparsity.ratio=0.2", "evaluator=[size]"]) == 0
+    assert len(list(Path("outputs/sweeps/mine").glob("*/metrics.json"))) == 2
 
 
 def test_every_choice_that_the_readme_names_exists() -> None:

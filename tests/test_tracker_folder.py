@@ -227,6 +227,17 @@ def test_a_run_that_died_before_its_metrics_were_written_is_interrupted(tmp_path
     assert status_of(tmp_path) == "interrupted"
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"params": 1', b"[]", b"\xff\xfe"])
+def test_a_run_whose_metrics_are_damaged_makes_room_for_the_next(tmp_path, damaged):
+    finished(tmp_path)
+    status = json.loads((tmp_path / "status.json").read_text())
+    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": "another boot:1"}))
+    (tmp_path / "metrics.json").write_bytes(damaged)
+    assert status_of(tmp_path) == "interrupted"
+    finished(tmp_path)
+    assert status_of(tmp_path) == "done"
+
+
 def test_status_of_a_folder_without_a_run(tmp_path):
     assert status_of(tmp_path / "none") == status_of(tmp_path) == "absent"
     (tmp_path / "status.json").write_text("[]")

@@ -460,6 +460,25 @@ def test_a_wrong_file_is_named(name, content, expected, tmp_path):
     assert expected.format(path=path, rows=path.with_name("valid.jsonl")) in str(error.value)
 
 
+@pytest.mark.parametrize("task", ["boolq", "piqa"])
+def test_files_that_went_through_other_editors_have_the_same_rows(task, tmp_path):
+    """Byte order mark, carriage returns, blank lines at the end; between rows where no labels are counted off."""
+    rows = read_task(str(write_files(tmp_path)), task, 0).splits
+    for path in (tmp_path / task).iterdir():
+        lines = path.read_text().splitlines()
+        lines = [*lines[:1], *([] if task == "piqa" else [" "]), *lines[1:], "", ""]
+        path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert read_task(str(tmp_path), task, 0).splits == rows
+
+
+def test_a_blank_line_beside_labels_is_a_row_that_is_missing(tmp_path):
+    path = write_files(tmp_path) / "piqa" / "valid.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "", lines[2]]))
+    with pytest.raises(ConfigError, match="line 2: not a JSON object"):
+        read_task(str(tmp_path), "piqa", 0)
+
+
 def test_a_folder_that_cannot_be_read(tmp_path):
     with pytest.raises(
         ConfigError, match=r"^evaluator\.zeroshot\.data=.*gone: no such folder; expected one with piqa/"

@@ -131,7 +131,7 @@ def _read(file: Path, key: str) -> str:
     if not content.strip():
         raise ConfigError(f"{key}: the file is empty; expected {TEXT}")
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}: byte {error.start} is not UTF-8; expected {TEXT}") from None
 

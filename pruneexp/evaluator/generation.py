@@ -140,7 +140,7 @@ class Generation:
                 f"{key}: {'this is a directory' if path.is_dir() else 'no such file'}; expected {PROMPTS}"
             )
         try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise ConfigError(f"{key}: byte {error.start} is not UTF-8; expected {PROMPTS}") from None
         if not lines:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset import check_vocabulary
+from pruneexp.dataset import check_vocabulary, fingerprint
 from pruneexp.types import ConfigError
 
 
@@ -39,6 +39,11 @@ class Questions:
         """Raises ConfigError for a model without a tokenizer, or with one of another vocabulary."""
         rows_NT, _, _ = self._rows(tokenizer, None)
         check_vocabulary(rows_NT, vocabulary, "evaluator.questions")
+
+    def measured_on(self, tokenizer: Any) -> str:
+        """Fingerprint of the questions' tokens, of which of them are scored, and of the answers."""
+        rows_NT, scored_NT, answers = self._rows(tokenizer, None)
+        return f"{fingerprint(torch.where(scored_NT, rows_NT, -1 - rows_NT))} {fingerprint(torch.tensor(answers))}"
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         rows_NT, scored_NT, answers = self._rows(tokenizer, model.max_length)

@@ -230,6 +230,8 @@ def _rows(path: Path, files: TaskFiles) -> tuple[list[dict[str, Any]], dict[str,
     rows = []
     for number, (line, label) in enumerate(zip(lines, labels, strict=True), start=1):
         where = f"{KEY}: {path}, line {number}"
+        if not line.strip() and label is None:  # beside labels, a blank line may be a row that is missing
+            continue
         try:
             values = json.loads(line)
         except ValueError:
@@ -241,12 +243,12 @@ def _rows(path: Path, files: TaskFiles) -> tuple[list[dict[str, Any]], dict[str,
 
 
 def _lines(path: Path, sources: dict[str, str]) -> list[str]:
-    """A file's lines; blank ones at its end are left out. Adds its hash to `sources`."""
+    """A file's lines, without a byte order mark; blank ones at its end are left out. Adds its hash to `sources`."""
     content = path.read_bytes()
     sources[str(path)] = hashlib.sha256(content).hexdigest()
     try:
         # Not splitlines: JSON texts may hold other line separators of Unicode's.
-        lines = content.decode("utf-8").rstrip().split("\n")
+        lines = content.decode("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{KEY}: {path}: byte {error.start} is not UTF-8; expected a UTF-8 text file") from None
     if lines == [""]:

@@ -63,7 +63,7 @@ def _command(argv: Sequence[str]) -> int:
         return 0
     asked = request(argv)
     found = write_report(asked)
-    for one in found.skipped:
+    for one in (*found.skipped, *found.repeats):
         print(f"left out: {one.name}: {one.reason}")
     for hashed, why in found.conflicts.items():
         print(f"same config, another result ({hashed}): {why}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruneexp.pages.methods import Described, departures, model_names
-from pruneexp.pages.points import SHARE, by_seed, dense
+from pruneexp.pages.points import SHARE, by_seed, distinct
 from pruneexp.pages.statistics import Interval, interval
 from pruneexp.published import Claim, Published, Table
 from pruneexp.summary import settings
@@ -70,7 +70,7 @@ def _key(figure: Published) -> str:
 def matches(one: Described, figure: Published) -> bool:
     """Same model and metric; where the figure is of a pruned model, same recipe, ratio (as it is printed: LLM-Pruner's
     20 % are 20.3 %), recovery and such settings as make the method."""
-    if figure.model not in model_names(one.run.config) or _key(figure) not in one.run.metrics:
+    if figure.model not in model_names(one.run.config) or measured(one, figure) is None:
         return False
     if figure.ratio == 0:
         return True
@@ -83,9 +83,19 @@ def matches(one: Described, figure: Published) -> bool:
     )
 
 
+def measured(one: Described, figure: Published) -> float | None:
+    """Ours, as metrics.json has it; of a mean over tasks the mean of ours on the same tasks, each scored as the paper
+    scores it. None where the run did not measure it."""
+    side = "pruned" if figure.ratio else "dense"
+    values = [one.run.metrics.get(f"{side}/{metric}") for metric in figure.mean_of or (figure.metric,)]
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
+
+
 def _compared(figure: Published, method: str, members: Sequence[Described]) -> Comparison:
-    # One dense model is one figure, however many runs measured it.
-    values = [one.run.metrics[_key(figure)] for one in members] if figure.ratio else dense(members, figure.metric)
+    values = [value for one in members if (value := measured(one, figure)) is not None]
+    if not figure.ratio:  # one dense model is one figure, however many runs measured it
+        values = distinct(values)
     seeds = [one.seed for one in members] if figure.ratio else range(len(values))
     if figure.unit == "perplexity":
         log = interval(by_seed([math.log(value) for value in values], seeds))
@@ -116,7 +126,7 @@ def _aspects(figure: Published, one: Described) -> list[Aspect]:
             found.append(Aspect("windows", NOT_STATED, f"the first {limit} at most", None))
     elif figure.unit == "percent":
         found.append(_told("harness", protocol.get("harness"), _harness(one)))
-        found.append(_told("score", protocol.get("score"), figure.metric.partition("/")[0]))
+        found.append(_told("score", protocol.get("score"), _scores(figure)))
     if figure.ratio:
         found += _calibration(figure, one)
         asked = f"{one.ratio:g} of {config.get('sparsity', {}).get('of')}; {one.run.metrics.get(SHARE, 0):.4f} left"
@@ -170,6 +180,11 @@ def _evaluator(config: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
 def _join(data: Mapping[str, Any]) -> str | None:
     join = data.get("evaluation_join")
     return None if join is None else f"documents joined by {join!r}".replace("'", '"')
+
+
+def _scores(figure: Published) -> str:
+    """What ours is: "acc", or "mean of acc/boolq@0shot, acc_norm/hellaswag@0shot"."""
+    return f"mean of {', '.join(figure.mean_of)}" if figure.mean_of else figure.metric.partition("/")[0]
 
 
 def _harness(one: Described) -> str | None:

@@ -263,6 +263,7 @@ def effects_figure(name: str, found: Ablation) -> Picture:
     axes.set_yticks(ticks, labels)
     axes.invert_yaxis()
     axes.set_xlabel(f"rise in ln {found.metric}")
+    axes.locator_params(axis="x", nbins=5)  # "-0.025" and its like are wide
     axes.grid(axis="x", color=GRID, linewidth=0.6)
     told = "; ".join(f"{effect.factor}={effect.level} {effect.mean:.4g}" for effect in found.effects)
     text = f"Mean rise in ln {found.metric} at each level; bars of one standard deviation over the runs there."

@@ -76,19 +76,22 @@ def find(folders: Sequence[Path], versions: str) -> Found:
 
 
 def _run_folders(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Every folder with a run in it, once, with its name. A run's own subfolders hold no runs."""
+    """Every folder with a run in it, once, with its name; also those that links lead to. A run's own subfolders hold no
+    runs."""
     seen: set[Path] = set()
     for top in folders:
-        for path, below, _ in os.walk(top):
+        for path, below, _ in os.walk(top, followlinks=True):
             folder = Path(path)
+            if folder.resolve() in seen:
+                below.clear()
+                continue
+            seen.add(folder.resolve())
             if status_of(folder) == "absent":
                 below[:] = sorted(name for name in below if not name.startswith("."))
                 continue
             below.clear()
-            if folder.resolve() not in seen:
-                seen.add(folder.resolve())
-                inside = folder.relative_to(top)
-                yield folder, str(inside) if inside.parts and len(folders) == 1 else str(folder)
+            inside = folder.relative_to(top)
+            yield folder, str(inside) if inside.parts and len(folders) == 1 else str(folder)
 
 
 def _read(folder: Path, name: str, versions: str) -> Run:
@@ -109,6 +112,8 @@ def _status(folder: Path) -> Mapping[str, Any]:
     status = _json(folder, "status.json") if (folder / "status.json").is_file() else {}
     if state == "failed":
         raise _Unusable(f"failed: {status.get('reason') or 'no reason given'}")
+    if (folder / "metrics.json").exists():
+        return status  # finished; whoever reads it says what is wrong with it
     if state == "running":
         raise _Unusable(f"still running, as process {status.get('pid')} on {status.get('host')}")
     if state == "interrupted":

@@ -163,8 +163,8 @@ def _weights(run: Run) -> dict[str, str]:
 
 
 def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
-    told = [choices_of(run.config) for run in runs]
-    recipes, choices = [recipe for recipe, _ in told], [of_run for _, of_run in told]
+    made_of = [choices_of(run.config) for run in runs]
+    recipes, choices = [recipe for recipe, _ in made_of], [of_run for _, of_run in made_of]
     flat = [_method_settings(run.config) for run in runs]
     heads = _heads(choices, recipes)
     extra = _extra([tuple(one.name for one in of_run.values()) for of_run in choices], flat)
@@ -179,8 +179,9 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
         head = {key: value for key, value in heads[index].items() if key in several}
         factors = head | {key: str(extra[index].get(key, "-")) for key in keys}
         base = [value if key in ("recipe", *RECIPE) else f"{key}={value}" for key, value in head.items()]
-        words = base or [_fallback(recipes[index], choices[index])]
-        words += [f"{short[key]}={value}" for key, value in extra[index].items()]
+        told = [f"{short[key]}={value}" for key, value in extra[index].items()]
+        # Parts that all runs share, and that no recipe's name sums up, tell nothing beside settings that differ.
+        words = [*(base or _fallback(recipes[index], choices[index], bool(told))), *told]
         if len(set(ratios)) > 1:
             factors[RATIO] = f"{ratios[index]:g}"
         found = settings(run.config)
@@ -233,9 +234,11 @@ def _extra(names: Sequence[tuple[str, ...]], flat: Sequence[Mapping[str, Any]]) 
     return [{key: setting.get(key) for key in keys[name]} for name, setting in zip(names, flat, strict=True)]
 
 
-def _fallback(recipe: str | None, choices: Mapping[str, Choice]) -> str:
-    """What to call the method where only one is there."""
-    return recipe or " ".join(choices[group].name for group in RECIPE)
+def _fallback(recipe: str | None, choices: Mapping[str, Choice], told: bool) -> list[str]:
+    """What to call the method where only one is there; `told`: settings follow."""
+    if recipe is not None:
+        return [recipe]
+    return [] if told else [choices[group].name for group in RECIPE]
 
 
 def departures(described: Described) -> dict[str, Any]:

@@ -29,7 +29,7 @@ table { border-collapse: collapse; font-size: .88rem; }
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { padding: .28rem .7rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }
 th { white-space: nowrap; background: var(--band); padding-left: .35rem; } td { padding-left: .35rem; }
-tr > :first-child { position: sticky; left: 0; background: var(--ground); }
+tr > :first-child { position: sticky; left: 0; } td:first-child { background: var(--ground); }
 td { white-space: nowrap; } td.long { white-space: normal; min-width: 15rem; overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .flag { color: var(--flag); font-weight: 600; }

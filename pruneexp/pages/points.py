@@ -85,9 +85,14 @@ def by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
 
 
 def dense(runs: Sequence[Described], metric: str) -> list[float]:
-    """The dense model's figures, ascending, those that are the same up to rounding once."""
+    """The dense model's figures, as `distinct` gives them."""
+    return distinct([one.run.metrics[f"dense/{metric}"] for one in runs if f"dense/{metric}" in one.run.metrics])
+
+
+def distinct(values: Sequence[float]) -> list[float]:
+    """Ascending, those that are the same up to rounding once."""
     found: list[float] = []
-    for value in sorted(one.run.metrics[f"dense/{metric}"] for one in runs if f"dense/{metric}" in one.run.metrics):
+    for value in sorted(values):
         if not found or value > found[-1] * (1 + SAME):
             found.append(value)
     return found

@@ -34,7 +34,7 @@ UNEQUAL = 0.01  # difference of shares removed at one ratio that is told
 
 
 def pareto_section(runs: Sequence[Described], looks: Mapping[str, Style]) -> Section | None:
-    tables, pictures = [], []
+    lines, tables, pictures = [], [], []
     for context in dict.fromkeys(one.context for one in runs):
         only = only_of(runs, context)
         members = [one for one in runs if one.context == context]
@@ -51,9 +51,27 @@ def pareto_section(runs: Sequence[Described], looks: Mapping[str, Style]) -> Sec
                         where = ", ".join([*([context] if only else []), *([place] if several else [])])
                         pictures.append(named(context, only, pareto_figure(name, metric, cost, found, looks)))
                         tables.append(_priced_table(name, metric, cost, found, where))
+        if perplexities(members):
+            lines += _noise(context, members)
     if not pictures:
         return None
-    return Section("pareto", "Perplexity against latency and bytes", (), tuple(tables), tuple(pictures))
+    return Section("pareto", "Perplexity against latency and bytes", tuple(lines), tuple(tables), tuple(pictures))
+
+
+def _noise(context: str, runs: Sequence[Described]) -> list[str]:
+    """How far apart the repetitions of a latency lie: what is nearer to each other is in no order."""
+    found = []
+    for cost in costs(runs):
+        keys = [f"{side}/{cost.metric}" for side in ("dense", "pruned")]
+        both = [(one.run.metrics.get(f"{key}/iqr"), one.run.metrics.get(key)) for one in runs for key in keys]
+        ranges = [width / value for width, value in both if width is not None and value]
+        found += [f"{100 * max(ranges):.0f} % of {cost.label}"] if ranges else []
+    if not found:
+        return []
+    return [
+        f"{context}: the interquartile range over repetitions is at most {', '.join(found)}; points that are nearer to "
+        "each other than that are not in order."
+    ]
 
 
 def _priced_table(name: str, metric: str, cost: Cost, found: Sequence[Priced], where: str) -> Table:
@@ -98,7 +116,7 @@ def effects_section(runs: Sequence[Described]) -> Section | None:
             if found is not None:
                 name = file_name("effects", metric, *only)
                 designs.setdefault(_design(found), []).append(metric)
-                tables.append(_effects_table(name, found))
+                tables.append(_effects_table(name, found, context if only else ""))
                 pictures.append(named(context, only, effects_figure(name, found)))
         lines += [f"{context}, {', '.join(metrics)}: {design}" for design, metrics in designs.items()]
         if designs:
@@ -136,8 +154,9 @@ def _unequal_shares(context: str, runs: Sequence[Described]) -> list[str]:
     ]
 
 
-def _effects_table(name: str, found: Ablation) -> Table:
-    head = ("factor", "level", "runs", "mean rise", "standard deviation", "effect", "95 % over seeds, ±")
+def _effects_table(name: str, found: Ablation, where: str) -> Table:
+    intervals = any(effect.half is not None for effect in found.effects)
+    head = ("factor", "level", "runs", "mean rise", "standard deviation", "effect")
     rows = tuple(
         (
             Cell(effect.factor),
@@ -146,12 +165,13 @@ def _effects_table(name: str, found: Ablation) -> Table:
             number(effect.mean),
             number(effect.spread),
             number(effect.effect),
-            number(effect.half),
+            *([number(effect.half)] if intervals else []),
         )
         for effect in found.effects
     )
     title = f"Rise in ln {found.metric} over the dense model by level; effect: its mean less that of all runs"
-    return Table(name, title, head, rows)
+    title += f" ({where})" if where else ""
+    return Table(name, title, (*head, "95 % over seeds, ±") if intervals else head, rows)
 
 
 def published_section(
@@ -167,7 +187,7 @@ def published_section(
     )
     rows = []
     for k, one in enumerate(compared):
-        figure, distance = one.published, one.ours.mean - one.published.value
+        figure, distance = one.published, round(one.ours.mean - one.published.value, 9)  # no digits of rounding
         rows.append(
             (
                 number(k + 1),

@@ -46,6 +46,7 @@ class Published:
     source: Source
     model: str  # name of the option in conf/model where there is one
     metric: str  # as in metrics.json, without "dense/" or "pruned/"
+    mean_of: tuple[str, ...]  # metrics whose mean it is, where the table prints them, too
     unit: str  # "perplexity", "percent", ...
     method: str  # as printed
     ratio: float  # nominal share removed
@@ -149,6 +150,7 @@ def _figures(data: Mapping[str, Any], source: Source) -> Iterator[Published]:
                 source=source,
                 model=str(column.get("model") or data["model"]),
                 metric=str(column["metric"]),
+                mean_of=tuple(str(columns[part]["metric"]) for part in column.get("mean_of", ())),
                 unit=unit,
                 method=str(row["method"]),
                 ratio=ratio,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pruneexp.tracker.environment import memory_metrics
+from pruneexp.tracker.environment import memory_metrics, reset_peak_memory
 from pruneexp.tracker.folder import (
     NOTES,
     check_folder,
@@ -37,6 +37,7 @@ __all__ = [
     "existing",
     "flat_metrics",
     "memory_metrics",
+    "reset_peak_memory",
     "run_folder",
     "status_of",
     "write_atomic",

@@ -121,9 +121,21 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def reset_peak_memory() -> None:
+    """Lets what `memory_metrics` gives begin anew, so that no job of a sweep has the peak of those before it; where the
+    system cannot (it is no Linux), they go on."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, back to what is resident now
+    except OSError:
+        pass
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory_metrics(devices: Sequence[torch.device]) -> dict[str, int]:
-    """memory/peak_bytes: the largest resident memory of this process so far, or what all GPUs had allocated at most
-    where that is more; of each GPU memory/cuda:N/peak_bytes."""
+    """memory/peak_bytes: the largest resident memory of this process, since `reset_peak_memory` where that was called,
+    or what all GPUs had allocated at most where that is more; of each GPU memory/cuda:N/peak_bytes."""
     try:  # not getrusage's: a child process starts with its parent's peak there
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

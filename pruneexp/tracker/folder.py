@@ -119,7 +119,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         )
     if overwrite:
         return
-    if (folder / "metrics.json").exists():
+    if _is_finished(folder):
         raise ConfigError(f"{where}: holds a finished run; expected an empty folder or run.overwrite=true")
     strangers = [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
     if state == "absent" and strangers:
@@ -222,8 +222,9 @@ def timestamp() -> str:
 def status_of(folder: Path) -> str:
     """ "done", "failed", "running", "interrupted" (its process is gone without a word), or "absent" (no run there).
 
-    A run that is still marked running on another host counts as running: its process cannot be asked from here."""
-    finished = (folder / "metrics.json").exists()
+    A run that is still marked running on another host counts as running: its process cannot be asked from here. One
+    whose metrics.json is damaged counts as interrupted: there is nothing to take its figures from."""
+    finished = _is_finished(folder)
     status = _read_status(folder)
     said = status.get("status")
     if said is None:
@@ -233,13 +234,23 @@ def status_of(folder: Path) -> str:
     return "running" if _alive(status) else "interrupted"
 
 
+def _is_finished(folder: Path) -> bool:
+    """Whether a metrics.json is there that can be read."""
+    return _read_object(folder / "metrics.json") is not None
+
+
 def _read_status(folder: Path) -> dict[str, Any]:
-    try:
-        status = json.loads((folder / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    status = _read_object(folder / "status.json") or {}
     # Somebody else's status.json is no run of ours.
-    return status if isinstance(status, dict) and status.get("status") in ("running", "done", "failed") else {}
+    return status if status.get("status") in ("running", "done", "failed") else {}
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _alive(status: dict[str, Any]) -> bool:

@@ -512,10 +512,10 @@ def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
 
 @pytest.mark.parametrize("dry", ["true", "false"])
 def test_jobs_that_run_here_share_the_dense_models_hidden_states(
-    dry: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    dry: str, cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(experiments, "run_experiment", lambda _, shared=None: given.append(shared) or {})
+    given, run = [], experiments.run_experiment
+    monkeypatch.setattr(experiments, "run_experiment", lambda one, shared=None: given.append(shared) or run(one))
     for typed in (["--multirun", "seed=1,2"], ["--multirun", "seed=1,2", "compensator=bias"], []):
         assert cli("compensator=least_squares", f"run.dry={dry}", *typed).code == 0
     first, second, *others = given

@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pruneexp.config_files import YAML_LOADER, conf_folder, sweep_files
+from pruneexp.config_files import YamlLoader, conf_folder, sweep_files
 from pruneexp.explain import explained, known_keys, missing_key
 from pruneexp.types import ConfigError
 
@@ -78,7 +78,7 @@ def _offer_sweeps() -> None:
     # The group is called `sweep` and its folder `sweeps/`, so Hydra is handed the files instead of finding them.
     for name, path in sweep_files().items():
         try:
-            node = OmegaConf.create(yaml.load(path.read_text(), YAML_LOADER) or {})
+            node = OmegaConf.create(yaml.load(path.read_text(), YamlLoader) or {})
         except Exception as error:
             raise ConfigError(f"sweeps/{path.name}: not YAML: {' '.join(str(error).split())}") from error
         ConfigStore.instance().store(name, node, group="sweep", package="_global_", provider="sweeps")

@@ -12,7 +12,16 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).resolve().parent
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # for many files: in C, several times as fast
+_SAFE_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class YamlLoader(_SAFE_LOADER):
+    """Reads what OmegaConf's loader reads (1e-4 is a number), in C where PyYAML has that: several times as fast."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def conf_folder() -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pruneexp.config_files import YAML_LOADER
+from pruneexp.config_files import YamlLoader
 from pruneexp.tracker import status_of, write_atomic
 
 LEFT_OUT = ("run", "sweep", "cache", "tracker")  # where a job runs and reports, not what it computes
@@ -58,7 +58,7 @@ def write_summary(folder: Path) -> Path:
 def _object(path: Path) -> dict[str, Any]:
     """What a YAML or JSON file holds; empty where it is missing, damaged, or no object."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), YAML_LOADER)
+        found = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from pruneexp.build import build, located
 from pruneexp.compose import SECTIONS, compose, compose_raw, composed, open_hydra
-from pruneexp.config_files import choices, conf_folder, first_comment, inherited, key_comments, sweep_files
+from pruneexp.config_files import YamlLoader, choices, conf_folder, first_comment, inherited, key_comments, sweep_files
 from pruneexp.jobs import JobComposer, job_configs, job_overrides
 from pruneexp.multirun import as_job
 from pruneexp.types import ConfigError
@@ -85,6 +86,13 @@ def test_hydra_sees_the_package_header(path: Path) -> None:
     # Hydra reads headers up to the first other line, and silently ignores one below it.
     lines = path.read_text().splitlines()
     assert not [line for line in lines[1:] if line.startswith("# @package")]
+
+
+@pytest.mark.parametrize("path", sorted(conf_folder().rglob("*.yaml")) + list(sweep_files().values()), ids=str)
+def test_config_files_are_read_as_hydra_reads_them(path: Path) -> None:
+    expected = OmegaConf.to_container(OmegaConf.load(path))
+    found = yaml.load(path.read_text(), YamlLoader) or {}
+    assert found == expected and repr(found) == repr(expected)  # 1 is no 1.0
 
 
 def test_the_default_config_is_the_main_job() -> None:

@@ -11,11 +11,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
-from pruneexp.config_files import conf_folder, inherited
+from pruneexp.config_files import YamlLoader, conf_folder, inherited
 from pruneexp.pages.folders import Run
 from pruneexp.pages.statistics import crossed
 from pruneexp.summary import differing, settings
@@ -56,14 +56,11 @@ class Described:
 @cache
 def options(group: str) -> dict[str, dict[str, Any]]:
     """Settings of every option of a group, flat, those it inherits among them."""
-    from omegaconf import OmegaConf
-
     found = {}
     for path in sorted((conf_folder() / group).glob("*.yaml")):
         merged: dict[str, Any] = {}
         for file in reversed(inherited(path)):
-            # OmegaConf's loader, as the runs' own: PyYAML's takes 1e-4 for a string.
-            merged |= cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
+            merged |= yaml.load(file.read_text(encoding="utf-8"), YamlLoader) or {}
         merged.pop("defaults", None)
         found[path.stem] = settings(merged)
     return found
@@ -74,7 +71,7 @@ def _recipes() -> dict[str, dict[str, str]]:
     """Recipe -> the option of each group that it chooses."""
     found = {}
     for path in sorted((conf_folder() / "recipe").glob("*.yaml")):
-        lines = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", ())
+        lines = yaml.load(path.read_text(encoding="utf-8"), YamlLoader).get("defaults", ())
         overrides = {key: value for line in lines if isinstance(line, dict) for key, value in line.items()}
         prefix = "override /"
         found[path.stem] = {key.removeprefix(prefix): value for key, value in overrides.items() if prefix in key}

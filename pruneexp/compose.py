@@ -137,6 +137,8 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     for section in ("run", "sweep"):
         if not isinstance(container.get(section), dict):
             raise ConfigError(f"{section}={container.get(section)!r}: expected its keys, as {section}.dir=...")
+    if "hydra" in container["sweep"]:
+        raise ConfigError(f"sweep={job['sweep']}: expected '# @package _global_' as the first line of the sweep's file")
     known_keys([f"sweep.{key}" for key in container["sweep"]], SWEEP_KEYS)
     return Composed({str(key): value for key, value in container.items()}, job, folders)
 
@@ -146,7 +148,8 @@ def _one_choice_each(overrides: Sequence[str]) -> None:
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if value.startswith("[") and key in (*SECTIONS, "recipe") and key != "evaluator":
-            raise ConfigError(f"{text}: expected one choice; evaluator is the only group that takes a list")
+            several = f"several are swept over as {key}={value.strip('[]')} with --multirun"
+            raise ConfigError(f"{text}: expected one choice ({several}); evaluator is the only group that takes a list")
 
 
 def _missing(node: Any, key: str = "") -> Iterator[str]:

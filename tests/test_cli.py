@@ -184,9 +184,15 @@ MISTAKES = [
     ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),
     ("--multirun seed=1,2 sweep.dir=/dev/null", "sweep.dir='/dev/null': expected a folder, found a file"),
     ("--multirun seed=1,2 sweep.dir=/dev/null/x", "sweep.dir='/dev/null/x': /dev/null is a file; expected a folder"),
-    ("criterion=[flap,wanda_sp]", "criterion=[flap,wanda_sp]: expected one choice; evaluator is the only group"),
-    ("tracker=[local,wandb]", "tracker=[local,wandb]: expected one choice; evaluator is the only group"),
-    ("recipe=[flap]", "recipe=[flap]: expected one choice; evaluator is the only group"),
+    (
+        "criterion=[flap,wanda_sp]",
+        "criterion=[flap,wanda_sp]: expected one choice (several are swept over as criterion=flap,wanda_sp with",
+    ),
+    (
+        "tracker=[local,wandb]",
+        "tracker=[local,wandb]: expected one choice (several are swept over as tracker=local,wandb",
+    ),
+    ("recipe=[flap]", "recipe=[flap]: expected one choice (several are swept over as recipe=flap"),
     ("--multirunn", "unrecognized arguments: --multirunn"),
     ("--cfg foo", "argument --cfg/-c: invalid choice: 'foo'"),
     ("--cfg job criterion=flapp", "criterion=flapp: expected one of block_influence, "),
@@ -286,6 +292,10 @@ def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list
     )
     assert ended.code == 2 and ended.err.startswith(line) and not runs
     assert cli("--config-dir", "mine", "+sweep=quiet", "--multirun").code == 0 and len(runs) == 4
+    file.write_text(file.read_text().partition("\n")[2])
+    ended = cli("--config-dir", "mine", "+sweep=quiet")
+    line = "pruneexp: sweep=quiet: expected '# @package _global_' as the first line of the sweep's file\n"
+    assert ended.code == 2 and ended.err == line and len(runs) == 4
 
 
 def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: list[Experiment]) -> None:

@@ -262,6 +262,7 @@ def breakages() -> dict[str, tuple[Any, str]]:
         "yaml": (text("config.yaml", lambda old: f"{old}\n  - ]"), "config.yaml is no config"),
         "not_ours": (text("config.yaml", lambda old: "a: 1\n"), "config.yaml is no run's config: it has no model"),
         "ratio": (text("config.yaml", lambda old: old.replace("ratio: 0.2", "ratio: much")), "sparsity.ratio='much'"),
+        "plan": (data("status.json", plan_sha256="0" * 64), "edited: plan.json is not the plan whose SHA-256"),
         "asked": (text("config.yaml", lambda old: old.replace("ratio: 0.2", "ratio: 0.3")), "=0.3, plan.json met 0.2"),
     }
 

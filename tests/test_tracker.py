@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ def test_a_finished_run_holds_what_the_contract_says(tmp_path):
     status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "done" and status["reason"] is None and status["pid"] == os.getpid()
     assert status["started"] <= status["ended"]
+    assert status["plan_sha256"] == hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
     assert status_of(folder) == "done"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -103,7 +104,7 @@ def _read(folder: Path, name: str, versions: str) -> Run:
     metrics = _metrics(_json(folder, "metrics.json"))
     hashed = _config_hash(config)
     plan = _plan(folder)
-    _check_untouched(folder, hashed, config, metrics, plan)
+    _check_untouched(folder, hashed, config, metrics, plan, status)
     return Run(folder, name, hashed, config, environment, status, metrics, plan)
 
 
@@ -195,7 +196,12 @@ def _config_hash(config: Mapping[str, Any]) -> str:
 
 
 def _check_untouched(
-    folder: Path, hashed: str, config: Mapping[str, Any], metrics: Mapping[str, float], plan: Plan
+    folder: Path,
+    hashed: str,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    plan: Plan,
+    status: Mapping[str, Any],
 ) -> None:
     """Raises _Unusable where the files of a run contradict each other, as they do when one was edited."""
     if re.fullmatch(r"[0-9a-f]{12}", folder.name) and folder.name != hashed:
@@ -213,6 +219,9 @@ def _check_untouched(
         numbers = isinstance(met, float) and isinstance(asked, float)
         if met != asked and not (numbers and _apart(met, asked) <= SAME):
             raise _Unusable(f"edited: config.yaml has sparsity.{key}={asked}, plan.json met {met}")
+    written = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
+    if status.get("plan_sha256", written) != written:
+        raise _Unusable("edited: plan.json is not the plan whose SHA-256 status.json has")
     delivered = folder / "model" / "plan.json"
     if delivered.is_file() and delivered.read_bytes() != (folder / "plan.json").read_bytes():
         raise _Unusable("edited: plan.json is not the plan of its checkpoint, model/plan.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -60,8 +61,11 @@ class LocalRun:
             logger.info("%s = %s", key, f"{value:.6g}" if isinstance(value, float) else value)
 
     def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None:
-        """Writes plan.json, scores.safetensors (float32 [U] per site) and structure.png."""
-        self._write("plan.json", plan.to_json() + "\n")
+        """Writes plan.json, scores.safetensors (float32 [U] per site) and structure.png. status.json will have the
+        plan's SHA-256."""
+        text = plan.to_json() + "\n"
+        self._write("plan.json", text)
+        self._status = {**self._status, "plan_sha256": hashlib.sha256(text.encode()).hexdigest()}
         self._write("scores.safetensors", _safetensors(scores))
         try:
             from pruneexp.report import structure_figure

@@ -208,13 +208,22 @@ def test_layers_run_on_from_kept_inputs_as_from_the_start(family, tiny, tokens_N
         torch.testing.assert_close(other, found[2], rtol=1e-9, atol=1e-9)
 
 
-def test_a_sublayer_that_loses_all_of_its_units_is_walked_on_from(tiny, tokens_NT):
-    model = tiny("llama")
-    for visit, site, collect in walk_sites(model, tokens_NT, Raw, (), Meter(), "test"):
-        if (visit.index, site.kind) == (1, "mlp"):
-            collect(torch.arange(0))
-            shrink_layer_(model, 1, Plan({site.name: SitePlan("mlp", site.units, ())}))
-    assert [site.kind for site in model.layer_sites(1)] == ["attention"]
+@pytest.mark.parametrize("kind", [Raw, WantedOutput])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sublayers_that_lose_all_of_their_units_are_walked_on_from(family, kind, tiny, tokens_NT):
+    model, wanted = tiny(family), {}
+    for visit, site, collect in walk_sites(model, tokens_NT, kind, (), Meter(), "test"):
+        if (visit.index, site.kind) in ((0, "attention"), (1, "mlp"), (2, "attention")):
+            seen = collect(torch.arange(0))
+            mean_O = seen.seen()[1].flatten(0, -2).mean(0) if kind is Raw else seen.wanted_mean_O
+            readers = {site.name: (mean_O.new_zeros(len(mean_O), 0), mean_O)}
+            shrink_layer_(model, visit.index, Plan({site.name: SitePlan(site.kind, site.units, ())}), readers)
+            wanted[site.name] = mean_O
+    assert [[site.kind for site in model.layer_sites(layer)] for layer in range(3)] == [["mlp"], ["attention"], ["mlp"]]
+    other = tiny(family)
+    for _, site, collect in walk_sites(other, tokens_NT, Raw, (), Meter(), "test"):
+        if site.name in wanted and site.layer == 0:
+            torch.testing.assert_close(wanted[site.name], collect(all_of(site)).seen()[1].flatten(0, -2).mean(0))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -224,15 +224,15 @@ class _Parts:
         evidence = kind.of(site, keep_C) if narrows else kind.empty(site)
         held, inputs = 0, self.inputs.setdefault(site.kind, {})
         for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
-            if known:
-                input_BTC = known[number]
-            elif narrows and not len(keep_C):
+            if narrows and not len(keep_C):
                 input_BTC = x_BTD[..., :0]
+            elif known:
+                input_BTC = known[number]
             else:
                 with nullcontext() if given is None else self._attention_gives(given[number]):
                     input_BTC = self._part(x_BTD, number, path, False)[0]
+                input_BTC = input_BTC.view(*x_BTD.shape[:2], -1)  # OPT flattens windows in front of its FFN
                 self._count(self.shares[site.kind][0] / len(hidden))
-            input_BTC = input_BTC.view(*x_BTD.shape[:2], -1)
             kept_BTK = input_BTC
             if input_BTC.shape[-1] != len(keep_C):
                 kept_BTK = input_BTC.index_select(-1, keep_C.to(input_BTC.device))

@@ -204,6 +204,8 @@ def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, co
     statistics = 0
     if by_site(compensator):
         times, statistics = 3, _of_widest(kinds, shape) + _inputs(shape, seen)
+        widest = max((site.channels for site in shape.sites), default=0)
+        copies -= shape.block_bytes - widest * shape.hidden * shape.itemsize  # the writers have been let go by then
     elif compensator.sequential and kinds:
         times, statistics = 2, statistics + _of_any_layer(kinds, shape)
     else:

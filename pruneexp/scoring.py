@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from pruneexp.cache.packing import bytes_of
 from pruneexp.calibrate import DenseStates, Meter, walk
 from pruneexp.model import Model
 from pruneexp.resume import Notes
-from pruneexp.types import Criterion, RemovalPath, RunError, Score, evidence_kinds, unit_scores
+from pruneexp.types import Criterion, RemovalPath, RunError, Score, Site, evidence_kinds, unit_scores
 
 SMALL = 64  # bytes a channel
 WALKED = ("reader", "writer", "block")  # sources of evidence that one shared pass through the blocks collects
@@ -133,10 +134,16 @@ def _is_small(kind: Any, model: Model) -> bool:
     if kind.source != "reader" or site is None:
         return False
     try:
-        with torch.device("meta"):
-            return bytes_of(kind.empty(site)) <= SMALL * site.channels
+        return empty_bytes(kind, site) <= SMALL * site.channels
     except Exception:  # somebody else's evidence, that wants real tensors
         return False
+
+
+@cache
+def empty_bytes(kind: Any, site: Site) -> int:
+    """Bytes of the evidence of one site before any token. Raises what `kind.empty` does where it wants real tensors."""
+    with torch.device("meta"):
+        return bytes_of(kind.empty(site))
 
 
 def distinct(*wanted: Any) -> tuple[Any, ...]:

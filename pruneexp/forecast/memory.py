@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from pruneexp.calibrate import KEPT_BYTES
 from pruneexp.compensator import LeastSquares
@@ -18,6 +14,7 @@ from pruneexp.evidence import Gram, WantedOutput
 from pruneexp.forecast.shape import Shape
 from pruneexp.forecast.work import WALKED, Calibration, blocks_alone, distinct
 from pruneexp.prune import Method, by_site, goes_layer_by_layer
+from pruneexp.scoring import empty_bytes
 from pruneexp.search import Evolutionary
 from pruneexp.surgery import STREAMED_SHARD_BYTES
 from pruneexp.types import Site, evidence_kinds
@@ -230,23 +227,9 @@ def statistics_bytes(kind: Any, sites: Sequence[Site], shape: Shape) -> int:
         return 0
     outputs = shape.hidden if kind is WantedOutput else 0
     try:
-        return sum(_empty_bytes(kind, replace(site, name="", layer=0)) + 8 * site.channels * outputs for site in sites)
+        return sum(empty_bytes(kind, replace(site, name="", layer=0)) + 8 * site.channels * outputs for site in sites)
     except Exception:  # evidence of somebody else's: a forecast must not stop a run
         return 0
-
-
-@cache
-def _empty_bytes(kind: Any, site: Site) -> int:
-    with torch.device("meta"):
-        return _tensor_bytes(kind.empty(site))
-
-
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if is_dataclass(value):
-        return sum(_tensor_bytes(getattr(value, field.name)) for field in fields(value))
-    return 0
 
 
 def _of_any_layer(kinds: Sequence[Any], shape: Shape) -> int:

@@ -75,10 +75,11 @@ def _command(argv: Sequence[str]) -> int:
     print(f"format: {record['form']} ({record['why']})")
     for note in record.get("notes", ()):
         print(f"note: {note}")
-    if "max_logit_difference" in record:
-        equal = record.get("greedy_tokens_equal")  # None: proved without generating
-        same = "" if equal is None else f"; greedy tokens {'equal' if equal else 'differ'}"
-        print(f"largest difference of a logit: {record['max_logit_difference']:.3g}{same}")
+    for what in ("logit", "log_probability"):
+        if (difference := record.get(f"max_{what}_difference")) is not None:
+            equal = record.get("greedy_tokens_equal")  # None: proved without generating
+            same = "" if equal is None else f"; greedy tokens {'equal' if equal else 'differ'}"
+            print(f"largest difference of a {what.replace('_', '-')}: {difference:.3g}{same}")
     print(f"The export is {record['out']}")
     return 0
 

@@ -21,7 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from pruneexp.export.gguf_vocabulary import vocabulary
+from pruneexp.export.gguf_vocabulary import Vocabulary, vocabulary
 from pruneexp.export.llama_like import (
     LlamaLayer,
     adds_something,
@@ -85,11 +85,15 @@ class GgufExporter:
         return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self.contents)
 
     def write(self, model: Model, folder: Path) -> list[str]:
-        from gguf import GGMLQuantizationType, GGUFWriter
-
         folder.mkdir(parents=True)
         words = vocabulary(model.tokenizer, model.vocab_size)
-        writer = GGUFWriter(folder / FILE, "deci")
+        self.write_file(model, words, folder / FILE)
+        return [*window_note(model), *words.notes]
+
+    def write_file(self, model: Model, words: Vocabulary, file: Path) -> None:
+        from gguf import GGMLQuantizationType, GGUFWriter
+
+        writer = GGUFWriter(file, "deci")
         try:
             add_description(writer, model, self)
             words.add_to(writer)
@@ -104,7 +108,6 @@ class GgufExporter:
                 writer.write_tensor_data(as_array(tensor, self.dtype, name))
         finally:
             writer.close()
-        return [*window_note(model), *words.notes]
 
     def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
         from pruneexp.export.gguf_proof import prove_gguf

@@ -36,6 +36,12 @@ class Vocabulary:
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def plain(self) -> int:
+        """A token that stands for ASCII text."""
+        words = enumerate(zip(self.tokens, self.types, strict=True))
+        return next((token for token, (word, kind) in words if kind == NORMAL and word.isascii()), 0)
+
     def add_to(self, writer: Any) -> None:
         if not self.tokens:
             writer.add_tokenizer_model("none")
@@ -82,6 +88,12 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
         ends=len(text) > 1 and text[-1] == special["eos"],
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     )
+
+
+def stand_in(vocab_size: int) -> Vocabulary:
+    """Made-up words, for software that runs no file without any."""
+    tokens = tuple(f"<{token}>" for token in range(vocab_size))
+    return Vocabulary(tokens, (NORMAL,) * vocab_size, scores=(0.0,) * vocab_size)
 
 
 def _type(token: int, words: dict[int, str], added: dict[int, Any], unknown: str | None) -> int:

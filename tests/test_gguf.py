@@ -99,13 +99,59 @@ def test_the_file_is_the_model(name: str, kept: Kept, biases: bool, tmp_path: Pa
     assert record["prove"] == "read_back" and record["tensors_equal"] == len(gguf.GGUFReader(file).tensors)
 
 
+def widths(file: Path) -> list[int]:
+    return gguf.GGUFReader(file).fields["deci.feed_forward_length"].contents()
+
+
 def test_no_wider_than_the_model(tmp_path: Path) -> None:
     folder = pruned_folder(tmp_path, "llama", NO_LAST_FFN)
-    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0
+    assert main([str(folder), "format=gguf", "multiple=1", f"out={tmp_path / 'out'}", "prove=off"]) == 0
     fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["deci.attention.head_count"].contents() == [2, 4]  # the empty layer is left out
     assert fields["deci.attention.head_count_kv"].contents() == [1, 2]
-    assert fields["deci.feed_forward_length"].contents() == [7, 1]
+    assert widths(tmp_path / "out" / "model.gguf") == [7, 1]
+
+
+def test_rows_that_can_be_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pruned_folder(tmp_path, "llama_biased", NO_LAST_FFN, biases=True)
+    tokens_T = torch.randint(3, 64, (64,), generator=torch.Generator().manual_seed(1))
+    for multiple, typed in ((32, []), (256, ["multiple=256"])):  # llama.cpp's blocks, and those of K-quants
+        out = tmp_path / str(multiple)
+        assert main([str(folder), "format=gguf", *typed, f"out={out}", "prove=in_place"]) == 0
+        assert f"FFNs filled up with zeros to multiples of {multiple})" in capsys.readouterr().out
+        assert widths(out / "model.gguf") == [multiple] * 3
+        expected = model_logits(folder, tokens_T)
+        torch.testing.assert_close(deci_logits(out / "model.gguf", tokens_T), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_out_is_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = pruned_folder(tmp_path, "llama", NO_LAST_FFN), tmp_path / "small.gguf"
+    command = [str(folder), "format=gguf", f"out={out}", "prove=off"]
+    assert main(command) == 0
+    assert widths(out) == [32, 32]
+    record = json.loads((tmp_path / "small.gguf.json").read_text())
+    assert record["form"] == "gguf" and record["out"] == str(out) and record["bytes"] == out.stat().st_size
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "small.gguf", "small.gguf.json"}
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "small.gguf exists; expected a new file, or overwrite=true" in capsys.readouterr().err
+    assert main([*command, "overwrite=true", "multiple=64"]) == 0
+    assert widths(out) == [64, 64]
+
+
+def test_a_file_that_no_export_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = pruned_folder(tmp_path, "llama", NO_LAST_FFN), tmp_path / "mine.gguf"
+    command = [str(folder), "format=gguf", f"out={out}", "prove=off", "overwrite=true"]
+    for record in (None, "[1]", json.dumps({"form": "gguf", "bytes": 3})):
+        out.write_text("mine")
+        if record:
+            (tmp_path / "mine.gguf.json").write_text(record)
+        assert main(command) == 2
+        assert "overwrite=true replaces earlier exports alone" in capsys.readouterr().err
+        assert out.read_text() == "mine"
+    (tmp_path / "folder.gguf").mkdir()
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'folder.gguf'}"]) == 2
+    assert "is a folder; expected the file to write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("dtype", "code", "kind"), [("bfloat16", 32, torch.bfloat16), ("float16", 1, torch.float16)])

@@ -16,6 +16,7 @@ from pruneexp.export.folders import (
     checkpoint_folder,
     stored_source,
 )
+from pruneexp.export.single_file import GGUF_FILE, place_file
 
 if TYPE_CHECKING:
     from pruneexp.model import Model
@@ -56,7 +57,7 @@ def export(asked: Request) -> dict[str, Any]:
     from pruneexp.export.streamed import wants_streaming
 
     checkpoint = checkpoint_folder(asked.source)
-    check_out(asked.out, asked.source, checkpoint, asked.overwrite)
+    check_out(asked.out, asked.source, checkpoint, asked.overwrite, asked.single_file)
     source = stored_source(checkpoint)
     source.check()
     outline = source.outline()
@@ -67,7 +68,10 @@ def export(asked: Request) -> dict[str, Any]:
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         record = _written(asked, checkpoint, stream, exporter, aside)
-        replace_folder(aside, out)
+        if asked.single_file:
+            place_file(aside / GGUF_FILE, out, record)
+        else:
+            replace_folder(aside, out)
     except OSError as error:
         from pruneexp.types import RunError
 
@@ -86,14 +90,14 @@ def chosen(model: Model, asked: Request) -> Exporter:
     if asked.format == "gguf":
         from pruneexp.export.gguf_file import gguf_exporter
 
-        return gguf_exporter(model, asked.dtype)
+        return gguf_exporter(model, asked.dtype, asked.multiple)
     if asked.format == "vllm":
         from pruneexp.export.vllm import vllm_exporter
 
-        return vllm_exporter(model)
+        return vllm_exporter(model, asked.multiple or 1)
     from pruneexp.export.checkpoint import checkpoint_exporter
 
-    return checkpoint_exporter(model, asked.format, asked.multiple)
+    return checkpoint_exporter(model, asked.format, asked.multiple or 1)
 
 
 def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter, aside: Path) -> dict[str, Any]:

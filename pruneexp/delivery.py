@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from pruneexp.model import Model
 from pruneexp.recovery import Adapter
-from pruneexp.surgery import StreamedSave, prove_in_place, prove_in_process, save
+from pruneexp.surgery import Form, StreamedSave, period_warning, prove_in_place, prove_in_process, save
 from pruneexp.tracker import write_atomic
+
+logger = logging.getLogger("pruneexp")
 
 ADAPTER = "adapter"  # folder in the checkpoint's
 
@@ -21,6 +24,7 @@ def deliver(model: Model, folder: Path, prove: str, probe_BT: Tensor, adapter: A
     target = folder / "model"
     form = save(model, target)
     write_atomic(target / "plan.json", (folder / "plan.json").read_bytes())
+    _warn(form)
     proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": prove}
     if adapter is not None:
         adapter.save(target / ADAPTER, target)
@@ -35,5 +39,11 @@ def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool) -> dict[
     """The same of a model that was written as it was pruned."""
     form = streamed.finish()
     write_atomic(streamed.folder / "plan.json", (folder / "plan.json").read_bytes())
+    _warn(form)
     proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": "off"}
     return proof | streamed.prove() if prove else proof
+
+
+def _warn(form: Form) -> None:
+    if form.kind == "stock" and (warning := period_warning(form.config)):
+        logger.warning("model/: %s", warning)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pruneexp.export.checkpoint import can_pad
 from pruneexp.model import Model, layer_structure
 from pruneexp.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, split_parts
-from pruneexp.surgery import save_form
+from pruneexp.surgery import broken_period, save_form
 from pruneexp.types import ConfigError
 
 STOCKS = ("Llama", "Mistral", "Qwen2", "Phi3", "Granite", "SmolLM3")
@@ -49,9 +49,13 @@ def check_llama_like(model: Model, format: str) -> None:
 
 def other_formats(model: Model) -> str:
     """What holds the model beside the formats of LLaMA-like models."""
+    if name := broken_period(model.config):
+        known = f"for transformers and vLLM: no GGUF file, llama.cpp assumes another order of {name}"
+    else:
+        known = "which the server's own converter or loader may know"
     if save_form(model).kind == "stock":
-        return "format=stock, which the server's own converter or loader may know"
-    padded = "format=padded, which the server's own converter or loader may know, or " if can_pad(model) else ""
+        return f"format=stock, {known}"
+    padded = f"format=padded, {known}, or " if can_pad(model) else ""
     return f"{padded}format=remote_code"
 
 

@@ -3,6 +3,7 @@
 from pruneexp.surgery.forms import Form, remote_code_form, save_form
 from pruneexp.surgery.mask import masked, masked_layer
 from pruneexp.surgery.pad import Padding, pad_, padding
+from pruneexp.surgery.period import broken_period, period_warning
 from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
 from pruneexp.surgery.save import STREAMED_SHARD_BYTES, StreamedSave, save
 from pruneexp.surgery.shrink import remove_blocks_, replace_readers_, shrink_, shrink_layer_
@@ -13,10 +14,12 @@ __all__ = [
     "Form",
     "Padding",
     "StreamedSave",
+    "broken_period",
     "masked",
     "masked_layer",
     "pad_",
     "padding",
+    "period_warning",
     "prove_in_place",
     "prove_in_process",
     "remote_code_form",

@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partialmethod
+from functools import cache
 from typing import Any
 
 import torch
@@ -304,6 +304,7 @@ def head_layout(family: Family, config: Any) -> HeadLayout:
 
 
 FFN_ROWS = {"gate": 1, "up": 1}
+SERVERS = ("vllm", "sglang")  # attention implementations that keep caches of their own
 
 
 def split_parts(rows: Tensor, writer: Writer, units: int, sizes: dict[str, int], shared: tuple[str, ...]) -> Any:
@@ -338,8 +339,12 @@ class LayerStructure:
     expert_output_biases: tuple[bool, ...] | None = None
     kept_experts: tuple[int, ...] | None = None  # original expert indices, where some have left
 
-    def to_config(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+    def to_config(self, layout: HeadLayout) -> dict[str, Any]:
+        """Where attention is gone, the heads of one unit, which servers make room for, and that it is."""
+        own = asdict(self) | {"attention_removed": self.num_attention_heads == 0}
+        if self.num_attention_heads == 0:
+            own |= {"num_attention_heads": layout.group, "num_key_value_heads": 1}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if v is not None}
 
 
 class LayerConfig:
@@ -354,19 +359,61 @@ class LayerConfig:
         return getattr(self._config, name)
 
 
-class RemovedAttention(nn.Module):
-    """Attention that lost all its heads: what it still adds is its output bias, if it owns one."""
+class OutputBias(nn.Module):
+    """A reader without inputs: all that it gives is its bias, zeros where it owns none. No linear layer, because
+    quantisers and kernels cannot do with an empty one."""
+
+    def __init__(self, outputs: int, bias: nn.Parameter | None):
+        super().__init__()
+        self.in_features, self.out_features = 0, outputs
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output = hidden_states.new_zeros(*hidden_states.shape[:-1], self.out_features)
+        bias: Any = self.bias
+        return output if bias is None else output + bias
+
+
+class NoChannels(nn.Module):
+    """A writer without outputs."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states[..., :0]
+
+
+class RemovedFFN(nn.Module):
+    """An FFN (or an expert) that lost all its channels: what it still adds is its output bias, if it owns one."""
 
     def __init__(self, reader_name: str, reader: nn.Module, adds_residual: bool):
         super().__init__()
         self.reader_name, self.adds_residual = reader_name, adds_residual
         self.add_module(reader_name, reader)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        nothing = hidden_states.new_empty(*hidden_states.shape[:-1], 0)
-        output = self.get_submodule(self.reader_name)(nothing)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self.get_submodule(self.reader_name)(hidden_states[..., :0])
         if self.adds_residual:
             output = output + (args[0] if args else kwargs["residual"])
+        return output
+
+
+class RemovedAttention(RemovedFFN):
+    """The same of attention that lost all its heads.
+
+    vLLM gives every layer a cache and an attention of its own, told by `config` and `layer_idx`, where it finds a call
+    of the attention interface in `forward`, and refuses models with layers that have none. Here is one, never run.
+    """
+
+    config: Any = None
+    layer_idx: int | None = None
+    dispatches = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output = super().forward(hidden_states, *args, **kwargs)
+        if self.dispatches:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            attention_interface(self, output, output, output, None)
         return output, None
 
 
@@ -462,9 +509,34 @@ def _resize_experts_(layer: nn.Module, family: Family, structure: LayerStructure
         experts_of(layer, family).origin = structure.kept_experts
     shapes = zip(structure.expert_sizes, structure.expert_output_biases, strict=True)
     for index, (size, bias) in enumerate(shapes):
+        own = replace(
+            family,
+            mlp=expert_path(family, family.mlp, index),
+            mlp_writers=tuple(replace(w, path=expert_path(family, w.path, index)) for w in family.mlp_writers),
+            mlp_reader=expert_path(family, family.mlp_reader, index),
+        )
+        _resize_ffn_(layer, own, size, bias)
+
+
+def _resize_ffn_(layer: nn.Module, family: Family, channels: int, bias: bool) -> None:
+    _resize_(layer, family.mlp_reader, inputs=channels, bias=bias)
+    if channels:
         for writer in family.mlp_writers:
-            _resize_(layer, expert_path(family, writer.path, index), outputs=size)
-        _resize_(layer, expert_path(family, family.mlp_reader, index), inputs=size, bias=bias)
+            _resize_(layer, writer.path, outputs=channels * len(writer.roles))
+    elif family.mlp == family.mlp_reader:  # no module of its own: the layer still calls its parts
+        for writer in family.mlp_writers:
+            layer.set_submodule(writer.path, NoChannels())
+    else:
+        _remove_(layer, family.mlp, family.mlp_reader, RemovedFFN, family.adds_residual)
+
+
+def _remove_(layer: nn.Module, path: str, reader_path: str, kind: type[RemovedFFN], adds_residual: bool) -> None:
+    """Puts what is left of a sublayer in its place."""
+    reader, name, old = layer.get_submodule(reader_path), reader_path.rpartition(".")[-1], layer.get_submodule(path)
+    left: Any = kind(name, reader, adds_residual).train(old.training)
+    if isinstance(left, RemovedAttention):
+        left.config, left.layer_idx = getattr(old, "config", None), getattr(old, "layer_idx", None)
+    layer.set_submodule(path, left)
 
 
 def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, layout: HeadLayout) -> None:
@@ -478,13 +550,9 @@ def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, l
     if structure.expert_sizes is not None:
         _resize_experts_(layer, family, structure)
     else:
-        _resize_(layer, family.mlp_reader, inputs=structure.intermediate_size, bias=structure.mlp_output_bias)
-        for writer in family.mlp_writers:
-            _resize_(layer, writer.path, outputs=structure.intermediate_size * len(writer.roles))
+        _resize_ffn_(layer, family, structure.intermediate_size, structure.mlp_output_bias)
     if heads == 0:
-        reader_name = family.attention_reader.rsplit(".", 1)[-1]
-        reader = layer.get_submodule(family.attention_reader)
-        layer.set_submodule(family.attention, RemovedAttention(reader_name, reader, family.adds_residual))
+        _remove_(layer, family.attention, family.attention_reader, RemovedAttention, family.adds_residual)
     else:
         counts = {"query": heads, "key": kv_heads, "value": kv_heads}
         for writer in family.attention_writers:
@@ -526,11 +594,14 @@ def _drop_norms_(layer: nn.Module, family: Family, structure: LayerStructure) ->
 
 def number_caches_(layers: nn.ModuleList, family: Family, configs: tuple[Any, ...]) -> bool:
     """Numbers the layers' attention so that the KV cache's first entry, and the first of each kind (full, sliding),
-    exists: a cache tells its length by those. Returns whether any attention is left.
+    exists: a cache tells its length by those. Returns whether any attention is left. Servers have caches of their own,
+    one for every layer, and are left the layers' own order.
 
     Without removed layers that is the layers' own order. Kinds are told by `configs`' `layer_types`; there, a layer
     that has no attention takes the kind of the next one that has, so that it holds no kind's first place.
     """
+    if configs[0]._attn_implementation in SERVERS:
+        return True
     found = [layer.get_submodule(family.attention) for layer in layers]
     present = [not isinstance(attention, RemovedAttention) for attention in found]
     if not any(present):
@@ -556,8 +627,9 @@ def head_size(config: Any) -> int:
 
 
 def linear_sizes(linear: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer, or of GPT-2's Conv1D."""
-    return (linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else (linear.nx, linear.nf)
+    """Inputs and outputs of a linear layer, of what is left of one, or of GPT-2's Conv1D."""
+    ours = isinstance(linear, (nn.Linear, OutputBias))
+    return (linear.in_features, linear.out_features) if ours else (linear.nx, linear.nf)
 
 
 def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
@@ -569,24 +641,26 @@ def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
 def _resize_(
     layer: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None, bias: bool | None = None
 ) -> None:
-    """Replaces the linear layer at `path` by an uninitialised one where its shape or bias differs."""
+    """Replaces the linear layer at `path` by an uninitialised one where its shape or bias differs; without inputs, its
+    bias alone stays."""
     old: Any = layer.get_submodule(path)
     had = (*linear_sizes(old), old.bias is not None)
     inputs, outputs = had[0] if inputs is None else inputs, had[1] if outputs is None else outputs
     bias = had[2] if bias is None else bias
     if (inputs, outputs, bias) == had:
         return
-    transposed = not isinstance(old, nn.Linear) and inputs > 0  # Conv1D cannot do without inputs
-    with torch.device("meta"):  # skips the random initialisation, which would warn of nothing to initialise
-        kind: Any = type(old) if isinstance(old, nn.Linear) else nn.Linear
-        new: Any = type(old)(outputs, inputs) if transposed else kind(inputs or 1, outputs or 1, bias=bias)
-    if not transposed:
-        new.in_features, new.out_features = inputs, outputs
-    empty = {"device": old.weight.device, "dtype": old.weight.dtype}
+    weight: Tensor = old.weight
+    empty = {"device": weight.device, "dtype": weight.dtype}
+    own_bias = nn.Parameter(torch.zeros(outputs, **empty), requires_grad=weight.requires_grad) if bias else None
+    if inputs == 0:
+        layer.set_submodule(path, OutputBias(outputs, own_bias).train(old.training))
+        return
+    transposed = not isinstance(old, nn.Linear)
+    with torch.device("meta"):  # skips the random initialisation
+        new: Any = type(old)(outputs, inputs) if transposed else type(old)(inputs, outputs, bias=bias)
     shape = (inputs, outputs) if transposed else (outputs, inputs)
-    new.weight = nn.Parameter(torch.empty(shape, **empty), requires_grad=old.weight.requires_grad)
-    if bias:
-        new.bias = nn.Parameter(torch.zeros(outputs, **empty), requires_grad=old.weight.requires_grad)
+    new.weight = nn.Parameter(torch.empty(shape, **empty), requires_grad=weight.requires_grad)
+    new.bias = own_bias
     layer.set_submodule(path, new.train(old.training))
 
 
@@ -609,17 +683,18 @@ def slope_heads(attention: nn.Module, family: Family) -> tuple[int, ...] | None:
 
 def _keep_slopes_(attention: nn.Module, kept_heads: tuple[int, ...]) -> None:
     """Each kept head keeps its own ALiBi slope: the model hands all of the original heads' slopes to every layer."""
-
-    def select(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        kept, alibi, mask = list(module.kept_heads), kwargs["alibi"], kwargs["attention_mask"]
-        if alibi.ndim == 4:  # Falcon's, which its mask holds too
-            return args, {**kwargs, "alibi": alibi[:, kept], "attention_mask": mask[:, kept]}
-        by_head = alibi.view(args[0].shape[0], -1, *alibi.shape[1:])
-        return args, {**kwargs, "alibi": by_head[:, kept].flatten(0, 1)}
-
     if not hasattr(attention, "kept_heads"):
-        attention.register_forward_pre_hook(select, with_kwargs=True)
+        attention.register_forward_pre_hook(_select_slopes, with_kwargs=True)
     attention.kept_heads = kept_heads  # pyright: ignore[reportArgumentType]
+
+
+def _select_slopes(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A hook by a name of its own, so that it can be pickled."""
+    kept, alibi, mask = list(module.kept_heads), kwargs["alibi"], kwargs["attention_mask"]
+    if alibi.ndim == 4:  # Falcon's, which its mask holds too
+        return args, {**kwargs, "alibi": alibi[:, kept], "attention_mask": mask[:, kept]}
+    by_head = alibi.view(args[0].shape[0], -1, *alibi.shape[1:])
+    return args, {**kwargs, "alibi": by_head[:, kept].flatten(0, 1)}
 
 
 def stock_config(config: Any) -> Any:
@@ -637,14 +712,15 @@ def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
     structures = []
     for layer in config.per_layer_config:
         kept_heads = getattr(layer, "kept_heads", None)
+        heads = 0 if getattr(layer, "attention_removed", False) else layer.num_attention_heads
         of_experts = {}
         for name in ("expert_sizes", "expert_output_biases", "kept_experts"):
             values = getattr(layer, name, None)  # beside a mixture's layers, others have empty lists
             of_experts[name] = tuple(values) if values else None
         structures.append(
             LayerStructure(
-                num_attention_heads=layer.num_attention_heads,
-                num_key_value_heads=layout.key_value_heads(layer.num_attention_heads),
+                num_attention_heads=heads,
+                num_key_value_heads=layout.key_value_heads(heads),
                 intermediate_size=layer.intermediate_size,
                 attention_output_bias=layer.attention_output_bias,
                 mlp_output_bias=layer.mlp_output_bias,
@@ -671,6 +747,16 @@ def _init_pruned(model: Any, stock_class: type, config: Any, *args: Any, **kwarg
     model.config = config
 
 
+def _init_of(stock_class: type) -> Any:
+    """The `__init__` of a class with pruned layers. Without annotations: servers compare arguments with them, and in
+    this file they are strings."""
+
+    def __init__(self, config, *args, **kwargs):
+        _init_pruned(self, stock_class, config, *args, **kwargs)
+
+    return __init__
+
+
 def _register_names(class_name: str, family: Family) -> None:
     """Tells transformers what checkpoints of the class call their tensors, where the modules call them otherwise."""
     if not family.stored_as or importlib.util.find_spec("transformers.conversion_mapping") is None:
@@ -681,19 +767,30 @@ def _register_names(class_name: str, family: Family) -> None:
     conversions.register_checkpoint_conversion_mapping(class_name, renamings, overwrite=True)
 
 
+AUTO_CLASSES = {  # of transformers -> what the classes of an architecture are called that they make
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+}
+
+
 @cache
 def __getattr__(name: str) -> type:
-    """PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel ...: made from the stock class when asked for."""
+    """PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel ...: made from the stock class when asked for, where
+    there is one."""
     if not name.startswith("Pruned"):  # Python itself asks for names like __path__: no reason to import transformers
         raise AttributeError(name)
     transformers = importlib.import_module("transformers")
     families = {family.stock: model_type for model_type, family in FAMILIES.items()}
-    for suffix in ("Config", "ForCausalLM", "Model"):
+    for suffix in ("Config", *AUTO_CLASSES.values()):
         stock = name.removeprefix("Pruned").removesuffix(suffix)
         if name != f"Pruned{stock}{suffix}" or stock not in families:
             continue
         own_name = FAMILIES[families[stock]].causal_lm if suffix == "ForCausalLM" else None
-        stock_class = getattr(transformers, own_name or stock + suffix)
+        stock_class = getattr(transformers, own_name or stock + suffix, None)
+        if stock_class is None:
+            break
         body: dict[str, Any] = {"__module__": __name__, "__doc__": f"{stock_class.__name__} with pruned layers."}
         if suffix == "Config":
             strict = importlib.import_module("huggingface_hub.dataclasses").strict
@@ -703,7 +800,7 @@ def __getattr__(name: str) -> type:
             return strict(type(name, (stock_class,), body))
         family = FAMILIES[families[stock]]
         body["config_class"] = __getattr__(f"Pruned{stock}Config")
-        body["__init__"] = partialmethod(_init_pruned, stock_class)
+        body["__init__"] = _init_of(stock_class)
         if family.experts:  # how many tokens an expert gets is known only while it runs
             body["_can_compile_fullgraph"] = False
         _register_names(name, family)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruneexp.export.checkpoint import can_pad
 from pruneexp.model import Model, layer_structure
-from pruneexp.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, split_parts
+from pruneexp.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, linear_sizes, split_parts
 from pruneexp.surgery import broken_period, save_form
 from pruneexp.types import ConfigError
 
@@ -134,7 +134,7 @@ def layer_tensors(model: Model, layer: LlamaLayer) -> dict[str, Tensor]:
         names = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
         tensors |= _named(names, own_parts, shapes, like)
         tensors |= _norm("input_layernorm", module, family.attention_norm, hidden, like)
-        tensors |= _reader("self_attn.o_proj", module, family.attention_reader, layer.heads * layout.size)
+        tensors |= _reader("self_attn.o_proj", module, family.attention_reader, layer.heads * layout.size, like)
     if layer.channels:
         shapes = {role: (layer.channels, hidden) for role in FFN_ROWS}
         own_parts = {}
@@ -146,7 +146,7 @@ def layer_tensors(model: Model, layer: LlamaLayer) -> dict[str, Tensor]:
             }
         tensors |= _named({"gate": "mlp.gate_proj", "up": "mlp.up_proj"}, own_parts, shapes, like)
         tensors |= _norm("post_attention_layernorm", module, family.mlp_norm, hidden, like)
-        tensors |= _reader("mlp.down_proj", module, family.mlp_reader, layer.channels)
+        tensors |= _reader("mlp.down_proj", module, family.mlp_reader, layer.channels, like)
     return tensors
 
 
@@ -175,9 +175,10 @@ def _norm(name: str, module: nn.Module, path: str | None, hidden: int, like: Ten
     return {f"{name}.weight": like.new_ones(hidden) if weight is None else weight}
 
 
-def _reader(name: str, module: nn.Module, path: str, inputs: int) -> dict[str, Tensor]:
+def _reader(name: str, module: nn.Module, path: str, inputs: int, like: Tensor) -> dict[str, Tensor]:
     linear: Any = module.get_submodule(path)
-    weight = _filled_up(linear.weight, 1, inputs)
+    had, outputs = linear_sizes(linear)
+    weight = _filled_up(linear.weight, 1, inputs) if had else like.new_zeros(outputs, inputs)
     return {f"{name}.weight": weight} | ({} if linear.bias is None else {f"{name}.bias": linear.bias})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pruneexp.files import write_atomic
+from pruneexp.files import files_in, write_atomic
 from pruneexp.model import Model
 from pruneexp.model.companions import CARD
 from pruneexp.model.source import EMBEDDED
@@ -84,11 +84,6 @@ def written(folder: Path) -> Written:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES[config["model_type"].removeprefix("pruned_")]
     return Written("remote_code" if "auto_map" in config else "stock", config["architectures"][0], family.since)
-
-
-def files_in(folder: Path) -> list[str]:
-    """Every file in it, as a path in it."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def linear_names(family: Family) -> tuple[str, ...]:

@@ -39,6 +39,11 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def files_in(folder: Path) -> list[str]:
+    """Every file in it, as a path in it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file with the permissions of any new file there; safetensors' own are its owner's alone. Raises
     OSError, and safetensors' own error for the disk's."""

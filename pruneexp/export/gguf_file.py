@@ -88,7 +88,7 @@ class GgufExporter:
         from gguf import GGMLQuantizationType, GGUFWriter
 
         folder.mkdir(parents=True)
-        words = vocabulary(model.tokenizer, model.vocab_size)
+        words = vocabulary(model.tokenizer, model.vocab_size, stop_tokens(model))
         writer = GGUFWriter(folder / FILE, "deci")
         try:
             add_description(writer, model, self)
@@ -110,6 +110,12 @@ class GgufExporter:
         from pruneexp.export.gguf_proof import prove_gguf
 
         return prove_gguf(self, checkpoint, how, stream, folder / FILE)
+
+
+def stop_tokens(model: Model) -> list[int]:
+    """The tokens that end a text, as the model's generation settings name them."""
+    said = getattr(model.module.generation_config, "eos_token_id", None)
+    return [] if said is None else [said] if isinstance(said, int) else list(said)
 
 
 def deci_layers(model: Model) -> Iterator[LlamaLayer]:

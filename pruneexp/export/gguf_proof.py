@@ -142,8 +142,10 @@ def _compared(model: Model, tokens_BT: Tensor, answer: dict[str, Tensor], dtype:
             f"the export computes something else: logits differ by {relative:.3g} of their root mean square, more than "
             f"{TOLERANCE_16_BIT:g}; nothing was kept"
         )
+    tolerance = {"tolerance": TOLERANCE} if dtype == torch.float32 else {"relative_tolerance": TOLERANCE_16_BIT}
     return {
         "prove": "llama.cpp",
+        **tolerance,
         "max_logit_difference": difference,
         "relative_logit_difference": relative,
         "greedy_tokens_equal": torch.equal(answer["generated"], greedy_tokens(model, tokens_BT).cpu()),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pruneexp.files import read_object, write_atomic
 
 WRITTEN = "files.json"
-ADAPTER_FILES = "adapter/adapter_*"
+ALWAYS = ("adapter/adapter_*", ".*.tmp")  # what comes when the list is written, and what a killed run leaves
 CHECKPOINT_FILES = (  # what runs wrote there before they listed it
     "*.safetensors",
     "*.safetensors.index.json",
@@ -47,13 +47,17 @@ def checkpoint_files(folder: Path) -> tuple[list[str], list[str]]:
             continue
         name = path.relative_to(model).as_posix()
         known = name in listed if isinstance(listed, list) else _was_written(name)
-        (own if known or fnmatch.fnmatchcase(name, ADAPTER_FILES) else foreign).append(name)
+        (own if known or _fits(name, ALWAYS) else foreign).append(name)
     return own, foreign
 
 
 def _was_written(name: str) -> bool:
     """Whether runs that kept no list wrote a file of that name."""
-    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in CHECKPOINT_FILES)
+    return "/" not in name and _fits(name, CHECKPOINT_FILES)
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def clear_checkpoint(folder: Path) -> None:

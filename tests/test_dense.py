@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from pruneexp.evaluator import Size
 from pruneexp.model import Model, ModelSource
-from pruneexp.surgery import prove_in_process, save, shrink_
-from pruneexp.types import Plan, SitePlan
+from pruneexp.surgery import check_source, dense_logits, prove_in_place, prove_in_process, save, shrink_
+from pruneexp.types import Plan, RunError, SitePlan
 from tests.tiny_families import TINY, random_model, tiny_model
 
 # What a folder holds, where its config says that the head is the embedding
@@ -174,3 +175,42 @@ def test_a_head_of_its_own_is_saved(name: str, folders: Any, tokens_BT: torch.Te
         torch.testing.assert_close(logits(one, tokens_BT), logits(model, tokens_BT), rtol=1e-5, atol=1e-5)
     if name in ("gemma3", "bloom"):
         assert prove_in_process(model, tmp_path / "model", tokens_BT)["max_logit_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("prove", [prove_in_process, prove_in_place])
+def test_a_proof_compares_the_source(prove: Any, folders: Any, tokens_BT: torch.Tensor, tmp_path: Path) -> None:
+    folder = folders["gemma3", "another_head"]
+    source, model = ModelSource("dense", str(folder), None, "float32", "cpu", False, False, 4), load(folder, False)
+    save(model, tmp_path / "model")
+    own = dense_logits(model, source, tokens_BT, "process")
+    found = prove(model, tmp_path / "model", tokens_BT, own)["source"]
+    assert found["compared"] and found["relative_difference"] < 1e-5
+    check_source(found, "folder")
+    model.module.lm_head.weight = model.module.get_input_embeddings().weight  # as if the config had been believed
+    own = dense_logits(model, source, tokens_BT, "process")
+    found = prove(model, tmp_path / "model", tokens_BT, own)["source"]
+    assert found["relative_difference"] > 0.1
+    with pytest.raises(RunError, match="model.path='folder': the dense model is not what plain transformers 5"):
+        check_source(found, "folder")
+    (tmp_path / "gone").mkdir()
+    found = prove(model, tmp_path / "model", tokens_BT, replace(own, folder=tmp_path / "gone"))["source"]
+    assert not found["compared"] and "plain transformers does not load it" in found["why"]
+
+
+def test_why_a_source_is_not_compared(
+    folders: Any, tokens_BT: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why(folder: Path, prove: str = "process", stream: bool = False) -> Any:
+        source = ModelSource("dense", str(folder), None, "float32", "cpu", stream, False, 4)
+        return dense_logits(source.load(), source, tokens_BT, prove)
+
+    folder = folders["llama", "as_saved"]
+    assert why(folder, "off") == "run.prove=off"
+    assert "streamed" in why(folder, stream=True)
+    model = load(folder, False)
+    shrink_(model, Plan({s.name: SitePlan(s.kind, s.units, (0,)) for s in model.sites() if s.layer == 0}))
+    save(model, tmp_path / "model")
+    assert "model.trust_remote_code=true" in why(tmp_path / "model")
+    assert not isinstance(why(folder, "in_place"), str)
+    monkeypatch.setattr("pruneexp.surgery.prove_source.SMALL", 1000)
+    assert "run.prove=process" in why(folder, "in_place") and not isinstance(why(folder), str)

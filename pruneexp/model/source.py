@@ -21,6 +21,7 @@ from pruneexp.model.architecture import model_class_of, skeleton
 from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
 from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
+from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
@@ -160,6 +161,9 @@ class ModelSource:
         _quiet_transformers()
         model_class, config, family = model_class_of(folder, config_json["model_type"])
         checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
+        head = settle_ties_(model_class, config, checkpoint)
+        if head is not None:
+            logger.info("model.path=%r: %s is another than the embedding, whatever its config says", self.path, head)
         with checks.building(self.path, config_json["model_type"]):
             module = skeleton(model_class, config, family, dtype)
         layers_path = f"{module.base_model_prefix}.{family.layers}"
@@ -241,12 +245,14 @@ def _outline(source: ModelSource, folder: Path, weights: bool, files: tuple[File
     config_json = source.read_config(folder)
     dtype = source._dtype(config_json)
     model_class, config, family = model_class_of(folder, config_json["model_type"])
+    checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as) if weights else None
+    if checkpoint is not None:
+        settle_ties_(model_class, config, checkpoint)
     with checks.building(source.path, config_json["model_type"]):
         module = skeleton(model_class, config, family, dtype)
         outline = source._model(module, None, family, config, dtype, None)
         outline.sites()
-    if weights:
-        checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
+    if checkpoint is not None:
         checks.check_tensors(module, checkpoint, source.path)
         checkpoint.close()
     return outline

@@ -199,6 +199,28 @@ MISTAKES = [
     ("--resolve", "--package and --resolve go with --cfg"),
     ("--shell-completion", "Expecting one subcommand"),
     ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
+    ("--config-dir nowhere --help", "--config-dir nowhere: no such folder"),
+    ("model=/a/folder", "model=/a/folder: expected one of .*; did you mean model=hf model.path=/a/folder?\n"),
+    ("model=org/name", "model=org/name: expected one of .*; did you mean model=hf model.path=org/name?\n"),
+    ("model=it.gguf", "model=it.gguf: expected one of .*; did you mean model=hf model.path=it.gguf?\n"),
+    ("model=llama2-7b", "model=llama2-7b: expected one of .*; did you mean model=llama2_7b?\n"),
+    ("sparsity=0.3", "sparsity=0.3: expected one of .*; did you mean sparsity.ratio=0.3?\n"),
+    ("ratio=0.3", "ratio=0.3: unknown key; did you mean sparsity.ratio=0.3?\n"),
+    ("--recipe flap", "--recipe flap: settings have no dashes; expected recipe=flap;"),
+    ("--recipe=flap", "--recipe=flap: settings have no dashes; expected recipe=flap;"),
+    ("--sparsity.ratio 0.3", "--sparsity.ratio 0.3: settings have no dashes; expected sparsity.ratio=0.3;"),
+    (
+        "dataset.text=a.txt",
+        "dataset.text=a.txt: text is a choice, no key; "
+        "did you mean dataset=text dataset.calibration=a.txt dataset.evaluation=FILE?\n",
+    ),
+    ("criterion.obs=1", "criterion.obs=1: obs is a choice, no key; did you mean criterion=obs?\n"),
+    (
+        "evaluator.zeroshot.limit=3",
+        "evaluator.zeroshot.limit=3: evaluator zeroshot is not chosen; "
+        "expected it to be, as in evaluator=[perplexity,size,latency,zeroshot]\n",
+    ),
+    ("evaluator.size.limit=3", "evaluator.size.limit=3: unknown key; expected one of evaluator.perplexity, "),
 ]
 
 
@@ -597,6 +619,18 @@ def test_help_shows_every_choice_and_key(cli: Cli) -> None:
     for key in ("seed=0", "run.dir=null", "run.prove=process", "sweep.dir=null", "+sweep=NAME", "flap_ratios"):
         assert key in ended.out
     assert len([line for line in ended.out.splitlines() if line.startswith("  pruneexp")]) >= 5
+
+
+def test_help_shows_the_choices_of_a_folder_of_ones_own(cli: Cli) -> None:
+    for group, name, text in (("criterion", "mine", "# of my own"), ("sweep", "table", "# @package _global_\n# Table 3")):
+        Path("own", group).mkdir(parents=True)
+        Path("own", group, f"{name}.yaml").write_text(f"{text}\n")
+    for typed in (("--config-dir", "own", "--help"), ("-h", "--config-dir=own", "recipe=flap")):
+        ended = cli(*typed)
+        assert ended.code == 0
+        lines = [line.split(maxsplit=1) for line in ended.out.splitlines()]
+        assert ["mine", "of my own"] in lines and ["table", "Table 3"] in lines
+    assert "of my own" not in cli("--help").out
 
 
 def run_python(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

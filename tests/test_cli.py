@@ -622,14 +622,14 @@ def test_help_shows_every_choice_and_key(cli: Cli) -> None:
 
 
 def test_help_shows_the_choices_of_a_folder_of_ones_own(cli: Cli) -> None:
-    for group, name, text in (("criterion", "mine", "# of my own"), ("sweep", "table", "# @package _global_\n# Table 3")):
+    for group, name, text in (("criterion", "mine", "# of my own"), ("sweep", "table", "# @package _global_\n# Tab. 3")):
         Path("own", group).mkdir(parents=True)
         Path("own", group, f"{name}.yaml").write_text(f"{text}\n")
     for typed in (("--config-dir", "own", "--help"), ("-h", "--config-dir=own", "recipe=flap")):
         ended = cli(*typed)
         assert ended.code == 0
         lines = [line.split(maxsplit=1) for line in ended.out.splitlines()]
-        assert ["mine", "of my own"] in lines and ["table", "Table 3"] in lines
+        assert ["mine", "of my own"] in lines and ["table", "Tab. 3"] in lines
     assert "of my own" not in cli("--help").out
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NoReturn
 
 from pruneexp.ending import run_command
@@ -70,7 +71,7 @@ def _dashed(argv: Sequence[str]) -> str:
     from pruneexp.config_files import config_sections
 
     sections = config_sections() if any(text.startswith("--") for text in argv) else ()
-    for text, value in zip(argv, [*argv[1:], ""], strict=True):
+    for text, value in zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, _ = text.removeprefix("--").partition("=")
         if text.startswith("--") and name.partition(".")[0] in sections:
             return text if equals else f"{text} {value if value and not value.startswith('-') else '...'}"
@@ -97,7 +98,7 @@ def _command(arguments: argparse.Namespace) -> int:
             if swept := config.hydra.sweeper.get("params"):
                 several = f"hydra.sweeper.params: {', '.join(map(str, swept))} would be swept over in a single run"
                 raise ConfigError(f"{several}; expected --multirun, or hydra.mode: MULTIRUN in the sweep's file")
-            return _single(config)
+            return _single(hydra, config)
     from pruneexp.multirun import multirun
 
     return multirun(hydra, overrides)
@@ -118,11 +119,12 @@ def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _single(config: DictConfig) -> int:
-    from pruneexp.compose import composed
+def _single(hydra: Hydra, config: DictConfig) -> int:
+    from pruneexp.compose import check_dataset, composed
     from pruneexp.types import ConfigError
 
     run = composed(config)
+    check_dataset(hydra, run)
     for key, value in run.config["sweep"].items():
         if value is not None:
             raise ConfigError(f"sweep.{key}={value!r}: expected null in a single run; add --multirun")

@@ -42,7 +42,7 @@ def text(config_dir: str | None = None) -> str:
     own = [] if config_dir is None else [Path(config_dir)]
     config = yaml.safe_load((conf_folder() / "config.yaml").read_text())
     title = f"pruneexp {pruneexp.__version__}: structured, training-free pruning of language models"
-    listed = _groups(config["defaults"], [*own, conf_folder()])
+    listed = _groups(config["defaults"], [conf_folder(), *own])
     groups = "\n".join(["groups (* default; a list of evaluators is evaluator=[a,b]):", *listed])
     of_own = {name: folder / "sweep" / f"{name}.yaml" for folder in own for name in choices(folder / "sweep")}
     sweeps = [_line(name, path) for name, path in (sweep_files() | of_own).items()]

@@ -120,7 +120,7 @@ def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list
     listed, composer = job_overrides(hydra, config), JobComposer(hydra, config)
     for overrides in listed:
         try:
-            jobs.append(as_job(composer.job(overrides), folder))
+            jobs.append(as_job(composer.checked(overrides), folder))
             by_sites |= by_site(build(jobs[-1]).compensator)
         except ConfigErrors as error:
             mistakes.update(error.lines)

@@ -253,7 +253,9 @@ class _Run:
         self.dense = {"weights": weights["files"], **run}
         self.results = Results(experiment.cache, {**self.dense, "tokens": tokens}, self.shared)
         method = {
-            key: value for key, value in experiment.config.items() if key not in ("run", "sweep", "cache", "tracker")
+            key: value
+            for key, value in experiment.config.items()
+            if key not in ("run", "sweep", "cache", "tracker", "asked")
         }
         self.identity = identity(config=method, save=experiment.run.save, weights=weights, tokens=tokens)
 

@@ -26,6 +26,7 @@ LAYERS = (
     (
         "explain",
         "coerce",
+        "bos",
         "compose",
         "build",
         "jobs",

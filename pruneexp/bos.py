@@ -22,7 +22,10 @@ ASKED = "asked"  # top-level key of a config: what each `bos` was before it was 
 AS_THEY_ARE = "pruneexp.dataset.tokens"  # windows in front of which nothing is put
 DATASETS = ("pruneexp.dataset.HubText", "pruneexp.dataset.text", "pruneexp.dataset.Embedded")
 PERPLEXITY = "pruneexp.evaluator.Perplexity"
-EVALUATORS = (PERPLEXITY, *(f"pruneexp.evaluator.{name}" for name in ("Generation", "Latency", "Questions", "Zeroshot")))
+EVALUATORS = (
+    PERPLEXITY,
+    *(f"pruneexp.evaluator.{name}" for name in ("Generation", "Latency", "Questions", "Zeroshot")),
+)
 GGUF_FAMILIES = {"gemma3": "gemma3_text"}  # called otherwise in GGUF files
 STRING = 8  # a type of values in GGUF files
 
@@ -92,7 +95,7 @@ def comparable(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
 
 
 def _longer(key: str) -> str:
-    """"dense/ppl/ptb@2048s512+bos" -> "dense/ppl/ptb@2049s512+bos"."""
+    """ "dense/ppl/ptb@2048s512+bos" -> "dense/ppl/ptb@2049s512+bos"."""
     front, _, protocol = key.rpartition("@")
     digits = protocol[: len(protocol) - len(protocol.lstrip("0123456789"))]
     return f"{front}@{int(digits) + 1}{protocol[len(digits) :]}" if digits else key

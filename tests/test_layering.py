@@ -20,7 +20,7 @@ LAYERS = (
     ("criterion", "compensator", "search", "sparsity"),
     ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache", "resume"),
     ("budget", "scoring", "prune", "rounds", "recovery"),
-    ("delivery", "forecast"),
+    ("delivery", "forecast", "bos_probe"),
     ("preflight",),
     ("experiment",),
     (

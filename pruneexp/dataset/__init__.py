@@ -10,6 +10,7 @@ from pruneexp.dataset.hub import HubText
 from pruneexp.dataset.windows import (
     WindowSource,
     bos_token,
+    check_takes_bos,
     check_vocabulary,
     encode,
     evaluation_windows,
@@ -27,6 +28,7 @@ __all__ = [
     "Tokens",
     "WindowSource",
     "bos_token",
+    "check_takes_bos",
     "check_vocabulary",
     "encode",
     "evaluation_windows",

@@ -99,7 +99,9 @@ class Text:
 
     def calibration(self, tokenizer: Any) -> Tensor:
         drawn = (self.samples, self.length, self.seed, self.sampling)
-        return _text_windows(self._state("calibration"), tokenizer, drawn, self.key("calibration"), begin_with(tokenizer, self.bos))
+        return _text_windows(
+            self._state("calibration"), tokenizer, drawn, self.key("calibration"), begin_with(tokenizer, self.bos)
+        )
 
     def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
         width, key = length or self.length, self.key("evaluation")

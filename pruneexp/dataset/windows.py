@@ -69,9 +69,7 @@ def encode(tokenizer: Any, text: str, special_tokens: bool) -> Tensor:
     return torch.from_numpy(np.asarray(ids, dtype=np.int64))
 
 
-def windows_of(
-    stream_M: Tensor, length: int, bos: int | None, cut_up: Callable[[Tensor, int], Tensor]
-) -> Tensor:
+def windows_of(stream_M: Tensor, length: int, bos: int | None, cut_up: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Windows [N, T] of a stream, as `cut_up(text_M, T)` makes them. With `bos`, the id of a beginning-of-sequence
     token, each is that token and T-1 tokens of text, in place of the one that a tokenizer has put in front of all."""
     if bos is None:
@@ -88,6 +86,13 @@ def with_bos(text_NT: Tensor, bos: int) -> Tensor:
 def takes_bos(dataset: WindowSource) -> bool:
     """Whether windows can be had with a beginning-of-sequence token in front of each."""
     return hasattr(dataset, "bos")
+
+
+def check_takes_bos(bos: bool, dataset: WindowSource) -> None:
+    """Raises ConfigError where that token is wanted in front of windows that are used as they are."""
+    if bos and not takes_bos(dataset):
+        as_they_are = f"the windows of dataset {dataset.name!r} are used exactly as they are"
+        raise ConfigError(f"bos={bos!r}: {as_they_are}; expected auto or false")
 
 
 def evaluation_windows(dataset: WindowSource, tokenizer: Any, length: int | None, bos: bool) -> Tensor:

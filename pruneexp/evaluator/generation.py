@@ -14,8 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset import WindowSource, bos_token, check_vocabulary, encode, evaluation_windows, windows_of
-from pruneexp.evaluator.beginning import check_bos
+from pruneexp.dataset import (
+    WindowSource,
+    bos_token,
+    check_takes_bos,
+    check_vocabulary,
+    encode,
+    evaluation_windows,
+    windows_of,
+)
 from pruneexp.evaluator.latency import last_logits_only
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
@@ -66,7 +73,8 @@ class Generation:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= {least}")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature!r}: expected a number >= 0; 0 takes the likeliest token")
-        check_bos(self.bos, None if self.prompts else self.dataset)
+        if self.prompts is None:
+            check_takes_bos(self.bos, self.dataset)
 
     def check(self) -> None:
         """The prompts' file, or the dataset's. Raises ConfigError."""
@@ -82,6 +90,10 @@ class Generation:
         )
         for prompt_T in self._prompts(tokenizer):
             check_vocabulary(prompt_T[None], vocabulary, source)
+
+    def lacks_bos(self, tokenizer: Any, token: int) -> bool:
+        """Whether any prompt begins with another token."""
+        return any(int(prompt_T[0]) != token for prompt_T in self._prompts(tokenizer))
 
     def longest(self, tokenizer: Any) -> int:
         """Tokens of the longest prompt and its continuation."""

@@ -179,10 +179,15 @@ def answer(
         return answered | {name: _aggregated(group, found, answered) for name, group in loaded.groups.items()}
 
 
+def begins(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins a text with its beginning-of-sequence token by itself."""
+    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
 def _begins_(tokenizer: Any) -> Any:
     """The tokenizer, made to begin a text with its beginning-of-sequence token where it does not by itself: that is
     what the harness's own setting asks it for."""
-    if tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+    if not begins(tokenizer):
         tokenizer.add_bos_token = True
     return tokenizer
 

@@ -12,8 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset import WindowSource, bos_token, check_vocabulary, evaluation_windows, fingerprint, with_bos
-from pruneexp.evaluator.beginning import check_bos
+from pruneexp.dataset import (
+    WindowSource,
+    bos_token,
+    check_takes_bos,
+    check_vocabulary,
+    evaluation_windows,
+    fingerprint,
+    with_bos,
+)
 from pruneexp.model.half import overflow_hint
 from pruneexp.types import ConfigError, RunError
 
@@ -55,7 +62,7 @@ class Perplexity:
             raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"samples={self.samples!r}: expected null or an int >= 1")
-        check_bos(self.bos, self.dataset)
+        check_takes_bos(self.bos, self.dataset)
         if self.stride not in (None, self.length) and not self.dataset.contiguous:
             only = f"dataset {self.dataset.name!r} has separate windows, not one text"
             raise ConfigError(f"stride={self.stride!r}: {only}; expected null")
@@ -67,6 +74,10 @@ class Perplexity:
     def prepare(self, tokenizer: Any, vocabulary: int) -> None:
         """Makes the windows, so that text that is too short or foreign to the model is found before weights load."""
         check_vocabulary(self.windows(tokenizer), vocabulary, self.dataset.key("evaluation"))
+
+    def lacks_bos(self, tokenizer: Any, token: int) -> bool:
+        """Whether any window begins with another token."""
+        return bool((self.windows(tokenizer)[:, 0] != token).any())
 
     def measured_on(self, tokenizer: Any) -> str:
         """The windows' fingerprint: a model that is the same has the same figures on them."""

@@ -42,6 +42,10 @@ class Questions:
         rows_NT, _, _ = self._rows(tokenizer, None)
         check_vocabulary(rows_NT, vocabulary, "evaluator.questions")
 
+    def lacks_bos(self, tokenizer: Any, token: int) -> bool:
+        """Whether contexts begin with another token."""
+        return not self.bos
+
     def measured_on(self, tokenizer: Any) -> str:
         """Fingerprint of the questions' tokens, of which of them are scored, and of the answers."""
         rows_NT, scored_NT, answers = self._rows(tokenizer, None)

@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any, ClassVar
 
 from pruneexp.dataset import bos_token
-from pruneexp.evaluator.harness import Answered, Loaded, answer, identified, load_tasks
+from pruneexp.evaluator.harness import Answered, Loaded, answer, begins, identified, load_tasks
 from pruneexp.evaluator.task_files import TaskRows, check_known, read_task
 from pruneexp.types import ConfigError
 
@@ -85,6 +85,10 @@ class Zeroshot:
             for metric, value in answered.figures.items()
         }
         return {**figures, **self._means(found)}
+
+    def lacks_bos(self, tokenizer: Any, token: int) -> bool:
+        """Whether prompts begin with another token."""
+        return not self.bos and not begins(tokenizer)
 
     def measured_on(self, tokenizer: Any) -> str | None:
         """Fingerprint of the tokenizer, and of the local files or else of the definitions and data sets as lm-eval has

@@ -26,6 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from pruneexp.bos import ASKED, resolved
 from pruneexp.config_files import YamlLoader, conf_folder, sweep_files
 from pruneexp.explain import explained, known_keys, missing_key
 from pruneexp.types import ConfigError
@@ -120,8 +121,8 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     node = config.hydra if hydra_node is None else hydra_node
     folders, job = _folders(node), _job(node)
     plain = config
-    if "hydra" in config:
-        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    if "hydra" in config or ASKED in config:  # what a config that is passed back was asked says nothing of this one
+        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", ASKED)])
     known_keys([str(key) for key in plain], SECTIONS)
     _one_choice_each(job["overrides"])
     # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
@@ -141,7 +142,7 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     if "hydra" in container["sweep"]:
         raise ConfigError(f"sweep={job['sweep']}: expected '# @package _global_' as the first line of the sweep's file")
     known_keys([f"sweep.{key}" for key in container["sweep"]], SWEEP_KEYS)
-    return Composed({str(key): value for key, value in container.items()}, job, folders)
+    return Composed(resolved({str(key): value for key, value in container.items()}), job, folders)
 
 
 def unswept(config: DictConfig, overrides: Sequence[str]) -> Composed:

@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pruneexp.bos_probe import tell_of_bos
 from pruneexp.budget import check_mixture, check_pruning, whole_budget
 from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import DenseStates, Meter
@@ -190,6 +191,7 @@ class _Run:
         with self.clock("load"):
             model = experiment.model.load(tokenizer)
         self._record_inputs(model, tokens_NT)
+        tell_of_bos(experiment, model, tokens_NT, self._worth)
         left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
         if left_out:
             logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
@@ -256,7 +258,9 @@ class _Run:
         self.dense = {"weights": weights["files"], **run}
         self.results = Results(experiment.cache, {**self.dense, "tokens": tokens}, self.shared)
         method = {
-            key: value for key, value in experiment.config.items() if key not in ("run", "sweep", "cache", "tracker")
+            key: value
+            for key, value in experiment.config.items()
+            if key not in ("run", "sweep", "cache", "tracker", "asked")
         }
         self.identity = identity(config=method, save=experiment.run.save, weights=weights, tokens=tokens)
 
@@ -287,6 +291,17 @@ class _Run:
             found = entries.get(key)
             if found is None:
                 found = _figures(model, evaluator, name, when)
+                entries.put(key, found)
+        return found
+
+    def _worth(self, measured_on: str, measure: Callable[[], float]) -> float:
+        """What a beginning-of-sequence token is worth, from the cache."""
+        what = {"what": "what a beginning-of-sequence token is worth", "inputs": measured_on}
+        key = {**what, **self.dense, "code": code_version((*STAGE, "dataset"))}
+        with self.experiment.cache.held([key]) as entries:
+            found = entries.get(key)
+            if found is None:
+                found = measure()
                 entries.put(key, found)
         return found
 

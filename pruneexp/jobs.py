@@ -19,6 +19,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from pruneexp.bos import ASKED
 from pruneexp.compose import SECTIONS, Composed, check_dataset, compose_raw, composed, unswept
 from pruneexp.explain import explained
 from pruneexp.types import ConfigError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
 LONGEST_NAME = 80  # of a sweep over recipes, in characters
-NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra")  # where a run goes and is reported; not what it computes
+NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra", ASKED)  # where a run goes and is reported, not what it does
 
 
 def whole(hydra: Hydra, overrides: list[str]) -> tuple[list[str], DictConfig]:

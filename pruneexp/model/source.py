@@ -268,7 +268,12 @@ def _tokenizer(source: ModelSource, folder: Path, files: tuple[FileState, ...]) 
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder, config=source.stock_config(folder))
+    config = source.stock_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    token = getattr(config, "bos_token_id", None)
+    if modeling_pruned.FAMILIES[config.model_type].needs_bos and tokenizer.bos_token_id is None and token is not None:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(token)  # what it needs, its config knows, too
+    return tokenizer
 
 
 @lru_cache(maxsize=256)

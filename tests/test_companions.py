@@ -10,83 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pruneexp.evaluator.generation import end_tokens
 from pruneexp.export import main as export
 from pruneexp.model import ModelSource
 from pruneexp.model.companions import FETCHED, TRAVELS, found
 from pruneexp.surgery import remote_code_form, save
+from tests.furnished import EMBEDDED, OTHERS, TRAVELLING, furnished_folder
 from tests.small_hub import small_hub
-
-EMBEDDED = Path(__file__).parent.parent / "pruneexp" / "embedded" / "llama"
-GENERATION = """{
-  "eos_token_id": [2, 7,   9, 11],
-  "do_sample": true, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.3
-}
-"""
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-BESIDE = {
-    "generation_config.json": GENERATION,
-    "chat_template.jinja": TEMPLATE,
-    "additional_chat_templates/rag.jinja": "{{ documents }}",
-    "tokenizer.model": "pieces",
-    "LICENSE": "the license",
-    "LICENSE-2.txt": "another",
-    "license.md": "a third",
-    "NOTICE": "a notice",
-    "USE_POLICY.md": "a policy",
-    "preprocessor_config.json": "{}",
-    "processor_config.json": "{ }",
-}
-OTHERS = {"training.json": "{}", "notes.md": "mine", "original/params.json": "{}", "pytorch_model.bin": "pickled"}
-
-
-def tokenizer_files() -> list[Path]:
-    return [EMBEDDED / "tokenizer.json", EMBEDDED / "tokenizer_config.json"]
-
-
-def furnish(folder: Path) -> Path:
-    """Puts everything that may lie beside weights into `folder`, and what does not travel."""
-    for name, text in {**BESIDE, **OTHERS}.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    for file in tokenizer_files():
-        (folder / file.name).write_bytes(file.read_bytes())
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"clean": None, **settings}, indent=7))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaMA with everything beside its weights, and some that does not travel."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("furnished") / "Tiny-Llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=886,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return furnish(folder)
+    return furnished_folder(tmp_path_factory.mktemp("furnished") / "Tiny-Llama")
 
 
 def same_bytes(folder: Path, source: Path, names: Any) -> None:
     for name in names:
         assert (folder / name).read_bytes() == (source / name).read_bytes(), name
-
-
-TRAVELLING = sorted([*BESIDE, "tokenizer.json", "tokenizer_config.json"])
 
 
 def test_what_travels(furnished: Path) -> None:

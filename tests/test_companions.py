@@ -184,3 +184,21 @@ def test_stop_tokens_go_into_the_gguf(furnished: Path, tmp_path: Path) -> None:
     assert told == {"eos": 2, "eot": 7, "eom": 9}
     notes = json.loads((tmp_path / "out" / "export.json").read_text())["notes"]
     assert any("not told to stop at 11" in note for note in notes)
+
+
+def test_llama_cpp_stops_at_all_of_them(furnished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp, to read the file with llama.cpp")
+    assert export([str(furnished), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0
+    code = (
+        "import sys, xllamacpp\n"
+        "asked = xllamacpp.CommonParams()\n"
+        "asked.model.path, asked.n_ctx, asked.verbosity = sys.argv[1], 64, 10\n"
+        "xllamacpp.Server(asked)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / "model.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    told = [
+        line.rpartition("EOG token")[2] for line in (done.stdout + done.stderr).splitlines() if "EOG token " in line
+    ]
+    assert {int(line.split()[1]) for line in told} == {2, 7, 9}, done.stderr[-2000:]

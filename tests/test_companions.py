@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,83 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pruneexp.evaluator.generation import end_tokens
 from pruneexp.export import main as export
 from pruneexp.model import ModelSource
 from pruneexp.model.companions import FETCHED, TRAVELS, found
 from pruneexp.surgery import remote_code_form, save
+from tests.furnished import EMBEDDED, OTHERS, TRAVELLING, furnished_folder
 from tests.small_hub import small_hub
-
-EMBEDDED = Path(__file__).parent.parent / "pruneexp" / "embedded" / "llama"
-GENERATION = """{
-  "eos_token_id": [2, 7,   9, 11],
-  "do_sample": true, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.3
-}
-"""
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-BESIDE = {
-    "generation_config.json": GENERATION,
-    "chat_template.jinja": TEMPLATE,
-    "additional_chat_templates/rag.jinja": "{{ documents }}",
-    "tokenizer.model": "pieces",
-    "LICENSE": "the license",
-    "LICENSE-2.txt": "another",
-    "license.md": "a third",
-    "NOTICE": "a notice",
-    "USE_POLICY.md": "a policy",
-    "preprocessor_config.json": "{}",
-    "processor_config.json": "{ }",
-}
-OTHERS = {"training.json": "{}", "notes.md": "mine", "original/params.json": "{}", "pytorch_model.bin": "pickled"}
-
-
-def tokenizer_files() -> list[Path]:
-    return [EMBEDDED / "tokenizer.json", EMBEDDED / "tokenizer_config.json"]
-
-
-def furnish(folder: Path) -> Path:
-    """Puts everything that may lie beside weights into `folder`, and what does not travel."""
-    for name, text in {**BESIDE, **OTHERS}.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    for file in tokenizer_files():
-        (folder / file.name).write_bytes(file.read_bytes())
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"clean": None, **settings}, indent=7))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaMA with everything beside its weights, and some that does not travel."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("furnished") / "Tiny-Llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=886,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return furnish(folder)
+    return furnished_folder(tmp_path_factory.mktemp("furnished") / "Tiny-Llama")
 
 
 def same_bytes(folder: Path, source: Path, names: Any) -> None:
     for name in names:
         assert (folder / name).read_bytes() == (source / name).read_bytes(), name
-
-
-TRAVELLING = sorted([*BESIDE, "tokenizer.json", "tokenizer_config.json"])
 
 
 def test_what_travels(furnished: Path) -> None:
@@ -243,3 +185,27 @@ def test_stop_tokens_go_into_the_gguf(furnished: Path, tmp_path: Path) -> None:
     assert told == {"eos": 2, "eot": 7, "eom": 9}
     notes = json.loads((tmp_path / "out" / "export.json").read_text())["notes"]
     assert any("not told to stop at 11" in note for note in notes)
+
+
+def test_llama_cpp_stops_at_all_of_them(furnished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp, to read the file with llama.cpp")
+    assert export([str(furnished), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0
+    code = (
+        "import sys, xllamacpp\n"
+        "asked = xllamacpp.CommonParams()\n"
+        "asked.model.path, asked.n_ctx, asked.verbosity = sys.argv[1], 64, 10\n"
+        "asked.n_parallel, asked.warmup = 1, False\n"
+        "xllamacpp.Server(asked)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / "model.gguf")]
+    told = set()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
+        assert server.stderr is not None
+        for line in server.stderr:  # only what it has read of the file is of interest, not whether it serves
+            if found_there := re.search(r"EOG token += (\d+)", line):
+                told.add(int(found_there[1]))
+            elif told:
+                break
+        server.kill()
+    assert told == {2, 7, 9}

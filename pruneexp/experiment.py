@@ -145,7 +145,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None) ->
     trackers = Trackers((local, experiment.tracker))
     try:
         kind = "job" if job["sweep"] else "run"
-        trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
+        trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind, job))
         warn_of_memory(expected, available_memory(*outline.devices))
         warn_of_files(expected)
         return _Run(experiment, folder, local, trackers, shared).execute(tokenizer, tokens_NT)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pruneexp.dataset.pieces import in_pieces
 from pruneexp.types import ConfigError, Dataset
 
 Sampling = Literal["random", "consecutive"]
@@ -61,12 +62,15 @@ def check_common(name: str | None, samples: int, length: int, seed: int, samplin
 
 
 def encode(tokenizer: Any, text: str, special_tokens: bool) -> Tensor:
-    """The whole text in one piece: int64 [M]."""
+    """The text's tokens, as tokenising it whole gives them: int64 [M]."""
     if tokenizer is None:
         raise ConfigError("dataset: text needs a tokenizer and the model has none; expected dataset=tokens")
     # verbose=False: a stream is longer than the model's context on purpose, which tokenizers warn about.
-    ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.from_numpy(np.asarray(ids, dtype=np.int64))
+    options = {"add_special_tokens": special_tokens, "return_attention_mask": False, "verbose": False}
+    ids_M = in_pieces(tokenizer, text, options)
+    if ids_M is None:
+        ids_M = np.asarray(tokenizer(text, **options)["input_ids"], dtype=np.int64)
+    return torch.from_numpy(ids_M)
 
 
 def windows_of(stream_M: Tensor, length: int, bos: int | None, cut_up: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -31,8 +31,8 @@ STRING = 8  # a type of values in GGUF files
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with every `bos: auto` as what it becomes, and what was asked as `asked`: {"dataset.bos": "auto", ...}.
-    A resolved one stays as it is. A sweep's file may set `bos` of evaluators that are not chosen: those are left out.
+    """The config with every `bos: auto` as what it becomes, and what was asked as `asked`, {"dataset.bos": "auto"}. A
+    resolved one stays as it is. A sweep's file may set `bos` of evaluators that are not chosen: those are left out.
     Never raises."""
     evaluators = config.get("evaluator")
     if isinstance(evaluators, Mapping):
@@ -74,9 +74,9 @@ def check_asked(config: Mapping[str, Any]) -> None:
 
 
 def as_hashed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved config as its hash takes it: without what decides nothing (the `bos` of an evaluator's dataset, in whose
-    place the evaluator's own decides), and perplexities with `bos` told from those of configs without `asked`, whose
-    windows were a token longer."""
+    """A resolved config as its hash takes it: without what decides nothing (the `bos` of an evaluator's dataset, since
+    the evaluator's own decides), and perplexities with `bos` told from those of configs without `asked`, whose windows
+    were a token longer."""
     asked, values = config.get(ASKED, {}), {}
     for key, node in _nodes(config):
         if _inner(key) and "bos" in node:

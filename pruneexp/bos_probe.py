@@ -1,4 +1,4 @@
-"""What a beginning-of-sequence token is worth to a model, and whether a run uses it: nothing, or one line of the log."""
+"""What a beginning-of-sequence token is worth to a model, and whether a run uses it: a line of the log, or none."""
 
 from __future__ import annotations
 

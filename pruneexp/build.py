@@ -272,8 +272,8 @@ def _signature(target: Callable[..., Any]) -> tuple[Parameters, dict[str, Any]]:
 
 
 def _with_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Of a class of ours, `bos` as it was before there was the setting where a config lacks it; of a class that knows no
-    such token, the settings without a false one, which a sweep's file may have."""
+    """Of a class of ours, `bos` as it was before there was the setting where a config lacks it; of a class that knows
+    no such token, the settings without a false one, which a sweep's file may have."""
     takes = "bos" in inspect.signature(target).parameters
     if takes and target.__module__.startswith("pruneexp."):
         return {"bos": False, **settings}

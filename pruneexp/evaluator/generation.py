@@ -50,9 +50,9 @@ class Generation:
     - "exact_match": share of prompts whose continuation is, token by token, that of the first model the evaluator was
       called with (the dense one); "common_prefix": tokens until the two part, mean over prompts. Not of that first one
 
-    Named "<figure>/<dataset>@<prompt tokens>+<new tokens>", "t<temperature>" and "+bos" where they apply, "[<prompts>]":
-    "distinct_2/embedded@32+64[16]"; with a file of prompts "distinct_2/<file's stem>@+64[16]". Needs no tokenizer where
-    the dataset has windows of tokens: they are then shown as they are.
+    Named "<figure>/<dataset>@<prompt tokens>+<new tokens>", "t<temperature>" and "+bos" where they apply, then
+    "[<prompts>]": "distinct_2/embedded@32+64[16]"; with a file of prompts "distinct_2/<file's stem>@+64[16]". Needs no
+    tokenizer where the dataset has windows of tokens: they are then shown as they are.
     """
 
     dataset: WindowSource

@@ -37,8 +37,8 @@ class Perplexity:
     - `stride` < `length`: windows begin every `stride` tokens; the first scores T-1 tokens, each other one its last
       `stride`, so that every token but the first is scored once, with at least T-`stride` tokens of context. The text
       is the one that windows without overlap cover.
-    - `bos`: each window is the beginning-of-sequence token and T-1 tokens of text, all of which are scored: T-1 tokens a
-      window again, and the first of the text is among them. With a stride, windows begin every `stride` tokens of text.
+    - `bos`: each window is the beginning-of-sequence token and T-1 tokens of text, all of which are scored, the first
+      one, too: T-1 tokens a window again. With a stride, windows begin every `stride` tokens of text.
     - `samples`: only the first so many windows.
 
     Named "ppl/<dataset>@<T>", then "s<stride>", "+bos", "[<samples>]" where they apply: "ppl/ptb@2048s512+bos[40]".

@@ -18,9 +18,9 @@ class Questions:
     """Share, in [0, 1], of questions whose right choice, of four, has the highest log-likelihood after the context.
 
     The log-likelihood is the sum over the choice's tokens, no normalisation by length; of equal ones the first counts.
-    Always the same `samples` questions, whose stories are in no calibration or training text. Chance is 0.25. `bos`: the
-    beginning-of-sequence token stands in front of each context. Named "acc/embedded_questions[<samples>]", with `bos`
-    "acc/embedded_questions+bos[<samples>]".
+    Always the same `samples` questions, whose stories are in no calibration or training text. Chance is 0.25. `bos`:
+    the beginning-of-sequence token stands in front of each context. Named "acc/embedded_questions[<samples>]", with
+    `bos` "acc/embedded_questions+bos[<samples>]".
     """
 
     samples: int

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -60,6 +60,7 @@ class Family:
     head_norms: tuple[Writer, ...] = ()  # norms of queries and keys with a weight, or a module, of each head's own
     causal_lm: str | None = None  # the stock class, where it is not called ...ForCausalLM
     since: str = "4.46"  # the release of transformers that brought the stock classes
+    pruned_since: str = "4.57"  # the one from which on the classes of this file are known to work
     key_value_heads: str | int | None = "num_key_value_heads"  # config attribute, number, or None: as query heads
     stored_as: tuple[tuple[str, str], ...] = ()  # parts of names in the modules -> what checkpoints call them instead
     shared_roles: tuple[str, ...] = ()  # set by `family_of`: rows that serve all units and belong to none
@@ -98,11 +99,12 @@ MISTRAL = replace(LLAMA, stock="Mistral")
 GRANITE = replace(LLAMA, stock="Granite", residual_scale="residual_multiplier")
 QWEN2 = replace(LLAMA, stock="Qwen2")
 QWEN3 = replace(LLAMA, stock="Qwen3", since="4.51")
-QWEN3_MOE = replace(QWEN3, stock="Qwen3Moe", since="5.0", experts="experts")
+QWEN3_MOE = replace(QWEN3, stock="Qwen3Moe", since="5.0", pruned_since="5.14", experts="experts")
 MIXTRAL = replace(
     MISTRAL,
     stock="Mixtral",
     since="5.0",
+    pruned_since="5.14",
     stored_as=((".mlp.", ".block_sparse_moe."),),
     mlp_writers=(Writer("mlp.w1", ("gate",)), Writer("mlp.w3", ("up",))),
     mlp_reader="mlp.w2",
@@ -139,6 +141,7 @@ PHI3 = replace(
 STABLELM = replace(
     LLAMA,
     stock="StableLm",
+    pruned_since="5.14",
     variants=(
         ({"use_parallel_residual": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
         (
@@ -194,7 +197,7 @@ FALCON = replace(
     adds_residual=False,
     alibi=False,
     variants=(
-        ({"alibi": True}, {"alibi": True}),
+        ({"alibi": True}, {"alibi": True, "pruned_since": "5.14"}),
         ({"parallel_attn": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
         (
             {"multi_query": True, "new_decoder_architecture": False},
@@ -352,7 +355,7 @@ class LayerStructure:
 class LayerConfig:
     """The model's config, seen by one layer with other numbers of heads."""
 
-    def __init__(self, config: Any, **own: int):
+    def __init__(self, config: Any, **own: Any):
         self.__dict__.update(own, _config=config)
 
     def __getattr__(self, name: str) -> Any:
@@ -537,7 +540,8 @@ def _remove_(layer: nn.Module, path: str, reader_path: str, kind: type[RemovedFF
     reader, name, old = layer.get_submodule(reader_path), reader_path.rpartition(".")[-1], layer.get_submodule(path)
     left: Any = kind(name, reader, adds_residual).train(old.training)
     if isinstance(left, RemovedAttention):
-        left.config, left.layer_idx = getattr(old, "config", None), getattr(old, "layer_idx", None)
+        for what in ("config", "layer_idx", "is_sliding"):  # the last for Gemma 3's layer in transformers 4
+            setattr(left, what, getattr(old, what, None))
     layer.set_submodule(path, left)
 
 
@@ -709,10 +713,19 @@ def stock_config(config: Any) -> Any:
     return copied
 
 
+def _layer_configs(config: Any) -> Iterable[Any]:
+    """The config as each layer sees it, where transformers knows of `per_layer_config` and where it does not."""
+    values = config.per_layer_config
+    if not isinstance(values, dict):
+        return values
+    own = {int(index): layer for index, layer in values.items()}
+    return [LayerConfig(config, **own.get(index, {})) for index in range(config.num_hidden_layers)]
+
+
 def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
     """The structure of every layer, read from `per_layer_config`."""
     structures = []
-    for layer in config.per_layer_config:
+    for layer in _layer_configs(config):
         kept_heads = getattr(layer, "kept_heads", None)
         heads = 0 if getattr(layer, "attention_removed", False) else layer.num_attention_heads
         of_experts = {}
@@ -733,11 +746,23 @@ def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
     return structures
 
 
+def _check_version(family: Family) -> None:
+    """Raises ImportError where transformers is older than what this file is known to work with."""
+    installed = importlib.import_module("transformers").__version__
+    if [int(part) for part in installed.split(".")[:2]] < [int(part) for part in family.pruned_since.split(".")]:
+        raise ImportError(
+            f"{family.stock} models with pruned layers need transformers >= {family.pruned_since}; {installed} is "
+            f"installed: pip install 'transformers>={family.pruned_since}'"
+        )
+
+
 def _init_pruned(model: Any, stock_class: type, config: Any, *args: Any, **kwargs: Any) -> None:
     stock = stock_config(config)
-    stock_class.__init__(model, stock, *args, **kwargs)  # type: ignore[misc]
     family = family_of(stock)
-    layers, layout = model.base_model.get_submodule(family.layers), head_layout(family, stock)
+    _check_version(family)
+    stock_class.__init__(model, stock, *args, **kwargs)  # type: ignore[misc]
+    base = model.base_model if model.base_model is not model else getattr(model, "model", model)  # Gemma 3's, once
+    layers, layout = base.get_submodule(family.layers), head_layout(family, stock)
     for layer, structure in zip(layers, layer_structures(config, layout), strict=True):
         split_experts_(layer, family)
         resize_layer_(layer, family, structure, layout)
@@ -795,11 +820,12 @@ def __getattr__(name: str) -> type:
             break
         body: dict[str, Any] = {"__module__": __name__, "__doc__": f"{stock_class.__name__} with pruned layers."}
         if suffix == "Config":
-            strict = importlib.import_module("huggingface_hub.dataclasses").strict
             body["model_type"] = f"pruned_{families[stock]}"
             # heads need not divide the hidden size here, and Phi-3 asks how many there are, which differs by layer
             body["validate_architecture"] = body["validate_rope"] = lambda self: None
-            return strict(type(name, (stock_class,), body))
+            made = type(name, (stock_class,), body)
+            checked = is_dataclass(stock_class)  # since transformers 5
+            return importlib.import_module("huggingface_hub.dataclasses").strict(made) if checked else made
         family = FAMILIES[families[stock]]
         body["config_class"] = __getattr__(f"Pruned{stock}Config")
         body["__init__"] = _init_of(stock_class)

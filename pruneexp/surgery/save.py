@@ -21,6 +21,7 @@ from pruneexp.model.companions import carry
 from pruneexp.model.tensor_file import places
 from pruneexp.modeling_pruned import head_layout, number_caches_, resize_layer_
 from pruneexp.surgery.forms import REMOTE_CODE, Form, save_form
+from pruneexp.surgery.old_keys import with_old_keys
 from pruneexp.surgery.prove import BlockProof
 from pruneexp.types import RunError
 
@@ -64,10 +65,12 @@ def write_description(model: Model, form: Form, folder: Path) -> None:
     if form.kind == "remote_code":
         shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
     config.save_pretrained(folder)
+    file = folder / "config.json"
+    written = with_old_keys(json.loads(file.read_text()))
     if form.kind == "remote_code":  # readers of `per_layer_config` without our code (AutoTokenizer) count by this name
-        file = folder / "config.json"
-        written = {"num_hidden_layers": len(model.layers), **json.loads(file.read_text())}
-        file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        written = {"num_hidden_layers": len(model.layers), **written}
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "
+")
     carry(model.source_folder, model.tokenizer, model.module.generation_config, folder)
 
 

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +24,13 @@ from pruneexp.budget import check_mixture, check_pruning, whole_budget
 from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import DenseStates, Meter
 from pruneexp.dataset import WindowSource, fingerprint
-from pruneexp.delivery import deliver, deliver_streamed
+from pruneexp.delivery import card_of, deliver, deliver_streamed, write_card
 from pruneexp.forecast import available_memory, out_of_memory, warn_of_files, warn_of_memory
 from pruneexp.model import Model, ModelSource
 from pruneexp.preflight import check_disk, foreseen, read_inputs, told
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
-from pruneexp.report import print_summary, summary_line
+from pruneexp.report import Card, print_summary, summary_line
 from pruneexp.resume import Notes, identity, take_up
 from pruneexp.rounds import prune_in_rounds_
 from pruneexp.scoring import Results
@@ -182,6 +182,7 @@ class _Run:
         self.dense: dict[str, Any] = {}  # what identifies the dense model and how it is run
         self.results, self.shared = Results(NoCache(), {}), shared
         self.identity = ""  # of what the results depend on
+        self.card: Card | None = None  # of the checkpoint, where one is kept
 
     def execute(self, tokenizer: Any, tokens_NT: Tensor) -> dict[str, float]:
         experiment = self.experiment
@@ -209,6 +210,8 @@ class _Run:
         self._compare_with_asked()
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
         self.metrics |= memory_metrics(model.devices)
+        if self.card is not None:
+            write_card(replace(self.card, metrics=self.metrics), self.folder / "model")  # now with all figures
         shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
         if experiment.job["sweep"]:
@@ -277,7 +280,9 @@ class _Run:
             return _figures(model, evaluator, name, when)
         what = {"evaluator": [name, version_of(evaluator)], "inputs": measured_on}
         code = code_version((*STAGE, "dataset", "evaluator"))
+        settings = model.module.generation_config  # what it writes depends on them
         key = {"what": "the dense model's figures", **self.dense, **what, "code": code}
+        key |= {} if settings is None else {"generation": settings.to_json_string()}
         with self.experiment.cache.held([key]) as entries:
             found = entries.get(key)
             if found is None:
@@ -326,11 +331,14 @@ class _Run:
             adapter, self.metrics = recovered.adapter, {**self.metrics, **recovered.metrics}
         with self.clock("save"):
             settings = experiment.run
+            if settings.save:
+                card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
+                self.card = replace(card, metrics={**self.metrics, "pruned/params": model.params})
             if streamed is not None:
                 proved = settings.save and settings.prove != "off"
-                self._record_proof(deliver_streamed(streamed, self.folder, proved))
-            elif settings.save:
-                self._record_proof(deliver(model, self.folder, settings.prove, probe_BT, adapter))
+                self._record_proof(deliver_streamed(streamed, self.folder, proved, self.card))
+            elif self.card is not None:
+                self._record_proof(deliver(model, self.folder, settings.prove, probe_BT, adapter, self.card))
         return pruned
 
     def _record_proof(self, proof: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ class GgufExporter:
 
     def write(self, model: Model, folder: Path) -> list[str]:
         folder.mkdir(parents=True)
-        words = vocabulary(model.tokenizer, model.vocab_size)
+        words = vocabulary(model.tokenizer, model.vocab_size, stop_tokens(model))
         self.write_file(model, words, folder / GGUF_FILE)
         return [*window_note(model), *words.notes]
 
@@ -121,6 +121,12 @@ class GgufExporter:
         from pruneexp.export.gguf_proof import prove_gguf
 
         return prove_gguf(self, checkpoint, how, stream, folder / GGUF_FILE)
+
+
+def stop_tokens(model: Model) -> list[int]:
+    """The tokens that end a text, as the model's generation settings name them."""
+    said = getattr(model.module.generation_config, "eos_token_id", None)
+    return [] if said is None else [said] if isinstance(said, int) else list(said)
 
 
 def deci_layers(model: Model, multiple: int) -> Iterator[LlamaLayer]:

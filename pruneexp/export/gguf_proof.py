@@ -104,8 +104,10 @@ def _compared(model: Model, tokens_BT: Tensor, answer: Answer, dtype: torch.dtyp
             f"the export computes something else: logits differ by {relative:.3g} of their root mean square, more than "
             f"{TOLERANCE_16_BIT:g}; nothing was kept"
         )
+    tolerance = {"tolerance": TOLERANCE} if dtype == torch.float32 else {"relative_tolerance": TOLERANCE_16_BIT}
     return {
         "prove": "llama.cpp",
+        **tolerance,
         "run_by": f"{answer.package} {answer.version}",
         f"max_{what}_difference": difference,
         f"relative_{what}_difference": relative,

@@ -32,6 +32,7 @@ from pruneexp.export.llama_like import (
 )
 from pruneexp.export.vllm_proof import BIASES, check_files, check_loader_rules, prove_by_own_modeling, read_back
 from pruneexp.model import Model, layer_structure
+from pruneexp.model.companions import carry
 from pruneexp.modeling_pruned import head_size
 from pruneexp.surgery.save import SHARD_BYTES, STREAMED_SHARD_BYTES, ShardWriter
 from pruneexp.types import ConfigError
@@ -89,8 +90,7 @@ class VllmExporter:
         config = self.config(model)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(CODE, folder / CODE.name)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
+        carry(model.source_folder, model.tokenizer, None, folder)
         check_loader_rules(folder)
         return [*window_note(model), NOT_SERVED]
 

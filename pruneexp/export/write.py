@@ -102,14 +102,16 @@ def chosen(model: Model, asked: Request) -> Exporter:
 
 def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter, aside: Path) -> dict[str, Any]:
     """Writes and proves the export in `aside`."""
-    from pruneexp.tracker import write_atomic
+    from pruneexp.export.card import card
+    from pruneexp.files import files_in, write_atomic
+    from pruneexp.model.companions import CARD, GENERATION, LEGAL, copy_files
 
     model = stored_source(checkpoint, stream=stream).load()
     notes = exporter.write(model, aside)
     del model
-    for name in ("plan.json", "generation_config.json"):
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, aside / name)
+    copy_files(checkpoint, aside, ("plan.json", GENERATION, *LEGAL))
+    if text := card(asked.source, checkpoint, aside, exporter.form):
+        write_atomic(aside / CARD, text)
     record: dict[str, Any] = {
         "format": asked.format,
         "form": exporter.form,
@@ -125,5 +127,6 @@ def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter,
         record |= proof
     if notes:
         record["notes"] = notes
+    record["files"] = [*files_in(aside), RECORD]
     write_atomic(aside / RECORD, json.dumps(record, indent=1) + "\n")
     return record

@@ -16,7 +16,7 @@ import torch
 
 from pruneexp import modeling_pruned
 from pruneexp.file_state import FileState, file_state
-from pruneexp.model import checks
+from pruneexp.model import checks, companions
 from pruneexp.model.architecture import model_class_of, skeleton
 from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
 from pruneexp.model.loaded import Model
@@ -182,6 +182,8 @@ class ModelSource:
             logger.info("decoder layers: %s", ", ".join(f"{n} on {device}" for device, n in counts.items()))
         if tokenizer is None:
             model.tokenizer = self.tokenizer(folder)
+        model.source_folder = folder
+        module.generation_config = companions.generation_settings(folder) or module.generation_config
         return model
 
     def _model(
@@ -225,8 +227,8 @@ class ModelSource:
         from huggingface_hub import snapshot_download
 
         try:
-            patterns = ["*.json", "tokenizer.model", "*.txt", *(["*.safetensors"] if weights else [])]
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
+            patterns = (*companions.FETCHED, *(companions.WEIGHTS if weights else ()))
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(patterns)))
         except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(

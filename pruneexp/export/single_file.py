@@ -42,8 +42,8 @@ def _wrote(out: Path, record: Path) -> bool:
 
 def place_file(written: Path, out: Path, record: dict[str, object]) -> None:
     """Puts a finished file and its record in their places."""
-    from pruneexp.tracker import write_atomic
+    from pruneexp.files import write_atomic
 
-    told = {**record, "bytes": written.stat().st_size}
+    told = {name: value for name, value in record.items() if name != "files"} | {"bytes": written.stat().st_size}
     written.replace(out)
     write_atomic(record_beside(out), json.dumps(told, indent=1) + "\n")

@@ -69,8 +69,7 @@ def write_description(model: Model, form: Form, folder: Path) -> None:
     written = with_old_keys(json.loads(file.read_text()))
     if form.kind == "remote_code":  # readers of `per_layer_config` without our code (AutoTokenizer) count by this name
         written = {"num_hidden_layers": len(model.layers), **written}
-    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "
-")
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     carry(model.source_folder, model.tokenizer, model.module.generation_config, folder)
 
 

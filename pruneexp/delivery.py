@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pruneexp.files import files_in, write_atomic
+from pruneexp.files import files_in, read_object, write_atomic
 from pruneexp.model import Model
 from pruneexp.model.companions import CARD
 from pruneexp.model.source import EMBEDDED
@@ -19,18 +19,16 @@ from pruneexp.prune import Pruned
 from pruneexp.recovery import Adapter
 from pruneexp.report import Card, Written, base_model, card_text, license_of
 from pruneexp.surgery import Form, StreamedSave, prove_in_place, prove_in_process, save
-from pruneexp.tracker import list_written
+from pruneexp.tracker import PROOF
 
 ADAPTER = "adapter"  # folder in the checkpoint's
 
 
-def deliver(
-    model: Model, folder: Path, prove: str, probe_BT: Tensor, adapter: Adapter | None, card: Card
-) -> dict[str, Any]:
+def deliver(model: Model, folder: Path, prove: str, probe_BT: Tensor, adapter: Adapter | None) -> dict[str, Any]:
     """Writes and proves the run folder's `model/`; returns what proof.json is to say."""
     target = folder / "model"
-    form = save(model, target, complete=_completed(folder, card))
-    proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": prove}
+    save(model, target, complete=_completed(folder))
+    proof = {**_begun(folder), "prove": prove}
     if adapter is not None:
         adapter.save(target / ADAPTER, target)
         proof["adapter"] = f"model/{ADAPTER}: the evaluated model has it on top of the checkpoint, the proof has not"
@@ -40,27 +38,32 @@ def deliver(
     return proof
 
 
-def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool, card: Card | None) -> dict[str, Any]:
-    """The same of a model that was written as it was pruned. `card`: None where it is not kept."""
-    form = streamed.finish(_completed(folder, card))
-    proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": "off"}
+def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool) -> dict[str, Any]:
+    """The same of a model that was written as it was pruned."""
+    streamed.finish(_completed(folder))
+    proof = {**_begun(folder), "prove": "off"}
     return proof | streamed.prove() if prove else proof
 
 
-def _completed(run: Path, card: Card | None) -> Callable[[Form, Path], None]:
-    """Gives a run's checkpoint its plan and its card, and lists what is in it."""
+def _completed(run: Path) -> Callable[[Form, Path], None]:
+    """Gives a run's checkpoint its plan, and lists in proof.json, before it is in its place, what is in it."""
 
-    def complete(_form: Form, folder: Path) -> None:
+    def complete(form: Form, folder: Path) -> None:
         write_atomic(folder / "plan.json", (run / "plan.json").read_bytes())
-        if card is not None:
-            write_card(card, folder)
-            list_written(run, files_in(folder))
+        files = sorted({*files_in(folder), CARD})  # the card comes once there are figures
+        proof = {"form": form.kind, "why": form.why, "files": files}
+        write_atomic(run / PROOF, json.dumps(proof, indent=1) + "\n")
 
     return complete
 
 
+def _begun(run: Path) -> dict[str, Any]:
+    """What proof.json says when the checkpoint has been written."""
+    return read_object(run / PROOF) or {}
+
+
 def card_of(path: str, model: Model, pruned: Pruned, job: Mapping[str, Any], adapter: bool) -> Card:
-    """What is known of a pruned model before it is measured. `path`: what the dense one was read from."""
+    """What the card of a pruned model says, but for figures. `path`: what the dense one was read from."""
     own = {"license": "apache-2.0"} if path.startswith(EMBEDDED) else {}
     return Card(
         base_model(path, model.source_folder),

@@ -211,7 +211,7 @@ class _Run:
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
         self.metrics |= memory_metrics(model.devices)
         if self.card is not None:
-            write_card(replace(self.card, metrics=self.metrics), self.folder / "model")  # now with all figures
+            write_card(replace(self.card, metrics=self.metrics), self.folder / "model")
         shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
         if experiment.job["sweep"]:
@@ -332,13 +332,12 @@ class _Run:
         with self.clock("save"):
             settings = experiment.run
             if settings.save:
-                card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
-                self.card = replace(card, metrics={**self.metrics, "pruned/params": model.params})
+                self.card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
             if streamed is not None:
                 proved = settings.save and settings.prove != "off"
-                self._record_proof(deliver_streamed(streamed, self.folder, proved, self.card))
-            elif self.card is not None:
-                self._record_proof(deliver(model, self.folder, settings.prove, probe_BT, adapter, self.card))
+                self._record_proof(deliver_streamed(streamed, self.folder, proved))
+            elif settings.save:
+                self._record_proof(deliver(model, self.folder, settings.prove, probe_BT, adapter))
         return pruned
 
     def _record_proof(self, proof: Mapping[str, Any]) -> None:

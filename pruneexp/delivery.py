@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pruneexp.files import files_in, write_atomic
+from pruneexp.files import files_in, read_object, write_atomic
 from pruneexp.model import Model
 from pruneexp.model.companions import CARD
 from pruneexp.model.source import EMBEDDED
@@ -20,7 +20,7 @@ from pruneexp.prune import Pruned
 from pruneexp.recovery import Adapter
 from pruneexp.report import Card, Written, base_model, card_text, license_of
 from pruneexp.surgery import Dense, Form, StreamedSave, period_warning, prove_in_place, prove_in_process, save
-from pruneexp.tracker import list_written
+from pruneexp.tracker import PROOF
 
 logger = logging.getLogger("pruneexp")
 
@@ -28,20 +28,13 @@ ADAPTER = "adapter"  # folder in the checkpoint's
 
 
 def deliver(
-    model: Model,
-    folder: Path,
-    prove: str,
-    probe_BT: Tensor,
-    adapter: Adapter | None,
-    card: Card,
-    dense: Dense | str,
+    model: Model, folder: Path, prove: str, probe_BT: Tensor, adapter: Adapter | None, dense: Dense | str
 ) -> dict[str, Any]:
     """Writes and proves the run folder's `model/`; returns what proof.json is to say. `dense`: what plain transformers
     is to make of the source, or why that is not compared."""
     target = folder / "model"
-    form = save(model, target, complete=_completed(folder, card))
-    _warn(form)
-    proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": prove}
+    _warn(save(model, target, complete=_completed(folder)))
+    proof = {**_begun(folder), "prove": prove}
     if adapter is not None:
         adapter.save(target / ADAPTER, target)
         proof["adapter"] = f"model/{ADAPTER}: the evaluated model has it on top of the checkpoint, the proof has not"
@@ -54,13 +47,10 @@ def deliver(
     return proof
 
 
-def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool, card: Card | None, why: str) -> dict[str, Any]:
-    """The same of a model that was written as it was pruned. `card`: None where it is not kept; `why` its source is not
-    compared."""
-    form = streamed.finish(_completed(folder, card))
-    _warn(form)
-    proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": "off"}
-    proof["source"] = {"compared": False, "why": why}
+def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool, why: str) -> dict[str, Any]:
+    """The same of a model that was written as it was pruned; `why` its source is not compared."""
+    _warn(streamed.finish(_completed(folder)))
+    proof = {**_begun(folder), "prove": "off", "source": {"compared": False, "why": why}}
     return proof | streamed.prove() if prove else proof
 
 
@@ -69,20 +59,25 @@ def _warn(form: Form) -> None:
         logger.warning("model/: %s", warning)
 
 
-def _completed(run: Path, card: Card | None) -> Callable[[Form, Path], None]:
-    """Gives a run's checkpoint its plan and its card, and lists what is in it."""
+def _completed(run: Path) -> Callable[[Form, Path], None]:
+    """Gives a run's checkpoint its plan, and lists in proof.json, before it is in its place, what is in it."""
 
-    def complete(_form: Form, folder: Path) -> None:
+    def complete(form: Form, folder: Path) -> None:
         write_atomic(folder / "plan.json", (run / "plan.json").read_bytes())
-        if card is not None:
-            write_card(card, folder)
-            list_written(run, files_in(folder))
+        files = sorted({*files_in(folder), CARD})  # the card comes once there are figures
+        proof = {"form": form.kind, "why": form.why, "files": files}
+        write_atomic(run / PROOF, json.dumps(proof, indent=1) + "\n")
 
     return complete
 
 
+def _begun(run: Path) -> dict[str, Any]:
+    """What proof.json says when the checkpoint has been written."""
+    return read_object(run / PROOF) or {}
+
+
 def card_of(path: str, model: Model, pruned: Pruned, job: Mapping[str, Any], adapter: bool) -> Card:
-    """What is known of a pruned model before it is measured. `path`: what the dense one was read from."""
+    """What the card of a pruned model says, but for figures. `path`: what the dense one was read from."""
     own = {"license": "apache-2.0"} if path.startswith(EMBEDDED) else {}
     return Card(
         base_model(path, model.source_folder),

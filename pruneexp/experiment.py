@@ -213,7 +213,7 @@ class _Run:
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
         self.metrics |= memory_metrics(model.devices)
         if self.card is not None:
-            write_card(replace(self.card, metrics=self.metrics), self.folder / "model")  # now with all figures
+            write_card(replace(self.card, metrics=self.metrics), self.folder / "model")
         shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
         if experiment.job["sweep"]:
@@ -349,12 +349,11 @@ class _Run:
         with self.clock("save"):
             settings = experiment.run
             if settings.save:
-                card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
-                self.card = replace(card, metrics={**self.metrics, "pruned/params": model.params})
+                self.card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
             if streamed is not None:
-                self._record_proof(deliver_streamed(streamed, self.folder, prove != "off", self.card, str(dense)))
-            elif self.card is not None:
-                self._record_proof(deliver(model, self.folder, prove, probe_BT, adapter, self.card, dense))
+                self._record_proof(deliver_streamed(streamed, self.folder, prove != "off", str(dense)))
+            elif settings.save:
+                self._record_proof(deliver(model, self.folder, prove, probe_BT, adapter, dense))
         return pruned
 
     def _record_proof(self, proof: Mapping[str, Any]) -> None:

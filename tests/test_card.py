@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pruneexp import progress
+from pruneexp import experiment, progress
 from pruneexp.__main__ import main
 from pruneexp.export import main as export
 from pruneexp.report import Card, Written, base_model, card_text, license_of
@@ -82,7 +82,7 @@ def test_the_card_of_a_run(stream: str, run: Run, source_folder: Path) -> None:
 
 def test_a_run_replaces_what_it_wrote_and_nothing_else(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run()
-    listed = json.loads((folder / "files.json").read_text())["model"]
+    listed = json.loads((folder / "proof.json").read_text())["files"]
     there = sorted(p.relative_to(folder / "model").as_posix() for p in (folder / "model").rglob("*") if p.is_file())
     assert listed == there and {"README.md", "additional_chat_templates/rag.jinja", "LICENSE"} <= set(listed)
     (folder / "model" / "additional_chat_templates" / "mine.jinja").write_text("mine")
@@ -93,12 +93,27 @@ def test_a_run_replaces_what_it_wrote_and_nothing_else(run: Run, capsys: pytest.
     (folder / "model" / "additional_chat_templates" / "mine.jinja").unlink()
     (folder / "model" / ".README.md.17.tmp").touch()  # of a run that was killed as it wrote
     run("run.overwrite=true", "run.save=false")
-    assert not (folder / "model").exists() and not (folder / "files.json").exists()
+    assert not (folder / "model").exists() and not (folder / "proof.json").exists()
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_run_that_was_killed_behind_its_checkpoint_makes_room(
+    stream: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment._Run, "_record_proof", broken)
+        folder = run(f"model.stream={stream}", code=1)
+    assert (folder / "model" / "LICENSE").exists() and not (folder / "metrics.json").exists()
+    run(f"model.stream={stream}")
+    assert (folder / "model" / "README.md").exists() and (folder / "metrics.json").exists()
 
 
 def test_a_run_of_an_older_version_is_replaced_and_exported(run: Run, tmp_path: Path) -> None:
     folder = run()
-    (folder / "files.json").unlink()
+    (folder / "proof.json").write_text(json.dumps({"form": "remote_code", "why": "", "prove": "off"}))
     for name in (*TRAVELLING, "README.md"):  # which older versions did not write, or not under these names
         if not name.startswith(("tokenizer", "generation", "chat_template")):
             (folder / "model" / name).unlink()

@@ -240,7 +240,7 @@ def test_the_share_is_that_of_the_checkpoints_tensors(folder: Path) -> None:
 def test_the_checkpoint_holds_no_pickles(folder: Path) -> None:
     names = {path.name for path in (folder / "model").rglob("*")}
     assert "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".py", ".txt", ".model", ".jinja"}
+    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".py", ".txt", ".model", ".jinja", ".md"}
 
 
 def test_the_status_and_the_log(folder: Path) -> None:

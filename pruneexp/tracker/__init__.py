@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pruneexp.files import write_atomic, written_aside
-from pruneexp.tracker.checkpoint_files import list_written
+from pruneexp.tracker.checkpoint_files import PROOF
 from pruneexp.tracker.environment import memory_metrics, reset_peak_memory
 from pruneexp.tracker.folder import (
     NOTES,
@@ -27,6 +27,7 @@ from pruneexp.types import Plan, RunRecord, Scores, Site, Tracker
 
 __all__ = [
     "NOTES",
+    "PROOF",
     "Local",
     "LocalRun",
     "Trackers",
@@ -36,7 +37,6 @@ __all__ = [
     "clear_unfinished",
     "existing",
     "flat_metrics",
-    "list_written",
     "memory_metrics",
     "reset_peak_memory",
     "run_folder",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from pruneexp.files import read_object, write_atomic
+from pruneexp.files import read_object
 
-WRITTEN = "files.json"
+PROOF = "proof.json"  # its `files`: the list
 ALWAYS = ("adapter/adapter_*", ".*.tmp")  # what comes when the list is written, and what a killed run leaves
 CHECKPOINT_FILES = (  # what runs wrote there before they listed it
     "*.safetensors",
@@ -29,18 +28,13 @@ CHECKPOINT_FILES = (  # what runs wrote there before they listed it
 )
 
 
-def list_written(folder: Path, names: Iterable[str]) -> None:
-    """Records what a run writes into its `model/`, as paths in it. Raises OSError."""
-    write_atomic(folder / WRITTEN, json.dumps({"model": sorted(names)}, indent=1) + "\n")
-
-
 def checkpoint_files(folder: Path) -> tuple[list[str], list[str]]:
     """What lies in a run's `model/`, as paths in it: what the run wrote, by its own list, and what it did not; folders
     where there is nothing in them. None of it is the run's, or anybody's, where `model/` is a link."""
     model = folder / "model"
     if model.is_symlink():
         return [], []
-    listed = (read_object(folder / WRITTEN) or {}).get("model")
+    listed = (read_object(folder / PROOF) or {}).get("files")
     own, foreign = [], []
     for path in sorted(model.rglob("*")):
         if path.is_dir() and not path.is_symlink() and (any(path.iterdir()) or path == model / "adapter"):
@@ -69,4 +63,4 @@ def clear_checkpoint(folder: Path) -> None:
         for path in (*sorted((p for p in model.rglob("*") if p.is_dir()), reverse=True), model):
             if not any(path.iterdir()):
                 path.rmdir()
-    (folder / WRITTEN).unlink(missing_ok=True)  # last: until then, what is left is known to be the run's
+    (folder / PROOF).unlink(missing_ok=True)  # last: until then, what is left is known to be the run's

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneexp.files import read_object
-from pruneexp.tracker.checkpoint_files import WRITTEN, checkpoint_files, clear_checkpoint
+from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_checkpoint
 from pruneexp.types import ConfigError, RunError
 
 # metrics.json first: without it, what is left of a half-cleared folder is no finished run.
@@ -85,7 +85,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         return
     if _is_finished(folder):
         raise ConfigError(f"{where}: holds a finished run; expected an empty folder or run.overwrite=true")
-    strangers = [name for name in (*FILES, WRITTEN, *FOLDERS) if (folder / name).exists()]
+    strangers = [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
     if state == "absent" and strangers:
         raise ConfigError(
             f"{where}: holds {', '.join(strangers)}, from no run; expected an empty folder or run.overwrite=true"
@@ -123,7 +123,7 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            if name != "status.json":
+            if name not in ("status.json", PROOF):  # these say whose the rest is
                 (folder / name).unlink(missing_ok=True)
             for aside in folder.glob(f".{name}.*.tmp"):
                 aside.unlink(missing_ok=True)

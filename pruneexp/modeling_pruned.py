@@ -15,8 +15,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partialmethod
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Family:
     head_norms: tuple[Writer, ...] = ()  # norms of queries and keys with a weight, or a module, of each head's own
     causal_lm: str | None = None  # the stock class, where it is not called ...ForCausalLM
     since: str = "4.46"  # the release of transformers that brought the stock classes
+    pruned_since: str = "4.57"  # the one from which on the classes of this file are known to work
     key_value_heads: str | int | None = "num_key_value_heads"  # config attribute, number, or None: as query heads
     stored_as: tuple[tuple[str, str], ...] = ()  # parts of names in the modules -> what checkpoints call them instead
     shared_roles: tuple[str, ...] = ()  # set by `family_of`: rows that serve all units and belong to none
@@ -72,6 +73,7 @@ class Family:
     norm_offset: float = 0.0  # what norms add to their weight
     adds_up: bool = True  # a sublayer's reader gives what is added to the hidden states (times `residual_scale`)
     residual_scale: str | None = None  # config attribute
+    needs_bos: bool = False  # trained so that text without a beginning-of-sequence token in front is foreign to it
     impossible: tuple[tuple[str, Any], ...] = ()  # config values for which this table is wrong
     variants: tuple[Variant, ...] = ()
 
@@ -97,18 +99,19 @@ MISTRAL = replace(LLAMA, stock="Mistral")
 GRANITE = replace(LLAMA, stock="Granite", residual_scale="residual_multiplier")
 QWEN2 = replace(LLAMA, stock="Qwen2")
 QWEN3 = replace(LLAMA, stock="Qwen3", since="4.51")
-QWEN3_MOE = replace(QWEN3, stock="Qwen3Moe", since="5.0", experts="experts")
+QWEN3_MOE = replace(QWEN3, stock="Qwen3Moe", since="5.0", pruned_since="5.14", experts="experts")
 MIXTRAL = replace(
     MISTRAL,
     stock="Mixtral",
     since="5.0",
+    pruned_since="5.14",
     stored_as=((".mlp.", ".block_sparse_moe."),),
     mlp_writers=(Writer("mlp.w1", ("gate",)), Writer("mlp.w3", ("up",))),
     mlp_reader="mlp.w2",
     experts="experts",
 )
 SMOLLM3 = replace(LLAMA, stock="SmolLM3", since="4.53")
-GEMMA = replace(LLAMA, stock="Gemma", norm_offset=1.0)
+GEMMA = replace(LLAMA, stock="Gemma", norm_offset=1.0, needs_bos=True)
 GEMMA2 = replace(
     GEMMA,
     stock="Gemma2",
@@ -126,6 +129,7 @@ OLMO2 = replace(
     mlp_norm=None,
     head_norms=(Writer("self_attn.q_norm", ("query",)), Writer("self_attn.k_norm", ("key",))),
     norm_offset=0.0,
+    needs_bos=False,
 )
 PHI3 = replace(
     LLAMA,
@@ -137,6 +141,7 @@ PHI3 = replace(
 STABLELM = replace(
     LLAMA,
     stock="StableLm",
+    pruned_since="5.14",
     variants=(
         ({"use_parallel_residual": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
         (
@@ -192,7 +197,7 @@ FALCON = replace(
     adds_residual=False,
     alibi=False,
     variants=(
-        ({"alibi": True}, {"alibi": True}),
+        ({"alibi": True}, {"alibi": True, "pruned_since": "5.14"}),
         ({"parallel_attn": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
         (
             {"multi_query": True, "new_decoder_architecture": False},
@@ -304,6 +309,7 @@ def head_layout(family: Family, config: Any) -> HeadLayout:
 
 
 FFN_ROWS = {"gate": 1, "up": 1}
+SERVERS = ("vllm", "sglang")  # attention implementations that keep caches of their own
 
 
 def split_parts(rows: Tensor, writer: Writer, units: int, sizes: dict[str, int], shared: tuple[str, ...]) -> Any:
@@ -338,14 +344,18 @@ class LayerStructure:
     expert_output_biases: tuple[bool, ...] | None = None
     kept_experts: tuple[int, ...] | None = None  # original expert indices, where some have left
 
-    def to_config(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+    def to_config(self, layout: HeadLayout) -> dict[str, Any]:
+        """Where attention is gone, the heads of one unit, which servers make room for, and that it is."""
+        own = asdict(self) | {"attention_removed": self.num_attention_heads == 0}
+        if self.num_attention_heads == 0:
+            own |= {"num_attention_heads": layout.group, "num_key_value_heads": 1}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if v is not None}
 
 
 class LayerConfig:
     """The model's config, seen by one layer with other numbers of heads."""
 
-    def __init__(self, config: Any, **own: int):
+    def __init__(self, config: Any, **own: Any):
         self.__dict__.update(own, _config=config)
 
     def __getattr__(self, name: str) -> Any:
@@ -354,19 +364,61 @@ class LayerConfig:
         return getattr(self._config, name)
 
 
-class RemovedAttention(nn.Module):
-    """Attention that lost all its heads: what it still adds is its output bias, if it owns one."""
+class OutputBias(nn.Module):
+    """A reader without inputs: all that it gives is its bias, zeros where it owns none. No linear layer, because
+    quantisers and kernels cannot do with an empty one."""
+
+    def __init__(self, outputs: int, bias: nn.Parameter | None):
+        super().__init__()
+        self.in_features, self.out_features = 0, outputs
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output = hidden_states.new_zeros(*hidden_states.shape[:-1], self.out_features)
+        bias: Any = self.bias
+        return output if bias is None else output + bias
+
+
+class NoChannels(nn.Module):
+    """A writer without outputs."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states[..., :0]
+
+
+class RemovedFFN(nn.Module):
+    """An FFN (or an expert) that lost all its channels: what it still adds is its output bias, if it owns one."""
 
     def __init__(self, reader_name: str, reader: nn.Module, adds_residual: bool):
         super().__init__()
         self.reader_name, self.adds_residual = reader_name, adds_residual
         self.add_module(reader_name, reader)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        nothing = hidden_states.new_empty(*hidden_states.shape[:-1], 0)
-        output = self.get_submodule(self.reader_name)(nothing)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self.get_submodule(self.reader_name)(hidden_states[..., :0])
         if self.adds_residual:
             output = output + (args[0] if args else kwargs["residual"])
+        return output
+
+
+class RemovedAttention(RemovedFFN):
+    """The same of attention that lost all its heads.
+
+    vLLM gives every layer a cache and an attention of its own, told by `config` and `layer_idx`, where it finds a call
+    of the attention interface in `forward`, and refuses models with layers that have none. Here is one, never run.
+    """
+
+    config: Any = None
+    layer_idx: int | None = None
+    dispatches = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output = super().forward(hidden_states, *args, **kwargs)
+        if self.dispatches:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            attention_interface(self, output, output, output, None)
         return output, None
 
 
@@ -462,9 +514,35 @@ def _resize_experts_(layer: nn.Module, family: Family, structure: LayerStructure
         experts_of(layer, family).origin = structure.kept_experts
     shapes = zip(structure.expert_sizes, structure.expert_output_biases, strict=True)
     for index, (size, bias) in enumerate(shapes):
+        own = replace(
+            family,
+            mlp=expert_path(family, family.mlp, index),
+            mlp_writers=tuple(replace(w, path=expert_path(family, w.path, index)) for w in family.mlp_writers),
+            mlp_reader=expert_path(family, family.mlp_reader, index),
+        )
+        _resize_ffn_(layer, own, size, bias)
+
+
+def _resize_ffn_(layer: nn.Module, family: Family, channels: int, bias: bool) -> None:
+    _resize_(layer, family.mlp_reader, inputs=channels, bias=bias)
+    if channels:
         for writer in family.mlp_writers:
-            _resize_(layer, expert_path(family, writer.path, index), outputs=size)
-        _resize_(layer, expert_path(family, family.mlp_reader, index), inputs=size, bias=bias)
+            _resize_(layer, writer.path, outputs=channels * len(writer.roles))
+    elif family.mlp == family.mlp_reader:  # no module of its own: the layer still calls its parts
+        for writer in family.mlp_writers:
+            layer.set_submodule(writer.path, NoChannels())
+    else:
+        _remove_(layer, family.mlp, family.mlp_reader, RemovedFFN, family.adds_residual)
+
+
+def _remove_(layer: nn.Module, path: str, reader_path: str, kind: type[RemovedFFN], adds_residual: bool) -> None:
+    """Puts what is left of a sublayer in its place."""
+    reader, name, old = layer.get_submodule(reader_path), reader_path.rpartition(".")[-1], layer.get_submodule(path)
+    left: Any = kind(name, reader, adds_residual).train(old.training)
+    if isinstance(left, RemovedAttention):
+        for what in ("config", "layer_idx", "is_sliding"):  # the last for Gemma 3's layer in transformers 4
+            setattr(left, what, getattr(old, what, None))
+    layer.set_submodule(path, left)
 
 
 def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, layout: HeadLayout) -> None:
@@ -478,13 +556,9 @@ def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, l
     if structure.expert_sizes is not None:
         _resize_experts_(layer, family, structure)
     else:
-        _resize_(layer, family.mlp_reader, inputs=structure.intermediate_size, bias=structure.mlp_output_bias)
-        for writer in family.mlp_writers:
-            _resize_(layer, writer.path, outputs=structure.intermediate_size * len(writer.roles))
+        _resize_ffn_(layer, family, structure.intermediate_size, structure.mlp_output_bias)
     if heads == 0:
-        reader_name = family.attention_reader.rsplit(".", 1)[-1]
-        reader = layer.get_submodule(family.attention_reader)
-        layer.set_submodule(family.attention, RemovedAttention(reader_name, reader, family.adds_residual))
+        _remove_(layer, family.attention, family.attention_reader, RemovedAttention, family.adds_residual)
     else:
         counts = {"query": heads, "key": kv_heads, "value": kv_heads}
         for writer in family.attention_writers:
@@ -526,11 +600,14 @@ def _drop_norms_(layer: nn.Module, family: Family, structure: LayerStructure) ->
 
 def number_caches_(layers: nn.ModuleList, family: Family, configs: tuple[Any, ...]) -> bool:
     """Numbers the layers' attention so that the KV cache's first entry, and the first of each kind (full, sliding),
-    exists: a cache tells its length by those. Returns whether any attention is left.
+    exists: a cache tells its length by those. Returns whether any attention is left. Servers have caches of their own,
+    one for every layer, and are left the layers' own order.
 
     Without removed layers that is the layers' own order. Kinds are told by `configs`' `layer_types`; there, a layer
     that has no attention takes the kind of the next one that has, so that it holds no kind's first place.
     """
+    if configs[0]._attn_implementation in SERVERS:
+        return True
     found = [layer.get_submodule(family.attention) for layer in layers]
     present = [not isinstance(attention, RemovedAttention) for attention in found]
     if not any(present):
@@ -556,8 +633,9 @@ def head_size(config: Any) -> int:
 
 
 def linear_sizes(linear: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer, or of GPT-2's Conv1D."""
-    return (linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else (linear.nx, linear.nf)
+    """Inputs and outputs of a linear layer, of what is left of one, or of GPT-2's Conv1D."""
+    ours = isinstance(linear, (nn.Linear, OutputBias))
+    return (linear.in_features, linear.out_features) if ours else (linear.nx, linear.nf)
 
 
 def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
@@ -569,24 +647,26 @@ def as_matrix(linear: nn.Module, weight: Tensor) -> Tensor:
 def _resize_(
     layer: nn.Module, path: str, *, inputs: int | None = None, outputs: int | None = None, bias: bool | None = None
 ) -> None:
-    """Replaces the linear layer at `path` by an uninitialised one where its shape or bias differs."""
+    """Replaces the linear layer at `path` by an uninitialised one where its shape or bias differs; without inputs, its
+    bias alone stays."""
     old: Any = layer.get_submodule(path)
     had = (*linear_sizes(old), old.bias is not None)
     inputs, outputs = had[0] if inputs is None else inputs, had[1] if outputs is None else outputs
     bias = had[2] if bias is None else bias
     if (inputs, outputs, bias) == had:
         return
-    transposed = not isinstance(old, nn.Linear) and inputs > 0  # Conv1D cannot do without inputs
-    with torch.device("meta"):  # skips the random initialisation, which would warn of nothing to initialise
-        kind: Any = type(old) if isinstance(old, nn.Linear) else nn.Linear
-        new: Any = type(old)(outputs, inputs) if transposed else kind(inputs or 1, outputs or 1, bias=bias)
-    if not transposed:
-        new.in_features, new.out_features = inputs, outputs
-    empty = {"device": old.weight.device, "dtype": old.weight.dtype}
+    weight: Tensor = old.weight
+    empty = {"device": weight.device, "dtype": weight.dtype}
+    own_bias = nn.Parameter(torch.zeros(outputs, **empty), requires_grad=weight.requires_grad) if bias else None
+    if inputs == 0:
+        layer.set_submodule(path, OutputBias(outputs, own_bias).train(old.training))
+        return
+    transposed = not isinstance(old, nn.Linear)
+    with torch.device("meta"):  # skips the random initialisation
+        new: Any = type(old)(outputs, inputs) if transposed else type(old)(inputs, outputs, bias=bias)
     shape = (inputs, outputs) if transposed else (outputs, inputs)
-    new.weight = nn.Parameter(torch.empty(shape, **empty), requires_grad=old.weight.requires_grad)
-    if bias:
-        new.bias = nn.Parameter(torch.zeros(outputs, **empty), requires_grad=old.weight.requires_grad)
+    new.weight = nn.Parameter(torch.empty(shape, **empty), requires_grad=weight.requires_grad)
+    new.bias = own_bias
     layer.set_submodule(path, new.train(old.training))
 
 
@@ -609,17 +689,18 @@ def slope_heads(attention: nn.Module, family: Family) -> tuple[int, ...] | None:
 
 def _keep_slopes_(attention: nn.Module, kept_heads: tuple[int, ...]) -> None:
     """Each kept head keeps its own ALiBi slope: the model hands all of the original heads' slopes to every layer."""
-
-    def select(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        kept, alibi, mask = list(module.kept_heads), kwargs["alibi"], kwargs["attention_mask"]
-        if alibi.ndim == 4:  # Falcon's, which its mask holds too
-            return args, {**kwargs, "alibi": alibi[:, kept], "attention_mask": mask[:, kept]}
-        by_head = alibi.view(args[0].shape[0], -1, *alibi.shape[1:])
-        return args, {**kwargs, "alibi": by_head[:, kept].flatten(0, 1)}
-
     if not hasattr(attention, "kept_heads"):
-        attention.register_forward_pre_hook(select, with_kwargs=True)
+        attention.register_forward_pre_hook(_select_slopes, with_kwargs=True)
     attention.kept_heads = kept_heads  # pyright: ignore[reportArgumentType]
+
+
+def _select_slopes(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A hook by a name of its own, so that it can be pickled."""
+    kept, alibi, mask = list(module.kept_heads), kwargs["alibi"], kwargs["attention_mask"]
+    if alibi.ndim == 4:  # Falcon's, which its mask holds too
+        return args, {**kwargs, "alibi": alibi[:, kept], "attention_mask": mask[:, kept]}
+    by_head = alibi.view(args[0].shape[0], -1, *alibi.shape[1:])
+    return args, {**kwargs, "alibi": by_head[:, kept].flatten(0, 1)}
 
 
 def stock_config(config: Any) -> Any:
@@ -632,19 +713,29 @@ def stock_config(config: Any) -> Any:
     return copied
 
 
+def _layer_configs(config: Any) -> Iterable[Any]:
+    """The config as each layer sees it, where transformers knows of `per_layer_config` and where it does not."""
+    values = config.per_layer_config
+    if not isinstance(values, dict):
+        return values
+    own = {int(index): layer for index, layer in values.items()}
+    return [LayerConfig(config, **own.get(index, {})) for index in range(config.num_hidden_layers)]
+
+
 def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
     """The structure of every layer, read from `per_layer_config`."""
     structures = []
-    for layer in config.per_layer_config:
+    for layer in _layer_configs(config):
         kept_heads = getattr(layer, "kept_heads", None)
+        heads = 0 if getattr(layer, "attention_removed", False) else layer.num_attention_heads
         of_experts = {}
         for name in ("expert_sizes", "expert_output_biases", "kept_experts"):
             values = getattr(layer, name, None)  # beside a mixture's layers, others have empty lists
             of_experts[name] = tuple(values) if values else None
         structures.append(
             LayerStructure(
-                num_attention_heads=layer.num_attention_heads,
-                num_key_value_heads=layout.key_value_heads(layer.num_attention_heads),
+                num_attention_heads=heads,
+                num_key_value_heads=layout.key_value_heads(heads),
                 intermediate_size=layer.intermediate_size,
                 attention_output_bias=layer.attention_output_bias,
                 mlp_output_bias=layer.mlp_output_bias,
@@ -655,11 +746,23 @@ def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
     return structures
 
 
+def _check_version(family: Family) -> None:
+    """Raises ImportError where transformers is older than what this file is known to work with."""
+    installed = importlib.import_module("transformers").__version__
+    if [int(part) for part in installed.split(".")[:2]] < [int(part) for part in family.pruned_since.split(".")]:
+        raise ImportError(
+            f"{family.stock} models with pruned layers need transformers >= {family.pruned_since}; {installed} is "
+            f"installed: pip install 'transformers>={family.pruned_since}'"
+        )
+
+
 def _init_pruned(model: Any, stock_class: type, config: Any, *args: Any, **kwargs: Any) -> None:
     stock = stock_config(config)
-    stock_class.__init__(model, stock, *args, **kwargs)  # type: ignore[misc]
     family = family_of(stock)
-    layers, layout = model.base_model.get_submodule(family.layers), head_layout(family, stock)
+    _check_version(family)
+    stock_class.__init__(model, stock, *args, **kwargs)  # type: ignore[misc]
+    base = model.base_model if model.base_model is not model else getattr(model, "model", model)  # Gemma 3's, once
+    layers, layout = base.get_submodule(family.layers), head_layout(family, stock)
     for layer, structure in zip(layers, layer_structures(config, layout), strict=True):
         split_experts_(layer, family)
         resize_layer_(layer, family, structure, layout)
@@ -669,6 +772,16 @@ def _init_pruned(model: Any, stock_class: type, config: Any, *args: Any, **kwarg
         config.use_cache = stock.use_cache = False
     config._attn_implementation = stock._attn_implementation  # chosen when the stock model is made
     model.config = config
+
+
+def _init_of(stock_class: type) -> Any:
+    """The `__init__` of a class with pruned layers. Without annotations: servers compare arguments with them, and in
+    this file they are strings."""
+
+    def __init__(self, config, *args, **kwargs):
+        _init_pruned(self, stock_class, config, *args, **kwargs)
+
+    return __init__
 
 
 def _register_names(class_name: str, family: Family) -> None:
@@ -681,29 +794,41 @@ def _register_names(class_name: str, family: Family) -> None:
     conversions.register_checkpoint_conversion_mapping(class_name, renamings, overwrite=True)
 
 
+AUTO_CLASSES = {  # of transformers -> what the classes of an architecture are called that they make
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+}
+
+
 @cache
 def __getattr__(name: str) -> type:
-    """PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel ...: made from the stock class when asked for."""
+    """PrunedLlamaConfig, PrunedLlamaForCausalLM, PrunedLlamaModel ...: made from the stock class when asked for, where
+    there is one."""
     if not name.startswith("Pruned"):  # Python itself asks for names like __path__: no reason to import transformers
         raise AttributeError(name)
     transformers = importlib.import_module("transformers")
     families = {family.stock: model_type for model_type, family in FAMILIES.items()}
-    for suffix in ("Config", "ForCausalLM", "Model"):
+    for suffix in ("Config", *AUTO_CLASSES.values()):
         stock = name.removeprefix("Pruned").removesuffix(suffix)
         if name != f"Pruned{stock}{suffix}" or stock not in families:
             continue
         own_name = FAMILIES[families[stock]].causal_lm if suffix == "ForCausalLM" else None
-        stock_class = getattr(transformers, own_name or stock + suffix)
+        stock_class = getattr(transformers, own_name or stock + suffix, None)
+        if stock_class is None:
+            break
         body: dict[str, Any] = {"__module__": __name__, "__doc__": f"{stock_class.__name__} with pruned layers."}
         if suffix == "Config":
-            strict = importlib.import_module("huggingface_hub.dataclasses").strict
             body["model_type"] = f"pruned_{families[stock]}"
             # heads need not divide the hidden size here, and Phi-3 asks how many there are, which differs by layer
             body["validate_architecture"] = body["validate_rope"] = lambda self: None
-            return strict(type(name, (stock_class,), body))
+            made = type(name, (stock_class,), body)
+            checked = is_dataclass(stock_class)  # since transformers 5
+            return importlib.import_module("huggingface_hub.dataclasses").strict(made) if checked else made
         family = FAMILIES[families[stock]]
         body["config_class"] = __getattr__(f"Pruned{stock}Config")
-        body["__init__"] = partialmethod(_init_pruned, stock_class)
+        body["__init__"] = _init_of(stock_class)
         if family.experts:  # how many tokens an expert gets is known only while it runs
             body["_can_compile_fullgraph"] = False
         _register_names(name, family)

@@ -210,6 +210,10 @@ def test_masked_is_shrunk_is_saved(
         assert form.kind == ("stock" if granularity == "block" else "remote_code")
         again = reload(tmp_path / compensator)
         close(logits(again, tokens_NT), shrunk)
+        for module in (model.module, again):
+            assert not [path for path, p in module.named_parameters() if p.numel() == 0]
+            linears = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+            assert not [m for m in linears if 0 in (m.in_features, m.out_features)]
         parameters = sum(p.numel() for p in model.module.parameters())
         assert sum(p.numel() for p in again.parameters()) == parameters
         if compensator == "bias" or granularity in ("block", "experts"):

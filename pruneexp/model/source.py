@@ -17,7 +17,7 @@ import torch
 
 from pruneexp import modeling_pruned
 from pruneexp.file_state import FileState, file_state
-from pruneexp.model import checks
+from pruneexp.model import checks, companions
 from pruneexp.model.architecture import model_class_of, skeleton
 from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
@@ -199,6 +199,8 @@ class ModelSource:
             logger.info("decoder layers: %s", ", ".join(f"{n} on {device}" for device, n in counts.items()))
         if tokenizer is None:
             model.tokenizer = self.tokenizer(folder)
+        model.source_folder = folder
+        module.generation_config = companions.generation_settings(folder) or module.generation_config
         return model
 
     def _model(
@@ -242,8 +244,8 @@ class ModelSource:
         from huggingface_hub import snapshot_download
 
         try:
-            patterns = ["*.json", "tokenizer.model", "*.txt", *(["*.safetensors"] if weights else [])]
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
+            patterns = (*companions.FETCHED, *(companions.WEIGHTS if weights else ()))
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(patterns)))
         except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
@@ -279,7 +281,12 @@ def _tokenizer(source: ModelSource, folder: Path, files: tuple[FileState, ...]) 
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder, config=source.stock_config(folder))
+    config = source.stock_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    token = getattr(config, "bos_token_id", None)
+    if modeling_pruned.FAMILIES[config.model_type].needs_bos and tokenizer.bos_token_id is None and token is not None:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(token)  # what it needs, its config knows, too
+    return tokenizer
 
 
 @lru_cache(maxsize=256)

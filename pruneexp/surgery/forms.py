@@ -13,7 +13,7 @@ from torch import nn
 
 from pruneexp import modeling_pruned
 from pruneexp.model import Model, layer_structure, select_layers_
-from pruneexp.modeling_pruned import FAMILIES, LayerStructure, head_size, split_experts_
+from pruneexp.modeling_pruned import AUTO_CLASSES, FAMILIES, LayerStructure, head_layout, head_size, split_experts_
 
 logger = logging.getLogger("pruneexp")
 
@@ -253,20 +253,22 @@ def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Fo
     stock = model.family.stock
     config_class = modeling_pruned.__getattr__(f"Pruned{stock}Config")
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    per_layer = {index: structure.to_config() for index, structure in enumerate(structures)}
+    layout = head_layout(model.family, model.config)
+    per_layer = {index: structure.to_config(layout) for index, structure in enumerate(structures)}
     named = {name for layer in per_layer.values() for name in layer}
     for layer in per_layer.values():  # transformers wants them alike: layers without experts have lists of none
         layer.update({name: [] for name in sorted(named - set(layer))})
     if getattr(model.config, "num_key_value_heads", None) is None:
         for layer in per_layer.values():
             layer.pop("num_key_value_heads")
+    if not hasattr(model.config, "head_dim"):  # else readers would divide the hidden size by a layer's number of heads
+        values["head_dim"] = head_size(model.config)
     config = config_class(**values, per_layer_config=per_layer)
     name = f"Pruned{stock}ForCausalLM"
     config.architectures = [name]
     file = REMOTE_CODE.stem
-    config.auto_map = {
-        "AutoConfig": f"{file}.Pruned{stock}Config",
-        "AutoModel": f"{file}.Pruned{stock}Model",
-        "AutoModelForCausalLM": f"{file}.{name}",
-    }
+    config.auto_map = {"AutoConfig": f"{file}.Pruned{stock}Config"}
+    for auto_class, suffix in AUTO_CLASSES.items():
+        if getattr(modeling_pruned, f"Pruned{stock}{suffix}", None) is not None:
+            config.auto_map[auto_class] = f"{file}.Pruned{stock}{suffix}"
     return Form("remote_code", why, config)

@@ -114,7 +114,7 @@ def padded_layer(model: Model, index: int, structure: LayerStructure, layer: Any
     """Gives the stock `layer` the widths of `structure` and the weights of decoder layer `index`, zeros beyond them."""
     family, old = model.family, model.layers[index]
     resize_layer_(layer, family, structure, head_layout(family, model.config))
-    own, device = old.state_dict(), next(old.parameters()).device
+    own, device = old.state_dict(), model.module.get_input_embeddings().weight.device
     for name, tensor in layer.state_dict().items():
         if name in own and own[name].shape == tensor.shape:
             _set(layer, name, own[name])
@@ -149,12 +149,14 @@ def _pad_writer_(
     model: Model, old: Any, layer: Any, writer: Writer, rows: dict[str, int], units: int, slots: Tensor | None
 ) -> None:
     """Puts the rows of the units in their places (`slots`; None: the first ones), those of shared roles as they are."""
+    if units == 0:
+        return
     source, target = old.get_submodule(writer.path), layer.get_submodule(writer.path)
     shared = model.family.shared_roles
     places = torch.arange(units) if slots is None else slots
     for leaf, parameter in source.named_parameters():
         into = getattr(target, leaf)
-        if units == 0 or into.shape == parameter.shape:  # `state_dict` gave it already
+        if into.shape == parameter.shape:  # `state_dict` gave it already
             continue
         from_rows, to_rows = parameter, torch.zeros_like(into)
         into.data = to_rows
@@ -175,7 +177,7 @@ def _units(to_rows: Tensor, writer: Writer, rows: dict[str, int], shared: tuple[
 def _pad_reader_(old: Any, layer: Any, path: str, columns: Tensor | None) -> None:
     source, target = old.get_submodule(path), layer.get_submodule(path)
     count = _channels(old, path)
-    if target.weight.shape == source.weight.shape:
+    if count in (0, _channels(layer, path)):  # `padded_layer` has set it
         return
     matrix = as_matrix(target, torch.zeros_like(target.weight))
     places = torch.arange(count) if columns is None else columns

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pruneexp.files import write_atomic, written_aside
+from pruneexp.tracker.checkpoint_files import list_written
 from pruneexp.tracker.environment import memory_metrics, reset_peak_memory
 from pruneexp.tracker.folder import (
     NOTES,
@@ -18,8 +20,6 @@ from pruneexp.tracker.folder import (
     existing,
     run_folder,
     status_of,
-    write_atomic,
-    written_aside,
 )
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
@@ -36,6 +36,7 @@ __all__ = [
     "clear_unfinished",
     "existing",
     "flat_metrics",
+    "list_written",
     "memory_metrics",
     "reset_peak_memory",
     "run_folder",

@@ -47,7 +47,9 @@ def tell_of_bos(
     if model.family.needs_bos:
         needs = f"{model.family.stock} models need a beginning-of-sequence token, id {token}, in front of every window"
         logger.warning("%s, which is missing; what puts it there: %s", needs, _mended(lacking))
-    elif not model.streamed and not experiment.model.path.startswith("embedded:"):  # to those it is worth nothing
+        return
+    embedded = experiment.model.path.startswith("embedded:")  # to those it is worth nothing
+    if model.tokenizer is not None and not model.streamed and not embedded:
         begun_NT = begun(tokens_NT, token, model.max_length)
         worth = known(fingerprint(begun_NT), lambda: worth_of(model, begun_NT))
         if worth > WORTH_SAYING:

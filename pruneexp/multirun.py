@@ -41,7 +41,9 @@ SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one pr
 
 # Keys that came later (patterns of dotted names), and the value that means what was done before there was the key:
 # with it they leave the hash, so that finished jobs stay finished.
-NEW_KEYS: Mapping[str, Any] = {}
+NEW_KEYS: Mapping[str, Any] = {
+    "search.alike": False,
+}
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -46,6 +46,7 @@ NEW_KEYS: Mapping[str, Any] = {
     "dataset.bos": False,
     "evaluator.*.dataset.bos": False,
     **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},
+    "search.alike": False,
 }
 
 

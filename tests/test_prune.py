@@ -32,7 +32,10 @@ from tests.conftest import FAMILIES
 
 FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
 NONE, BIAS, SEQUENTIAL_BIAS = NoCompensation(False), Bias(False), Bias(True)
-UNIFORM, GLOBAL = Uniform(1, ["heads", "channels"], 0.0, 0.0, 1), Global(1, ["heads", "channels"], "zscore", 1)
+UNIFORM, GLOBAL = (
+    Uniform(1, ["heads", "channels"], 0.0, 0.0, 1, alike=False),
+    Global(1, ["heads", "channels"], "zscore", 1),
+)
 
 
 def method(criterion: Any, search: Any, compensator: Any, ratio: float = 0.4, of: Any = "decoder") -> Method:

@@ -37,11 +37,12 @@ def kept(plan: Plan, kind: str) -> list[int]:
     return [len(site.kept) for site in plan.sites.values() if site.kind == kind]
 
 
-EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH, 0, 0, 1), Global(1, BOTH, "zscore", 1),
+EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH, 0, 0, 1, False),
+         Uniform(1, BOTH, 0, 0, 1, True), Global(1, BOTH, "zscore", 1),
          Global(1, BOTH, "none", 1), Global(0, BOTH, "mean", 1), Global(1, BOTH, "per_parameter", 1),
          Layerwise(1, BOTH, "none"), Layerwise(0, BOTH, "per_parameter")]  # fmt: skip
-LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0, 1), Uniform(0, ["channels"], 0, 0, 1),
-         Uniform(2, ["heads"], 0, 0, 1), Layerwise(1, BOTH, "none"), Layerwise(0, ["channels"], "zscore"),
+LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0, 1, False), Uniform(0, ["channels"], 0, 0, 1, False),
+         Uniform(2, ["heads"], 0, 0, 1, False), Layerwise(1, BOTH, "none"), Layerwise(0, ["channels"], "zscore"),
          Layerwise(2, ["heads"], "mean")]  # fmt: skip
 
 
@@ -262,9 +263,10 @@ def random_model(draw: random.Random) -> list[Site]:
     return model_sites(draw.randint(1, 6), heads, channels)
 
 
-@pytest.mark.parametrize("method", [Uniform(1, BOTH, 0, 0, 1), Uniform(0, BOTH, 0, 0, 1), Global(1, BOTH, "zscore", 1),
-                                    Global(0, BOTH, "none", 1), Global(3, ["channels"], "mean", 1),
-                                    Uniform(1, ["channels"], 0.0, 0.0, 1)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("method", [Uniform(1, BOTH, 0, 0, 1, False), Uniform(0, BOTH, 0, 0, 1, False),
+                                    Global(1, BOTH, "zscore", 1), Global(0, BOTH, "none", 1),
+                                    Global(3, ["channels"], "mean", 1),
+                                    Uniform(1, ["channels"], 0.0, 0.0, 1, False)], ids=repr)  # fmt: skip
 def test_the_budget_is_met_to_the_nearest_unit(method):
     met = 0
     for seed in range(60):
@@ -292,7 +294,9 @@ def kinds(method) -> set[str]:
     return {{"heads": "attention", "channels": "mlp"}[name] for name in method.granularity}
 
 
-@pytest.mark.parametrize("method", [Uniform(1, ["heads"], 0.0, 0.0, 1), Global(1, ["heads"], "zscore", 1)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [Uniform(1, ["heads"], 0.0, 0.0, 1, False), Global(1, ["heads"], "zscore", 1)], ids=repr
+)
 def test_heads_alone_meet_it_to_the_nearest_head(method):
     for seed in range(30):
         draw = random.Random(seed)
@@ -303,8 +307,8 @@ def test_heads_alone_meet_it_to_the_nearest_head(method):
         assert all(kept_ == 8 for kept_ in kept(plan, "mlp"))
 
 
-@pytest.mark.parametrize("method", [Uniform(0, BOTH, 0, 0, 1), Global(0, BOTH, "none", 1), Layerwise(0, BOTH, "none")],
-                         ids=repr)  # fmt: skip
+@pytest.mark.parametrize("method", [Uniform(0, BOTH, 0, 0, 1, False), Global(0, BOTH, "none", 1),
+                                    Layerwise(0, BOTH, "none")], ids=repr)  # fmt: skip
 def test_a_head_stays_where_too_few_channels_could_make_up_for_it(method):
     sites = model_sites(1, heads=2, channels=2)
     for missing in (100, HEAD_COST * 2 // 5, HEAD_COST * 3 // 5):  # nearer to both channels, nearer to a head
@@ -315,7 +319,7 @@ def test_a_head_stays_where_too_few_channels_could_make_up_for_it(method):
 
 
 def test_the_largest_ratio_named_is_one_that_works():
-    for method in (Uniform(1, BOTH, 0, 0, 1), Global(1, BOTH, "none", 1)):
+    for method in (Uniform(1, BOTH, 0, 0, 1, False), Global(1, BOTH, "none", 1)):
         with pytest.raises(ConfigError, match="expected at most") as caught:
             search(method, draws(SITES), SITES, 0.99)
         largest = float(str(caught.value).split("at most ")[1].split(",")[0])
@@ -326,26 +330,26 @@ def test_the_largest_ratio_named_is_one_that_works():
 def test_ties_in_the_budget_remove_more():
     sites = model_sites(1, channels=60)
     half = Budget(0.5, 2 * 10 * CHANNEL_COST + CHANNEL_COST)  # ten and a half channels
-    for method in (Uniform(1, ["channels"], 0.0, 0.0, 1), Global(1, ["channels"], "none", 1)):
+    for method in (Uniform(1, ["channels"], 0.0, 0.0, 1, False), Global(1, ["channels"], "none", 1)):
         assert len(method(draws(sites), sites, half, None, RNG).sites["model.layers.0.mlp"].kept) == 60 - 11
 
 
 def test_uniform_gives_every_site_the_same_share():
     sites = model_sites(4, heads=10, channels=300)
-    plan = search(Uniform(1, BOTH, 0, 0, 1), draws(sites), sites, 0.3)
+    plan = search(Uniform(1, BOTH, 0, 0, 1, False), draws(sites), sites, 0.3)
     assert kept(plan, "attention") == [7] * 4 and kept(plan, "mlp") == [210] * 4
 
 
 def test_uniform_passes_on_what_rounding_leaves():
     sites = model_sites(10, heads=4, channels=33)
-    counts = kept(search(Uniform(1, ["channels"], 0.0, 0.0, 1), draws(sites), sites, 0.1), "mlp")
+    counts = kept(search(Uniform(1, ["channels"], 0.0, 0.0, 1, False), draws(sites), sites, 0.1), "mlp")
     assert len(set(counts)) == 2 and max(counts) - min(counts) == 1
 
 
 def test_protected_layers_stay_whole_and_the_others_make_up_for_them():
     sites = model_sites(16, heads=8, channels=100)
-    method = Uniform(1, BOTH, 4 / 32, 2 / 32, 1)  # the first 2 and the last 1 of 16
-    assert not method.local and Uniform(1, BOTH, 0, 0, 1).local
+    method = Uniform(1, BOTH, 4 / 32, 2 / 32, 1, False)  # the first 2 and the last 1 of 16
+    assert not method.local and Uniform(1, BOTH, 0, 0, 1, False).local
     plan = search(method, draws(sites), sites, 0.3)
     assert abs(removed(plan, sites) - 0.3 * params(sites)) <= CHANNEL_COST / 2
     counts = kept(plan, "mlp")
@@ -357,12 +361,12 @@ def test_protected_layers_stay_whole_and_the_others_make_up_for_them():
 
 def test_protection_that_leaves_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"^protect_first=1.0: expected a share"):
-        Uniform(1, BOTH, 1.0, 0.0, 1)
+        Uniform(1, BOTH, 1.0, 0.0, 1, False)
     with pytest.raises(ConfigError, match=r"^protect_last=0.5: expected less than 0.5, what protect_first leaves"):
-        Uniform(1, BOTH, 0.5, 0.5, 1)
+        Uniform(1, BOTH, 0.5, 0.5, 1, False)
     sites = model_sites(3)
     with pytest.raises(ConfigError, match=r"^search.protect_first=0.5: expected less, .* all 3 layers"):
-        search(Uniform(1, BOTH, 0.5, 0.4, 1), draws(sites), sites, 0.1)
+        search(Uniform(1, BOTH, 0.5, 0.4, 1, False), draws(sites), sites, 0.1)
 
 
 def test_global_ranks_over_all_sites():
@@ -397,7 +401,7 @@ def test_global_accepts_a_removal_path():
     assert set(range(40)) - set(plan.sites[site.name].kept) == set(order[:10].tolist())
 
 
-@pytest.mark.parametrize("make", [lambda m, g: Uniform(m, g, 0.0, 0.0, 1), lambda m, g: Global(m, g, "none", 1)])
+@pytest.mark.parametrize("make", [lambda m, g: Uniform(m, g, 0.0, 0.0, 1, False), lambda m, g: Global(m, g, "none", 1)])
 def test_settings_that_cannot_be(make):
     with pytest.raises(ConfigError, match=r"^min_units=-1: expected an integer >= 0"):
         make(-1, BOTH)
@@ -416,3 +420,50 @@ def test_global_is_quick_on_a_big_model():
     plan = Global(1, BOTH, "zscore", 1)(scores, sites, budget, None, RNG)
     assert time.perf_counter() - started < 20  # about 0.5 s on an idle machine; a loop over units takes minutes
     assert abs(removed(plan, sites) - budget.remove) <= CHANNEL_COST / 2
+
+
+@pytest.mark.parametrize(
+    ("ratio", "heads", "channels"),
+    [
+        (0.1, 4, 33),  # 7.2 of 72: 0.4 of a head is none, 7 channels
+        (0.3, 3, 26),  # 21.6: 1.2 heads are one, which is 8; 13.6 channels are 14
+        (0.5, 2, 20),
+        (0.7, 1, 14),  # 50.4: 2.8 heads are three, which is 24; 26.4 channels are 26
+    ],
+)
+def test_alike_widths_in_closed_form(ratio, heads, channels):
+    """A head costs 8 channels; a layer holds 4 heads and 40 channels, 72 channels in all."""
+    sites = model_sites(7)
+    plan = search(Uniform(1, BOTH, 0, 0, 1, True), draws(sites), sites, ratio)
+    assert kept(plan, "attention") == [heads] * 7 and kept(plan, "mlp") == [channels] * 7
+    assert abs(removed(plan, sites) - ratio * params(sites)) <= 7 * CHANNEL_COST / 2
+
+
+def test_alike_goes_on_from_layers_that_are_not():
+    sites = [*layer_sites(0, 4, 40), *layer_sites(1, 3, 30), *layer_sites(2, 4, 36)]
+    method = Uniform(1, BOTH, 0, 0, 1, True)
+    plan = search(method, draws(sites), sites, 0.3, total=3 * 72 * CHANNEL_COST)
+    # of 64.8 channels' worth, 32 leave the wider layers first; of each layer's 3 heads and 30 channels, 0.4 leave then
+    assert kept(plan, "attention") == [2] * 3 and kept(plan, "mlp") == [27] * 3
+    assert removed(plan, sites) == 65 * CHANNEL_COST
+    sites = [site for site in model_sites(3) if (site.layer, site.kind) != (1, "attention")]
+    with pytest.raises(
+        ConfigError, match=r"^search.alike=True: expected attention and an FFN .*; layer 1 has lost one"
+    ):
+        search(method, draws(sites), sites, 0.3)
+
+
+def test_alike_in_multiples_and_of_one_kind():
+    sites = model_sites(5, heads=4, channels=100)
+    plan = search(Uniform(1, BOTH, 0, 0, 16, True), draws(sites), sites, 0.3)
+    assert (
+        len(set(kept(plan, "mlp"))) == 1 and kept(plan, "mlp")[0] % 16 == 0 and len(set(kept(plan, "attention"))) == 1
+    )
+    plan = search(Uniform(1, ["channels"], 0, 0, 1, True), draws(sites), sites, 0.3)
+    assert kept(plan, "attention") == [4] * 5 and kept(plan, "mlp") == [100 - round(0.3 * 132)] * 5
+
+
+def test_alike_and_protected_layers_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"^alike=True: expected false with protect_first=0.1"):
+        Uniform(1, BOTH, 0.1, 0, 1, True)
+    assert not Uniform(1, BOTH, 0, 0, 1, True).local

@@ -1,6 +1,6 @@
 """Scores and a budget to a Plan: which units stay."""
 
-from pruneexp.search.budgeted import Global, Uniform
+from pruneexp.search.budgeted import Global
 from pruneexp.search.common import layer_budgets
 from pruneexp.search.evolutionary import Evolutionary
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
@@ -10,6 +10,7 @@ from pruneexp.search.greedy import Greedy
 from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
 from pruneexp.search.serve_safe import ServeSafe
+from pruneexp.search.uniform import Uniform
 
 __all__ = [
     "KIND",

@@ -1,0 +1,179 @@
+"""The same share from every sublayer, to the nearest unit; on request the same widths in every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from pruneexp.search.budgeted import PARAMS_EPSILON, all_but_lowest, nearest, removable
+from pruneexp.search.common import by_layer, in_order, layer_budgets, planned, prunable, raw, require
+from pruneexp.search.granularity import (
+    Granularity,
+    check_multiple,
+    check_settings,
+    chosen_sites,
+    complete,
+    removal_steps,
+    step_units,
+)
+from pruneexp.types import Budget, ConfigError, Cost, Oracle, Plan, Scores, Site
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every site loses the same share of its units, lowest scores first; each layer meets its part of the budget.
+
+    Within a layer the dearer sites (heads) lose round(share * U) units, the cheapest (FFN channels) as many as come
+    nearest to the layer's budget; what rounding leaves over goes into the next layer's. The whole is so met to half
+    the cost of the cheapest unit, ties removing more. Only sites of a kind in `granularity` lose units; each keeps
+    `min_units`, and FFN widths that shrink become multiples of `multiple` (the unit is then so many channels). First
+    and last layers, `protect_first` and `protect_last` as shares of the depth (to the nearest layer), keep everything,
+    and the others lose so much more that the whole budget is met.
+
+    `alike`: every layer keeps as many heads, and as many channels (or experts) as every other, so that a config without
+    a value for each layer holds the model. A unit then leaves all layers at once, and the budget is met to half the
+    cost of the cheapest in all of them together.
+    """
+
+    min_units: int
+    granularity: Granularity
+    protect_first: float
+    protect_last: float
+    multiple: int
+    alike: bool
+
+    def __post_init__(self) -> None:
+        check_settings(self.min_units, self.granularity, self.multiple)
+        if not set(self.granularity) <= {"heads", "channels", "experts"}:
+            raise ConfigError(
+                f"granularity={self.granularity!r}: expected heads, channels or both (or experts for channels); "
+                "a whole sublayer or block has no share to lose"
+            )
+        for name in ("protect_first", "protect_last"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share of the layers, in [0, 1)")
+        if self.protect_first + self.protect_last >= 1:
+            raise ConfigError(
+                f"protect_last={self.protect_last!r}: expected less than {1 - self.protect_first:g}, "
+                "what protect_first leaves"
+            )
+        if self.alike and (self.protect_first or self.protect_last):
+            raise ConfigError(
+                f"alike={self.alike!r}: expected false with protect_first={self.protect_first!r} and protect_last="
+                f"{self.protect_last!r}, which leave some layers wider than others"
+            )
+
+    @property
+    def local(self) -> bool:
+        """A protected layer's share goes to all others, and layers that are alike are decided together: then no layer
+        can be decided alone."""
+        return not (self.protect_first or self.protect_last or self.alike)
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan:
+        values, counts = raw(scores, sites), self._all_counts(sites, budget)
+        keep = {name: all_but_lowest(values[name], count) for name, count in counts.items()}
+        return planned(keep, sites, budget)
+
+    def _all_counts(self, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
+        """How many units leave each site that may lose any. Raises ConfigError where that is too little."""
+        free = self._unprotected(sites)
+        chosen = chosen_sites(free, self.granularity, budget)
+        check_multiple(sites, self.granularity, self.multiple)
+        if chosen and complete(sites, budget):
+            require(budget, removable(chosen, self.min_units, budget, multiple=self.multiple))
+        if self.alike:
+            return self._alike_counts(sites, chosen, budget)
+        counts, over = {}, 0.0
+        for layer, share in layer_budgets(budget, free).items():
+            share = replace(share, added=share.added + over)
+            own = [site for site in chosen if site.layer == layer]
+            found, over = self._counts(own, share) if own else ({}, share.remove)
+            counts.update(found)
+        return counts
+
+    def _alike_counts(self, sites: Sequence[Site], chosen: list[Site], budget: Budget) -> dict[str, int]:
+        """Those of one layer whose units cost what one costs in every layer."""
+        check_every_layer(sites, self.alike)
+        pairs = [(stand_in(group), site) for group in together(chosen) for site in group]
+        wider = sum((site.units - one.units) * budget.price(site) for one, site in pairs)
+        stand_ins = list({one.name: one for one, _ in pairs}.values())
+        found, _ = self._counts(stand_ins, replace(budget, added=budget.added - wider))
+        return {site.name: site.units - one.units + found[one.name] for one, site in pairs}
+
+    def _unprotected(self, sites: Sequence[Site]) -> list[Site]:
+        layers = list(by_layer(sites))
+        first, last = nearest(self.protect_first * len(layers)), nearest(self.protect_last * len(layers))
+        if len(layers) > 1 and first + last >= len(layers):
+            raise ConfigError(
+                f"search.protect_first={self.protect_first!r}: expected less, with search.protect_last="
+                f"{self.protect_last!r} all {len(layers)} layers are protected"
+            )
+        kept = set(layers[first : len(layers) - last])
+        return [site for site in sites if site.layer in kept]
+
+    def _counts(self, sites: list[Site], budget: Budget) -> tuple[dict[str, int], float]:
+        """How many units leave each site of a layer, and the parameters still to be removed."""
+        price = {site.name: step_units(site, self.multiple) * budget.price(site) for site in sites}
+        *dearer, cheapest = sorted(sites, key=lambda site: (-price[site.name], site.name))
+        least = price[cheapest.name]
+        # what a layer leaves over, rounding aside, no other layer would make up for
+        require(budget, removable(sites, self.min_units, budget, multiple=self.multiple) + len(sites) * least)
+        share = budget.ratio * budget.total / prunable(sites, budget)
+        steps = {site.name: removal_steps(site, self.min_units, self.multiple) for site in sites}
+        taken, target = {site.name: 0 for site in sites}, budget.remove
+
+        def remove(site: Site, more: int) -> None:
+            nonlocal target
+            own, before = steps[site.name], taken[site.name]
+            taken[site.name] = min(max(before + more, 0), len(own) - 1)
+            target -= (own[taken[site.name]] - own[before]) * budget.price(site)
+
+        def fill() -> None:
+            before = None
+            while target != before:  # a width that is no multiple has a smaller first step: then once more
+                before = target
+                remove(cheapest, nearest(target / least))
+
+        for site in dearer:
+            size = step_units(site, self.multiple)
+            remove(site, nearest((share * site.units + -site.units % size) / size))
+        fill()
+        for site in dearer:  # where the cheapest have run out, or the dearer took too much
+            if abs(target) > least / 2 + PARAMS_EPSILON:
+                before, missing = dict(taken), target
+                remove(site, math.ceil(abs(target) / price[site.name]) * (1 if target > 0 else -1))
+                fill()
+                if abs(target) > abs(missing):  # there are too few of the cheapest to make up for it
+                    taken, target = before, missing
+        return {name: steps[name][count] for name, count in taken.items()}, target
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        self._all_counts(sites, budget)
+
+
+def together(sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites that are to be alike: all attention sublayers, all FFNs, all experts."""
+    groups: dict[tuple[str, bool], list[Site]] = {}
+    for site in in_order(sites):
+        groups.setdefault((site.kind, site.expert is None), []).append(site)
+    return list(groups.values())
+
+
+def stand_in(sites: Sequence[Site]) -> Site:
+    """The narrowest of them, with units that cost what one costs in all of them."""
+    cost = Cost(**{field.name: sum(getattr(site.cost, field.name) for site in sites) for field in fields(Cost)})
+    return replace(sites[0], units=min(site.units for site in sites), cost=cost)
+
+
+def check_every_layer(sites: Sequence[Site], alike: bool) -> None:
+    """Raises ConfigError where a layer lacks a whole sublayer, and can be like others no more."""
+    for layer, own in by_layer(sites).items():
+        if len({site.kind == "attention" for site in own}) < 2:
+            raise ConfigError(
+                f"search.alike={alike!r}: expected attention and an FFN in every layer; layer {layer} has lost one"
+            )

@@ -1,0 +1,67 @@
+"""One width for all layers on request: the family's own class holds the model, whatever the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pruneexp.model import Model, ModelSource
+from pruneexp.search import Uniform
+from pruneexp.surgery import save, shrink_
+from pruneexp.types import Budget
+from tests.tiny_families import TINY, tiny_model
+
+BOTH, CHANNELS = ["heads", "channels"], ["channels"]
+HEADS_TOO = ("llama", "mistral_sliding", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2")
+HEADS_TOO += ("smollm3", "mixtral", "qwen3_moe")
+FFN_ALONE = ("opt", "gpt2", "pythia", "stablelm", "falcon_7b", "phi4_mini")
+TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Callable[..., Model]:
+    def load(name: str, path: Path | None = None) -> Model:
+        if path is None and name in TINY:
+            path = tmp_path / name
+            tiny_model(name).save_pretrained(path)
+        return ModelSource(name, str(path or tiny_folder(name)), None, "float64", "cpu", False, False, 4).load()
+
+    return load
+
+
+def pruned_(model: Model, granularity: list[Any], ratio: float, alike: bool = True) -> float:
+    """Prunes by random scores; the share that left the decoder."""
+    before, sites = model.decoder_params, model.sites()
+    rng = torch.Generator().manual_seed(1)
+    scores = {site.name: torch.rand(site.units, generator=rng) for site in sites}
+    budget = Budget(ratio, before)
+    shrink_(model, Uniform(1, granularity, 0.0, 0.0, 1, alike)(scores, sites, budget, None, rng))
+    return 1 - model.decoder_params / before
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4])
+@pytest.mark.parametrize("name", [*HEADS_TOO, *FFN_ALONE])
+def test_it_is_stock(name: str, ratio: float, loaded: Callable[..., Model], tmp_path: Path) -> None:
+    model = loaded(name)
+    granularity = BOTH if name in HEADS_TOO else CHANNELS
+    ratio = ratio if name in HEADS_TOO else ratio / 3  # of so narrow FFNs
+    step = max(
+        sum(s.cost.params for s in model.sites() if s.kind == "mlp" and (s.expert is None) == plain)
+        for plain in (True, False)
+    )
+    assert abs(pruned_(model, granularity, ratio) - ratio) * model.decoder_params < step
+    assert save(model, tmp_path / "model").kind == "stock"
+    with torch.no_grad():
+        expected = model.module(TOKENS).logits
+        found = loaded(name, tmp_path / "model").module(TOKENS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_it_rounding_makes_layers_differ(loaded: Callable[..., Model], tmp_path: Path) -> None:
+    model = loaded("llama")
+    pruned_(model, BOTH, 0.17, alike=False)
+    assert save(model, tmp_path / "model").kind == "remote_code"

@@ -19,7 +19,7 @@ from pruneexp.modeling_pruned import FAMILIES, Family
 from pruneexp.prune import Pruned
 from pruneexp.recovery import Adapter
 from pruneexp.report import Card, Written, base_model, card_text, license_of
-from pruneexp.surgery import Form, StreamedSave, period_warning, prove_in_place, prove_in_process, save
+from pruneexp.surgery import Dense, Form, StreamedSave, period_warning, prove_in_place, prove_in_process, save
 from pruneexp.tracker import list_written
 
 logger = logging.getLogger("pruneexp")
@@ -28,9 +28,10 @@ ADAPTER = "adapter"  # folder in the checkpoint's
 
 
 def deliver(
-    model: Model, folder: Path, prove: str, probe_BT: Tensor, adapter: Adapter | None, card: Card
+    model: Model, folder: Path, prove: str, probe_BT: Tensor, adapter: Adapter | None, card: Card, dense: Dense | str
 ) -> dict[str, Any]:
-    """Writes and proves the run folder's `model/`; returns what proof.json is to say."""
+    """Writes and proves the run folder's `model/`; returns what proof.json is to say. `dense`: what plain transformers
+    is to make of the source, or why that is not compared."""
     target = folder / "model"
     form = save(model, target, complete=_completed(folder, card))
     _warn(form)
@@ -39,16 +40,21 @@ def deliver(
         adapter.save(target / ADAPTER, target)
         proof["adapter"] = f"model/{ADAPTER}: the evaluated model has it on top of the checkpoint, the proof has not"
     if prove != "off":
+        known = None if isinstance(dense, str) else dense
         with nullcontext() if adapter is None else adapter.off():
-            proof |= (prove_in_process if prove == "process" else prove_in_place)(model, target, probe_BT)
+            proof |= (prove_in_process if prove == "process" else prove_in_place)(model, target, probe_BT, known)
+    if isinstance(dense, str):
+        proof["source"] = {"compared": False, "why": dense}
     return proof
 
 
-def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool, card: Card | None) -> dict[str, Any]:
-    """The same of a model that was written as it was pruned. `card`: None where it is not kept."""
+def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool, card: Card | None, why: str) -> dict[str, Any]:
+    """The same of a model that was written as it was pruned. `card`: None where it is not kept; `why` its source is not
+    compared."""
     form = streamed.finish(_completed(folder, card))
     _warn(form)
     proof: dict[str, Any] = {"form": form.kind, "why": form.why, "prove": "off"}
+    proof["source"] = {"compared": False, "why": why}
     return proof | streamed.prove() if prove else proof
 
 

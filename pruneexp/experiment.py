@@ -34,7 +34,7 @@ from pruneexp.report import Card, print_summary, summary_line
 from pruneexp.resume import Notes, identity, take_up
 from pruneexp.rounds import prune_in_rounds_
 from pruneexp.scoring import Results
-from pruneexp.surgery import BlockProof, StreamedSave
+from pruneexp.surgery import BlockProof, StreamedSave, check_source, dense_logits
 from pruneexp.tracker import (
     NOTES,
     LocalRun,
@@ -303,6 +303,8 @@ class _Run:
         if not experiment.search.local and experiment.criterion.sequential:
             logger.info("the search decides over all layers at once: scores are those of the dense model")
         probe_BT = tokens_NT[:PROOF_WINDOWS, :PROOF_LENGTH]
+        prove = experiment.run.prove if experiment.run.save else "off"
+        dense = dense_logits(model, experiment.model, probe_BT, prove)
         streamed, notes = None, Notes(None)
         if model.streamed:
             target = self.folder / ("model" if experiment.run.save else "streamed")
@@ -335,19 +337,21 @@ class _Run:
                 card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
                 self.card = replace(card, metrics={**self.metrics, "pruned/params": model.params})
             if streamed is not None:
-                proved = settings.save and settings.prove != "off"
-                self._record_proof(deliver_streamed(streamed, self.folder, proved, self.card))
+                self._record_proof(deliver_streamed(streamed, self.folder, prove != "off", self.card, str(dense)))
             elif self.card is not None:
-                self._record_proof(deliver(model, self.folder, settings.prove, probe_BT, adapter, self.card))
+                self._record_proof(deliver(model, self.folder, prove, probe_BT, adapter, self.card, dense))
         return pruned
 
     def _record_proof(self, proof: Mapping[str, Any]) -> None:
-        """proof.json, and the difference as a metric. A checkpoint that differs is worth a warning, not a lost run."""
+        """proof.json, and the difference as a metric. A checkpoint that differs is worth a warning, not a lost run.
+
+        Raises RunError where the dense model was another than its source: so is everything that was measured."""
         write_atomic(self.folder / "proof.json", json.dumps(proof, indent=1) + "\n")
         if "max_logit_difference" in proof:
             self.metrics["proof/max_logit_difference"] = proof["max_logit_difference"]
             if proof["max_logit_difference"] > proof.get("tolerance", 1e-2):
                 logger.warning("the reloaded checkpoint's logits differ by up to %g", proof["max_logit_difference"])
+        check_source(proof["source"], self.experiment.model.path)
 
 
 def _figures(model: Model, evaluator: Evaluator, name: str, when: str) -> Measured:

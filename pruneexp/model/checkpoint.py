@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pruneexp.model.checks import why_unreadable
-from pruneexp.model.tensor_file import Place, places, read_tensor
+from pruneexp.model.tensor_file import Place, pieces, places, read_tensor
 from pruneexp.types import ConfigError
 
 INDEX = "model.safetensors.index.json"
@@ -40,19 +40,21 @@ class Checkpoint:
         return self._spelling(name) is not None
 
     def __getitem__(self, name: str) -> Tensor:
-        spelling = self._spelling(name)
-        if spelling is None:
-            raise ConfigError(f"model.path={str(self.folder)!r}: the checkpoint lacks tensor {name!r}")
-        file = self._files[spelling]
-        if file not in self._places:
-            self._places[file] = places(self.folder / file)
-        return read_tensor(self.folder / file, self._places[file][spelling])
+        return read_tensor(*self._place(name))
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor's elements in order, flat, a few MiB at a time."""
+        file, place = self._place(name)
+        for piece in pieces(place):
+            yield read_tensor(file, piece)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that is there, from its file's header."""
-        spelling = self._spelling(name)
-        assert spelling is not None, name
-        return tuple(self._handle(self._files[spelling]).get_slice(spelling).get_shape())
+        return tuple(self._header(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor that is there, as safetensors calls it: "BF16"."""
+        return self._header(name).get_dtype()
 
     def dtypes(self) -> dict[str, str]:
         """Of every tensor, by its name in the files, as safetensors calls it: "BF16"."""
@@ -61,6 +63,21 @@ class Checkpoint:
     def names_beside(self, expected: Iterable[str]) -> list[str]:
         """Tensors of the checkpoint that go by none of the expected names."""
         return sorted(set(self._files) - {self._spelling(name) for name in expected})
+
+    def _header(self, name: str) -> Any:
+        spelling = self._spelling(name)
+        assert spelling is not None, name
+        return self._handle(self._files[spelling]).get_slice(spelling)
+
+    def _place(self, name: str) -> tuple[Path, Place]:
+        """The file that holds a tensor, and where in it."""
+        spelling = self._spelling(name)
+        if spelling is None:
+            raise ConfigError(f"model.path={str(self.folder)!r}: the checkpoint lacks tensor {name!r}")
+        file = self._files[spelling]
+        if file not in self._places:
+            self._places[file] = places(self.folder / file)
+        return self.folder / file, self._places[file][spelling]
 
     def _spelling(self, name: str) -> str | None:
         prefix = f"{self.base_prefix}."

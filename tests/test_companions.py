@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,3 +185,27 @@ def test_stop_tokens_go_into_the_gguf(furnished: Path, tmp_path: Path) -> None:
     assert told == {"eos": 2, "eot": 7, "eom": 9}
     notes = json.loads((tmp_path / "out" / "export.json").read_text())["notes"]
     assert any("not told to stop at 11" in note for note in notes)
+
+
+def test_llama_cpp_stops_at_all_of_them(furnished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp, to read the file with llama.cpp")
+    assert export([str(furnished), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0
+    code = (
+        "import sys, xllamacpp\n"
+        "asked = xllamacpp.CommonParams()\n"
+        "asked.model.path, asked.n_ctx, asked.verbosity = sys.argv[1], 64, 10\n"
+        "asked.n_parallel, asked.warmup = 1, False\n"
+        "xllamacpp.Server(asked)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / "model.gguf")]
+    told = set()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
+        assert server.stderr is not None
+        for line in server.stderr:  # only what it has read of the file is of interest, not whether it serves
+            if found_there := re.search(r"EOG token += (\d+)", line):
+                told.add(int(found_there[1]))
+            elif told:
+                break
+        server.kill()
+    assert told == {2, 7, 9}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneexp.file_state import file_state
+from pruneexp.files import give_usual_mode
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
 from pruneexp.progress import waiting
 from pruneexp.types import ConfigError, RunError
@@ -133,6 +134,8 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
     plain.generation_config = GenerationConfig(**_special_tokens(header.values))
     folder.mkdir()
     plain.to(getattr(torch, dtype)).save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        give_usual_mode(weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_card(header.values, file))

@@ -25,6 +25,7 @@ from pruneexp.types import ConfigError, RunError
 logger = logging.getLogger("pruneexp")
 
 SUFFIX = ".gguf"
+CONVERSION = 1  # to be raised where this module makes another checkpoint of the same file
 RECORD = "gguf.json"  # beside the weights: the file that they were dequantised from
 # llama.cpp's names of the architectures that both transformers reads from GGUF files and a family here covers
 ARCHITECTURES = (
@@ -71,11 +72,7 @@ def converted_folder(file: Path, dtype: str) -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     home = Path(os.environ.get("HF_HOME") or Path(caches, "huggingface")).expanduser()
     stored = STORED.get(dtype, dtype)
-    made_by = [
-        metadata.version("transformers"),
-        metadata.version("gguf"),
-        hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-    ]
+    made_by = [metadata.version("transformers"), metadata.version("gguf"), CONVERSION]
     key = hashlib.sha256(json.dumps([file_state(file.resolve()), made_by]).encode()).hexdigest()
     return home / "pruneexp" / "gguf" / f"{file.stem}-{stored}-{key[:12]}"
 

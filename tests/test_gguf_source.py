@@ -138,6 +138,7 @@ def test_it_is_kept_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = one.fingerprint()
     assert found["path"] == str(file) and found["gguf"]["file"] == "Tiny.gguf"
     assert len(found["gguf"]["sha256"]) == 64 and "dequantised" in found["gguf"]["made"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "weights are as open to others as the rest"
     assert [path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == [folder.name]
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pruneexp.file_state import FileState, file_state
 from pruneexp.model.checks import why_unreadable
 from pruneexp.model.tensor_file import Place, pieces, places, read_tensor
 from pruneexp.types import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
 
 
 class Checkpoint:
@@ -134,6 +138,28 @@ def safetensors_files(folder: Path) -> list[str]:
             f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER')\""
         )
     raise ConfigError(f"model.path={str(folder)!r}: holds no weights; expected {SINGLE} or {INDEX}")
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """What identifies config.json and every weight file: SHA-256; of files over `WHOLE_FILE`, that of the header, and
+    the time of the last change."""
+    files = {}
+    for name in ["config.json", *safetensors_files(folder)]:
+        state = file_state(folder / name)
+        _, _, size, modified = state
+        files[name] = {"bytes": size, "sha256": _sha256(state), "whole": size <= WHOLE_FILE}
+        if size > WHOLE_FILE:
+            files[name]["modified_ns"] = modified
+    return files
+
+
+@lru_cache(maxsize=256)
+def _sha256(state: FileState) -> str:
+    """Of a file, or of a large one's safetensors header."""
+    path, _, size, _ = state
+    with open(path, "rb") as file:
+        content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
+    return hashlib.sha256(content).hexdigest()
 
 
 def holds_weights(folder: Path) -> bool:

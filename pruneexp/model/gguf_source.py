@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneexp.file_state import file_state
+from pruneexp.files import give_usual_mode
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
 from pruneexp.progress import waiting
 from pruneexp.types import ConfigError, RunError
@@ -24,6 +25,7 @@ from pruneexp.types import ConfigError, RunError
 logger = logging.getLogger("pruneexp")
 
 SUFFIX = ".gguf"
+CONVERSION = 1  # to be raised where this module makes another checkpoint of the same file
 RECORD = "gguf.json"  # beside the weights: the file that they were dequantised from
 # llama.cpp's names of the architectures that both transformers reads from GGUF files and a family here covers
 ARCHITECTURES = (
@@ -70,11 +72,7 @@ def converted_folder(file: Path, dtype: str) -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     home = Path(os.environ.get("HF_HOME") or Path(caches, "huggingface")).expanduser()
     stored = STORED.get(dtype, dtype)
-    made_by = [
-        metadata.version("transformers"),
-        metadata.version("gguf"),
-        hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-    ]
+    made_by = [metadata.version("transformers"), metadata.version("gguf"), CONVERSION]
     key = hashlib.sha256(json.dumps([file_state(file.resolve()), made_by]).encode()).hexdigest()
     return home / "pruneexp" / "gguf" / f"{file.stem}-{stored}-{key[:12]}"
 
@@ -133,6 +131,8 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
     plain.generation_config = GenerationConfig(**_special_tokens(header.values))
     folder.mkdir()
     plain.to(getattr(torch, dtype)).save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        give_usual_mode(weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_card(header.values, file))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from pruneexp import modeling_pruned
 from pruneexp.file_state import FileState, file_state
 from pruneexp.model import checks, companions
 from pruneexp.model.architecture import model_class_of, skeleton
-from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
+from pruneexp.model.checkpoint import Checkpoint, fingerprints, holds_weights
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
@@ -31,7 +30,6 @@ from pruneexp.types import ConfigError
 logger = logging.getLogger("pruneexp")
 
 EMBEDDED = "embedded:"  # path prefix of the models inside the package
-WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -156,14 +154,7 @@ class ModelSource:
         of files over 256 MiB the header, the size and the time of the last change alone; and of the GGUF file that they
         were dequantised from."""
         folder = self.folder()
-        files = {}
-        for name in ["config.json", *safetensors_files(folder)]:
-            state = file_state(folder / name)
-            _, _, size, modified = state
-            files[name] = {"bytes": size, "sha256": _sha256(state), "whole": size <= WHOLE_FILE}
-            if size > WHOLE_FILE:
-                files[name]["modified_ns"] = modified
-        found = {"name": self.name, "path": self.path, "revision": self.revision, "files": files}
+        found = {"name": self.name, "path": self.path, "revision": self.revision, "files": fingerprints(folder)}
         return {**found, "gguf": json.loads((folder / RECORD).read_text())} if (folder / RECORD).is_file() else found
 
     def load(self, tokenizer: Any = None) -> Model:
@@ -287,15 +278,6 @@ def _tokenizer(source: ModelSource, folder: Path, files: tuple[FileState, ...]) 
     if modeling_pruned.FAMILIES[config.model_type].needs_bos and tokenizer.bos_token_id is None and token is not None:
         tokenizer.bos_token = tokenizer.convert_ids_to_tokens(token)  # what it needs, its config knows, too
     return tokenizer
-
-
-@lru_cache(maxsize=256)
-def _sha256(state: FileState) -> str:
-    """Of a file, or of a large one's safetensors header."""
-    path, _, size, _ = state
-    with open(path, "rb") as file:
-        content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
-    return hashlib.sha256(content).hexdigest()
 
 
 def _quiet_transformers() -> None:

@@ -26,8 +26,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from pruneexp.coerce import takes_text
 from pruneexp.config_files import YamlLoader, conf_folder, sweep_files
 from pruneexp.explain import explained, known_keys, missing_key
+from pruneexp.targets import located, signature
 from pruneexp.types import ConfigError
 
 CONFIG_NAME = "config"
@@ -124,6 +126,7 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
         plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     known_keys([str(key) for key in plain], SECTIONS)
     _one_choice_each(job["overrides"])
+    _as_typed(plain, job["overrides"])
     # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
     unresolved = OmegaConf.to_container(plain, resolve=False)
     for key in _missing(unresolved):
@@ -194,6 +197,34 @@ def _missing(node: Any, key: str = "") -> Iterator[str]:
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, value in children:
         yield from _missing(value, f"{key}.{name}" if key else str(name))
+
+
+def quoted(config: DictConfig, text: str) -> str:
+    """An override, swept over or not, with quotes around what `_as_typed` would have to set back."""
+    key, equals, value = text.partition("=")
+    number = r"(?<![\w.'\"+-])([+-]?\d+(?:_\d+)+|\+\d+)(?![\w.'\"])"
+    if not re.search(number, value) or not _is_text(config, key.lstrip("+")):
+        return text
+    return key + equals + re.sub(number, r"'\1'", value)
+
+
+def _as_typed(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Sets back what was typed where text is asked for and Hydra has made a whole number of it: 1_000, +5."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if re.fullmatch(r"[+-]?\d+(_\d+)+|\+\d+", value) and _is_text(config, key):
+            OmegaConf.update(config, key, value)
+
+
+def _is_text(config: DictConfig, key: str) -> bool:
+    if key in ("run.dir", "run.name", "sweep.dir"):
+        return True
+    parent, _, name = key.rpartition(".")
+    try:
+        node = OmegaConf.select(config, parent)
+        return takes_text(signature(located(node["_target_"], parent))[1].get(name))
+    except (ConfigError, KeyError, TypeError):
+        return False  # building the part says what is wrong with it
 
 
 def _folders(hydra_node: DictConfig) -> tuple[Path, ...]:

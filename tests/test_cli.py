@@ -231,6 +231,11 @@ MISTAKES = [
     ("+sweep=grid model=opt_125m", UNCHOSEN.format("opt_125m")),
     ("+sweep=grid model=opt_125m run.dry=true", UNCHOSEN.format("opt_125m")),
     ("--multirun model=opt_125m seed=1,2 hydra.sweeper._target_=my.Sweeper", UNCHOSEN.format("opt_125m")),
+    (
+        "model=hf model.path=x dataset=embedded model.revision=67e5010",
+        "model.revision=67e5010: read as inf; expected text or null, in quotes, as in \"model.revision='67e5010'\"\n",
+    ),
+    ("run.name=true", "run.name=true: read as True; expected text or null, in quotes, as in \"run.name='true'\"\n"),
     ("evaluator.size.limit=3", "evaluator.size.limit=3: unknown key; expected one of evaluator.perplexity, "),
 ]
 
@@ -329,6 +334,18 @@ def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list
     ended = cli("--config-dir", "mine", "+sweep=quiet")
     line = "pruneexp: sweep=quiet: expected '# @package _global_' as the first line of the sweep's file\n"
     assert ended.code == 2 and ended.err == line and len(runs) == 4
+
+
+def test_digits_stay_as_they_were_typed_where_text_is_asked_for(cli: Cli, runs: list[Experiment]) -> None:
+    own = ("model=hf", "dataset=embedded", "model.path=2_0", "seed=1_000")
+    assert cli(*own, "model.revision=+67", "run.name=1_000").code == 0
+    assert cli(*own, "--multirun", "model.revision=1_000,1000,'2_0'").code == 0
+    assert cli(*own, "--multirun", "seed=1_000,2_000", "model.revision=+5", "sweep.dir=x").code == 0
+    assert [run.model.revision for run in runs] == ["+67", "1_000", "1000", "2_0", "+5", "+5"]
+    assert {(run.model.path, run.model.name) for run in runs} == {("2_0", "2_0")}
+    assert [run.seed for run in runs] == [1000] * 5 + [2000]
+    assert runs[0].run.name == "1_000" == runs[0].config["run"]["name"]
+    assert len({config_hash(run.config) for run in runs}) == 6
 
 
 MEANT = {

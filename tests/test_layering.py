@@ -26,6 +26,7 @@ LAYERS = (
     (
         "explain",
         "coerce",
+        "targets",
         "compose",
         "build",
         "jobs",

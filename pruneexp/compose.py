@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from hydra import version as hydra_version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -152,7 +153,11 @@ def unswept(config: DictConfig, overrides: Sequence[str]) -> Composed:
     node = {str(key): value for key, value in config.items() if key != "hydra"}
     whole = OmegaConf.to_container(OmegaConf.create(node), resolve=False)
     assert isinstance(whole, dict)
-    return Composed(whole, {**_job(config.hydra), "overrides": list(overrides)}, _folders(config.hydra))
+    return Composed(
+        {str(key): value for key, value in whole.items()},
+        {**_job(config.hydra), "overrides": list(overrides)},
+        _folders(config.hydra),
+    )
 
 
 def check_dataset(hydra: Hydra, run: Composed) -> None:
@@ -174,11 +179,12 @@ def check_dataset(hydra: Hydra, run: Composed) -> None:
 def _dataset_chosen(hydra: Hydra, overrides: tuple[str, ...]) -> bool:
     """Whether these, or a file that they name, override the default choice, or write out a dataset in its place, as a
     finished run's config.yaml does."""
-    defaults = hydra.config_loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN)
+    loader = ConfigLoaderImpl(hydra.config_loader.get_search_path())
+    defaults = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN)
     if defaults.overrides.override_choices.get("dataset") is not None:
         return True
     named = [default.config_path for default in defaults.defaults if default.package == "" and not default.is_self]
-    files = [hydra.config_loader.repository.load_config(path) for path in named if path is not None]
+    files = [loader.repository.load_config(path) for path in named if path is not None]
     return any(OmegaConf.select(file.config, "dataset._target_") is not None for file in files if file is not None)
 
 

@@ -33,6 +33,7 @@ LAYERS = (
         "multirun",
         "cli_help",
         "summary",
+        "sweep_end",
         "console",
         "ending",
         "export",

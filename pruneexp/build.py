@@ -6,11 +6,7 @@ Fields are checked against their annotations before anything is called, so that 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import os
-import sys
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,9 +18,9 @@ from pruneexp.evidence import Gram
 from pruneexp.experiment import Experiment, RunSettings
 from pruneexp.explain import did_you_mean, missing_key, one_line
 from pruneexp.search import scored_as
+from pruneexp.targets import Parameters, located, signature
 from pruneexp.types import ConfigError
 
-Parameters = Mapping[str, inspect.Parameter]
 PROTOCOLS: dict[str, type | None] = {
     "model": None,
     "dataset": types.Dataset,
@@ -194,7 +190,7 @@ class Builder:
 
     def call(self, target: Callable[..., Any], settings: Mapping[str, Any], key: str) -> Any:
         """`target(**settings)`, once every setting is known, present and of the type that the signature asks for."""
-        parameters, hints = _signature(target)
+        parameters, hints = signature(target)
         self._check_names(parameters, settings, hints, key)
         arguments = {
             name: self._argument(value, hints.get(name, Any), f"{key}.{name}") for name, value in settings.items()
@@ -211,7 +207,12 @@ class Builder:
             return self.node(value, key)
         if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             return self.call(annotation, value, key)
-        return coerced(value, annotation, key)
+        return coerced(value, annotation, key, self._typed(key))
+
+    def _typed(self, key: str) -> str | None:
+        """The key's value as it was typed, None where it was not."""
+        typed = [text.lstrip("+").partition("=") for text in self.composed.job.get("overrides", ())]
+        return next((value for name, _, value in reversed(typed) if name == key), None)
 
     def _check_names(
         self, parameters: Parameters, settings: Mapping[str, Any], hints: dict[str, Any], key: str
@@ -241,34 +242,6 @@ class Builder:
         if absent:
             raise ConfigError(f"{key}._target_: {type(part).__name__} has no {', '.join(absent)}; see pruneexp.types")
         return part
-
-
-def located(target: Any, key: str) -> Callable[..., Any]:
-    """The class or function behind a dotted path; the current directory's modules count. Raises ConfigError."""
-    module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
-    if not module:
-        raise ConfigError(f"{key}={target!r}: expected a dotted path to a class, such as package.module.Class")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: a file that is called datasets.py must not hide a library
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except AttributeError:
-        near = did_you_mean(name, dir(sys.modules[module]), f"{module}.{{}}")
-        raise ConfigError(f"{key}={target!r}: module {module} has no {name}{near}") from None
-    except Exception as error:
-        raise ConfigError(f"{key}={target!r}: cannot import it: {type(error).__name__}: {one_line(error)}") from error
-    if not callable(found):
-        raise ConfigError(f"{key}={target!r}: expected a class or a function, found {type(found).__name__}")
-    return found
-
-
-def _signature(target: Callable[..., Any]) -> tuple[Parameters, dict[str, Any]]:
-    parameters = inspect.signature(target).parameters
-    holder = target.__init__ if inspect.isclass(target) and not dataclasses.is_dataclass(target) else target
-    try:
-        return parameters, typing.get_type_hints(holder)
-    except (NameError, TypeError):
-        return parameters, {}  # annotations that only a type checker can read: the class checks its fields itself
 
 
 def _with_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:

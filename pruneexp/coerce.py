@@ -18,14 +18,27 @@ class Mismatch(Exception):
     """This value is not of this type."""
 
 
-def coerced(value: Any, annotation: Any, key: str) -> Any:
-    """`value` as `annotation` has it: whole numbers become floats, lists become tuples, numbers become text where text
-    is asked for. Annotations that a config cannot hold (protocols, classes) let everything pass."""
+def coerced(value: Any, annotation: Any, key: str, typed: str | None = None) -> Any:
+    """`value` as `annotation` has it: whole numbers become floats, lists become tuples, whole numbers become text where
+    text is asked for. Annotations that a config cannot hold (protocols, classes) let everything pass. `typed`: the
+    value as it was written, where that is known."""
     try:
         return _match(value, annotation)
     except Mismatch:
+        if takes_text(annotation) and isinstance(value, (float, bool)):
+            read = f"{key}={typed}: read as {value!r}" if typed else f"{key}={value!r}"
+            quoted = f""", as in "{key}='{typed}'\"""" if typed else ""
+            raise ConfigError(f"{read}; expected {described(annotation)}, in quotes{quoted}") from None
         near = did_you_mean(str(value), [str(option) for option in _literals(annotation)])
         raise ConfigError(f"{key}={value!r}: expected {described(annotation)}{near}") from None
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether text is asked for, and no whole number."""
+    options = (
+        typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    )
+    return str in options and int not in options
 
 
 def described(annotation: Any) -> str:

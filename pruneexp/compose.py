@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from hydra import version as hydra_version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -27,8 +28,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pruneexp.bos import ASKED, resolved
+from pruneexp.coerce import takes_text
 from pruneexp.config_files import YamlLoader, conf_folder, sweep_files
 from pruneexp.explain import explained, known_keys, missing_key
+from pruneexp.targets import located, signature
 from pruneexp.types import ConfigError
 
 CONFIG_NAME = "config"
@@ -125,6 +128,7 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
         plain = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", ASKED)])
     known_keys([str(key) for key in plain], SECTIONS)
     _one_choice_each(job["overrides"])
+    _as_typed(plain, job["overrides"])
     # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
     unresolved = OmegaConf.to_container(plain, resolve=False)
     for key in _missing(unresolved):
@@ -150,7 +154,11 @@ def unswept(config: DictConfig, overrides: Sequence[str]) -> Composed:
     node = {str(key): value for key, value in config.items() if key != "hydra"}
     whole = OmegaConf.to_container(OmegaConf.create(node), resolve=False)
     assert isinstance(whole, dict)
-    return Composed(whole, {**_job(config.hydra), "overrides": list(overrides)}, _folders(config.hydra))
+    return Composed(
+        {str(key): value for key, value in whole.items()},
+        {**_job(config.hydra), "overrides": list(overrides)},
+        _folders(config.hydra),
+    )
 
 
 def check_dataset(hydra: Hydra, run: Composed) -> None:
@@ -172,11 +180,12 @@ def check_dataset(hydra: Hydra, run: Composed) -> None:
 def _dataset_chosen(hydra: Hydra, overrides: tuple[str, ...]) -> bool:
     """Whether these, or a file that they name, override the default choice, or write out a dataset in its place, as a
     finished run's config.yaml does."""
-    defaults = hydra.config_loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN)
+    loader = ConfigLoaderImpl(hydra.config_loader.get_search_path())
+    defaults = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN)
     if defaults.overrides.override_choices.get("dataset") is not None:
         return True
     named = [default.config_path for default in defaults.defaults if default.package == "" and not default.is_self]
-    files = [hydra.config_loader.repository.load_config(path) for path in named if path is not None]
+    files = [loader.repository.load_config(path) for path in named if path is not None]
     return any(OmegaConf.select(file.config, "dataset._target_") is not None for file in files if file is not None)
 
 
@@ -195,6 +204,34 @@ def _missing(node: Any, key: str = "") -> Iterator[str]:
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, value in children:
         yield from _missing(value, f"{key}.{name}" if key else str(name))
+
+
+def quoted(config: DictConfig, text: str) -> str:
+    """An override, swept over or not, with quotes around what `_as_typed` would have to set back."""
+    key, equals, value = text.partition("=")
+    number = r"(?<![\w.'\"+-])([+-]?\d+(?:_\d+)+|\+\d+)(?![\w.'\"])"
+    if not re.search(number, value) or not _is_text(config, key.lstrip("+")):
+        return text
+    return key + equals + re.sub(number, r"'\1'", value)
+
+
+def _as_typed(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Sets back what was typed where text is asked for and Hydra has made a whole number of it: 1_000, +5."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if re.fullmatch(r"[+-]?\d+(_\d+)+|\+\d+", value) and _is_text(config, key):
+            OmegaConf.update(config, key, value)
+
+
+def _is_text(config: DictConfig, key: str) -> bool:
+    if key in ("run.dir", "run.name", "sweep.dir"):
+        return True
+    parent, _, name = key.rpartition(".")
+    try:
+        node = OmegaConf.select(config, parent)
+        return takes_text(signature(located(node["_target_"], parent))[1].get(name))
+    except (ConfigError, KeyError, TypeError):
+        return False  # building the part says what is wrong with it
 
 
 def _folders(hydra_node: DictConfig) -> tuple[Path, ...]:

@@ -28,7 +28,7 @@ from pruneexp.dataset import WindowSource, fingerprint
 from pruneexp.delivery import card_of, deliver, deliver_streamed, write_card
 from pruneexp.forecast import available_memory, out_of_memory, warn_of_files, warn_of_memory
 from pruneexp.model import Model, ModelSource
-from pruneexp.preflight import check_disk, foreseen, read_inputs, told
+from pruneexp.preflight import check_disk, foreseen, read_inputs, told, warn_of_few_tokens
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
 from pruneexp.report import Card, print_summary, summary_line
@@ -105,7 +105,7 @@ class Experiment:
 
     def check(self) -> None:
         """What files and the machine can tell without loading a weight. Raises ConfigError."""
-        if self.run.dir is not None and not self.run.dry:
+        if self.run.dir is not None:
             check_folder(Path(self.run.dir), self.run.overwrite)
         elif not self.run.dry:
             check_folder(Path("outputs", self.job["recipe"]), overwrite=True)
@@ -138,6 +138,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None) ->
     tokenizer, tokens_NT = read_inputs(experiment)
     expected = foreseen(experiment, outline, budget, tokenizer, tokens_NT, shared)
     if experiment.run.dry:
+        warn_of_few_tokens(experiment, outline, tokens_NT)
         return told(experiment, outline, budget, tokens_NT, expected)
     settings, job = experiment.run, experiment.job
     folder = run_folder(settings.dir, job["recipe"], settings.name, datetime.now())
@@ -148,6 +149,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None) ->
         trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind, job))
         warn_of_memory(expected, available_memory(*outline.devices))
         warn_of_files(expected)
+        warn_of_few_tokens(experiment, outline, tokens_NT)
         return _Run(experiment, folder, local, trackers, shared).execute(tokenizer, tokens_NT)
     except (ConfigError, RunError) as error:
         trackers.fail(str(error))

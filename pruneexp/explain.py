@@ -46,6 +46,9 @@ def explained(
             return ConfigErrors(list(dict.fromkeys(plain)))
         for message in (*plain, *_override_mistakes(hydra, parsed, swept, error)):
             return ConfigError(message)
+    if "RecursionError" in str(error) or "Recursive interpolation" in str(error):
+        circular = [text for text in overrides if "${" in text] or [str(getattr(error, "full_key", None) or "")]
+        return ConfigError(f"{circular[0]}: its ${{...}} leads back to itself; expected a value that is made of others")
     while error.__cause__ is not None and (not str(error) or str(error).startswith("Error merging override")):
         merged = str(error).removeprefix("Error merging override ")
         error = error.__cause__

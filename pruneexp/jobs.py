@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pruneexp.bos import ASKED
-from pruneexp.compose import SECTIONS, Composed, check_dataset, compose_raw, composed, unswept
+from pruneexp.compose import SECTIONS, Composed, check_dataset, compose_raw, composed, quoted, unswept
 from pruneexp.explain import explained
 from pruneexp.types import ConfigError
 
@@ -69,7 +69,9 @@ def job_overrides(hydra: Hydra, config: DictConfig) -> list[Sequence[str]]:
         check_dataset(hydra, unswept(config, swept))
         return []
     try:
-        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(swept)
+        # Hydra writes values anew for each job, numbers as numbers are printed.
+        exact = [quoted(config, text) for text in swept]
+        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(exact)
         return list(BasicSweeper.split_arguments(parsed, None)[0])
     except Exception as error:
         raise explained(error, hydra, swept) from error

@@ -25,12 +25,12 @@ from pruneexp.compose import Composed, composed
 from pruneexp.config_files import option_file, sweep_files
 from pruneexp.explain import one_line
 from pruneexp.jobs import NOT_HASHED, JobComposer, job_overrides, recipes_name, whole
-from pruneexp.progress import progress
 from pruneexp.startup import uncollected
-from pruneexp.summary import sweep_table, write_summary
+from pruneexp.summary import write_summary
+from pruneexp.sweep_end import hand_over
 from pruneexp.tracker import reset_peak_memory, status_of, write_atomic
 from pruneexp.tracker.folder import check_writable, timestamp
-from pruneexp.types import ConfigError, ConfigErrors, RunError, RunRecord, Tracker
+from pruneexp.types import ConfigError, ConfigErrors, RunError
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -117,7 +117,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     )
     print(f"all its jobs are in {summary}")
     if ran:
-        _summarise(config, folder)
+        hand_over(config, folder, _sweep_name(config) or folder.name)
     return 1 if failed else 0
 
 
@@ -162,7 +162,10 @@ def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> int:
 
     failed = 0
     for number, job in enumerate(jobs):
-        print(f"job {number}: {' '.join(job.job['overrides'])}")
+        done = _done(job)
+        print(f"job {number}: {' '.join(job.job['overrides'])}{': done already' if done else ''}")
+        if done:
+            continue
         try:
             experiment = build(job)
             experiment.check()
@@ -178,30 +181,6 @@ def _runs_here(node: DictConfig) -> bool:
     composed and checked already, and composing each job twice more costs as much as a small job."""
     own = str(node.launcher.get("_target_")).endswith(".BasicLauncher")
     return own and not node.callbacks and not node.job.env_set and not node.job.chdir
-
-
-def _summarise(config: DictConfig, folder: Path) -> None:
-    """Hands the sweep, as its folders hold it, to a tracker that takes sweeps. Whatever goes wrong, it is done."""
-    from pruneexp.build import Builder
-
-    try:
-        node = OmegaConf.to_container(config.tracker, resolve=True)
-        tracker = Builder(Composed({"tracker": node}, {}, ())).part("tracker", Tracker)
-        summarise = getattr(tracker, "summarise", None)
-        if summarise is None:
-            return
-        from pruneexp.pages.figures import as_png
-        from pruneexp.pages.folders import find
-        from pruneexp.pages.report import report
-
-        found = find([folder], "same")
-        pictures = report(found, [folder]).pictures if found.runs else []
-        figures = {one.name: (one.caption, as_png(one.figure)) for one in progress(pictures, "draw", unit="figures")}
-        group = _sweep_name(config) or folder.name
-        record = RunRecord(folder, {}, group, f"{group}-summary", "summary")
-        summarise(record, *sweep_table(folder), figures)
-    except Exception as error:
-        print(f"pruneexp: no summary of the sweep for the tracker: {one_line(error)}", file=sys.stderr)
 
 
 def sweep_folder(hydra: Hydra, config: DictConfig) -> Path:
@@ -275,14 +254,11 @@ def _run_recorded(job: Composed, number: str, shared: DenseStates | None = None)
     from pruneexp.build import build
     from pruneexp.experiment import run_experiment
 
-    settings = job.config["run"]
-    folder = Path(settings["dir"])
+    folder = Path(job.config["run"]["dir"])
     label = f"job {number}: {' '.join(job.job['overrides'])} -> {folder}"
-    if status_of(folder) == "done" and not settings["overwrite"]:
-        if not settings["save"] or (folder / "model").is_dir():
-            print(f"{label}: done already", file=sys.stderr)
-            return json.loads((folder / "metrics.json").read_text())
-        settings["overwrite"] = True  # done, but without the checkpoint that is now asked for
+    if _done(job):
+        print(f"{label}: done already", file=sys.stderr)
+        return json.loads((folder / "metrics.json").read_text())
     print(label, file=sys.stderr)
     try:
         experiment = build(job)
@@ -294,6 +270,18 @@ def _run_recorded(job: Composed, number: str, shared: DenseStates | None = None)
         print(f"pruneexp: job {number} failed: {reason}", file=sys.stderr)
         _record_failure(job, folder, reason)
         return None
+
+
+def _done(job: Composed) -> bool:
+    """Whether there is nothing left to do; a job that lacks the checkpoint now asked for is set to be done anew."""
+    settings = job.config["run"]
+    folder = Path(settings["dir"])
+    if status_of(folder) != "done" or settings["overwrite"]:
+        return False
+    if not settings["save"] or (folder / "model").is_dir():
+        return True
+    settings["overwrite"] = True
+    return False
 
 
 def _record_failure(job: Composed, folder: Path, reason: str) -> None:

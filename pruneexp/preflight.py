@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.bos_probe import check_bos
+from pruneexp.budget import searched_sites
 from pruneexp.dataset import check_vocabulary, overlap
 from pruneexp.forecast import (
     Calibration,
@@ -26,13 +27,15 @@ from pruneexp.model import Model
 from pruneexp.model.half import multiplied_in
 from pruneexp.progress import waiting
 from pruneexp.tracker import existing
-from pruneexp.types import Budget, ConfigError
+from pruneexp.types import Budget, ConfigError, evidence_kinds
 
 if TYPE_CHECKING:
     from pruneexp.calibrate import DenseStates
     from pruneexp.experiment import Experiment
 
 logger = logging.getLogger("pruneexp")
+
+FITTED = 4  # calibration tokens for each input of an out-projection that is fitted to them, at least
 
 
 def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
@@ -118,6 +121,27 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
                     evaluator.dataset.name,  # type: ignore[attr-defined]
                 )
     return tokenizer, tokens_NT
+
+
+def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) -> None:
+    """A word where weights are fitted to fewer tokens than `FITTED` times the inputs of the widest out-projection."""
+    fitting = [
+        f"{group}={experiment.job['choices'].get(group)}"
+        for group in ("criterion", "compensator")
+        if any(getattr(kind, "fits", False) for kind in evidence_kinds(getattr(experiment, group).evidence))
+    ]
+    sites = [site for site in searched_sites(model, experiment.search) if site.kind in ("attention", "mlp")]
+    widest = max((site.channels for site in sites), default=0)
+    windows, length = tokens_NT.shape
+    if not fitting or windows * length >= FITTED * widest:
+        return
+    drawn, enough = hasattr(experiment.dataset, "samples"), -(-FITTED * widest // length)
+    logger.warning(
+        "%s: %d calibration tokens, few for %s, which fits weights to up to %d inputs; %s would do, better more",
+        f"dataset.samples={windows}" if drawn else experiment.dataset.key("calibration"),
+        *(windows * length, " and ".join(fitting), widest),
+        f"dataset.samples={enough}" if drawn else f"{enough} windows",
+    )
 
 
 def foreseen(

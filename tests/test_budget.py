@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from pruneexp.search import (
 from pruneexp.sparsity import OneShot
 from pruneexp.types import Budget, ConfigError, Cost, Site
 from tests.conftest import FAMILIES, PARITY
+from tests.tiny_families import tiny_model
 
 QUANTITIES = ("decoder", "prunable", "macs", "bytes", "kv_cache")
 COUNTS = {"decoder": "params", "prunable": "params"}
@@ -300,14 +302,27 @@ def test_dense_targets_behind_post_norms_are_refused_before_a_weight_is_loaded(
     data = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
     ours = ["model=hf", "model.path=post", "dataset=tokens", "dataset.length=64", *data, "run.dir=run"]
     code, _, err = cli(*ours, "compensator=least_squares", "compensator.target=dense", "compensator.sequential=true")
-    assert (code, err) == (
-        2,
-        "pruneexp: compensator.target='dense': expected pruned for a model that normalises behind its sublayers\n",
+    assert code == 2 and err.endswith(
+        "pruneexp: compensator.target='dense': this model normalises behind its sublayers; expected "
+        "compensator.target=pruned\n"
     )
     assert not Path("run").exists()
     blocks = Global(0, ["blocks"], "none", 1)  # leaves nothing to compensate
     outline = deepcopy(ModelSource("post", "post", None, "auto", "cpu", False, False, 4).outline())
     check_pruning(outline, blocks, OneShot(0.3, "decoder", 0), LeastSquares(1e-3, "dense", True))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2"])
+def test_best_behind_post_norms_runs_once_typed_as_told(name: str, tmp_path: Path, cli: Any) -> None:
+    tiny_model(name).save_pretrained(tmp_path / name)
+    np.save(tmp_path / "windows.npy", np.random.default_rng(0).integers(3, 64, (8, 16)))
+    data = ["dataset=tokens", *(f"dataset.{part}=windows.npy" for part in ("calibration", "evaluation"))]
+    typed = ["recipe=best", "search.effort=1", "model=hf", f"model.path={name}", *data, "run.dir=run", "run.prove=off"]
+    code, _, err = cli(*typed)
+    told = err.strip().rpartition("expected ")[2]
+    assert code == 2 and told == "compensator.target=pruned"
+    code, _, err = cli(*typed, told, "evaluator=[size]")
+    assert code == 0, err
 
 
 # What a run says

@@ -100,6 +100,7 @@ UNCHOSEN = (
     "dataset=embedded: a default that suits the embedded models alone, not model={}; expected a choice, "
     "dataset=wikitext2, or dataset=text dataset.calibration=FILE dataset.evaluation=FILE (dataset=embedded, typed,"
 )
+LONG = "x" * 300
 MISTAKES = [
     ("criterion=flapp", "criterion=flapp: expected one of block_influence, .*; did you mean criterion=flap?"),
     ("evaluator=[size,sise]", "evaluator=sise: expected one of .*; did you mean evaluator=size?"),
@@ -231,6 +232,16 @@ MISTAKES = [
     ("+sweep=grid model=opt_125m", UNCHOSEN.format("opt_125m")),
     ("+sweep=grid model=opt_125m run.dry=true", UNCHOSEN.format("opt_125m")),
     ("--multirun model=opt_125m seed=1,2 hydra.sweeper._target_=my.Sweeper", UNCHOSEN.format("opt_125m")),
+    (
+        "model=hf model.path=x dataset=embedded model.revision=67e5010",
+        "model.revision=67e5010: read as inf; expected text or null, in quotes, as in \"model.revision='67e5010'\"\n",
+    ),
+    ("run.name=true", "run.name=true: read as True; expected text or null, in quotes, as in \"run.name='true'\"\n"),
+    ("run.name=${run.name}", "run.name=${run.name}: its ${...} leads back to itself; expected a value that"),
+    (
+        f"--multirun seed=1 sweep.dir={LONG}",
+        f"sweep.dir='{LONG}': File name too long; expected a folder that can be made",
+    ),
     ("evaluator.size.limit=3", "evaluator.size.limit=3: unknown key; expected one of evaluator.perplexity, "),
 ]
 
@@ -329,6 +340,18 @@ def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list
     ended = cli("--config-dir", "mine", "+sweep=quiet")
     line = "pruneexp: sweep=quiet: expected '# @package _global_' as the first line of the sweep's file\n"
     assert ended.code == 2 and ended.err == line and len(runs) == 4
+
+
+def test_digits_stay_as_they_were_typed_where_text_is_asked_for(cli: Cli, runs: list[Experiment]) -> None:
+    own = ("model=hf", "dataset=embedded", "model.path=2_0", "seed=1_000")
+    assert cli(*own, "model.revision=+67", "run.name=1_000").code == 0
+    assert cli(*own, "--multirun", "model.revision=1_000,1000,'2_0'").code == 0
+    assert cli(*own, "--multirun", "seed=1_000,2_000", "model.revision=+5", "sweep.dir=x").code == 0
+    assert [run.model.revision for run in runs] == ["+67", "1_000", "1000", "2_0", "+5", "+5"]
+    assert {(run.model.path, run.model.name) for run in runs} == {("2_0", "2_0")}
+    assert [run.seed for run in runs] == [1000] * 5 + [2000]
+    assert runs[0].run.name == "1_000" == runs[0].config["run"]["name"]
+    assert len({config_hash(run.config) for run in runs}) == 6
 
 
 MEANT = {
@@ -573,6 +596,46 @@ def test_a_sweep_goes_on_after_failures_and_says_so(cli: Cli, runs: list[Experim
     assert [state["status"] for state in states.values()] == ["failed", "failed", "done"]
     assert [state.get("reason") for state in states.values()][:2] == ["unlucky", "ValueError: a bug of two lines"]
     assert "3 jobs ran, failed: " in ended.out and all(folder.name in ended.out for folder in list(states)[:2])
+
+
+def test_a_folder_may_be_named_by_what_was_typed(cli: Cli, runs: list[Experiment]) -> None:
+    typed = ("run.dir=a/${hydra:job.override_dirname}", "run.name=n_${hydra:job.override_dirname}", "seed=1")
+    assert cli(*typed, "search=ul_um").code == 0
+    assert (runs[0].run.dir, runs[0].run.name) == ("a/search=ul_um,seed=1", "n_search=ul_um,seed=1")
+
+
+def test_a_forecast_refuses_the_folder_of_a_finished_run(cli: Cli) -> None:
+    Path("done").mkdir()
+    Path("done/status.json").write_text('{"status": "done"}')
+    Path("done/metrics.json").write_text("{}")
+    ended = [cli("run.dir=done", f"run.dry={dry}", "dataset.samples=2", "evaluator=[]") for dry in ("true", "false")]
+    line = "pruneexp: run.dir='done': holds a finished run; expected an empty folder or run.overwrite=true\n"
+    assert ended == [(2, "", line)] * 2
+
+
+def test_a_forecast_of_a_sweep_leaves_out_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
+    assert cli("--multirun", "seed=1", "sweep.dir=x").code == 0
+    ended = cli("--multirun", "seed=1,2", "sweep.dir=x", "run.dry=true")
+    assert ended.code == 0 and "job 0: seed=1 sweep.dir=x run.dry=True: done already\n" in ended.out
+    assert [run.seed for run in runs] == [1, 2]
+    assert cli("--multirun", "seed=1", "sweep.dir=x", "run.dry=true", "run.save=true").code == 0 and len(runs) == 3
+
+
+@pytest.mark.parametrize(
+    "told", ["compensator=least_squares", "compensator=least_squares_once", "criterion=obs", "best"]
+)
+def test_fits_to_few_tokens_are_told_what_would_do(told: str, cli: Cli, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = ["recipe=best"] if told == "best" else ["recipe=flap", told]
+    fitting = "criterion=obs and compensator=least_squares" if told == "best" else told
+    short = ("run.dry=true", "evaluator=[]", "dataset.length=32")
+    assert cli(*chosen, *short, "dataset.samples=40").code == 0
+    assert caplog.messages == [
+        f"dataset.samples=40: 1280 calibration tokens, few for {fitting}, which fits weights to up to 344 inputs; "
+        "dataset.samples=43 would do, better more"
+    ]
+    caplog.clear()
+    assert cli(*chosen, *short, "dataset.samples=43").code == cli("recipe=flap", *short, "dataset.samples=9").code == 0
+    assert not caplog.messages
 
 
 def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pruneexp.__main__ import main
 from pruneexp.compose import compose_raw, open_hydra
-from pruneexp.multirun import _summarise
 from pruneexp.pages import main as main_report
+from pruneexp.sweep_end import hand_over
 from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
 from pruneexp.tracker.weights_and_biases import _histograms
 from pruneexp.types import ConfigError, RunRecord
@@ -208,7 +208,7 @@ def test_a_summary_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys
         raise OSError("disk full")
 
     monkeypatch.setattr("pruneexp.pages.folders.find", broken)
-    _summarise(compose_raw(open_hydra(), ["tracker=wandb"], RunMode.MULTIRUN), tmp_path)
+    hand_over(compose_raw(open_hydra(), ["tracker=wandb"], RunMode.MULTIRUN), tmp_path, "s")
     assert capsys.readouterr().err == "pruneexp: no summary of the sweep for the tracker: disk full\n"
 
 

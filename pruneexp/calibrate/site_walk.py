@@ -133,11 +133,12 @@ def require_sums(model: Model) -> None:
     plain sums of what readers give."""
     if model.mixture:
         raise ConfigError(
-            "compensator.target='dense': expected pruned for a mixture of experts, whose router weighs readers' outputs"
+            "compensator.target='dense': a mixture of experts, whose router weighs readers' outputs; expected "
+            "compensator.target=pruned"
         )
     if not model.family.adds_up:
         raise ConfigError(
-            "compensator.target='dense': expected pruned for a model that normalises behind its sublayers"
+            "compensator.target='dense': this model normalises behind its sublayers; expected compensator.target=pruned"
         )
 
 

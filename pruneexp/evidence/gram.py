@@ -55,6 +55,7 @@ class Gram:
     """
 
     source: ClassVar[str] = "reader"
+    fits: ClassVar[bool] = True
 
     n: int  # tokens
     sum_C: Tensor
@@ -117,6 +118,7 @@ class WantedOutput:
     """
 
     source: ClassVar[str] = "wanted"
+    fits: ClassVar[bool] = True
 
     keep_C: Tensor  # indices [K], ascending
     inputs: Gram

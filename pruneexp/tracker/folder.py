@@ -94,6 +94,10 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 def check_writable(folder: Path, where: str) -> None:
     """Raises ConfigError, saying `where`, for what is no folder and cannot be made one, or does not let us write."""
+    try:
+        folder.exists()
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{where}: {error.strerror or error}; expected a folder that can be made") from error
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{where}: expected a folder, found a file")
     nearest = existing(folder)

@@ -35,6 +35,8 @@ class Evidence(Protocol):
       the parts that the windows are split into
     - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
       and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
+
+    `fits` (a class variable, not required): weights are fitted to it, as to second moments, which wants many tokens.
     """
 
     source: ClassVar[str]

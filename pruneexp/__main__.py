@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NoReturn
 
 from pruneexp.ending import run_command
@@ -20,13 +22,20 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Gives the exit code: 0 done, 2 a config that cannot work, 1 a run that failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command("pruneexp", lambda: _help() if "-h" in argv or "--help" in argv else _command(_arguments(argv)))
+    return run_command("pruneexp", lambda: _help(argv) if {"-h", "--help"} & {*argv} else _command(_arguments(argv)))
 
 
-def _help() -> int:
+def _help(argv: Sequence[str]) -> int:
     from pruneexp.cli_help import text
 
-    print(text())
+    parser = _Parser("pruneexp", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    config_dir = parser.parse_known_args(argv)[0].config_dir
+    if config_dir is not None and not os.path.isdir(config_dir):
+        from pruneexp.compose import open_hydra
+
+        open_hydra(config_dir)  # which says what is wrong with it
+    print(text(config_dir))
     return 0
 
 
@@ -49,10 +58,24 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     what.add_argument("--info", "-i", choices=INFO, nargs="?", const="all")
     what.add_argument("--shell-completion", "-sc", action="store_true")
+    if key := _dashed(argv):
+        parser.error(f"{key}: settings have no dashes; expected {key.lstrip('-').replace(' ', '=')}")
     arguments = parser.parse_intermixed_args(argv)
     if (arguments.package or arguments.resolve) and not arguments.cfg:
         parser.error("--package and --resolve go with --cfg")
     return arguments
+
+
+def _dashed(argv: Sequence[str]) -> str:
+    """The first setting that is written as an option, `--recipe flap` or `--recipe=flap`; "" where none is."""
+    from pruneexp.config_files import config_sections
+
+    sections = config_sections() if any(text.startswith("--") for text in argv) else ()
+    for text, value in zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, _ = text.removeprefix("--").partition("=")
+        if text.startswith("--") and name.partition(".")[0] in sections:
+            return text if equals else f"{text} {value if value and not value.startswith('-') else '...'}"
+    return ""
 
 
 def _command(arguments: argparse.Namespace) -> int:
@@ -75,7 +98,7 @@ def _command(arguments: argparse.Namespace) -> int:
             if swept := config.hydra.sweeper.get("params"):
                 several = f"hydra.sweeper.params: {', '.join(map(str, swept))} would be swept over in a single run"
                 raise ConfigError(f"{several}; expected --multirun, or hydra.mode: MULTIRUN in the sweep's file")
-            return _single(config)
+            return _single(hydra, config)
     from pruneexp.multirun import multirun
 
     return multirun(hydra, overrides)
@@ -96,11 +119,12 @@ def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _single(config: DictConfig) -> int:
-    from pruneexp.compose import composed
+def _single(hydra: Hydra, config: DictConfig) -> int:
+    from pruneexp.compose import check_dataset, composed
     from pruneexp.types import ConfigError
 
     run = composed(config)
+    check_dataset(hydra, run)
     for key, value in run.config["sweep"].items():
         if value is not None:
             raise ConfigError(f"sweep.{key}={value!r}: expected null in a single run; add --multirun")

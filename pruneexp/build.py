@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pruneexp import types
+from pruneexp.bos import check_asked, resolved
 from pruneexp.coerce import coerced, described
 from pruneexp.compose import Composed
 from pruneexp.evidence import Gram
@@ -39,8 +40,10 @@ PROTOCOLS: dict[str, type | None] = {
 
 def build(composed: Composed) -> Experiment:
     """Cheap and offline: reads no file of a model or of data. Raises ConfigError."""
+    composed = dataclasses.replace(composed, config=resolved(composed.config))
     builder = Builder(composed)
     config = composed.config
+    check_asked(config)
     seed = coerced(config.get("seed"), int, "seed")  # first: other settings are made of it
     if not 0 <= seed < 2**63:  # what generators take
         raise ConfigError(f"seed={seed!r}: expected an integer {'>= 0' if seed < 0 else 'below 2**63'}")
@@ -186,7 +189,8 @@ class Builder:
         if not isinstance(node, Mapping) or "_target_" not in node:
             raise ConfigError(f"{key}={node!r}: expected a choice with a _target_")
         settings = {name: value for name, value in node.items() if name != "_target_"}
-        return self.call(located(node["_target_"], f"{key}._target_"), settings, key)
+        target = located(node["_target_"], f"{key}._target_")
+        return self.call(target, _with_bos(target, settings), key)
 
     def call(self, target: Callable[..., Any], settings: Mapping[str, Any], key: str) -> Any:
         """`target(**settings)`, once every setting is known, present and of the type that the signature asks for."""
@@ -265,6 +269,15 @@ def _signature(target: Callable[..., Any]) -> tuple[Parameters, dict[str, Any]]:
         return parameters, typing.get_type_hints(holder)
     except (NameError, TypeError):
         return parameters, {}  # annotations that only a type checker can read: the class checks its fields itself
+
+
+def _with_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a class of ours, `bos` as it was before there was the setting where a config lacks it; of a class that knows
+    no such token, the settings without a false one, which a sweep's file may have."""
+    takes = "bos" in inspect.signature(target).parameters
+    if takes and target.__module__.startswith("pruneexp."):
+        return {"bos": False, **settings}
+    return settings if takes or settings.get("bos") is not False else {k: v for k, v in settings.items() if k != "bos"}
 
 
 def _under(key: str, parameters: Iterable[str], error: ConfigError) -> ConfigError:

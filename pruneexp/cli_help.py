@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 import pruneexp
-from pruneexp.config_files import choices, conf_folder, first_comment, key_comments, sweep_files
+from pruneexp.config_files import choices, conf_folder, first_comment, key_comments, option_file, sweep_files
 
 USAGE = """\
 usage: pruneexp [group=choice ...] [key=value ...] [options]
@@ -36,25 +37,36 @@ examples:
 exit code: 0 done; 2 a config that cannot work; 1 a run that failed (the reason is in its status.json)"""
 
 
-def text() -> str:
+def text(config_dir: str | None = None) -> str:
+    """`config_dir`: a folder of the user's, whose choices are listed, too."""
+    own = [] if config_dir is None else [Path(config_dir)]
     config = yaml.safe_load((conf_folder() / "config.yaml").read_text())
     title = f"pruneexp {pruneexp.__version__}: structured, training-free pruning of language models"
-    groups = "\n".join(["groups (* default; a list of evaluators is evaluator=[a,b]):", *_groups(config["defaults"])])
-    sweeps = [f"  {name:<18} {first_comment(path)}" for name, path in sweep_files().items()]
+    listed = _groups(config["defaults"], [conf_folder(), *own])
+    groups = "\n".join(["groups (* default; a list of evaluators is evaluator=[a,b]):", *listed])
+    of_own = {name: folder / "sweep" / f"{name}.yaml" for folder in own for name in choices(folder / "sweep")}
+    sweeps = [_line(name, path) for name, path in (sweep_files() | of_own).items()]
     ready = "\n".join(["ready sweeps (+sweep=NAME):", *sweeps])
     keys = "\n".join(["keys (those of a group's choice: pruneexp --cfg job):", *_keys(config)])
     return "\n\n".join([title, USAGE, groups, ready, keys, OPTIONS, EXAMPLES])
 
 
-def _groups(defaults: list[Any]) -> Iterator[str]:
+def _groups(defaults: list[Any], folders: Sequence[Path]) -> Iterator[str]:
+    """Every choice of every group, of several files of one name the first folder's."""
     chosen = {group: choice for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
     chosen = {group: choice for group, choice in chosen.items() if not group.startswith("override ")}
     for group in ["recipe", *(group for group in chosen if group != "recipe")]:
-        folder, default = conf_folder() / group, chosen[group]
+        default = chosen[group]
         yield f"  {group}"
-        for name in choices(folder):
+        for name in sorted({name for folder in folders for name in choices(folder / group)}):
             mark = "*" if name == default or (isinstance(default, list) and name in default) else " "
-            yield f"  {mark} {name:<18} {first_comment(folder / f'{name}.yaml')}".rstrip()
+            yield _line(name, option_file(folders, group, name), mark)
+
+
+def _line(name: str, path: Path | None, mark: str = "") -> str:
+    """A choice and what its file says it is."""
+    about = "" if path is None else first_comment(path)
+    return f"  {f'{mark} ' if mark else ''}{name:<18} {about}".rstrip()
 
 
 def _keys(config: dict[str, Any]) -> Iterator[str]:

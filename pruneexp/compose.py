@@ -7,8 +7,10 @@ one line. No DictConfig leaves this module and `multirun`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from pruneexp.bos import ASKED, resolved
 from pruneexp.config_files import YamlLoader, conf_folder, sweep_files
 from pruneexp.explain import explained, known_keys, missing_key
 from pruneexp.types import ConfigError
@@ -116,11 +119,10 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     """Resolved and in plain containers. `hydra_node`: for a config that has lost its own. Raises ConfigError for
     missing values, interpolations that lead nowhere and top-level keys that nothing reads."""
     node = config.hydra if hydra_node is None else hydra_node
-    folders = tuple(Path(source.path) for source in node.runtime.config_sources if source.schema == "file")
-    job = _job(node)
+    folders, job = _folders(node), _job(node)
     plain = config
-    if "hydra" in config:
-        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    if "hydra" in config or ASKED in config:  # what a config that is passed back was asked says nothing of this one
+        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", ASKED)])
     known_keys([str(key) for key in plain], SECTIONS)
     _one_choice_each(job["overrides"])
     # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
@@ -140,7 +142,42 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     if "hydra" in container["sweep"]:
         raise ConfigError(f"sweep={job['sweep']}: expected '# @package _global_' as the first line of the sweep's file")
     known_keys([f"sweep.{key}" for key in container["sweep"]], SWEEP_KEYS)
-    return Composed({str(key): value for key, value in container.items()}, job, folders)
+    return Composed(resolved({str(key): value for key, value in container.items()}), job, folders)
+
+
+def unswept(config: DictConfig, overrides: Sequence[str]) -> Composed:
+    """What all jobs of a multirun have, unresolved. `overrides`: of them all, with what is swept over."""
+    node = {str(key): value for key, value in config.items() if key != "hydra"}
+    whole = OmegaConf.to_container(OmegaConf.create(node), resolve=False)
+    assert isinstance(whole, dict)
+    return Composed(whole, {**_job(config.hydra), "overrides": list(overrides)}, _folders(config.hydra))
+
+
+def check_dataset(hydra: Hydra, run: Composed) -> None:
+    """Raises ConfigError where another model than the embedded ones would be calibrated on the embedded language though
+    nobody chose it: no override, no file of a sweep, a recipe or the like."""
+    model, path = run.job["choices"].get("model"), (run.config.get("model") or {}).get("path")
+    if run.job["choices"].get("dataset") != "embedded" or str(path).startswith("embedded:"):
+        return
+    typed = tuple(text for text in run.job["overrides"] if not re.match(r"seed=|[^=]*\.", text))
+    if not any(text.startswith("dataset=") for text in typed) and not _dataset_chosen(hydra, typed):
+        raise ConfigError(
+            f"dataset=embedded: a default that suits the embedded models alone, not model={model}; expected a choice, "
+            "dataset=wikitext2, or dataset=text dataset.calibration=FILE dataset.evaluation=FILE (dataset=embedded, "
+            "typed, if it is meant)"
+        )
+
+
+@lru_cache(maxsize=4)  # a sweep's jobs mostly differ in values
+def _dataset_chosen(hydra: Hydra, overrides: tuple[str, ...]) -> bool:
+    """Whether these, or a file that they name, override the default choice, or write out a dataset in its place, as a
+    finished run's config.yaml does."""
+    defaults = hydra.config_loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN)
+    if defaults.overrides.override_choices.get("dataset") is not None:
+        return True
+    named = [default.config_path for default in defaults.defaults if default.package == "" and not default.is_self]
+    files = [hydra.config_loader.repository.load_config(path) for path in named if path is not None]
+    return any(OmegaConf.select(file.config, "dataset._target_") is not None for file in files if file is not None)
 
 
 def _one_choice_each(overrides: Sequence[str]) -> None:
@@ -158,6 +195,10 @@ def _missing(node: Any, key: str = "") -> Iterator[str]:
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, value in children:
         yield from _missing(value, f"{key}.{name}" if key else str(name))
+
+
+def _folders(hydra_node: DictConfig) -> tuple[Path, ...]:
+    return tuple(Path(source.path) for source in hydra_node.runtime.config_sources if source.schema == "file")
 
 
 def _job(hydra_node: DictConfig) -> dict[str, Any]:

@@ -38,6 +38,13 @@ def _folder(name: str) -> Path:
     return inside if inside.is_dir() else HERE.parent / name
 
 
+def config_sections() -> set[str]:
+    """The first names that keys can have: sections of the config, and groups."""
+    content = yaml.load((conf_folder() / "config.yaml").read_text(), YamlLoader)
+    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    return groups | {key for key in content if key not in ("defaults", "hydra")}
+
+
 def choices(folder: Path) -> list[str]:
     """Names of the YAML files in `folder`."""
     return sorted(path.stem for path in folder.glob("*.yaml"))

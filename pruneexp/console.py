@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pruneexp.explain import did_you_mean, known_keys
+from pruneexp.files import files_in, read_object
 from pruneexp.types import ConfigError
 
 
@@ -37,7 +38,8 @@ def read_arguments(
 
 
 def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> None:
-    """Raises ConfigError where `out` is there and is no earlier `what`, told by its file `record`, to be replaced."""
+    """Raises ConfigError where `out` is there and is no earlier `what` to be replaced, told by its file `record`, or
+    holds what that, under `files`, does not list."""
     where = f"out={str(out)!r}"
     if not out.exists():
         return
@@ -49,6 +51,13 @@ def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> Non
         raise ConfigError(f"{where}: exists; expected a new folder, or overwrite=true")
     if not (out / record).is_file():
         raise ConfigError(f"{where}: holds no {record}; overwrite=true replaces earlier {what}s alone")
+    listed = (read_object(out / record) or {}).get("files")
+    if isinstance(listed, list):  # older ones list nothing
+        foreign = [name for name in files_in(out) if name not in (record, *listed)]
+        if foreign:
+            raise ConfigError(
+                f"{where}: holds {', '.join(foreign)}, which no {what} wrote; expected a folder of its own"
+            )
 
 
 def replace_folder(aside: Path, out: Path) -> None:

@@ -10,9 +10,9 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -20,21 +20,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pruneexp.bos_probe import tell_of_bos
 from pruneexp.budget import check_mixture, check_pruning, whole_budget
 from pruneexp.cache import STAGE, Cache, NoCache, code_version, version_of
 from pruneexp.calibrate import DenseStates, Meter
 from pruneexp.dataset import WindowSource, fingerprint
-from pruneexp.delivery import deliver, deliver_streamed
+from pruneexp.delivery import card_of, deliver, deliver_streamed, write_card
 from pruneexp.forecast import available_memory, out_of_memory, warn_of_files, warn_of_memory
 from pruneexp.model import Model, ModelSource
 from pruneexp.preflight import check_disk, foreseen, read_inputs, told
 from pruneexp.progress import waiting
 from pruneexp.prune import Method, Pruned
-from pruneexp.report import print_summary, summary_line
+from pruneexp.report import Card, print_summary, summary_line
 from pruneexp.resume import Notes, identity, take_up
 from pruneexp.rounds import prune_in_rounds_
 from pruneexp.scoring import Results
-from pruneexp.surgery import BlockProof, StreamedSave
+from pruneexp.surgery import BlockProof, StreamedSave, check_source, dense_logits
 from pruneexp.tracker import (
     NOTES,
     LocalRun,
@@ -144,7 +145,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None) ->
     trackers = Trackers((local, experiment.tracker))
     try:
         kind = "job" if job["sweep"] else "run"
-        trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind))
+        trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind, job))
         warn_of_memory(expected, available_memory(*outline.devices))
         warn_of_files(expected)
         return _Run(experiment, folder, local, trackers, shared).execute(tokenizer, tokens_NT)
@@ -182,6 +183,7 @@ class _Run:
         self.dense: dict[str, Any] = {}  # what identifies the dense model and how it is run
         self.results, self.shared = Results(NoCache(), {}), shared
         self.identity = ""  # of what the results depend on
+        self.card: Card | None = None  # of the checkpoint, where one is kept
 
     def execute(self, tokenizer: Any, tokens_NT: Tensor) -> dict[str, float]:
         experiment = self.experiment
@@ -189,6 +191,7 @@ class _Run:
         with self.clock("load"):
             model = experiment.model.load(tokenizer)
         self._record_inputs(model, tokens_NT)
+        tell_of_bos(experiment, model, tokens_NT, self._worth)
         left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
         if left_out:
             logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
@@ -209,6 +212,8 @@ class _Run:
         self._compare_with_asked()
         self.metrics |= {"passes/forward": self.meter.forward, "passes/backward": self.meter.backward}
         self.metrics |= memory_metrics(model.devices)
+        if self.card is not None:
+            write_card(replace(self.card, metrics=self.metrics), self.folder / "model")
         shutil.rmtree(self.folder / NOTES, ignore_errors=True)
         self.trackers.finish(self.metrics)
         if experiment.job["sweep"]:
@@ -253,7 +258,9 @@ class _Run:
         self.dense = {"weights": weights["files"], **run}
         self.results = Results(experiment.cache, {**self.dense, "tokens": tokens}, self.shared)
         method = {
-            key: value for key, value in experiment.config.items() if key not in ("run", "sweep", "cache", "tracker")
+            key: value
+            for key, value in experiment.config.items()
+            if key not in ("run", "sweep", "cache", "tracker", "asked")
         }
         self.identity = identity(config=method, save=experiment.run.save, weights=weights, tokens=tokens)
 
@@ -277,11 +284,24 @@ class _Run:
             return _figures(model, evaluator, name, when)
         what = {"evaluator": [name, version_of(evaluator)], "inputs": measured_on}
         code = code_version((*STAGE, "dataset", "evaluator"))
+        settings = model.module.generation_config  # what it writes depends on them
         key = {"what": "the dense model's figures", **self.dense, **what, "code": code}
+        key |= {} if settings is None else {"generation": settings.to_json_string()}
         with self.experiment.cache.held([key]) as entries:
             found = entries.get(key)
             if found is None:
                 found = _figures(model, evaluator, name, when)
+                entries.put(key, found)
+        return found
+
+    def _worth(self, measured_on: str, measure: Callable[[], float]) -> float:
+        """What a beginning-of-sequence token is worth, from the cache."""
+        what = {"what": "what a beginning-of-sequence token is worth", "inputs": measured_on}
+        key = {**what, **self.dense, "code": code_version((*STAGE, "dataset"))}
+        with self.experiment.cache.held([key]) as entries:
+            found = entries.get(key)
+            if found is None:
+                found = measure()
                 entries.put(key, found)
         return found
 
@@ -298,6 +318,8 @@ class _Run:
         if not experiment.search.local and experiment.criterion.sequential:
             logger.info("the search decides over all layers at once: scores are those of the dense model")
         probe_BT = tokens_NT[:PROOF_WINDOWS, :PROOF_LENGTH]
+        prove = experiment.run.prove if experiment.run.save else "off"
+        dense = dense_logits(model, experiment.model, probe_BT, prove)
         streamed, notes = None, Notes(None)
         if model.streamed:
             target = self.folder / ("model" if experiment.run.save else "streamed")
@@ -326,20 +348,24 @@ class _Run:
             adapter, self.metrics = recovered.adapter, {**self.metrics, **recovered.metrics}
         with self.clock("save"):
             settings = experiment.run
+            if settings.save:
+                self.card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
             if streamed is not None:
-                proved = settings.save and settings.prove != "off"
-                self._record_proof(deliver_streamed(streamed, self.folder, proved))
+                self._record_proof(deliver_streamed(streamed, self.folder, prove != "off", str(dense)))
             elif settings.save:
-                self._record_proof(deliver(model, self.folder, settings.prove, probe_BT, adapter))
+                self._record_proof(deliver(model, self.folder, prove, probe_BT, adapter, dense))
         return pruned
 
     def _record_proof(self, proof: Mapping[str, Any]) -> None:
-        """proof.json, and the difference as a metric. A checkpoint that differs is worth a warning, not a lost run."""
+        """proof.json, and the difference as a metric. A checkpoint that differs is worth a warning, not a lost run.
+
+        Raises RunError where the dense model was another than its source: so is everything that was measured."""
         write_atomic(self.folder / "proof.json", json.dumps(proof, indent=1) + "\n")
         if "max_logit_difference" in proof:
             self.metrics["proof/max_logit_difference"] = proof["max_logit_difference"]
             if proof["max_logit_difference"] > proof.get("tolerance", 1e-2):
                 logger.warning("the reloaded checkpoint's logits differ by up to %g", proof["max_logit_difference"])
+        check_source(proof["source"], self.experiment.model.path)
 
 
 def _figures(model: Model, evaluator: Evaluator, name: str, when: str) -> Measured:

@@ -117,14 +117,24 @@ def _unknown_choice(override: Override, hydra: Hydra) -> Iterator[str]:
     for choice in chosen:
         if str(choice) not in options:
             plugin = " (is its plug-in installed?)" if group.startswith("hydra/") else ""
-            near = did_you_mean(str(choice), options, f"{group}={{}}")
+            near = _meant(group, choice) or did_you_mean(str(choice), options, f"{group}={{}}")
             choice = "null" if choice is None else choice
             yield f"{group}={choice}: expected one of {', '.join(options)}{plugin}{near}"
 
 
+def _meant(group: str, choice: Any) -> str:
+    """What somebody meant who gave a group the value of one of its choice's keys."""
+    if group == "model" and isinstance(choice, str):
+        if re.search(r"[/\\]|^[.~]|\.gguf$", choice) or Path(choice).exists():
+            return f"; did you mean model=hf model.path={choice}?"
+    if group == "sparsity" and isinstance(choice, (int, float)) and not isinstance(choice, bool):
+        return f"; did you mean sparsity.ratio={choice}?"
+    return ""
+
+
 def _unknown_key(key: str, parsed: Sequence[Override], swept: Sequence[Override], hydra: Hydra) -> Iterator[str]:
     varied = [override for override in swept if override.is_discrete_sweep() and len(_values(override)) > 1]
-    typed = next((override.input_line for override in (*varied, *parsed) if override.key_or_group == key), key)
+    typed = next((str(override.input_line) for override in (*varied, *parsed) if override.key_or_group == key), key)
     groups = [group for group in parsed if "/" in group.key_or_group or group.key_or_group in _own_groups(hydra)]
     try:
         # The same choices without the settings: what could have been set.
@@ -137,8 +147,13 @@ def _unknown_key(key: str, parsed: Sequence[Override], swept: Sequence[Override]
     section, _, rest = key.partition(".")
     siblings = [name for name in known if name.startswith(f"{section}.")]
     if section not in known:
-        yield f"{typed}: unknown key{did_you_mean(key, [*known, *_own_groups(hydra)])}"
+        whole = sorted((name for name in known if name.endswith(f".{key}")), key=lambda name: name.count("."))
+        near = f"; did you mean {typed.replace(key, whole[0], 1)}?" if whole else ""  # ratio=0.3 for sparsity.ratio=0.3
+        yield f"{typed}: unknown key{near or did_you_mean(key, [*known, *_own_groups(hydra)])}"
     choice, elsewhere = f"{section}={choices.get(section)}", _keys_of_choices(section, folders)
+    option, value = rest.partition(".")[0], typed.partition("=")[2]
+    if option in hydra.config_loader.get_group_options(section, ObjectType.CONFIG):
+        yield from _choice_as_key(section, option, typed, value, list(config[section]), elsewhere)
     if swept_over := section != "evaluator" and any(o.key_or_group in (section, "recipe") for o in varied):
         # Of all choices at once: the same line for every job that has the mistake, so that it is told once.
         siblings = [f"{section}.{name}" for name in elsewhere]
@@ -151,6 +166,21 @@ def _unknown_key(key: str, parsed: Sequence[Override], swept: Sequence[Override]
         yield f"{typed}: unknown key; expected one of {', '.join(siblings)}{did_you_mean(key, siblings)}"
     near = did_you_mean(rest, elsewhere, f"{section}.{{}}")
     yield f"{typed}: {choice} has no keys{near}"
+
+
+def _choice_as_key(
+    group: str, option: str, typed: str, value: str, chosen: Sequence[Any], keys: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """A group's choice that stands where one of its keys was expected. `keys`: of all choices, and which have them."""
+    if group == "evaluator":
+        if option not in chosen:
+            having = ",".join(map(str, [*chosen, option]))
+            yield f"{typed}: evaluator {option} is not chosen; expected it to be, as in evaluator=[{having}]"
+        return
+    meant = f"{group}={option}"
+    if option in keys.get("calibration", ()):  # files of one's own
+        meant = f"{meant} {group}.calibration={value or 'FILE'} {group}.evaluation=FILE"
+    yield f"{typed}: {option} is a choice, no key; did you mean {meant}?"
 
 
 def _values(override: Override) -> list[str]:

@@ -19,7 +19,8 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pruneexp.compose import SECTIONS, Composed, compose_raw, composed
+from pruneexp.bos import ASKED
+from pruneexp.compose import SECTIONS, Composed, check_dataset, compose_raw, composed, unswept
 from pruneexp.explain import explained
 from pruneexp.types import ConfigError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
 LONGEST_NAME = 80  # of a sweep over recipes, in characters
-NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra")  # where a run goes and is reported; not what it computes
+NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra", ASKED)  # where a run goes and is reported, not what it does
 
 
 def whole(hydra: Hydra, overrides: list[str]) -> tuple[list[str], DictConfig]:
@@ -63,9 +64,10 @@ def job_configs(hydra: Hydra, config: DictConfig) -> Iterator[Composed]:
 
 def job_overrides(hydra: Hydra, config: DictConfig) -> list[Sequence[str]]:
     """What each job of a multirun overrides: none for a sweeper that decides as it goes. Raises ConfigError."""
-    if not decided_beforehand(config):
-        return []
     swept = _typed(config)
+    if not decided_beforehand(config):
+        check_dataset(hydra, unswept(config, swept))
+        return []
     try:
         parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(swept)
         return list(BasicSweeper.split_arguments(parsed, None)[0])
@@ -126,6 +128,12 @@ class JobComposer:
             raise
         except Exception:  # what is wrong with it, Hydra tells of the whole
             return self._by_hydra(overrides)
+
+    def checked(self, overrides: Sequence[str]) -> Composed:
+        """One job that is to run. Raises ConfigError, also for a dataset that nobody chose."""
+        job = self.job(overrides)
+        check_dataset(self.hydra, job)
+        return job
 
     def _by_hydra(self, overrides: Sequence[str]) -> Composed:
         try:

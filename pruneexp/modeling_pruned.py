@@ -73,6 +73,7 @@ class Family:
     norm_offset: float = 0.0  # what norms add to their weight
     adds_up: bool = True  # a sublayer's reader gives what is added to the hidden states (times `residual_scale`)
     residual_scale: str | None = None  # config attribute
+    needs_bos: bool = False  # trained so that text without a beginning-of-sequence token in front is foreign to it
     impossible: tuple[tuple[str, Any], ...] = ()  # config values for which this table is wrong
     variants: tuple[Variant, ...] = ()
 
@@ -110,7 +111,7 @@ MIXTRAL = replace(
     experts="experts",
 )
 SMOLLM3 = replace(LLAMA, stock="SmolLM3", since="4.53")
-GEMMA = replace(LLAMA, stock="Gemma", norm_offset=1.0)
+GEMMA = replace(LLAMA, stock="Gemma", norm_offset=1.0, needs_bos=True)
 GEMMA2 = replace(
     GEMMA,
     stock="Gemma2",
@@ -128,6 +129,7 @@ OLMO2 = replace(
     mlp_norm=None,
     head_norms=(Writer("self_attn.q_norm", ("query",)), Writer("self_attn.k_norm", ("key",))),
     norm_offset=0.0,
+    needs_bos=False,
 )
 PHI3 = replace(
     LLAMA,

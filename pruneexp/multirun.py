@@ -20,6 +20,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from pruneexp.bos import as_hashed
 from pruneexp.compose import Composed, composed
 from pruneexp.config_files import option_file, sweep_files
 from pruneexp.explain import one_line
@@ -42,15 +43,23 @@ SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one pr
 # Keys that came later (patterns of dotted names), and the value that means what was done before there was the key:
 # with it they leave the hash, so that finished jobs stay finished.
 NEW_KEYS: Mapping[str, Any] = {
+    "dataset.bos": False,
+    "evaluator.*.dataset.bos": False,
+    **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},
     "search.alike": False,
 }
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """12 hex digits that say what a run computes: over everything but where it runs, is kept and is reported."""
-    content = _without_new_keys({key: value for key, value in config.items() if key not in NOT_HASHED})
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    content = {key: value for key, value in as_hashed(config).items() if key not in NOT_HASHED}
+    text = json.dumps(_without_new_keys(content), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def value_before(key: str) -> Any:
+    """The value of a key that came later that means what was done before there was the key; None for all others."""
+    return next((before for new, before in NEW_KEYS.items() if fnmatchcase(key, new)), None)
 
 
 def _without_new_keys(node: Any, name: str = "") -> Any:
@@ -122,7 +131,7 @@ def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list
     listed, composer = job_overrides(hydra, config), JobComposer(hydra, config)
     for overrides in listed:
         try:
-            jobs.append(as_job(composer.job(overrides), folder))
+            jobs.append(as_job(composer.checked(overrides), folder))
             by_sites |= by_site(build(jobs[-1]).compensator)
         except ConfigErrors as error:
             mistakes.update(error.lines)

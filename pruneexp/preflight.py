@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pruneexp.bos_probe import check_bos
 from pruneexp.dataset import check_vocabulary, overlap
 from pruneexp.forecast import (
     Calibration,
@@ -82,6 +83,7 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     drawn = getattr(dataset, "length", None) if hasattr(dataset, "samples") else None  # else as wide as they come
     if max_length is not None and drawn is not None and drawn > max_length:
         raise ConfigError(f"dataset.length={drawn}: expected at most {max_length}, the model's longest window")
+    check_bos(experiment, tokenizer)
     check_room(experiment)
     with waiting("tokenising the calibration text"):
         tokens_NT = dataset.calibration(tokenizer)

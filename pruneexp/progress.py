@@ -56,8 +56,9 @@ def _shape() -> dict[str, Any]:
 def waiting(stage: str) -> Iterator[None]:
     """Says on stderr what is being done, for work that cannot be counted: once it has lasted as long as a bar waits, or
     where stderr is a file or a pipe, as long as lines are apart."""
+    stderr = sys.stderr  # also where it is redirected inside
     timer = threading.Timer(
-        BAR_AFTER if sys.stderr.isatty() else LINE_EVERY, lambda: print(f"{stage} ...", file=sys.stderr, flush=True)
+        BAR_AFTER if stderr.isatty() else LINE_EVERY, lambda: print(f"{stage} ...", file=stderr, flush=True)
     )
     timer.daemon = True
     timer.start()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.calibrate import Meter
+from pruneexp.files import save_tensors
 from pruneexp.model import Model
 from pruneexp.model.sites import site_parts
 from pruneexp.modeling_pruned import Family
@@ -56,15 +57,13 @@ class Adapter:
 
     def save(self, folder: Path, base: Path) -> None:
         """Writes what `peft.PeftModel.from_pretrained(model, folder)` reads; `base`: the checkpoint that it is for."""
-        from safetensors.torch import save_file
-
         self.config.inference_mode, self.config.base_model_name_or_path = True, str(base)
         self.config.target_modules = sorted(self.config.target_modules)  # a set: written as it comes otherwise
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.config.save_pretrained(folder)
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         except Exception as error:  # safetensors reports the disk's errors as a kind of its own
             raise RunError(f"{folder}: the adapter cannot be written ({error})") from error
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import pruneexp
 from pruneexp.cache.packing import Unpackable, packed, unpacked
 from pruneexp.calibrate import Bookmark
+from pruneexp.files import save_tensors
 from pruneexp.model.tensor_file import places, read_tensor
 from pruneexp.tracker import NOTES, clear_unfinished, write_atomic
 from pruneexp.types import RunError
@@ -100,8 +101,6 @@ def take_up(run: Path, key: str) -> bool:
 def _write(file: Path, value: Mapping[str, Any], hidden: Sequence[Sequence[Tensor]]) -> None:
     """Whole or not at all; hidden states from where they are. Raises OSError, and Unpackable for findings of a kind
     that no file holds."""
-    from safetensors.torch import save_file
-
     outline, tensors = packed(value)
     tensors |= {
         f"hidden.{i}.{j}": t.cpu().contiguous() for i, batches in enumerate(hidden) for j, t in enumerate(batches)
@@ -109,7 +108,7 @@ def _write(file: Path, value: Mapping[str, Any], hidden: Sequence[Sequence[Tenso
     sizes = [len(batches) for batches in hidden]
     aside = file.with_suffix(".partial")
     try:
-        save_file(tensors, aside, {"outline": json.dumps(outline), "hidden": json.dumps(sizes)})
+        save_tensors(tensors, aside, {"outline": json.dumps(outline), "hidden": json.dumps(sizes)})
         with open(aside, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(aside, file)

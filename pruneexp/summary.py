@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from pruneexp.bos import ASKED, comparable
 from pruneexp.config_files import YamlLoader
 from pruneexp.tracker import status_of, write_atomic
 
-LEFT_OUT = ("run", "sweep", "cache", "tracker")  # where a job runs and reports, not what it computes
+LEFT_OUT = ("run", "sweep", "cache", "tracker", ASKED)  # where a job runs and reports, not what it computes
 
 
 def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
@@ -26,7 +27,7 @@ def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
     configs = [_object(job / "config.yaml") for job in jobs]
     found = [settings(config) for config in configs]
     keys = differing(found)
-    metrics = [_metrics(job) for job in jobs]
+    metrics = [comparable(_metrics(job), config) for job, config in zip(jobs, configs, strict=True)]
     figures = sorted({key for measured in metrics for key in measured})
     told = {"reason": [str(_object(job / "status.json").get("reason") or "") for job in jobs]}
     if any(key.endswith("._target_") for key in keys):
@@ -91,10 +92,13 @@ def _typed(values: list[Any]) -> str:
 
 
 def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys whose value is not the same in all settings that are not empty."""
+    """Keys whose value is not the same in all settings that are not empty. A key that came later is as good as there
+    where it is absent, with the value that means what was done before."""
+    from pruneexp.multirun import value_before
+
     known = [setting for setting in found if setting]
     keys = dict.fromkeys(key for setting in known for key in setting)
-    return [key for key in keys if len({str(setting.get(key)) for setting in known}) > 1]
+    return [key for key in keys if len({str(setting.get(key, value_before(key))) for setting in known}) > 1]
 
 
 def _metrics(job: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pruneexp
 from pruneexp import experiment as experiments
 from pruneexp import multirun, preflight
 from pruneexp.__main__ import main
+from pruneexp.compose import compose
 from pruneexp.dataset import Embedded
 from pruneexp.experiment import Experiment
 from pruneexp.forecast import size
@@ -95,6 +96,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     return started
 
 
+UNCHOSEN = (
+    "dataset=embedded: a default that suits the embedded models alone, not model={}; expected a choice, "
+    "dataset=wikitext2, or dataset=text dataset.calibration=FILE dataset.evaluation=FILE (dataset=embedded, typed,"
+)
 MISTAKES = [
     ("criterion=flapp", "criterion=flapp: expected one of block_influence, .*; did you mean criterion=flap?"),
     ("evaluator=[size,sise]", "evaluator=sise: expected one of .*; did you mean evaluator=size?"),
@@ -199,6 +204,34 @@ MISTAKES = [
     ("--resolve", "--package and --resolve go with --cfg"),
     ("--shell-completion", "Expecting one subcommand"),
     ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
+    ("--config-dir nowhere --help", "--config-dir nowhere: no such folder"),
+    ("model=/a/folder", "model=/a/folder: expected one of .*; did you mean model=hf model.path=/a/folder?\n"),
+    ("model=org/name", "model=org/name: expected one of .*; did you mean model=hf model.path=org/name?\n"),
+    ("model=it.gguf", "model=it.gguf: expected one of .*; did you mean model=hf model.path=it.gguf?\n"),
+    ("model=llama2-7b", "model=llama2-7b: expected one of .*; did you mean model=llama2_7b?\n"),
+    ("sparsity=0.3", "sparsity=0.3: expected one of .*; did you mean sparsity.ratio=0.3?\n"),
+    ("ratio=0.3", "ratio=0.3: unknown key; did you mean sparsity.ratio=0.3?\n"),
+    ("--recipe flap", "--recipe flap: settings have no dashes; expected recipe=flap;"),
+    ("--recipe=flap", "--recipe=flap: settings have no dashes; expected recipe=flap;"),
+    ("--sparsity.ratio 0.3", "--sparsity.ratio 0.3: settings have no dashes; expected sparsity.ratio=0.3;"),
+    (
+        "dataset.text=a.txt",
+        "dataset.text=a.txt: text is a choice, no key; "
+        "did you mean dataset=text dataset.calibration=a.txt dataset.evaluation=FILE?\n",
+    ),
+    ("criterion.obs=1", "criterion.obs=1: obs is a choice, no key; did you mean criterion=obs?\n"),
+    (
+        "evaluator.zeroshot.limit=3",
+        "evaluator.zeroshot.limit=3: evaluator zeroshot is not chosen; "
+        "expected it to be, as in evaluator=[perplexity,size,latency,zeroshot]\n",
+    ),
+    ("model=opt_125m", UNCHOSEN.format("opt_125m")),
+    ("model=hf model.path=x run.dry=true dataset.samples=4", UNCHOSEN.format("hf")),
+    ("--multirun model=embedded_opt,opt_125m seed=1,2", f"{UNCHOSEN.format('opt_125m')}.* (2 of 4 jobs)"),
+    ("+sweep=grid model=opt_125m", UNCHOSEN.format("opt_125m")),
+    ("+sweep=grid model=opt_125m run.dry=true", UNCHOSEN.format("opt_125m")),
+    ("--multirun model=opt_125m seed=1,2 hydra.sweeper._target_=my.Sweeper", UNCHOSEN.format("opt_125m")),
+    ("evaluator.size.limit=3", "evaluator.size.limit=3: unknown key; expected one of evaluator.perplexity, "),
 ]
 
 
@@ -296,6 +329,34 @@ def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list
     ended = cli("--config-dir", "mine", "+sweep=quiet")
     line = "pruneexp: sweep=quiet: expected '# @package _global_' as the first line of the sweep's file\n"
     assert ended.code == 2 and ended.err == line and len(runs) == 4
+
+
+MEANT = {
+    "typed": ["model=hf", "model.path=x", "dataset=embedded"],
+    "embedded": ["model=hf", "model.path=embedded:opt"],
+    "other": ["model=opt_125m", "dataset=wikitext2"],
+    "job": ["--multirun", "model=opt_125m,gpt2", "dataset=embedded,wikitext2"],
+    "sweep": ["--config-dir", "own", "+sweep=mine", "model=opt_125m"],
+    "swept": ["--config-dir", "own", "+sweep=swept", "model=opt_125m"],
+    "recipe": ["--config-dir", "own", "recipe=mine", "model=opt_125m"],
+    "replayed": ["--config-dir", "own", "+again=config"],
+}
+
+
+@pytest.mark.parametrize("typed", MEANT.values(), ids=list(MEANT))
+def test_a_dataset_that_somebody_chose(typed: list[str], cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
+    override = "# @package _global_\ndefaults:\n  - override /dataset: embedded\n"
+    mode = "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}\n"
+    swept = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {dataset: 'embedded,wikitext2'}}}\n"
+    config = "# @package _global_\n" + yaml.safe_dump(dict(compose(["model=opt_125m"]).config))
+    files = {"sweep/mine": override + mode, "sweep/swept": swept, "recipe/mine": override, "again/config": config}
+    for name, text in files.items():
+        path = tmp_path / "own" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    ended = cli(*typed)
+    assert ended.code == 0, ended.err
+    assert runs
 
 
 def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: list[Experiment]) -> None:
@@ -597,6 +658,19 @@ def test_help_shows_every_choice_and_key(cli: Cli) -> None:
     for key in ("seed=0", "run.dir=null", "run.prove=process", "sweep.dir=null", "+sweep=NAME", "flap_ratios"):
         assert key in ended.out
     assert len([line for line in ended.out.splitlines() if line.startswith("  pruneexp")]) >= 5
+
+
+def test_help_shows_the_choices_of_a_folder_of_ones_own(cli: Cli) -> None:
+    for file, text in (("criterion/mine", "# of my own\n"), ("sweep/table", "# @package _global_\n# Tab. 3\n")):
+        path = Path("own", f"{file}.yaml")
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    for typed in (("--config-dir", "own", "--help"), ("-h", "--config-dir=own", "recipe=flap")):
+        ended = cli(*typed)
+        assert ended.code == 0
+        lines = [line.split(maxsplit=1) for line in ended.out.splitlines()]
+        assert ["mine", "of my own"] in lines and ["table", "Tab. 3"] in lines
+    assert "of my own" not in cli("--help").out
 
 
 def run_python(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

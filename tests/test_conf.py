@@ -97,7 +97,7 @@ def test_config_files_are_read_as_hydra_reads_them(path: Path) -> None:
 
 def test_the_default_config_is_the_main_job() -> None:
     composed = compose([])
-    assert set(composed.config) == set(SECTIONS)
+    assert set(composed.config) == {*SECTIONS, "asked"}
     assert composed.job["recipe"] == "flap" and composed.job["sweep"] is None and composed.job["overrides"] == []
     assert set(composed.config["evaluator"]) == {"perplexity", "size", "latency"}
     assert composed.config["sparsity"]["ratio"] == 0.2

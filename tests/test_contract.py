@@ -122,7 +122,7 @@ def test_metrics_are_written_last(folder: Path) -> None:
 def test_the_config_is_complete_and_builds_the_same_run_again(folder: Path) -> None:
     text = (folder / "config.yaml").read_text()
     config = yaml.safe_load(text)
-    assert set(config) == set(SECTIONS)
+    assert set(config) == {*SECTIONS, "asked"}
     assert "${" not in text and "???" not in text, "resolved: no other file is needed to read it"
     composed = compose([*PARITY_RUN, "run.dir=run", "run.prove=in_place", "sparsity.ratio=0.25"])
     assert config == composed.config
@@ -240,7 +240,7 @@ def test_the_share_is_that_of_the_checkpoints_tensors(folder: Path) -> None:
 def test_the_checkpoint_holds_no_pickles(folder: Path) -> None:
     names = {path.name for path in (folder / "model").rglob("*")}
     assert "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".py", ".txt", ".model", ".jinja"}
+    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".py", ".txt", ".model", ".jinja", ".md"}
 
 
 def test_the_status_and_the_log(folder: Path) -> None:

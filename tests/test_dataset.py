@@ -61,12 +61,14 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 def a_text(files: dict[str, Path], **changes: Any) -> Any:
     paths = {part: str(path) for part, path in files.items()}
-    return text(**({**paths, "name": None, "samples": 6, "length": 8, "seed": 0, "sampling": "random"} | changes))
+    return text(
+        **({**paths, "name": None, "samples": 6, "length": 8, "seed": 0, "sampling": "random", "bos": False} | changes)
+    )
 
 
 def a_hub(**changes: Any) -> HubText:
     config = yaml.safe_load((CONF / "dataset/wikitext2.yaml").read_text())
-    return HubText(**({k: v for k, v in config.items() if k != "_target_"} | {"seed": 0} | changes))
+    return HubText(**({k: v for k, v in config.items() if k != "_target_"} | {"seed": 0, "bos": False} | changes))
 
 
 @pytest.fixture
@@ -204,7 +206,7 @@ def arrays(tmp_path: Path) -> dict[str, str]:
 
 
 def test_tokens_are_used_as_they_are(arrays):
-    dataset = tokens(**arrays, name=None, length=None)
+    dataset = tokens(**arrays, name=None, length=None, bos=False)
     dataset.check()
     assert dataset.name == "test"
     assert torch.equal(dataset.calibration(None), torch.arange(12).reshape(3, 4))
@@ -215,10 +217,10 @@ def test_tokens_are_used_as_they_are(arrays):
 
 def test_wider_token_windows_are_cut_row_by_row(arrays):
     expected = [[0, 1, 2, 3], [4, 5, 6, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
-    assert tokens(**arrays, name=None, length=None).evaluation(None, 4).tolist() == expected
-    assert tokens(**arrays, name=None, length=4).evaluation(None, None).tolist() == expected
+    assert tokens(**arrays, name=None, length=None, bos=False).evaluation(None, 4).tolist() == expected
+    assert tokens(**arrays, name=None, length=4, bos=False).evaluation(None, None).tolist() == expected
     with pytest.raises(ConfigError, match=r"dataset\.evaluation=.*10 tokens wide; expected at least .* 11"):
-        tokens(**arrays, name=None, length=11).check()
+        tokens(**arrays, name=None, length=11, bos=False).check()
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_wider_token_windows_are_cut_row_by_row(arrays):
 def test_token_array_errors(tmp_path, array, problem):
     np.save(tmp_path / "bad.npy", array, allow_pickle=True)
     with pytest.raises(ConfigError, match=rf"^dataset\.calibration=.*bad\.npy: {problem}; expected an \.npy file"):
-        tokens(str(tmp_path / "bad.npy"), None, None, None).check(evaluation=False)
+        tokens(str(tmp_path / "bad.npy"), None, None, None, False).check(evaluation=False)
 
 
 def test_token_files_that_are_no_arrays(tmp_path):
@@ -244,7 +246,7 @@ def test_token_files_that_are_no_arrays(tmp_path):
     np.savez(tmp_path / "b.npz", x=np.zeros((2, 2), np.int64))
     for name, problem in [("a.npy", "not a plain"), ("b.npz", "not a plain"), ("c.npy", "no such file")]:
         with pytest.raises(ConfigError, match=problem):
-            tokens(None, str(tmp_path / name), None, None).check(calibration=False)
+            tokens(None, str(tmp_path / name), None, None, False).check(calibration=False)
 
 
 # the embedded language
@@ -253,7 +255,7 @@ def test_token_files_that_are_no_arrays(tmp_path):
 def test_embedded_windows_begin_with_stories(byte_tokenizer):
     from pruneexp.embedded.language import CALIBRATION, stories, windows
 
-    dataset = Embedded(samples=3, length=40, seed=5, evaluation_samples=4)
+    dataset = Embedded(samples=3, length=40, seed=5, evaluation_samples=4, bos=False)
     found = dataset.calibration(byte_tokenizer)
     assert found.shape == (3, 40) and dataset.evaluation(byte_tokenizer, 24).shape == (4, 24)
     assert torch.equal(found, torch.from_numpy(windows(byte_tokenizer, CALIBRATION[5], 3, 40)[0]))
@@ -261,12 +263,12 @@ def test_embedded_windows_begin_with_stories(byte_tokenizer):
 
 
 def test_embedded_seeds(byte_tokenizer):
-    one, two = (Embedded(samples=2, length=64, seed=seed, evaluation_samples=2) for seed in (0, 1))
+    one, two = (Embedded(samples=2, length=64, seed=seed, evaluation_samples=2, bos=False) for seed in (0, 1))
     assert not torch.equal(one.calibration(byte_tokenizer), two.calibration(byte_tokenizer))
     assert torch.equal(one.evaluation(byte_tokenizer, 64), two.evaluation(byte_tokenizer, 64))
     assert not torch.equal(one.calibration(byte_tokenizer), one.evaluation(byte_tokenizer, 64))
     with pytest.raises(ConfigError, match="^evaluation_samples=0: expected an int >= 1"):
-        Embedded(samples=2, length=64, seed=0, evaluation_samples=0)
+        Embedded(samples=2, length=64, seed=0, evaluation_samples=0, bos=False)
 
 
 # the hub
@@ -484,7 +486,7 @@ def test_overlap_agrees_with_sets_of_runs():
 @pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "dataset").glob("*.yaml")))
 def test_every_option_composes_and_builds(choice):
     with initialize_config_dir(str(CONF), version_base=None):
-        config = compose(overrides=["+seed=7", f"+dataset={choice}"])
+        config = compose(overrides=["+seed=7", f"+dataset={choice}", "dataset.bos=false"])
     dataset = instantiate(config.dataset, _convert_="all")
     assert isinstance(dataset, WindowSource)
     assert dataset.description()["kind"]
@@ -508,7 +510,7 @@ def test_c4_protocol_on_real_documents(hub, byte_tokenizer):
         hub["train"] = [{"text": json.loads(line)["text"]} for line, _ in zip(lines, range(200), strict=False)]
     hub["validation"] = hub["train"][:20]
     config = yaml.safe_load((CONF / "dataset/c4.yaml").read_text())
-    dataset = HubText(**{k: v for k, v in config.items() if k != "_target_"} | {"seed": 0, "samples": 16})
+    dataset = HubText(**{k: v for k, v in config.items() if k != "_target_"} | {"seed": 0, "samples": 16, "bos": False})
     documents = [bytes(row["text"], "utf-8") for row in hub["train"]]
     for row in dataset.calibration(byte_tokenizer).tolist():
         assert any(bytes(i for i in row if i != BOS) in content for content in documents)
@@ -553,7 +555,7 @@ def test_hub_windows_are_made_once_of_the_same_documents(hub, byte_tokenizer):
 
 def test_embedded_windows_are_made_once_for_each_seed(byte_tokenizer):
     counting = Counting(byte_tokenizer)
-    made = [Embedded(2, 20, seed, 3).calibration(counting) for seed in (0, 0, 1)]
+    made = [Embedded(2, 20, seed, 3, False).calibration(counting) for seed in (0, 0, 1)]
     asked = counting.asked
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-    assert torch.equal(Embedded(2, 20, 1, 3).calibration(counting), made[2]) and counting.asked == asked
+    assert torch.equal(Embedded(2, 20, 1, 3, False).calibration(counting), made[2]) and counting.asked == asked

@@ -84,6 +84,7 @@ def test_the_main_job(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
     assert found["sparsity/decoder"] == pytest.approx(0.2, abs=0.025), "al_am stops at a head, which is a large unit"
     proof = json.loads((folder / "proof.json").read_text())
     assert proof["prove"] == "process" and proof["max_logit_difference"] < 1e-3 and proof["greedy_tokens_equal"]
+    assert proof["source"]["compared"] and proof["source"]["max_logit_difference"] < 1e-3
     assert json.loads((folder / "status.json").read_text())["status"] == "done"
     assert str(folder) in capfd.readouterr().out
 
@@ -116,6 +117,8 @@ def test_a_model_without_any_attention_left(cli: Cli) -> None:
     found = cli("run", *QUICK, "recipe=flap", "sparsity.ratio=0.95", "model.dtype=float64", "run.prove=in_place")
     assert [site["kept"] for site in plan("run")["sites"].values() if site["kind"] == "attention"] == [[]] * 4
     assert found["pruned/kv_bytes/token"] == 0 and found["proof/max_logit_difference"] == 0
+    source = json.loads(Path("run/proof.json").read_text())["source"]
+    assert source["compared"] and source["relative_difference"] < 1e-6
     again = cli("again", *QUICK, "model.path=run/model", "search=global", "sparsity.ratio=0.2")
     assert again["dense/ppl/test@64"] == found["pruned/ppl/test@64"]
     assert {site["kind"] for site in plan("again")["sites"].values()} == {"mlp"}

@@ -93,7 +93,7 @@ def stream(tmp_path: Path) -> Any:
     """A text dataset of 29 tokens: three windows of 8."""
     path = tmp_path / "story.txt"
     path.write_bytes(bytes(range(40, 69)))
-    return text(str(path), str(path), None, samples=2, length=8, seed=0, sampling="random")
+    return text(str(path), str(path), None, samples=2, length=8, seed=0, sampling="random", bos=False)
 
 
 def a_perplexity(dataset: Any, **changes: Any) -> Perplexity:
@@ -118,8 +118,9 @@ def test_a_model_that_knows_gives_one(stream):
 
 
 def brute_force(model: Loaded, ids: list[int], length: int, stride: int, bos: bool) -> float:
-    """Token by token, each with its own context spelled out."""
-    nats, start, scored_to = [], 0, 0
+    """Token by token, each with its own context spelled out; a beginning-of-sequence token is one of `length`."""
+    nats, start, scored_to, length = [], 0, 0, length - bos
+    stride = min(stride, length)
     while start + length <= len(ids):
         for position in range(max(start, scored_to), start + length):
             context = [1] * bos + ids[start:position]
@@ -134,7 +135,7 @@ def brute_force(model: Loaded, ids: list[int], length: int, stride: int, bos: bo
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize(("stride", "name"), [(None, "@8"), (8, "@8"), (3, "@8s3"), (1, "@8s1")])
 def test_protocols_against_brute_force(llama, stream, stride, bos, name):
-    ids = Bytes().encode(bytes(range(40, 64)).decode())  # no partial window
+    ids = Bytes().encode(bytes(range(40, 68 if bos else 64)).decode())  # no partial window
     measured = a_perplexity(stream, stride=stride, bos=bos)(llama, Bytes())
     expected = brute_force(llama, ids, 8, stride or 8, bos)
     assert measured == {f"ppl/story{name}{'+bos' if bos else ''}": pytest.approx(expected, rel=1e-5)}
@@ -147,12 +148,12 @@ def test_batches_do_not_matter(llama, stream):
 
 def test_a_subset_says_how_many(llama, stream):
     assert list(a_perplexity(stream, samples=2)(llama, Bytes())) == ["ppl/story@8[2]"]
-    assert list(a_perplexity(stream, samples=99, stride=2, bos=True)(llama, Bytes())) == ["ppl/story@8s2+bos[9]"]
+    assert list(a_perplexity(stream, samples=99, stride=2, bos=True)(llama, Bytes())) == ["ppl/story@8s2+bos[11]"]
 
 
 def test_token_windows_keep_their_width(llama, tmp_path):
     np.save(tmp_path / "windows.npy", np.arange(40).reshape(2, 20))
-    dataset = tokens(None, str(tmp_path / "windows.npy"), None, None)
+    dataset = tokens(None, str(tmp_path / "windows.npy"), None, None, False)
     whole = a_perplexity(dataset, length=None)(llama, None)
     assert list(whole) == ["ppl/windows@20"]
     losses = llama.token_losses(torch.arange(40).reshape(2, 20), 2)
@@ -184,7 +185,7 @@ def test_perplexity_config_errors(stream, changes, expected):
 
 def test_stride_needs_one_text(tmp_path):
     with pytest.raises(ConfigError, match="^stride=4: dataset 'x' has separate windows"):
-        a_perplexity(tokens(None, str(tmp_path / "x.npy"), None, None), stride=4)
+        a_perplexity(tokens(None, str(tmp_path / "x.npy"), None, None, False), stride=4)
 
 
 def test_perplexity_errors_before_weights(stream, tmp_path):
@@ -196,7 +197,7 @@ def test_perplexity_errors_before_weights(stream, tmp_path):
         a_perplexity(stream).prepare(Bytes(), 40)
     tokenizer = Bytes()
     tokenizer.bos_token_id = None
-    with pytest.raises(ConfigError, match=r"bos=true: .* ppl/story@8\+bos"):
+    with pytest.raises(ConfigError, match=r"bos=true: the tokenizer has no beginning-of-sequence token"):
         a_perplexity(stream, bos=True).prepare(tokenizer, V)
 
 
@@ -279,7 +280,7 @@ def test_size_of_a_bloom_on_the_meta_device():
 
 
 def test_latency_figures_and_names(llama):
-    evaluator = Latency(prompt=5, new_tokens=3, batch_sizes=[1, 2], repeats=3, warmup=1)
+    evaluator = Latency(prompt=5, new_tokens=3, batch_sizes=[1, 2], repeats=3, warmup=1, bos=False)
     figures = evaluator(llama, None)
     kinds = [f"{kind}_tok_s@b{b}x5{new}" for b in (1, 2) for kind, new in (("prefill", ""), ("decode", "+3"))]
     assert set(figures) == {f"latency/{k}{end}" for k in kinds for end in ("", "/iqr")}
@@ -298,7 +299,7 @@ def test_latency_decodes_on_the_cache(llama, monkeypatch):
     # Latency asks the signature for `logits_to_keep`.
     spy.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(llama.module, "forward", spy)
-    Latency(prompt=5, new_tokens=3, batch_sizes=[2], repeats=1, warmup=0)(llama, None)
+    Latency(prompt=5, new_tokens=3, batch_sizes=[2], repeats=1, warmup=0, bos=False)(llama, None)
     assert [tuple(ids.shape) for ids in seen] == [(2, 5), (2, 1), (2, 1), (2, 1)]
     ids = seen[0]
     with torch.no_grad():
@@ -319,13 +320,13 @@ def test_latency_decodes_on_the_cache(llama, monkeypatch):
     ],
 )
 def test_latency_config_errors(changes, expected):
-    fields = {"prompt": 4, "new_tokens": 2, "batch_sizes": [1], "repeats": 1, "warmup": 0}
+    fields = {"prompt": 4, "new_tokens": 2, "batch_sizes": [1], "repeats": 1, "warmup": 0, "bos": False}
     with pytest.raises(ConfigError, match=f"^{expected}$"):
         Latency(**(fields | changes))
 
 
 def test_latency_refuses_what_it_cannot_measure(llama):
-    evaluator = Latency(prompt=60, new_tokens=5, batch_sizes=[1], repeats=1, warmup=0)
+    evaluator = Latency(prompt=60, new_tokens=5, batch_sizes=[1], repeats=1, warmup=0, bos=False)
     assert evaluator.longest(None) == 65  # which the runner compares with the model's limit
     assert not Latency.streams and Perplexity.streams and Size.streams and Questions.streams
     with pytest.raises(ConfigError, match=r"evaluator\.latency: not possible with model\.stream=true"):
@@ -359,7 +360,9 @@ class Knows:
 def test_questions_count_the_choice_alone(right):
     model = Loaded(None, max_length=None)
     model.token_losses = Knows(12, right).token_losses  # type: ignore[method-assign]
-    assert Questions(samples=12, batch_size=5)(model, Bytes()) == {"acc/embedded_questions[12]": float(right)}
+    assert Questions(samples=12, batch_size=5, bos=False)(model, Bytes()) == {
+        "acc/embedded_questions[12]": float(right)
+    }
 
 
 def test_questions_against_one_row_at_a_time():
@@ -373,12 +376,12 @@ def test_questions_against_one_row_at_a_time():
             ids = torch.tensor([Bytes().encode(f"{question.context} {choice}")])
             nats.append(float(model.token_losses(ids, 1)[0, len(Bytes().encode(question.context)) - 1 :].sum()))
         right += nats.index(min(nats)) == question.answer
-    measured = Questions(samples=3, batch_size=4)(model, Bytes())
+    measured = Questions(samples=3, batch_size=4, bos=False)(model, Bytes())
     assert measured == {"acc/embedded_questions[3]": pytest.approx(right / 3)}
 
 
 def test_questions_keep_the_newest_context():
-    rows, scored, _ = Questions(samples=2, batch_size=4)._rows(Bytes(), 20)
+    rows, scored, _ = Questions(samples=2, batch_size=4, bos=False)._rows(Bytes(), 20)
     assert rows.shape == (8, 20) and scored.any(dim=1).all()
 
 
@@ -388,17 +391,17 @@ def test_questions_say_what_the_dense_models_answers_depend_on():
             return super().encode(text.upper(), **more)
 
     asked = [(3, Bytes()), (4, Bytes()), (3, Upper())]
-    prints = [Questions(samples=n, batch_size=4).measured_on(tokenizer) for n, tokenizer in asked]
-    assert len(set(prints)) == 3 and prints[0] == Questions(samples=3, batch_size=8).measured_on(Bytes())
+    prints = [Questions(samples=n, batch_size=4, bos=False).measured_on(tokenizer) for n, tokenizer in asked]
+    assert len(set(prints)) == 3 and prints[0] == Questions(samples=3, batch_size=8, bos=False).measured_on(Bytes())
 
 
 def test_questions_config_errors():
     with pytest.raises(ConfigError, match="^samples=0: expected an int >= 1$"):
-        Questions(samples=0, batch_size=1)
+        Questions(samples=0, batch_size=1, bos=False)
     with pytest.raises(ConfigError, match="^batch_size=0: expected an int >= 1$"):
-        Questions(samples=1, batch_size=0)
+        Questions(samples=1, batch_size=0, bos=False)
     with pytest.raises(ConfigError, match="needs a tokenizer"):
-        Questions(samples=1, batch_size=1).prepare(None, V)
+        Questions(samples=1, batch_size=1, bos=False).prepare(None, V)
 
 
 # configs

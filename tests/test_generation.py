@@ -37,9 +37,9 @@ def llama() -> Any:
 
 
 def a_generation(**changes: Any) -> Generation:
-    dataset = Embedded(samples=2, length=24, seed=0, evaluation_samples=9)
+    dataset = Embedded(samples=2, length=24, seed=0, evaluation_samples=9, bos=False)
     fields = {"dataset": dataset, "prompts": None, "prompt_tokens": 12, "samples": 5, "new_tokens": 10}
-    return Generation(**{**fields, "temperature": 0.0, "seed": 3, "batch_size": 4, **changes})  # type: ignore[arg-type]
+    return Generation(**{**fields, "temperature": 0.0, "seed": 3, "batch_size": 4, "bos": False, **changes})  # type: ignore[arg-type]
 
 
 def written(evaluator: Generation, model: Any) -> list[list[int]]:
@@ -163,7 +163,7 @@ def test_a_table_that_any_text_fits():
 
 def test_tokens_need_no_tokenizer(llama, tmp_path):
     np.save(tmp_path / "windows.npy", np.arange(60).reshape(3, 20))
-    evaluator = a_generation(dataset=tokens(None, str(tmp_path / "windows.npy"), None, None))
+    evaluator = a_generation(dataset=tokens(None, str(tmp_path / "windows.npy"), None, None, False))
     evaluator.check()
     evaluator.prepare(None, llama.vocab_size)
     first = evaluator(llama, None)

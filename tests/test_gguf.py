@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.export import gguf_file, gguf_proof, main
+from pruneexp.export import gguf_file, gguf_proof, gguf_run, main
 from pruneexp.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
 from pruneexp.model import ModelSource
 from pruneexp.surgery import save
@@ -99,13 +99,59 @@ def test_the_file_is_the_model(name: str, kept: Kept, biases: bool, tmp_path: Pa
     assert record["prove"] == "read_back" and record["tensors_equal"] == len(gguf.GGUFReader(file).tensors)
 
 
+def widths(file: Path) -> list[int]:
+    return gguf.GGUFReader(file).fields["deci.feed_forward_length"].contents()
+
+
 def test_no_wider_than_the_model(tmp_path: Path) -> None:
     folder = pruned_folder(tmp_path, "llama", NO_LAST_FFN)
-    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0
+    assert main([str(folder), "format=gguf", "multiple=1", f"out={tmp_path / 'out'}", "prove=off"]) == 0
     fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["deci.attention.head_count"].contents() == [2, 4]  # the empty layer is left out
     assert fields["deci.attention.head_count_kv"].contents() == [1, 2]
-    assert fields["deci.feed_forward_length"].contents() == [7, 1]
+    assert widths(tmp_path / "out" / "model.gguf") == [7, 1]
+
+
+def test_rows_that_can_be_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pruned_folder(tmp_path, "llama_biased", NO_LAST_FFN, biases=True)
+    tokens_T = torch.randint(3, 64, (64,), generator=torch.Generator().manual_seed(1))
+    for multiple, typed in ((32, []), (256, ["multiple=256"])):  # llama.cpp's blocks, and those of K-quants
+        out = tmp_path / str(multiple)
+        assert main([str(folder), "format=gguf", *typed, f"out={out}", "prove=in_place"]) == 0
+        assert f"FFNs filled up with zeros to multiples of {multiple})" in capsys.readouterr().out
+        assert widths(out / "model.gguf") == [multiple] * 3
+        expected = model_logits(folder, tokens_T)
+        torch.testing.assert_close(deci_logits(out / "model.gguf", tokens_T), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_out_is_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = pruned_folder(tmp_path, "llama", NO_LAST_FFN), tmp_path / "small.gguf"
+    command = [str(folder), "format=gguf", f"out={out}", "prove=off"]
+    assert main(command) == 0
+    assert widths(out) == [32, 32]
+    record = json.loads((tmp_path / "small.gguf.json").read_text())
+    assert record["form"] == "gguf" and record["out"] == str(out) and record["bytes"] == out.stat().st_size
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "small.gguf", "small.gguf.json"}
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "small.gguf exists; expected a new file, or overwrite=true" in capsys.readouterr().err
+    assert main([*command, "overwrite=true", "multiple=64"]) == 0
+    assert widths(out) == [64, 64]
+
+
+def test_a_file_that_no_export_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = pruned_folder(tmp_path, "llama", NO_LAST_FFN), tmp_path / "mine.gguf"
+    command = [str(folder), "format=gguf", f"out={out}", "prove=off", "overwrite=true"]
+    for record in (None, "[1]", json.dumps({"form": "gguf", "bytes": 3})):
+        out.write_text("mine")
+        if record:
+            (tmp_path / "mine.gguf.json").write_text(record)
+        assert main(command) == 2
+        assert "overwrite=true replaces earlier exports alone" in capsys.readouterr().err
+        assert out.read_text() == "mine"
+    (tmp_path / "folder.gguf").mkdir()
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'folder.gguf'}"]) == 2
+    assert "is a folder; expected the file to write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("dtype", "code", "kind"), [("bfloat16", 32, torch.bfloat16), ("float16", 1, torch.float16)])
@@ -187,21 +233,54 @@ def test_without_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 
 def test_without_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     folder = pruned_folder(tmp_path, "llama", NO_FIRST_ATTENTION)
-    monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_run, "find_spec", lambda name: None)
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
-    assert "not run by llama.cpp (llama-cpp-python is not installed)" in capsys.readouterr().out
+    assert "not run by llama.cpp (neither llama-cpp-python nor xllamacpp is installed)" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     assert record["prove"] == "read_back" and "max_logit_difference" not in record
 
 
+@pytest.fixture(params=sorted(gguf_run.SCRIPTS))
+def llama_cpp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of the packages that run llama.cpp, as if it were the only one."""
+    pytest.importorskip(request.param)
+    monkeypatch.setattr(gguf_run, "find_spec", lambda name: name if name == request.param else None)
+    return request.param
+
+
+def run_by(package: str, out: Path) -> dict[str, Any]:
+    record = json.loads((out / "export.json").read_text())
+    assert record["prove"] == "llama.cpp" and record["run_by"].startswith(f"{package} ")
+    return record
+
+
 @pytest.mark.parametrize(("name", "kept"), [("llama3", NO_FIRST_ATTENTION), ("llama_biased", NO_LAST_FFN)])
-def test_run_by_llama_cpp(name: str, kept: Kept, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
+def test_run_by_llama_cpp(name: str, kept: Kept, llama_cpp: str, tmp_path: Path) -> None:
     folder = pruned_folder(tmp_path, name, kept, biases=True)
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
-    record = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert record["prove"] == "llama.cpp" and record["greedy_tokens_equal"]
-    assert record["max_logit_difference"] < 1e-4
+    record = run_by(llama_cpp, tmp_path / "out")
+    what = "logit" if llama_cpp == "llama_cpp" else "log_probability"
+    assert record["greedy_tokens_equal"] and record[f"max_{what}_difference"] < 1e-4
+
+
+def test_rows_in_transformers_order_are_another_model(
+    llama_cpp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_LAST_FFN)
+    monkeypatch.setattr(gguf_file, "neighbouring", lambda rows, heads: rows)  # what is read back is what was written
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 1
+    assert "the export computes something else" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_crash_of_llama_cpp_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    folder = pruned_folder(tmp_path, "llama", NO_LAST_FFN)
+    monkeypatch.setattr(gguf_run, "find_spec", lambda name: name)
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr(gguf_run, "SCRIPTS", {"xllamacpp": crash})
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 1
+    line = capsys.readouterr().err
+    assert "llama.cpp does not run model.gguf (ended by SIGSEGV)" in line and line.count("\n") == 1
 
 
 def test_the_tokenizer_of_the_embedded_model(tmp_path: Path) -> None:
@@ -320,10 +399,9 @@ def test_tokenizers_of_pieces(tmp_path: Path) -> None:
     assert not incomplete.tokens and "is no BPE, of bytes or of pieces" in incomplete.notes[0]
 
 
-def test_llama_cpp_splits_text_into_the_same_pieces(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
+def test_llama_cpp_splits_text_into_the_same_pieces(llama_cpp: str, tmp_path: Path) -> None:
     tokenizer = pieces_tokenizer()
     random_model("Llama", {**MODELS["llama"][1], "vocab_size": len(tokenizer) + 2}).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     assert main([str(tmp_path / "dense"), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
-    assert json.loads((tmp_path / "out" / "export.json").read_text())["prompt_tokens_equal"]
+    assert run_by(llama_cpp, tmp_path / "out")["prompt_tokens_equal"]

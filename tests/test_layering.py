@@ -14,18 +14,19 @@ import pruneexp
 PACKAGE = Path(pruneexp.__file__).parent
 # A module imports from its own row and the rows before it.
 LAYERS = (
-    ("progress", "config_files", "file_state", "startup", "hub", "modeling_pruned"),
+    ("progress", "config_files", "file_state", "files", "startup", "hub", "modeling_pruned"),
     ("types",),
     ("evidence",),
     ("criterion", "compensator", "search", "sparsity"),
     ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache", "resume"),
     ("budget", "scoring", "prune", "rounds", "recovery"),
-    ("delivery", "forecast"),
+    ("delivery", "forecast", "bos_probe"),
     ("preflight",),
     ("experiment",),
     (
         "explain",
         "coerce",
+        "bos",
         "compose",
         "build",
         "jobs",

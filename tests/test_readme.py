@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
 
 from pruneexp.__main__ import main
+from pruneexp.compose import check_dataset, compose_raw, composed, open_hydra
 from tests.conftest import PARITY
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -52,6 +55,16 @@ def test_every_choice_that_the_readme_names_exists() -> None:
         known = {path.stem for path in (conf / group).glob("*.yaml")}
         named = set(re.findall(r"`([a-z0-9_]+)`", text))
         assert named <= known | {"flap"}, (group, named - known)
+
+
+def test_every_command_on_a_model_of_ones_own_names_a_dataset() -> None:
+    lines = README.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("    pruneexp ")]
+    own = [command for command in commands if any(re.match("model=(?!embedded)", text) for text in command)]
+    assert len(own) >= 8
+    for command in own:
+        hydra = open_hydra()
+        check_dataset(hydra, composed(compose_raw(hydra, command, RunMode.RUN)))
 
 
 def test_the_two_commands_stand_first() -> None:

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hydra.types import RunMode
 from PIL import Image
 
@@ -15,8 +17,9 @@ from pruneexp.compose import compose_raw, open_hydra
 from pruneexp.multirun import _summarise
 from pruneexp.pages import main as main_report
 from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
+from pruneexp.tracker.weights_and_biases import _histograms
 from pruneexp.types import ConfigError, RunRecord
-from tests.tracker_samples import CONFIG, METRICS, PLAN, SCORES, SITES, record
+from tests.tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, record
 
 
 @pytest.fixture
@@ -69,13 +72,65 @@ def test_an_offline_run_can_be_read_back(tmp_path, no_account):
     assert run["project"] == "pruneexp" and run["tags"] == ["probe"] and run["name"] == "probe"
     assert run["config"] == CONFIG and run["exit_code"] == 0
     assert METRICS.items() <= run["summary"].items()
-    assert {"structure", "scores/attention", "scores/mlp"} <= run["summary"].keys()
+    assert {"structure", "log10_scores/attention", "log10_scores/mlp"} <= run["summary"].keys()
     artifacts = json.dumps([record for record in records if "artifact" in record["type"]])
     assert '"plan"' in artifacts and '"samples"' in artifacts and "generation.md" in artifacts
     assert "could not" not in (folder / "log.txt").read_text()
     assert status_of(folder) == "done"
     written = [str(file) for file in no_account.rglob("*") if file.is_file() and file.suffix != ".log"]
     assert written == []  # nothing but W&B's own debug logs outside the run folder
+
+
+JOB = {
+    "recipe": "flap",
+    "choices": {"criterion": "flap", "model": "opt_125m"},
+    "overrides": ["model=opt_125m", "search=ul_um", "sparsity.ratio=0.3", "run.save=false", "seed=1"],
+}
+
+
+def asked_of_wandb(monkeypatch: pytest.MonkeyPatch, record: RunRecord) -> dict[str, Any]:
+    """What `wandb.init` is called with for a run."""
+    asked = {}
+    monkeypatch.setattr("wandb.init", lambda **arguments: asked.update(arguments) or Broken())
+    tracker("offline").start(record)
+    return asked
+
+
+def test_ids_of_the_environment_are_one_runs(tmp_path, no_account, monkeypatch):
+    """WANDB_RUN_ID names a single run; jobs of a sweep would all write into it."""
+    folders = {name: tmp_path / name for name in ("aa", "bb")}
+    kinds = [(tmp_path, "run"), (folders["aa"], "job"), (folders["bb"], "job"), (tmp_path, "summary")]
+
+    def ids() -> list[str | None]:
+        return [asked_of_wandb(monkeypatch, RunRecord(path, {}, "s", None, kind))["id"] for path, kind in kinds]
+
+    assert ids() == [None] * 4
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert ids() == [None, "mine-aa", "mine-bb", "mine-summary"]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "x")  # an agent's, which starts a process for each of its runs
+    assert ids() == [None] * 4
+
+
+def test_a_run_has_a_name_and_its_choices_in_its_config(tmp_path, no_account, monkeypatch):
+    config = {**CONFIG, "model": {"name": "facebook/opt"}, "sparsity": {"ratio": 0.3}}
+
+    def asked(name: str | None = None) -> dict[str, Any]:
+        return asked_of_wandb(monkeypatch, RunRecord(tmp_path, config, None, name, "run", JOB))
+
+    assert asked()["config"] == {**config, "recipe": "flap", "choices": JOB["choices"]}
+    assert asked()["name"] == "flap facebook/opt 0.3 search=ul_um seed=1"
+    monkeypatch.setenv("WANDB_NAME", "theirs")
+    assert (asked()["name"], asked("mine")["name"]) == ("theirs", "mine")
+
+
+def test_scores_far_apart_do_not_share_a_bar():
+    """A few channels score thousands of times what others do."""
+    scores = {MLP.name: torch.logspace(-3, 3, 1000, dtype=torch.float64), ATTENTION.name: torch.tensor([-1.0, 1.0])}
+    drawn = _histograms({**scores, "none": torch.zeros(2)}, SITES)
+    assert drawn.keys() == {"log10_scores/mlp", "scores/attention", "scores/other"}
+    counts = drawn["log10_scores/mlp"].histogram
+    assert sum(counts) == 1000 and max(counts) < 20
+    assert drawn["log10_scores/mlp"].bins[0] == pytest.approx(-3) and drawn["log10_scores/mlp"].bins[-1] == 3
 
 
 def place(records: list[dict]) -> tuple[str, str]:
@@ -121,10 +176,14 @@ def test_a_sweep_from_jobs_to_summary(tmp_path, no_account, monkeypatch):
     assert main(["--multirun", "sparsity.ratio=0.2,0.3", *small, "tracker=wandb", "sweep.dir=ratios"]) == 0
     jobs = [path.parent for path in Path("ratios").glob("*/metrics.json")]
     assert len(jobs) == 2
+    names = set()
     for job in jobs:
-        _, records = read_back(job)
+        run, records = read_back(job)
         assert place(records) == ("ratios", "job")
+        assert run["config"]["recipe"] == "flap" and run["config"]["choices"]["search"] == "al_am"
+        names.add(run["name"].partition(" dataset.")[0])
         assert '"plan.json"' in json.dumps([each for each in records if each["type"] == "artifact"])
+    assert names == {"flap embedded-llama 0.2", "flap embedded-llama 0.3"}
     run, records = read_back(Path("ratios"))
     assert place(records) == ("ratios", "summary")
     columns, rows = logged_table(Path("ratios"))

@@ -110,6 +110,16 @@ def test_widths_and_biases_in_the_config(tmp_path: Path) -> None:
     assert not config["attention_bias"] and not config["qkv_bias"] and not config["mlp_bias"]
 
 
+def test_ffn_widths_rounded_up(tmp_path: Path) -> None:
+    folder, out = pruned_folder(tmp_path, "llama_biased", EVEN, biases=True), tmp_path / "out"
+    assert main([str(folder), "format=vllm", "multiple=16", f"out={out}", "prove=in_place"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert [block["ffn"]["intermediate_size"] for block in config["block_configs"]] == [16, 64, 16]
+    tokens_T = torch.randint(3, 64, (64,), generator=torch.Generator().manual_seed(1))
+    expected = model_logits(folder, tokens_T)
+    torch.testing.assert_close(decilm_logits(out, tokens_T).float(), expected, rtol=1e-4, atol=1e-4)
+
+
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, out: Path) -> str:
     assert main([str(folder), "format=vllm", f"out={out}"]) == 2
     assert not out.exists()

@@ -41,7 +41,13 @@ def llama() -> Any:
 
 
 def a_zeroshot(data: Path | str | None, *tasks: str, **changes: Any) -> Zeroshot:
-    fields = {"num_fewshot": 0, "limit": None, "batch_size": 4, "data": None if data is None else str(data)}
+    fields = {
+        "num_fewshot": 0,
+        "limit": None,
+        "batch_size": 4,
+        "data": None if data is None else str(data),
+        "bos": False,
+    }
     return Zeroshot(**{"tasks": list(tasks), **fields, **changes})  # type: ignore[arg-type]
 
 
@@ -79,7 +85,7 @@ def test_local_files_ask_and_score_as_the_harness_does(data, llama, monkeypatch,
     rows = {name: read_task(str(data), name, shots) for name in tasks}
     own: dict[str, Answered] = {}
     for loaded in load_tasks(tasks, rows):
-        own |= answer(llama, loaded, shots, None, 4)
+        own |= answer(llama, loaded, shots, None, 4, False)
     theirs = harness_samples(llama, {name: HUB[name] for name in tasks}, shots, monkeypatch)
     assert set(own) == set(theirs) == set(tasks)
     for name, samples in theirs.items():
@@ -98,7 +104,7 @@ def test_local_files_ask_and_score_as_the_harness_does(data, llama, monkeypatch,
 def test_scores_by_hand(data, llama):
     """acc: the likeliest continuation; acc_norm: the likeliest per character of the choice."""
     (loaded,) = load_tasks(["piqa"], {"piqa": read_task(str(data), "piqa", 0)})
-    found = answer(llama, loaded, 0, None, 1)["piqa"]
+    found = answer(llama, loaded, 0, None, 1, False)["piqa"]
     assert [continuation for _, continuation in found.requests[:2]] == [" Use a towel.", " Put it under the tap."]
     best, best_norm = [], []
     for item, label in zip(range(3), (0, 1, 0), strict=True):

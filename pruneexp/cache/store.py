@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
+from pruneexp.files import save_tensors
 from pruneexp.tracker import written_aside
 from pruneexp.types import ConfigError
 
@@ -124,7 +125,6 @@ class Cache:
 
     def put(self, key: Key, value: Any) -> None:
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         size = bytes_of(value)
         if size > self.limit * 2**30 / 2:
@@ -137,7 +137,7 @@ class Cache:
             text = json.dumps(outline)
             meta = {"key": _text(key), "outline": text, "checksum": digest_of(tensors, text)}
             with written_aside(path) as aside:
-                save_file(tensors, aside, meta)
+                save_tensors(tensors, aside, meta)
         except (OSError, SafetensorError, Unpackable) as error:
             logger.warning("cache: %s is not kept: %s", key.get("what", "a result"), error)
 

@@ -7,7 +7,19 @@ tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecut
 from pruneexp.dataset.embedded import Embedded
 from pruneexp.dataset.files import Text, Tokens, text, tokens
 from pruneexp.dataset.hub import HubText
-from pruneexp.dataset.windows import WindowSource, check_vocabulary, encode, fingerprint, overlap
+from pruneexp.dataset.windows import (
+    WindowSource,
+    bos_token,
+    check_takes_bos,
+    check_vocabulary,
+    encode,
+    evaluation_windows,
+    fingerprint,
+    overlap,
+    takes_bos,
+    windows_of,
+    with_bos,
+)
 
 __all__ = [
     "Embedded",
@@ -15,10 +27,16 @@ __all__ = [
     "Text",
     "Tokens",
     "WindowSource",
+    "bos_token",
+    "check_takes_bos",
     "check_vocabulary",
     "encode",
+    "evaluation_windows",
     "fingerprint",
     "overlap",
+    "takes_bos",
     "text",
     "tokens",
+    "windows_of",
+    "with_bos",
 ]

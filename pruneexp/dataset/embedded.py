@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset.windows import check_common, encode
+from pruneexp.dataset.windows import begin_with, check_common, encode, windows_of
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
 
@@ -28,6 +28,7 @@ class Embedded:
     length: int
     seed: int
     evaluation_samples: int
+    bos: bool
 
     name: ClassVar[str] = "embedded"
     contiguous: ClassVar[bool] = False
@@ -41,10 +42,11 @@ class Embedded:
         """Nothing that could be missing."""
 
     def calibration(self, tokenizer: Any) -> Tensor:
-        return _windows(tokenizer, self._seeds()[0], self.samples, self.length)
+        return _windows(tokenizer, self._seeds()[0], self.samples, self.length, begin_with(tokenizer, self.bos))
 
     def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
-        return _windows(tokenizer, self._seeds()[1], self.evaluation_samples, length or self.length)
+        stories, length = self._seeds()[1], length or self.length
+        return _windows(tokenizer, stories, self.evaluation_samples, length, begin_with(tokenizer, self.bos))
 
     def key(self, part: str) -> str:
         return "dataset=embedded"
@@ -56,6 +58,7 @@ class Embedded:
             "calibration": {"stories": calibration, "samples": self.samples, "length": self.length},
             "evaluation": {"stories": evaluation, "samples": self.evaluation_samples},
             "special_tokens": False,
+            "bos": self.bos,
         }
 
     def _seeds(self) -> tuple[int, int]:
@@ -65,7 +68,7 @@ class Embedded:
 
 
 @lru_cache(maxsize=8)
-def _windows(tokenizer: Any, seed: int, samples: int, length: int) -> Tensor:
+def _windows(tokenizer: Any, seed: int, samples: int, length: int, bos: int | None) -> Tensor:
     """The ids of `pruneexp.embedded.windows`, for any tokenizer: it need not keep words apart."""
     from pruneexp.embedded.language import texts
 
@@ -75,5 +78,5 @@ def _windows(tokenizer: Any, seed: int, samples: int, length: int) -> Tensor:
         while len(row_T) < length:
             text += next(source)
             row_T = encode(tokenizer, text, special_tokens=False)
-        windows_NT[window] = row_T[:length]
+        windows_NT[window] = windows_of(row_T, length, bos, lambda text_M, width: text_M[None, :width])[0]
     return windows_NT

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruneexp.dataset.windows import Sampling, check_common, cut, draw, encode
+from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, windows_of
 from pruneexp.file_state import FileState, file_state
 from pruneexp.types import ConfigError
 
@@ -34,13 +34,16 @@ def text(
     length: int,
     seed: int,
     sampling: Sampling,
+    bos: bool,
 ) -> Text:
     """Plain UTF-8 text, each file tokenised whole and without special tokens."""
-    return Text(calibration, evaluation, name or _stem(evaluation, "text"), samples, length, seed, sampling)
+    return Text(calibration, evaluation, name or _stem(evaluation, "text"), samples, length, seed, sampling, bos)
 
 
-def tokens(calibration: str | None, evaluation: str | None, name: str | None, length: int | None) -> Tokens:
-    """Token windows, used as they are."""
+def tokens(calibration: str | None, evaluation: str | None, name: str | None, length: int | None, bos: bool) -> Tokens:
+    """Token windows, used as they are: `bos` can only be false."""
+    if bos:
+        raise ConfigError(f"bos={bos!r}: token windows are used exactly as they are; expected auto or false")
     return Tokens(calibration, evaluation, name or _stem(evaluation, "tokens"), length)
 
 
@@ -71,7 +74,8 @@ class Text:
 
     Each file is read as UTF-8, unchanged, and tokenised whole, without special tokens. Calibration: `samples` windows
     of `length` tokens, at uniformly random starts or the first consecutive ones. Evaluation: consecutive windows of the
-    whole file; a partial one at the end is dropped.
+    whole file; a partial one at the end is dropped. `bos`: each window is the beginning-of-sequence token and one token
+    of text less.
     """
 
     calibration_file: str | None
@@ -81,6 +85,7 @@ class Text:
     length: int
     seed: int
     sampling: Sampling
+    bos: bool
 
     contiguous: ClassVar[bool] = True
 
@@ -94,10 +99,13 @@ class Text:
 
     def calibration(self, tokenizer: Any) -> Tensor:
         drawn = (self.samples, self.length, self.seed, self.sampling)
-        return _text_windows(self._state("calibration"), tokenizer, drawn, self.key("calibration"))
+        return _text_windows(
+            self._state("calibration"), tokenizer, drawn, self.key("calibration"), begin_with(tokenizer, self.bos)
+        )
 
     def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
-        return _text_windows(self._state("evaluation"), tokenizer, length or self.length, self.key("evaluation"))
+        width, key = length or self.length, self.key("evaluation")
+        return _text_windows(self._state("evaluation"), tokenizer, width, key, begin_with(tokenizer, self.bos))
 
     def key(self, part: str) -> str:
         return f"dataset.{part}={self.calibration_file if part == 'calibration' else self.evaluation_file}"
@@ -112,6 +120,7 @@ class Text:
             "samples": self.samples,
             "length": self.length,
             "seed": self.seed,
+            "bos": self.bos,
         }
 
     def _state(self, part: str) -> FileState:
@@ -120,10 +129,15 @@ class Text:
 
 
 @lru_cache(maxsize=8)
-def _text_windows(state: FileState, tokenizer: Any, wanted: int | tuple[int, int, int, Sampling], key: str) -> Tensor:
+def _text_windows(
+    state: FileState, tokenizer: Any, wanted: int | tuple[int, int, int, Sampling], key: str, bos: int | None
+) -> Tensor:
     """Windows [N, T] of a text file: all that are `wanted` tokens wide, or drawn (samples, length, seed, sampling)."""
     stream_M = encode(tokenizer, _read(Path(state[0]), key), special_tokens=False)
-    return cut(stream_M, wanted, key) if isinstance(wanted, int) else draw(stream_M, *wanted, key)
+    if isinstance(wanted, int):
+        return windows_of(stream_M, wanted, bos, lambda text_M, width: cut(text_M, width, key))
+    samples, length, seed, sampling = wanted
+    return windows_of(stream_M, length, bos, lambda text_M, width: draw(text_M, samples, width, seed, sampling, key))
 
 
 def _read(file: Path, key: str) -> str:

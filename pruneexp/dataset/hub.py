@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset.windows import Sampling, check_common, cut, draw, encode, generator
+from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, generator, windows_of
 from pruneexp.hub import hub
 from pruneexp.types import ConfigError, RunError
 
@@ -32,7 +32,8 @@ class HubText:
     consecutive windows, at most `evaluation_windows` of them.
 
     Splits are named as `datasets` does, "train" or "validation[:1100]". `special_tokens`: the tokenizer adds what it
-    adds to any text (LLaMA's beginning-of-sequence token, once per tokenised piece), as the papers' code does.
+    adds to any text (LLaMA's beginning-of-sequence token, once per tokenised piece), as the papers' code does. `bos`:
+    that token begins each window, in place of the one that the tokenizer adds, and is counted in its length.
     """
 
     name: str
@@ -52,6 +53,7 @@ class HubText:
     length: int
     seed: int
     sampling: Sampling
+    bos: bool
 
     contiguous: ClassVar[bool] = True
 
@@ -83,21 +85,28 @@ class HubText:
 
     def calibration_of(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """The calibration windows of these documents."""
-        key = self.key("calibration")
+        key, bos = self.key("calibration"), begin_with(tokenizer, self.bos)
         if self.calibration_join is None:
             return document_windows(
                 lambda row: encode(tokenizer, document(row, self.fields), self.special_tokens),
                 rows,
                 (self.samples, self.length, self.seed, self.sampling),
                 key,
+                bos,
             )
         stream_M = encode(tokenizer, joined(rows, self.fields, self.calibration_join), self.special_tokens)
-        return draw(stream_M, self.samples, self.length, self.seed, self.sampling, key)
+
+        def drawn(text_M: Tensor, width: int) -> Tensor:
+            return draw(text_M, self.samples, width, self.seed, self.sampling, key)
+
+        return windows_of(stream_M, self.length, bos, drawn)
 
     def evaluation_of(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]], length: int | None) -> Tensor:
         """The evaluation windows of these documents."""
         stream_M = encode(tokenizer, joined(rows, self.fields, self.evaluation_join), self.special_tokens)
-        return cut(stream_M, length or self.length, self.key("evaluation"))[: self.evaluation_windows]
+        bos, key = begin_with(tokenizer, self.bos), self.key("evaluation")
+        windows_NT = windows_of(stream_M, length or self.length, bos, lambda text_M, width: cut(text_M, width, key))
+        return windows_NT[: self.evaluation_windows]
 
     def key(self, part: str) -> str:
         split = self.calibration_split if part == "calibration" else self.evaluation_split
@@ -118,6 +127,7 @@ class HubText:
                 "windows": self.evaluation_windows,
             },
             "special_tokens": self.special_tokens,
+            "bos": self.bos,
             "sampling": self.sampling,
             "samples": self.samples,
             "length": self.length,
@@ -186,18 +196,24 @@ def document_windows(
     rows: Sequence[Mapping[str, Any]],
     drawing: tuple[int, int, int, str],
     key: str,
+    bos: int | None,
 ) -> Tensor:
-    """Windows [N, T], each from a document of its own. `drawing`: samples, length, seed, sampling."""
+    """Windows [N, T], each from a document of its own. `drawing`: samples, length, seed, sampling; `bos`: as
+    `windows_of` takes it."""
     samples, length, seed, sampling = drawing
     rng, windows = generator(seed), []
     order = range(len(rows)) if sampling == "consecutive" else torch.randperm(len(rows), generator=rng).tolist()
-    for index in order:
-        stream_M = encode_row(rows[index])
-        starts = len(stream_M) - length + 1
+
+    def one(text_M: Tensor, width: int) -> Tensor:
+        """[1, T]; [0, T] of a document that is too short."""
+        starts = len(text_M) - width + 1
         if starts < 1:
-            continue
+            return text_M.new_empty(0, width)
         start = 0 if sampling == "consecutive" else int(torch.randint(starts, (), generator=rng))
-        windows.append(stream_M[start : start + length])
+        return text_M[None, start : start + width]
+
+    for index in order:
+        windows += windows_of(encode_row(rows[index]), length, bos, one)
         if len(windows) == samples:
             return torch.stack(windows)
     found = f"{len(windows)} of {len(rows)} documents have {length} tokens or more"

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pruneexp.dataset.pieces import in_pieces
 from pruneexp.types import ConfigError, Dataset
 
 Sampling = Literal["random", "consecutive"]
@@ -21,7 +23,10 @@ Sampling = Literal["random", "consecutive"]
 
 @runtime_checkable
 class WindowSource(Dataset, Protocol):
-    """A `Dataset` as the runner and the evaluators use it."""
+    """A `Dataset` as the runner and the evaluators use it.
+
+    Not required: `bos`, a dataclass's field that says whether each window begins with the beginning-of-sequence token.
+    Windows of a dataset without it are used as they are."""
 
     contiguous: ClassVar[bool]  # evaluation windows are one text cut up: windows over their edges make sense
 
@@ -57,12 +62,60 @@ def check_common(name: str | None, samples: int, length: int, seed: int, samplin
 
 
 def encode(tokenizer: Any, text: str, special_tokens: bool) -> Tensor:
-    """The whole text in one piece: int64 [M]."""
+    """The text's tokens, as tokenising it whole gives them: int64 [M]."""
     if tokenizer is None:
         raise ConfigError("dataset: text needs a tokenizer and the model has none; expected dataset=tokens")
     # verbose=False: a stream is longer than the model's context on purpose, which tokenizers warn about.
-    ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.from_numpy(np.asarray(ids, dtype=np.int64))
+    options = {"add_special_tokens": special_tokens, "return_attention_mask": False, "verbose": False}
+    ids_M = in_pieces(tokenizer, text, options)
+    if ids_M is None:
+        ids_M = np.asarray(tokenizer(text, **options)["input_ids"], dtype=np.int64)
+    return torch.from_numpy(ids_M)
+
+
+def windows_of(stream_M: Tensor, length: int, bos: int | None, cut_up: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Windows [N, T] of a stream, as `cut_up(text_M, T)` makes them. With `bos`, the id of a beginning-of-sequence
+    token, each is that token and T-1 tokens of text, in place of the one that a tokenizer has put in front of all."""
+    if bos is None:
+        return cut_up(stream_M, length)
+    text_M = stream_M[1:] if stream_M[:1].tolist() == [bos] else stream_M
+    return with_bos(cut_up(text_M, length - 1), bos)
+
+
+def with_bos(text_NT: Tensor, bos: int) -> Tensor:
+    """[N, T-1] -> [N, T]: the beginning-of-sequence token in front of every window."""
+    return torch.cat([text_NT.new_full((len(text_NT), 1), bos), text_NT], dim=1)
+
+
+def takes_bos(dataset: WindowSource) -> bool:
+    """Whether windows can be had with a beginning-of-sequence token in front of each."""
+    return hasattr(dataset, "bos")
+
+
+def check_takes_bos(bos: bool, dataset: WindowSource) -> None:
+    """Raises ConfigError where that token is wanted in front of windows that are used as they are."""
+    if bos and not takes_bos(dataset):
+        as_they_are = f"the windows of dataset {dataset.name!r} are used exactly as they are"
+        raise ConfigError(f"bos={bos!r}: {as_they_are}; expected auto or false")
+
+
+def evaluation_windows(dataset: WindowSource, tokenizer: Any, length: int | None, bos: bool) -> Tensor:
+    """The dataset's evaluation windows [N, T] as an evaluator wants them: its `bos` decides, not the dataset's."""
+    asked: Any = replace(dataset, bos=bos) if takes_bos(dataset) else dataset  # type: ignore[type-var]
+    return asked.evaluation(tokenizer, length)
+
+
+def bos_token(tokenizer: Any, key: str) -> int:
+    """The id of the tokenizer's beginning-of-sequence token. Raises ConfigError, naming `key`, where it has none."""
+    token = getattr(tokenizer, "bos_token_id", None)
+    if token is None:
+        raise ConfigError(f"{key}=true: the tokenizer has no beginning-of-sequence token; expected false")
+    return token
+
+
+def begin_with(tokenizer: Any, bos: bool) -> int | None:
+    """What a dataset's windows begin with: the id of the tokenizer's beginning-of-sequence token, or just text."""
+    return bos_token(tokenizer, "dataset.bos") if bos and tokenizer is not None else None
 
 
 def generator(seed: int) -> torch.Generator:

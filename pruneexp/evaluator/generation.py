@@ -14,7 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset import WindowSource, check_vocabulary, encode
+from pruneexp.dataset import (
+    WindowSource,
+    bos_token,
+    check_takes_bos,
+    check_vocabulary,
+    encode,
+    evaluation_windows,
+    windows_of,
+)
 from pruneexp.evaluator.latency import last_logits_only
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
@@ -29,7 +37,8 @@ class Generation:
 
     Prompts are the first `prompt_tokens` tokens of windows of the dataset's evaluation split, evenly spread over it, or
     the lines of the file `prompts` that are not blank (the first `samples` of them, with what special tokens the
-    tokenizer adds to any text). `temperature` 0: the likeliest token each time. Above 0: drawn from
+    tokenizer adds to any text). `bos`: each prompt begins with the beginning-of-sequence token, which counts among its
+    tokens and is never there twice. `temperature` 0: the likeliest token each time. Above 0: drawn from
     softmax(logits / `temperature`) by inversion, with uniform numbers of `seed` that are the same for every model and
     any batch size.
 
@@ -41,9 +50,9 @@ class Generation:
     - "exact_match": share of prompts whose continuation is, token by token, that of the first model the evaluator was
       called with (the dense one); "common_prefix": tokens until the two part, mean over prompts. Not of that first one
 
-    Named "<figure>/<dataset>@<prompt tokens>+<new tokens>", "t<temperature>" where there is one, then "[<prompts>]":
-    "distinct_2/embedded@32+64[16]"; with a file of prompts "distinct_2/<file's stem>@+64[16]". Needs no tokenizer where
-    the dataset has windows of tokens: they are then shown as they are.
+    Named "<figure>/<dataset>@<prompt tokens>+<new tokens>", "t<temperature>" and "+bos" where they apply, then
+    "[<prompts>]": "distinct_2/embedded@32+64[16]"; with a file of prompts "distinct_2/<file's stem>@+64[16]". Needs no
+    tokenizer where the dataset has windows of tokens: they are then shown as they are.
     """
 
     dataset: WindowSource
@@ -54,6 +63,7 @@ class Generation:
     temperature: float
     seed: int
     batch_size: int
+    bos: bool
 
     streams: ClassVar[bool] = False
 
@@ -63,6 +73,8 @@ class Generation:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= {least}")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature!r}: expected a number >= 0; 0 takes the likeliest token")
+        if self.prompts is None:
+            check_takes_bos(self.bos, self.dataset)
 
     def check(self) -> None:
         """The prompts' file, or the dataset's. Raises ConfigError."""
@@ -78,6 +90,10 @@ class Generation:
         )
         for prompt_T in self._prompts(tokenizer):
             check_vocabulary(prompt_T[None], vocabulary, source)
+
+    def lacks_bos(self, tokenizer: Any, token: int) -> bool:
+        """Whether any prompt begins with another token."""
+        return any(int(prompt_T[0]) != token for prompt_T in self._prompts(tokenizer))
 
     def longest(self, tokenizer: Any) -> int:
         """Tokens of the longest prompt and its continuation."""
@@ -123,8 +139,10 @@ class Generation:
                     f"evaluator.generation.prompts={self.prompts}: text needs a tokenizer and the model has none; "
                     "expected null, and dataset=tokens"
                 )
-            return [encode(tokenizer, line, special_tokens=True) for line in self._lines()]
-        windows_NT = self.dataset.evaluation(tokenizer, None)
+            bos = bos_token(tokenizer, "evaluator.generation.bos") if self.bos else None
+            found = [encode(tokenizer, line, special_tokens=True) for line in self._lines()]
+            return [windows_of(line_T, 0, bos, lambda text_T, _: text_T[None])[0] for line_T in found]
+        windows_NT = evaluation_windows(self.dataset, tokenizer, None, self.bos)
         if self.prompt_tokens > windows_NT.shape[1]:
             wide = f"{windows_NT.shape[1]}, the width of the windows of {self.dataset.key('evaluation')}"
             raise ConfigError(f"evaluator.generation.prompt_tokens={self.prompt_tokens}: expected at most {wide}")
@@ -175,7 +193,8 @@ class Generation:
         if self.prompts is not None:
             source, prompt = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(self.prompts).stem) or "prompts", ""
         drawn_at = f"t{self.temperature:g}" if self.temperature else ""
-        return f"{source}@{prompt}+{self.new_tokens}{drawn_at}[{len(self._made[0][1])}]"
+        begun = "+bos" if self.bos else ""
+        return f"{source}@{prompt}+{self.new_tokens}{drawn_at}{begun}[{len(self._made[0][1])}]"
 
 
 @torch.inference_mode()

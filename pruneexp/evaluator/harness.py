@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -137,10 +137,13 @@ def identified(loaded: Sequence[Loaded]) -> list[Any] | None:
     return found
 
 
-def answer(model: Any, loaded: Loaded, shots: int | None, limit: int | None, batch_size: int) -> dict[str, Answered]:
+def answer(
+    model: Any, loaded: Loaded, shots: int | None, limit: int | None, batch_size: int, bos: bool
+) -> dict[str, Answered]:
     """The model's answers to the first `limit` items of every task of `loaded`, by the names of tasks and groups.
 
     The harness runs them: its prompts, its tokenisation, its scores, its seeds. `shots`: None for each task's own.
+    `bos`: prompts begin with the beginning-of-sequence token, once; False: with what the tokenizer adds by itself.
 
     Raises RunError where a log-likelihood is not a number.
     """
@@ -154,13 +157,17 @@ def answer(model: Any, loaded: Loaded, shots: int | None, limit: int | None, bat
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
     with _quiet(), _seeded(model.devices), waiting(f"evaluating {loaded.name}"):
         # A copy: the harness gives a tokenizer without a padding token one, which must not be saved with the model.
+        tokenizer = copy.deepcopy(model.tokenizer)
         wrapper: Any = huggingface.HFLM  # its decorator hides its parameters from type checkers
         lm = wrapper(
             pretrained=model.module,
             backend="causal",
-            tokenizer=copy.deepcopy(model.tokenizer),
+            tokenizer=_begins_(tokenizer) if bos else tokenizer,
             batch_size=batch_size,
+            add_bos_token=bos or None,
         )
+        if bos:
+            lm.loglikelihood_rolling = _begun_once(lm, lm.loglikelihood_rolling)
         found: Any = evaluate(
             lm=lm,
             task_dict={"tasks": loaded.tasks, "groups": loaded.groups, "group_map": loaded.members},  # type: ignore
@@ -170,6 +177,32 @@ def answer(model: Any, loaded: Loaded, shots: int | None, limit: int | None, bat
         # Inside: even to ask a task for its name draws a random number.
         answered = {name: _answered(task, found) for name, task in loaded.tasks.items()}
         return answered | {name: _aggregated(group, found, answered) for name, group in loaded.groups.items()}
+
+
+def begins(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins a text with its beginning-of-sequence token by itself."""
+    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _begins_(tokenizer: Any) -> Any:
+    """The tokenizer, made to begin a text with its beginning-of-sequence token where it does not by itself: that is
+    what the harness's own setting asks it for."""
+    if not begins(tokenizer):
+        tokenizer.add_bos_token = True
+    return tokenizer
+
+
+def _begun_once(lm: Any, rolling: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """The likelihood of whole texts, in front of which the harness puts that token by itself."""
+
+    def begun(*args: Any, **kwargs: Any) -> list[float]:
+        lm.add_bos_token = False
+        try:
+            return rolling(*args, **kwargs)
+        finally:
+            lm.add_bos_token = True
+
+    return begun
 
 
 def _answered(task: Any, found: Mapping[str, Any]) -> Answered:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pruneexp.dataset import bos_token
 from pruneexp.types import ConfigError
 
 SEED = 0  # of the prompts: the figures must not depend on which random tokens a run drew
@@ -19,10 +20,10 @@ SEED = 0  # of the prompts: the figures must not depend on which random tokens a
 class Latency:
     """Tokens per second: prefill (a prompt in one pass) and decode (new tokens one by one, on the KV cache).
 
-    Prompts are random token ids, the same in every run; decoding takes the likeliest token and never stops early. At
-    each batch size: `warmup` unmeasured rounds, then `repeats` measured ones. "latency/prefill_tok_s@b1x128" and
-    "latency/decode_tok_s@b1x128+32" (batch x prompt + new tokens) are medians over the repeats; ".../iqr" the
-    interquartile range. All rows of the batch are counted.
+    Prompts are random token ids, the same in every run; with `bos` the first is the beginning-of-sequence token.
+    Decoding takes the likeliest token and never stops early. At each batch size: `warmup` unmeasured rounds, then
+    `repeats` measured ones. "latency/prefill_tok_s@b1x128" and "latency/decode_tok_s@b1x128+32" (batch x prompt + new
+    tokens) are medians over the repeats; ".../iqr" the interquartile range. All rows of the batch are counted.
     """
 
     prompt: int
@@ -30,6 +31,7 @@ class Latency:
     batch_sizes: list[int]
     repeats: int
     warmup: int
+    bos: bool
 
     streams: ClassVar[bool] = False
 
@@ -58,6 +60,8 @@ class Latency:
             prompt_BT = torch.randint(
                 model.vocab_size, (batch, self.prompt), generator=torch.Generator().manual_seed(SEED)
             ).to(model.device)
+            if self.bos:
+                prompt_BT[:, 0] = _bos(model, tokenizer)
             rounds = [self._round(model, prompt_BT) for _ in range(self.warmup + self.repeats)][self.warmup :]
             prefill, decode = torch.tensor(rounds, dtype=torch.float64).T
             size = f"@b{batch}x{self.prompt}"
@@ -81,6 +85,11 @@ class Latency:
                 return middle - start, _now(model.device) - middle
         finally:
             module.train(training)
+
+
+def _bos(model: Any, tokenizer: Any) -> int:
+    """The tokenizer's beginning-of-sequence token; where there is no tokenizer, the one in the model's config."""
+    return bos_token(model.config if tokenizer is None else tokenizer, "evaluator.latency.bos")
 
 
 def last_logits_only(module: Any) -> dict[str, int]:

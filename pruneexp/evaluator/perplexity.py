@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset import WindowSource, check_vocabulary, fingerprint
+from pruneexp.dataset import (
+    WindowSource,
+    bos_token,
+    check_takes_bos,
+    check_vocabulary,
+    evaluation_windows,
+    fingerprint,
+    with_bos,
+)
 from pruneexp.model.half import overflow_hint
 from pruneexp.types import ConfigError, RunError
 
@@ -29,8 +37,8 @@ class Perplexity:
     - `stride` < `length`: windows begin every `stride` tokens; the first scores T-1 tokens, each other one its last
       `stride`, so that every token but the first is scored once, with at least T-`stride` tokens of context. The text
       is the one that windows without overlap cover.
-    - `bos`: the beginning-of-sequence token is put before each window, and the window's first token is scored as well
-      (inputs are then T+1 long).
+    - `bos`: each window is the beginning-of-sequence token and T-1 tokens of text, all of which are scored, the first
+      one, too: T-1 tokens a window again. With a stride, windows begin every `stride` tokens of text.
     - `samples`: only the first so many windows.
 
     Named "ppl/<dataset>@<T>", then "s<stride>", "+bos", "[<samples>]" where they apply: "ppl/ptb@2048s512+bos[40]".
@@ -54,6 +62,7 @@ class Perplexity:
             raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"samples={self.samples!r}: expected null or an int >= 1")
+        check_takes_bos(self.bos, self.dataset)
         if self.stride not in (None, self.length) and not self.dataset.contiguous:
             only = f"dataset {self.dataset.name!r} has separate windows, not one text"
             raise ConfigError(f"stride={self.stride!r}: {only}; expected null")
@@ -65,6 +74,10 @@ class Perplexity:
     def prepare(self, tokenizer: Any, vocabulary: int) -> None:
         """Makes the windows, so that text that is too short or foreign to the model is found before weights load."""
         check_vocabulary(self.windows(tokenizer), vocabulary, self.dataset.key("evaluation"))
+
+    def lacks_bos(self, tokenizer: Any, token: int) -> bool:
+        """Whether any window begins with another token."""
+        return bool((self.windows(tokenizer)[:, 0] != token).any())
 
     def measured_on(self, tokenizer: Any) -> str:
         """The windows' fingerprint: a model that is the same has the same figures on them."""
@@ -102,26 +115,23 @@ class Perplexity:
         return []
 
     def windows(self, tokenizer: Any) -> Tensor:
-        """int64 [N, T], or [N, T+1] with `bos`."""
+        """int64 [N, T]."""
         if not self._made or self._made[0][0] is not tokenizer:
             self._made[:] = [(tokenizer, self._make(tokenizer))]
         return self._made[0][1]
 
     def _make(self, tokenizer: Any) -> Tensor:
-        windows_NT = self.dataset.evaluation(tokenizer, self.length)
-        if self.stride is not None and self.stride < windows_NT.shape[1]:
-            windows_NT = windows_NT.reshape(-1).unfold(0, windows_NT.shape[1], self.stride)
-        windows_NT = windows_NT[: self.samples]
-        if not self.bos:
-            return windows_NT
-        token = getattr(tokenizer, "bos_token_id", None)
-        if token is None:
-            name = self._name(windows_NT)
-            raise ConfigError(f"evaluator.*.bos=true: the tokenizer has no beginning-of-sequence token for {name}")
-        return torch.cat([torch.full((len(windows_NT), 1), token), windows_NT], dim=1)
+        bos = bos_token(tokenizer, "evaluator.*.bos") if self.bos else None
+        windows_NT = evaluation_windows(self.dataset, tokenizer, self.length, self.bos)
+        text_NT = windows_NT if bos is None else windows_NT[:, 1:]
+        if self.stride is not None and self.stride < text_NT.shape[1]:
+            text_NT = text_NT.reshape(-1).unfold(0, text_NT.shape[1], self.stride)
+            windows_NT = text_NT if bos is None else with_bos(text_NT, bos)
+        return windows_NT[: self.samples]
 
     def _name(self, windows_NT: Tensor) -> str:
-        length = self.length or windows_NT.shape[1] - self.bos
-        stride = "" if self.stride in (None, length) else f"s{self.stride}"
+        length = self.length or windows_NT.shape[1]
+        apart = self.stride is None or self.stride >= length - self.bos  # windows that do not overlap
+        stride = "" if apart else f"s{self.stride}"
         count = "" if self.samples is None else f"[{len(windows_NT)}]"
         return f"ppl/{self.dataset.name}@{length}{stride}{'+bos' if self.bos else ''}{count}"

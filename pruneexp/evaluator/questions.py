@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset import check_vocabulary, fingerprint
+from pruneexp.dataset import bos_token, check_vocabulary, fingerprint
 from pruneexp.types import ConfigError
 
 
@@ -18,12 +18,14 @@ class Questions:
     """Share, in [0, 1], of questions whose right choice, of four, has the highest log-likelihood after the context.
 
     The log-likelihood is the sum over the choice's tokens, no normalisation by length; of equal ones the first counts.
-    Always the same `samples` questions, whose stories are in no calibration or training text. Chance is 0.25. Named
-    "acc/embedded_questions[<samples>]".
+    Always the same `samples` questions, whose stories are in no calibration or training text. Chance is 0.25. `bos`:
+    the beginning-of-sequence token stands in front of each context. Named "acc/embedded_questions[<samples>]", with
+    `bos` "acc/embedded_questions+bos[<samples>]".
     """
 
     samples: int
     batch_size: int
+    bos: bool
 
     streams: ClassVar[bool] = True
 
@@ -40,6 +42,10 @@ class Questions:
         rows_NT, _, _ = self._rows(tokenizer, None)
         check_vocabulary(rows_NT, vocabulary, "evaluator.questions")
 
+    def lacks_bos(self, tokenizer: Any, token: int) -> bool:
+        """Whether contexts begin with another token."""
+        return not self.bos
+
     def measured_on(self, tokenizer: Any) -> str:
         """Fingerprint of the questions' tokens, of which of them are scored, and of the answers."""
         rows_NT, scored_NT, answers = self._rows(tokenizer, None)
@@ -53,7 +59,7 @@ class Questions:
         nats_N = torch.where(scored_NT[:, 1:], losses_NT, 0.0).sum(dim=1)
         chosen = nats_N.reshape(len(answers), -1).argmin(dim=1)
         right = (chosen == torch.tensor(answers)).double().mean()
-        return {f"acc/embedded_questions[{self.samples}]": float(right)}
+        return {f"acc/embedded_questions{'+bos' if self.bos else ''}[{self.samples}]": float(right)}
 
     def _rows(self, tokenizer: Any, max_length: int | None) -> tuple[Tensor, Tensor, list[int]]:
         """Every context with each of its choices, padded: ids int64 [4*Q, T], True where the choice's tokens are,
@@ -63,7 +69,10 @@ class Questions:
         if tokenizer is None:
             raise ConfigError("evaluator.questions: needs a tokenizer and the model has none")
         asked = questions(EVALUATION[1], self.samples)  # EVALUATION[0] is the dataset's
-        rows = [_row(tokenizer, q.context, choice, max_length) for q in asked for choice in q.choices]
+        begin = [bos_token(tokenizer, "evaluator.questions.bos")] if self.bos else []
+        room = max_length and max_length - len(begin)
+        rows = [_row(tokenizer, q.context, choice, room) for q in asked for choice in q.choices]
+        rows = [([*begin, *ids], n) for ids, n in rows]
         length = max(len(ids) for ids, _ in rows)
         rows_NT = torch.tensor([_padded(ids, length) for ids, _ in rows])
         position_T = torch.arange(length)

@@ -11,7 +11,8 @@ from functools import cached_property, lru_cache
 from importlib import metadata
 from typing import Any, ClassVar
 
-from pruneexp.evaluator.harness import Answered, Loaded, answer, identified, load_tasks
+from pruneexp.dataset import bos_token
+from pruneexp.evaluator.harness import Answered, Loaded, answer, begins, identified, load_tasks
 from pruneexp.evaluator.task_files import TaskRows, check_known, read_task
 from pruneexp.types import ConfigError
 
@@ -27,8 +28,10 @@ class Zeroshot:
     - `limit`: only the first so many items of each task
     - `data`: folder of the tasks' original files (`task_files.TASKS`), for work without a network; None: the data sets
       that the definitions name, on the hub or in its cache
+    - `bos`: every prompt begins with the beginning-of-sequence token; else with what the tokenizer adds by itself
 
-    Named "<metric>/<task>@<n>shot", then "[<items>]" where that is not the whole split: "acc_norm/piqa@0shot[100]".
+    Named "<metric>/<task>@<n>shot", then "+bos", and "[<items>]" where that is not the whole split:
+    "acc_norm/piqa@0shot[100]".
     Answers that are filtered in several ways end in "/<filter>". `acc` takes the choice with the highest
     log-likelihood, `acc_norm` that with the highest per character.
 
@@ -41,6 +44,7 @@ class Zeroshot:
     limit: int | None
     batch_size: int
     data: str | None
+    bos: bool
 
     streams: ClassVar[bool] = False
 
@@ -64,6 +68,8 @@ class Zeroshot:
         """Loads the tasks, so that unknown names and data that cannot be had are found before weights load."""
         if tokenizer is None:
             raise ConfigError("evaluator.zeroshot: needs a tokenizer and the model has none")
+        if self.bos:
+            bos_token(tokenizer, "evaluator.zeroshot.bos")
         _ = self._asked
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
@@ -71,7 +77,7 @@ class Zeroshot:
             raise ConfigError("evaluator.zeroshot: not possible with model.stream=true")
         found: dict[str, Answered] = {}
         for loaded in self._asked.loaded:
-            found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size)
+            found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size, self.bos)
         self._last[:] = [found]
         figures = {
             self._name(metric, task, answered): value
@@ -79,6 +85,10 @@ class Zeroshot:
             for metric, value in answered.figures.items()
         }
         return {**figures, **self._means(found)}
+
+    def lacks_bos(self, tokenizer: Any, token: int) -> bool:
+        """Whether prompts begin with another token."""
+        return not self.bos and not begins(tokenizer)
 
     def measured_on(self, tokenizer: Any) -> str | None:
         """Fingerprint of the tokenizer, and of the local files or else of the definitions and data sets as lm-eval has
@@ -88,7 +98,7 @@ class Zeroshot:
         inputs = files if self.data is not None else self._asked.identified
         if inputs is None or backend is None:
             return None
-        return _digest([(metadata.version("lm_eval"), inputs, backend.to_str())])
+        return _digest([(metadata.version("lm_eval"), inputs, backend.to_str(), self.bos)])
 
     def files(self, name: str, when: str) -> Mapping[str, str]:
         """What the last call saw, item by item: {"<name>_<when>.json": ...}; nothing where there was none."""
@@ -97,6 +107,7 @@ class Zeroshot:
         record = {
             "lm_eval": metadata.version("lm_eval"),
             "batch_size": self.batch_size,
+            "bos": self.bos,
             "tasks": {task: self._record(task, answered) for task, answered in self._last[0].items()},
         }
         return {f"{name}_{when}.json": json.dumps(record) + "\n"}
@@ -124,7 +135,11 @@ class Zeroshot:
     def _name(self, metric: str, task: str, answered: Answered) -> str:
         metric, _, chosen = metric.partition(",")
         count = f"[{answered.items}]" if self._partial(task, answered) else ""
-        return f"{metric}/{task}@{answered.shots}shot{count}{'/' if chosen else ''}{chosen}"
+        return f"{metric}/{task}@{answered.shots}shot{self._begun}{count}{'/' if chosen else ''}{chosen}"
+
+    @property
+    def _begun(self) -> str:
+        return "+bos" if self.bos else ""
 
     def _means(self, found: Mapping[str, Answered]) -> dict[str, float]:
         if not set(PUBLISHED) <= set(self.tasks):
@@ -132,7 +147,7 @@ class Zeroshot:
         seven = {task: found[task] for task in PUBLISHED}
         partial = any(self._partial(task, answered) for task, answered in seven.items())
         count = f"[{sum(answered.items for answered in seven.values())}]" if partial else ""
-        protocol = f"/mean7@{seven['boolq'].shots}shot{count}"
+        protocol = f"/mean7@{seven['boolq'].shots}shot{self._begun}{count}"
         figures = [answered.figures for answered in seven.values()]
         return {
             f"acc{protocol}": _mean([each["acc"] for each in figures]),

@@ -13,7 +13,7 @@ from torch import Tensor
 from pruneexp.export.folders import stored_source
 from pruneexp.export.streamed import prove_streamed, save_streamed
 from pruneexp.model import Model, layer_structure
-from pruneexp.surgery import Form, Padding, padding, remote_code_form, save, save_form
+from pruneexp.surgery import Form, Padding, padding, period_warning, remote_code_form, save, save_form
 from pruneexp.types import ConfigError, RunError
 
 TOLERANCE = 1e-3  # of a logit, in float32
@@ -63,13 +63,14 @@ class CheckpointExporter:
     def write(self, model: Model, folder: Path) -> list[str]:
         from pruneexp.surgery import pad_
 
+        warning = period_warning(self.own_form.config) if self.own_form.kind == "stock" else ""
         if model.streamed:
             save_streamed(model, folder, self.own_form, self.padding)
-            return []
-        if self.padding is not None:
-            pad_(model, self.padding)
-        save(model, folder, self.own_form)
-        return []
+        else:
+            if self.padding is not None:
+                pad_(model, self.padding)
+            save(model, folder, self.own_form)
+        return [warning] if warning else []
 
     def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
         """Compares the export with its source, both in float32 (or more). Raises RunError where they differ."""
@@ -77,13 +78,12 @@ class CheckpointExporter:
 
         if stream:
             proof = prove_streamed(checkpoint, proof_tokens(stored_source(checkpoint).outline()), folder)
-            check_difference(proof["max_logit_difference"], TOLERANCE)
-            return proof
-        model = exact_model(checkpoint)
-        prove = prove_in_process if how == "process" else prove_in_place
-        proof = prove(model, folder, proof_tokens(model))
+        else:
+            model = exact_model(checkpoint)
+            prove = prove_in_process if how == "process" else prove_in_place
+            proof = prove(model, folder, proof_tokens(model))
         check_difference(proof["max_logit_difference"], TOLERANCE)
-        return proof
+        return proof | {"tolerance": TOLERANCE}
 
 
 def exact_model(checkpoint: Path) -> Model:

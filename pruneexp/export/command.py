@@ -17,14 +17,17 @@ software it is for and compares it with the run's model.
 
 arguments:
   RUN_FOLDER            a finished run's folder, or a folder with config.json and safetensors
-  out=PATH              the new folder
+  out=PATH              the new folder; with format=gguf also NAME.gguf, the file itself (NAME.gguf.json beside it tells
+                        what export.json tells of a folder)
   format=auto           the simplest faithful form: stock where one can hold the model, else remote_code
   format=stock          a stock architecture; loads everywhere, without trust_remote_code
   format=remote_code    modeling_pruned.py beside the weights, each layer as narrow as it is
   format=padded         zeros up to the widest layer, then stock: exact, larger, loads everywhere
   format=gguf           model.gguf for llama.cpp, each layer as narrow as it is; of LLaMA-like models
   format=vllm           for vLLM's DeciLM, FFNs as narrow as they are; of LLaMA-like models, heads alike in all layers
-  multiple=1            with format=padded: FFN widths rounded up to a multiple of this
+  multiple=N            with format=padded, gguf or vllm: FFN widths rounded up to a multiple of N with zeros, which
+                        change nothing. gguf: 32 unless given, for llama.cpp leaves narrower rows unquantised (256 for
+                        K-quants such as Q4_K_M without fallbacks; 1: as they are); the others: 1
   dtype=NAME            with format=gguf: float32, bfloat16 or float16; the checkpoint's unless given
   stream=auto           true: one decoder layer in memory at a time (false: never); auto goes by the memory that is free
   prove=process         reload in a clean process (in_place: in this one, without llama.cpp; off: not at all); what is
@@ -42,7 +45,7 @@ CHOICES = {
     "stream": ("auto", "true", "false"),
 }
 KEYS = ("format", "out", "overwrite", "prove", "multiple", "dtype", "stream")
-WITH_FORMAT = {"multiple": "padded", "dtype": "gguf"}  # keys that one format alone has
+WITH_FORMAT = {"multiple": ("padded", "gguf", "vllm"), "dtype": ("gguf",)}  # keys that some formats alone have
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,14 @@ class Request:
     format: str = "auto"
     prove: str = "process"
     overwrite: bool = False
-    multiple: int = 1
+    multiple: int | None = None  # None: the format's own
     dtype: str | None = None  # None: the checkpoint's
     stream: bool | None = None  # None: by the memory that is free
+
+    @property
+    def single_file(self) -> bool:
+        """Whether `out` is the file itself, not a folder for it."""
+        return self.format == "gguf" and self.out.suffix == ".gguf"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,10 +83,11 @@ def _command(argv: Sequence[str]) -> int:
     print(f"format: {record['form']} ({record['why']})")
     for note in record.get("notes", ()):
         print(f"note: {note}")
-    if "max_logit_difference" in record:
-        equal = record.get("greedy_tokens_equal")  # None: proved without generating
-        same = "" if equal is None else f"; greedy tokens {'equal' if equal else 'differ'}"
-        print(f"largest difference of a logit: {record['max_logit_difference']:.3g}{same}")
+    for what in ("logit", "log_probability"):
+        if (difference := record.get(f"max_{what}_difference")) is not None:
+            equal = record.get("greedy_tokens_equal")  # None: proved without generating
+            same = "" if equal is None else f"; greedy tokens {'equal' if equal else 'differ'}"
+            print(f"largest difference of a {what.replace('_', '-')}: {difference:.3g}{same}")
     print(f"The export is {record['out']}")
     return 0
 
@@ -93,20 +102,20 @@ def request(argv: Sequence[str]) -> Request:
         found = " ".join(folders) or "none"
         raise ConfigError(f"RUN_FOLDER: expected one folder, got {found}; see pruneexp-export --help")
     if not values.get("out"):
-        raise ConfigError("out is missing: expected out=PATH, the folder to write")
-    multiple = values.get("multiple", "1")
-    if not multiple.isdecimal() or int(multiple) < 1:
+        raise ConfigError("out is missing: expected out=PATH, the folder to write (with format=gguf also NAME.gguf)")
+    multiple = values.get("multiple")
+    if multiple is not None and (not multiple.isdecimal() or int(multiple) < 1):
         raise ConfigError(f"multiple={multiple}: expected an int >= 1")
     for key, own in WITH_FORMAT.items():
-        if key in values and values.get("format") != own:
-            raise ConfigError(f"{key}={values[key]}: goes with format={own} alone")
+        if key in values and values.get("format") not in own:
+            raise ConfigError(f"{key}={values[key]}: goes with format={' or '.join(own)} alone")
     return Request(
         Path(folders[0]).expanduser(),
         Path(values["out"]).expanduser(),
         values.get("format", "auto"),
         values.get("prove", "process"),
         values.get("overwrite") == "true",
-        int(multiple),
+        None if multiple is None else int(multiple),
         values.get("dtype"),
         {"true": True, "false": False}.get(values.get("stream", "auto")),
     )

@@ -60,9 +60,10 @@ def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = Fal
     return source(dtype)
 
 
-def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool) -> None:
+def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single_file: bool = False) -> None:
     """Raises ConfigError where nothing may be written."""
     from pruneexp.console import check_replaceable
+    from pruneexp.export.single_file import check_file
     from pruneexp.types import ConfigError
 
     where, resolved = f"out={str(out)!r}", out.resolve()
@@ -71,7 +72,10 @@ def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool) -> Non
             raise ConfigError(f"{where}: lies inside {str(source)!r}; expected a folder elsewhere")
         if resolved in folder.parents:
             raise ConfigError(f"{where}: holds {str(source)!r}; expected a folder of its own")
-    check_replaceable(out, RECORD, "export", overwrite)
+    if single_file:
+        check_file(out, overwrite)
+    else:
+        check_replaceable(out, RECORD, "export", overwrite)
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -5,7 +5,9 @@ What its loader and graph do, and what is done about it here:
 - the size of heads is read where layer 0 has some: without attention of its own, layer 0 gets one head of zeros;
 - a layer without heads skips its output bias: a layer that owns one gets a head of zeros to carry it;
 - a layer without FFN drops what its attention computed: it gets one FFN channel of zeros;
-- a layer that changes nothing is left out.
+- a layer that changes nothing is left out;
+- rows are quantised in blocks of 32 numbers (K-quants: 256), and a matrix whose rows are no multiple keeps its 16 bits:
+  FFN widths are rounded up with channels of zeros.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from pruneexp.export.gguf_vocabulary import vocabulary
+from pruneexp.export.gguf_vocabulary import Vocabulary, vocabulary
 from pruneexp.export.llama_like import (
     LlamaLayer,
     adds_something,
@@ -29,14 +31,17 @@ from pruneexp.export.llama_like import (
     context_length,
     layer_tensors,
     rope_factors,
+    rounded_note,
+    rounded_up,
     window_note,
 )
+from pruneexp.export.single_file import GGUF_FILE
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.source import DTYPES
 from pruneexp.modeling_pruned import head_size
 from pruneexp.types import ConfigError, RunError
 
-FILE = "model.gguf"
+BLOCK = 32  # numbers that llama.cpp quantises together, at the least
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # general.file_type
 GGML_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NAMES = {  # LLaMA's names of a layer's tensors -> llama.cpp's
@@ -52,8 +57,9 @@ NAMES = {  # LLaMA's names of a layer's tensors -> llama.cpp's
 }
 
 
-def gguf_exporter(model: Model, dtype: str | None) -> GgufExporter:
-    """From the model's structure alone. `dtype` of the matrices; None: the model's, float32 for float64.
+def gguf_exporter(model: Model, dtype: str | None, multiple: int | None) -> GgufExporter:
+    """From the model's structure alone. `dtype` of the matrices; None: the model's, float32 for float64. `multiple`:
+    what FFN widths are rounded up to; None: BLOCK.
 
     Raises ConfigError where `deci` cannot hold the model, or the package gguf is not there.
     """
@@ -62,9 +68,10 @@ def gguf_exporter(model: Model, dtype: str | None) -> GgufExporter:
     check_llama_like(model, "gguf")
     chosen = DTYPES[dtype] if dtype else model.dtype
     chosen = chosen if chosen in FILE_TYPES else torch.float32
-    layers = tuple(deci_layers(model))
+    multiple = BLOCK if multiple is None else multiple
+    layers = tuple(deci_layers(model, multiple))
     contents = tuple((name, tuple(t.shape), stored_dtype(t, chosen)) for name, t in tensors(model, layers))
-    return GgufExporter(layers, chosen, contents)
+    return GgufExporter(layers, chosen, contents, rounded_note(model, layers, multiple))
 
 
 @dataclass(frozen=True)
@@ -74,22 +81,27 @@ class GgufExporter:
     layers: tuple[LlamaLayer, ...]
     dtype: torch.dtype
     contents: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # every tensor's name, shape and dtype
+    rounded: str
     form: str = "gguf"
 
     @property
     def why(self) -> str:
-        return f"architecture deci, {len(self.layers)} layers, {str(self.dtype).removeprefix('torch.')}"
+        return f"architecture deci, {len(self.layers)} layers, {str(self.dtype).removeprefix('torch.')}{self.rounded}"
 
     @property
     def bytes(self) -> int:
         return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self.contents)
 
     def write(self, model: Model, folder: Path) -> list[str]:
+        folder.mkdir(parents=True)
+        words = vocabulary(model.tokenizer, model.vocab_size, stop_tokens(model))
+        self.write_file(model, words, folder / GGUF_FILE)
+        return [*window_note(model), *words.notes]
+
+    def write_file(self, model: Model, words: Vocabulary, file: Path) -> None:
         from gguf import GGMLQuantizationType, GGUFWriter
 
-        folder.mkdir(parents=True)
-        words = vocabulary(model.tokenizer, model.vocab_size)
-        writer = GGUFWriter(folder / FILE, "deci")
+        writer = GGUFWriter(file, "deci")
         try:
             add_description(writer, model, self)
             words.add_to(writer)
@@ -104,15 +116,20 @@ class GgufExporter:
                 writer.write_tensor_data(as_array(tensor, self.dtype, name))
         finally:
             writer.close()
-        return [*window_note(model), *words.notes]
 
     def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
         from pruneexp.export.gguf_proof import prove_gguf
 
-        return prove_gguf(self, checkpoint, how, stream, folder / FILE)
+        return prove_gguf(self, checkpoint, how, stream, folder / GGUF_FILE)
 
 
-def deci_layers(model: Model) -> Iterator[LlamaLayer]:
+def stop_tokens(model: Model) -> list[int]:
+    """The tokens that end a text, as the model's generation settings name them."""
+    said = getattr(model.module.generation_config, "eos_token_id", None)
+    return [] if said is None else [said] if isinstance(said, int) else list(said)
+
+
+def deci_layers(model: Model, multiple: int) -> Iterator[LlamaLayer]:
     """The layers that llama.cpp shall see. Of a model that has none left: one of zeros."""
     kept = [index for index in range(len(model.layers)) if adds_something(model, index)] or [0]
     for index in kept:
@@ -120,7 +137,7 @@ def deci_layers(model: Model) -> Iterator[LlamaLayer]:
         heads, kv_heads = own.num_attention_heads, own.num_key_value_heads
         if heads == 0 and (index == kept[0] or own.attention_output_bias):
             heads = kv_heads = 1
-        yield LlamaLayer(index, heads, kv_heads, max(1, own.intermediate_size))
+        yield LlamaLayer(index, heads, kv_heads, rounded_up(max(1, own.intermediate_size), multiple))
 
 
 def tensors(model: Model, layers: Sequence[LlamaLayer]) -> Iterator[tuple[str, Tensor]]:

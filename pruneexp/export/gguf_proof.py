@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +11,10 @@ from torch import Tensor
 
 from pruneexp.export.checkpoint import TOLERANCE, check_difference, exact_model, proof_tokens
 from pruneexp.export.folders import stored_source
-from pruneexp.export.gguf_vocabulary import vocabulary
+from pruneexp.export.gguf_run import Answer, installed, run_file
+from pruneexp.export.gguf_vocabulary import stand_in, vocabulary
 from pruneexp.export.llama_like import context_length
 from pruneexp.model import Model
-from pruneexp.progress import waiting
 from pruneexp.surgery.prove import greedy_tokens, logits_of
 from pruneexp.types import RunError
 
@@ -33,39 +29,6 @@ TEXTS = (
     "Ünïcödé: naïve façade, Привет мир, 你好世界, 🦙🦙 (x²+y²)/2 == z_i[0] // 7 #tag",
 )
 
-# Runs in a process of its own: llama.cpp ends the process when it meets what it does not expect.
-RUN = """
-import json, sys
-file, tokens_file, out_file, texts_file = sys.argv[1:5]
-try:
-    import llama_cpp
-except Exception as error:
-    print(f"llama-cpp-python does not import: {error}", file=sys.stderr)
-    sys.exit(3)
-import numpy
-from safetensors.numpy import load_file, save_file
-windows = load_file(tokens_file)["tokens"]
-texts = json.load(open(texts_file))
-llama = llama_cpp.Llama(
-    file, n_ctx=windows.shape[1] + 16, logits_all=True, verbose=False, seed=0, n_threads=1, n_threads_batch=1,
-    type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-)
-logits = []
-for window in windows:
-    llama.reset()
-    llama.eval(window.tolist())
-    logits.append(llama.scores[: len(window)].copy())
-llama.reset()
-tokens = windows[0, :8].tolist()
-llama.eval(tokens)
-for _ in range(8):
-    tokens.append(int(llama.scores[len(tokens) - 1].argmax()))
-    llama.eval(tokens[-1:])
-words = [llama.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
-save_file({"logits": numpy.stack(logits), "generated": numpy.array([tokens])}, out_file)
-json.dump({"version": llama_cpp.__version__, "words": words}, open(out_file + ".json", "w"))
-"""
-
 
 def prove_gguf(exporter: GgufExporter, checkpoint: Path, how: str, stream: bool, file: Path) -> dict[str, Any]:
     """Compares the file with the checkpoint. The record's `prove` says how: "llama.cpp" or "read_back".
@@ -77,9 +40,10 @@ def prove_gguf(exporter: GgufExporter, checkpoint: Path, how: str, stream: bool,
         return record
     if stream:
         return record | {"notes": [_not_run("the model to compare it with does not fit into memory")]}
-    if find_spec("llama_cpp") is None:
-        return record | {"notes": [_not_run("llama-cpp-python is not installed")]}
-    return record | _run(exporter, checkpoint, file)
+    package = installed()
+    if package is None:
+        return record | {"notes": [_not_run("neither llama-cpp-python nor xllamacpp is installed")]}
+    return record | _run(exporter, checkpoint, file, package)
 
 
 def _not_run(reason: str) -> str:
@@ -106,34 +70,32 @@ def read_back(exporter: GgufExporter, model: Model, file: Path) -> dict[str, Any
     return {"prove": "read_back", "tensors_equal": count}
 
 
-def _run(exporter: GgufExporter, checkpoint: Path, file: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file, save_file
-
+def _run(exporter: GgufExporter, checkpoint: Path, file: Path, package: str) -> dict[str, Any]:
     model = exact_model(checkpoint)
-    _round_(model, exporter.dtype)
+    words = vocabulary(model.tokenizer, model.vocab_size)
     tokens_BT = proof_tokens(model)[:, : context_length(model)]
-    texts = TEXTS if vocabulary(model.tokenizer, model.vocab_size).tokens else ()
+    texts = TEXTS if words.tokens else ()
     with tempfile.TemporaryDirectory() as scratch:
-        tokens_file, out_file, texts_file = (str(Path(scratch, name)) for name in ("tokens", "out", "texts"))
-        save_file({"tokens": tokens_BT.contiguous()}, tokens_file)
-        Path(texts_file).write_text(json.dumps(texts))
-        command = [sys.executable, "-c", RUN, str(file.resolve()), tokens_file, out_file, texts_file]
-        with waiting("running the file with llama.cpp"):
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        if done.returncode == 3:
-            return {"notes": [_not_run(reason)]}
-        if done.returncode:
-            raise RunError(f"llama.cpp does not run {file.name} ({reason}); nothing was kept")
-        answer = load_file(out_file)
-        told = json.loads(Path(out_file + ".json").read_text())
-    return _compared(model, tokens_BT, answer, exporter.dtype) | _compared_words(model, texts, told)
+        if not words.tokens and package == "xllamacpp":  # its server wants words: a copy that has some, in its place
+            words, file = stand_in(model.vocab_size), Path(scratch, file.name)
+            exporter.write_file(stored_source(checkpoint).load(), words, file)
+        answer = run_file(package, file, tokens_BT, texts, words.plain)
+    if isinstance(answer, str):
+        return {"notes": [_not_run(answer)]}
+    _round_(model, exporter.dtype)
+    return _compared(model, tokens_BT, answer, exporter.dtype) | _compared_words(model, texts, answer)
 
 
-def _compared(model: Model, tokens_BT: Tensor, answer: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    expected = logits_of(model, tokens_BT)
-    gap = answer["logits"] - expected
-    relative = (gap.square().mean() / expected.square().mean()).sqrt().item()
+def _compared(model: Model, tokens_BT: Tensor, answer: Answer, dtype: torch.dtype) -> dict[str, Any]:
+    """Logits or, of a server, the log-probabilities of the likeliest tokens at every position, and greedy tokens."""
+    logits = logits_of(model, tokens_BT)
+    found = answer.tensors
+    if "logits" in found:
+        what, gap = "logit", found["logits"] - logits
+    else:
+        what = "log_probability"
+        gap = found["log_probabilities"] - logits.log_softmax(-1).gather(-1, found["likeliest"])
+    relative = (gap.square().mean() / logits.square().mean()).sqrt().item()
     difference = gap.abs().max().item()
     if dtype == torch.float32:
         check_difference(difference, TOLERANCE)
@@ -142,23 +104,26 @@ def _compared(model: Model, tokens_BT: Tensor, answer: dict[str, Tensor], dtype:
             f"the export computes something else: logits differ by {relative:.3g} of their root mean square, more than "
             f"{TOLERANCE_16_BIT:g}; nothing was kept"
         )
+    tolerance = {"tolerance": TOLERANCE} if dtype == torch.float32 else {"relative_tolerance": TOLERANCE_16_BIT}
     return {
         "prove": "llama.cpp",
-        "max_logit_difference": difference,
-        "relative_logit_difference": relative,
-        "greedy_tokens_equal": torch.equal(answer["generated"], greedy_tokens(model, tokens_BT).cpu()),
+        **tolerance,
+        "run_by": f"{answer.package} {answer.version}",
+        f"max_{what}_difference": difference,
+        f"relative_{what}_difference": relative,
+        "greedy_tokens_equal": torch.equal(found["generated"], greedy_tokens(model, tokens_BT).cpu()),
         "windows": list(tokens_BT.shape),
     }
 
 
-def _compared_words(model: Model, texts: tuple[str, ...], told: dict[str, Any]) -> dict[str, Any]:
-    record: dict[str, Any] = {"llama_cpp_python": told["version"]}
-    if texts:
-        own = [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        different = [text for text, ours, theirs in zip(texts, own, told["words"], strict=True) if ours != theirs]
-        record["prompt_tokens_equal"] = not different
-        if different:
-            record["notes"] = [f"llama.cpp splits {len(different)} of {len(texts)} texts into other tokens"]
+def _compared_words(model: Model, texts: tuple[str, ...], answer: Answer) -> dict[str, Any]:
+    if not texts:
+        return {}
+    own = [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    different = sum(ours != theirs for ours, theirs in zip(own, answer.words, strict=True))
+    record: dict[str, Any] = {"prompt_tokens_equal": not different}
+    if different:
+        record["notes"] = [f"llama.cpp splits {different} of {len(texts)} texts into other tokens"]
     return record
 
 

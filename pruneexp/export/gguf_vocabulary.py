@@ -4,6 +4,7 @@ pieces with scores (`gguf_pieces`)."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +31,17 @@ class Vocabulary:
     split: str = ""
     scores: tuple[float, ...] = ()  # of pieces
     space_prefix: bool = False
-    special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad -> token
+    special: dict[str, int] = field(default_factory=dict)  # bos, eos, eot, eom, unk, pad -> token
     begins: bool = False  # a text is tokenised with the beginning-of-sequence token in front
     ends: bool = False
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> int:
+        """A token that stands for ASCII text."""
+        words = enumerate(zip(self.tokens, self.types, strict=True))
+        return next((token for token, (word, kind) in words if kind == NORMAL and word.isascii()), 0)
 
     def add_to(self, writer: Any) -> None:
         if not self.tokens:
@@ -57,8 +64,9 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
-    """Of a tokenizer of transformers (None: there is none); padded with unused tokens to the model's size."""
+def vocabulary(tokenizer: Any, vocab_size: int, stops: Sequence[int] = ()) -> Vocabulary:
+    """Of a tokenizer of transformers (None: there is none); padded with unused tokens to the model's size. `stops`: the
+    tokens that end a text, as the model's generation settings name them."""
     if reason := unreadable(tokenizer, vocab_size):
         return Vocabulary(notes=(f"the file has no tokenizer, only tokens go in and out: {reason}",))
     spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -70,6 +78,9 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
     pairs = spec["model"]["merges"] if split else ()
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     text = tokenizer("a").input_ids
+    begins = len(text) > 1 and text[0] == special["bos"]
+    ends = len(text) > 1 and text[-1] == special["eos"]
+    special, notes = _with_stops(special, [token for token in stops if token < vocab_size], ends)
     return Vocabulary(
         tokens=tuple(words.get(token, f"[PAD{token}]") for token in range(vocab_size)),
         types=tuple(_type(token, words, added, spec["model"].get("unk_token")) for token in range(vocab_size)),
@@ -78,10 +89,35 @@ def vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
         scores=tuple(scores.get(words.get(token, ""), 0.0) for token in range(vocab_size)) if scores else (),
         space_prefix=bool(space_prefix(spec)),
         special={name: token for name, token in special.items() if token is not None and token < vocab_size},
-        begins=len(text) > 1 and text[0] == special["bos"],
-        ends=len(text) > 1 and text[-1] == special["eos"],
+        begins=begins,
+        ends=ends,
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        notes=notes,
     )
+
+
+def stand_in(vocab_size: int) -> Vocabulary:
+    """Made-up words, for software that runs no file without any."""
+    tokens = tuple(f"<{token}>" for token in range(vocab_size))
+    return Vocabulary(tokens, (NORMAL,) * vocab_size, scores=(0.0,) * vocab_size)
+
+
+def _with_stops(
+    special: dict[str, int | None], stops: Sequence[int], ends: bool
+) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    """Special tokens with those that end a text: the file has room for three, at each of which llama.cpp stops. The
+    tokenizer's own eos comes first where it is one of them, or is put behind every text."""
+    if not stops:
+        return special, ()
+    own = special["eos"]
+    first = own if own is not None and (own in stops or ends) else stops[0]
+    places = ("eos", "eot", "eom")
+    ordered = list(dict.fromkeys((first, *stops)))
+    left = ordered[len(places) :]
+    note = (
+        f"llama.cpp is not told to stop at {', '.join(map(str, left))}: the file has room for {len(places)} stop tokens"
+    )
+    return special | dict(zip(places, ordered, strict=False)), (note,) if left else ()
 
 
 def _type(token: int, words: dict[int, str], added: dict[int, Any], unknown: str | None) -> int:

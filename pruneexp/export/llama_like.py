@@ -6,6 +6,7 @@ Both have RMS norms in front of both sublayers, SiLU-gated FFNs and rotary posit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from pruneexp.export.checkpoint import can_pad
 from pruneexp.model import Model, layer_structure
 from pruneexp.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, linear_sizes, split_parts
-from pruneexp.surgery import save_form
+from pruneexp.surgery import broken_period, save_form
 from pruneexp.types import ConfigError
 
 STOCKS = ("Llama", "Mistral", "Qwen2", "Phi3", "Granite", "SmolLM3")
@@ -48,9 +49,13 @@ def check_llama_like(model: Model, format: str) -> None:
 
 def other_formats(model: Model) -> str:
     """What holds the model beside the formats of LLaMA-like models."""
+    if name := broken_period(model.config):
+        known = f"for transformers and vLLM: no GGUF file, llama.cpp assumes another order of {name}"
+    else:
+        known = "which the server's own converter or loader may know"
     if save_form(model).kind == "stock":
-        return "format=stock, which the server's own converter or loader may know"
-    padded = "format=padded, which the server's own converter or loader may know, or " if can_pad(model) else ""
+        return f"format=stock, {known}"
+    padded = f"format=padded, {known}, or " if can_pad(model) else ""
     return f"{padded}format=remote_code"
 
 
@@ -92,6 +97,18 @@ class LlamaLayer:
     channels: int
 
 
+def rounded_up(channels: int, multiple: int) -> int:
+    """FFN channels up to a multiple, which quantised rows and kernels want: those that are added are zeros."""
+    return -(-channels // multiple) * multiple
+
+
+def rounded_note(model: Model, layers: Sequence[LlamaLayer], multiple: int) -> str:
+    """What rounding changed, "" where it did nothing."""
+    own = (layer_structure(model.layers[layer.index], model.family, model.config).intermediate_size for layer in layers)
+    count = sum(width < layer.channels for width, layer in zip(own, layers, strict=True))
+    return f", {count} FFNs filled up with zeros to multiples of {multiple}" if multiple > 1 and count else ""
+
+
 def adds_something(model: Model, index: int) -> bool:
     """Whether a layer changes the hidden states at all."""
     own = layer_structure(model.layers[index], model.family, model.config)
@@ -122,7 +139,11 @@ def layer_tensors(model: Model, layer: LlamaLayer) -> dict[str, Tensor]:
         shapes = {role: (layer.channels, hidden) for role in FFN_ROWS}
         own_parts = {}
         if own.intermediate_size:
-            own_parts = _parts(module, family.mlp_writers, own.intermediate_size, FFN_ROWS, ())
+            parts = _parts(module, family.mlp_writers, own.intermediate_size, FFN_ROWS, ())
+            own_parts = {
+                role: {leaf: _filled_up(tensor, 0, layer.channels) for leaf, tensor in part.items()}
+                for role, part in parts.items()
+            }
         tensors |= _named({"gate": "mlp.gate_proj", "up": "mlp.up_proj"}, own_parts, shapes, like)
         tensors |= _norm("post_attention_layernorm", module, family.mlp_norm, hidden, like)
         tensors |= _reader("mlp.down_proj", module, family.mlp_reader, layer.channels, like)
@@ -157,5 +178,12 @@ def _norm(name: str, module: nn.Module, path: str | None, hidden: int, like: Ten
 def _reader(name: str, module: nn.Module, path: str, inputs: int, like: Tensor) -> dict[str, Tensor]:
     linear: Any = module.get_submodule(path)
     had, outputs = linear_sizes(linear)
-    weight = linear.weight if had else like.new_zeros(outputs, inputs)
+    weight = _filled_up(linear.weight, 1, inputs) if had else like.new_zeros(outputs, inputs)
     return {f"{name}.weight": weight} | ({} if linear.bias is None else {f"{name}.bias": linear.bias})
+
+
+def _filled_up(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """With zeros behind, up to `size`."""
+    missing = list(tensor.shape)
+    missing[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor

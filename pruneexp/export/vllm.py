@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ from pruneexp.export.llama_like import (
     check_llama_like,
     context_length,
     layer_tensors,
+    rounded_note,
+    rounded_up,
     window_note,
 )
 from pruneexp.export.vllm_proof import BIASES, check_files, check_loader_rules, prove_by_own_modeling, read_back
 from pruneexp.model import Model, layer_structure
+from pruneexp.model.companions import carry
 from pruneexp.modeling_pruned import head_size
 from pruneexp.surgery.save import SHARD_BYTES, STREAMED_SHARD_BYTES, ShardWriter
 from pruneexp.types import ConfigError
@@ -42,20 +45,24 @@ NOT_SERVED = (
 )
 
 
-def vllm_exporter(model: Model) -> VllmExporter:
-    """From the model's structure alone. Raises ConfigError where vLLM's class cannot hold the model."""
+def vllm_exporter(model: Model, multiple: int = 1) -> VllmExporter:
+    """From the model's structure alone; FFN widths are rounded up to `multiple` with channels of zeros.
+
+    Raises ConfigError where vLLM's class cannot hold the model.
+    """
     check_llama_like(model, "vllm")
     heads = _query_heads(model)
-    layers = tuple(_layers(model, heads))
+    layers = tuple(_layers(model, heads, multiple))
+    rounded = rounded_note(model, layers, multiple)
     found = {path: False for paths in BIASES.values() for path in paths}
     for layer in layers:
         for name in layer_tensors(model, layer):
             if name.endswith(".bias"):
                 found[name.removesuffix(".bias")] = True
     flags = {flag: any(found[path] for path in paths) for flag, paths in BIASES.items()}
-    exporter = VllmExporter(layers, heads, flags, 0)
+    exporter = VllmExporter(layers, heads, flags, 0, rounded)
     size = sum(tensor.numel() for part in exporter.tensors(model) for tensor in part.values())
-    return VllmExporter(layers, heads, flags, size * model.dtype.itemsize)
+    return replace(exporter, bytes=size * model.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,13 @@ class VllmExporter:
     heads: int
     flags: Mapping[str, bool]
     bytes: int
+    rounded: str
     form: str = "vllm"
 
     @property
     def why(self) -> str:
-        return f"DeciLMForCausalLM, {len(self.layers)} layers of {self.heads} query heads, FFN widths of their own"
+        widths = f"FFN widths of their own{self.rounded}"
+        return f"DeciLMForCausalLM, {len(self.layers)} layers of {self.heads} query heads, {widths}"
 
     def write(self, model: Model, folder: Path) -> list[str]:
         folder.mkdir(parents=True)
@@ -81,8 +90,7 @@ class VllmExporter:
         config = self.config(model)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(CODE, folder / CODE.name)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
+        carry(model.source_folder, model.tokenizer, None, folder)
         check_loader_rules(folder)
         return [*window_note(model), NOT_SERVED]
 
@@ -165,14 +173,15 @@ def _query_heads(model: Model) -> int:
     return usual
 
 
-def _layers(model: Model, heads: int) -> Iterator[LlamaLayer]:
+def _layers(model: Model, heads: int, multiple: int) -> Iterator[LlamaLayer]:
     group = _group(model)
     kept = [index for index in range(len(model.layers)) if adds_something(model, index)]
     for index in kept:
         own = layer_structure(model.layers[index], model.family, model.config)
         attention = own.num_attention_heads or own.attention_output_bias or index == kept[0]
         channels = own.intermediate_size or (ZERO_CHANNELS if own.mlp_output_bias else 0)
-        yield LlamaLayer(index, heads if attention else 0, heads // group if attention else 0, channels)
+        kv_heads = heads // group if attention else 0
+        yield LlamaLayer(index, heads if attention else 0, kv_heads, rounded_up(channels, multiple))
 
 
 def _group(model: Model) -> int:

@@ -58,6 +58,7 @@ def prove_by_own_modeling(checkpoint: Path, folder: Path) -> dict[str, Any]:
     return {
         "prove": "own_modeling",
         "served": False,
+        "tolerance": TOLERANCE,
         "max_logit_difference": difference,
         "greedy_tokens_equal": torch.equal(greedy_tokens(reloaded, tokens_BT), greedy_tokens(model, tokens_BT)),
         "windows": list(tokens_BT.shape),

@@ -16,6 +16,7 @@ from pruneexp.export.folders import (
     checkpoint_folder,
     stored_source,
 )
+from pruneexp.export.single_file import GGUF_FILE, place_file
 
 if TYPE_CHECKING:
     from pruneexp.model import Model
@@ -56,7 +57,7 @@ def export(asked: Request) -> dict[str, Any]:
     from pruneexp.export.streamed import wants_streaming
 
     checkpoint = checkpoint_folder(asked.source)
-    check_out(asked.out, asked.source, checkpoint, asked.overwrite)
+    check_out(asked.out, asked.source, checkpoint, asked.overwrite, asked.single_file)
     source = stored_source(checkpoint)
     source.check()
     outline = source.outline()
@@ -67,7 +68,10 @@ def export(asked: Request) -> dict[str, Any]:
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         record = _written(asked, checkpoint, stream, exporter, aside)
-        replace_folder(aside, out)
+        if asked.single_file:
+            place_file(aside / GGUF_FILE, out, record)
+        else:
+            replace_folder(aside, out)
     except OSError as error:
         from pruneexp.types import RunError
 
@@ -86,26 +90,28 @@ def chosen(model: Model, asked: Request) -> Exporter:
     if asked.format == "gguf":
         from pruneexp.export.gguf_file import gguf_exporter
 
-        return gguf_exporter(model, asked.dtype)
+        return gguf_exporter(model, asked.dtype, asked.multiple)
     if asked.format == "vllm":
         from pruneexp.export.vllm import vllm_exporter
 
-        return vllm_exporter(model)
+        return vllm_exporter(model, asked.multiple or 1)
     from pruneexp.export.checkpoint import checkpoint_exporter
 
-    return checkpoint_exporter(model, asked.format, asked.multiple)
+    return checkpoint_exporter(model, asked.format, asked.multiple or 1)
 
 
 def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter, aside: Path) -> dict[str, Any]:
     """Writes and proves the export in `aside`."""
-    from pruneexp.tracker import write_atomic
+    from pruneexp.export.card import card
+    from pruneexp.files import files_in, write_atomic
+    from pruneexp.model.companions import CARD, GENERATION, LEGAL, copy_files
 
     model = stored_source(checkpoint, stream=stream).load()
     notes = exporter.write(model, aside)
     del model
-    for name in ("plan.json", "generation_config.json"):
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, aside / name)
+    copy_files(checkpoint, aside, ("plan.json", GENERATION, *LEGAL))
+    if text := card(asked.source, checkpoint, aside, exporter.form):
+        write_atomic(aside / CARD, text)
     record: dict[str, Any] = {
         "format": asked.format,
         "form": exporter.form,
@@ -121,5 +127,6 @@ def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter,
         record |= proof
     if notes:
         record["notes"] = notes
+    record["files"] = [*files_in(aside), RECORD]
     write_atomic(aside / RECORD, json.dumps(record, indent=1) + "\n")
     return record

@@ -73,7 +73,7 @@ def stages(
         kept = _saved(shape, batch)
         found.append(_stage("recover", weights, shape, batch, loss=True, gradients=kept))
     if prove in ("process", "in_place") and not stream:
-        found.append(Stage("prove", dict.fromkeys(("weights", "copies"), left * shape.itemsize)))
+        found.append(Stage("prove", {"weights": left * shape.itemsize, "copies": shape.bytes}))  # the source comes, too
     return found
 
 

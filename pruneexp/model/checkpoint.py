@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pruneexp.file_state import FileState, file_state
 from pruneexp.model.checks import why_unreadable
-from pruneexp.model.tensor_file import Place, places, read_tensor
+from pruneexp.model.tensor_file import Place, pieces, places, read_tensor
 from pruneexp.types import ConfigError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
 
 
 class Checkpoint:
@@ -40,19 +44,21 @@ class Checkpoint:
         return self._spelling(name) is not None
 
     def __getitem__(self, name: str) -> Tensor:
-        spelling = self._spelling(name)
-        if spelling is None:
-            raise ConfigError(f"model.path={str(self.folder)!r}: the checkpoint lacks tensor {name!r}")
-        file = self._files[spelling]
-        if file not in self._places:
-            self._places[file] = places(self.folder / file)
-        return read_tensor(self.folder / file, self._places[file][spelling])
+        return read_tensor(*self._place(name))
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor's elements in order, flat, a few MiB at a time."""
+        file, place = self._place(name)
+        for piece in pieces(place):
+            yield read_tensor(file, piece)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that is there, from its file's header."""
-        spelling = self._spelling(name)
-        assert spelling is not None, name
-        return tuple(self._handle(self._files[spelling]).get_slice(spelling).get_shape())
+        return tuple(self._header(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor that is there, as safetensors calls it: "BF16"."""
+        return self._header(name).get_dtype()
 
     def dtypes(self) -> dict[str, str]:
         """Of every tensor, by its name in the files, as safetensors calls it: "BF16"."""
@@ -61,6 +67,21 @@ class Checkpoint:
     def names_beside(self, expected: Iterable[str]) -> list[str]:
         """Tensors of the checkpoint that go by none of the expected names."""
         return sorted(set(self._files) - {self._spelling(name) for name in expected})
+
+    def _header(self, name: str) -> Any:
+        spelling = self._spelling(name)
+        assert spelling is not None, name
+        return self._handle(self._files[spelling]).get_slice(spelling)
+
+    def _place(self, name: str) -> tuple[Path, Place]:
+        """The file that holds a tensor, and where in it."""
+        spelling = self._spelling(name)
+        if spelling is None:
+            raise ConfigError(f"model.path={str(self.folder)!r}: the checkpoint lacks tensor {name!r}")
+        file = self._files[spelling]
+        if file not in self._places:
+            self._places[file] = places(self.folder / file)
+        return self.folder / file, self._places[file][spelling]
 
     def _spelling(self, name: str) -> str | None:
         prefix = f"{self.base_prefix}."
@@ -117,6 +138,28 @@ def safetensors_files(folder: Path) -> list[str]:
             f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER')\""
         )
     raise ConfigError(f"model.path={str(folder)!r}: holds no weights; expected {SINGLE} or {INDEX}")
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """What identifies config.json and every weight file: SHA-256; of files over `WHOLE_FILE`, that of the header, and
+    the time of the last change."""
+    files = {}
+    for name in ["config.json", *safetensors_files(folder)]:
+        state = file_state(folder / name)
+        _, _, size, modified = state
+        files[name] = {"bytes": size, "sha256": _sha256(state), "whole": size <= WHOLE_FILE}
+        if size > WHOLE_FILE:
+            files[name]["modified_ns"] = modified
+    return files
+
+
+@lru_cache(maxsize=256)
+def _sha256(state: FileState) -> str:
+    """Of a file, or of a large one's safetensors header."""
+    path, _, size, _ = state
+    with open(path, "rb") as file:
+        content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
+    return hashlib.sha256(content).hexdigest()
 
 
 def holds_weights(folder: Path) -> bool:

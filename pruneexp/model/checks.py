@@ -33,9 +33,9 @@ COUNTS = (  # config attributes that count something; absent or None where an ar
 
 def check_hub_id(path: str, is_file: bool) -> None:
     """Raises ConfigError where `path`, which is no folder, cannot be the name of a model on the Hub either."""
-    if is_file or not HUB_ID.fullmatch(path) or "--" in path or ".." in path or path.endswith(".git"):
-        what = "is a file" if is_file else "no such folder"
-        expected = "a folder with config.json and *.safetensors, or a Hub id, owner/name"
+    if is_file or not HUB_ID.fullmatch(path) or "--" in path or ".." in path or path.endswith((".git", ".gguf")):
+        what = "is a file" if is_file else "no such file" if path.endswith(".gguf") else "no such folder"
+        expected = "a folder with config.json and *.safetensors, a GGUF file (*.gguf), or a Hub id, owner/name"
         raise ConfigError(f"model.path={path!r}: {what}; expected {expected}")
 
 

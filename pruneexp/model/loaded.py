@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Model:
         self.module, self.tokenizer, self.family, self.config = module, tokenizer, family, config
         self.name, self.device, self.dtype, self.batch_size = name, device, dtype, batch_size
         self.checkpoint = checkpoint
+        self.source_folder: Path | None = None  # where it was read, with all that lies beside the weights
         self._ahead: tuple[int, Future] | None = None  # the layer that is being read, and its tensors by name
         self.layers_path = f"{module.base_model_prefix}.{family.layers}"
         self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import os
 import re
@@ -16,11 +16,13 @@ import torch
 
 from pruneexp import modeling_pruned
 from pruneexp.file_state import FileState, file_state
-from pruneexp.model import checks
+from pruneexp.model import checks, companions
 from pruneexp.model.architecture import model_class_of, skeleton
-from pruneexp.model.checkpoint import Checkpoint, holds_weights, safetensors_files
+from pruneexp.model.checkpoint import Checkpoint, fingerprints, holds_weights
+from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
+from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError
@@ -28,7 +30,6 @@ from pruneexp.types import ConfigError
 logger = logging.getLogger("pruneexp")
 
 EMBEDDED = "embedded:"  # path prefix of the models inside the package
-WHOLE_FILE = 256 * 2**20  # bytes of a weight file up to which its fingerprint covers all of it
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,7 +49,7 @@ class Described:
 class ModelSource:
     """A checkpoint and how to hold it.
 
-    `path`: a folder with config.json and safetensors, a Hub id, or "embedded:NAME". `dtype` "auto": the
+    `path`: a folder with config.json and safetensors, a GGUF file, a Hub id, or "embedded:NAME". `dtype` "auto": the
     checkpoint's, but float32 for float16 on a CPU (which computes float16 slowly and badly). `device` "auto": the
     decoder layers in order over all visible GPUs (the CPU where there is none). `stream`: the decoder layers are read
     from their files one at a time instead of being held. `batch_size`: windows per forward pass.
@@ -90,13 +91,17 @@ class ModelSource:
             Checkpoint(folder).close()  # reads the files' headers: what is damaged or cut short is found here
 
     def local_folder(self) -> Path | None:
-        """The checkpoint's folder where `path` is one; None for a Hub id."""
+        """The checkpoint's folder where it is there: None for a Hub id, and for a GGUF file that no run has read."""
         if self.path.startswith(EMBEDDED):
             folder = Path(__file__).parent.parent / "embedded" / self.path.removeprefix(EMBEDDED)
         else:
             folder = Path(os.path.expanduser(self.path))
         if self.path and os.path.isdir(folder):  # unlike Path's own, False for whatever can be none
             return folder
+        if is_gguf(folder):
+            check_gguf(folder, self.path, self.stream)
+            made = converted_folder(folder, self.dtype)
+            return made if made.is_dir() else None
         checks.check_hub_id(self.path, os.path.isfile(folder))
         return None
 
@@ -126,8 +131,13 @@ class ModelSource:
         return _outline(self, folder, local is not None and holds_weights(local), _file_states(folder))
 
     def folder(self, weights: bool = True) -> Path:
-        """The checkpoint's folder; what a Hub id names is downloaded first, with its weights or without."""
-        return self.local_folder() or self._download(weights)
+        """The checkpoint's folder; what a Hub id names is downloaded first, with its weights or without, and a GGUF
+        file is dequantised."""
+        folder, file = self.local_folder(), Path(os.path.expanduser(self.path))
+        if folder is None and is_gguf(file):
+            _quiet_transformers()
+            return convert(file, self.path, self.dtype)
+        return folder or self._download(weights)
 
     def stock_config(self, folder: Path) -> Any:
         """The config of the stock architecture: a pruned checkpoint's, without its structure."""
@@ -141,16 +151,11 @@ class ModelSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """Where the weights came from and what identifies them: SHA-256 of config.json and of every weight file,
-        of files over 256 MiB the header, the size and the time of the last change alone."""
+        of files over 256 MiB the header, the size and the time of the last change alone; and of the GGUF file that they
+        were dequantised from."""
         folder = self.folder()
-        files = {}
-        for name in ["config.json", *safetensors_files(folder)]:
-            state = file_state(folder / name)
-            _, _, size, modified = state
-            files[name] = {"bytes": size, "sha256": _sha256(state), "whole": size <= WHOLE_FILE}
-            if size > WHOLE_FILE:
-                files[name]["modified_ns"] = modified
-        return {"name": self.name, "path": self.path, "revision": self.revision, "files": files}
+        found = {"name": self.name, "path": self.path, "revision": self.revision, "files": fingerprints(folder)}
+        return {**found, "gguf": json.loads((folder / RECORD).read_text())} if (folder / RECORD).is_file() else found
 
     def load(self, tokenizer: Any = None) -> Model:
         """The model, ready to run: evaluation mode, no gradients. `tokenizer`: the one of `describe`, if at hand."""
@@ -160,6 +165,9 @@ class ModelSource:
         _quiet_transformers()
         model_class, config, family = model_class_of(folder, config_json["model_type"])
         checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
+        head = settle_ties_(model_class, config, checkpoint)
+        if head is not None:
+            logger.info("model.path=%r: %s is another than the embedding, whatever its config says", self.path, head)
         with checks.building(self.path, config_json["model_type"]):
             module = skeleton(model_class, config, family, dtype)
         layers_path = f"{module.base_model_prefix}.{family.layers}"
@@ -182,6 +190,8 @@ class ModelSource:
             logger.info("decoder layers: %s", ", ".join(f"{n} on {device}" for device, n in counts.items()))
         if tokenizer is None:
             model.tokenizer = self.tokenizer(folder)
+        model.source_folder = folder
+        module.generation_config = companions.generation_settings(folder) or module.generation_config
         return model
 
     def _model(
@@ -225,8 +235,8 @@ class ModelSource:
         from huggingface_hub import snapshot_download
 
         try:
-            patterns = ["*.json", "tokenizer.model", "*.txt", *(["*.safetensors"] if weights else [])]
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
+            patterns = (*companions.FETCHED, *(companions.WEIGHTS if weights else ()))
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(patterns)))
         except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
@@ -239,12 +249,14 @@ def _outline(source: ModelSource, folder: Path, weights: bool, files: tuple[File
     config_json = source.read_config(folder)
     dtype = source._dtype(config_json)
     model_class, config, family = model_class_of(folder, config_json["model_type"])
+    checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as) if weights else None
+    if checkpoint is not None:
+        settle_ties_(model_class, config, checkpoint)
     with checks.building(source.path, config_json["model_type"]):
         module = skeleton(model_class, config, family, dtype)
         outline = source._model(module, None, family, config, dtype, None)
         outline.sites()
-    if weights:
-        checkpoint = Checkpoint(folder, model_class.base_model_prefix, family.stored_as)
+    if checkpoint is not None:
         checks.check_tensors(module, checkpoint, source.path)
         checkpoint.close()
     return outline
@@ -260,16 +272,12 @@ def _tokenizer(source: ModelSource, folder: Path, files: tuple[FileState, ...]) 
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder, config=source.stock_config(folder))
-
-
-@lru_cache(maxsize=256)
-def _sha256(state: FileState) -> str:
-    """Of a file, or of a large one's safetensors header."""
-    path, _, size, _ = state
-    with open(path, "rb") as file:
-        content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
-    return hashlib.sha256(content).hexdigest()
+    config = source.stock_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    token = getattr(config, "bos_token_id", None)
+    if modeling_pruned.FAMILIES[config.model_type].needs_bos and tokenizer.bos_token_id is None and token is not None:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(token)  # what it needs, its config knows, too
+    return tokenizer
 
 
 def _quiet_transformers() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from pruneexp.types import RunError
+
+PIECE = 2**20  # elements
 
 DTYPES = {
     "F64": torch.float64,
@@ -59,6 +62,13 @@ def places(file: Path) -> dict[str, Place]:
         start = 8 + size + entry["data_offsets"][0]
         found[name] = Place(start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     return found
+
+
+def pieces(place: Place) -> Iterator[Place]:
+    """The same elements, flat, `PIECE` of them at a time."""
+    count = prod(place.shape)
+    for start in range(0, count, PIECE):
+        yield Place(place.start + start * place.dtype.itemsize, place.dtype, (min(PIECE, count - start),))
 
 
 def read_tensor(file: Path, place: Place) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pruneexp
+from pruneexp.bos import comparable
 from pruneexp.progress import progress
 from pruneexp.tracker import status_of
 from pruneexp.types import ConfigError, Plan
@@ -105,7 +106,7 @@ def _read(folder: Path, name: str, versions: str) -> Run:
     hashed = _config_hash(config)
     plan = _plan(folder)
     _check_untouched(folder, hashed, config, metrics, plan, status)
-    return Run(folder, name, hashed, config, environment, status, metrics, plan)
+    return Run(folder, name, hashed, config, environment, status, comparable(metrics, config), plan)
 
 
 def _status(folder: Path) -> Mapping[str, Any]:

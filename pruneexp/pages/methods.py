@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from pruneexp.bos import AUTO
 from pruneexp.config_files import YamlLoader, conf_folder, inherited
 from pruneexp.pages.folders import Run
 from pruneexp.pages.statistics import crossed
@@ -100,7 +101,7 @@ def choice(group: str, config: Mapping[str, Any], preferred: str | None = None) 
 def _stands(key: str, value: Any, option: Mapping[str, Any]) -> bool:
     """Whether the option leaves the setting at this value, or to the user or another key."""
     expected = option.get(key)
-    open_ended = key == "ratio" or _is_seed(key) or "${" in str(expected) or expected == "???"
+    open_ended = expected == AUTO or key == "ratio" or _is_seed(key) or "${" in str(expected) or expected == "???"
     return open_ended or expected == value
 
 

@@ -88,15 +88,15 @@ def _measured(metrics: Mapping[str, float]) -> list[Row]:
         if side == "pruned" or side == "dense":
             dense = metrics.get(f"dense/{name}")
             pruned = metrics.get(f"pruned/{name}")
-            group = _group(name)
-            change = "" if dense is None or pruned is None else _change(group, dense, pruned)
-            rows.append(Row(group, _title(name), _figure(name, dense), _figure(name, pruned), change))
+            group = metric_group(name)
+            change = "" if dense is None or pruned is None else change_text(group, dense, pruned)
+            rows.append(Row(group, _title(name), figure_text(name, dense), figure_text(name, pruned), change))
         else:
-            rows.append(Row(_group(key), _title(key), "", _figure(key, value), ""))
+            rows.append(Row(metric_group(key), _title(key), "", figure_text(key, value), ""))
     return rows
 
 
-def _group(name: str) -> str:
+def metric_group(name: str) -> str:
     parts = name.split("/")
     accuracy = any(part.startswith("acc") for part in parts)
     return "accuracy" if accuracy else GROUPS.get(parts[0], "other")
@@ -113,13 +113,13 @@ def _share(part: float, whole: float) -> str:
     return f"{-100 * part / whole + 0.0:+.1f} %" if whole else ""
 
 
-def _change(group: str, dense: float, pruned: float) -> str:
+def change_text(group: str, dense: float, pruned: float) -> str:
     if group == "accuracy":
         return f"{100 * (pruned - dense):+.1f} points"
     return f"x{pruned / dense:.3g}" if dense else ""
 
 
-def _figure(name: str, value: float | None) -> str:
+def figure_text(name: str, value: float | None) -> str:
     if value is None:
         return ""
     if "bytes" in name:
@@ -136,9 +136,9 @@ def summary_line(metrics: Mapping[str, float]) -> str:
     found = [f"{_share(metrics['sparsity/decoder'], 1)} decoder parameters"]
     for key, value in metrics.items():
         side, _, name = key.partition("/")
-        if side == "pruned" and _group(name) in ("perplexity", "accuracy"):
-            dense = _figure(name, metrics.get(f"dense/{name}"))
-            found.append(f"{name} {dense and dense + ' -> '}{_figure(name, value)}")
+        if side == "pruned" and metric_group(name) in ("perplexity", "accuracy"):
+            dense = figure_text(name, metrics.get(f"dense/{name}"))
+            found.append(f"{name} {dense and dense + ' -> '}{figure_text(name, value)}")
     more = len(found) - 1 - MOST_FIGURES
     found = found[: 1 + MOST_FIGURES] + ([f"{more} more"] if more > 0 else [])
     return f"{', '.join(found)}, {sum(v for key, v in metrics.items() if key.startswith('seconds/')):.1f} s"

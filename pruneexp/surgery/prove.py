@@ -15,6 +15,7 @@ from torch import Tensor
 from pruneexp.model import Model, ModelSource
 from pruneexp.model.placement import AUTO
 from pruneexp.progress import progress, waiting
+from pruneexp.surgery.prove_source import POSITIONS, Dense, compare_in_place, not_loaded
 from pruneexp.types import RunError
 
 TOLERANCE = 1e-2  # of a logit's difference
@@ -22,7 +23,7 @@ TOLERANCE = 1e-2  # of a logit's difference
 # Runs in a process of its own, isolated from this package (-I: no working directory, no PYTHONPATH).
 RELOAD = """
 import json, os, sys
-folder, tokens_file, out_file, cache, dtype = sys.argv[1:6]
+folder, tokens_file, out_file, cache, dtype, source, positions, trust = sys.argv[1:9]
 os.environ["HF_MODULES_CACHE"] = cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
@@ -33,24 +34,34 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 remote = "auto_map" in json.load(open(os.path.join(folder, "config.json")))
 settings = {"experts_implementation": "eager"} if dtype == "float64" else {}  # experts' other ways know no float64
-settings |= {"trust_remote_code": remote, "dtype": getattr(torch, dtype)}
-model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+settings["dtype"] = getattr(torch, dtype)
 tokens = load_file(tokens_file)["tokens"]
+found, said = {}, {}
+if source:  # gone before the pruned model comes
+    try:
+        dense = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust == "True", **settings).eval()
+        with torch.no_grad():
+            found["dense"] = dense(tokens).logits[:, -int(positions):].float().contiguous()
+        del dense
+    except Exception as error:
+        said["dense"] = str(error) or type(error).__name__
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, **settings).eval()
 with torch.no_grad():
     logits = model(tokens).logits
     generated = model.generate(tokens[:1, :8], max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
 if os.path.exists(os.path.join(folder, "tokenizer.json")):
     AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
 assert not any(m == "pruneexp" or m.startswith("pruneexp.") for m in sys.modules)
-save_file({"logits": logits.float().contiguous(), "generated": generated.contiguous()}, out_file)
-json.dump({"class": type(model).__name__}, open(out_file + ".json", "w"))
+save_file({"logits": logits.float().contiguous(), "generated": generated.contiguous(), **found}, out_file)
+json.dump({"class": type(model).__name__, **said}, open(out_file + ".json", "w"))
 """
 
 
-def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str, Any]:
-    """Reloads `folder` in a clean process without this package, on the CPU, and compares logits and greedy tokens.
-    `tolerance`: what rounding explains of the difference, where a GPU's half precision is compared with a CPU's: 5 % of
-    the logits' root mean square.
+def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense | None = None) -> dict[str, Any]:
+    """Reloads `folder` in a clean process without this package, on the CPU, and compares logits and greedy tokens; so
+    it does with the model's source, where `dense` gives what is to come of it for the same tokens. `tolerance`: what
+    rounding explains of the difference, where a GPU's half precision is compared with a CPU's: 5 % of the logits' root
+    mean square.
 
     Raises RunError where it does not reload.
     """
@@ -61,31 +72,37 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str,
         save_file({"tokens": tokens_BT.contiguous()}, tokens_file)
         dtype = str(model.dtype).removeprefix("torch.")
         command = [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), tokens_file, out_file, scratch, dtype]
+        command += ["", "", ""] if dense is None else [str(dense.folder), str(POSITIONS), str(dense.trust_remote_code)]
         with waiting("proving the checkpoint in a clean process"):
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RunError(f"{folder}: the saved checkpoint does not reload in a clean process ({reason})")
         reloaded = load_file(out_file)
-        class_name = json.loads(Path(out_file + ".json").read_text())["class"]
+        said = json.loads(Path(out_file + ".json").read_text())
     expected = logits_of(model, tokens_BT)
     generated = greedy_tokens(model, tokens_BT)
     rounded = model.device.type != "cpu" and model.dtype.itemsize == 2
-    return {
+    proof: dict[str, Any] = {
         "prove": "process",
         "tolerance": max(TOLERANCE, 0.05 * expected.square().mean().sqrt().item()) if rounded else TOLERANCE,
-        "class": class_name,
+        "class": said["class"],
         "max_logit_difference": (reloaded["logits"] - expected).abs().max().item(),
         "greedy_tokens_equal": torch.equal(reloaded["generated"], generated.cpu()),
         "windows": list(tokens_BT.shape),
     }
+    if dense is not None:
+        proof["source"] = dense.compared(reloaded["dense"]) if "dense" in reloaded else not_loaded(said["dense"])
+    return proof
 
 
-def prove_in_place(model: Model, folder: Path, tokens_BT: Tensor) -> dict[str, Any]:
-    """Reloads `folder` here, with the modeling file of this package, and compares logits."""
+def prove_in_place(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense | None = None) -> dict[str, Any]:
+    """Reloads `folder` here, with the modeling file of this package, and compares logits; so it does with the model's
+    source, with plain transformers, where `dense` gives what is to come of it."""
+    source = {} if dense is None else {"source": compare_in_place(dense, model.dtype)}
     reloaded = _source(model, folder, stream=False).load()
     difference = (logits_of(reloaded, tokens_BT) - logits_of(model, tokens_BT)).abs().max().item()
-    return {"prove": "in_place", "max_logit_difference": difference, "windows": list(tokens_BT.shape)}
+    return {"prove": "in_place", "max_logit_difference": difference, "windows": list(tokens_BT.shape), **source}
 
 
 class BlockProof:

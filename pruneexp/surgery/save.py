@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.files import save_tensors
 from pruneexp.model import Checkpoint, Model, layer_structure
 from pruneexp.model.checkpoint import safetensors_files, stored_name
+from pruneexp.model.companions import carry
 from pruneexp.model.tensor_file import places
 from pruneexp.modeling_pruned import head_layout, number_caches_, resize_layer_
 from pruneexp.surgery.forms import REMOTE_CODE, Form, save_form
@@ -27,9 +29,16 @@ SHARD_BYTES = 4 * 2**30
 STREAMED_SHARD_BYTES = 2**26  # what waits to be written counts as memory, so that a large layer is a shard
 
 
-def save(model: Model, folder: Path, form: Form | None = None) -> Form:
-    """Writes weights, config, tokenizer and generation settings to `folder`, aside first, then renamed. `form`: another
-    one than `save_form` chooses.
+Complete = Callable[[Form, Path], None]  # adds to a checkpoint before it is put in its place
+
+
+def _as_it_is(form: Form, folder: Path) -> None:
+    """Nothing is added."""
+
+
+def save(model: Model, folder: Path, form: Form | None = None, complete: Complete = _as_it_is) -> Form:
+    """Writes weights, config and what lies beside them to `folder`, aside first, then renamed. `form`: another one than
+    `save_form` chooses.
 
     Raises:
         RunError: `folder` cannot be written (read-only, disk full); nothing is left of it then.
@@ -44,6 +53,7 @@ def save(model: Model, folder: Path, form: Form | None = None) -> Form:
             writer.add({name: tensor})
         writer.close()
         write_description(model, form, aside)
+        complete(form, aside)
         aside.rename(folder)
     return form
 
@@ -60,10 +70,7 @@ def write_description(model: Model, form: Form, folder: Path) -> None:
     if form.kind == "remote_code":  # readers of `per_layer_config` without our code (AutoTokenizer) count by this name
         written = {"num_hidden_layers": len(model.layers), **written}
     file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-    if model.module.generation_config is not None:
-        model.module.generation_config.save_pretrained(folder)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+    carry(model.source_folder, model.tokenizer, model.module.generation_config, folder)
 
 
 def _tensors(model: Model, form: Form) -> Iterable[tuple[str, Tensor]]:
@@ -144,16 +151,20 @@ class StreamedSave:
             return all(tensors_of(self.folder / name) is not None for name in safetensors_files(self.folder))
         return all(tensors_of(self.writer.file(i)) == set(names) for i, names in enumerate(shards))
 
-    def finish(self) -> Form:
+    def finish(self, complete: Complete = _as_it_is) -> Form:
         """Writes the rest and puts the checkpoint in its place; the model streams from it from here on."""
         form = save_form(self.model)
-        if not self.finished:
+        if self.finished:
+            with _writing(self.folder, self.aside):
+                complete(form, self.folder)
+        else:
             with _writing(self.folder, self.aside):
                 for name, tensor in _tensors(self.model, form):
                     if not tensor.is_meta:
                         self.writer.add({name: tensor})
                 self.writer.close()
                 write_description(self.model, form, self.aside)
+                complete(form, self.aside)
                 self.aside.rename(self.folder)
         family = self.model.family
         self.model.checkpoint = Checkpoint(self.folder, self.model.module.base_model_prefix, family.stored_as)
@@ -207,12 +218,10 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Writes what is pending as one shard, down to the disk."""
-        from safetensors.torch import save_file
-
         if not self.pending:
             return
         file = self.file(len(self.shards))
-        save_file(self.pending, file, metadata={"format": "pt"})
+        save_tensors(self.pending, file, {"format": "pt"})
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
         self.shards.append(list(self.pending))

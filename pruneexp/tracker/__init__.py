@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pruneexp.files import write_atomic, written_aside
+from pruneexp.tracker.checkpoint_files import PROOF
 from pruneexp.tracker.environment import memory_metrics, reset_peak_memory
 from pruneexp.tracker.folder import (
     NOTES,
@@ -18,8 +20,6 @@ from pruneexp.tracker.folder import (
     existing,
     run_folder,
     status_of,
-    write_atomic,
-    written_aside,
 )
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
@@ -27,6 +27,7 @@ from pruneexp.types import Plan, RunRecord, Scores, Site, Tracker
 
 __all__ = [
     "NOTES",
+    "PROOF",
     "Local",
     "LocalRun",
     "Trackers",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pruneexp.files import read_object
+from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_checkpoint
 from pruneexp.types import ConfigError, RunError
 
 # metrics.json first: without it, what is left of a half-cleared folder is no finished run.
@@ -30,43 +30,7 @@ FILES = (
 NOTES = "resume"  # folder of a streamed run's notes of how far it has come, until it is done
 UNFINISHED = (NOTES, "model.partial", "streamed", "streamed.partial")  # folders of a run that has not ended
 FOLDERS = ("model", "samples", *UNFINISHED)
-CHECKPOINT_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "plan.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "modeling_*.py",
-    "configuration_*.py",
-)
 SAMPLE_FILES = ("*.json", "*.md", ".*.tmp")
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes `data` (text as UTF-8) whole or not at all. Raises OSError."""
-    with written_aside(path) as aside:
-        aside.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`: whole or not at all, it is flushed to the disk, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def run_folder(settings_dir: str | None, recipe: str, name: str | None, now: datetime) -> Path:
@@ -111,7 +75,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     if state == "running":
         pid = _read_status(folder).get("pid")
         raise ConfigError(f"{where}: process {pid} is still writing a run there; expected an empty folder")
-    foreign = [] if (folder / "model").is_symlink() else _foreign(folder / "model")
+    foreign = checkpoint_files(folder)[1]
     if foreign:
         raise ConfigError(
             f"{where}: model/, where the checkpoint goes, holds {', '.join(foreign)}, which no run writes; expected an "
@@ -145,14 +109,6 @@ def check_writable(folder: Path, where: str) -> None:
         raise ConfigError(f"{where}: {nearest} cannot be written to ({reason}); expected a folder that can") from error
 
 
-def _foreign(model: Path) -> list[str]:
-    """What lies in a checkpoint's folder and is not of the names that a run writes there, as paths in it."""
-    ours = {file for pattern in CHECKPOINT_FILES for file in model.glob(pattern)}
-    ours |= {model / "adapter", *(model / "adapter").glob("adapter_*")}
-    found = [*model.glob("*"), *(model / "adapter").glob("*")]
-    return sorted(str(file.relative_to(model)) for file in found if file not in ours)
-
-
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -167,7 +123,7 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            if name != "status.json":
+            if name not in ("status.json", PROOF):  # these say whose the rest is
                 (folder / name).unlink(missing_ok=True)
             for aside in folder.glob(f".{name}.*.tmp"):
                 aside.unlink(missing_ok=True)
@@ -196,9 +152,7 @@ def clear_unfinished(folder: Path) -> None:
     for name in UNFINISHED:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             shutil.rmtree(folder / name)
-    if not (folder / "model").is_symlink():
-        _clear(folder / "model" / "adapter", ("adapter_*",))
-        _clear(folder / "model", CHECKPOINT_FILES)
+    clear_checkpoint(folder)
 
 
 def new_status() -> dict[str, Any]:
@@ -236,21 +190,13 @@ def status_of(folder: Path) -> str:
 
 def _is_finished(folder: Path) -> bool:
     """Whether a metrics.json is there that can be read."""
-    return _read_object(folder / "metrics.json") is not None
+    return read_object(folder / "metrics.json") is not None
 
 
 def _read_status(folder: Path) -> dict[str, Any]:
-    status = _read_object(folder / "status.json") or {}
+    status = read_object(folder / "status.json") or {}
     # Somebody else's status.json is no run of ours.
     return status if status.get("status") in ("running", "done", "failed") else {}
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _alive(status: dict[str, Any]) -> bool:

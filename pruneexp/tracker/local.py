@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from pruneexp.files import write_atomic
 from pruneexp.tracker.environment import environment
-from pruneexp.tracker.folder import claim_folder, new_status, timestamp, write_atomic
+from pruneexp.tracker.folder import claim_folder, new_status, timestamp
 from pruneexp.types import Plan, RunError, RunRecord, Scores, Site, unit_scores
 
 logger = logging.getLogger("pruneexp")

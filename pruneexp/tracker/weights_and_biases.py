@@ -21,6 +21,7 @@ INIT_SECONDS = 30  # to reach the server or log in, before the run goes on offli
 FINISH_SECONDS = 120  # to upload the rest; what is left can be sent later with `wandb sync`
 HISTOGRAM_BINS = 64
 PUBLIC_HOST = "api.wandb.ai"
+LONGEST_NAME = 128  # of a run, in characters
 
 logger = logging.getLogger("pruneexp")
 
@@ -94,9 +95,10 @@ class Wandb:
             "entity": self.entity,
             "mode": mode,  # None: wandb reads the environment and its own files
             "tags": list(self.tags),
-            "config": dict(record.config),
+            "config": _config(record),
             "group": record.group,
-            "name": record.name,
+            "id": _own_id(record),
+            "name": record.name or os.environ.get("WANDB_NAME") or _name(record),
             "job_type": record.job_type,
             "dir": str(self._live.folder),
             # A run that is still open in this process is the caller's own, or another job's: never write into it.
@@ -188,6 +190,33 @@ class Wandb:
         self._live.warned = True
 
 
+def _config(record: RunRecord) -> dict[str, Any]:
+    """The composed config, and what of it has names: the recipe, the choice of each group."""
+    named = {name: record.job[name] for name in ("recipe", "choices") if name in record.job}
+    return {**record.config, **named}
+
+
+def _own_id(record: RunRecord) -> str | None:
+    """The run's id, None: what the environment says, or a new one. WANDB_RUN_ID names one run: a sweep's jobs and its
+    summary each get one made of it, except those of a sweep that is W&B's own, which starts a process a run."""
+    given = os.environ.get("WANDB_RUN_ID")
+    if not given or os.environ.get("WANDB_SWEEP_ID") or record.job_type not in ("job", "summary"):
+        return None
+    return f"{given}-{record.folder.name if record.job_type == 'job' else 'summary'}"
+
+
+def _name(record: RunRecord) -> str | None:
+    """What tells the run from others: recipe, model, ratio, and what else was typed about the method and the data."""
+    model, sparsity = (record.config.get(section) or {} for section in ("model", "sparsity"))
+    parts = [record.job.get("recipe"), model.get("name"), sparsity.get("ratio")]
+    told = ("model", "recipe", "evaluator", "tracker", "cache", "run", "sweep", "hydra")
+    for text in record.job.get("overrides", ()):
+        key = text.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0].partition("/")[0] not in told and key != "sparsity.ratio":
+            parts.append(text)
+    return " ".join(str(part) for part in parts if part is not None)[:LONGEST_NAME] or None
+
+
 def _environment_decides() -> bool:
     """Whether the user has told W&B anything: a mode, a key or token, or a login for the server in use."""
     if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
@@ -220,7 +249,8 @@ def _servers() -> set[str]:
 
 
 def _histograms(scores: Scores, sites: Sequence[Site]) -> dict[str, Any]:
-    """All finite scores of a kind of site as one histogram: {"scores/attention": ...}."""
+    """All finite scores of a kind of site as one histogram: {"scores/attention": ...}; of their logarithms where none
+    is negative, {"log10_scores/mlp": ...}: a few channels' scores are so large that the others would share one bar."""
     import wandb
 
     kinds = {site.name: site.kind for site in sites}
@@ -230,9 +260,14 @@ def _histograms(scores: Scores, sites: Sequence[Site]) -> dict[str, Any]:
         finite = score_U[torch.isfinite(score_U)].detach().to("cpu", torch.float64)
         if finite.numel():
             values.setdefault(kinds.get(name, "other"), []).append(finite)
-    return {
-        f"scores/{kind}": wandb.Histogram(torch.cat(v).tolist(), num_bins=HISTOGRAM_BINS) for kind, v in values.items()
-    }
+    shown = {}
+    for kind, parts in values.items():
+        scores_N = torch.cat(parts)
+        positive_N = scores_N[scores_N > 0]
+        in_log = bool(positive_N.numel()) and bool((scores_N >= 0).all())
+        name, drawn_N = (f"log10_scores/{kind}", positive_N.log10()) if in_log else (f"scores/{kind}", scores_N)
+        shown[name] = wandb.Histogram(drawn_N.tolist(), num_bins=HISTOGRAM_BINS)
+    return shown
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:

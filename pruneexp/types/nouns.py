@@ -242,3 +242,4 @@ class RunRecord:
     group: str | None  # the sweep that it belongs to
     name: str | None
     job_type: str | None  # "run", "job" of a sweep, or its "summary"
+    job: Mapping[str, Any] = field(default_factory=dict)  # `recipe`, `choices` of each group, `overrides` as typed

@@ -1,0 +1,195 @@
+"""Beginning-of-sequence tokens: which runs put them in front of what a model reads, told from the config alone.
+
+`bos: auto` is true for models whose family needs it. That is decided before anything is hashed or built, by the model's
+config.json and nothing heavier, so that config.yaml says what was done; what was asked stands there under `asked`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pruneexp.hub import unreachable
+from pruneexp.modeling_pruned import FAMILIES
+from pruneexp.types import ConfigError
+
+AUTO = "auto"
+ASKED = "asked"  # top-level key of a config: what each `bos` was before it was resolved
+AS_THEY_ARE = "pruneexp.dataset.tokens"  # windows in front of which nothing is put
+DATASETS = ("pruneexp.dataset.HubText", "pruneexp.dataset.text", "pruneexp.dataset.Embedded")
+PERPLEXITY = "pruneexp.evaluator.Perplexity"
+EVALUATORS = (
+    PERPLEXITY,
+    *(f"pruneexp.evaluator.{name}" for name in ("Generation", "Latency", "Questions", "Zeroshot")),
+)
+GGUF_FAMILIES = {"gemma3": "gemma3_text"}  # called otherwise in GGUF files
+STRING = 8  # a type of values in GGUF files
+
+
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with every `bos: auto` as what it becomes, and what was asked as `asked`, {"dataset.bos": "auto"}. A
+    resolved one stays as it is. A sweep's file may set `bos` of evaluators that are not chosen: those are left out.
+    Never raises."""
+    evaluators = config.get("evaluator")
+    if isinstance(evaluators, Mapping):
+        config = {**config, "evaluator": {name: node for name, node in evaluators.items() if _chosen(node)}}
+    known = {key: node for key, node in _nodes(config) if "bos" in node}
+    needed = AUTO in [node["bos"] for node in known.values()] and _needs(config.get("model"))
+    decided = {
+        key: needed and not _as_they_are(node) if node["bos"] == AUTO else node["bos"] for key, node in known.items()
+    }
+    asked = {f"{key}.bos": node["bos"] for key, node in known.items() if not _inner(key)}
+    before = config.get(ASKED, {})
+    asked = {key: value if value == AUTO else before.get(key, value) for key, value in asked.items()}
+    return {**with_bos(config, decided), ASKED: asked}
+
+
+def with_bos(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other values of `bos` in the nodes that `values` names: {"evaluator.ptb.dataset": True, ...}."""
+
+    def node(key: str, found: Any) -> Any:
+        if not isinstance(found, Mapping):
+            return found
+        own = {"bos": values[key]} if key in values else {}
+        inner = {"dataset": node(f"{key}.dataset", found["dataset"])} if "dataset" in found else {}
+        return {**found, **own, **inner}
+
+    changed = dict(config)
+    if "dataset" in config:
+        changed["dataset"] = node("dataset", config["dataset"])
+    if isinstance(config.get("evaluator"), Mapping):
+        changed["evaluator"] = {name: node(f"evaluator.{name}", each) for name, each in config["evaluator"].items()}
+    return changed
+
+
+def check_asked(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a `bos` of ours that is none."""
+    for key, value in config.get(ASKED, {}).items():
+        if value != AUTO and not isinstance(value, bool):
+            raise ConfigError(f"{key}={value!r}: expected auto, true or false")
+
+
+def as_hashed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config as its hash takes it: without what decides nothing (the `bos` of an evaluator's dataset, since
+    the evaluator's own decides), and perplexities with `bos` told from those of configs without `asked`, whose windows
+    were a token longer."""
+    asked, values = config.get(ASKED, {}), {}
+    for key, node in _nodes(config):
+        if _inner(key) and "bos" in node:
+            values[key] = False
+        elif node.get("_target_") == PERPLEXITY and node.get("bos") is True and f"{key}.bos" in asked:
+            values[key] = "counted"
+    return with_bos(config, values)
+
+
+def comparable(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's metrics as they are named now. Where the config has no `asked`, "+bos" windows of T tokens had the
+    beginning-of-sequence token besides: those are windows of T+1."""
+    if ASKED in config:
+        return dict(metrics)
+    return {_longer(key) if "+bos" in key else key: value for key, value in metrics.items()}
+
+
+def _longer(key: str) -> str:
+    """ "dense/ppl/ptb@2048s512+bos" -> "dense/ppl/ptb@2049s512+bos"."""
+    front, _, protocol = key.rpartition("@")
+    digits = protocol[: len(protocol) - len(protocol.lstrip("0123456789"))]
+    return f"{front}@{int(digits) + 1}{protocol[len(digits) :]}" if digits else key
+
+
+def _nodes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The dataset, every evaluator and its own dataset, by their keys."""
+    dataset, evaluators = config.get("dataset"), config.get("evaluator")
+    if isinstance(dataset, Mapping):
+        yield "dataset", dataset
+    for name, node in evaluators.items() if isinstance(evaluators, Mapping) else ():
+        if isinstance(node, Mapping):
+            yield f"evaluator.{name}", node
+            if isinstance(node.get("dataset"), Mapping):
+                yield f"evaluator.{name}.dataset", node["dataset"]
+
+
+def _inner(key: str) -> bool:
+    """Whether the node is an evaluator's dataset."""
+    return key.startswith("evaluator.") and key.endswith(".dataset")
+
+
+def _chosen(node: Any) -> bool:
+    return not isinstance(node, Mapping) or set(node) != {"bos"}
+
+
+def _as_they_are(node: Mapping[str, Any]) -> bool:
+    """Whether a dataset's windows, or those that an evaluator reads, are used as they are."""
+    if node.get("_target_") in EVALUATORS:
+        dataset = node.get("dataset")
+        return isinstance(dataset, Mapping) and not node.get("prompts") and _as_they_are(dataset)
+    return node.get("_target_") == AS_THEY_ARE or (node.get("_target_") not in DATASETS and "bos" not in node)
+
+
+def _needs(model: Any) -> bool:
+    """Whether the family of the config's model needs a beginning-of-sequence token; False where that cannot be told:
+    what is wrong with the model, later checks say."""
+    path, revision = (model.get(key) if isinstance(model, Mapping) else None for key in ("path", "revision"))
+    if not isinstance(path, str) or path.startswith("embedded:"):
+        return False
+    try:
+        local = Path(os.path.expanduser(path))
+        if local.is_dir():
+            kind = _model_type((local / "config.json").read_text())
+        elif local.is_file():
+            kind = _architecture(local)
+        else:
+            kind = _on_hub(path, None if revision is None else str(revision))
+    except Exception:
+        return False
+    family = FAMILIES.get(kind.removeprefix("pruned_"))
+    return family is not None and family.needs_bos
+
+
+def _model_type(config: str) -> str:
+    return str(json.loads(config).get("model_type"))
+
+
+def _architecture(file: Path) -> str:
+    """Of a GGUF file that begins, as they do, with `general.architecture`; else ""."""
+    with open(file, "rb") as opened:
+        start = opened.read(256)
+    magic, at = start[:4], 24  # behind them the version, and how many tensors and values there are
+    if magic != b"GGUF":
+        return ""
+    key, at = _string(start, at)
+    kind, at = int.from_bytes(start[at : at + 4], "little"), at + 4
+    name = _string(start, at)[0] if key == "general.architecture" and kind == STRING else ""
+    return GGUF_FAMILIES.get(name, name)
+
+
+def _string(data: bytes, at: int) -> tuple[str, int]:
+    """The string at `at`, and where it ends."""
+    length = int.from_bytes(data[at : at + 8], "little")
+    return data[at + 8 : at + 8 + length].decode(), at + 8 + length
+
+
+@lru_cache(maxsize=256)
+def _on_hub(path: str, revision: str | None) -> str:
+    """The model_type of a model on the Hub, from the local cache or asked for once; "" where it cannot be had."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return _model_type(Path(cached).read_text())
+    if constants.HF_HUB_OFFLINE or unreachable(constants.ENDPOINT):
+        return ""
+    shown = not are_progress_bars_disabled()
+    try:
+        disable_progress_bars()
+        return _model_type(Path(hf_hub_download(path, "config.json", revision=revision)).read_text())
+    except Exception:  # gated, not there, no JSON
+        return ""
+    finally:
+        if shown:
+            enable_progress_bars()

@@ -1,0 +1,64 @@
+"""A long text's tokens, a piece at a time: whole, a tokenizer takes 150 times the memory of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+PIECE, OVERLAP = 2**18, 2**13  # characters that are tokenised at once, and twice
+DIFFERENT = 16  # tokens, from which on a passage is no repetition
+
+
+def in_pieces(tokenizer: Any, text: str, options: Mapping[str, Any]) -> np.ndarray | None:
+    """Ids [M] of pieces that overlap, as tokens near a cut depend on it, each joined to the next where both have the
+    same tokens all along the middle of what they share. None for a text that has to go whole: a short one, one without
+    such a place, a tokenizer that does not say where its tokens lie. `options`: of the tokenizer's call."""
+    if not getattr(tokenizer, "is_fast", False) or len(text) <= 2 * PIECE:
+        return None
+    ranked = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    joined, start, piece = [], 0, _read(tokenizer, text, 0, options)
+    while start + PIECE < len(text):
+        for shared in (OVERLAP, PIECE // 4, PIECE // 2):  # at the piece's end or, where no join is there, before it
+            begin = start + PIECE - shared
+            after = _read(tokenizer, text, begin, options)
+            here, there = (_between(p, begin + OVERLAP // 4, begin + 3 * OVERLAP // 4) for p in (piece, after))
+            at = _join(piece[here], after[there], ranked)
+            if at is not None:
+                break
+        else:
+            return None
+        joined.append(piece[: here.start + at, 0])
+        start, piece = begin, after[there.start + at :]
+    return np.concatenate([*joined, piece[:, 0]])
+
+
+def _read(tokenizer: Any, text: str, start: int, options: Mapping[str, Any]) -> np.ndarray:
+    """The piece's tokens, int64 [M, 4]: ids, the characters where they begin and end, the words that they are of (what
+    the text was split into before; -1 for special tokens)."""
+    found = tokenizer(text[start : start + PIECE], return_offsets_mapping=True, **options)
+    words_M = [-1 if word is None else word for word in found.word_ids()]
+    places_M2 = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2) + start
+    return np.column_stack([np.asarray(found["input_ids"], np.int64), places_M2, np.asarray(words_M, np.int64)])
+
+
+def _between(piece_M4: np.ndarray, first: int, last: int) -> slice:
+    """The tokens that begin at the characters `first` to `last`."""
+    found = np.flatnonzero((piece_M4[:, 1] >= first) & (piece_M4[:, 1] < last))
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
+
+
+def _join(here_M4: np.ndarray, there_M4: np.ndarray, ranked: bool) -> int | None:
+    """Which of the tokens that two pieces share may be the first one of the second piece: one that begins a word, as
+    words are tokenised each for itself. In a text that is one word any one may, provided that its tokens go by ranks
+    (`ranked`: sums of probabilities over a whole text round otherwise) and are no repetition, in which ends reach far.
+    """
+    if not np.array_equal(here_M4[:, :3], there_M4[:, :3]):
+        return None
+    begun, begun_there = (np.flatnonzero(np.diff(part[:, 3])) for part in (here_M4, there_M4))
+    if not np.array_equal(begun, begun_there):
+        return None
+    if len(begun):
+        return int(begun[0]) + 1
+    return 0 if ranked and len(np.unique(here_M4[:, 0])) >= DIFFERENT else None

@@ -1,0 +1,49 @@
+"""An export that is one file, NAME.gguf: what its export.json would say lies beside it, as NAME.gguf.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+GGUF_FILE = "model.gguf"  # its name in a folder
+
+
+def record_beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """Raises ConfigError where `out` or its record is there and is no earlier export, to be replaced."""
+    from pruneexp.types import ConfigError
+
+    where, record = f"out={str(out)!r}", record_beside(out)
+    if out.is_dir():
+        raise ConfigError(f"{where}: is a folder; expected the file to write, or a folder whose name is no *.gguf")
+    if not out.exists() and not record.exists():
+        return
+    if not overwrite:
+        there = out if out.exists() else record
+        raise ConfigError(f"{where}: {there.name} exists; expected a new file, or overwrite=true")
+    if not _wrote(out, record):
+        raise ConfigError(
+            f"{where}: no export that {record.name} tells of; overwrite=true replaces earlier exports alone"
+        )
+
+
+def _wrote(out: Path, record: Path) -> bool:
+    """Whether the record is an export's and the file still as long as it says (or gone)."""
+    try:
+        told = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return False
+    same = isinstance(told, dict) and told.get("form") == "gguf" and "bytes" in told
+    return same and (not out.exists() or out.stat().st_size == told["bytes"])
+
+
+def place_file(written: Path, out: Path, record: dict[str, object]) -> None:
+    """Puts a finished file and its record in their places."""
+    from pruneexp.files import write_atomic
+
+    told = {name: value for name, value in record.items() if name != "files"} | {"bytes": written.stat().st_size}
+    written.replace(out)
+    write_atomic(record_beside(out), json.dumps(told, indent=1) + "\n")

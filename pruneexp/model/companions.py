@@ -1,0 +1,139 @@
+"""The small files that lie beside a checkpoint's weights: which of them travel with the model, and how.
+
+The one list of them: what is fetched from the Hub, and what a saved model and an export take along.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("pruneexp")
+
+CARD = "README.md"
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "tekken.json",
+    "*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+PROCESSOR = ("*processor_config.json",)
+LEGAL = tuple(
+    "".join(f"[{letter.upper()}{letter.lower()}]" if letter.isalpha() else letter for letter in word) + "*"
+    for word in ("license", "licence", "notice", "copying", "use_policy")
+)
+TRAVELS = (*TOKENIZER, GENERATION, *PROCESSOR, *LEGAL)
+FETCHED = ("config.json", CARD, *TRAVELS)  # without weights
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def found(folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
+    """The files in `folder` that fit, as paths in it."""
+    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def copy_files(source: Path, folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
+    """Copies the files in `source` that fit, byte for byte; returns them as paths in the folder. Raises OSError."""
+    names = found(source, patterns)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)  # not its permissions: those of a new file
+    return names
+
+
+def generation_settings(folder: Path) -> Any:
+    """The folder's own, as transformers reads them; None where it has none that can be read."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder) if (folder / GENERATION).is_file() else None
+    except (OSError, ValueError) as error:
+        logger.warning("%s: not read (%s)", folder / GENERATION, " ".join(str(error).split()))
+        return None
+
+
+def carry(source: Path | None, tokenizer: Any, generation: Any, folder: Path) -> None:
+    """Takes along to the checkpoint in `folder`, which has its config.json, what lies beside the weights in `source`.
+
+    `tokenizer`, `generation`: the model's own in memory (None: it has none), written by transformers where there is no
+    source; a tokenizer also where the files say another one than the model has. Raises OSError.
+    """
+    if source is None:
+        if generation is not None:
+            generation.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return
+    copy_files(source, folder, (GENERATION, *PROCESSOR, *LEGAL))
+    names = copy_files(source, folder, TOKENIZER)
+    if tokenizer is None or _adapted(source, tokenizer, folder):
+        return
+    logger.info("the tokenizer is not the one of the model's folder: written anew")
+    for name in names:
+        (folder / name).unlink()
+    tokenizer.save_pretrained(folder)
+
+
+def _adapted(source: Path, tokenizer: Any, folder: Path) -> bool:
+    """Makes the tokenizer's files in `folder` those of a checkpoint with another config.json than `source` has, as far
+    as they must be; whether they are this tokenizer then."""
+    file = folder / TOKENIZER_CONFIG
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = type(tokenizer).__name__
+    named = {"tokenizer_class": "PreTrainedTokenizerFast" if own == "TokenizersBackend" else own}  # 4.x's name of it
+    told = {key: value for key, value in said.items() if key != "auto_map"}  # of code that does not travel
+    if not said.get("tokenizer_class") and _model_type(folder) != _model_type(source):
+        told |= named  # it went by the model's type
+    for changes in ({}, named):
+        told |= changes
+        if told != said:
+            file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if _reads_as(folder, tokenizer):
+            return True
+    return False
+
+
+def _model_type(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+
+
+def _reads_as(folder: Path, tokenizer: Any) -> bool:
+    """Whether somebody without our code finds this tokenizer in `folder`."""
+    from transformers import AutoTokenizer
+
+    try:
+        read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each class of tokenizers checks its files in its own way
+        logger.debug("%s: no tokenizer is read there (%s)", folder, error)
+        return False
+    return _state(read) == _state(tokenizer)
+
+
+def _state(tokenizer: Any) -> dict[str, Any]:
+    """What decides a tokenizer's answers, but for how it was last called."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spec = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    called = ("truncation", "padding")
+    return {
+        "spec": {key: value for key, value in spec.items() if backend is None or key not in called},
+        "special": tokenizer.special_tokens_map,
+        "added": tokenizer.get_added_vocab(),
+        "chat": tokenizer.chat_template,
+        "length": tokenizer.model_max_length,
+    }

@@ -25,7 +25,7 @@ from pruneexp.types import ConfigError, RunError
 logger = logging.getLogger("pruneexp")
 
 SUFFIX = ".gguf"
-CONVERSION = 1  # to be raised where this module makes another checkpoint of the same file
+CONVERSION = 2  # to be raised where this module makes another checkpoint of the same file
 RECORD = "gguf.json"  # beside the weights: the file that they were dequantised from
 # llama.cpp's names of the architectures that both transformers reads from GGUF files and a family here covers
 ARCHITECTURES = (
@@ -135,10 +135,18 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
         give_usual_mode(weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        _name_class(folder / "tokenizer_config.json")
     (folder / "README.md").write_text(_card(header.values, file))
     made = f"dequantised by transformers {metadata.version('transformers')}, gguf {metadata.version('gguf')}"
     record = {"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file), "made": made}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _name_class(file: Path) -> None:
+    """Gives a tokenizer of no model's own the class name that transformers 4 knows, too."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        file.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def _dense() -> dict[str, Any]:

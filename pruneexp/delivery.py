@@ -19,7 +19,16 @@ from pruneexp.modeling_pruned import FAMILIES, Family
 from pruneexp.prune import Pruned
 from pruneexp.recovery import Adapter
 from pruneexp.report import Card, Written, base_model, card_text, license_of
-from pruneexp.surgery import Dense, Form, StreamedSave, period_warning, prove_in_place, prove_in_process, save
+from pruneexp.surgery import (
+    Dense,
+    Form,
+    StreamedSave,
+    period_warning,
+    prove_in_place,
+    prove_in_process,
+    save,
+    vllm_note,
+)
 from pruneexp.tracker import PROOF
 
 logger = logging.getLogger("pruneexp")
@@ -57,6 +66,8 @@ def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool, why: str
 def _warn(form: Form) -> None:
     if form.kind == "stock" and (warning := period_warning(form.config)):
         logger.warning("model/: %s", warning)
+    if note := vllm_note(form.config):
+        logger.info("model/: %s", note)
 
 
 def _completed(run: Path) -> Callable[[Form, Path], None]:

@@ -169,3 +169,44 @@ def test_servers_find_an_attention_in_every_layer(
 def test_heads_are_of_one_size_for_readers_that_divide(loaded: Loaded, tmp_path: Path) -> None:
     save(uneven_(loaded("opt")), tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["head_dim"] == 8
+
+
+def test_what_vllm_does_not_serve_says_what_to_type(loaded: Loaded, tmp_path: Path) -> None:
+    from pruneexp.surgery import vllm_note
+
+    said = {
+        name: vllm_note(save(uneven_(loaded(name)), tmp_path / f"pruned_{name}").config)
+        for name in ("bloom", "mixtral", "opt")
+    }
+    assert said["bloom"].endswith("expected pruneexp-export RUN_FOLDER format=padded out=PATH")
+    assert said["mixtral"].endswith("expected a run with search=uniform search.alike=true")
+    assert said["opt"] == ""
+    assert vllm_note(save(loaded("bloom"), tmp_path / "dense").config) == ""  # stock: vLLM has a class of its own
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_tokenizer_needs_no_code(
+    terminal: bool, loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 reads config.json before it looks whose tokenizer it is: with `trust_remote_code=False` it asks
+    nobody, and without a terminal the question is answered with no."""
+    import builtins
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = uneven_(loaded("llama"))
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2")
+    save(model, tmp_path / "model")
+
+    def asked(_question: str) -> str:
+        assert not terminal, "somebody was asked"
+        raise EOFError
+
+    monkeypatch.setattr(builtins, "input", asked)
+    settings = {"trust_remote_code": False} if terminal else {}
+    assert AutoTokenizer.from_pretrained(tmp_path / "model", **settings)("w5 w9").input_ids == [5, 9]
+    named = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert named["tokenizer_class"] and "auto_map" not in named

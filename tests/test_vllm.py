@@ -129,7 +129,9 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, out: Path) -> str:
 def test_plans_that_it_cannot_express(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, pruned_folder(tmp_path / "a", "llama", ((1, 5), (2, 9), (2, 7))), tmp_path / "out")
     assert "query heads differ between layers (4 in most, others in layers 0)" in line
-    assert "expected a run with search=serve_safe, or format=padded or gguf" in line
+    assert (
+        "expected a run with search=serve_safe, or format=remote_code (a run's model/), which `vllm serve PATH" in line
+    )
     folder = pruned_folder(tmp_path / "b", "llama", ((0, 5), (0, 9), (0, 7)))
     assert "no layer has attention" in refused(capsys, folder, tmp_path / "out")
 

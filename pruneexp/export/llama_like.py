@@ -17,6 +17,7 @@ from pruneexp.export.checkpoint import can_pad
 from pruneexp.model import Model, layer_structure
 from pruneexp.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, linear_sizes, split_parts
 from pruneexp.surgery import broken_period, save_form
+from pruneexp.surgery.served import NOT_SERVED
 from pruneexp.types import ConfigError
 
 STOCKS = ("Llama", "Mistral", "Qwen2", "Phi3", "Granite", "SmolLM3")
@@ -56,7 +57,8 @@ def other_formats(model: Model) -> str:
     if save_form(model).kind == "stock":
         return f"format=stock, {known}"
     padded = f"format=padded, {known}, or " if can_pad(model) else ""
-    return f"{padded}format=remote_code"
+    served = "" if model.config.model_type in NOT_SERVED else ", which vLLM serves with --trust-remote-code"
+    return f"{padded}format=remote_code{served}"
 
 
 def context_length(model: Model) -> int:

@@ -39,6 +39,7 @@ from pruneexp.types import ConfigError
 
 CODE = Path(__file__).with_name("configuration_blocks.py")
 ZERO_CHANNELS = 64  # of an FFN that only carries a bias: a width that tensor parallelism divides
+INSTEAD = "format=remote_code (a run's model/), which `vllm serve PATH --trust-remote-code` takes"
 NOT_SERVED = (
     "not served by vLLM here: its config was checked against the rules of vLLM's loader; serving it wants "
     "--trust-remote-code (for the config alone)"
@@ -161,14 +162,14 @@ def _query_heads(model: Model) -> int:
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
     counts = [s.num_attention_heads for s in structures if s.num_attention_heads]
     if not counts:
-        raise ConfigError("format=vllm: no layer has attention; expected one that has, or format=remote_code")
+        raise ConfigError(f"format=vllm: no layer has attention; expected one that has, or {INSTEAD}")
     usual = max(set(counts), key=lambda count: (counts.count(count), count))
     odd = [i for i, s in enumerate(structures) if s.num_attention_heads not in (0, usual)]
     if odd:
         more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
         raise ConfigError(
             f"format=vllm: query heads differ between layers ({usual} in most, others in layers "
-            f"{', '.join(map(str, odd[:8]))}{more}); expected a run with search=serve_safe, or format=padded or gguf"
+            f"{', '.join(map(str, odd[:8]))}{more}); expected a run with search=serve_safe, or {INSTEAD}"
         )
     return usual
 

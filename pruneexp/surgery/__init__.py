@@ -7,6 +7,7 @@ from pruneexp.surgery.period import broken_period, period_warning
 from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
 from pruneexp.surgery.prove_source import Dense, check_source, dense_logits
 from pruneexp.surgery.save import STREAMED_SHARD_BYTES, StreamedSave, save
+from pruneexp.surgery.served import vllm_note
 from pruneexp.surgery.shrink import remove_blocks_, replace_readers_, shrink_, shrink_layer_
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "save_form",
     "shrink_",
     "shrink_layer_",
+    "vllm_note",
 ]

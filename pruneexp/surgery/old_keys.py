@@ -27,16 +27,14 @@ def with_old_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         rope = rope["full_attention"]
     if rope.get("rope_theta") is not None:
         old |= {name: rope[name] for name in _BESIDE if rope.get(name) is not None}
-        old["rope_scaling"] = _scaling(rope, config)
+        if rope.get("rope_type", "default") != "default":
+            old["rope_scaling"] = _scaling(rope, config)
         if config.get("model_type", "").endswith("gpt_neox"):
             old |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
     return {**old, **config}
 
 
-def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return None
+def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("model_type", "").endswith("phi3"):  # its class took these three, and no more
-        return {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+        return {"type": rope["rope_type"], "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     return {name: value for name, value in rope.items() if name not in _BESIDE}

@@ -17,6 +17,7 @@ from pruneexp.compose import Composed
 from pruneexp.evidence import Gram
 from pruneexp.experiment import Experiment, RunSettings
 from pruneexp.explain import did_you_mean, missing_key, one_line
+from pruneexp.new_keys import value_before
 from pruneexp.search import scored_as
 from pruneexp.targets import Parameters, located, signature
 from pruneexp.types import ConfigError
@@ -186,7 +187,7 @@ class Builder:
             raise ConfigError(f"{key}={node!r}: expected a choice with a _target_")
         settings = {name: value for name, value in node.items() if name != "_target_"}
         target = located(node["_target_"], f"{key}._target_")
-        return self.call(target, _with_bos(target, settings), key)
+        return self.call(target, _as_before(target, _with_bos(target, settings), key), key)
 
     def call(self, target: Callable[..., Any], settings: Mapping[str, Any], key: str) -> Any:
         """`target(**settings)`, once every setting is known, present and of the type that the signature asks for."""
@@ -251,6 +252,14 @@ def _with_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str,
     if takes and target.__module__.startswith("pruneexp."):
         return {"bos": False, **settings}
     return settings if takes or settings.get("bos") is not False else {k: v for k, v in settings.items() if k != "bos"}
+
+
+def _as_before(target: Callable[..., Any], settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """Of a class of ours, settings that a config of an older version lacks, as they were before there was the key."""
+    if not target.__module__.startswith("pruneexp."):
+        return settings
+    lacking = {name: value_before(f"{key}.{name}") for name in inspect.signature(target).parameters}
+    return {name: value for name, value in lacking.items() if value is not None} | settings
 
 
 def _under(key: str, parameters: Iterable[str], error: ConfigError) -> ConfigError:

@@ -111,7 +111,12 @@ def written(folder: Path) -> Written:
     """How a checkpoint is written down, by its config.json."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES[config["model_type"].removeprefix("pruned_")]
-    return Written("remote_code" if "auto_map" in config else "stock", config["architectures"][0], family.since)
+    architecture, layers = config["architectures"][0], (config.get("per_layer_config") or {}).values()
+    if "auto_map" not in config:
+        return Written("stock", architecture, family.since)
+    gone = [layer.get("attention_removed") or layer.get("num_attention_heads") == 0 for layer in layers]
+    gone += [0 in (layer.get("intermediate_size"), *layer.get("expert_sizes", ())) for layer in layers]
+    return Written("remote_code", architecture, family.pruned_since, any(gone))
 
 
 def linear_names(family: Family) -> tuple[str, ...]:

@@ -194,10 +194,11 @@ BLOOM = Family(
 FALCON = replace(
     BLOOM,
     stock="Falcon",
+    pruned_since="5.14",  # with slopes; without, 4.57 would do
     adds_residual=False,
     alibi=False,
     variants=(
-        ({"alibi": True}, {"alibi": True, "pruned_since": "5.14"}),
+        ({"alibi": True}, {"alibi": True}),
         ({"parallel_attn": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
         (
             {"multi_query": True, "new_decoder_architecture": False},

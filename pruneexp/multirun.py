@@ -12,7 +12,6 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +24,7 @@ from pruneexp.compose import Composed, composed
 from pruneexp.config_files import option_file, sweep_files
 from pruneexp.explain import one_line
 from pruneexp.jobs import NOT_HASHED, JobComposer, job_overrides, recipes_name, whole
+from pruneexp.new_keys import without_new_keys
 from pruneexp.startup import uncollected
 from pruneexp.summary import write_summary
 from pruneexp.sweep_end import hand_over
@@ -40,38 +40,11 @@ if TYPE_CHECKING:
 SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one process share
 
 
-# Keys that came later (patterns of dotted names), and the value that means what was done before there was the key:
-# with it they leave the hash, so that finished jobs stay finished.
-NEW_KEYS: Mapping[str, Any] = {
-    "dataset.bos": False,
-    "evaluator.*.dataset.bos": False,
-    **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},
-    "search.alike": False,
-}
-
-
 def config_hash(config: Mapping[str, Any]) -> str:
     """12 hex digits that say what a run computes: over everything but where it runs, is kept and is reported."""
     content = {key: value for key, value in as_hashed(config).items() if key not in NOT_HASHED}
-    text = json.dumps(_without_new_keys(content), sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(without_new_keys(content), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def value_before(key: str) -> Any:
-    """The value of a key that came later that means what was done before there was the key; None for all others."""
-    return next((before for new, before in NEW_KEYS.items() if fnmatchcase(key, new)), None)
-
-
-def _without_new_keys(node: Any, name: str = "") -> Any:
-    """The config without the keys of `NEW_KEYS` that change nothing, at every depth."""
-    if not isinstance(node, Mapping):
-        return node
-    dotted = {key: f"{name}.{key}".lstrip(".") for key in node}
-    return {
-        key: _without_new_keys(value, dotted[key])
-        for key, value in node.items()
-        if not any(fnmatchcase(dotted[key], new) and value == before for new, before in NEW_KEYS.items())
-    }
 
 
 def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:

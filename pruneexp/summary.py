@@ -94,7 +94,7 @@ def _typed(values: list[Any]) -> str:
 def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys whose value is not the same in all settings that are not empty. A key that came later is as good as there
     where it is absent, with the value that means what was done before."""
-    from pruneexp.multirun import value_before
+    from pruneexp.new_keys import value_before
 
     known = [setting for setting in found if setting]
     keys = dict.fromkeys(key for setting in known for key in setting)

@@ -189,6 +189,19 @@ def test_linear_layers_of_the_card_take_an_adapter(run: Run) -> None:
     assert len(names) == 7 and sum("lora_A" in name for name, _ in adapted.named_parameters()) == 14 <= linears
 
 
+def test_the_card_of_layers_without_sublayers_takes_an_adapter(run: Run) -> None:
+    """What is left of those bears a linear layer's name, which adapters by name would run into."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = run("search=sublayers", "criterion=flap", "sparsity.ratio=0.2", "compensator=bias") / "model"
+    target = json.loads(card_of(folder)[1].partition("target_modules=")[2].partition(")")[0])
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=target))
+    linears = sum(isinstance(m, torch.nn.Linear) for m in model.get_decoder().layers.modules())
+    assert target == "all-linear" and linears and any("lora_A" in name for name, _ in adapted.named_parameters())
+
+
 def test_the_id_of_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

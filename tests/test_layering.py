@@ -14,7 +14,7 @@ import pruneexp
 PACKAGE = Path(pruneexp.__file__).parent
 # A module imports from its own row and the rows before it.
 LAYERS = (
-    ("progress", "config_files", "file_state", "files", "startup", "hub", "modeling_pruned"),
+    ("progress", "config_files", "file_state", "files", "startup", "hub", "modeling_pruned", "new_keys"),
     ("types",),
     ("evidence",),
     ("criterion", "compensator", "search", "sparsity"),

@@ -178,7 +178,8 @@ ODD_PATHS = [
 
 @pytest.mark.parametrize("path", [*ODD_PATHS, "x" * 5000])
 def test_a_path_that_is_no_folder_and_no_hub_id(path: str, cli: Cli) -> None:
-    expected = "no such folder; expected a folder with config.json and *.safetensors, or a Hub id, owner/name"
+    places = "a folder with config.json and *.safetensors, a GGUF file (*.gguf), or a Hub id, owner/name"
+    expected = f"no such folder; expected {places}"
     assert cli(f"model.path='{path}'") == (2, f"pruneexp: model.path={path!r}: {expected}\n")
 
 

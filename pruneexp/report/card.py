@@ -50,7 +50,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"  # or its id on the Hub
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # needs none, and asks for none
 ```
 """,
     "gguf": """\
@@ -72,11 +72,13 @@ vllm serve path/to/this/folder --trust-remote-code
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint as its readers meet it. `form`: a key of LOADERS; `since`: the first transformers that reads it."""
+    """A checkpoint as its readers meet it. `form`: a key of LOADERS; `since`: the first transformers that reads it;
+    `hollow`: layers that lost a whole sublayer have something else in the place of a linear layer."""
 
     form: str
     architecture: str = ""
     since: str = ""
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def card_text(card: Card, written: Written) -> str:
         *_removed(card),
         *_figures(card.metrics),
         *([f"## The command that made it\n\n```sh\n{command(card.overrides)}\n```\n"] if card.overrides else []),
-        *([_adapting(card)] if written.form not in LIBRARIES and card.targets else []),
+        *([_adapting(card, written)] if written.form not in LIBRARIES and card.targets else []),
         "## Uploading it\n\n```sh\nhf upload YOUR_NAME/MODEL_NAME path/to/this/folder\n```\n",
     ]
     return f"---\n{_metadata(card, written)}---\n\n" + "\n".join(parts)
@@ -172,16 +174,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _adapting(card: Card) -> str:
+def _adapting(card: Card, written: Written) -> str:
     there = (
         "The folder `adapter/` holds one that was trained after pruning, and the figures are with it:\n"
         '`PeftModel.from_pretrained(model, folder + "/adapter")`. Another one:\n'
         if card.adapter
         else "With LoRA, for example:\n"
     )
+    targets = "all-linear" if written.hollow else list(card.targets)
     return (
         f"{ADAPTING}\n\n{there}\n```python\nfrom peft import LoraConfig, get_peft_model\n\n"
-        f'config = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules={json.dumps(list(card.targets))})\n'
+        f'config = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules={json.dumps(targets)})\n'
         "model = get_peft_model(model, config)\n```\n"
     )
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from pruneexp.__main__ import main
+from pruneexp.export.gguf_vocabulary import _split_name
 from pruneexp.model import ModelSource
+from pruneexp.model.gguf_words import SPLITS, restore_split_
 from pruneexp.types import ConfigError
 from tests.real_models import smollm2_folder, smollm2_gguf
 from tests.tiny_families import random_model
@@ -221,6 +223,23 @@ def test_what_transformers_has_against_it_is_one_line(tmp_path: Path, monkeypatc
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
+@pytest.mark.parametrize("name", [name for name, _ in SPLITS.values()])
+def test_words_are_split_as_the_file_says(name: str) -> None:
+    """What an export finds in the tokenizer is what the file called it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    restore_split_(tokenizer, name, "Tiny.gguf")
+    assert _split_name(json.loads(tokenizer.backend_tokenizer.to_str())) == name
+
+
+def test_a_way_of_splitting_words_that_is_not_known_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "pruneexp"):
+        restore_split_(None, "tekken", "Tiny.gguf")
+    assert "model.path='Tiny.gguf'" in caplog.text and "'tekken'" in caplog.text
+
+
 @pytest.mark.slow
 def test_smollm2_is_what_plain_transformers_reads(dtype: str = "bfloat16") -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -232,9 +251,11 @@ def test_smollm2_is_what_plain_transformers_reads(dtype: str = "bfloat16") -> No
     tokenizer, plain_tokenizer = (AutoTokenizer.from_pretrained(*each, **how) for each, how in (
         ((folder,), {}), ((file.parent,), place)
     ))  # fmt: skip
-    text = "Whole attention heads leave the model.\nWhat remains is smaller: 135 -> 108."
+    text = "Whole attention heads leave the model.\nWhat remains is smaller."
     tokens = torch.tensor([tokenizer(text).input_ids])
     assert tokens[0].tolist() == plain_tokenizer(text).input_ids and tokens.shape[1] > 10
+    counted = [len(tokenizer(words).input_ids) for words in ("a  2019 and   42", "List:\n\n1. one\n\n2. two", "x = 3")]
+    assert counted == [10, 10, 4]  # llama.cpp's of the same file: digits stand alone, which transformers passes over
     assert tokenizer.chat_template == plain_tokenizer.chat_template and "<|im_start|>" in tokenizer.chat_template
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
     model = source(folder, dtype=dtype).load()

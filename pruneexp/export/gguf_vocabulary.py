@@ -9,16 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pruneexp.export.gguf_pieces import is_byte, piece_scores, space_prefix
+from pruneexp.model.gguf_words import SPLITS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
-_CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {  # the pattern that splits text into words -> llama.cpp's name of it, whether whole words skip the merges
-    "byte_level": ("gpt-2", False),
-    "digits": ("smollm", False),
-    _CASELESS + r"\p{N}{1,3}" + _REST: ("llama-bpe", True),
-    _CASELESS + r"\p{N}" + _REST: ("qwen2", False),
-}
 
 
 @dataclass(frozen=True)

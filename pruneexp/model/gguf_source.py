@@ -19,13 +19,14 @@ from typing import Any
 from pruneexp.file_state import file_state
 from pruneexp.files import give_usual_mode
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
+from pruneexp.model.gguf_words import restore_split_
 from pruneexp.progress import waiting
 from pruneexp.types import ConfigError, RunError
 
 logger = logging.getLogger("pruneexp")
 
 SUFFIX = ".gguf"
-CONVERSION = 2  # to be raised where this module makes another checkpoint of the same file
+CONVERSION = 3  # to be raised where this module makes another checkpoint of the same file
 RECORD = "gguf.json"  # beside the weights: the file that they were dequantised from
 # llama.cpp's names of the architectures that both transformers reads from GGUF files and a family here covers
 ARCHITECTURES = (
@@ -117,6 +118,8 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
         tokenizer = None
         if "tokenizer.ggml.model" in header.values:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            if header.values["tokenizer.ggml.model"] == "gpt2" and "tokenizer.ggml.pre" in header.values:
+                restore_split_(tokenizer, header.values["tokenizer.ggml.pre"], path)
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers fills them at random
         raise ConfigError(f"model.path={path!r}: holds no weights for {', '.join(lacking[:3])}")

@@ -144,6 +144,7 @@ def test_cards_of_exports(format: str, library: str, said: str, run: Run, tmp_pa
     assert export([str(folder), f"format={format}", f"out={out}", "prove=off"]) == 0
     own, of_run = card_of(out), card_of(folder / "model")
     assert own[0] == {**of_run[0], "library_name": library}
+    assert ("Zeros fill every layer" in own[1]) == (format == "padded")  # larger than its figures
     assert said in own[1] and ("target_modules" in own[1]) == (library == "transformers")
     for part in ("## What was removed", "## Figures", "## The command that made it", "## Uploading it"):
         assert own[1].count(part) == 1

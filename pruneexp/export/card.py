@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from pruneexp.delivery import linear_names, written
@@ -12,10 +13,10 @@ from pruneexp.modeling_pruned import FAMILIES
 from pruneexp.report import Card, Written, base_model, card_text, is_ours, license_of, reworded
 
 
-def card(source: Path, checkpoint: Path, folder: Path, form: str) -> str:
+def card(source: Path, checkpoint: Path, folder: Path, form: str, padded: bool) -> str:
     """README.md of the export in `folder`, of the checkpoint of the run `source` (or of that folder itself). Where
-    nothing has been pruned, the checkpoint's own; "" where it has none."""
-    how = written(folder) if form in ("stock", "remote_code") else Written(form)
+    nothing has been pruned, the checkpoint's own; "" where it has none. `padded`: with zeros up to the widest layer."""
+    how = replace(written(folder), padded=padded) if form in ("stock", "remote_code") else Written(form)
     file = checkpoint / CARD
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     if is_ours(text):

@@ -110,7 +110,7 @@ def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter,
     notes = exporter.write(model, aside)
     del model
     copy_files(checkpoint, aside, ("plan.json", GENERATION, *LEGAL))
-    if text := card(asked.source, checkpoint, aside, exporter.form):
+    if text := card(asked.source, checkpoint, aside, exporter.form, asked.format == "padded"):
         write_atomic(aside / CARD, text)
     record: dict[str, Any] = {
         "format": asked.format,

@@ -69,16 +69,23 @@ vllm serve path/to/this/folder --trust-remote-code
 """,
 }
 
+PADDED = """
+Zeros fill every layer up to the widest one: this form computes the same, but is larger and slower than the figures
+below, which are those of the model without them.
+"""
+
 
 @dataclass(frozen=True)
 class Written:
     """A checkpoint as its readers meet it. `form`: a key of LOADERS; `since`: the first transformers that reads it;
-    `hollow`: layers that lost a whole sublayer have something else in the place of a linear layer."""
+    `hollow`: layers that lost a whole sublayer have something else in the place of a linear layer; `padded`: zeros fill
+    layers up to the widest one."""
 
     form: str
     architecture: str = ""
     since: str = ""
     hollow: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ def is_ours(text: str) -> bool:
 
 def loading(written: Written) -> str:
     told = LOADERS[written.form].format(architecture=written.architecture, since=written.since)
-    return f"{LOADING}\n\n{told}"
+    return f"{LOADING}\n\n{told}{PADDED if written.padded else ''}"
 
 
 def _library(written: Written) -> str:

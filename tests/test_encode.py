@@ -137,6 +137,16 @@ def test_a_text_that_cannot_be_cut_is_still_tokenised_right(maker: Callable[[], 
     assert encode(tokenizer, text, False).tolist() == whole
 
 
+@pytest.mark.parametrize("maker", [byte_level, unigram])
+@pytest.mark.parametrize("start", [0, 30_000])
+def test_a_stretch_that_cannot_be_cut_is_read_as_one(maker: Callable[[], Any], start: int) -> None:
+    text = prose(0, start + 1)[:start] + "=" * 5 * PIECE + prose(1, 60_000)
+    watched = Watched(made(maker))
+    whole = watched.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert encode(watched, text, False).tolist() == whole
+    assert PIECE < watched.longest <= 16 * PIECE < len(text) // 2
+
+
 def test_pieces_that_disagree_are_not_joined() -> None:
     """A tokenizer whose tokens depend on all the text before them."""
 

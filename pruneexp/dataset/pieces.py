@@ -13,34 +13,55 @@ DIFFERENT = 16  # tokens, from which on a passage is no repetition
 
 def in_pieces(tokenizer: Any, text: str, options: Mapping[str, Any]) -> np.ndarray | None:
     """Ids [M] of pieces that overlap, as tokens near a cut depend on it, each joined to the next where both have the
-    same tokens all along the middle of what they share. None for a text that has to go whole: a short one, one without
-    such a place, a tokenizer that does not say where its tokens lie. `options`: of the tokenizer's call."""
+    same tokens all along the middle of what they share. A stretch without such a place is read as one longer piece,
+    with what is around it. None for a text that has to go whole: a short one, one that is all such a stretch, a tokenizer
+    that does not say where its tokens lie. `options`: of the tokenizer's call."""
     if not getattr(tokenizer, "is_fast", False) or len(text) <= 2 * PIECE:
         return None
+
+    def read(start: int, size: int) -> np.ndarray:
+        return _read(tokenizer, text[start : start + size], start, options)
+
     ranked = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
-    joined, start, piece = [], 0, _read(tokenizer, text, 0, options)
-    while start + PIECE < len(text):
+    joined, before, last = [], None, 0  # ids; the piece that was joined to, and how many of its tokens stay
+    start, size, first, piece = 0, PIECE, 0, read(0, PIECE)  # `first`: of the piece's tokens that stay
+    while start + size < len(text):
         for shared in (OVERLAP, PIECE // 4, PIECE // 2):  # at the piece's end or, where no join is there, before it
-            begin = start + PIECE - shared
-            after = _read(tokenizer, text, begin, options)
-            here, there = (_between(p, begin + OVERLAP // 4, begin + 3 * OVERLAP // 4) for p in (piece, after))
-            at = _join(piece[here], after[there], ranked)
-            if at is not None:
+            begin = start + size - shared
+            after = read(begin, PIECE)
+            if met := _meeting(piece, after, begin, ranked):
+                joined.append(piece[first : met[0], 0])
+                before, (last, first), start, size, piece = piece, met, begin, PIECE, after
                 break
         else:
-            return None
-        joined.append(piece[: here.start + at, 0])
-        start, piece = begin, after[there.start + at :]
-    return np.concatenate([*joined, piece[:, 0]])
+            size *= 2
+            if start == 0 and size >= len(text):
+                return None
+            piece = read(start, size)
+            if before is not None:  # longer, it may begin with other tokens
+                met = _meeting(before, piece, start, ranked)
+                if met is None or met[0] != last:
+                    return None
+                first = met[1]
+    return np.concatenate([*joined, piece[first:, 0]])
 
 
 def _read(tokenizer: Any, text: str, start: int, options: Mapping[str, Any]) -> np.ndarray:
-    """The piece's tokens, int64 [M, 4]: ids, the characters where they begin and end, the words that they are of (what
-    the text was split into before; -1 for special tokens)."""
-    found = tokenizer(text[start : start + PIECE], return_offsets_mapping=True, **options)
+    """The tokens of a piece, int64 [M, 4]: ids, the characters where they begin and end, counted from `start`, the
+    words that they are of (what the text was split into before; -1 for special tokens)."""
+    found = tokenizer(text, return_offsets_mapping=True, **options)
     words_M = [-1 if word is None else word for word in found.word_ids()]
     places_M2 = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2) + start
     return np.column_stack([np.asarray(found["input_ids"], np.int64), places_M2, np.asarray(words_M, np.int64)])
+
+
+def _meeting(piece_M4: np.ndarray, after_M4: np.ndarray, begin: int, ranked: bool) -> tuple[int, int] | None:
+    """Where a piece goes over into one that begins at the character `begin`: how many of its tokens stay, and the
+    first one that stays of the other. None where the middle of what they share has no such place."""
+    places = (begin + OVERLAP // 4, begin + 3 * OVERLAP // 4)
+    here, there = _between(piece_M4, *places), _between(after_M4, *places)
+    at = _join(piece_M4[here], after_M4[there], ranked)
+    return None if at is None else (here.start + at, there.start + at)
 
 
 def _between(piece_M4: np.ndarray, first: int, last: int) -> slice:

@@ -14,8 +14,8 @@ DIFFERENT = 16  # tokens, from which on a passage is no repetition
 def in_pieces(tokenizer: Any, text: str, options: Mapping[str, Any]) -> np.ndarray | None:
     """Ids [M] of pieces that overlap, as tokens near a cut depend on it, each joined to the next where both have the
     same tokens all along the middle of what they share. A stretch without such a place is read as one longer piece,
-    with what is around it. None for a text that has to go whole: a short one, one that is all such a stretch, a tokenizer
-    that does not say where its tokens lie. `options`: of the tokenizer's call."""
+    with what is around it. None for a text that has to go whole: a short one, one that is all such a stretch, a
+    tokenizer that does not say where its tokens lie. `options`: of the tokenizer's call."""
     if not getattr(tokenizer, "is_fast", False) or len(text) <= 2 * PIECE:
         return None
 

@@ -27,7 +27,6 @@ EVALUATORS = (
     *(f"pruneexp.evaluator.{name}" for name in ("Generation", "Latency", "Questions", "Zeroshot")),
 )
 GGUF_FAMILIES = {"gemma3": "gemma3_text"}  # called otherwise in GGUF files
-STRING = 8  # a type of values in GGUF files
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,22 +154,11 @@ def _model_type(config: str) -> str:
 
 
 def _architecture(file: Path) -> str:
-    """Of a GGUF file that begins, as they do, with `general.architecture`; else ""."""
-    with open(file, "rb") as opened:
-        start = opened.read(256)
-    magic, at = start[:4], 24  # behind them the version, and how many tensors and values there are
-    if magic != b"GGUF":
-        return ""
-    key, at = _string(start, at)
-    kind, at = int.from_bytes(start[at : at + 4], "little"), at + 4
-    name = _string(start, at)[0] if key == "general.architecture" and kind == STRING else ""
+    """The model_type of the model in a GGUF file."""
+    from pruneexp.model.gguf_header import gguf_header
+
+    name = str(gguf_header(file, str(file)).values["general.architecture"])
     return GGUF_FAMILIES.get(name, name)
-
-
-def _string(data: bytes, at: int) -> tuple[str, int]:
-    """The string at `at`, and where it ends."""
-    length = int.from_bytes(data[at : at + 8], "little")
-    return data[at + 8 : at + 8 + length].decode(), at + 8 + length
 
 
 @lru_cache(maxsize=256)

@@ -187,7 +187,7 @@ class Builder:
             raise ConfigError(f"{key}={node!r}: expected a choice with a _target_")
         settings = {name: value for name, value in node.items() if name != "_target_"}
         target = located(node["_target_"], f"{key}._target_")
-        return self.call(target, _as_before(target, _with_bos(target, settings), key), key)
+        return self.call(target, _as_before(target, _without_bos(target, settings), key), key)
 
     def call(self, target: Callable[..., Any], settings: Mapping[str, Any], key: str) -> Any:
         """`target(**settings)`, once every setting is known, present and of the type that the signature asks for."""
@@ -245,13 +245,12 @@ class Builder:
         return part
 
 
-def _with_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Of a class of ours, `bos` as it was before there was the setting where a config lacks it; of a class that knows
-    no such token, the settings without a false one, which a sweep's file may have."""
-    takes = "bos" in inspect.signature(target).parameters
-    if takes and target.__module__.startswith("pruneexp."):
-        return {"bos": False, **settings}
-    return settings if takes or settings.get("bos") is not False else {k: v for k, v in settings.items() if k != "bos"}
+def _without_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a class that knows no beginning-of-sequence token, the settings without a false `bos`, which a sweep's file
+    may have."""
+    if settings.get("bos") is not False or "bos" in inspect.signature(target).parameters:
+        return settings
+    return {name: value for name, value in settings.items() if name != "bos"}
 
 
 def _as_before(target: Callable[..., Any], settings: dict[str, Any], key: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import yaml
 
 from pruneexp.bos import ASKED, comparable
 from pruneexp.config_files import YamlLoader
+from pruneexp.new_keys import value_before
 from pruneexp.tracker import status_of, write_atomic
 
 LEFT_OUT = ("run", "sweep", "cache", "tracker", ASKED)  # where a job runs and reports, not what it computes
@@ -94,8 +95,6 @@ def _typed(values: list[Any]) -> str:
 def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys whose value is not the same in all settings that are not empty. A key that came later is as good as there
     where it is absent, with the value that means what was done before."""
-    from pruneexp.new_keys import value_before
-
     known = [setting for setting in found if setting]
     keys = dict.fromkeys(key for setting in known for key in setting)
     return [key for key in keys if len({str(setting.get(key, value_before(key))) for setting in known}) > 1]

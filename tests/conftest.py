@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,31 @@ def source() -> Callable[..., Any]:
 def tiny(tiny_folder: Callable[[str], Path], source: Callable[..., Any]) -> Callable[..., Any]:
     """A loaded tiny model of a family."""
     return lambda family, **settings: source(tiny_folder(family), **settings).load()
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, tiny_folder: Callable[[str], Path], source: Callable[..., Any]) -> Callable[..., Any]:
+    """A tiny model of a family, in float64, or of a folder."""
+    from tests.tiny_families import TINY, tiny_model
+
+    def load(name: str, path: Path | None = None) -> Any:
+        if path is None and name in TINY:
+            path = tmp_path / name
+            tiny_model(name).save_pretrained(path)
+        return source(path or tiny_folder(name), name=name, dtype="float64").load()
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of the module's own for modeling files that transformers copies: the user's stays as it is."""
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.HF_MODULES_CACHE
+    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
+    yield
+    dynamic_module_utils.HF_MODULES_CACHE = before
 
 
 @pytest.fixture

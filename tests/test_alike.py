@@ -9,28 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from pruneexp.model import Model, ModelSource
+from pruneexp.model import Model
 from pruneexp.search import Uniform
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import Budget
-from tests.tiny_families import TINY, tiny_model
 
 BOTH, CHANNELS = ["heads", "channels"], ["channels"]
 HEADS_TOO = ("llama", "mistral_sliding", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2")
 HEADS_TOO += ("smollm3", "mixtral", "qwen3_moe")
 FFN_ALONE = ("opt", "gpt2", "pythia", "stablelm", "falcon_7b", "phi4_mini")
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def loaded(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Callable[..., Model]:
-    def load(name: str, path: Path | None = None) -> Model:
-        if path is None and name in TINY:
-            path = tmp_path / name
-            tiny_model(name).save_pretrained(path)
-        return ModelSource(name, str(path or tiny_folder(name)), None, "float64", "cpu", False, False, 4).load()
-
-    return load
 
 
 def pruned_(model: Model, granularity: list[Any], ratio: float, alike: bool = True) -> float:

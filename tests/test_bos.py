@@ -434,7 +434,7 @@ def test_a_gguf_file_names_its_family() -> None:
         return len(value).to_bytes(8, "little") + value
 
     for name, needs in ((b"gemma3", True), (b"gemma", True), (b"llama", False)):
-        header = b"GGUF" + (3).to_bytes(4, "little") + bytes(16)
+        header = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")  # no tensors, one value
         Path("m.gguf").write_bytes(
             header + string(b"general.architecture") + (8).to_bytes(4, "little") + string(name) + bytes(99)
         )

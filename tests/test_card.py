@@ -262,6 +262,11 @@ def test_commands_without_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert command([text]) == f"pruneexp {expected}".strip()
 
 
+def test_a_run_without_settings_has_a_command_too() -> None:
+    assert "```sh\npruneexp\n```" in card_text(Card("model", overrides=()), Written("stock"))
+    assert "## The command" not in card_text(Card("model"), Written("stock"))  # of older runs nobody knows it
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_files_are_as_open_as_the_umask_says(mask: int, run: Run, tmp_path: Path) -> None:
     before = os.umask(mask)

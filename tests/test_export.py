@@ -19,6 +19,8 @@ from pruneexp.types import Plan, SitePlan
 from tests.conftest import FAMILIES
 from tests.tiny_families import tiny_model
 
+pytestmark = pytest.mark.usefixtures("modules_cache")
+
 BIASED = (*FAMILIES, "gpt2", "granite", "falcon_rw", "smollm3")  # their stock classes have the readers' biases
 PLAIN = ("mistral_sliding", "qwen3", "gemma2", "phi3", "olmo2", "falcon_7b", "falcon_40b", "stablelm_2_12b")
 Checkpoint = Callable[..., Path]
@@ -63,16 +65,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[[
         return made[key]
 
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from transformers import dynamic_module_utils
-
-    before = dynamic_module_utils.HF_MODULES_CACHE
-    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-    yield
-    dynamic_module_utils.HF_MODULES_CACHE = before
 
 
 @pytest.fixture

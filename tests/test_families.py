@@ -24,6 +24,8 @@ from pruneexp.surgery import masked, save, shrink_, shrink_layer_
 from pruneexp.types import ConfigError, Plan, SitePlan
 from tests.tiny_families import TINY, tiny_model
 
+pytestmark = pytest.mark.usefixtures("modules_cache")
+
 COMPENSATORS = {
     "none": NoCompensation(False),
     "bias": Bias(False),
@@ -136,16 +138,6 @@ def reload(path: Path) -> Any:
     remote = "auto_map" in json.loads((path / "config.json").read_text())
     eager = {"experts_implementation": "eager"}  # fused experts know no float64
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64, **eager).eval()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from transformers import dynamic_module_utils
-
-    before = dynamic_module_utils.HF_MODULES_CACHE
-    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-    yield
-    dynamic_module_utils.HF_MODULES_CACHE = before
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -14,35 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pruneexp import modeling_pruned
-from pruneexp.model import Model, ModelSource
+from pruneexp.model import Model
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import Plan, SitePlan
-from tests.tiny_families import TINY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("modules_cache")
 
 Loaded = Callable[..., Model]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from transformers import dynamic_module_utils
-
-    before = dynamic_module_utils.HF_MODULES_CACHE
-    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-    yield
-    dynamic_module_utils.HF_MODULES_CACHE = before
-
-
-@pytest.fixture
-def loaded(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Loaded:
-    """A tiny model of a family, or of a folder."""
-
-    def load(name: str, path: Path | None = None) -> Model:
-        if path is None and name in TINY:
-            path = tmp_path / name
-            tiny_model(name).save_pretrained(path)
-        return ModelSource(name, str(path or tiny_folder(name)), None, "float64", "cpu", False, False, 4).load()
-
-    return load
 
 
 def uneven_(model: Model, empty: bool = True) -> Model:

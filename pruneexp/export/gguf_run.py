@@ -21,21 +21,23 @@ from pruneexp.types import RunError
 NO_IMPORT = 3  # exit code of a script whose package is there and does not import
 
 # The scripts run in processes of their own: llama.cpp ends the process when it meets what it does not expect.
-_LLAMA_CPP = """
-import json, sys
-file, tokens_file, out_file, texts_file = sys.argv[1:5]
+_BEGIN = """
+import importlib, json, sys, urllib.request
+package, file, tokens_file, out_file, texts_file, plain = *sys.argv[1:6], int(sys.argv[6])
 try:
-    import llama_cpp
+    engine = importlib.import_module(package)
 except Exception as error:
-    print(f"llama-cpp-python does not import: {error}", file=sys.stderr)
+    print(f"{package} does not import: {error}", file=sys.stderr)
     sys.exit(3)
 import numpy
 from safetensors.numpy import load_file, save_file
 windows = load_file(tokens_file)["tokens"]
 texts = json.load(open(texts_file))
-llama = llama_cpp.Llama(
+"""
+_LLAMA_CPP = """
+llama = engine.Llama(
     file, n_ctx=windows.shape[1] + 16, logits_all=True, verbose=False, seed=0, n_threads=1, n_threads_batch=1,
-    type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+    type_k=engine.GGML_TYPE_F32, type_v=engine.GGML_TYPE_F32,
 )
 logits = []
 for window in windows:
@@ -50,33 +52,22 @@ for _ in range(8):
     llama.eval(tokens[-1:])
 words = [llama.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
 save_file({"logits": numpy.stack(logits), "generated": numpy.array([tokens])}, out_file)
-json.dump({"version": llama_cpp.__version__, "words": words}, open(out_file + ".json", "w"))
+json.dump({"version": engine.__version__, "words": words}, open(out_file + ".json", "w"))
 """
 # A server answers with the 256 likeliest next tokens of a prompt: one prompt for every position, each prefix kept from
 # the one before. It leaves the probabilities out where what it draws ends the text or is a part of a character, so it
 # is made to draw a plain token. `no_extra_bufts`: nothing is repacked for a processor's matrix unit, which has crashed
 # on virtual machines.
 _XLLAMACPP = """
-import json, sys, urllib.request
-file, tokens_file, out_file, texts_file, plain = *sys.argv[1:5], int(sys.argv[5])
-try:
-    import xllamacpp
-except Exception as error:
-    print(f"xllamacpp does not import: {error}", file=sys.stderr)
-    sys.exit(3)
-import numpy
-from safetensors.numpy import load_file, save_file
-windows = load_file(tokens_file)["tokens"]
-texts = json.load(open(texts_file))
-params = xllamacpp.CommonParams()
+params = engine.CommonParams()
 params.model.path = file
 params.n_ctx, params.n_parallel, params.n_gpu_layers = windows.shape[1] + 16, 1, 0
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.cache_type_k = params.cache_type_v = int(xllamacpp.ggml_type.GGML_TYPE_F32)
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params.cache_type_k = params.cache_type_v = int(engine.ggml_type.GGML_TYPE_F32)
+params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 params.no_extra_bufts, params.fit_params, params.warmup, params.verbosity = True, False, False, 0
 params.cache_ram_mib = params.n_ctx_checkpoints = 0
-server = xllamacpp.Server(params)
+server = engine.Server(params)
 
 def likeliest(tokens, count):
     asked = {"prompt": tokens, "n_predict": 1, "n_probs": count, "cache_prompt": True, "logit_bias": [[plain, 1e4]]}
@@ -101,10 +92,10 @@ found = {
     "generated": numpy.array([tokens]),
 }
 save_file(found, out_file)
-told = {"version": xllamacpp.__version__, "words": [words_of(text) for text in texts]}
+told = {"version": engine.__version__, "words": [words_of(text) for text in texts]}
 json.dump(told, open(out_file + ".json", "w"))
 """
-SCRIPTS = {"llama_cpp": _LLAMA_CPP, "xllamacpp": _XLLAMACPP}  # by module; the first gives all logits
+SCRIPTS = {"llama_cpp": _BEGIN + _LLAMA_CPP, "xllamacpp": _BEGIN + _XLLAMACPP}  # by module; the first gives all logits
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,7 @@ def run_file(package: str, file: Path, tokens_BT: Tensor, texts: Sequence[str], 
         save_file({"tokens": tokens_BT.contiguous()}, tokens_file)
         Path(texts_file).write_text(json.dumps(texts))
         files = [str(file.resolve()), tokens_file, out_file, texts_file]
-        command = [sys.executable, "-c", SCRIPTS[package], *files, str(plain)]
+        command = [sys.executable, "-c", SCRIPTS[package], package, *files, str(plain)]
         env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         with waiting("running the file with llama.cpp"):
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env)

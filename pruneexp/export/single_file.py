@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pruneexp.files import read_object, write_atomic
+
 GGUF_FILE = "model.gguf"  # its name in a folder
 
 
@@ -32,18 +34,13 @@ def check_file(out: Path, overwrite: bool) -> None:
 
 def _wrote(out: Path, record: Path) -> bool:
     """Whether the record is an export's and the file still as long as it says (or gone)."""
-    try:
-        told = json.loads(record.read_text())
-    except (OSError, ValueError):
-        return False
-    same = isinstance(told, dict) and told.get("form") == "gguf" and "bytes" in told
+    told = read_object(record) or {}
+    same = told.get("form") == "gguf" and "bytes" in told
     return same and (not out.exists() or out.stat().st_size == told["bytes"])
 
 
 def place_file(written: Path, out: Path, record: dict[str, object]) -> None:
     """Puts a finished file and its record in their places."""
-    from pruneexp.files import write_atomic
-
     told = {name: value for name, value in record.items() if name != "files"} | {"bytes": written.stat().st_size}
     written.replace(out)
     write_atomic(record_beside(out), json.dumps(told, indent=1) + "\n")

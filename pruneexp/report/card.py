@@ -23,7 +23,7 @@ HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 FOLDERS = ("checkpoint", "checkpoints", "data", "home", "model", "models", "outputs", "results", "runs", "tmp")
 LICENSE_KEYS = ("license", "license_name", "license_link")
 ELSEWHERE = ("run", "sweep", "cache", "tracker", "hydra")  # sections of where a run works and reports
-LOADING, ADAPTING = "## Loading it", "## Fine-tuning it"
+LOADING, COMMAND, ADAPTING = "## Loading it", "## The command that made it", "## Fine-tuning it"
 METRICS = {  # first part of a metric's name -> what it is
     "ppl": "`ppl/TEXT@T`: perplexity over TEXT's windows of T tokens, exp of the mean loss of a token; lower is better",
     "acc": "`acc...`: share of questions answered rightly; higher is better",
@@ -91,12 +91,13 @@ class Written:
 @dataclass(frozen=True)
 class Card:
     """What a card says. `base_model`: an id on the Hub, or a name; `license`: as in the source's own card; `targets`:
-    names of the linear layers, for adapters; `overrides`: of the command that made the model."""
+    names of the linear layers, for adapters; `overrides`: of the command that made the model, None where that is not
+    known."""
 
     base_model: str
     license: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = "custom"
-    overrides: Sequence[str] = ()
+    overrides: Sequence[str] | None = None
     targets: Sequence[str] = ()
     adapter: bool = False
     plan: Plan = field(default_factory=lambda: Plan({}))
@@ -115,7 +116,7 @@ def card_text(card: Card, written: Written) -> str:
         loading(written),
         *_removed(card),
         *_figures(card.metrics),
-        *([f"## The command that made it\n\n```sh\n{command(card.overrides)}\n```\n"] if card.overrides else []),
+        *([] if card.overrides is None else [f"{COMMAND}\n\n```sh\n{command(card.overrides)}\n```\n"]),
         *([_adapting(card, written)] if written.form not in LIBRARIES and card.targets else []),
         "## Uploading it\n\n```sh\nhf upload YOUR_NAME/MODEL_NAME path/to/this/folder\n```\n",
     ]

@@ -1,0 +1,51 @@
+"""Runs give today what they gave before: plans and configs exactly, metrics to rounding."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests import golden
+
+
+def frozen(name: str) -> dict:
+    return json.loads((golden.FOLDER / f"{name}.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def same(model: str, recipe: str, found: dict, before: dict) -> list[str]:
+    """What differs, a line each."""
+    plan = [] if found["plan"] == before["plan"] else [f"{model}, {recipe}: another plan"]
+    now, then = found["metrics"], before["metrics"]
+    return plan + [
+        f"{model}, {recipe}: {key}={now.get(key)}, was {then.get(key)}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != pytest.approx(then.get(key), rel=1e-6)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", golden.MODELS)
+def test_every_recipe_gives_what_it_gave(model: str, tmp_path: Path) -> None:
+    before = frozen(model)
+    assert set(golden.recipes()) == set(before)
+    found = golden.runs_of(model, tmp_path)
+    different = [line for recipe in before for line in same(model, recipe, found[recipe], before[recipe])]
+    assert not different, "\n".join(different)
+
+
+def test_sweeps_compose_as_they_did() -> None:
+    before = frozen("configs")
+    assert set(golden.sweeps()) == set(before)
+    for name in golden.sweeps():
+        assert golden.config_of(name) == before[name], name

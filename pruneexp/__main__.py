@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NoReturn
 
-from pruneexp.ending import run_command
-from pruneexp.startup import uncollected
+from pruneexp.cli.exit_codes import run_command
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -26,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help(argv: Sequence[str]) -> int:
-    from pruneexp.cli_help import text
+    from pruneexp.cli.help import text
 
     parser = _Parser("pruneexp", add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     config_dir = parser.parse_known_args(argv)[0].config_dir
     if config_dir is not None and not os.path.isdir(config_dir):
-        from pruneexp.compose import open_hydra
+        from pruneexp.cli.compose import open_hydra
 
         open_hydra(config_dir)  # which says what is wrong with it
     print(text(config_dir))
@@ -68,7 +67,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _dashed(argv: Sequence[str]) -> str:
     """The first setting that is written as an option, `--recipe flap` or `--recipe=flap`; "" where none is."""
-    from pruneexp.config_files import config_sections
+    from pruneexp.conf_files import config_sections
 
     sections = config_sections() if any(text.startswith("--") for text in argv) else ()
     for text, value in zip_longest(argv, argv[1:], fillvalue=""):
@@ -79,33 +78,31 @@ def _dashed(argv: Sequence[str]) -> str:
 
 
 def _command(arguments: argparse.Namespace) -> int:
-    with uncollected():
-        from hydra.types import RunMode
+    from hydra.types import RunMode
 
-        from pruneexp.compose import compose_raw, open_hydra
-        from pruneexp.types import ConfigError
+    from pruneexp.cli.compose import compose_raw, open_hydra
+    from pruneexp.types import ConfigError
 
-        hydra, overrides = open_hydra(arguments.config_dir), arguments.overrides
+    hydra, overrides = open_hydra(arguments.config_dir), arguments.overrides
     if arguments.cfg or arguments.info or arguments.shell_completion:
         return _show(hydra, arguments)
     for text in overrides:
         if text.lstrip("+~").startswith(("hydra.run.", "hydra.sweep.")):
             raise ConfigError(f"{text}: the folders of runs are not Hydra's here; expected run.dir or sweep.dir")
     if not arguments.multirun:
-        with uncollected():
-            config = compose_raw(hydra, overrides, RunMode.RUN)
+        config = compose_raw(hydra, overrides, RunMode.RUN)
         if config.hydra.mode != RunMode.MULTIRUN:
             if swept := config.hydra.sweeper.get("params"):
                 several = f"hydra.sweeper.params: {', '.join(map(str, swept))} would be swept over in a single run"
                 raise ConfigError(f"{several}; expected --multirun, or hydra.mode: MULTIRUN in the sweep's file")
             return _single(hydra, config)
-    from pruneexp.multirun import multirun
+    from pruneexp.cli.sweep import multirun
 
     return multirun(hydra, overrides)
 
 
 def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
-    from pruneexp.explain import explained
+    from pruneexp.cli.explain import explained
 
     try:
         if arguments.shell_completion:
@@ -120,7 +117,7 @@ def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
 
 
 def _single(hydra: Hydra, config: DictConfig) -> int:
-    from pruneexp.compose import check_dataset, composed
+    from pruneexp.cli.compose import check_dataset, composed
     from pruneexp.types import ConfigError
 
     run = composed(config)
@@ -128,8 +125,8 @@ def _single(hydra: Hydra, config: DictConfig) -> int:
     for key, value in run.config["sweep"].items():
         if value is not None:
             raise ConfigError(f"sweep.{key}={value!r}: expected null in a single run; add --multirun")
-    from pruneexp.build import build
-    from pruneexp.experiment import run_experiment
+    from pruneexp.cli.build import build
+    from pruneexp.experiment.run import run_experiment
 
     experiment = build(run)
     experiment.check()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pruneexp.types import ConfigError
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -63,3 +67,66 @@ def give_usual_mode(path: Path) -> None:
     finally:
         probe.unlink(missing_ok=True)
     path.chmod(mode)
+
+
+def check_writable(folder: Path, where: str) -> None:
+    """Raises ConfigError, saying `where`, for what is no folder and cannot be made one, or does not let us write."""
+    try:
+        folder.exists()
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{where}: {error.strerror or error}; expected a folder that can be made") from error
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{where}: expected a folder, found a file")
+    nearest = existing(folder)
+    if not nearest.is_dir():
+        raise ConfigError(f"{where}: {nearest} is a file; expected a folder that can be made")
+    try:
+        # Tried, not asked for: permissions tell nothing of file systems that take no files, such as /proc, and root has
+        # them everywhere. Where the system can, the file never has a name.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{where}: {nearest} cannot be written to ({reason}); expected a folder that can") from error
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> None:
+    """Raises ConfigError where `out` is there and is no earlier `what` to be replaced, told by its file `record`, or
+    holds what that, under `files`, does not list."""
+    where = f"out={str(out)!r}"
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{where}: is a file; expected a new folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"{where}: exists; expected a new folder, or overwrite=true")
+    if not (out / record).is_file():
+        raise ConfigError(f"{where}: holds no {record}; overwrite=true replaces earlier {what}s alone")
+    listed = (read_object(out / record) or {}).get("files")
+    if isinstance(listed, list):  # older ones list nothing
+        foreign = [name for name in files_in(out) if name not in (record, *listed)]
+        if foreign:
+            raise ConfigError(
+                f"{where}: holds {', '.join(foreign)}, which no {what} wrote; expected a folder of its own"
+            )
+
+
+def replace_folder(aside: Path, out: Path) -> None:
+    """Puts a finished folder in its place, an earlier one out of the way first."""
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    if out.exists():
+        out.rename(old)
+    try:
+        aside.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pruneexp.calibrate import Meter
 from pruneexp.files import save_tensors
 from pruneexp.model import Model
+from pruneexp.model.modeling_pruned import Family
 from pruneexp.model.sites import site_parts
-from pruneexp.modeling_pruned import Family
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError, RunError
 

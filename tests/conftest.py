@@ -134,8 +134,8 @@ def build_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     def make(*overrides: str) -> Any:
         from hydra.types import RunMode
 
-        from pruneexp.build import build
-        from pruneexp.compose import compose_raw, composed, open_hydra
+        from pruneexp.cli.build import build
+        from pruneexp.cli.compose import compose_raw, composed, open_hydra
 
         monkeypatch.chdir(tmp_path)
         return build(composed(compose_raw(open_hydra(), list(overrides), RunMode.RUN)))

@@ -17,7 +17,7 @@ import torch
 
 from pruneexp.export import Request, export
 from pruneexp.model import Model, ModelSource
-from pruneexp.modeling_pruned import FAMILIES
+from pruneexp.model.modeling_pruned import FAMILIES
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import ConfigError, Plan, Site, SitePlan
 from tests.conftest import FAMILIES as CONFTEST_FAMILIES

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOAD = ["pruneexp.build", "pruneexp.multirun", "pruneexp.report", "pruneexp.cache", "safetensors.torch", "filelock"]
+PRELOAD = [
+    "pruneexp.cli.build",
+    "pruneexp.cli.sweep",
+    "pruneexp.cli.report_command",
+    "pruneexp.cache",
+    "safetensors.torch",
+    "filelock",
+]
 PRELOAD += ["transformers.models.llama.modeling_llama", "PIL.ImageFont", "wandb"]
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 import pruneexp
-from pruneexp.compose import compose
-from pruneexp.multirun import config_hash
+from pruneexp.cli.compose import compose
+from pruneexp.fingerprint import config_hash
 from pruneexp.types import Plan, SitePlan
 
 PPL = "ppl/embedded@128"

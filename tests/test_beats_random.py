@@ -36,11 +36,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.build import build
 from pruneexp.calibrate import Meter
-from pruneexp.compose import compose
+from pruneexp.cli.build import build
+from pruneexp.cli.compose import compose
 from pruneexp.model import Model
-from pruneexp.prune import Method, prune_
+from pruneexp.pruning import Method, prune_
 from tests.conftest import FAMILIES
 
 SHARED = Path(__file__).parents[2] / "shared"

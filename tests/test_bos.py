@@ -17,18 +17,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from pruneexp import bos
-from pruneexp.bos import comparable, resolved
-from pruneexp.bos_probe import begun, worth_of
-from pruneexp.build import build
-from pruneexp.compose import Composed, compose
-from pruneexp.dataset import Embedded, HubText, evaluation_windows, text, windows_of
+from pruneexp.cli.build import build
+from pruneexp.cli.compose import Composed, compose
+from pruneexp.dataset import Embedded, HubText, bos, evaluation_windows, text, windows_of
+from pruneexp.dataset.bos import resolved
 from pruneexp.evaluator import Generation, Latency, Perplexity, Questions
-from pruneexp.experiment import run_experiment
-from pruneexp.modeling_pruned import FAMILIES
-from pruneexp.multirun import config_hash
-from pruneexp.pages.folders import find
-from pruneexp.summary import sweep_table
+from pruneexp.experiment.bos_probe import begun, worth_of
+from pruneexp.experiment.run import run_experiment
+from pruneexp.fingerprint import comparable, config_hash
+from pruneexp.model.modeling_pruned import FAMILIES
+from pruneexp.report.folders import find
+from pruneexp.report.sweep_table import sweep_table
 from pruneexp.types import ConfigError
 from tests.report_samples import metrics, write_run
 from tests.tiny_families import TINY, random_model
@@ -442,9 +441,8 @@ def test_a_gguf_file_names_its_family() -> None:
 
 
 def test_it_is_told_without_loading_transformers(folders: dict[str, Path]) -> None:
-    code = (
-        f"import sys; from pruneexp.compose import compose; c = compose(['model=hf', 'model.path={folders['gemma']}'])"
-    )
+    code = "import sys; from pruneexp.cli.compose import compose; "
+    code += f"c = compose(['model=hf', 'model.path={folders['gemma']}'])"
     code += "; assert c.config['dataset']['bos']; assert not {'transformers', 'huggingface_hub'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -571,7 +569,7 @@ def test_what_it_is_worth_is_a_difference_over_the_same_tokens() -> None:
 def test_the_probe_changes_nothing(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     common = ("evaluator=[perplexity]", "run.save=false", "criterion=random")
     probed = run(folders["llama_multi_query"], "probed", *common)
-    monkeypatch.setattr("pruneexp.experiment.tell_of_bos", lambda *_: None)
+    monkeypatch.setattr("pruneexp.experiment.run.tell_of_bos", lambda *_: None)
     plain = run(folders["llama_multi_query"], "plain", *common)
     lasting = [{k: v for k, v in each.items() if not k.startswith(("seconds/", "memory/"))} for each in (probed, plain)]
     assert lasting[0] == lasting[1] and Path("probed/plan.json").read_text() == Path("plain/plan.json").read_text()

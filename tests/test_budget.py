@@ -20,12 +20,12 @@ from torch import Tensor
 
 from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.budget import biases_added, check_pruning, whole_budget
 from pruneexp.calibrate import Meter
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import Magnitude, Random
 from pruneexp.model import Model, ModelSource
-from pruneexp.prune import Method, Pruned, prune_
+from pruneexp.pruning import Method, Pruned, prune_
+from pruneexp.pruning.budget import biases_added, check_pruning, whole_budget
 from pruneexp.search import (
     AlAm,
     AlAmOfficial,

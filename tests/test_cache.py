@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from pruneexp.cache import Cache, NoCache, version_of
+from pruneexp.cache import Cache, NoCache
 from pruneexp.cache.packing import Unpackable, packed, unpacked
 from pruneexp.criterion.obs import Obs
 from pruneexp.evidence import Gram, Moments
+from pruneexp.fingerprint import version_of
 from pruneexp.types import ColumnScores, ConfigError, RemovalPath
 from tests.conftest import PARITY
 from tests.processes import PRELOAD, started

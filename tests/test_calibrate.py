@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pruneexp import progress, report
+from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.calibrate import Meter, Probe, walk
 from pruneexp.evidence import Moments
+from pruneexp.experiment import summary_table as report
 from pruneexp.model import Model, source
 from pruneexp.model.sites import site_parts
 from pruneexp.surgery import shrink_layer_

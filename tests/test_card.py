@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from pruneexp import experiment, progress
+from pruneexp import progress
 from pruneexp.__main__ import main
+from pruneexp.experiment import run as experiment
+from pruneexp.experiment.card import Card, Written, base_model, card_text, command, front_matter, license_of
 from pruneexp.export import main as export
-from pruneexp.report import Card, Written, base_model, card_text, license_of
-from pruneexp.report.card import command, front_matter
 from tests.furnished import TRAVELLING, furnished_folder
 
 SOURCE_CARD = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: en\n---\n# Tiny\n"

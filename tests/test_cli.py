@@ -17,14 +17,16 @@ import torch
 import yaml
 
 import pruneexp
-from pruneexp import experiment as experiments
-from pruneexp import multirun, preflight
 from pruneexp.__main__ import main
-from pruneexp.compose import compose
+from pruneexp.cli import sweep as multirun
+from pruneexp.cli.compose import compose
+from pruneexp.cli.sweep import SHARED_BYTES
 from pruneexp.dataset import Embedded
-from pruneexp.experiment import Experiment
-from pruneexp.forecast import size
-from pruneexp.multirun import SHARED_BYTES, config_hash
+from pruneexp.experiment import preflight
+from pruneexp.experiment import run as experiments
+from pruneexp.experiment.forecast import size
+from pruneexp.experiment.settings import Experiment
+from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import memory_metrics
 from pruneexp.types import ConfigError, RunError
 
@@ -438,7 +440,7 @@ def test_sigterm_becomes_an_exception(cli: Cli, monkeypatch: pytest.MonkeyPatch,
     assert ended.code == 143 and ended.err == "pruneexp: terminated\n"
 
 
-@pytest.mark.parametrize("module", ["pruneexp", "pruneexp.export", "pruneexp.pages"])
+@pytest.mark.parametrize("module", ["pruneexp", "pruneexp.export", "pruneexp.cli.report_command"])
 def test_output_that_is_no_longer_read_ends_it_silently(module: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -687,8 +689,8 @@ def test_an_optimising_sweeper_is_given_the_objective(runs: list[Experiment], tm
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from pruneexp.compose import compose_raw, open_hydra
-    from pruneexp.multirun import run_job
+    from pruneexp.cli.compose import compose_raw, open_hydra
+    from pruneexp.cli.sweep import run_job
 
     def value(*overrides: str) -> float | None:
         typed = ["sweep.objective=pruned/x", f"hydra.sweep.dir={tmp_path}", "+hydra.job.num=0", *overrides]
@@ -712,7 +714,7 @@ def test_version(cli: Cli) -> None:
 
 
 def test_help_shows_every_choice_and_key(cli: Cli) -> None:
-    from pruneexp.config_files import conf_folder
+    from pruneexp.conf_files import conf_folder
 
     ended = cli("recipe=flap", "--help")
     assert ended.code == 0

@@ -12,11 +12,11 @@ import yaml
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from pruneexp.build import build, located
-from pruneexp.compose import SECTIONS, compose, compose_raw, composed, open_hydra
-from pruneexp.config_files import YamlLoader, choices, conf_folder, first_comment, inherited, key_comments, sweep_files
-from pruneexp.jobs import JobComposer, job_configs, job_overrides
-from pruneexp.multirun import as_job
+from pruneexp.cli.build import build, located
+from pruneexp.cli.compose import SECTIONS, compose, compose_raw, composed, open_hydra
+from pruneexp.cli.sweep import as_job
+from pruneexp.cli.sweep_jobs import JobComposer, job_configs, job_overrides
+from pruneexp.conf_files import YamlLoader, choices, conf_folder, first_comment, inherited, key_comments, sweep_files
 from pruneexp.types import ConfigError
 
 GROUPS = [path.name for path in sorted(conf_folder().iterdir()) if path.is_dir()]

@@ -20,12 +20,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from pruneexp import progress, report
+from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.build import build
-from pruneexp.compose import SECTIONS, Composed, compose
-from pruneexp.config_files import choices, conf_folder
-from pruneexp.multirun import config_hash
+from pruneexp.cli.build import build
+from pruneexp.cli.compose import SECTIONS, Composed, compose
+from pruneexp.conf_files import choices, conf_folder
+from pruneexp.experiment import summary_table as report
+from pruneexp.fingerprint import config_hash
 from pruneexp.types import Plan
 from tests.conftest import FAMILIES, PARITY
 
@@ -350,7 +351,7 @@ def test_inputs_that_say_too_little_name_the_ridge(part: str, cli: Cli) -> None:
 def test_every_end_is_recorded(
     end: BaseException, code: int, reason: str, line: str | None, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pruneexp import experiment
+    from pruneexp.experiment import run as experiment
 
     def broken(*_args: Any, **_kwargs: Any) -> None:
         raise end

@@ -24,8 +24,8 @@ from omegaconf import OmegaConf
 
 from pruneexp.dataset import Embedded, HubText, WindowSource, check_vocabulary, fingerprint, overlap, text, tokens
 from pruneexp.dataset.hub import document, joined
+from pruneexp.dataset.offline import unreachable
 from pruneexp.dataset.windows import cut, draw
-from pruneexp.hub import unreachable
 from pruneexp.types import ConfigError, RunError
 
 CONF = Path(__file__).parents[1] / "conf"

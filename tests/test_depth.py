@@ -18,10 +18,10 @@ from pruneexp.calibrate import Meter, Probe, walk
 from pruneexp.compensator import NoCompensation
 from pruneexp.criterion import BlockInfluence, LossDrop, Random
 from pruneexp.evidence import BlockChange, LossWithout
-from pruneexp.experiment import run_experiment
+from pruneexp.experiment.run import run_experiment
 from pruneexp.model import Model
-from pruneexp.prune import Method, prune_
-from pruneexp.scoring import Results
+from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.dense_evidence import Results
 from pruneexp.search import Global, Greedy
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp import report
 from pruneexp.cache.packing import packed, unpacked
 from pruneexp.evaluator.generation import continued
-from pruneexp.experiment import run_experiment
-from pruneexp.forecast import available_memory
-from pruneexp.forecast.machine import out_of_memory
+from pruneexp.experiment import summary_table as report
+from pruneexp.experiment.forecast import available_memory
+from pruneexp.experiment.forecast.machine import out_of_memory
+from pruneexp.experiment.run import run_experiment
 from pruneexp.model import Model
 from pruneexp.model.placement import connect_, devices_of, placed
-from pruneexp.scoring import checked
+from pruneexp.pruning.dense_evidence import checked
 from pruneexp.surgery import masked, save, shrink_
 from pruneexp.types import ColumnScores, ConfigError, Plan, RemovalPath, RunError, SitePlan
 from tests.conftest import FAMILIES

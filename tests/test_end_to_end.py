@@ -193,9 +193,9 @@ def test_half_precision_runs(cli: Cli) -> None:
 def test_a_run_is_repeated_from_its_own_record(cli: Cli, tmp_path: Path) -> None:
     """config.yaml is all that another run needs."""
     first = cli("first", *QUICK, "recipe=wanda_sp", "sparsity.ratio=0.35", "run.save=false")
-    from pruneexp.build import build
-    from pruneexp.compose import Composed, compose
-    from pruneexp.experiment import run_experiment
+    from pruneexp.cli.build import build
+    from pruneexp.cli.compose import Composed, compose
+    from pruneexp.experiment.run import run_experiment
 
     config = yaml.safe_load(Path("first/config.yaml").read_text())
     config["run"]["dir"] = "second"

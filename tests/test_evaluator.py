@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pruneexp.dataset import text, tokens
 from pruneexp.evaluator import Latency, Perplexity, Questions, Size
-from pruneexp.modeling_pruned import LLAMA
+from pruneexp.model.modeling_pruned import LLAMA
 from pruneexp.types import ConfigError, RunError
 
 CONF = Path(__file__).parents[1] / "conf"

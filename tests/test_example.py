@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from pruneexp.pages.folders import find
+from pruneexp.report.folders import find
 
 OUTPUTS = Path(__file__).parents[1] / "outputs"
 EXAMPLE = OUTPUTS / "example"

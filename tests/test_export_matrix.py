@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pruneexp.modeling_pruned import FAMILIES
+from pruneexp.model.modeling_pruned import FAMILIES
 from tests.export_matrix import FORMATS, cells
 
 pytest.importorskip("gguf")

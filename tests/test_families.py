@@ -15,11 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pruneexp import modeling_pruned
 from pruneexp.calibrate import Meter, site_walk, walk, walk_sites
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.evidence import Gram, Moments, WantedOutput
-from pruneexp.model import Model, next_token_losses
+from pruneexp.model import Model, modeling_pruned, next_token_losses
 from pruneexp.surgery import masked, save, shrink_, shrink_layer_
 from pruneexp.types import ConfigError, Plan, SitePlan
 from tests.tiny_families import TINY, tiny_model

@@ -22,16 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruneexp import experiment as experiments
-from pruneexp import preflight, progress
+from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.budget import check_pruning
 from pruneexp.cache import NoCache
 from pruneexp.calibrate import DenseStates, Meter
-from pruneexp.compensator.least_squares import refitted_
 from pruneexp.criterion import obs, shelf
 from pruneexp.evidence import Gram, Moments, WantedOutput
-from pruneexp.forecast import (
+from pruneexp.evidence.solve import refitted_
+from pruneexp.experiment import preflight
+from pruneexp.experiment import run as experiments
+from pruneexp.experiment.forecast import (
     Calibration,
     Forecast,
     Shape,
@@ -51,10 +51,11 @@ from pruneexp.forecast import (
     size,
     warn_of_memory,
 )
-from pruneexp.forecast.memory import statistics_bytes
+from pruneexp.experiment.forecast.memory import statistics_bytes
 from pruneexp.model import Model
-from pruneexp.rounds import prune_in_rounds_
-from pruneexp.scoring import Results
+from pruneexp.pruning.budget import check_pruning
+from pruneexp.pruning.dense_evidence import Results
+from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.types import Cost, Site
 from tests.conftest import PARITY
 

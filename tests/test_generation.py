@@ -24,7 +24,7 @@ from pruneexp.evaluator.generation import (
     text_figures,
     up_to,
 )
-from pruneexp.experiment import run_experiment
+from pruneexp.experiment.run import run_experiment
 from pruneexp.types import ConfigError
 
 

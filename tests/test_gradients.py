@@ -14,7 +14,7 @@ from pruneexp.calibrate import Meter, gradient_evidence, walk
 from pruneexp.criterion import Taylor
 from pruneexp.evidence import Gradient, Moments, PerSampleGradient
 from pruneexp.model import Model
-from pruneexp.prune import Method, prune_
+from pruneexp.pruning import Method, prune_
 from pruneexp.types import Block, Cost, Site, SiteWeights
 from tests.conftest import FAMILIES
 

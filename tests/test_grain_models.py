@@ -16,14 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.build import check_together
 from pruneexp.calibrate import Meter, walk
+from pruneexp.cli.build import check_together
 from pruneexp.compensator import Bias, NoCompensation
 from pruneexp.criterion import BlockInfluence, Flap, LossDrop, Magnitude, Random
 from pruneexp.evidence import BlockChange, LossWithout
-from pruneexp.experiment import Experiment, run_experiment
+from pruneexp.experiment.run import run_experiment
+from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
-from pruneexp.prune import Method, Pruned, prune_
+from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.search import Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save

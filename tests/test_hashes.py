@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pruneexp import new_keys
-from pruneexp.build import build
-from pruneexp.compose import Composed, open_hydra
-from pruneexp.config_files import conf_folder, sweep_files
-from pruneexp.jobs import JobComposer, job_configs, whole
-from pruneexp.multirun import config_hash
-from pruneexp.new_keys import without_new_keys
+from pruneexp import fingerprint
+from pruneexp.cli.build import build
+from pruneexp.cli.compose import Composed, open_hydra
+from pruneexp.cli.sweep_jobs import JobComposer, job_configs, whole
+from pruneexp.conf_files import conf_folder, sweep_files
+from pruneexp.fingerprint import config_hash, without_new_keys
 
 FROZEN = Path(__file__).parent / "data" / "job_hashes.json"
 GROUPS = ("compensator", "criterion", "dataset", "evaluator", "model", "recipe", "recovery", "search", "sparsity")
@@ -78,7 +77,7 @@ def test_every_sweep_is_frozen() -> None:
 def test_new_keys_leave_the_hash_where_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     old = {"search": {"multiple": 1}, "evaluator": {"a": {"dataset": {"seed": 0}}}, "run": {"dir": "x"}}
     new = {"search": {"multiple": 1, "alike": False}, "evaluator": {"a": {"dataset": {"seed": 0, "head": None}}}}
-    monkeypatch.setattr(new_keys, "NEW_KEYS", {"search.alike": False, "evaluator.*.dataset.head": None})
+    monkeypatch.setattr(fingerprint, "NEW_KEYS", {"search.alike": False, "evaluator.*.dataset.head": None})
     assert config_hash(new) == config_hash(old)
     assert config_hash({**new, "search": {"multiple": 1, "alike": True}}) != config_hash(old)
     assert config_hash({**new, "sparsity": {"alike": False}}) != config_hash(old)  # another key of the same name

@@ -15,7 +15,7 @@ from pruneexp.calibrate import Landscape, Meter, gradient_evidence, influence_ev
 from pruneexp.criterion import Ifso, Obs
 from pruneexp.evidence import BatchDerivatives, GateDerivatives, Gradient, Gram, Influence
 from pruneexp.model import Model
-from pruneexp.prune import Method, prune_
+from pruneexp.pruning import Method, prune_
 from pruneexp.types import Block, ConfigError, Cost, RunError, Site, SiteWeights
 from tests.conftest import FAMILIES
 from tests.toy_sites import block

@@ -1,104 +1,112 @@
-"""Imports go one way, and what holds the methods imports torch and nothing else."""
+"""Imports go down only: no circle between files, a rank for every entry, and torch alone under the methods."""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 import pruneexp
 
 PACKAGE = Path(pruneexp.__file__).parent
-# A module imports from its own row and the rows before it.
-LAYERS = (
-    ("progress", "config_files", "file_state", "files", "startup", "hub", "modeling_pruned", "new_keys"),
-    ("types",),
-    ("evidence",),
-    ("criterion", "compensator", "search", "sparsity"),
-    ("calibrate", "surgery", "model", "dataset", "evaluator", "tracker", "embedded", "report", "cache", "resume"),
-    ("budget", "scoring", "prune", "rounds", "recovery"),
-    ("delivery", "forecast", "bos_probe"),
-    ("preflight",),
-    ("experiment",),
-    (
-        "explain",
-        "coerce",
-        "bos",
-        "targets",
-        "compose",
-        "build",
-        "jobs",
-        "multirun",
-        "cli_help",
-        "summary",
-        "sweep_end",
-        "console",
-        "ending",
-        "export",
-        "published",
-        "pages",
-    ),
-    ("__main__",),
-)
-RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
-CORE = ("types", "evidence", "criterion", "compensator", "search", "sparsity")
 FILES = sorted(PACKAGE.rglob("*.py"))
+ENTRIES = 26  # modules and packages of pruneexp/, at most
+LONGEST = 9  # imports in a row from entry to entry, at most
+METHODS = ("criterion", "compensator", "search", "sparsity", "evidence")  # torch and nothing else
+LINES = {"modeling_pruned.py": 850}  # one file by nature: it travels beside checkpoints
+DOOR = ("run", "prune", "apply")  # a module of that name would take the function's place
 
 
-def module_of(path: Path) -> str:
-    """The part of the package that a file belongs to: its first name below `pruneexp`."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of everything a module imports when it runs, here or inside a function."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, when it runs, inside functions, or for type checkers alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide where a name comes from"
-            # `from pruneexp import types` imports pruneexp.types.
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
-            yield from imported(node)
+            assert node.level == 0, f"{path}: relative imports hide where a name comes from"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-def own_imports(path: Path) -> set[str]:
-    names = [name.split(".") for name in imported(ast.parse(path.read_text()))]
-    return {parts[1] for parts in names if parts[0] == "pruneexp" and len(parts) > 1 and parts[1] in RANK}
+@cache
+def file_graph() -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports. `import pruneexp` itself, for its version, is none."""
+    modules = {dotted(path) for path in FILES}
+
+    def module_of(name: str) -> str:
+        while name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {}
+    for path in FILES:
+        own = {module_of(name) for name in imported(path) if name.split(".")[0] == "pruneexp"}
+        graph[dotted(path)] = own - {dotted(path), "pruneexp"}
+    return graph
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path: Path) -> None:
-    module = module_of(path)
-    if module == "__init__":
-        assert not own_imports(path)
-        return
-    assert module in RANK, f"say in LAYERS where {module} lies"
-    backwards = {name for name in own_imports(path) if RANK[name] > RANK[module]}
-    assert not backwards, f"{module} imports {backwards}, which come after it"
+def entry_of(module: str) -> str:
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if module_of(path) in CORE], ids=lambda path: path.name)
-def test_methods_import_torch_and_nothing_else(path: Path) -> None:
-    roots = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
-    assert roots <= {"pruneexp", "torch", *sys.stdlib_module_names}
-    assert own_imports(path) <= set(CORE)
+@cache
+def entry_graph() -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for module, own in file_graph().items():
+        if module != "pruneexp":
+            graph.setdefault(entry_of(module), set()).update(entry_of(name) for name in own)
+    return {entry: own - {entry} for entry, own in graph.items()}
 
 
-def test_hydra_stops_before_the_experiment() -> None:
-    left = [path for path in FILES if RANK.get(module_of(path), 0) <= RANK["experiment"]]
-    for path in left:
-        names = set(imported(ast.parse(path.read_text())))
-        assert not [name for name in names if name.split(".")[0] == "hydra" or "DictConfig" in name], path
+@cache
+def ranks() -> dict[str, int]:
+    """Entry -> one more than the highest rank among those that it imports."""
+    found: dict[str, int] = {}
+    for entry in TopologicalSorter(entry_graph()).static_order():
+        found[entry] = 1 + max((found[own] for own in entry_graph()[entry]), default=0)
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_stay_readable(path: Path) -> None:
-    limit = 850 if path.name == "modeling_pruned.py" else 400  # one file by nature: it travels beside checkpoints
-    assert len(path.read_text().splitlines()) <= limit, "split it into a package that re-exports the same names"
+def test_no_circle_between_files() -> None:
+    assert len(list(TopologicalSorter(file_graph()).static_order())) == len(FILES)  # raises CycleError
+
+
+def test_entries_have_ranks() -> None:
+    for rank in sorted(set(ranks().values())):
+        print(rank, *sorted(entry for entry, own in ranks().items() if own == rank))
+    assert len(ranks()) <= ENTRIES
+    assert max(ranks().values()) <= LONGEST
+
+
+def test_methods_import_torch_and_nothing_else() -> None:
+    for path in FILES:
+        if entry_of(dotted(path) + ".") not in METHODS:
+            continue
+        names = imported(path)
+        assert {name.split(".")[0] for name in names} <= {"pruneexp", "torch", *sys.stdlib_module_names}, path
+        own = {name.split(".")[1] for name in names if name.startswith("pruneexp.")}
+        assert own <= {*METHODS, "types"}, path
+        assert "compensator" not in own or "compensator" in path.parts, f"{path}: a criterion needs no compensator"
+
+
+def test_hydra_stops_at_the_command_line() -> None:
+    for path in FILES:
+        if entry_of(dotted(path) + ".") not in ("cli", "api", "__main__"):
+            assert not [n for n in imported(path) if n.split(".")[0] == "hydra" or n.endswith(".DictConfig")], path
+
+
+def test_no_module_bears_the_name_of_a_function_of_the_door() -> None:
+    assert not {path.stem for path in PACKAGE.iterdir()} & set(DOOR)
+
+
+def test_files_stay_readable() -> None:
+    long = {dotted(path): len(path.read_text().splitlines()) for path in FILES if path.name not in LINES}
+    assert max(long.values()) <= 400, f"{max(long, key=long.__getitem__)}: split it into a package of the same name"

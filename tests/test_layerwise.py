@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.compose import compose
+from pruneexp.cli.compose import compose
 from pruneexp.search import Global, Layerwise
 from pruneexp.types import Budget, ConfigError, Site
 from tests.toy_sites import CHANNEL_COST, layer_sites, model_sites, params

@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pruneexp.budget import as_searched, check_mixture, check_pruning
 from pruneexp.calibrate import Meter, walk
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
 from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Obs, Taylor, WandaSp
 from pruneexp.evidence import InputMoments, Moments
 from pruneexp.model import Model, ModelSource
-from pruneexp.modeling_pruned import experts_of, router_of
-from pruneexp.prune import Method, Pruned, prune_
-from pruneexp.report import widths
-from pruneexp.rounds import prune_in_rounds_
+from pruneexp.model.modeling_pruned import experts_of, router_of
+from pruneexp.pruning import Method, Pruned, prune_
+from pruneexp.pruning.budget import as_searched, check_mixture, check_pruning
+from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.search import AlAm, Evolutionary, Global, Greedy, Layerwise, PolicyGradient, UlMm, Uniform
 from pruneexp.sparsity import Linear, OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, padding, save, shrink_
+from pruneexp.tracker.structure import widths
 from pruneexp.types import Budget, ConfigError, Plan, SitePlan, unit_scores
 from tests.tiny_families import tiny_model
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pruneexp import modeling_pruned, progress, report
+from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.dataset import files as dataset_files
 from pruneexp.embedded import FOLDER
 from pruneexp.evaluator import Size
-from pruneexp.model import Model
+from pruneexp.experiment import summary_table as report
+from pruneexp.model import Model, modeling_pruned
 from pruneexp.surgery import save
 from pruneexp.types import ConfigError, Cost
 from tests.conftest import FAMILIES, PARITY

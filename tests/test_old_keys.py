@@ -115,7 +115,7 @@ def test_an_older_transformers_is_told_which_version_it_takes(
 ) -> None:
     import transformers
 
-    from pruneexp import modeling_pruned
+    from pruneexp.model import modeling_pruned
     from pruneexp.surgery import remote_code_form
 
     config = remote_code_form(tiny("llama"), "asked for").config
@@ -127,7 +127,7 @@ def test_an_older_transformers_is_told_which_version_it_takes(
 def test_layers_are_read_where_transformers_knows_nothing_of_them(tiny: Callable[..., Any]) -> None:
     from types import SimpleNamespace
 
-    from pruneexp import modeling_pruned
+    from pruneexp.model import modeling_pruned
     from pruneexp.surgery import remote_code_form
 
     model = tiny("llama")

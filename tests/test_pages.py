@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from pruneexp.config_files import conf_folder
-from pruneexp.pages import main
-from pruneexp.pages.comparison import comparisons
-from pruneexp.pages.folders import find
-from pruneexp.pages.methods import GROUPS, choice, choices_of, describe, options
-from pruneexp.pages.points import points
-from pruneexp.pages.statistics import t_quantile
-from pruneexp.published import tables as published_tables
+from pruneexp.cli.report_command import main
+from pruneexp.conf_files import conf_folder
+from pruneexp.report.comparison import comparisons
+from pruneexp.report.folders import find
+from pruneexp.report.methods import GROUPS, choice, choices_of, describe, options
+from pruneexp.report.points import points
+from pruneexp.report.published import tables as published_tables
+from pruneexp.report.statistics import t_quantile
 from pruneexp.types import Plan, SitePlan
 from tests.report_samples import PPL, config, environment, metrics, plan, write_run
 
@@ -634,7 +634,7 @@ def test_mistakes_are_one_line(
 def test_a_report_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pruneexp.pages import command
+    from pruneexp.report import command
 
     write_run(tmp_path / "good", config("recipe=flap"))
     assert report(tmp_path / "good", f"out={tmp_path / 'page'}") == 0

@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from pruneexp.pages.points import aliases_joined, kept_shares
-from pruneexp.pages.statistics import balanced, crossed, interval, main_effects, pareto_front, spread, t_quantile
+from pruneexp.report.points import aliases_joined, kept_shares
+from pruneexp.report.statistics import balanced, crossed, interval, main_effects, pareto_front, spread, t_quantile
 from pruneexp.types import Plan, SitePlan
 
 

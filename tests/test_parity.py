@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pruneexp.calibrate import Meter
-from pruneexp.prune import Method, prune_
+from pruneexp.pruning import Method, prune_
 from tests.conftest import PARITY
 
 ORACLE = json.loads((PARITY / "oracle.json").read_text())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pruneexp.calibrate import Meter
 from pruneexp.model import Model
-from pruneexp.prune import Method, prune_
+from pruneexp.pruning import Method, prune_
 from pruneexp.search import PolicyGradient
 from pruneexp.search.gates import projected
 from pruneexp.search.policy import policy_gradient

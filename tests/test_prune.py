@@ -15,15 +15,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from pruneexp.build import build, check_together
 from pruneexp.calibrate import Meter, Probe
+from pruneexp.cli.build import build, check_together
+from pruneexp.cli.compose import compose
 from pruneexp.compensator import Bias, BiasOfficial, NoCompensation
-from pruneexp.compose import compose
-from pruneexp.config_files import choices, conf_folder, inherited
+from pruneexp.conf_files import choices, conf_folder, inherited
 from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
-from pruneexp.experiment import Experiment
+from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
-from pruneexp.prune import Method, Pruned, prune_
+from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.search import AlAm, Global, UlUm, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_

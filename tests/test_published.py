@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from pruneexp.published import CERTAINTY, Table, read_table, tables
+from pruneexp.report.published import CERTAINTY, Table, read_table, tables
 from pruneexp.search import Uniform
 from pruneexp.types import Budget, Cost, Site
 

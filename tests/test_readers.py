@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pruneexp import modeling_pruned
-from pruneexp.model import Model
+from pruneexp.model import Model, modeling_pruned
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import Plan, SitePlan
 

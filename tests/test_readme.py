@@ -11,7 +11,7 @@ import pytest
 from hydra.types import RunMode
 
 from pruneexp.__main__ import main
-from pruneexp.compose import check_dataset, compose_raw, composed, open_hydra
+from pruneexp.cli.compose import check_dataset, compose_raw, composed, open_hydra
 from tests.conftest import PARITY
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -22,8 +22,8 @@ from pruneexp.calibrate import Meter
 from pruneexp.compensator import Bias
 from pruneexp.criterion import Flap
 from pruneexp.model import Model
-from pruneexp.modeling_pruned import FAMILIES as TABLES
-from pruneexp.prune import Method, prune_
+from pruneexp.model.modeling_pruned import FAMILIES as TABLES
+from pruneexp.pruning import Method, prune_
 from pruneexp.recovery import Lora, NoRecovery, rate_factor
 from pruneexp.search import AlAm, Global
 from pruneexp.sparsity import OneShot

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pruneexp.report import print_summary, removed_share, structure_figure, summary, widths
+from pruneexp.experiment.summary_table import print_summary, summary
+from pruneexp.tracker.structure import removed_share, structure_figure, widths
 from pruneexp.types import Cost, Plan, Site, SitePlan
 
 METRICS = {

@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pruneexp import progress, report
+from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.calibrate import bookmark
+from pruneexp.experiment import summary_table as report
 from pruneexp.surgery import StreamedSave
 from pruneexp.tracker import status_of
 from pruneexp.types import ConfigError
@@ -210,7 +211,7 @@ def test_what_was_written_is_of_use_to_the_same_run_alone(run: Run, monkeypatch:
 
 def test_a_checkpoint_in_its_place_is_not_written_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while it was proved or measured."""
-    from pruneexp import experiment
+    from pruneexp.experiment import run as experiment
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("killed")

@@ -19,8 +19,8 @@ from pruneexp.calibrate import Meter
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import BlockInfluence, Flap, Magnitude, Random, WandaSp
 from pruneexp.model import Model
-from pruneexp.prune import Method, Pruned
-from pruneexp.rounds import prune_in_rounds_
+from pruneexp.pruning import Method, Pruned
+from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.search import AlAm, Global, PolicyGradient, UlUm, Uniform
 from pruneexp.sparsity import Cubic, Linear, OneShot
 from pruneexp.surgery import masked, prove_in_place, save, shrink_

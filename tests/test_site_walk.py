@@ -16,8 +16,8 @@ from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs, WandaSp, shelf
 from pruneexp.evidence import Moments, WantedOutput
 from pruneexp.model.sites import site_parts
-from pruneexp.prune import Method, prune_
-from pruneexp.scoring import Results
+from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.dense_evidence import Results
 from pruneexp.search import Evolutionary, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_layer_

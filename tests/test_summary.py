@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from pruneexp.summary import settings, write_summary
+from pruneexp.report.sweep_table import settings, write_summary
 from pruneexp.tracker.folder import new_status
 from tests.report_samples import config, write_run
 

@@ -11,10 +11,12 @@ import pytest
 import yaml
 from hydra.types import RunMode
 
-from pruneexp import multirun, progress, report
+from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.compose import compose_raw, open_hydra
-from pruneexp.config_files import sweep_files, sweeps_folder
+from pruneexp.cli import sweep as multirun
+from pruneexp.cli.compose import compose_raw, open_hydra
+from pruneexp.conf_files import sweep_files, sweeps_folder
+from pruneexp.experiment import summary_table as report
 from tests.wandb_specs import parameters, spec
 
 # All that is large: model, data, steps.

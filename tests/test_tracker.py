@@ -11,7 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pruneexp.tracker import Local, LocalRun, Trackers, flat_metrics, status_of, write_atomic
+from pruneexp.files import write_atomic
+from pruneexp.tracker import Local, LocalRun, Trackers, flat_metrics, status_of
 from pruneexp.tracker.environment import git_revision
 from pruneexp.types import Plan, RunError
 from tests.tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, contents, finished, record

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pruneexp.tracker import LocalRun, check_folder, folder, run_folder, status_of, write_atomic
+from pruneexp.files import write_atomic
+from pruneexp.tracker import LocalRun, check_folder, folder, run_folder, status_of
 from pruneexp.types import ConfigError, RunError
 from tests.tracker_samples import METRICS, contents, finished, record
 

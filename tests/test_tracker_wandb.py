@@ -13,9 +13,9 @@ from hydra.types import RunMode
 from PIL import Image
 
 from pruneexp.__main__ import main
-from pruneexp.compose import compose_raw, open_hydra
-from pruneexp.pages import main as main_report
-from pruneexp.sweep_end import hand_over
+from pruneexp.cli.compose import compose_raw, open_hydra
+from pruneexp.cli.report_command import main as main_report
+from pruneexp.cli.sweep_end import hand_over
 from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
 from pruneexp.tracker.weights_and_biases import _histograms
 from pruneexp.types import ConfigError, RunRecord
@@ -207,7 +207,7 @@ def test_a_summary_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys
     def broken(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("pruneexp.pages.folders.find", broken)
+    monkeypatch.setattr("pruneexp.report.folders.find", broken)
     hand_over(compose_raw(open_hydra(), ["tracker=wandb"], RunMode.MULTIRUN), tmp_path, "s")
     assert capsys.readouterr().err == "pruneexp: no summary of the sweep for the tracker: disk full\n"
 

@@ -19,7 +19,7 @@ from pruneexp.evaluator import Zeroshot, zeroshot
 from pruneexp.evaluator.harness import Answered, answer, load_tasks
 from pruneexp.evaluator.task_files import TASKS, read_task
 from pruneexp.evaluator.zeroshot import PUBLISHED
-from pruneexp.experiment import run_experiment
+from pruneexp.experiment.run import run_experiment
 from pruneexp.types import ConfigError, RunError
 from tests.task_samples import FILES, HUB, SOURCES, write_files
 

@@ -15,7 +15,7 @@ from pruneexp.calibrate import Meter, Slopes, gradient_evidence, perturbed, walk
 from pruneexp.criterion import MiniLlm
 from pruneexp.evidence import DirectionalGradient, Gradient, InputMoments, Moments, Perturbation
 from pruneexp.model import Model
-from pruneexp.prune import Method, prune_
+from pruneexp.pruning import Method, prune_
 from pruneexp.types import ConfigError, Cost, RunError, Site, SiteWeights
 from tests.conftest import FAMILIES
 from tests.toy_sites import activations, block

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pruneexp.config_files import first_comment, sweep_files, sweeps_folder
+from pruneexp.conf_files import first_comment, sweep_files, sweeps_folder
 
 
 def parameters(path: Path) -> dict[str, list[str]]:

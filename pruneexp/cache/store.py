@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
-from pruneexp.files import save_tensors
-from pruneexp.tracker import written_aside
+from pruneexp.files import save_tensors, written_aside
 from pruneexp.types import ConfigError
 
 logger = logging.getLogger("pruneexp")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pruneexp.calibrate.meter import Meter
 from pruneexp.model import Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.types import RunError
-
-if TYPE_CHECKING:
-    from pruneexp.calibrate.walk import Meter
 
 
 def gradient_evidence(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter) -> dict[str, Any]:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pruneexp.calibrate.gradients import differentiable
+from pruneexp.calibrate.meter import Meter
 from pruneexp.evidence import BatchDerivatives, Influence
 from pruneexp.model import Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.types import RunError, Site
-
-if TYPE_CHECKING:
-    from pruneexp.calibrate.walk import Meter
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # gates [B, U] and a batch of B windows -> their mean loss
 Spend = Callable[[float, float], None]  # forward and backward passes

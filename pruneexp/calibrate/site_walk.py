@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
-from pruneexp.calibrate.walk import Meter, Visit, check_finite, enter_all, observe
+from pruneexp.calibrate.meter import Meter
+from pruneexp.calibrate.walk import Visit, check_finite, enter_all, observe
 from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts

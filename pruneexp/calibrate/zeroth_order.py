@@ -6,19 +6,17 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pruneexp.calibrate.meter import Meter
 from pruneexp.evidence import Perturbation
 from pruneexp.model import Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.types import Block, RunError
-
-if TYPE_CHECKING:
-    from pruneexp.calibrate.walk import Meter
 
 logger = logging.getLogger("pruneexp")
 

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.compensator.least_squares import check_ridge, cholesky_, refitted_
 from pruneexp.criterion.shelf import shelved
 from pruneexp.evidence import Gram
+from pruneexp.evidence.solve import check_ridge, cholesky_, refitted_
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights
 
 _COMPACT = 0.9  # the matrices are cut down to what is left once so much of them is

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, windows_of
-from pruneexp.file_state import FileState, file_state
+from pruneexp.fingerprint import FileState, file_state
 from pruneexp.types import ConfigError
 
 TEXT = "a UTF-8 text file"

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pruneexp.dataset.offline import hub
 from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, generator, windows_of
-from pruneexp.hub import hub
 from pruneexp.types import ConfigError, RunError
 
 SPLIT = re.compile(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?")

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from pruneexp.dataset.offline import hub
 from pruneexp.evaluator.task_files import TASKS, TaskRows
-from pruneexp.hub import hub
 from pruneexp.progress import BAR_AFTER, waiting
 from pruneexp.types import ConfigError, RunError
 

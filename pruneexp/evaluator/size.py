@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pruneexp.modeling_pruned import Family, experts_of, router_of
+from pruneexp.model.modeling_pruned import Family, experts_of, router_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`pruneexp-export`: a finished run's checkpoint in another form, proved to be the same model."""
 
-from pruneexp.export.command import HELP, KEYS, Request, main, request
+from pruneexp.export.command import HELP, KEYS, main, request
+from pruneexp.export.request import Request
 from pruneexp.export.write import export
 
 __all__ = ["HELP", "KEYS", "Request", "export", "main", "request"]

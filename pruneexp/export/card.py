@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from pruneexp.delivery import linear_names, written
+from pruneexp.experiment.card import Card, Written, base_model, card_text, is_ours, license_of, reworded
+from pruneexp.experiment.deliver import linear_names, written
 from pruneexp.files import read_object
 from pruneexp.model.companions import CARD
-from pruneexp.modeling_pruned import FAMILIES
-from pruneexp.report import Card, Written, base_model, card_text, is_ours, license_of, reworded
+from pruneexp.model.modeling_pruned import FAMILIES
 
 
 def card(source: Path, checkpoint: Path, folder: Path, form: str, padded: bool) -> str:

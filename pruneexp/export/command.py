@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from pruneexp.ending import run_command
+from pruneexp.cli.exit_codes import run_command
+from pruneexp.export.request import Request
+from pruneexp.export.write import export
 
 HELP = """\
 usage: pruneexp-export RUN_FOLDER out=PATH [format=auto] [key=value ...]
@@ -48,25 +49,6 @@ KEYS = ("format", "out", "overwrite", "prove", "multiple", "dtype", "stream")
 WITH_FORMAT = {"multiple": ("padded", "gguf", "vllm"), "dtype": ("gguf",)}  # keys that some formats alone have
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was asked for."""
-
-    source: Path
-    out: Path
-    format: str = "auto"
-    prove: str = "process"
-    overwrite: bool = False
-    multiple: int | None = None  # None: the format's own
-    dtype: str | None = None  # None: the checkpoint's
-    stream: bool | None = None  # None: by the memory that is free
-
-    @property
-    def single_file(self) -> bool:
-        """Whether `out` is the file itself, not a folder for it."""
-        return self.format == "gguf" and self.out.suffix == ".gguf"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Gives the exit code: 0 done, 2 a request that cannot work, 1 an export that failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -77,8 +59,6 @@ def _command(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(HELP)
         return 0
-    from pruneexp.export.write import export
-
     record = export(request(argv))
     print(f"format: {record['form']} ({record['why']})")
     for note in record.get("notes", ()):
@@ -94,7 +74,7 @@ def _command(argv: Sequence[str]) -> int:
 
 def request(argv: Sequence[str]) -> Request:
     """Reads the command line. Raises ConfigError."""
-    from pruneexp.console import read_arguments
+    from pruneexp.cli.arguments import read_arguments
     from pruneexp.types import ConfigError
 
     folders, values = read_arguments(argv, "pruneexp-export", KEYS, CHOICES)

@@ -62,8 +62,8 @@ def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = Fal
 
 def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single_file: bool = False) -> None:
     """Raises ConfigError where nothing may be written."""
-    from pruneexp.console import check_replaceable
     from pruneexp.export.single_file import check_file
+    from pruneexp.files import check_replaceable
     from pruneexp.types import ConfigError
 
     where, resolved = f"out={str(out)!r}", out.resolve()

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pruneexp.export.checkpoint import TOLERANCE, check_difference, exact_model, proof_tokens
 from pruneexp.export.folders import stored_source
+from pruneexp.export.gguf_layout import GgufLayout, as_array, tensors
 from pruneexp.export.gguf_run import Answer, installed, run_file
 from pruneexp.export.gguf_vocabulary import stand_in, vocabulary
 from pruneexp.export.llama_like import context_length
 from pruneexp.model import Model
 from pruneexp.surgery.prove import greedy_tokens, logits_of
 from pruneexp.types import RunError
-
-if TYPE_CHECKING:
-    from pruneexp.export.gguf_file import GgufExporter
 
 TOLERANCE_16_BIT = 0.05  # of the logits' root mean square: llama.cpp rounds what it multiplies 16-bit matrices by, too
 TEXTS = (
@@ -30,12 +28,12 @@ TEXTS = (
 )
 
 
-def prove_gguf(exporter: GgufExporter, checkpoint: Path, how: str, stream: bool, file: Path) -> dict[str, Any]:
+def prove_gguf(layout: GgufLayout, checkpoint: Path, how: str, stream: bool, file: Path) -> dict[str, Any]:
     """Compares the file with the checkpoint. The record's `prove` says how: "llama.cpp" or "read_back".
 
     Raises RunError where they differ, or llama.cpp does not load the file.
     """
-    record = read_back(exporter, stored_source(checkpoint, stream=stream).load(), file)
+    record = read_back(layout, stored_source(checkpoint, stream=stream).load(), file)
     if how == "in_place":
         return record
     if stream:
@@ -43,23 +41,21 @@ def prove_gguf(exporter: GgufExporter, checkpoint: Path, how: str, stream: bool,
     package = installed()
     if package is None:
         return record | {"notes": [_not_run("neither llama-cpp-python nor xllamacpp is installed")]}
-    return record | _run(exporter, checkpoint, file, package)
+    return record | _run(layout, checkpoint, file, package)
 
 
 def _not_run(reason: str) -> str:
     return f"not run by llama.cpp ({reason}); the file was read back and every tensor in it compared"
 
 
-def read_back(exporter: GgufExporter, model: Model, file: Path) -> dict[str, Any]:
+def read_back(layout: GgufLayout, model: Model, file: Path) -> dict[str, Any]:
     """Every tensor of the file against the model's, to the bit. Raises RunError, naming one that differs."""
     from gguf import GGUFReader
 
-    from pruneexp.export.gguf_file import as_array, tensors
-
     found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     count = 0
-    for name, tensor in tensors(model, exporter.layers):
-        expected = as_array(tensor, exporter.dtype, name)
+    for name, tensor in tensors(model, layout.layers):
+        expected = as_array(tensor, layout.dtype, name)
         own = found.pop(name, None)
         same_shape = own is not None and tuple(own.shape[::-1].tolist()) == expected.shape
         if own is None or not same_shape or own.data.tobytes() != expected.tobytes():
@@ -70,7 +66,7 @@ def read_back(exporter: GgufExporter, model: Model, file: Path) -> dict[str, Any
     return {"prove": "read_back", "tensors_equal": count}
 
 
-def _run(exporter: GgufExporter, checkpoint: Path, file: Path, package: str) -> dict[str, Any]:
+def _run(layout: GgufLayout, checkpoint: Path, file: Path, package: str) -> dict[str, Any]:
     model = exact_model(checkpoint)
     words = vocabulary(model.tokenizer, model.vocab_size)
     tokens_BT = proof_tokens(model)[:, : context_length(model)]
@@ -78,12 +74,12 @@ def _run(exporter: GgufExporter, checkpoint: Path, file: Path, package: str) -> 
     with tempfile.TemporaryDirectory() as scratch:
         if not words.tokens and package == "xllamacpp":  # its server wants words: a copy that has some, in its place
             words, file = stand_in(model.vocab_size), Path(scratch, file.name)
-            exporter.write_file(stored_source(checkpoint).load(), words, file)
+            layout.write(stored_source(checkpoint).load(), words, file)
         answer = run_file(package, file, tokens_BT, texts, words.plain)
     if isinstance(answer, str):
         return {"notes": [_not_run(answer)]}
-    _round_(model, exporter.dtype)
-    return _compared(model, tokens_BT, answer, exporter.dtype) | _compared_words(model, texts, answer)
+    _round_(model, layout.dtype)
+    return _compared(model, tokens_BT, answer, layout.dtype) | _compared_words(model, texts, answer)
 
 
 def _compared(model: Model, tokens_BT: Tensor, answer: Answer, dtype: torch.dtype) -> dict[str, Any]:

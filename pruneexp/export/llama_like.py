@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruneexp.export.checkpoint import can_pad
 from pruneexp.model import Model, layer_structure
-from pruneexp.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, linear_sizes, split_parts
+from pruneexp.model.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, linear_sizes, split_parts
 from pruneexp.surgery import broken_period, save_form
 from pruneexp.surgery.served import NOT_SERVED
 from pruneexp.types import ConfigError

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.experiment.forecast import available_memory
 from pruneexp.export.folders import stored_source
-from pruneexp.forecast import available_memory
 from pruneexp.model import Model
 from pruneexp.progress import progress
 from pruneexp.surgery import BlockProof, Form, Padding

@@ -33,7 +33,7 @@ from pruneexp.export.llama_like import (
 from pruneexp.export.vllm_proof import BIASES, check_files, check_loader_rules, prove_by_own_modeling, read_back
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.companions import carry
-from pruneexp.modeling_pruned import head_size
+from pruneexp.model.modeling_pruned import head_size
 from pruneexp.surgery.save import SHARD_BYTES, STREAMED_SHARD_BYTES, ShardWriter
 from pruneexp.types import ConfigError
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp import modeling_pruned
 from pruneexp.export.checkpoint import TOLERANCE, check_difference, exact_model, proof_tokens
-from pruneexp.model import Checkpoint, Model
+from pruneexp.model import Checkpoint, Model, modeling_pruned
 from pruneexp.surgery.prove import greedy_tokens, logits_of
 from pruneexp.types import RunError
 

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pruneexp.export.command import Request
 from pruneexp.export.folders import (
     RECORD,
     check_out,
@@ -16,6 +15,7 @@ from pruneexp.export.folders import (
     checkpoint_folder,
     stored_source,
 )
+from pruneexp.export.request import Request
 from pruneexp.export.single_file import GGUF_FILE, place_file
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def export(asked: Request) -> dict[str, Any]:
         ConfigError: what is asked for cannot be; nothing has been written then, and no weight loaded.
         RunError: it could not be written, did not reload or is another model; nothing is left of it.
     """
-    from pruneexp.console import replace_folder
     from pruneexp.export.streamed import wants_streaming
+    from pruneexp.files import replace_folder
 
     checkpoint = checkpoint_folder(asked.source)
     check_out(asked.out, asked.source, checkpoint, asked.overwrite, asked.single_file)

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from pruneexp import modeling_pruned
-from pruneexp.model import checks
-from pruneexp.startup import uncollected
+from pruneexp.model import checks, modeling_pruned
 from pruneexp.types import ConfigError
 
 
@@ -19,11 +17,9 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
     ConfigError."""
     family = modeling_pruned.FAMILIES[model_type.removeprefix("pruned_")]
     names = (family.causal_lm or f"{family.stock}ForCausalLM", f"{family.stock}Config")
-    with uncollected():
-        import transformers
+    import transformers
 
-        there = all(hasattr(transformers, name) for name in names)  # loads them
-    if not there:
+    if not all(hasattr(transformers, name) for name in names):
         raise ConfigError(
             f"model.path={str(folder)!r}: model_type {model_type!r} needs transformers >= {family.since}; "
             f"{transformers.__version__} is installed"

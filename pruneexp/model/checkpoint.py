@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pruneexp.file_state import FileState, file_state
-from pruneexp.model.checks import why_unreadable
-from pruneexp.model.tensor_file import Place, pieces, places, read_tensor
+from pruneexp.fingerprint import FileState, file_state
+from pruneexp.model.tensor_file import Place, pieces, places, read_tensor, why_unreadable
 from pruneexp.types import ConfigError
 
 INDEX = "model.safetensors.index.json"

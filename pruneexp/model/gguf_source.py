@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pruneexp.file_state import file_state
 from pruneexp.files import give_usual_mode
+from pruneexp.fingerprint import file_state
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
 from pruneexp.model.gguf_words import restore_split_
 from pruneexp.progress import waiting

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from pruneexp.model.checkpoint import Checkpoint
 from pruneexp.model.half import WideLinear, widening_pays
+from pruneexp.model.modeling_pruned import Family, experts_of
 from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
 from pruneexp.model.weights import check_finite, give_back_memory, load_into_, stored_tensors
-from pruneexp.modeling_pruned import Family, experts_of
 from pruneexp.progress import progress
 from pruneexp.types import Block, Site
 

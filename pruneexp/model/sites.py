@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruneexp.modeling_pruned import (
+from pruneexp.model.modeling_pruned import (
     FFN_ROWS,
     Family,
     LayerStructure,

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from pruneexp import modeling_pruned
-from pruneexp.file_state import FileState, file_state
-from pruneexp.model import checks, companions
+from pruneexp.fingerprint import FileState, file_state
+from pruneexp.model import checks, companions, modeling_pruned
 from pruneexp.model.architecture import model_class_of, skeleton
 from pruneexp.model.checkpoint import Checkpoint, fingerprints, holds_weights
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf

@@ -88,3 +88,28 @@ def read_tensor(file: Path, place: Place) -> Tensor:
         except OSError as error:
             raise RunError(f"{file}: cannot be read ({error.strerror or error})") from error
     return tensor.view(place.shape)
+
+
+def why_unreadable(file: Path, error: Exception) -> str:
+    """What is wrong with a file that safetensors does not open: `error` is what it said."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            start = opened.read(min(length, 100_000_000))
+    except OSError as unread:
+        return unread.strerror or str(unread)
+    if size == 0:
+        return "it is empty"
+    if start[:24].startswith(b"https://git-lfs"):  # "version " are the eight bytes before
+        return "it is a Git LFS pointer in the place of the weights, which `git lfs pull` fetches"
+    if not start.startswith(b"{"):
+        return "it is no safetensors file"
+    if len(start) < length:
+        return f"it is cut short: {size:,} bytes, not even its whole header"
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(start).items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"its header is damaged: {error}"
+    return f"it is cut short: {size:,} of {whole:,} bytes" if size < whole else str(error)

@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruneexp import modeling_pruned
-from pruneexp.model import Model, layer_structure, select_layers_
-from pruneexp.modeling_pruned import AUTO_CLASSES, FAMILIES, LayerStructure, head_layout, head_size, split_experts_
+from pruneexp.model import Model, layer_structure, modeling_pruned, select_layers_
+from pruneexp.model.modeling_pruned import (
+    AUTO_CLASSES,
+    FAMILIES,
+    LayerStructure,
+    head_layout,
+    head_size,
+    split_experts_,
+)
 
 logger = logging.getLogger("pruneexp")
 

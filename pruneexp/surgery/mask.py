@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Model
+from pruneexp.model.modeling_pruned import router_of
 from pruneexp.model.sites import experts_name, site_parts, unit_rows
-from pruneexp.modeling_pruned import router_of
 from pruneexp.types import Plan, Site
 
 Readers = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> weight [O, K], bias [O]

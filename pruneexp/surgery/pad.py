@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Model, layer_structure
-from pruneexp.model.sites import head_norm_rows
-from pruneexp.modeling_pruned import (
+from pruneexp.model.modeling_pruned import (
     FFN_ROWS,
     LayerStructure,
     RemovedAttention,
@@ -23,6 +22,7 @@ from pruneexp.modeling_pruned import (
     resize_layer_,
     split_parts,
 )
+from pruneexp.model.sites import head_norm_rows
 from pruneexp.surgery.forms import Form, original_structure, stock_class, uniform_form
 from pruneexp.types import ConfigError
 

@@ -18,8 +18,8 @@ from pruneexp.files import save_tensors
 from pruneexp.model import Checkpoint, Model, layer_structure
 from pruneexp.model.checkpoint import safetensors_files, stored_name
 from pruneexp.model.companions import carry
+from pruneexp.model.modeling_pruned import head_layout, number_caches_, resize_layer_
 from pruneexp.model.tensor_file import places
-from pruneexp.modeling_pruned import head_layout, number_caches_, resize_layer_
 from pruneexp.surgery.forms import REMOTE_CODE, Form, save_form
 from pruneexp.surgery.old_keys import with_old_keys
 from pruneexp.surgery.prove import BlockProof

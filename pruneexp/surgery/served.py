@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pruneexp.modeling_pruned import FAMILIES
+from pruneexp.model.modeling_pruned import FAMILIES
 
 # Its way through transformers wants attention behind transformers' interface (BLOOM and Falcon have their own), takes
 # one width for all experts, and passes over GPT-2's biases, dense or pruned. Tried with vLLM 0.32.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Model, select_layers_
-from pruneexp.model.sites import experts_name, head_norm_rows, layer_structure, site_parts, unit_rows
-from pruneexp.modeling_pruned import (
+from pruneexp.model.modeling_pruned import (
     LayerStructure,
     Writer,
     as_matrix,
@@ -22,6 +21,7 @@ from pruneexp.modeling_pruned import (
     resize_layer_,
     split_parts,
 )
+from pruneexp.model.sites import experts_name, head_norm_rows, layer_structure, site_parts, unit_rows
 from pruneexp.surgery.mask import Readers
 from pruneexp.types import Plan, RunError, Site
 

@@ -9,18 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pruneexp.files import write_atomic, written_aside
 from pruneexp.tracker.checkpoint_files import PROOF
 from pruneexp.tracker.environment import memory_metrics, reset_peak_memory
-from pruneexp.tracker.folder import (
-    NOTES,
-    check_folder,
-    claim_folder,
-    clear_unfinished,
-    existing,
-    run_folder,
-    status_of,
-)
+from pruneexp.tracker.folder import NOTES, check_folder, claim_folder, clear_unfinished, run_folder, status_of
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
 from pruneexp.types import Plan, RunRecord, Scores, Site, Tracker
@@ -35,14 +26,11 @@ __all__ = [
     "check_folder",
     "claim_folder",
     "clear_unfinished",
-    "existing",
     "flat_metrics",
     "memory_metrics",
     "reset_peak_memory",
     "run_folder",
     "status_of",
-    "write_atomic",
-    "written_aside",
 ]
 
 

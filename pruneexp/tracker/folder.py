@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pruneexp.files import read_object
+from pruneexp.files import check_writable, read_object
 from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_checkpoint
 from pruneexp.types import ConfigError, RunError
 
@@ -90,32 +89,6 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{where}: holds {', '.join(strangers)}, from no run; expected an empty folder or run.overwrite=true"
         )
-
-
-def check_writable(folder: Path, where: str) -> None:
-    """Raises ConfigError, saying `where`, for what is no folder and cannot be made one, or does not let us write."""
-    try:
-        folder.exists()
-    except OSError as error:  # a name that is too long
-        raise ConfigError(f"{where}: {error.strerror or error}; expected a folder that can be made") from error
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{where}: expected a folder, found a file")
-    nearest = existing(folder)
-    if not nearest.is_dir():
-        raise ConfigError(f"{where}: {nearest} is a file; expected a folder that can be made")
-    try:
-        # Tried, not asked for: permissions tell nothing of file systems that take no files, such as /proc, and root has
-        # them everywhere. Where the system can, the file never has a name.
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"{where}: {nearest} cannot be written to ({reason}); expected a folder that can") from error
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:

@@ -69,7 +69,7 @@ class LocalRun:
         self._status = {**self._status, "plan_sha256": hashlib.sha256(text.encode()).hexdigest()}
         self._write("scores.safetensors", _safetensors(scores))
         try:
-            from pruneexp.report import structure_figure
+            from pruneexp.tracker.structure import structure_figure
 
             structure_figure(plan, sites, self.folder / "structure.png")
         except Exception as error:

@@ -45,11 +45,11 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Prunes and measures in this process."""
     import torch
 
-    from pruneexp.build import build
     from pruneexp.calibrate import Meter
-    from pruneexp.compose import compose
-    from pruneexp.prune import Method
-    from pruneexp.rounds import prune_in_rounds_
+    from pruneexp.cli.build import build
+    from pruneexp.cli.compose import compose
+    from pruneexp.pruning import Method
+    from pruneexp.pruning.rounds import prune_in_rounds_
 
     torch.set_num_threads(cell["threads"])
     experiment = build(compose(cell["overrides"]))

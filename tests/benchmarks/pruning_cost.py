@@ -51,8 +51,8 @@ def write_model(folder: Path, layers: int, hidden: int) -> None:
 
 
 def experiment_of(folder: Path, overrides: list[str]) -> Any:
-    from pruneexp.build import build
-    from pruneexp.compose import compose
+    from pruneexp.cli.build import build
+    from pruneexp.cli.compose import compose
 
     return build(compose(["model=hf", f"model.path={folder}", *overrides]))
 
@@ -70,7 +70,7 @@ def plain_pass(model: Any, tokens_NT: Tensor) -> float:
 def prune(experiment: Any, model: Any, tokens_NT: Tensor) -> tuple[float, float]:
     """Seconds of pruning, and forward passes it made."""
     from pruneexp.calibrate import Meter
-    from pruneexp.prune import Method, prune_
+    from pruneexp.pruning import Method, prune_
 
     meter = Meter()
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
@@ -141,7 +141,7 @@ def peak_memory(folder: Path, windows: int, stream: bool, layers: int) -> None:
 
 def prune_streamed(experiment: Any, model: Any, tokens_NT: Tensor, saver: Any) -> None:
     from pruneexp.calibrate import Meter
-    from pruneexp.prune import Method, prune_
+    from pruneexp.pruning import Method, prune_
 
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     clock = lambda stage: contextlib.nullcontext()  # noqa: E731

@@ -1,0 +1,247 @@
+"""Hydra's part: the command line's overrides to a composed config of plain containers.
+
+Composing happens here, inside our own handler, before Hydra gets to print anything: what goes wrong is a ConfigError of
+one line. No DictConfig leaves this module and `multirun`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version as hydra_version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from pruneexp.cli.coerce import takes_text
+from pruneexp.cli.explain import explained, known_keys, missing_key
+from pruneexp.cli.targets import located, signature
+from pruneexp.conf_files import YamlLoader, conf_folder, sweep_files
+from pruneexp.dataset.bos import resolved
+from pruneexp.fingerprint import ASKED
+from pruneexp.types import ConfigError
+
+CONFIG_NAME = "config"
+SECTIONS = (
+    "model",
+    "dataset",
+    "criterion",
+    "sparsity",
+    "search",
+    "compensator",
+    "recovery",
+    "evaluator",
+    "tracker",
+    "cache",
+    "seed",
+    "run",
+    "sweep",
+)
+SWEEP_KEYS = ("sweep.dir", "sweep.objective")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A run's config, resolved, in plain containers.
+
+    `job`: `recipe` ("custom" without one), `sweep` (name or None), `overrides` as typed, `choices` (of each group).
+    `folders`: where config files were looked for, first wins.
+    """
+
+    config: dict[str, Any]
+    job: dict[str, Any]
+    folders: tuple[Path, ...]
+
+
+def open_hydra(config_dir: str | None = None) -> Hydra:
+    """Hydra with our config folder and, after it, the user's. Raises ConfigError where that is no folder."""
+    search_path = create_config_search_path(str(conf_folder()))
+    if config_dir is not None:
+        if not os.path.isdir(config_dir):
+            raise ConfigError(f"--config-dir {config_dir}: no such folder; expected one with configs of your own")
+        path = f"file://{os.path.abspath(config_dir)}"
+        search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
+    _offer_sweeps()
+    hydra_version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2("pruneexp", search_path)
+
+
+def _offer_sweeps() -> None:
+    # The group is called `sweep` and its folder `sweeps/`, so Hydra is handed the files instead of finding them.
+    for name, path in sweep_files().items():
+        try:
+            node = OmegaConf.create(yaml.load(path.read_text(), YamlLoader) or {})
+        except Exception as error:
+            raise ConfigError(f"sweeps/{path.name}: not YAML: {' '.join(str(error).split())}") from error
+        ConfigStore.instance().store(name, node, group="sweep", package="_global_", provider="sweeps")
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed:
+    """The config of a single run. Raises ConfigError."""
+    hydra = open_hydra(config_dir)
+    return composed(compose_raw(hydra, overrides, RunMode.RUN))
+
+
+def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+    """As Hydra composes it, with the `hydra` node. Comma lists are mistakes, unless this is, or says that it is, a
+    multirun."""
+    try:
+        config = hydra.compose_config(
+            CONFIG_NAME, list(overrides), mode, with_log_configuration=False, validate_sweep_overrides=False
+        )
+        if mode == RunMode.RUN and config.hydra.mode != RunMode.MULTIRUN:
+            _no_sweeps(overrides)
+    except Exception as error:
+        raise explained(error, hydra, overrides) from error
+    return config
+
+
+def _no_sweeps(overrides: Sequence[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override():
+            text = str(override.input_line)
+            key, _, value = text.partition("=")
+            raise ConfigError(f"{text}: several values need --multirun; a list is written {key}=[{value}]")
+
+
+def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Composed:
+    """Resolved and in plain containers. `hydra_node`: for a config that has lost its own. Raises ConfigError for
+    missing values, interpolations that lead nowhere and top-level keys that nothing reads."""
+    node = config.hydra if hydra_node is None else hydra_node
+    folders, job = _folders(node), _job(node)
+    plain = config
+    if "hydra" in config or ASKED in config:  # what a config that is passed back was asked says nothing of this one
+        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", ASKED)])
+    known_keys([str(key) for key in plain], SECTIONS)
+    _one_choice_each(job["overrides"])
+    _as_typed(plain, job["overrides"])
+    # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
+    unresolved = OmegaConf.to_container(plain, resolve=False)
+    for key in _missing(unresolved):
+        raise missing_key(key, job["choices"], folders)
+    if "${hydra:" in str(unresolved):
+        HydraConfig.instance().set_config(OmegaConf.create({"hydra": node}))
+    try:
+        container = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
+    except Exception as error:
+        raise explained(error, None, job["overrides"]) from error
+    assert isinstance(container, dict)
+    for section in ("run", "sweep"):
+        if not isinstance(container.get(section), dict):
+            raise ConfigError(f"{section}={container.get(section)!r}: expected its keys, as {section}.dir=...")
+    if "hydra" in container["sweep"]:
+        raise ConfigError(f"sweep={job['sweep']}: expected '# @package _global_' as the first line of the sweep's file")
+    known_keys([f"sweep.{key}" for key in container["sweep"]], SWEEP_KEYS)
+    return Composed(resolved({str(key): value for key, value in container.items()}), job, folders)
+
+
+def unswept(config: DictConfig, overrides: Sequence[str]) -> Composed:
+    """What all jobs of a multirun have, unresolved. `overrides`: of them all, with what is swept over."""
+    node = {str(key): value for key, value in config.items() if key != "hydra"}
+    whole = OmegaConf.to_container(OmegaConf.create(node), resolve=False)
+    assert isinstance(whole, dict)
+    return Composed(
+        {str(key): value for key, value in whole.items()},
+        {**_job(config.hydra), "overrides": list(overrides)},
+        _folders(config.hydra),
+    )
+
+
+def check_dataset(hydra: Hydra, run: Composed) -> None:
+    """Raises ConfigError where another model than the embedded ones would be calibrated on the embedded language though
+    nobody chose it: no override, no file of a sweep, a recipe or the like."""
+    model, path = run.job["choices"].get("model"), (run.config.get("model") or {}).get("path")
+    if run.job["choices"].get("dataset") != "embedded" or str(path).startswith("embedded:"):
+        return
+    typed = tuple(text for text in run.job["overrides"] if not re.match(r"seed=|[^=]*\.", text))
+    if not any(text.startswith("dataset=") for text in typed) and not _dataset_chosen(hydra, typed):
+        raise ConfigError(
+            f"dataset=embedded: a default that suits the embedded models alone, not model={model}; expected a choice, "
+            "dataset=wikitext2, or dataset=text dataset.calibration=FILE dataset.evaluation=FILE (dataset=embedded, "
+            "typed, if it is meant)"
+        )
+
+
+@lru_cache(maxsize=4)  # a sweep's jobs mostly differ in values
+def _dataset_chosen(hydra: Hydra, overrides: tuple[str, ...]) -> bool:
+    """Whether these, or a file that they name, override the default choice, or write out a dataset in its place, as a
+    finished run's config.yaml does."""
+    loader = ConfigLoaderImpl(hydra.config_loader.get_search_path())
+    defaults = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN)
+    if defaults.overrides.override_choices.get("dataset") is not None:
+        return True
+    named = [default.config_path for default in defaults.defaults if default.package == "" and not default.is_self]
+    files = [loader.repository.load_config(path) for path in named if path is not None]
+    return any(OmegaConf.select(file.config, "dataset._target_") is not None for file in files if file is not None)
+
+
+def _one_choice_each(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a list where one choice is expected, of which Hydra would make a mixture."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if value.startswith("[") and key in (*SECTIONS, "recipe") and key != "evaluator":
+            several = f"several are swept over as {key}={value.strip('[]')} with --multirun"
+            raise ConfigError(f"{text}: expected one choice ({several}); evaluator is the only group that takes a list")
+
+
+def _missing(node: Any, key: str = "") -> Iterator[str]:
+    if isinstance(node, str) and node == "???":
+        yield key
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in children:
+        yield from _missing(value, f"{key}.{name}" if key else str(name))
+
+
+def quoted(config: DictConfig, text: str) -> str:
+    """An override, swept over or not, with quotes around what `_as_typed` would have to set back."""
+    key, equals, value = text.partition("=")
+    number = r"(?<![\w.'\"+-])([+-]?\d+(?:_\d+)+|\+\d+)(?![\w.'\"])"
+    if not re.search(number, value) or not _is_text(config, key.lstrip("+")):
+        return text
+    return key + equals + re.sub(number, r"'\1'", value)
+
+
+def _as_typed(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Sets back what was typed where text is asked for and Hydra has made a whole number of it: 1_000, +5."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if re.fullmatch(r"[+-]?\d+(_\d+)+|\+\d+", value) and _is_text(config, key):
+            OmegaConf.update(config, key, value)
+
+
+def _is_text(config: DictConfig, key: str) -> bool:
+    if key in ("run.dir", "run.name", "sweep.dir"):
+        return True
+    parent, _, name = key.rpartition(".")
+    try:
+        node = OmegaConf.select(config, parent)
+        return takes_text(signature(located(node["_target_"], parent))[1].get(name))
+    except (ConfigError, KeyError, TypeError):
+        return False  # building the part says what is wrong with it
+
+
+def _folders(hydra_node: DictConfig) -> tuple[Path, ...]:
+    return tuple(Path(source.path) for source in hydra_node.runtime.config_sources if source.schema == "file")
+
+
+def _job(hydra_node: DictConfig) -> dict[str, Any]:
+    choices = OmegaConf.to_container(hydra_node.runtime.choices)
+    overrides = OmegaConf.to_container(hydra_node.overrides.task)
+    assert isinstance(choices, dict) and isinstance(overrides, list)
+    own = {str(group): choice for group, choice in choices.items() if not str(group).startswith("hydra")}
+    return {"recipe": own.get("recipe") or "custom", "sweep": own.get("sweep"), "overrides": overrides, "choices": own}

@@ -1,0 +1,264 @@
+"""Many runs from one command line: Hydra's sweepers and launchers, with our own folders, resumption and failures.
+
+A job's folder is named by its config, so that a sweep that is started again skips the jobs that are done. A job that
+fails is recorded in its folder and the sweep goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from pruneexp.cli.compose import Composed, composed
+from pruneexp.cli.sweep_end import hand_over
+from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
+from pruneexp.conf_files import one_line, option_file, sweep_files
+from pruneexp.files import check_writable, write_atomic
+from pruneexp.fingerprint import config_hash
+from pruneexp.report.sweep_table import write_summary
+from pruneexp.tracker import reset_peak_memory, status_of
+from pruneexp.tracker.folder import timestamp
+from pruneexp.types import ConfigError, ConfigErrors, RunError
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+    from pruneexp.calibrate import DenseStates
+
+SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one process share
+
+
+def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
+    """Runs every job; the exit code: 1 if any failed. Raises ConfigError, before the first job and for all of them at
+    once, for jobs that cannot be built (where the sweeper decides its jobs beforehand)."""
+    overrides = [*overrides, "hydra.mode=MULTIRUN"]
+    overrides, config = whole(hydra, overrides)
+    folder = sweep_folder(hydra, config)
+    jobs, by_sites = _composed_jobs(hydra, config, folder)
+    here, shared = bool(jobs) and _runs_here(config.hydra), None
+    if here and by_sites:
+        from pruneexp.calibrate import DenseStates
+
+        shared = DenseStates(SHARED_BYTES)
+    if jobs and all(job.config["run"]["dry"] for job in jobs):
+        return _forecast(jobs, shared)
+    _make(folder)
+    before = _statuses(folder)
+    try:
+        if here:
+            for number, job in enumerate(jobs):
+                reset_peak_memory()
+                metrics = _run_recorded(job, str(number), shared)
+                _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
+        else:
+            overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
+            hydra.multirun("config", run_job, overrides, with_log_configuration=False)
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:
+        raise RunError(f"the sweep stopped: {type(error).__name__}: {one_line(error)}") from error
+    finally:  # also of a sweep that is interrupted
+        summary = write_summary(folder)
+    # The folders say how the jobs ended, whatever process or machine a launcher ran them on.
+    ran = [path.parent for path, status in _statuses(folder).items() if before.get(path) != status]
+    ours = [Path(job.config["run"]["dir"]) for job in jobs]  # where they are known: another sweep may write here, too
+    ran = [job for job in ran if not ours or job in ours]
+    failed = sorted({job.name for job in ours or ran if status_of(job) != "done"})
+    print(
+        f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran"
+        + (f", failed: {', '.join(failed)}" if failed else "")
+    )
+    print(f"all its jobs are in {summary}")
+    if ran:
+        hand_over(config, folder, _sweep_name(config) or folder.name)
+    return 1 if failed else 0
+
+
+def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list[Composed], bool]:
+    """The jobs in the sweep's folder, as far as they are known beforehand, and whether any goes sublayer by sublayer.
+    Raises ConfigError."""
+    from pruneexp.cli.build import build
+    from pruneexp.pruning import by_site
+
+    jobs, by_sites, mistakes = [], False, Counter()
+    listed, composer = job_overrides(hydra, config), JobComposer(hydra, config)
+    for overrides in listed:
+        try:
+            jobs.append(as_job(composer.checked(overrides), folder))
+            by_sites |= by_site(build(jobs[-1]).compensator)
+        except ConfigErrors as error:
+            mistakes.update(error.lines)
+        except ConfigError as error:
+            mistakes[one_line(error)] += 1
+    if mistakes:
+        raise ConfigErrors([_of_jobs(line, count, len(listed)) for line, count in mistakes.items()])
+    return jobs, by_sites
+
+
+def _make(folder: Path) -> None:
+    where = f"sweep.dir={str(folder)!r}"
+    check_writable(folder, where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}; expected a folder that can be made") from error
+
+
+def _of_jobs(line: str, count: int, all_jobs: int) -> str:
+    return line if count == all_jobs else f"{line} ({count} of {all_jobs} jobs)"
+
+
+def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> int:
+    """What each job of a sweep would take; nothing is written. The exit code: 1 if any cannot run."""
+    from pruneexp.cli.build import build
+    from pruneexp.experiment.run import run_experiment
+
+    failed = 0
+    for number, job in enumerate(jobs):
+        done = _done(job)
+        print(f"job {number}: {' '.join(job.job['overrides'])}{': done already' if done else ''}")
+        if done:
+            continue
+        try:
+            experiment = build(job)
+            experiment.check()
+            run_experiment(experiment, shared)
+        except (ConfigError, RunError) as error:
+            failed += 1
+            print(f"pruneexp: job {number} cannot run: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _runs_here(node: DictConfig) -> bool:
+    """Whether Hydra would run the jobs one by one in this process, and only that: it then has nothing to add to what is
+    composed and checked already, and composing each job twice more costs as much as a small job."""
+    own = str(node.launcher.get("_target_")).endswith(".BasicLauncher")
+    return own and not node.callbacks and not node.job.env_set and not node.job.chdir
+
+
+def sweep_folder(hydra: Hydra, config: DictConfig) -> Path:
+    """`sweep.dir`, or outputs/sweeps/<name of the sweep, or of its recipes>."""
+    name = _sweep_name(config) or recipes_name(hydra, config) or "custom"
+    given = OmegaConf.select(config, "sweep.dir")
+    if given == "" or not isinstance(given, (str, type(None))):
+        raise ConfigError(f"sweep.dir={given!r}: expected a folder, or null for outputs/sweeps/{name}")
+    return Path("outputs") / "sweeps" / name if given is None else Path(given)
+
+
+def _sweep_name(config: DictConfig) -> str | None:
+    return config.hydra.runtime.choices.get("sweep")
+
+
+def run_job(config: DictConfig) -> float | None:
+    """One job, as Hydra's launchers call it, in this process or another. Gives `sweep.objective`, for a sweeper that
+    optimises; a failed job is the worst there is."""
+    node = HydraConfig.get()
+    try:
+        job = as_job(composed(config, cast(DictConfig, node)), Path(node.sweep.dir))
+    except ConfigError as error:
+        # Nothing to name a folder with: only sweepers that make up their jobs as they go get here.
+        print(f"pruneexp: job {node.job.num}: {error}", file=sys.stderr)
+        raise
+    reset_peak_memory()  # a launcher may run several jobs in one process
+    downhill = not str(node.sweeper.get("direction", "")).lower().endswith("maximize")
+    return _objective(job, _run_recorded(job, str(node.job.num)), math.inf if downhill else -math.inf)
+
+
+def _objective(job: Composed, metrics: Mapping[str, float] | None, worst: float) -> float | None:
+    """`sweep.objective` of a job's metrics (None: it failed). Raises RunError where they have no such figure."""
+    objective = job.config["sweep"]["objective"]
+    if objective is None:
+        return None
+    if metrics is None:
+        return worst
+    if objective not in metrics:
+        raise RunError(f"sweep.objective={objective!r}: expected one of {', '.join(sorted(metrics))}")
+    return metrics[objective]
+
+
+def as_job(run: Composed, folder: Path) -> Composed:
+    """The run as a job of the sweep in `folder`: its own folder there, no checkpoint and no proof unless asked."""
+    settings = dict(run.config["run"])
+    if settings["dir"] is not None:
+        raise ConfigError(f"run.dir={settings['dir']!r}: expected null in a multirun: its jobs lie in sweep.dir/<hash>")
+    settings["dir"] = str(folder / config_hash(run.config))
+    asked = _asked(run)
+    if "save" not in asked:
+        settings["save"] = False
+    if "prove" not in asked:
+        settings["prove"] = "off"
+    sweep = {**run.config["sweep"], "dir": str(folder)}
+    job = {**run.job, "sweep": run.job["sweep"] or folder.name}
+    return Composed({**run.config, "run": settings, "sweep": sweep}, job, run.folders)
+
+
+def _asked(run: Composed) -> set[str]:
+    """Keys of `run` that were typed, swept over, or set by the sweep's file."""
+    typed = {text.lstrip("+~").partition("=")[0] for text in run.job["overrides"]}
+    asked = {key.removeprefix("run.") for key in typed if key.startswith("run.")}
+    name = run.job["sweep"]
+    path = None if name is None else sweep_files().get(name) or option_file(run.folders, "sweep", name)
+    content = yaml.safe_load(path.read_text()) if path is not None else {}
+    return asked | set(content.get("run") or {})
+
+
+def _run_recorded(job: Composed, number: str, shared: DenseStates | None = None) -> dict[str, float] | None:
+    """The job's metrics, those on disk where it is done already; None for a failure, which is recorded."""
+    from pruneexp.cli.build import build
+    from pruneexp.experiment.run import run_experiment
+
+    folder = Path(job.config["run"]["dir"])
+    label = f"job {number}: {' '.join(job.job['overrides'])} -> {folder}"
+    if _done(job):
+        print(f"{label}: done already", file=sys.stderr)
+        return json.loads((folder / "metrics.json").read_text())
+    print(label, file=sys.stderr)
+    try:
+        experiment = build(job)
+        experiment.check()
+        return run_experiment(experiment, shared)
+    except Exception as error:
+        expected = isinstance(error, (ConfigError, RunError))
+        reason = str(error) if expected else f"{type(error).__name__}: {one_line(error)}"
+        print(f"pruneexp: job {number} failed: {reason}", file=sys.stderr)
+        _record_failure(job, folder, reason)
+        return None
+
+
+def _done(job: Composed) -> bool:
+    """Whether there is nothing left to do; a job that lacks the checkpoint now asked for is set to be done anew."""
+    settings = job.config["run"]
+    folder = Path(settings["dir"])
+    if status_of(folder) != "done" or settings["overwrite"]:
+        return False
+    if not settings["save"] or (folder / "model").is_dir():
+        return True
+    settings["overwrite"] = True
+    return False
+
+
+def _record_failure(job: Composed, folder: Path, reason: str) -> None:
+    """Marks the folder failed where the run did not come far enough to do so itself."""
+    if status_of(folder) in ("absent", "interrupted"):
+        folder.mkdir(parents=True, exist_ok=True)
+        status = {"status": "failed", "reason": reason, "started": timestamp(), "ended": timestamp()}
+        write_atomic(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
+        write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
+
+
+def _statuses(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.glob("*/status.json")}
+
+
+def _quoted(text: str) -> str:
+    """A string as Hydra's override grammar reads it back."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

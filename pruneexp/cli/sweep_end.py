@@ -1,0 +1,38 @@
+"""What a tracker is given of a sweep once it has ended: its table and its figures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from pruneexp.cli.compose import Composed
+from pruneexp.conf_files import one_line
+from pruneexp.progress import progress
+from pruneexp.report.sweep_table import sweep_table
+from pruneexp.types import RunRecord, Tracker
+
+
+def hand_over(config: DictConfig, folder: Path, group: str) -> None:
+    """Hands the sweep, as its folders hold it, to a tracker that takes sweeps, as its `group`. Whatever goes wrong, the
+    sweep is done."""
+    from pruneexp.cli.build import Builder
+
+    try:
+        node = OmegaConf.to_container(config.tracker, resolve=True)
+        tracker = Builder(Composed({"tracker": node}, {}, ())).part("tracker", Tracker)
+        summarise = getattr(tracker, "summarise", None)
+        if summarise is None:
+            return
+        from pruneexp.report.figures import as_png
+        from pruneexp.report.folders import find
+        from pruneexp.report.report import report
+
+        found = find([folder], "same")
+        pictures = report(found, [folder]).pictures if found.runs else []
+        figures = {one.name: (one.caption, as_png(one.figure)) for one in progress(pictures, "draw", unit="figures")}
+        record = RunRecord(folder, {}, group, f"{group}-summary", "summary")
+        summarise(record, *sweep_table(folder), figures)
+    except Exception as error:
+        print(f"pruneexp: no summary of the sweep for the tracker: {one_line(error)}", file=sys.stderr)

@@ -1,0 +1,111 @@
+"""Where the config files lie, what their comments say, and how messages name what is near to what was typed.
+
+Reads them as text and plain YAML and imports nothing heavy, because `pruneexp --help` is made of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+_SAFE_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class YamlLoader(_SAFE_LOADER):
+    """Reads what OmegaConf's loader reads (1e-4 is a number), in C where PyYAML has that: several times as fast."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def conf_folder() -> Path:
+    return _folder("conf")
+
+
+def sweeps_folder() -> Path:
+    return _folder("sweeps")
+
+
+def _folder(name: str) -> Path:
+    # An installed wheel has it inside the package, a source tree beside the package.
+    inside = HERE / name
+    return inside if inside.is_dir() else HERE.parent / name
+
+
+def config_sections() -> set[str]:
+    """The first names that keys can have: sections of the config, and groups."""
+    content = yaml.load((conf_folder() / "config.yaml").read_text(), YamlLoader)
+    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    return groups | {key for key in content if key not in ("defaults", "hydra")}
+
+
+def choices(folder: Path) -> list[str]:
+    """Names of the YAML files in `folder`."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def sweep_files() -> dict[str, Path]:
+    """The ready sweeps by name. The folder also holds W&B sweep specs, which no Hydra header marks."""
+    files = {path.stem: path for path in sorted(sweeps_folder().glob("*.yaml"))}
+    return {name: path for name, path in files.items() if path.read_text().startswith("# @package _global_")}
+
+
+def first_comment(path: Path) -> str:
+    """What a config file says it is: its first comment line that is no Hydra header."""
+    for line in path.read_text().splitlines():
+        if line.startswith("#") and not re.match(r"#\s*@", line):
+            return line.lstrip("# ").rstrip()
+        if line.strip() and not line.startswith("#"):
+            break
+    return ""
+
+
+def key_comments(path: Path) -> dict[str, str]:
+    """The comment at the end of each line that sets a key, by dotted key."""
+    comments: dict[str, str] = {}
+    parents: list[tuple[int, str]] = []
+    for line in path.read_text().splitlines():
+        if not (found := re.match(r"( *)([\w.]+):(?:\s.*?)??(?:\s#\s*(.*\S))?\s*$", line)):
+            continue
+        indent, key = len(found[1]), found[2]
+        parents = [parent for parent in parents if parent[0] < indent]
+        parents.append((indent, key))
+        comments[".".join(key for _, key in parents)] = found[3] or ""
+    return comments
+
+
+def inherited(path: Path) -> list[Path]:
+    """The file and, after it, the files of its folder that its defaults list names, nearest first."""
+    found = [path]
+    block = re.search(r"^defaults:\n((?:\s+- .*\n?)+)", path.read_text(), re.MULTILINE)
+    for name in re.findall(r"^\s+- (\w+)\s*$", block[1], re.MULTILINE) if block else ():
+        parent = path.with_name(f"{name}.yaml")
+        if parent != path and parent.is_file():
+            found += inherited(parent)
+    return found
+
+
+def option_file(folders: Iterable[Path], group: str, choice: str) -> Path | None:
+    """The file behind `group=choice`, from the first of the `folders` that has it."""
+    for folder in folders:
+        path = folder / group / f"{choice}.yaml"
+        if path.is_file():
+            return path
+    return None
+
+
+def did_you_mean(word: str, known: Iterable[str], template: str = "{}") -> str:
+    """'; did you mean ...?' for the nearest of the known words, "" where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {template.format(near[0])}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,95 @@
+"""Weights fitted to covariances in closed form, in the covariances' own memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pruneexp.evidence.gram import others
+from pruneexp.types import ConfigError, RunError
+
+
+def check_ridge(ridge: float) -> None:
+    if not (ridge >= 0 and math.isfinite(ridge)):
+        raise ConfigError(f"ridge={ridge!r}: expected a number >= 0")
+
+
+def refitted_(
+    weight_OC: Tensor, bias_O: Tensor | None, cov_CC: Tensor, mean_C: Tensor, keep_C: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """The least-squares weights for the unpruned outputs, from a covariance and means, float64, in the dtype of
+    `weight_OC`, and in the memory of the covariance: W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + lambda I)^-1."""
+    keep_C = keep_C.to(weight_OC.device)
+    gone_C, strength = others(keep_C, weight_OC.shape[1]), ridge * cov_CC.diagonal().mean()
+    gone_OG, missing_KO = weight_OC[:, gone_C].double(), mean_C.new_empty(len(keep_C), len(weight_OC))
+    for rows in _parts(len(keep_C)):
+        missing_KO[rows] = cov_CC[keep_C[rows]][:, gone_C] @ gone_OG.T
+    solved_KO = _solved_(missing_KO, _compacted_(cov_CC, keep_C), strength, ridge)
+    bias = gone_OG @ mean_C[gone_C] - solved_KO.T @ mean_C[keep_C]
+    bias = bias if bias_O is None else bias + bias_O.double()
+    return _rounded(solved_KO.add_(weight_OC[:, keep_C].T), weight_OC.dtype), bias.to(weight_OC.dtype)
+
+
+def fitted_(
+    weight_OK: Tensor,
+    cov_KK: Tensor,
+    mean_K: Tensor,
+    cov_KO: Tensor,
+    wanted_O: Tensor,
+    strength: Tensor,
+    ridge: float,
+) -> tuple[Tensor, Tensor]:
+    """The least-squares weights from the kept inputs' covariance and mean, their covariance with the wanted output and
+    its mean, float64, in the memory of the covariances: (S_y,keep + lambda W[:,keep]) (S_keep,keep + lambda I)^-1 with
+    lambda = `strength`."""
+    # inputs that never change, as an expert's without tokens, leave nothing to fit
+    cov_KO.add_(weight_OK.T, alpha=strength.item() if strength or not ridge else 1.0)
+    solved_KO = _solved_(cov_KO, cov_KK, strength, ridge)
+    bias_O = wanted_O - solved_KO.T @ mean_K
+    return _rounded(solved_KO, weight_OK.dtype), bias_O.to(weight_OK.dtype)
+
+
+def _solved_(right_KO: Tensor, cov_KK: Tensor, strength: Tensor, ridge: float) -> Tensor:
+    """(S + strength I)^-1 right, in the memory of both; `right` itself where inputs never change."""
+    if not len(cov_KK) or (ridge and not strength):
+        return right_KO
+    cov_KK.diagonal().add_(strength)
+    upper_KK = cholesky_(cov_KK, ridge).T
+    transposed_OK = right_KO.T  # solved from the right, where LAPACK finds its own order of elements and copies nothing
+    for factor_KK, upper in ((upper_KK, True), (upper_KK.T, False)):
+        torch.linalg.solve_triangular(factor_KK, transposed_OK, upper=upper, left=False, out=transposed_OK)
+    return right_KO
+
+
+def cholesky_(matrix_KK: Tensor, ridge: float) -> Tensor:
+    """Lower factor of a symmetric matrix, in its memory. Raises RunError where the matrix is singular to float64."""
+    scale, info = matrix_KK.diagonal().max(), torch.zeros((), dtype=torch.int32, device=matrix_KK.device)
+    factor_KK = matrix_KK.T  # the same numbers, in LAPACK's order
+    torch.linalg.cholesky_ex(factor_KK, out=(factor_KK, info))
+    if info.any() or not (factor_KK.diagonal().square() > 1e-14 * scale).all():
+        raise RunError(
+            f"ridge={ridge!r}: the inputs' covariance is singular (constant or dependent channels); "
+            "expected a larger ridge, such as 1e-4"
+        )
+    return factor_KK
+
+
+def _compacted_(matrix_CC: Tensor, keep_C: Tensor) -> Tensor:
+    """The rows and columns `keep_C` (ascending) of a matrix, moved to the front of its memory."""
+    if (keep_C.diff() <= 0).any():
+        raise ValueError("kept channels: expected in ascending order, each once")
+    front_KK = matrix_CC.view(-1)[: len(keep_C) ** 2].view(len(keep_C), len(keep_C))
+    for part in _parts(len(keep_C)):  # a row never moves behind one that is still to be read
+        front_KK[part] = matrix_CC[keep_C[part]][:, keep_C]
+    return front_KK
+
+
+def _parts(rows: int) -> Iterator[slice]:
+    return (slice(start, start + 512) for start in range(0, rows, 512))
+
+
+def _rounded(weight_KO: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight_KO.to(dtype).T.contiguous()

@@ -1,0 +1,92 @@
+"""A model as the sizes that costs are counted from, and what a budget leaves of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pruneexp.model import Model
+from pruneexp.pruning.budget import new_biases, searched_sites
+from pruneexp.types import Budget, Compensator, Cost, Search, Site, Sparsity
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model. Parameters are counted once where they are tied."""
+
+    layers: tuple[Cost, ...]  # of a whole decoder layer each: parameters, macs per token, KV elements per token
+    sites: tuple[Site, ...]
+    outside: int  # parameters outside the decoder layers: embeddings, positions, final norm, head
+    head: int  # multiply-accumulates of the output projection per token
+    hidden: int  # D
+    vocabulary: int  # V
+    scores: int  # query heads whose attention scores are written out, T x T each; 0 where they are not
+    itemsize: int  # bytes of a number in the model's dtype
+
+    @property
+    def decoder(self) -> int:
+        """Parameters of the decoder layers."""
+        return sum(layer.params for layer in self.layers)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model."""
+        return self.decoder + self.outside
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole model."""
+        return self.params * self.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the largest decoder layer."""
+        return max((layer.params for layer in self.layers), default=0) * self.itemsize
+
+    def forward_flops(self, length: int) -> float:
+        """Of the decoder layers per token, in windows of `length` tokens: two for a multiply-accumulate. Attention is
+        counted over all of the window, as it is computed, not over the half that a causal mask leaves."""
+        return 2.0 * sum(layer.macs + length * layer.context_macs for layer in self.layers)
+
+    def of_layer(self, index: int) -> list[Site]:
+        return [site for site in self.sites if site.layer == index]
+
+
+def shape_of(model: Model) -> Shape:
+    """The sizes of a model whose tensors may all be on the meta device."""
+    head = model.module.get_output_embeddings()
+    eager = getattr(model.module.config, "_attn_implementation", None) == "eager"
+    return Shape(
+        layers=tuple(model.whole_block(index).sites[0].cost for index in range(len(model.layers))),
+        sites=model.sites(),
+        outside=model.params - model.decoder_params,
+        head=0 if head is None else head.weight.numel(),
+        hidden=model.config.hidden_size,
+        vocabulary=model.vocab_size,
+        scores=model.config.num_attention_heads if eager else 0,
+        itemsize=model.dtype.itemsize,
+    )
+
+
+def params_left(
+    model: Model, search: Search, sparsity: Sparsity, compensator: Compensator, budget: Budget
+) -> tuple[int, int]:
+    """Parameters of the whole model and of its decoder layers once `budget` has left.
+
+    Exact, to the unit that a search rounds to, where the budget counts parameters. Where it counts something else, all
+    sites are taken to lose the same share. Biases that compensation adds to every reader are counted: a budget in
+    parameters or bytes of the decoder pays for them.
+    """
+    total, decoder = model.params, model.decoder_params
+    sites = [site for site in searched_sites(model, search) if budget.price(site)]
+    inner = [site for site in sites if site.kind != "block"] or sites
+    wanted = replace(budget, added=0).remove
+    if sparsity.of == "decoder":
+        removed = wanted
+    else:
+        price = sum(site.units * budget.price(site) for site in inner)
+        removed = wanted * sum(site.units * site.cost.params for site in inner) / price if price else 0.0
+    added = 0
+    if compensator.adds_bias and budget.ratio > 0 and sparsity.of not in ("decoder", "bytes"):
+        added = new_biases(model, inner)
+    left = round(removed) - added
+    return total - left, decoder - left

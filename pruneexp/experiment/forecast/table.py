@@ -1,0 +1,125 @@
+"""A forecast for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from pruneexp.criterion.shelf import shelf_folder
+from pruneexp.experiment.forecast.memory import PARTS, Stage
+from pruneexp.experiment.forecast.shape import Shape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pruneexp.experiment.forecast.figures import Forecast
+
+
+def print_forecast(
+    found: Forecast,
+    *,
+    dtype: str,
+    multiplied: str,
+    speeds: tuple[float, float],
+    left_out: Sequence[str],
+    available: int | None,
+    file: TextIO | None = None,
+) -> None:
+    """Structure, sizes, memory by stage, and time, on `file` (stdout). `multiplied`: the type in which matrices of
+    `dtype` are multiplied; `speeds`: operations per second in it and in float64; `left_out`: evaluators whose work is
+    not counted; `available`: bytes of memory."""
+    from rich.console import Console
+
+    out = sys.stdout if file is None else file
+    console = Console(file=out, width=None if out.isatty() else 110, highlight=False, markup=False, emoji=False)
+    console.print(_sizes(found, dtype))
+    console.print(_memory(found))
+    free = "" if available is None else f"; {size(available)} are free here"
+    console.print(f"memory at most: {size(found.peak.total)} ({found.peak.name}){free}", soft_wrap=True)
+    if found.files:
+        files = f"in files of {shelf_folder()} for a while: {size(found.files)} beyond criterion.memory"
+        console.print(files, soft_wrap=True)
+    if not found.streamed:
+        console.print("model.stream=true is not possible with these methods")
+    work, (speed, speed64) = found.work, speeds
+    console.print(f"passes over the calibration windows: {work.forward:.3g} forward, {work.backward:.3g} backward")
+    counted = f"{found.flops / 1e12:,.4g} Tflop in {multiplied} at {speed / 1e9:,.3g} Gflop/s measured here"
+    if work.float64:
+        counted += f", {work.float64 / 1e12:,.4g} Tflop in float64 at {speed64 / 1e9:,.3g} Gflop/s"
+    console.print(f"time at least: {duration(found.seconds(speed, speed64))} ({counted})", soft_wrap=True)
+    read = f"reading {size(found.read)} from disk" if found.streams else f"loading {size(found.shape.bytes)}"
+    console.print(f"not counted: {', '.join([read, *left_out])}", soft_wrap=True)
+
+
+def _sizes(found: Forecast, dtype: str) -> Table:
+    table = _table("", "dense", "pruned", "change")
+    shape = found.shape
+    for what, value in _structure(shape):
+        table.add_row(what, value, "", "")
+    e = shape.itemsize
+    for what, dense, pruned in (
+        ("parameters", shape.params, found.params_left),
+        ("decoder parameters", shape.decoder, found.decoder_left),
+    ):
+        table.add_row(what, f"{dense:,}", f"{pruned:,}", f"{100 * (pruned / dense - 1):+.1f} %" if dense else "")
+    table.add_row(f"on disk, {dtype}", size(shape.params * e), size(found.params_left * e), "")
+    return table
+
+
+def _structure(shape: Shape) -> list[tuple[str, str]]:
+    rows = [("layers", f"{len(shape.layers)}"), ("hidden size", f"{shape.hidden:,}")]
+    for kind, unit in (("attention", "heads (KV groups) a layer"), ("mlp", "FFN channels a layer")):
+        counts = [sum(s.units for s in shape.of_layer(i) if s.kind == kind) for i in range(len(shape.layers))]
+        low, high = min(counts, default=0), max(counts, default=0)
+        rows.append((unit, f"{low:,}" if low == high else f"{low:,} to {high:,}"))
+    units = sum(site.units for site in shape.sites)
+    return [*rows, ("sites", f"{len(shape.sites):,}"), ("units", f"{units:,}")]
+
+
+def _memory(found: Forecast) -> Table:
+    both = {"held": _widest(found.held), "streamed": _widest(found.streamed)}
+    shown = [part for part in PARTS if any(stage.parts.get(part) for stages in both.values() for stage in stages)]
+    table = _table("memory", *(part.replace(" ", "\n") for part in shown), "in all")
+    for how, stages in both.items():
+        if stages:
+            table.add_row(how)
+        for stage in stages:
+            parts = (stage.parts.get(part, 0) for part in shown)
+            table.add_row(f"  {stage.name}", *(size(part) if part else "" for part in parts), size(stage.total))
+    return table
+
+
+def _widest(stages: Sequence[Stage]) -> list[Stage]:
+    """Of several stages of one name the one that takes most."""
+    found: dict[str, Stage] = {}
+    for stage in stages:
+        if stage.name not in found or stage.total > found[stage.name].total:
+            found[stage.name] = stage
+    return list(found.values())
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, safe_box=True)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def size(value: float) -> str:
+    """ "13.5 GiB"."""
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+    unit, name = next((each for each in units if value >= each[0]), (1, "B"))
+    digits = 0 if unit == 1 or value >= 100 * unit else 1 if value >= 10 * unit else 2
+    return f"{value / unit:,.{digits}f} {name}"
+
+
+def duration(seconds: float) -> str:
+    """ "0.12 s", "5.3 min", "7.1 h"."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.2g} s"

@@ -1,0 +1,199 @@
+"""What is looked at before a run starts: room on the disk, texts and windows, and what the run will take."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.dataset import check_vocabulary, overlap
+from pruneexp.experiment.bos_probe import check_bos
+from pruneexp.experiment.forecast import (
+    Calibration,
+    Forecast,
+    available_memory,
+    forecast,
+    matmul_speed,
+    params_left,
+    print_forecast,
+    size,
+)
+from pruneexp.experiment.settings import Experiment
+from pruneexp.files import existing
+from pruneexp.model import Model
+from pruneexp.model.half import multiplied_in
+from pruneexp.progress import waiting
+from pruneexp.pruning.budget import searched_sites
+from pruneexp.types import Budget, ConfigError, evidence_kinds
+
+if TYPE_CHECKING:
+    from pruneexp.calibrate import DenseStates
+
+logger = logging.getLogger("pruneexp")
+
+FITTED = 4  # calibration tokens for each input of an out-projection that is fitted to them, at least
+
+
+def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
+    """Raises ConfigError where the disk has no room for the pruned checkpoint (a streamed model is always written)."""
+    settings = experiment.run
+    if not settings.save and not experiment.model.stream:
+        return
+    method = experiment.method
+    params, _ = params_left(model, method.search, method.sparsity, method.compensator, budget)
+    folder = Path(settings.dir or "outputs")
+    needed, free = params * model.dtype.itemsize, shutil.disk_usage(existing(folder)).free
+    if settings.overwrite:  # an older checkpoint makes room
+        free += sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+    if free < needed:
+        without = "" if experiment.model.stream else ", or run.save=false"
+        raise ConfigError(
+            f"run.dir={settings.dir!r}: the pruned checkpoint takes about {size(needed)}, {size(free)} are free on "
+            f"the disk of {existing(folder).resolve()}; expected a folder on another disk{without}"
+        )
+
+
+def check_room(experiment: Experiment) -> None:
+    """Raises ConfigError where windows, int64 [N, T], of which any number can be had, take more memory than is free:
+    it would be hours until that is found while they are made."""
+    dataset = experiment.dataset
+    asked = [("dataset.samples", getattr(dataset, "samples", 0), getattr(dataset, "length", 0))]
+    for name, evaluator in experiment.evaluators.items():
+        source = getattr(evaluator, "dataset", None)
+        key = f"{'dataset' if source == dataset else f'evaluator.{name}.dataset'}.evaluation_samples"
+        length = getattr(evaluator, "length", None) or getattr(source, "length", 0)
+        asked.append((key, getattr(source, "evaluation_samples", 0), length))
+    free = available_memory(torch.device("cpu"))
+    for key, samples, length in asked:
+        needed = 8 * samples * (length or 0)
+        if free is not None and needed > free:
+            raise ConfigError(
+                f"{key}={samples}: so many windows of {length} tokens take {size(needed)} of memory, {size(free)} are "
+                "free; expected fewer"
+            )
+
+
+def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
+    """Tokenizer and calibration windows, and every check of texts that needs them, before a weight is loaded."""
+    with waiting("loading the tokenizer"):
+        model = experiment.model.describe()
+    tokenizer, vocabulary, max_length = model.tokenizer, model.vocab_size, model.max_length
+    dataset, where = experiment.dataset, experiment.dataset.key("calibration")
+    drawn = getattr(dataset, "length", None) if hasattr(dataset, "samples") else None  # else as wide as they come
+    if max_length is not None and drawn is not None and drawn > max_length:
+        raise ConfigError(f"dataset.length={drawn}: expected at most {max_length}, the model's longest window")
+    check_bos(experiment, tokenizer)
+    check_room(experiment)
+    with waiting("tokenising the calibration text"):
+        tokens_NT = dataset.calibration(tokenizer)
+    check_vocabulary(tokens_NT, vocabulary, where)
+    if max_length is not None and tokens_NT.shape[1] > max_length:
+        wide = f"{where}: windows of {tokens_NT.shape[1]} tokens"
+        raise ConfigError(f"{wide}; expected at most {max_length}, the model's longest window")
+    experiment.recovery.prepare(model.family, len(tokens_NT))
+    for name, evaluator in experiment.evaluators.items():
+        prepare = getattr(evaluator, "prepare", None)
+        if prepare is not None:
+            with waiting(f"preparing evaluator {name}"):
+                prepare(tokenizer, vocabulary)
+        longest = getattr(evaluator, "longest", None)
+        if longest is not None and max_length is not None and longest(tokenizer) > max_length:
+            raise ConfigError(
+                f"evaluator.{name}: a prompt and what is written after it take {longest(tokenizer)} tokens; "
+                f"expected at most {max_length}, the model's longest window"
+            )
+        windows = getattr(evaluator, "windows", None)
+        if windows is not None:
+            wide = windows(tokenizer).shape[1]
+            if model.hard_limit and max_length is not None and wide > max_length:
+                raise ConfigError(
+                    f"evaluator.{name}.length={wide}: expected at most {max_length}, the model's positions"
+                )
+            share = overlap(tokens_NT, windows(tokenizer))
+            if share:
+                logger.warning(
+                    "%.0f %% of the windows that %s is measured on share text with the calibration windows",
+                    100 * share,
+                    evaluator.dataset.name,  # type: ignore[attr-defined]
+                )
+    return tokenizer, tokens_NT
+
+
+def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) -> None:
+    """A word where weights are fitted to fewer tokens than `FITTED` times the inputs of the widest out-projection."""
+    fitting = [
+        f"{group}={experiment.job['choices'].get(group)}"
+        for group in ("criterion", "compensator")
+        if any(getattr(kind, "fits", False) for kind in evidence_kinds(getattr(experiment, group).evidence))
+    ]
+    sites = [site for site in searched_sites(model, experiment.search) if site.kind in ("attention", "mlp")]
+    widest = max((site.channels for site in sites), default=0)
+    windows, length = tokens_NT.shape
+    if not fitting or windows * length >= FITTED * widest:
+        return
+    drawn, enough = hasattr(experiment.dataset, "samples"), -(-FITTED * widest // length)
+    logger.warning(
+        "%s: %d calibration tokens, few for %s, which fits weights to up to %d inputs; %s would do, better more",
+        f"dataset.samples={windows}" if drawn else experiment.dataset.key("calibration"),
+        *(windows * length, " and ".join(fitting), widest),
+        f"dataset.samples={enough}" if drawn else f"{enough} windows",
+    )
+
+
+def foreseen(
+    experiment: Experiment,
+    model: Model,
+    budget: Budget,
+    tokenizer: Any,
+    tokens_NT: Tensor,
+    shared: DenseStates | None = None,
+) -> Forecast:
+    """What the run will take, as far as it is known now. `shared`: as for `run_experiment`."""
+    settings, measured = experiment.run, []
+    to_share = 0 if shared is None or shared.layers else shared.limit  # what is held already is free no more
+    for evaluator in experiment.evaluators.values():
+        windows = getattr(evaluator, "windows", None)
+        if windows is not None:
+            count, length = windows(tokenizer).shape
+            measured.append(Calibration(count, length, getattr(evaluator, "batch_size", 1)))
+    return forecast(
+        model,
+        experiment.method,
+        experiment.recovery,
+        budget,
+        Calibration(len(tokens_NT), tokens_NT.shape[1], model.batch_size),
+        measured,
+        stream=experiment.model.stream,
+        prove=settings.prove if settings.save else "",
+        shared=to_share,
+    )
+
+
+def told(
+    experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor, expected: Forecast
+) -> dict[str, float]:
+    """The model's structure, what would leave it and what that would take, from its config alone."""
+    sites, total, decoder = model.sites(), model.params, model.decoder_params
+    kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
+    units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
+    layers = f"{len(model.layers)} layers, {units}"
+    print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
+    print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
+    print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
+    with waiting("timing a matrix product"):
+        multiplied = multiplied_in(model.dtype, model.device, experiment.model.stream)
+        speeds = matmul_speed(multiplied, model.device), matmul_speed(torch.float64, model.device)
+    left_out = [n for n, each in experiment.evaluators.items() if not hasattr(each, "windows") and n != "size"]
+    print_forecast(
+        expected,
+        dtype=str(model.dtype).removeprefix("torch."),
+        multiplied=str(multiplied).removeprefix("torch."),
+        speeds=speeds,
+        left_out=left_out,
+        available=available_memory(*model.devices),
+    )
+    return expected.metrics(*speeds)

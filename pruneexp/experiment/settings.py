@@ -1,0 +1,70 @@
+"""A composed experiment as objects: one choice of every group, and the run's own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pruneexp.cache import Cache, NoCache
+from pruneexp.dataset import WindowSource
+from pruneexp.model import ModelSource
+from pruneexp.pruning import Method
+from pruneexp.tracker import check_folder
+from pruneexp.types import Compensator, ConfigError, Criterion, Evaluator, Recovery, Search, Sparsity, Tracker
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run's record goes and what of it is kept; `prove` says how a saved checkpoint is checked."""
+
+    dir: str | None
+    name: str | None
+    overwrite: bool
+    save: bool
+    prove: Literal["process", "in_place", "off"]
+    dry: bool
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One choice of every group, and the run's own settings. `config`: the composed config; `job`: recipe, sweep."""
+
+    model: ModelSource
+    dataset: WindowSource
+    criterion: Criterion
+    sparsity: Sparsity
+    search: Search
+    compensator: Compensator
+    recovery: Recovery
+    evaluators: Mapping[str, Evaluator]
+    tracker: Tracker
+    cache: Cache | NoCache
+    run: RunSettings
+    seed: int
+    config: Mapping[str, Any]
+    job: Mapping[str, Any]
+
+    @property
+    def method(self) -> Method:
+        """What decides which units leave, and what makes up for them."""
+        return Method(self.criterion, self.sparsity, self.search, self.compensator)
+
+    def check(self) -> None:
+        """What files and the machine can tell without loading a weight. Raises ConfigError."""
+        if self.run.dir is not None:
+            check_folder(Path(self.run.dir), self.run.overwrite)
+        elif not self.run.dry:
+            check_folder(Path("outputs", self.job["recipe"]), overwrite=True)
+        self.model.check(weights=not self.run.dry)
+        source = self.model.local_folder()
+        target = None if self.run.dir is None else Path(self.run.dir, "model").resolve()
+        if source is not None and source.resolve() == target:
+            raise ConfigError(f"run.dir={self.run.dir!r}: its model/ is the model to prune; expected another folder")
+        self.cache.check()
+        self.dataset.check(evaluation=False)
+        for evaluator in self.evaluators.values():
+            check = getattr(evaluator, "check", None)
+            if check is not None:
+                check()

@@ -1,0 +1,191 @@
+"""What says that two things are the same: files, configs, code, runs. Every hash is made here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pruneexp
+
+ASKED = "asked"  # top-level key of a config: what each `bos` was before it was resolved
+NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra", ASKED)  # where a run goes and is reported, not what it does
+PERPLEXITY = "pruneexp.evaluator.Perplexity"
+NOTES_VERSION = 2  # of what a streamed run notes of how far it has come
+STAGE = ("calibrate", "criterion", "evidence", "model", "types")  # packages that calibration runs
+
+FileState = tuple[str, int, int, int]
+
+
+def file_state(path: Path) -> FileState:
+    """Absolute path, inode, size and time of the last change (ns): a key for what was read from the file. Raises
+    OSError."""
+    found = path.stat()
+    return str(path.absolute()), found.st_ino, found.st_size, found.st_mtime_ns
+
+
+# Configs
+
+# Patterns of dotted names, and the value that means what was done before there was the key: with it they leave the
+# hash, so that finished jobs stay finished.
+NEW_KEYS: Mapping[str, Any] = {
+    "dataset.bos": False,
+    "evaluator.*.dataset.bos": False,
+    **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},
+    "search.alike": False,
+}
+
+
+def value_before(key: str) -> Any:
+    """The value of a key that came later that means what was done before there was the key; None for all others."""
+    return next((before for new, before in NEW_KEYS.items() if fnmatchcase(key, new)), None)
+
+
+def without_new_keys(node: Any, name: str = "") -> Any:
+    """The config without the keys of `NEW_KEYS` that change nothing, at every depth."""
+    if not isinstance(node, Mapping):
+        return node
+    dotted = {key: f"{name}.{key}".lstrip(".") for key in node}
+    return {
+        key: without_new_keys(value, dotted[key])
+        for key, value in node.items()
+        if not any(fnmatchcase(dotted[key], new) and value == before for new, before in NEW_KEYS.items())
+    }
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """12 hex digits that say what a run computes: over everything but where it runs, is kept and is reported."""
+    content = {key: value for key, value in as_hashed(config).items() if key not in NOT_HASHED}
+    text = json.dumps(without_new_keys(content), sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def with_bos(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other values of `bos` in the nodes that `values` names: {"evaluator.ptb.dataset": True, ...}."""
+
+    def node(key: str, found: Any) -> Any:
+        if not isinstance(found, Mapping):
+            return found
+        own = {"bos": values[key]} if key in values else {}
+        inner = {"dataset": node(f"{key}.dataset", found["dataset"])} if "dataset" in found else {}
+        return {**found, **own, **inner}
+
+    changed = dict(config)
+    if "dataset" in config:
+        changed["dataset"] = node("dataset", config["dataset"])
+    if isinstance(config.get("evaluator"), Mapping):
+        changed["evaluator"] = {name: node(f"evaluator.{name}", each) for name, each in config["evaluator"].items()}
+    return changed
+
+
+def as_hashed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config as its hash takes it: without what decides nothing (the `bos` of an evaluator's dataset, since
+    the evaluator's own decides), and perplexities with `bos` told from those of configs without `asked`, whose windows
+    were a token longer."""
+    asked, values = config.get(ASKED, {}), {}
+    for key, node in bos_nodes(config):
+        if is_inner(key) and "bos" in node:
+            values[key] = False
+        elif node.get("_target_") == PERPLEXITY and node.get("bos") is True and f"{key}.bos" in asked:
+            values[key] = "counted"
+    return with_bos(config, values)
+
+
+def comparable(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's metrics as they are named now. Where the config has no `asked`, "+bos" windows of T tokens had the
+    beginning-of-sequence token besides: those are windows of T+1."""
+    if ASKED in config:
+        return dict(metrics)
+    return {_longer(key) if "+bos" in key else key: value for key, value in metrics.items()}
+
+
+def _longer(key: str) -> str:
+    """ "dense/ppl/ptb@2048s512+bos" -> "dense/ppl/ptb@2049s512+bos"."""
+    front, _, protocol = key.rpartition("@")
+    digits = protocol[: len(protocol) - len(protocol.lstrip("0123456789"))]
+    return f"{front}@{int(digits) + 1}{protocol[len(digits) :]}" if digits else key
+
+
+def bos_nodes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The dataset, every evaluator and its own dataset, by their keys."""
+    dataset, evaluators = config.get("dataset"), config.get("evaluator")
+    if isinstance(dataset, Mapping):
+        yield "dataset", dataset
+    for name, node in evaluators.items() if isinstance(evaluators, Mapping) else ():
+        if isinstance(node, Mapping):
+            yield f"evaluator.{name}", node
+            if isinstance(node.get("dataset"), Mapping):
+                yield f"evaluator.{name}.dataset", node["dataset"]
+
+
+def is_inner(key: str) -> bool:
+    """Whether the node is an evaluator's dataset."""
+    return key.startswith("evaluator.") and key.endswith(".dataset")
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config computes, flat: {"sparsity.ratio": 0.2}; lists as they are typed where they hold plain words,
+    "[heads,channels]", and as JSON otherwise."""
+    return dict(_flat({key: value for key, value in config.items() if key not in NOT_HASHED}))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _typed(value) if isinstance(value, list) else value
+
+
+def _typed(values: list[Any]) -> str:
+    plain = all(isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value) for value in values)
+    return f"[{','.join(values)}]" if plain else json.dumps(values)
+
+
+def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys whose value is not the same in all settings that are not empty. A key that came later is as good as there
+    where it is absent, with the value that means what was done before."""
+    known = [setting for setting in found if setting]
+    keys = dict.fromkeys(key for setting in known for key in setting)
+    return [key for key in keys if len({str(setting.get(key, value_before(key))) for setting in known}) > 1]
+
+
+@cache
+def code_version(packages: tuple[str, ...] = STAGE) -> str:
+    """16 hex digits over the source of these packages of ours, and the versions of torch and transformers."""
+    from importlib.metadata import version
+
+    root = Path(__file__).parent
+    files = [path for name in packages for path in sorted((root / name).glob("*.py"))]
+    digest = hashlib.sha256(f"torch {version('torch')} transformers {version('transformers')}".encode())
+    for path in files:
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def version_of(part: object) -> str:
+    """What a method or a type of evidence is, settings and source: `repr`, and a hash of its module's file, for those
+    that are not ours."""
+    kind = part if isinstance(part, type) else type(part)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    source = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
+    return f"{kind.__module__}.{kind.__qualname__} {'' if part is kind else repr(part)} {source}"
+
+
+def identity(**what: Any) -> str:
+    """What a run's results depend on, and the versions of what computes them, as one hash."""
+    text = json.dumps({"version": NOTES_VERSION, **_versions(), **what}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"pruneexp": pruneexp.__version__, **{name: version(name) for name in ("torch", "transformers")}}

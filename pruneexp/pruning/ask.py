@@ -1,0 +1,75 @@
+"""Asking the search: a budget that pays for the biases which compensation will add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from pruneexp.calibrate import Probe
+from pruneexp.pruning.budget import biases_added, refusal, whole_budget
+from pruneexp.pruning.method import Pruning
+from pruneexp.types import Budget, Plan, Score, Site
+
+
+def searched(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
+    """The plan of a search over all layers, which may probe the model where it is held in memory."""
+    oracle = None
+    if work.tokens_NT is not None and not work.model.streamed:
+        oracle = Probe(work.model, work.tokens_NT, work.meter, getattr(work.method.search, "effort", None))
+    try:
+        budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
+        return asked(work, scores, sites, budget, oracle)[0]
+    finally:
+        if oracle is not None:
+            oracle.close()
+
+
+def asked(
+    work: Pruning, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget, oracle: Probe | None
+) -> tuple[Plan, float]:
+    """The search's plan, and the parameters that it falls short of the budget (below 0: removed too many).
+
+    New biases are paid for by removing more. Sites that stay whole get none, so that a search which spends nothing is
+    asked again once it is known which sites those are; where its answers go round in circles, the nearest counts. One
+    that probes is too dear to ask again: it may offer to rebalance its plan instead.
+    """
+    answers: list[tuple[Plan, float]] = []
+    added = budget.added_params(_biases_added(work, sites))
+    if refusal(work.method.search, sites, replace(budget, added=budget.added + added)) is not None:
+        added = 0  # most of these sites may have to stay whole
+    for _ in range(4):
+        paying = replace(budget, added=budget.added + added)
+        plan = work.method.search(scores, sites, paying, oracle, work.rng)
+        needed, short = _left_over(work, plan, sites, budget)
+        settled = needed == added or work.ratio == 0
+        if oracle is not None and oracle.passes:
+            return (plan, short) if settled else _rebalanced(work, plan, scores, sites, budget)
+        answers.append((plan, short))
+        if settled:
+            return answers[-1]
+        added = needed
+    return min(answers, key=lambda answer: abs(answer[1]))
+
+
+def _rebalanced(
+    work: Pruning, plan: Plan, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget
+) -> tuple[Plan, float]:
+    """A probing search's plan at the biases that it really adds, where the search offers that for nothing."""
+    needed, short = _left_over(work, plan, sites, budget)
+    rebalanced = getattr(work.method.search, "rebalanced", None)
+    if rebalanced is None:
+        return plan, short
+    plan = rebalanced(plan, scores, sites, replace(budget, added=budget.added + needed))
+    return plan, _left_over(work, plan, sites, budget)[1]
+
+
+def _left_over(work: Pruning, plan: Plan, sites: Sequence[Site], budget: Budget) -> tuple[int, float]:
+    """What the biases that `plan` leads to add, and what is missing for the budget and them together."""
+    needed = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
+    removed = sum(plan.removed(site) * budget.price(site) for site in sites)
+    return needed, replace(budget, added=budget.added + needed).remove - removed
+
+
+def _biases_added(work: Pruning, sites: Sequence[Site]) -> int:
+    """Parameters of the biases that compensation would add, were all `sites` to lose units."""
+    return biases_added(work.model, work.method.sparsity, work.method.compensator, sites) if work.ratio else 0

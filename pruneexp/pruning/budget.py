@@ -1,0 +1,135 @@
+"""What a ratio is a share of: the sparsity's quantity, counted on a model; and whether so much of it can leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pruneexp.calibrate import require_sums
+from pruneexp.model import Model, layer_structure
+from pruneexp.model.modeling_pruned import LayerStructure
+from pruneexp.types import (
+    Budget,
+    Compensator,
+    ConfigError,
+    Criterion,
+    Search,
+    Site,
+    Sparsity,
+    evidence_kinds,
+)
+
+COUNTS: dict[str, Any] = {"decoder": "params", "prunable": "params"}  # the others are called what they count
+
+
+def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Site], layers: Sequence[int]) -> Budget:
+    """A share of what these layers hold, counted as the sparsity says; `sites`: all of theirs that may lose units."""
+    counts = COUNTS.get(sparsity.of, sparsity.of)
+    budget = Budget(ratio, 0, 0, None, counts, sparsity.context, model.dtype.itemsize)
+    total = sum(site.units * budget.price(site) for site in sites)
+    if sparsity.of in ("decoder", "bytes"):  # norms and readers' biases too
+        params = sum(p.numel() for index in layers for p in model.layers[index].parameters())
+        total += budget.added_params(params - sum(site.units * site.cost.params for site in sites))
+    return replace(budget, total=total)
+
+
+def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float) -> Budget:
+    """The share of all layers, of the sites that the search removes. Raises ConfigError where nothing is counted."""
+    sites = searched_sites(model, search)
+    held = [site for site in sites if site.kind != "block"] or sites  # what blocks hold is counted once
+    budget = budget_of(model, sparsity, ratio, held, range(len(model.layers)))
+    if ratio > 0 and not budget.total:
+        raise ConfigError(f"sparsity.of={sparsity.of!r}: expected another quantity, this model has none of it")
+    return budget
+
+
+def searched_sites(model: Model, search: Search) -> list[Site]:
+    """What a search may choose from: the sublayers, and whole blocks where these may leave; or blocks alone."""
+    granularity = getattr(search, "granularity", ())
+    sites = [] if _blocks_alone(search) else as_searched(model, search, model.sites())
+    layers = range(len(model.layers)) if "blocks" in granularity else ()
+    return sites + [site for index in layers for site in model.whole_block(index).sites]
+
+
+def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
+    """The sites of some layers, those of experts as one site of whole experts where these may leave."""
+    if "experts" not in getattr(search, "granularity", ()):
+        return list(sites)
+    whole = [site for layer in sorted({site.layer for site in sites}) for site in model.whole_experts(layer)]
+    return [site for site in sites if site.expert is None] + whole
+
+
+def _blocks_alone(search: Search) -> bool:
+    return set(getattr(search, "granularity", ())) == {"blocks"}
+
+
+def biases_added(model: Model, sparsity: Sparsity, compensator: Compensator, sites: Sequence[Site]) -> int:
+    """Parameters of the biases that compensation gives to readers without one, were all `sites` to lose units. What
+    counts only units (of=prunable) does not count them."""
+    return 0 if not compensator.adds_bias or sparsity.of == "prunable" else new_biases(model, sites)
+
+
+def new_biases(model: Model, sites: Sequence[Site]) -> int:
+    """Parameters of a bias for every reader of `sites` that has none."""
+    sites = [site for site in sites if site.kind in ("attention", "mlp")]
+    layers = {site.layer for site in sites}
+    structures = {index: layer_structure(model.layers[index], model.family, model.config) for index in layers}
+    return sum(not _has_bias(structures[site.layer], site) for site in sites) * model.config.hidden_size
+
+
+def _has_bias(structure: LayerStructure, site: Site) -> bool:
+    """Whether the site's reader owns one."""
+    if site.kind == "attention":
+        return structure.attention_output_bias
+    return structure.mlp_output_bias if site.expert is None else (structure.expert_output_biases or ())[site.expert]
+
+
+def refusal(search: Search, sites: Sequence[Site], budget: Budget) -> ConfigError | None:
+    """Why the search cannot remove so much, where it can tell."""
+    check = getattr(search, "check", None)
+    try:
+        if check is not None:
+            check(sites, budget)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def check_mixture(
+    model: Model, criterion: Criterion, search: Search, compensator: Compensator, chosen: Mapping[str, str]
+) -> None:
+    """Raises ConfigError for what a mixture of experts does not allow, and for whole experts of a model that is none.
+    Needs the model's structure, no weights. `chosen`: what the methods are called, by group."""
+    granularity = list(getattr(search, "granularity", ()))
+    if not model.mixture:
+        if "experts" in granularity:
+            raise ConfigError(f"search.granularity={granularity!r}: expected no experts, {model.name} has none")
+        return
+    if "ffn" in granularity:
+        raise ConfigError(
+            f"search.granularity={granularity!r}: expected experts in the place of ffn for a mixture of experts"
+        )
+    for group, kinds in (("criterion", criterion.evidence), ("compensator", compensator.evidence)):
+        if any(getattr(kind, "by_window", False) for kind in evidence_kinds(kinds)):
+            raise ConfigError(
+                f"{group}={chosen[group]}: expected another for a mixture of experts; it goes window by window, "
+                "of which an expert sees only some tokens"
+            )
+
+
+def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator: Compensator) -> Budget:
+    """The whole run's budget, where it is within reach. Needs the model's structure, no weights.
+
+    Raises:
+        ConfigError: the search cannot remove so much, even if compensation added no bias (the largest ratio it names
+            leaves room for all of them); or the compensator cannot walk through such a model.
+    """
+    if not _blocks_alone(search) and getattr(compensator.evidence, "source", "") == "wanted":
+        require_sums(model)
+    budget, sites = whole_budget(model, search, sparsity, sparsity.ratio), searched_sites(model, search)
+    biases = budget.added_params(biases_added(model, sparsity, compensator, sites))
+    error = refusal(search, sites, replace(budget, added=biases))
+    if error is not None and refusal(search, sites, budget) is not None:
+        raise error
+    return budget

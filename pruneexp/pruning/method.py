@@ -1,0 +1,73 @@
+"""What is pruned with: a choice of methods, one round's parts, and which way the walk goes for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.calibrate import Meter
+from pruneexp.model import Model
+from pruneexp.pruning.dense_evidence import Results
+from pruneexp.pruning.notes import Notes
+from pruneexp.search import KIND, scored_as
+from pruneexp.types import Compensator, Criterion, Plan, Score, Search, Site, Sparsity
+
+Shrunk = Callable[[int], None]  # called with each layer's index while the shrunk layer is at hand
+
+
+@dataclass(frozen=True)
+class Method:
+    """What decides which units leave, and what makes up for them."""
+
+    criterion: Criterion
+    sparsity: Sparsity
+    search: Search
+    compensator: Compensator
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning decided, and on what grounds."""
+
+    plan: Plan
+    scores: Mapping[str, Score]
+    sites: tuple[Site, ...]  # of the model before
+    counted: int  # what the ratio is a share of, in the model before
+
+
+@dataclass
+class Pruning:
+    """One round of pruning: the parts it needs at every step."""
+
+    model: Model
+    tokens_NT: Tensor | None
+    method: Method
+    ratio: float
+    meter: Meter
+    rng: torch.Generator
+    shrunk: Shrunk
+    clock: Callable[[str], Any]
+    results: Results
+    notes: Notes
+    scores: dict[str, Score] = field(default_factory=dict)
+
+
+def goes_layer_by_layer(method: Method) -> bool:
+    """Whether each layer is scored and decided on what the pruned layers before it produce."""
+    return method.search.local and method.criterion.sequential and method.criterion.evidence is not None
+
+
+def judged_whole(method: Method) -> tuple[str, ...]:
+    """Kinds of sites that the criterion judges as wholes: sublayers, blocks; none where it scores their units."""
+    granularity = getattr(method.search, "granularity", ("heads", "channels"))
+    judges = getattr(method.criterion, "judges", ("attention", "mlp"))
+    return tuple(KIND[name] for name in granularity) if scored_as(granularity, judges) == "wholes" else ()
+
+
+def by_site(compensator: Compensator) -> bool:
+    """Whether each sublayer is compensated on what the pruned sublayers before it produce."""
+    return compensator.sequential and getattr(compensator.evidence, "source", "") == "wanted"

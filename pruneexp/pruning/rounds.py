@@ -1,0 +1,113 @@
+"""Pruning in rounds: each calibrates, scores, searches and shrinks what the rounds before it left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from pruneexp.model import Model
+from pruneexp.model.sites import experts_name
+from pruneexp.progress import part_of
+from pruneexp.pruning import Method, Pruned, prune_
+from pruneexp.pruning.dense_evidence import Results
+from pruneexp.types import ConfigError, Plan, Score, SitePlan, unit_scores
+
+logger = logging.getLogger("pruneexp")
+
+
+def prune_in_rounds_(
+    model: Model, tokens_NT: Tensor | None, method: Method, *, results: Results | None = None, **settings: Any
+) -> Pruned:
+    """Shrinks `model` in place, round by round, to the shares of the original model that the schedule says.
+
+    Plan and scores are those of the original model's units, sites and layers, whatever has moved up meanwhile. A unit's
+    score is the last that it was given: in the last round for units that were there then, in the round in which it
+    left for all others, so that scores of different rounds stand side by side. The plan's budget lists the rounds'
+    own under `rounds`. A round costs what one shot costs: calibration, and whatever the search is set to spend.
+    `settings`: as for `prune_`.
+    """
+    shares = method.sparsity.shares()
+    start, first = _Start(model), None
+    plan, scores, budgets = Plan({}), {}, []
+    for number, share in enumerate(shares, start=1):
+        which = f"round {number} of {len(shares)}" if len(shares) > 1 else ""
+        names = _original_names(model, start)
+        with part_of(which):
+            try:
+                known = results if first is None else None  # of the dense model, which is gone after the first round
+                original = None if first is None else first.counted
+                pruned = prune_(model, tokens_NT, method, share, original=original, results=known, **settings)
+            except ConfigError as error:
+                raise error if number == 1 else ConfigError(f"{error} (in {which}, of what is left by then)") from error
+        first = first or pruned
+        scores = _scores_after(scores, pruned.scores, plan, names)
+        plan = _plan_after(plan, pruned.plan, names)
+        budgets.append(dict(pruned.plan.budget))
+        if which:
+            logger.info("%s: removed %d parameters, for a share of %.4g", which, budgets[-1]["removed_params"], share)
+    assert first is not None
+    if len(shares) > 1:
+        totals = {key: value for key, value in budgets[0].items() if key.startswith("total_")}
+        removed = {key: sum(budget[key] for budget in budgets) for key in budgets[0] if key.startswith("removed_")}
+        figures = {"ratio": shares[-1], "of": method.sparsity.of, **totals, **removed, "rounds": budgets}
+        plan = replace(plan, budget=figures)
+    return replace(first, plan=plan, scores=scores)
+
+
+class _Start:
+    """How layers and experts are counted before the first round."""
+
+    def __init__(self, model: Model):
+        self.layers = list(model.origin)
+        self.experts = [model.experts_origin(index) for index in range(len(model.layers))]
+
+    def name(self, model: Model, index: int, site: str, expert: int | None) -> str:
+        """The name of a site of layer `index`, as it would be called there."""
+        layer = self.layers.index(model.origin[index])
+        here, there = (f"{model.layers_path}.{i}" for i in (index, layer))
+        if expert is not None:
+            number = self.experts[layer].index(model.experts_origin(index)[expert])
+            site = f"{site.rpartition('.')[0]}.{number}"
+        return there + site.removeprefix(here)
+
+
+def _original_names(model: Model, start: _Start) -> dict[str, str]:
+    """Sites of the model as it stands, blocks and whole experts among them -> their names as counted at the start."""
+    names = {}
+    for index in range(len(model.layers)):
+        for site in (*model.layer_sites(index), *model.whole_block(index).sites):
+            names[site.name] = start.name(model, index, site.name, site.expert)
+        experts = experts_name(model.family, f"{model.layers_path}.{index}")
+        names[experts] = start.name(model, index, experts, None)
+    return names
+
+
+def _plan_after(before: Plan, plan: Plan, names: Mapping[str, str]) -> Plan:
+    """One round's plan on top of those before it. Sites of a block that leaves are no longer named."""
+    sites = dict(before.sites)
+    for name, site in plan.sites.items():
+        known = before.sites.get(names[name])
+        kept = site.kept if known is None else tuple(known.kept[unit] for unit in site.kept)
+        sites[names[name]] = SitePlan(site.kind, site.units if known is None else known.units, kept)
+    gone = tuple(f"{name}." for name, site in sites.items() if site.kind == "block" and not site.kept)
+    return Plan({name: site for name, site in sites.items() if not name.startswith(gone)}, plan.budget)
+
+
+def _scores_after(
+    before: Mapping[str, Score], scores: Mapping[str, Score], plan: Plan, names: Mapping[str, str]
+) -> dict[str, Score]:
+    """One round's scores over those before it; `plan`: of the rounds before."""
+    after = dict(before)
+    for name, score in scores.items():
+        known = plan.sites.get(names[name])
+        if known is None or names[name] not in before:
+            after[names[name]] = score
+            continue
+        all_U = unit_scores(before[names[name]]).clone()
+        all_U[list(known.kept)] = unit_scores(score).to(all_U)
+        after[names[name]] = all_U
+    return after

@@ -1,0 +1,243 @@
+"""The steps of pruning, all layers at once or one after the other: calibrate, score, search, compensate, shrink."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.cache import NoCache
+from pruneexp.calibrate import Bookmark, Meter, Visit, walk, walk_sites
+from pruneexp.model import Model
+from pruneexp.pruning.ask import asked, searched
+from pruneexp.pruning.budget import as_searched, budget_of, searched_sites, whole_budget
+from pruneexp.pruning.dense_evidence import Results, checked, distinct, without_readers
+from pruneexp.pruning.method import Method, Pruned, Pruning, Shrunk, by_site, goes_layer_by_layer, judged_whole
+from pruneexp.pruning.notes import Notes
+from pruneexp.search import block_scores, expert_scores
+from pruneexp.surgery import remove_blocks_, replace_readers_, shrink_layer_
+from pruneexp.types import Criterion, Plan, RunError, Score, Search, Site, SiteWeights
+
+logger = logging.getLogger("pruneexp")
+
+
+def prune_(
+    model: Model,
+    tokens_NT: Tensor | None,
+    method: Method,
+    ratio: float,
+    *,
+    meter: Meter,
+    rng: torch.Generator,
+    shrunk: Shrunk,
+    clock: Callable[[str], Any],
+    results: Results | None = None,
+    notes: Notes | None = None,
+    original: int | None = None,
+) -> Pruned:
+    """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
+
+    Layer by layer in one walk where the criterion is sequential and the search decides each layer alone; otherwise
+    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage. `results`:
+    where scores and evidence of the dense model are kept (None: nowhere). `notes`: where it is noted how far each walk
+    has come, and where it begins (None: nowhere). `original`: what the ratio is a share of, where that is not this
+    model but a larger one that it was pruned from.
+    """
+    sites = model.sites()
+    blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
+    leave = {site.name: site for site in (*sites, *as_searched(model, method.search, sites), *blocks)}
+    results, notes = results or Results(NoCache(), {}), notes or Notes(None)
+    work = Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, results, notes)
+    budget = whole_budget(model, method.search, method.sparsity, ratio)
+    if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
+        work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
+    if goes_layer_by_layer(method):
+        plan = _layer_by_layer(work, sites)
+    else:
+        plan = _all_at_once(work)
+    figures = {"ratio": ratio, "of": method.sparsity.of, f"total_{budget.counts}": budget.total}
+    for counted in (budget, replace(budget, counts="params")):
+        removed = sum(plan.removed(site) * counted.price(site) for site in leave.values())
+        figures[f"removed_{counted.counts}"] = removed
+    plan = replace(plan, budget={**plan.budget, **figures})
+    return Pruned(plan, work.scores, sites, budget.total)
+
+
+def _all_at_once(work: Pruning) -> Plan:
+    """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
+    criterion, compensator = work.method.criterion, work.method.compensator
+    granularity = getattr(work.method.search, "granularity", ("heads", "channels"))
+    blocks_alone = set(granularity) == {"blocks"}  # nothing is left to compensate
+    shown = judged_whole(work.method)
+    dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
+    with work.clock("calibrate"):
+        scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
+        if lost := getattr(criterion, "lost", lambda _: 0)(scores):  # said of scores from the cache, too
+            logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(scores))
+        work.scores.update(scores)
+    with work.clock("search"):
+        sites = searched_sites(work.model, work.method.search)
+        work.scores.update(expert_scores(work.scores, sites))
+        scores = work.scores
+        scores = block_scores(scores, sites) if blocks_alone and not shown else scores
+        plan = searched(work, sites, scores)
+    work.scores = without_readers(work.scores)
+    del scores  # and with them the covariances of removal paths
+    plan, moved = _remove_blocks(work.model, plan, work.method.search)
+    renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
+    dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
+    with work.clock("shrink"):
+        if by_site(compensator) and not blocks_alone:
+            note = work.notes.bookmark("shrink", lambda: None, writing=True)
+            _site_by_site(work, lambda visit: renamed, (), note)
+        else:
+            kinds = distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
+            note = work.notes.bookmark("shrink", lambda: None, writing=True)
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink", bookmark=note):
+                evidence = visit.of(compensator.evidence) if kinds else dense
+                _shrink(work, visit, renamed, evidence)
+                del visit, evidence
+    return plan
+
+
+def _dense_results(
+    work: Pruning, criterion: Criterion | None, kind: Any, whole: tuple[str, ...]
+) -> tuple[dict[str, Score], dict[str, Any]]:
+    return work.results.of(work.model, work.tokens_NT, criterion, kind, whole, work.meter, work.notes)
+
+
+def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:
+    """Takes out the blocks that `plan` drops. The plan returned names them, and the sites of those that stay; beside
+    it, the sites' names from here on (layers behind a gap move up), and what they are called in the plan."""
+    blocks = {name: site for name, site in plan.sites.items() if site.kind == "block"}
+    gone = {name: site for name, site in blocks.items() if not site.kept}
+    there = as_searched(model, search, model.sites())
+    stay = [site for site in there if f"{model.layers_path}.{site.layer}" not in gone]
+    if not blocks:
+        return plan, {site.name: site.name for site in stay}
+    chosen = {site.name: plan.sites[site.name] for site in stay if site.name in plan.sites}
+    plan = Plan({**Plan.keep_all(stay).sites, **chosen, **gone}, plan.budget)
+    remove_blocks_(model, plan)
+    left = as_searched(model, search, model.sites())
+    return plan, dict(zip((site.name for site in left), (site.name for site in stay), strict=True))
+
+
+def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequence[type], note: Bookmark) -> None:
+    """Each sublayer is compensated and shrunk on what the pruned sublayers before it produce."""
+    wanted = work.method.compensator.evidence
+    assert wanted is not None
+    if work.tokens_NT is None:
+        raise RunError("compensator.target='dense': expected calibration windows")
+    plan, states = Plan({}), work.results.dense_states(work.model)
+    walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink", note, states)
+    for visit, site, collect in walked:
+        sites = visit.block.sites
+        plan = decide(visit) if site is sites[0] else plan
+        alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
+        if plan.removed(site):
+            keep_C = site.keep_C(plan.sites[site.name].kept)
+            reader = work.model.block(visit.index).weights[site.name]
+            weights = {site.name: replace(reader, writers={}, writer_biases={})}  # whose rows leave, and are not held
+            del reader
+            before = hasattr(wanted, "of") and len(keep_C) > 0  # evidence of what stays alone: nothing else need run
+            if before:
+                shrink_layer_(work.model, visit.index, alone)
+            readers = _readers(work, weights, [site], plan, {site.name: collect(keep_C)})
+            if before:
+                replace_readers_(work.model, visit.index, readers)
+            else:
+                shrink_layer_(work.model, visit.index, alone, readers)
+            del weights, readers
+        if site is sites[-1]:
+            work.shrunk(visit.index)
+        del visit, collect
+
+
+def _layer_by_layer(work: Pruning, sites: Sequence[Site]) -> Plan:
+    """Each layer is scored, searched and shrunk on what the pruned layers before it produce."""
+    criterion, compensator = work.method.criterion, work.method.compensator
+    dense: dict[str, Any] = {}
+    if compensator.evidence is not None and not compensator.sequential:
+        with work.clock("calibrate"):
+            _, dense = _dense_results(work, None, compensator.evidence, ())
+    sitewise = by_site(compensator)
+    kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
+    decided = _Decided(work)
+    note = work.notes.bookmark("shrink", decided.noted, writing=True)
+    if note.found is not None:
+        decided.go_on(note.found)
+    with work.clock("calibrate"):
+        if sitewise:
+            _site_by_site(work, decided.at, kinds, note)
+        else:
+            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink", bookmark=note):
+                plan = decided.at(visit)
+                evidence = visit.of(compensator.evidence) if compensator.sequential else dense
+                _shrink(work, visit, plan, evidence)
+                del visit, evidence
+    return decided.plan
+
+
+@dataclass
+class _Decided:
+    """The layers decided so far, and the parameters that they left over or took too much."""
+
+    work: Pruning
+    plan: Plan = field(default_factory=lambda: Plan({}))
+    carry: float = 0.0
+
+    def at(self, visit: Visit) -> Plan:
+        """Scores and decides the visited layer."""
+        work = self.work
+        sites = as_searched(work.model, work.method.search, visit.block.sites)
+        scores = checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
+        scores = {**scores, **expert_scores(scores, sites)}
+        work.scores.update(without_readers(scores))
+        budget = budget_of(work.model, work.method.sparsity, work.ratio, sites, [visit.index])
+        layer_plan, self.carry = asked(
+            work, scores, sites, replace(budget, added=self.carry, layers=len(work.model.layers)), None
+        )
+        self.plan = self.plan.merged(Plan(layer_plan.sites))
+        return self.plan
+
+    def noted(self) -> Any:
+        """What to go on from."""
+        return self.plan, self.carry, self.work.scores, self.work.rng.get_state()
+
+    def go_on(self, noted: Any) -> None:
+        self.plan, self.carry, self.work.scores, rng = noted
+        self.work.rng.set_state(rng)
+
+
+def _shrink(work: Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
+    """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
+    readers = _readers(work, visit.block.weights, visit.block.sites, plan, evidence)
+    shrink_layer_(work.model, visit.index, plan, readers)
+    work.shrunk(visit.index)
+
+
+def _readers(
+    work: Pruning,
+    weights: Mapping[str, SiteWeights],
+    sites: Sequence[Site],
+    plan: Plan,
+    evidence: Mapping[str, Any],
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
+    compensator = work.method.compensator
+    compensate = getattr(compensator, "in_place", compensator)
+    readers = {}
+    for site in sites:
+        if plan.removed(site):
+            own = weights[site.name]
+            keep_C = site.keep_C(plan.sites[site.name].kept)
+            found = evidence.get(site.name)
+            readers[site.name] = compensate(own.reader, own.reader_bias, found, keep_C)
+            shape, fits = tuple(readers[site.name][0].shape), (len(own.reader), len(keep_C))
+            if shape != fits:
+                raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")
+    return readers

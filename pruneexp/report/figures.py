@@ -1,0 +1,286 @@
+"""The figures of a report, as matplotlib draws them: narrow enough to be read on a telephone, told apart by marker and
+dash as well as by colour."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from pruneexp.report.comparison import Comparison
+from pruneexp.report.methods import Described
+from pruneexp.report.points import SHARE, Ablation, Cost, Point, Priced, kept_shares
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 4.4  # inches
+LEGEND = 56  # characters of a legend's line
+INK, FAINT, GRID = "#1c2126", "#6a737c", "#d3d8dd"
+# Okabe and Ito's colours, but for yellow and black: told apart by colour-blind readers, on white and on near-black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b98500", "#3f9fd8")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
+KIND_NAMES = {"attention": "attention heads (KV groups)", "mlp": "FFN channels", "block": "layers"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`name` of its files; `told` is what it shows in words and numbers, for those who cannot see it."""
+
+    name: str
+    caption: str
+    told: str
+    figure: Figure
+
+    @cached_property
+    def svg(self) -> str:
+        return as_svg(self.figure)
+
+
+Style = dict[str, Any]
+
+
+def styles(methods: Sequence[str]) -> dict[str, Style]:
+    """One look a method, the same in every figure of a report."""
+    return {
+        method: {
+            "color": COLOURS[k % len(COLOURS)],
+            "marker": MARKERS[k % len(MARKERS)],
+            "linestyle": DASHES[k // len(COLOURS) % len(DASHES)],
+        }
+        for k, method in enumerate(methods)
+    }
+
+
+def _figure(height: float, rows: int) -> tuple[Figure, Axes]:
+    """A figure with one panel and room below it for so many rows of a legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Figure and canvas by hand: pyplot would keep global state and may look for a screen.
+    figure = Figure(figsize=(WIDTH, height + 0.19 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, _plain(figure.subplots())
+
+
+def _plain(axes: Axes) -> Axes:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=10)
+    return axes
+
+
+def _wrapped(label: str, characters: int) -> str:
+    return textwrap.fill(label, characters, break_on_hyphens=False)
+
+
+def _upright(metric: str) -> str:
+    """A metric's name beside an axis: on two lines where one would be longer than the axis."""
+    return metric.replace("/", "/\n", 1) if len(metric) > 24 else metric
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    return 2 if all(len(label) <= 28 for label in labels) else 1
+
+
+def _legend_rows(labels: Sequence[str]) -> int:
+    lines = sum(1 + _wrapped(label, LEGEND).count("\n") for label in labels)
+    return -(-lines // _legend_columns(labels))
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    style: Style = {"frameon": False, "fontsize": 9, "labelcolor": INK, "ncols": _legend_columns(labels)}
+    if handles:
+        figure.legend(handles, [_wrapped(label, LEGEND) for label in labels], loc="outside lower left", **style)
+
+
+def _log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where perplexities differ by more than a factor of three."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    range_ = max(values) / min(values) if values else 1.0
+    if range_ > 3:
+        axes.set_yscale("log")
+        ticks = range(1, 10) if range_ < 8 else (1, 2, 5) if range_ < 300 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=tuple(map(float, ticks))))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def share_figure(
+    name: str,
+    metric: str,
+    points: Sequence[Point],
+    dense: Sequence[float],
+    conflicting: Sequence[Described],
+    published: Sequence[Comparison],
+    looks: Mapping[str, Style],
+) -> Picture:
+    """A perplexity or accuracy against the real share removed, a line a method, 95 % t-intervals over seeds as bars.
+    Runs of one config with different results, and published figures, are marks on their own."""
+    methods = list(dict.fromkeys(point.method for point in points))
+    entries = [*methods, *["published, at its nominal ratio"] * bool(published), *["dense"] * bool(dense)]
+    figure, axes = _figure(2.9, _legend_rows([*entries, *["same config, another result"] * bool(conflicting)]))
+    for value in dense:
+        axes.axhline(
+            value, color=FAINT, linewidth=1, linestyle=(0, (3, 3)), label="dense" if value == dense[0] else None
+        )
+    values = list(dense)
+    for method in methods:
+        line = sorted((point for point in points if point.method == method), key=lambda point: point.share)
+        x, y = [100 * point.share for point in line], [point.value for point in line]
+        axes.plot(x, y, label=method, markersize=6, linewidth=1.6, **looks[method])
+        barred = [point for point in line if point.low is not None and point.high is not None]
+        if barred:
+            low = [point.value - (point.low or 0) for point in barred]
+            high = [(point.high or 0) - point.value for point in barred]
+            where = [100 * point.share for point in barred], [point.value for point in barred]
+            axes.errorbar(*where, [low, high], fmt="none", ecolor=looks[method]["color"], capsize=3, elinewidth=1.2)
+        values += y
+    if conflicting:
+        x = [100 * one.run.metrics[SHARE] for one in conflicting]
+        y = [one.run.metrics[f"pruned/{metric}"] for one in conflicting]
+        axes.plot(x, y, "x", color=INK, markersize=7, label="same config, another result")
+        values += y
+    for k, one in enumerate(published):
+        # Below our marks, which it mostly surrounds, and in their colour.
+        look: Style = {"linestyle": "none", "marker": "*", "markersize": 13, "markerfacecolor": "none", "zorder": 1.5}
+        colour = looks[one.method]["color"] if one.method in looks else INK
+        label = None if k else "published, at its nominal ratio"
+        value = one.published.value / (100 if one.published.unit == "percent" else 1)
+        axes.plot([100 * one.published.ratio], [value], color=colour, label=label, **look)
+        values.append(value)
+    if metric.startswith("ppl/"):
+        _log_scale(axes, values)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("share of the decoder's parameters removed, %")
+    axes.set_ylabel(_upright(metric))
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    _legend(figure, axes)
+    told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
+    seeds = sorted({point.n for point in points})
+    mean = "mean log perplexity" if metric.startswith("ppl/") else "mean"
+    bars = f"bars are 95 % t-intervals of the {mean}" if seeds and seeds[-1] > 1 else "no bars"
+    over = f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}"
+    return Picture(name, f"{metric} against the share removed, {over} a point; {bars}.", told, figure)
+
+
+def pareto_figure(name: str, metric: str, cost: Cost, found: Sequence[Priced], looks: Mapping[str, Style]) -> Picture:
+    """Perplexity against a measured cost; what no other point beats is filled, and joined."""
+    front = sorted((one for one in found if one.on_front), key=lambda one: one.cost)
+    methods = list(dict.fromkeys(one.method for one in found))
+    figure, axes = _figure(2.9, _legend_rows([*methods, "front"]))
+    steps: Style = {"where": "post", "color": INK, "linewidth": 1, "label": "front"}
+    axes.step([one.cost for one in front], [one.ppl for one in front], **steps)
+    for method in methods:
+        look = {**looks.get(method, {"color": INK, "marker": "*"}), "linestyle": "none"}
+        here = [one for one in found if one.method == method]
+        label: str | None = method
+        for on_front in (True, False):
+            x = [one.cost for one in here if one.on_front == on_front]
+            y = [one.ppl for one in here if one.on_front == on_front]
+            if x:
+                face = look["color"] if on_front else "none"
+                axes.plot(x, y, markersize=7, markerfacecolor=face, label=label, **look)
+                label = None
+    _log_scale(axes, [one.ppl for one in found])
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel(cost.label)
+    axes.set_ylabel(_upright(metric))
+    axes.grid(color=GRID, linewidth=0.6)
+    _legend(figure, axes)
+    told = "; ".join(f"{one.method} {one.ratio:g} ({one.cost:.4g}, {one.ppl:.4g})" for one in front)
+    caption = f"{metric} against {cost.label}; lower is better in both. Filled: no other point beats it."
+    return Picture(name, caption, f"on the front: {told}", figure)
+
+
+def widths_figure(name: str, kind: str, rows: Sequence[tuple[str, Sequence[Described]]]) -> Picture | None:
+    """Share of its units that each layer keeps: a row a method and ratio (mean over its runs), a column a layer. None
+    where no plan names such units."""
+    table: list[list[float]] = []
+    names: list[str] = []
+    shares = [(label, [kept_shares(one.run.plan) for one in members]) for label, members in rows]
+    layers = 1 + max((layer for _, of in shares for one in of for found in one.values() for layer in found), default=0)
+    for label, of in shares:
+        if any(kind in one for one in of):
+            table.append([sum(one.get(kind, {}).get(k, 1.0) for one in of) / len(of) for k in range(layers)])
+            names.append(label)
+    if not table:
+        return None
+    labels = [_wrapped(label, 46) for label in names]
+    lines = max(label.count("\n") + 1 for label in labels)
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    figure, axes = _figure(1.2 + (0.1 + 0.14 * lines) * len(table), 0)
+    figure.set_figwidth(max(WIDTH, 2.2 + 0.075 * longest + 0.13 * layers))
+    image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(labels)), labels)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if layers <= 16 * step)
+    axes.set_xticks(range(0, layers, step))
+    axes.set_xlabel("layer")
+    axes.set_title(f"{KIND_NAMES.get(kind, kind)} kept", fontsize=10, color=INK, loc="left")
+    for side in axes.spines.values():
+        side.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
+    bar.ax.tick_params(colors=INK, labelsize=9)
+    bar.outline.set_visible(False)
+    told = "; ".join(
+        f"{row} {' '.join(f'{100 * v:.0f}' for v in found)}" for row, found in zip(names, table, strict=True)
+    )
+    return Picture(name, f"Share of {KIND_NAMES.get(kind, kind)} kept in each layer.", f"per cent: {told}", figure)
+
+
+def effects_figure(name: str, found: Ablation) -> Picture:
+    """Main effects: mean rise in log perplexity at each level, bars of one standard deviation over the runs there."""
+    factors = list(dict.fromkeys(effect.factor for effect in found.effects))
+    figure, axes = _figure(0.9 + 0.26 * (len(found.effects) + len(factors)), 0)
+    place, ticks, labels = 0.0, [], []
+    for k, factor in enumerate(factors):
+        levels = [effect for effect in found.effects if effect.factor == factor]
+        places = [place + j for j in range(len(levels))]
+        look: Style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": "none"}
+        axes.errorbar(
+            [effect.mean for effect in levels],
+            places,
+            xerr=[effect.spread or 0 for effect in levels],
+            capsize=3,
+            **look,
+        )
+        ticks += places
+        first = _wrapped(f"{factor} = {levels[0].level}", 34)
+        labels += [first, *(_wrapped(effect.level, 34) for effect in levels[1:])]
+        place += len(levels) + 0.8
+    axes.set_yticks(ticks, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"rise in ln {found.metric}")
+    axes.locator_params(axis="x", nbins=5)  # "-0.025" and its like are wide
+    axes.grid(axis="x", color=GRID, linewidth=0.6)
+    told = "; ".join(f"{effect.factor}={effect.level} {effect.mean:.4g}" for effect in found.effects)
+    text = f"Mean rise in ln {found.metric} at each level; bars of one standard deviation over the runs there."
+    return Picture(name, text, told, figure)
+
+
+def as_png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def as_svg(figure: Figure) -> str:
+    """Text stays text; the same figure gives the same bytes."""
+    import matplotlib
+
+    file = BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pruneexp", "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    return file.getvalue().decode()

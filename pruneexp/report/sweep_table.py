@@ -1,0 +1,76 @@
+"""A sweep's jobs as one table, read from their folders alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pruneexp.conf_files import YamlLoader
+from pruneexp.files import write_atomic
+from pruneexp.fingerprint import comparable, differing, settings
+from pruneexp.tracker import status_of
+
+
+def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows: a row for every job in `folder`, with its status, why it failed and the recipe (where any job
+    failed, or not all have the same), the settings in which the jobs differ, and its metrics. A job that is not done
+    has none; what a job lacks is ""."""
+    jobs = sorted(path.parent for path in folder.glob("*/status.json"))
+    configs = [_object(job / "config.yaml") for job in jobs]
+    found = [settings(config) for config in configs]
+    keys = differing(found)
+    metrics = [comparable(_metrics(job), config) for job, config in zip(jobs, configs, strict=True)]
+    figures = sorted({key for measured in metrics for key in measured})
+    told = {"reason": [str(_object(job / "status.json").get("reason") or "") for job in jobs]}
+    if any(key.endswith("._target_") for key in keys):
+        told["recipe"] = _recipes(configs)
+    told = {name: values for name, values in told.items() if len(set(values)) > 1 or (name == "reason" and any(values))}
+    rows = [
+        [
+            job.name,
+            status_of(job),
+            *(values[index] for values in told.values()),
+            *(found[index].get(key, "") for key in keys),
+            *(metrics[index].get(key, "") for key in figures),
+        ]
+        for index, job in enumerate(jobs)
+    ]
+    return ["job", "status", *told, *keys, *figures], rows
+
+
+def write_summary(folder: Path) -> Path:
+    """Writes the sweep's table as summary.csv."""
+    header, rows = sweep_table(folder)
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    path = folder / "summary.csv"
+    write_atomic(path, text.getvalue())
+    return path
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What a YAML or JSON file holds; empty where it is missing, damaged, or no object."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _recipes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The recipe whose parts each job has; "" where none has them, or its config is not there."""
+    from pruneexp.report.methods import choices_of
+
+    return [(choices_of(config)[0] or "") if config else "" for config in configs]
+
+
+def _metrics(job: Path) -> dict[str, Any]:
+    if status_of(job) != "done":
+        return {}
+    return json.loads((job / "metrics.json").read_text(encoding="utf-8"))

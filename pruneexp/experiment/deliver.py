@@ -16,7 +16,7 @@ from torch import Tensor
 from pruneexp.experiment.card import Card, Written, base_model, card_text, license_of
 from pruneexp.experiment.resume import take_up
 from pruneexp.experiment.settings import Experiment
-from pruneexp.files import files_in, read_object, write_atomic
+from pruneexp.files import check_writable, files_in, read_object, write_atomic
 from pruneexp.model import Model
 from pruneexp.model.companions import CARD
 from pruneexp.model.modeling_pruned import FAMILIES, Family
@@ -38,6 +38,7 @@ from pruneexp.surgery import (
     vllm_note,
 )
 from pruneexp.tracker import NOTES, PROOF, clear_unfinished
+from pruneexp.types import ConfigError, Plan
 
 logger = logging.getLogger("pruneexp")
 
@@ -166,6 +167,23 @@ def card_of(path: str, model: Model, pruned: Pruned, job: Mapping[str, Any], ada
 def write_card(card: Card, folder: Path) -> None:
     """Writes the card of the checkpoint in `folder`, which has its config.json. Raises OSError."""
     write_atomic(folder / CARD, card_text(card, written(folder)))
+
+
+def save_checkpoint(model: Model, plan: Plan, card: Card, folder: Path) -> None:
+    """Writes what a run has in its model/: weights, config, tokenizer, plan and card. Raises ConfigError where `folder`
+    is there already and not empty, RunError where it cannot be written."""
+    check_writable(folder, f"folder={str(folder)!r}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"folder={str(folder)!r}: is not empty; expected a new folder")
+
+    def complete(form: Form, aside: Path) -> None:
+        write_atomic(aside / "plan.json", plan.to_json() + "\n")
+
+    if folder.exists():
+        folder.rmdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _warn(save(model, folder, complete=complete))
+    write_card(card, folder)
 
 
 def written(folder: Path) -> Written:

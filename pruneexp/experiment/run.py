@@ -17,6 +17,7 @@ import torch
 
 from pruneexp.calibrate import DenseStates
 from pruneexp.experiment.bos_probe import tell_of_bos
+from pruneexp.experiment.card import Card
 from pruneexp.experiment.deliver import card_of, deliver, prepare_delivery, write_card
 from pruneexp.experiment.failures import failures_recorded
 from pruneexp.experiment.identity import identify
@@ -45,6 +46,7 @@ class Outcome:
     metrics: dict[str, float]
     plan: Plan | None = None
     model: Model | None = None
+    card: Card | None = None  # of the model, without figures
     folder: Path | None = None
 
 
@@ -124,7 +126,7 @@ def _pruned(
         if experiment.run.save:
             write_card(replace(card, metrics=record.metrics), folder / "model")
         shutil.rmtree(folder / NOTES, ignore_errors=True)
-    return Outcome(record.metrics, pruned.plan, model, folder)
+    return Outcome(record.metrics, pruned.plan, model, card, folder)
 
 
 def _counted(experiment: Experiment, model: Model) -> int:

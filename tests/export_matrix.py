@@ -2,7 +2,7 @@
 
     python -m tests.export_matrix
 
-prints it as it stands in README.md, where `test_export_matrix` holds it to what exports do.
+prints it as it stands in pruneexp/export/README.md, where `test_export_matrix` holds it to what exports do.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def cells(model_type: str, folder: Path) -> tuple[str, ...]:
 
 
 def matrix() -> str:
-    """The table, as it stands in README.md."""
+    """The table, as it stands in pruneexp/export/README.md."""
     lines = [
         "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |",
         "|---" * (1 + len(FORMATS)) + "|",

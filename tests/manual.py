@@ -50,10 +50,10 @@ def text(file: str) -> str:
 
 def commands(file: str, program: str) -> Iterator[list[str]]:
     """What a file tells users to give to a program: lines that begin with it, indented or fenced; \\ goes on."""
-    fenced = False
+    inside = False
     for line in text(file).replace("\\\n", " ").splitlines():
-        fenced ^= line.startswith("```")
-        if (fenced or line.startswith("    ")) and re.match(rf"\s*{re.escape(program)} ", line):
+        inside ^= line.startswith("```")
+        if (inside or line.startswith("    ")) and re.match(rf"\s*{re.escape(program)} ", line):
             yield shlex.split(line, comments=True)[1:]
 
 

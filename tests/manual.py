@@ -117,15 +117,14 @@ def group_choices(group: str) -> str:
 
 
 def group_keys(group: str) -> str:
-    """A row for each key and meaning; where choices differ, the defaults of each. Models are `hf` with a path."""
+    """A row for each key and meaning; where choices differ, the defaults of each. Models are `hf` with another path."""
     names = ["hf"] if group == "model" else choices(conf_folder() / group)
     having: dict[tuple[str, str], dict[str, str]] = {}
     for name in names:
         path = conf_folder() / group / f"{name}.yaml"
         about = comments(path)
         for key, value in content(path).items():
-            if about.get(key) and not isinstance(value, dict):
-                having.setdefault((key, about[key]), {})[name] = shown(value)
+            having.setdefault((key, about.get(key, "")), {})[name] = shown(value)
     rows, order = [], list(dict.fromkeys(key for key, _ in having))
     for (key, about), found in sorted(having.items(), key=lambda item: order.index(item[0][0])):
         values = list(dict.fromkeys(found.values()))

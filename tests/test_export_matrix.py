@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pruneexp.model.modeling_pruned import FAMILIES
-from tests.export_matrix import FORMATS, cells
+from tests.export_matrix import FORMATS, MANUAL, cells
 
 pytest.importorskip("gguf")
 HEAD = "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |"
@@ -15,7 +15,7 @@ HEAD = "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |"
 
 def in_manual() -> dict[str, tuple[str, ...]]:
     """The table's cells, by family."""
-    lines = (Path(__file__).parents[1] / "pruneexp" / "export" / "README.md").read_text().splitlines()
+    lines = MANUAL.read_text().splitlines()
     found = {}
     for line in lines[lines.index(HEAD) + 2 :]:
         if not line.startswith("|"):
@@ -26,10 +26,10 @@ def in_manual() -> dict[str, tuple[str, ...]]:
 
 
 def test_every_family_is_in_the_table() -> None:
-    assert sorted(in_manual()) == sorted(FAMILIES), "python -m tests.export_matrix prints the table"
+    assert sorted(in_manual()) == sorted(FAMILIES), "python -m tests.export_matrix writes the table"
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_what_each_format_holds(model_type: str, tmp_path: Path) -> None:
     found = cells(model_type, tmp_path)
-    assert in_manual().get(model_type) == found, "python -m tests.export_matrix prints the table"
+    assert in_manual().get(model_type) == found, "python -m tests.export_matrix writes the table"

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from pruneexp import evaluator
 from pruneexp.conf_files import choices, conf_folder
 from pruneexp.export.command import CHOICES
 from pruneexp.model.modeling_pruned import FAMILIES
 from pruneexp.surgery.served import NOT_SERVED
 from tests import manual
 
-EXPORT = "pruneexp/export/README.md"
+EXPORT, EVALUATORS = "pruneexp/export/README.md", "pruneexp/evaluator/README.md"
 
 
 def rows(file: str, first: str) -> list[list[str]]:
@@ -105,6 +106,19 @@ def test_the_table_of_engines_names_what_they_do_not_take() -> None:
     assert named["vLLM"] == set(NOT_SERVED)
     late = {name for name, family in FAMILIES.items() if family.pruned_since > "4.57"}
     assert named["transformers 4.57"] == late
+
+
+def test_the_table_of_families_has_all_of_them() -> None:
+    named = "".join(re.findall("[a-z]", " ".join(row[0] for row in rows("conf/README.md", "model family")).lower()))
+    for family in FAMILIES.values():
+        stem = re.sub(r"Moe$|Text$|\d", "", family.stock).lower()
+        assert stem in named, f"{family.stock}: conf/README.md has no row for it"
+
+
+def test_the_evaluators_that_need_the_model_in_memory_are_named() -> None:
+    (sentence,) = re.findall(r"^(.*) need the whole model in memory\.", manual.text(EVALUATORS), re.MULTILINE)
+    whole = {name.lower() for name in evaluator.__all__ if not getattr(evaluator, name).streams}
+    assert set(re.findall(r"`(\w+)`", sentence)) == whole
 
 
 def test_conf_holds_no_page_that_hydra_would_read() -> None:

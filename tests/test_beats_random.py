@@ -26,22 +26,20 @@ With steps of the paper's length, but not its number, the policy gradient is wor
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import compose
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.record import Record
 from tests.conftest import FAMILIES
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -83,9 +81,8 @@ def pruned(family: str, criterion: str, *typed: str) -> tuple[float, float]:
     calibration_NT, evaluation_NT = texts(family)
     before = model.decoder_params
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    nothing: Any = lambda *_: contextlib.nullcontext()  # noqa: E731
     rng = torch.Generator().manual_seed(0)
-    prune_(model, calibration_NT, method, 0.3, meter=Meter(), rng=rng, shrunk=nothing, clock=nothing)
+    prune_(model, calibration_NT, method, 0.3, Record(rng=rng))
     return math.exp(model.token_losses(evaluation_NT, 16).mean()), 1 - model.decoder_params / before
 
 

@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.calibrate import bookmark
-from pruneexp.experiment import summary_table as report
 from pruneexp.surgery import StreamedSave
-from pruneexp.tracker import status_of
+from pruneexp.tracker import status_of, structure
 from pruneexp.types import ConfigError
 from tests.benchmarks.big_checkpoint import Shape, write_checkpoint
 
@@ -92,7 +91,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
-    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
     monkeypatch.setattr(bookmark, "SHARE", float("inf"))  # every block is noted, however short it is
     write_checkpoint(tmp_path / "dense", Shape(48, 80, 4, 6, 3, 96), "float32", seed=0)
     np.save("tokens.npy", np.random.default_rng(0).integers(3, 96, (6, 24)))
@@ -211,14 +210,14 @@ def test_what_was_written_is_of_use_to_the_same_run_alone(run: Run, monkeypatch:
 
 def test_a_checkpoint_in_its_place_is_not_written_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while it was proved or measured."""
-    from pruneexp.experiment import run as experiment
+    from pruneexp.experiment import deliver
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("killed")
 
     typed = [*CASES["shrinking"][0], "run.dir=run"]
     with monkeypatch.context() as patch:
-        patch.setattr(experiment._Run, "_record_proof", broken)
+        patch.setattr(deliver, "check_source", broken)
         assert run(*typed) == 1
     calls()
     times = {path: path.stat().st_mtime_ns for path in Path("run/model").iterdir()}

@@ -225,7 +225,7 @@ def _run_recorded(job: Composed, number: str, shared: DenseStates | None = None)
     try:
         experiment = build(job)
         experiment.check()
-        return run_experiment(experiment, shared)
+        return run_experiment(experiment, shared).metrics
     except Exception as error:
         expected = isinstance(error, (ConfigError, RunError))
         reason = str(error) if expected else f"{type(error).__name__}: {one_line(error)}"

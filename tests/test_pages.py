@@ -634,7 +634,7 @@ def test_mistakes_are_one_line(
 def test_a_report_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pruneexp.report import command
+    from pruneexp.cli import report_command
 
     write_run(tmp_path / "good", config("recipe=flap"))
     assert report(tmp_path / "good", f"out={tmp_path / 'page'}") == 0
@@ -643,7 +643,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command, "_write", full)
+    monkeypatch.setattr(report_command, "_write", full)
     assert report(tmp_path / "good", f"out={tmp_path / 'page'}", "overwrite=true") == 1
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -15,7 +15,7 @@ from pruneexp.cli.exit_codes import run_command
 
 if TYPE_CHECKING:
     from pruneexp.report.folders import Found
-    from pruneexp.report.report import Report
+    from pruneexp.report.contents import Report
 
 HELP = """\
 usage: pruneexp-report FOLDER... [out=PATH] [key=value ...]
@@ -105,7 +105,7 @@ def write_report(asked: Request) -> Found:
         raise ConfigError(f"FOLDER={where}: no finished run there{why}")
     _check_out(asked, [run.folder for run in found.runs])
 
-    from pruneexp.report.report import report
+    from pruneexp.report.contents import report
 
     made = report(found, asked.folders)
     out = asked.out.absolute()

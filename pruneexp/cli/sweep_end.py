@@ -27,7 +27,7 @@ def hand_over(config: DictConfig, folder: Path, group: str) -> None:
             return
         from pruneexp.report.figures import as_png
         from pruneexp.report.folders import find
-        from pruneexp.report.report import report
+        from pruneexp.report.contents import report
 
         found = find([folder], "same")
         pictures = report(found, [folder]).pictures if found.runs else []

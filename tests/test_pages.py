@@ -532,6 +532,19 @@ def test_settings_alone_name_methods_of_parts_that_all_share(tmp_path: Path) -> 
     assert found == ["granularity=[heads,channels]", "granularity=[blocks]"]
 
 
+def test_recipes_keep_their_names_beside_runs_of_no_recipe(tmp_path: Path) -> None:
+    typed = {
+        "flap": ("recipe=flap",),
+        "flap search=greedy": ("recipe=flap", "search=greedy"),
+        "magnitude ul_um bias": ("recipe=magnitude", "compensator=bias"),  # that recipe is not there
+        "wanda_sp": ("recipe=wanda_sp",),
+        "wanda_sp compensator=least_squares": ("recipe=wanda_sp", "compensator=least_squares"),
+    }
+    for index, overrides in enumerate(typed.values()):
+        write_run(tmp_path / str(index), config(*overrides), metrics(4.0 + index))
+    assert [one.method for one in describe(find([tmp_path], "same").runs)] == list(typed)
+
+
 def test_runs_without_perplexity_have_a_page_too(tmp_path: Path) -> None:
     blocks = Plan({f"model.layers.{k}": SitePlan("block", 1, (0,) if k else ()) for k in range(3)})
     measured = {key: value for key, value in metrics().items() if "ppl/" not in key} | {"pruned/questions/acc": 0.5}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from pruneexp.cli.exit_codes import run_command
 
 if TYPE_CHECKING:
-    from pruneexp.report.folders import Found
     from pruneexp.report.contents import Report
+    from pruneexp.report.folders import Found
 
 HELP = """\
 usage: pruneexp-report FOLDER... [out=PATH] [key=value ...]

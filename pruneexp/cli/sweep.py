@@ -220,9 +220,7 @@ def _asked(run: Composed) -> set[str]:
     return asked | set(content.get("run") or {})
 
 
-def _run_recorded(
-    job: Composed, number: str, label: str, shared: DenseStates | None = None
-) -> dict[str, float] | None:
+def _run_recorded(job: Composed, number: str, label: str, shared: DenseStates | None = None) -> dict[str, float] | None:
     """The job's metrics, those on disk where it is done already; None for a failure, which is recorded."""
     from pruneexp.cli.build import build
     from pruneexp.experiment.run import run_experiment

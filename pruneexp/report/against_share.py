@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pruneexp.report.comparison import Comparison
-from pruneexp.report.figures import Picture, Style, share_figure
+from pruneexp.report.figures import Picture, Style
 from pruneexp.report.methods import Described
 from pruneexp.report.page import Section
 from pruneexp.report.points import SHARE, Point, accuracies, dense, is_mean, perplexities, points
+from pruneexp.report.share_figure import share_figure
 from pruneexp.report.tables import Cell, Table, number, ratio
 
 FEW = 3  # figures of a list that are written out

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from pruneexp.fingerprint import settings
@@ -89,7 +90,7 @@ def measured(one: Described, figure: Published) -> float | None:
     side = "pruned" if figure.ratio else "dense"
     values = [one.run.metrics.get(f"{side}/{metric}") for metric in figure.mean_of or (figure.metric,)]
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if len(known) == len(values) else None
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _compared(figure: Published, method: str, members: Sequence[Described]) -> Comparison:
@@ -106,9 +107,9 @@ def _compared(figure: Published, method: str, members: Sequence[Described]) -> C
         ours = interval(by_seed([100 * value if figure.unit == "percent" else value for value in values], seeds))
     shares = [one.run.metrics.get(SHARE, 0.0) if figure.ratio else 0.0 for one in members]
     within = abs(ours.mean - figure.value) <= figure.tolerance
-    share = math.fsum(shares) / len(shares)
     asked = members[0].ratio if figure.ratio else 0.0
-    return Comparison(figure, tuple(members), method, ours, asked, share, within, tuple(_aspects(figure, members[0])))
+    aspects = tuple(_aspects(figure, members[0]))
+    return Comparison(figure, tuple(members), method, ours, asked, fmean(shares), within, aspects)
 
 
 def _aspects(figure: Published, one: Described) -> list[Aspect]:

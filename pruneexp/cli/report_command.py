@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from pruneexp.cli.exit_codes import run_command
 
 if TYPE_CHECKING:
-    from pruneexp.report.contents import Report
     from pruneexp.report.folders import Found
+    from pruneexp.report.page import Report
 
 HELP = """\
 usage: pruneexp-report FOLDER... [out=PATH] [key=value ...]
@@ -146,7 +146,7 @@ def _write(made: Report, found: Found, folder: Path) -> None:
     for picture in progress(made.pictures, "draw", unit="figures"):
         (folder / "figures" / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
         (folder / "figures" / f"{picture.name}.png").write_bytes(as_png(picture.figure))
-    (folder / "index.html").write_text(page(made.title, made.lines, made.sections), encoding="utf-8")
+    (folder / "index.html").write_text(page(made), encoding="utf-8")
     record = {
         "runs": {run.name: run.hash for run in found.runs},
         "left_out": {one.name: one.reason for one in (*found.skipped, *found.repeats)},

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from pruneexp.fingerprint import settings
 from pruneexp.report.methods import Described, departures, model_names
 from pruneexp.report.points import SHARE, by_seed, distinct
 from pruneexp.report.published import Claim, Published, Table
@@ -75,12 +74,11 @@ def matches(one: Described, figure: Published) -> bool:
         return False
     if figure.ratio == 0:
         return True
-    found = settings(one.run.config)
     return (
         one.recipe in figure.recipes
         and abs(one.ratio - figure.ratio) <= NOMINAL
         and one.choices["recovery"].name == figure.recovery
-        and all(found.get(key) == value for key, value in figure.settings.items())
+        and all(one.run.flat.get(key) == value for key, value in figure.settings.items())
     )
 
 

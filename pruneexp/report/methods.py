@@ -171,8 +171,8 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
     lasts = [key.rpartition(".")[2] for key in keys]
     short = {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
     several = {key for head in heads for key in head if len({other.get(key) for other in heads}) > 1}
-    ratios = [float(setting.get(RATIO) or 0.0) for setting in (settings(run.config) for run in runs)]
-    drawn = {key for key in differing([settings(run.config) for run in runs]) if _is_seed(key)}
+    ratios = [float(run.flat.get(RATIO) or 0.0) for run in runs]
+    drawn = {key for key in differing([run.flat for run in runs]) if _is_seed(key)}
     described = []
     for index, run in enumerate(runs):
         head = {key: value for key, value in heads[index].items() if key in several}
@@ -184,8 +184,8 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
         words = [*(base or _fallback(recipes[index], choices[index], bool(told))), *told]
         if len(set(ratios)) > 1:
             factors[RATIO] = f"{ratios[index]:g}"
-        found = settings(run.config)
-        seed = tuple((key, found[key]) for key in sorted(found) if _is_seed(key) and not key.startswith("evaluator."))
+        seeds = sorted(key for key in run.flat if _is_seed(key) and not key.startswith("evaluator."))
+        seed = tuple((key, run.flat[key]) for key in seeds)
         described.append(
             Described(
                 run=run,

@@ -56,9 +56,7 @@ def test_three_seeds_have_an_interval_that_does_not_set_the_scale(tmp_path: Path
     span = math.log(math.exp(math.log(6 * 12 * 40) / 3) / 3.0)  # of the marks: the dense model's to the highest mean
     assert math.log(high / low) <= span * 1.61
     assert not [line for line in lines if line.get_markersize() == 3]
-    assert found.caption.endswith(
-        "t-intervals of the mean log perplexity; those that leave the frame go on outside it."
-    )
+    assert found.caption.endswith("t-intervals of the mean log perplexity; bars cut by the frame are longer.")
 
 
 def test_bars_that_fit_are_said_to_end_where_they_end(tmp_path: Path) -> None:

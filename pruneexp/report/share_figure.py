@@ -119,4 +119,4 @@ def _caption(metric: str, points: Sequence[Point], cut: bool) -> str:
     parts = [f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''} a point"] if seeds else []
     parts += ["small marks are the seeds"] if any(map(_seeds, points)) else []
     parts += [f"bars are 95 % t-intervals of the {mean}"] if any(map(_bar, points)) else []
-    return "; ".join(parts + ["those that leave the frame go on outside it"] * cut)
+    return "; ".join(parts + ["bars cut by the frame are longer"] * cut)

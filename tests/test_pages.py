@@ -678,6 +678,15 @@ def test_a_recipe_is_told_from_its_parts(recipe: str) -> None:
     assert choices_of(config(f"recipe={recipe}", "compensator=none", "criterion=random"))[0] is None
 
 
+def test_what_was_chosen_goes_before_what_the_settings_look_like() -> None:
+    chosen = {"recipe": "flap", "criterion": "flap", "sparsity": "one_shot", "search": "al_am", "compensator": "bias"}
+    recipe, found = choices_of(config("recipe=flap", "criterion.metric=IFV"), chosen)
+    assert recipe == "flap" and found["criterion"].departures == {"metric": "IFV"} and not found["search"].departures
+    assert choices_of(config("recipe=flap"), {**chosen, "search": "mine"})[0] is None
+    assert choices_of(config("recipe=flap"), {**chosen, "search": "mine"})[1]["search"].name == "mine"
+    assert choices_of(config("recipe=flap"), {**chosen, "recipe": "my_own"})[0] == "my_own"
+
+
 @pytest.mark.parametrize(
     ("group", "name"),
     [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))],

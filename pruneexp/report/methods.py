@@ -106,8 +106,26 @@ def _stands(key: str, value: Any, option: Mapping[str, Any]) -> bool:
     return open_ended or expected == value
 
 
-def choices_of(config: Mapping[str, Any]) -> tuple[str | None, dict[str, Choice]]:
-    """The recipe whose options these are, whatever their settings (None if there is none), and each group's option."""
+def _recorded(group: str, config: Mapping[str, Any], name: str | None) -> Choice:
+    """The option that was chosen, with what the config departs from it in."""
+    node, option = config.get(group), options(group).get(str(name))
+    if name is None or option is None or not isinstance(node, Mapping):  # of a folder of one's own
+        return choice(group, config) if name is None else Choice(name, {})
+    return Choice(name, {key: value for key, value in settings(node).items() if not _stands(key, value, option)})
+
+
+def choices_of(
+    config: Mapping[str, Any], recorded: Mapping[str, Any] | None = None
+) -> tuple[str | None, dict[str, Choice]]:
+    """The recipe whose options these are, whatever their settings (None if there is none), and each group's option.
+    `recorded`: what environment.json says was chosen; runs of older versions have none, and are told by their
+    settings."""
+    if recorded:
+        found = {group: _recorded(group, config, recorded.get(group)) for group in GROUPS}
+        recipe = recorded.get("recipe")
+        chosen = _recipes().get(str(recipe), {})
+        swapped = [group for group in RECIPE if chosen.get(group, recorded.get(group)) != recorded.get(group)]
+        return (None if swapped else recipe), found
     best: tuple[str | None, dict[str, Choice]] = (None, {group: choice(group, config) for group in GROUPS})
     fewest = math.inf
     for recipe, chosen in _recipes().items():
@@ -162,7 +180,7 @@ def _weights(run: Run) -> dict[str, str]:
 
 
 def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
-    made_of = [choices_of(run.config) for run in runs]
+    made_of = [choices_of(run.config, run.environment.get("choices")) for run in runs]
     recipes, choices = [recipe for recipe, _ in made_of], [of_run for _, of_run in made_of]
     flat = [_method_settings(run.config) for run in runs]
     heads, by_recipe = _heads(choices, recipes), _by_recipe(choices, recipes)

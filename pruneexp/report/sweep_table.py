@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
     figures = sorted({key for measured in metrics for key in measured})
     told = {"reason": [str(_object(job / "status.json").get("reason") or "") for job in jobs]}
     if any(key.endswith("._target_") for key in keys):
-        told["recipe"] = _recipes(configs)
+        told["recipe"] = [_recipe(job, config) for job, config in zip(jobs, configs, strict=True)]
     told = {name: values for name, values in told.items() if len(set(values)) > 1 or (name == "reason" and any(values))}
     rows = [
         [
@@ -63,11 +63,12 @@ def _object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _recipes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The recipe whose parts each job has; "" where none has them, or its config is not there."""
+def _recipe(job: Path, config: Mapping[str, Any]) -> str:
+    """The recipe whose parts the job has; "" where none has them, or its config is not there."""
     from pruneexp.report.methods import choices_of
 
-    return [(choices_of(config)[0] or "") if config else "" for config in configs]
+    recorded = _object(job / "environment.json").get("choices")
+    return (choices_of(config, recorded)[0] or "") if config else ""
 
 
 def _metrics(job: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class LocalRun:
         self.overwrite = overwrite
         self._folder: Path | None = None  # None: not claimed (yet, or any more), so there is nothing to write to
         self._status: dict[str, Any] = {}
+        self._choices: Mapping[str, Any] = {}  # of each group
         self._handlers: list[logging.Handler] = []
         self._level = logging.NOTSET
 
@@ -50,12 +51,13 @@ class LocalRun:
         self._write_json("status.json", self._status)
         self._open_log()
         self._write("config.yaml", _yaml(record.config))
+        self._choices = record.job.get("choices", {})
         self.environment({}, {})
         logger.info("started in %s", folder)
 
     def environment(self, model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Writes environment.json, with the model's and the data's fingerprints once they are known."""
-        self._write_json("environment.json", environment(model, data))
+        self._write_json("environment.json", {**environment(model, data), "choices": dict(self._choices)})
 
     def log(self, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():

@@ -17,9 +17,7 @@ def test_any_two_values_meet(sizes: tuple[int, ...]) -> None:
     parameters = [[[f"{i}", a] for a in range(size)] for i, size in enumerate(sizes)]  # lists: no hash is asked for
     rows = pairwise(*parameters)
     assert rows == pairwise(*parameters)
-    met = {
-        ((i, row[i][1]), (j, row[j][1])) for row in rows for i, j in itertools.combinations(range(len(sizes)), 2)
-    }
+    met = {((i, row[i][1]), (j, row[j][1])) for row in rows for i, j in itertools.combinations(range(len(sizes)), 2)}
     columns = itertools.combinations(range(len(sizes)), 2)
     assert met == {((i, a), (j, b)) for i, j in columns for a in range(sizes[i]) for b in range(sizes[j])}
     first, second, *_ = sorted(sizes, reverse=True)

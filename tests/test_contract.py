@@ -28,6 +28,7 @@ from pruneexp.conf_files import choices, conf_folder
 from pruneexp.experiment import summary_table as report
 from pruneexp.fingerprint import config_hash
 from pruneexp.types import Plan
+from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
 
 FILES = {  # of a run that writes its checkpoint and proves it
@@ -499,8 +500,8 @@ def composed_once(choice: str) -> Composed:
     return compose([choice])
 
 
-@pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("recipe", RECIPES)
+@each("swap", SWAPS)
 def test_a_choice_swaps_cleanly_into_a_recipe_in_any_order(recipe: str, swap: str) -> None:
     group, _, option = swap.partition("=")
     first, second = compose([f"recipe={recipe}", swap]), compose([swap, f"recipe={recipe}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from pruneexp.evaluator import Size
 from pruneexp.model import Model, ModelSource
 from pruneexp.surgery import check_source, dense_logits, prove_in_place, prove_in_process, save, shrink_
 from pruneexp.types import Plan, RunError, SitePlan
+from tests.cases import each
 from tests.tiny_families import TINY, random_model, tiny_model
 
 # What a folder holds, where its config says that the head is the embedding
@@ -128,7 +130,7 @@ def logits(model: Model, tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
-@pytest.mark.parametrize(("name", "tie"), CASES)
+@each("name, tie", CASES)
 def test_it_is_what_plain_transformers_makes_of_the_folder(
     name: str, tie: str, stream: bool, folders: Any, plain: Any, tokens_BT: torch.Tensor
 ) -> None:
@@ -143,9 +145,7 @@ def test_another_head_than_the_embedding_is_another_model(name: str, folders: An
     assert (other - copy).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
-@pytest.mark.parametrize("tie", TIES)
-@pytest.mark.parametrize("name", TIED)
+@each("stream, tie, name", itertools.product([False, True], TIES, TIED))
 def test_ties_are_those_of_the_file(name: str, tie: str, stream: bool, folders: Any) -> None:
     model = load(folders[name, tie], stream)
     source = ModelSource("dense", str(folders[name, tie]), None, "float32", "cpu", stream, False, 4)

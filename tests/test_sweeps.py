@@ -17,6 +17,7 @@ from pruneexp.cli import sweep as multirun
 from pruneexp.cli.compose import compose_raw, open_hydra
 from pruneexp.conf_files import sweep_files, sweeps_folder
 from pruneexp.experiment import summary_table as report
+from tests.cases import each
 from tests.wandb_specs import parameters, spec
 
 # All that is large: model, data, steps.
@@ -55,7 +56,7 @@ def test_a_sweep_runs_small(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert lost == LOSES[name] if name in LOSES else lost
 
 
-@pytest.mark.parametrize("name", sweep_files())
+@each("name", sweep_files())
 def test_the_wandb_spec_is_the_sweep(name: str) -> None:
     path = sweeps_folder() / "wandb" / f"{name}.yaml"
     assert path.read_text() == spec(name), "python -m tests.wandb_specs writes it anew"

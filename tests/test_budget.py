@@ -40,6 +40,7 @@ from pruneexp.search import (
 )
 from pruneexp.sparsity import OneShot
 from pruneexp.types import Budget, ConfigError, Cost, Site
+from tests.cases import each, pairwise
 from tests.conftest import FAMILIES, PARITY
 from tests.tiny_families import tiny_model
 
@@ -121,9 +122,7 @@ def test_totals_by_hand(family: str, tiny: Callable[..., Model]) -> None:
 # The budget is met in what is counted
 
 
-@pytest.mark.parametrize("of", QUANTITIES)
-@pytest.mark.parametrize("search", EXACT)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("search", "of", "family"), pairwise(list(EXACT), QUANTITIES, FAMILIES))
 def test_every_quantity_is_met_to_the_nearest_unit(
     family: str, search: str, of: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -200,9 +199,11 @@ def test_a_model_without_any_kv_cache_is_no_division_by_zero(
 # Out of reach
 
 
-@pytest.mark.parametrize("compensator", [NONE, BIAS], ids=["none", "bias"])
-@pytest.mark.parametrize("of", ["decoder", "macs", "kv_cache"])
-@pytest.mark.parametrize("search", BUDGETED)
+@pytest.mark.parametrize(
+    ("search", "of", "compensator"),
+    pairwise(list(BUDGETED), ["decoder", "macs", "kv_cache"], [NONE, BIAS]),
+    ids=repr,
+)
 def test_the_largest_ratio_that_is_named_works(
     search: str, of: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -273,8 +274,8 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     return run
 
 
-@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry"])
 @pytest.mark.parametrize(("command", "answer"), REFUSED, ids=[command for command, _ in REFUSED])
+@each("dry", [False, True])
 def test_a_budget_out_of_reach_is_refused_before_a_weight_is_loaded(
     command: str, answer: str, dry: bool, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +294,8 @@ def test_dense_targets_behind_post_norms_are_refused_before_a_weight_is_loaded(
 ) -> None:
     from transformers import OPTForCausalLM
 
-    from tests.conftest import tiny_config
+    from tests.cases import each, pairwise
+from tests.conftest import tiny_config
 
     config = tiny_config("opt")
     config.do_layer_norm_before = False

@@ -20,10 +20,10 @@ from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.calibrate import Meter, Probe, walk
 from pruneexp.evidence import Moments
-from pruneexp.experiment import summary_table as report
 from pruneexp.model import Model, source
 from pruneexp.model.sites import site_parts
 from pruneexp.surgery import shrink_layer_
+from pruneexp.tracker import structure
 from pruneexp.types import Candidate, Plan, RunError, Site, SitePlan
 from tests.conftest import FAMILIES, PARITY
 
@@ -269,7 +269,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
-    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
     before = signal.getsignal(signal.SIGTERM)
 
     def go(*arguments: str) -> int:

@@ -25,8 +25,8 @@ from pruneexp.__main__ import main
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import SECTIONS, Composed, compose
 from pruneexp.conf_files import choices, conf_folder
-from pruneexp.experiment import summary_table as report
 from pruneexp.fingerprint import config_hash
+from pruneexp.tracker import structure
 from pruneexp.types import Plan
 from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
@@ -82,7 +82,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
-    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
     return lambda *typed: run(*PARITY_RUN, "run.prove=off", "run.save=false", *typed)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pruneexp.cache.packing import packed, unpacked
 from pruneexp.evaluator.generation import continued
-from pruneexp.experiment import summary_table as report
 from pruneexp.experiment.forecast import available_memory
 from pruneexp.experiment.forecast.machine import out_of_memory
 from pruneexp.experiment.run import run_experiment
@@ -23,6 +22,7 @@ from pruneexp.model import Model
 from pruneexp.model.placement import connect_, devices_of, placed
 from pruneexp.pruning.dense_evidence import checked
 from pruneexp.surgery import masked, save, shrink_
+from pruneexp.tracker import structure
 from pruneexp.types import ColumnScores, ConfigError, Plan, RemovalPath, RunError, SitePlan
 from tests.conftest import FAMILIES
 from tests.pretended_gpus import Mixed, pretended_gpus
@@ -40,7 +40,7 @@ def run(
     build_from: Callable[..., Any], tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Run:
     """A run of a tiny model: its metrics that are no times and no memory, and its plan."""
-    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
     tokens_NT = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(1)).numpy()
     np.save(tmp_path / "seen.npy", tokens_NT[:8])
     np.save(tmp_path / "unseen.npy", tokens_NT[8:])

@@ -20,9 +20,9 @@ from pruneexp.__main__ import main
 from pruneexp.dataset import files as dataset_files
 from pruneexp.embedded import FOLDER
 from pruneexp.evaluator import Size
-from pruneexp.experiment import summary_table as report
 from pruneexp.model import Model, modeling_pruned
 from pruneexp.surgery import save
+from pruneexp.tracker import structure
 from pruneexp.types import ConfigError, Cost
 from tests.conftest import FAMILIES, PARITY
 
@@ -37,7 +37,7 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)  # what a slow machine says about waiting is not asked here
-    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: str) -> tuple[int, str]:

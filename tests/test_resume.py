@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.calibrate import bookmark
-from pruneexp.experiment import summary_table as report
 from pruneexp.surgery import StreamedSave
-from pruneexp.tracker import status_of
+from pruneexp.tracker import status_of, structure
 from pruneexp.types import ConfigError
 from tests.benchmarks.big_checkpoint import Shape, write_checkpoint
 
@@ -92,7 +91,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
-    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
     monkeypatch.setattr(bookmark, "SHARE", float("inf"))  # every block is noted, however short it is
     write_checkpoint(tmp_path / "dense", Shape(48, 80, 4, 6, 3, 96), "float32", seed=0)
     np.save("tokens.npy", np.random.default_rng(0).integers(3, 96, (6, 24)))

@@ -16,7 +16,7 @@ from pruneexp.__main__ import main
 from pruneexp.cli import sweep as multirun
 from pruneexp.cli.compose import compose_raw, open_hydra
 from pruneexp.conf_files import sweep_files, sweeps_folder
-from pruneexp.experiment import summary_table as report
+from pruneexp.tracker import structure
 from tests.cases import each
 from tests.wandb_specs import parameters, spec
 
@@ -42,7 +42,7 @@ def test_a_sweep_runs_small(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
-    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main([f"+sweep={name}", *SMALL, *chosen(name), "sweep.dir=swept"]) == 0
@@ -80,7 +80,7 @@ def test_an_agent_runs_a_job_of_the_sweep(tmp_path: Path, monkeypatch: pytest.Mo
 def test_jobs_that_were_checked_are_those_that_hydra_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same folders, same configs, same plans, whether Hydra's launcher composes each job anew or not."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "structure_figure", lambda *_: None)
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
     swept = ["--multirun", *SMALL, "recipe=flap", "sparsity.ratio=0.2,0.4", "compensator=none", "sweep.dir=swept"]
     assert main(swept) == 0
     checked = recorded(tmp_path / "swept")

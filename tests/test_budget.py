@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import signal
@@ -141,8 +142,7 @@ def test_every_quantity_is_met_to_the_nearest_unit(
     assert all(pruned.plan.sites[site.name].kept for site in pruned.sites)
 
 
-@pytest.mark.parametrize("of", QUANTITIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@each("of, family", itertools.product(QUANTITIES, FAMILIES))
 def test_al_am_meets_every_quantity_as_near_as_a_threshold_can(
     family: str, of: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -183,7 +183,7 @@ def test_given_heads_do_not_go_with_a_kv_cache(search: Any, tiny: Callable[..., 
         prune(tiny("llama"), None, search, OneShot(0.4, "kv_cache", 0))
 
 
-@pytest.mark.parametrize("search", [each for name, each in BUDGETED.items() if name != "blocks"], ids=repr)
+@each("search", [each for name, each in BUDGETED.items() if name != "blocks"])
 def test_a_model_without_any_kv_cache_is_no_division_by_zero(
     search: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -294,8 +294,7 @@ def test_dense_targets_behind_post_norms_are_refused_before_a_weight_is_loaded(
 ) -> None:
     from transformers import OPTForCausalLM
 
-    from tests.cases import each, pairwise
-from tests.conftest import tiny_config
+    from tests.conftest import tiny_config
 
     config = tiny_config("opt")
     config.do_layer_norm_before = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from pruneexp.cli.build import build, located
 from pruneexp.cli.compose import SECTIONS, compose, compose_raw, composed, open_hydra
 from pruneexp.cli.sweep import as_job
-from pruneexp.cli.sweep_jobs import JobComposer, job_configs, job_overrides
+from pruneexp.cli.sweep_jobs import JobComposer, job_configs, job_overrides, whole
 from pruneexp.conf_files import YamlLoader, choices, conf_folder, first_comment, inherited, key_comments, sweep_files
 from pruneexp.types import ConfigError
 from tests.cases import each
@@ -60,6 +61,13 @@ def overrides(group: str, option: str) -> list[str]:
     return [choice, *partner, *mandatory(group, option)]
 
 
+@cache
+def composer() -> JobComposer:
+    """Composes what one command line after the other asks for in a third of the time that `compose` needs."""
+    hydra = open_hydra()
+    return JobComposer(hydra, whole(hydra, ["hydra.mode=MULTIRUN"])[1])
+
+
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(node, Mapping):
         if "_target_" in node:
@@ -70,9 +78,9 @@ def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]
 
 @each("group, option", OPTIONS)
 def test_every_option_builds_and_names_the_fields_of_its_class(group: str, option: str) -> None:
-    composed = compose(overrides(group, option))
-    build(composed)
-    for key, node in targets(composed.config):
+    job = composer().job(overrides(group, option))
+    build(job)
+    for key, node in targets(job.config):
         parameters = inspect.signature(located(node["_target_"], key)).parameters
         assert set(node) - {"_target_"} == set(parameters), key
         defaults = [name for name, each in parameters.items() if each.default is not inspect.Parameter.empty]
@@ -110,7 +118,7 @@ def test_the_default_config_is_the_main_job() -> None:
 
 @each("recipe", RECIPES)
 def test_a_recipe_selects(recipe: str) -> None:
-    chosen = compose([f"recipe={recipe}"]).job["choices"]
+    chosen = composer().job([f"recipe={recipe}"]).job["choices"]
     assert tuple(chosen[group] for group in ("criterion", "sparsity", "search", "compensator")) == RECIPES[recipe]
 
 
@@ -124,7 +132,7 @@ def test_a_recipe_only_selects_and_names_no_model_and_no_data(path: Path) -> Non
 
 @each("recipe, choice", itertools.product(RECIPES, ["search=global", "criterion=magnitude"]))
 def test_what_is_typed_wins_over_a_recipe_in_any_order(recipe: str, choice: str) -> None:
-    first, second = compose([f"recipe={recipe}", choice]), compose([choice, f"recipe={recipe}"])
+    first, second = composer().job([f"recipe={recipe}", choice]), composer().job([choice, f"recipe={recipe}"])
     assert first.config == second.config
     group, _, option = choice.partition("=")
     selected = dict(zip(("criterion", "sparsity", "search", "compensator"), RECIPES[recipe], strict=True))

@@ -26,6 +26,7 @@ from pruneexp.evaluator.generation import (
 )
 from pruneexp.experiment.run import run_experiment
 from pruneexp.types import ConfigError
+from tests.cases import each
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +193,8 @@ def test_a_run_shows_the_samples_side_by_side(build_from, tmp_path):
 # mistakes
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
+@each(
+    "changes, expected",
     [
         ({"prompt_tokens": 0}, "prompt_tokens=0: expected an int >= 1"),
         ({"samples": 0}, "samples=0: expected an int >= 1"),

@@ -20,6 +20,7 @@ from pruneexp.search import PolicyGradient
 from pruneexp.search.gates import projected
 from pruneexp.search.policy import policy_gradient
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, RunError, Site
+from tests.cases import each
 from tests.conftest import FAMILIES
 from tests.toy_sites import model_sites
 
@@ -53,7 +54,7 @@ def draws(seed: int = 0) -> dict[str, Tensor]:
     return {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in SITES}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@each("seed", range(5))
 def test_projection_meets_the_budget_is_idempotent_and_the_nearest_point(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     s = torch.randn(30, generator=draw, dtype=torch.float64) * 0.7 + 0.5

@@ -101,8 +101,8 @@ def test_sizes_agree_with_their_ratios() -> None:
         assert 1 - value("llm_pruner_statistics", method, ratio, "params") / dense == pytest.approx(ratio, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
+@each(
+    "change, message",
     [
         (lambda d: d["rows"][1]["values"].__setitem__("7B", -1), "FLAP at 0.2, 7B: -1: expected a positive number"),
         (lambda d: d["rows"][1]["values"].__setitem__("8B", 1), "unknown 8B"),

@@ -29,6 +29,7 @@ from pruneexp.search import AlAm, Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import prove_in_place, save
 from pruneexp.types import ConfigError, RunError
+from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
 
 ALL: Any = ["query", "key", "value", "output", "gate", "up", "down"]
@@ -200,8 +201,8 @@ def test_none_does_nothing(pruned: Callable[..., Model], tokens_NT: Tensor) -> N
 # Settings
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
+@each(
+    "name, value, expected",
     [
         ("samples", 0, "null or an integer >= 1"),
         ("steps", 0, "null or an integer >= 1"),

@@ -264,10 +264,17 @@ def random_model(draw: random.Random) -> list[Site]:
     return model_sites(draw.randint(1, 6), heads, channels)
 
 
-@pytest.mark.parametrize("method", [Uniform(1, BOTH, 0, 0, 1, False), Uniform(0, BOTH, 0, 0, 1, False),
-                                    Global(1, BOTH, "zscore", 1), Global(0, BOTH, "none", 1),
-                                    Global(3, ["channels"], "mean", 1),
-                                    Uniform(1, ["channels"], 0.0, 0.0, 1, False)], ids=repr)  # fmt: skip
+@each(
+    "method",
+    [
+        Uniform(1, BOTH, 0, 0, 1, False),
+        Uniform(0, BOTH, 0, 0, 1, False),
+        Global(1, BOTH, "zscore", 1),
+        Global(0, BOTH, "none", 1),
+        Global(3, ["channels"], "mean", 1),
+        Uniform(1, ["channels"], 0.0, 0.0, 1, False),
+    ],
+)
 def test_the_budget_is_met_to_the_nearest_unit(method):
     met = 0
     for seed in range(60):
@@ -423,8 +430,8 @@ def test_global_is_quick_on_a_big_model():
     assert abs(removed(plan, sites) - budget.remove) <= CHANNEL_COST / 2
 
 
-@pytest.mark.parametrize(
-    ("ratio", "heads", "channels"),
+@each(
+    "ratio, heads, channels",
     [
         (0.1, 4, 33),  # 7.2 of 72: 0.4 of a head is none, 7 channels
         (0.3, 3, 26),  # 21.6: 1.2 heads are one, which is 8; 13.6 channels are 14

@@ -19,6 +19,7 @@ from pruneexp.cli.sweep_end import hand_over
 from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
 from pruneexp.tracker.weights_and_biases import _histograms
 from pruneexp.types import ConfigError, RunRecord
+from tests.cases import each
 from tests.tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, record
 
 
@@ -40,10 +41,7 @@ def tracker(mode: str | None = None) -> Wandb:
     return Wandb(project="pruneexp", entity=None, mode=mode, tags=["probe"])
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [("project", ""), ("entity", 3), ("mode", "onlin"), ("tags", "probe"), ("tags", [1])],
-)
+@each("field, value", [("project", ""), ("entity", 3), ("mode", "onlin"), ("tags", "probe"), ("tags", [1])])
 def test_wandb_settings_that_cannot_work(field, value):
     settings = {"project": "p", "entity": None, "mode": None, "tags": [], field: value}
     with pytest.raises(ConfigError, match=rf"^{field}=.*: expected "):

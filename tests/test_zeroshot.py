@@ -21,6 +21,7 @@ from pruneexp.evaluator.task_files import TASKS, read_task
 from pruneexp.evaluator.zeroshot import PUBLISHED
 from pruneexp.experiment.run import run_experiment
 from pruneexp.types import ConfigError, RunError
+from tests.cases import each
 from tests.task_samples import FILES, HUB, SOURCES, write_files
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "tasks"
@@ -224,8 +225,8 @@ def test_a_run_keeps_every_item(data, build_from):
     kept = [json.loads(Path("run/samples", f"zeroshot_{when}.json").read_text()) for when in ("dense", "pruned")]
     asked = [each["tasks"]["piqa"]["requests_sha256"] for each in kept]
     assert asked[0] == asked[1]
-    for when, each in zip(("dense", "pruned"), kept, strict=True):
-        assert each["tasks"]["piqa"]["figures"]["acc"] == metrics[f"{when}/acc/piqa@0shot[3]"]
+    for when, one in zip(("dense", "pruned"), kept, strict=True):
+        assert one["tasks"]["piqa"]["figures"]["acc"] == metrics[f"{when}/acc/piqa@0shot[3]"]
 
 
 DEFINITION = """
@@ -375,8 +376,8 @@ def test_a_model_that_gives_no_numbers(data, llama):
 # mistakes
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
+@each(
+    "changes, expected",
     [
         ({"tasks": []}, r"tasks=\[\]: expected one task or more, each once"),
         ({"tasks": ["piqa", "piqa"]}, r"tasks=\['piqa', 'piqa'\]: expected one task or more, each once"),
@@ -431,7 +432,7 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("name", WITHOUT)
+@each("name", WITHOUT)
 def test_a_wrong_line_is_named(name, tmp_path):
     task, number, change, expected = WITHOUT[name]
     path = write_files(tmp_path) / name
@@ -442,8 +443,8 @@ def test_a_wrong_line_is_named(name, tmp_path):
         a_zeroshot(tmp_path, task).check()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
+@each(
+    "name, content, expected",
     [
         ("valid.jsonl", None, "no file {path}; expected piqa's rows"),
         ("valid-labels.lst", None, "no file {path}; expected the labels of valid.jsonl, one a line"),

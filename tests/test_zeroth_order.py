@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from pruneexp.evidence import DirectionalGradient, Gradient, InputMoments, Momen
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from pruneexp.types import ConfigError, Cost, RunError, Site, SiteWeights
+from tests.cases import each
 from tests.conftest import FAMILIES
 from tests.toy_sites import activations, block
 
@@ -193,8 +195,7 @@ def evidence_for(toy: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[
     return found, made
 
 
-@pytest.mark.parametrize("members", ["sum", "max", "mean"])
-@pytest.mark.parametrize("tokens", ["l2", "mean"])
+@each("members, tokens", itertools.product(["sum", "max", "mean"], ["l2", "mean"]))
 def test_the_formula_unit_by_unit(tokens: str, members: str) -> None:
     toy = block()
     found, made = evidence_for(toy)

@@ -1,4 +1,4 @@
-"""The pieces that choose and loop over cases: nothing that they leave out goes unnoticed."""
+"""The pieces that choose and loop over cases, and that read messages: nothing that they leave out goes unnoticed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cases import each, pairwise
+from tests.messages import assert_told
 
 pytest_plugins = ["pytester"]
 
@@ -57,3 +58,19 @@ def test_a_loop_without_cases_is_a_mistake() -> None:
 def test_every_case_has_a_folder_of_its_own(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     (tmp_path / name).touch()
+
+
+LINE = "pruneexp: a.b=3: expected c.d=[1, 2) (2 of 3 jobs)\n"
+
+
+@each("named, typed", [("a.b=3", ["c.d=[1, 2)"]), ("a.b=3", []), ("a.b=3", ["expected", "2 of 3 jobs"])])
+def test_a_message_that_names_the_key_the_value_and_what_to_type(named: str, typed: list[str]) -> None:
+    assert_told(LINE, named, *typed)
+
+
+@each("printed, named, typed", [(LINE, "a.b", []), (LINE, "a.b=4", []), (LINE, "b=3", []), (LINE, "a.b=3", ["a.b=3"]),
+                                (LINE, "a.b=3", ["d=[1, 2)"]), (LINE, "a.b=3", ["job"]), (LINE, "a.b=3", ["c.d"]),
+                                (LINE * 2, "a.b=3", []), (LINE.strip(), "a.b=3", [])])  # fmt: skip
+def test_a_message_that_lacks_something(printed: str, named: str, typed: list[str]) -> None:
+    with pytest.raises(AssertionError):
+        assert_told(printed, named, *typed)

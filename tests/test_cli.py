@@ -29,6 +29,7 @@ from pruneexp.experiment.settings import Experiment
 from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import memory_metrics
 from pruneexp.types import ConfigError, RunError
+from tests.messages import assert_told
 
 OTHER_TEXT = [
     "evaluator=[ptb_128]",
@@ -98,166 +99,176 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     return started
 
 
-UNCHOSEN = (
-    "dataset=embedded: a default that suits the embedded models alone, not model={}; expected a choice, "
-    "dataset=wikitext2, or dataset=text dataset.calibration=FILE dataset.evaluation=FILE (dataset=embedded, typed,"
-)
+OWN_DATA = ["dataset=wikitext2", "dataset=text dataset.calibration=FILE dataset.evaluation=FILE", "dataset=embedded"]
 LONG = "x" * 300
-MISTAKES = [
-    ("criterion=flapp", "criterion=flapp: expected one of block_influence, .*; did you mean criterion=flap?"),
-    ("evaluator=[size,sise]", "evaluator=sise: expected one of .*; did you mean evaluator=size?"),
-    ("recipe=null", "recipe=null: expected one of best, flap, "),
-    ("search=null", "search=null: expected one of al_am, "),
-    ("~search", "search is missing: expected one of al_am, "),
-    ("hydra/launcher=joblibb", "hydra/launcher=joblibb: expected one of .*basic.* (is its plug-in installed?)"),
-    ("search.headz=3", "search.headz=3: search=al_am has no keys; did you mean search.heads?"),
-    ("search.heads=3", "search.heads=3: search=al_am has no such key; it is one of search=al_mm, ul_mm"),
-    ("sparsty.ratio=0.3", "sparsty.ratio=0.3: unknown key; did you mean sparsity.ratio?"),
-    ("sparsty=one_shot", "sparsty=one_shot: unknown key; did you mean sparsity?"),
-    ("sparsity.ration=0.3", "sparsity.ration=0.3: unknown key; expected one of .*; did you mean sparsity.ratio?"),
-    ("run.foo=1", "run.foo=1: unknown key; expected one of run.dir, run.name, "),
-    ("+criterion.foo=1", "criterion.foo=1: unknown key; expected one of criterion.metric, "),
-    ("+foo=1", "foo: unknown key; expected one of model, dataset, "),
-    ("+sweep.foo=1", "sweep.foo: unknown key; expected one of sweep.dir, sweep.objective"),
-    ("+criterion=flap", "+criterion=flap: this group has a choice already; expected criterion=flap"),
-    ("search=ul_mm", "search.heads is missing: expected heads (KV groups) to remove over all layers"),
-    ("model=hf", "model.path is missing: expected a folder "),
-    ("sparsity.ratio=???", "sparsity.ratio is missing: expected share to remove, in [0, 1)"),
-    ("sparsity.ratio=abc", "sparsity.ratio='abc': expected a number"),
-    ("sparsity.ratio=true", "sparsity.ratio=True: expected a number"),
-    ("sparsity.ratio=1.5", "sparsity.ratio=1.5: expected "),
-    ("sparsity.ratio=0.2,0.3", "sparsity.ratio=0.2,0.3: several values need --multirun"),
-    ("evaluator=perplexity,size", ".*a list is written evaluator=[perplexity,size]"),
-    ("run.overwrite=maybe", "run.overwrite='maybe': expected true or false"),
-    ("run.prove=in_plaice", "run.prove='in_plaice': expected one of process, in_place, off; did you mean in_place?"),
-    ("run=null", "run=None: expected its keys"),
-    ("dataset.samples=0", "dataset.samples=0: expected an int >= 1"),
-    ("dataset=wikitext2 dataset.samples=0", "dataset.samples=0: expected an int >= 1"),
-    ("criterion=obs criterion.ridge=-1", "criterion.ridge=-1.0: expected a number >= 0"),
-    ("seed=-1", "seed=-1: expected an integer >= 0"),
-    ("seed=1.5", "seed=1.5: expected an integer"),
-    ("seed=9223372036854775808", "seed=9223372036854775808: expected an integer below 2**63"),
-    ("dataset.seed=9223372036854775808", "dataset.seed=9223372036854775808: expected an int below 2**63"),
-    ("model.device=cudaa", "model.device='cudaa': expected cpu, cuda, cuda:N or auto"),
-    ("model.device=mps", "model.device='mps': expected cpu, cuda, cuda:N or auto"),
+MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line names, what it says to type instead
+    ("criterion=flapp", "criterion=flapp", ["block_influence", "wanda_sp", "criterion=flap"]),
+    ("evaluator=[size,sise]", "evaluator=sise", ["perplexity", "evaluator=size"]),
+    ("recipe=null", "recipe=null", ["best", "flap"]),
+    ("search=null", "search=null", ["al_am", "uniform"]),
+    ("~search", "search", ["al_am", "uniform"]),
+    ("hydra/launcher=joblibb", "hydra/launcher=joblibb", ["basic", "plug-in"]),
+    ("search.headz=3", "search.headz=3", ["search=al_am", "search.heads"]),
+    ("search.heads=3", "search.heads=3", ["search=al_am", "search=al_mm", "ul_mm"]),
+    ("sparsty.ratio=0.3", "sparsty.ratio=0.3", ["sparsity.ratio"]),
+    ("sparsty=one_shot", "sparsty=one_shot", ["sparsity"]),
+    ("sparsity.ration=0.3", "sparsity.ration=0.3", ["sparsity.of", "did you mean sparsity.ratio"]),
+    ("run.foo=1", "run.foo=1", ["run.dir", "run.name"]),
+    ("+criterion.foo=1", "criterion.foo=1", ["criterion.metric"]),
+    ("+foo=1", "foo", ["model", "dataset"]),
+    ("+sweep.foo=1", "sweep.foo", ["sweep.dir", "sweep.objective"]),
+    ("+criterion=flap", "+criterion=flap", ["criterion=flap"]),
+    ("search=ul_mm", "search.heads", ["heads (KV groups) to remove over all layers"]),  # the comment in conf/
+    ("model=hf", "model.path", ["a folder", "Hub id", "GGUF"]),
+    ("sparsity.ratio=???", "sparsity.ratio", ["[0, 1)"]),
+    ("sparsity.ratio=abc", "sparsity.ratio='abc'", ["number"]),
+    ("sparsity.ratio=true", "sparsity.ratio=True", ["number"]),
+    ("sparsity.ratio=1.5", "sparsity.ratio=1.5", ["[0, 1)"]),
+    ("sparsity.ratio=0.2,0.3", "sparsity.ratio=0.2,0.3", ["--multirun"]),
+    ("evaluator=perplexity,size", "evaluator=perplexity,size", ["evaluator=[perplexity,size]"]),
+    ("run.overwrite=maybe", "run.overwrite='maybe'", ["true", "false"]),
+    ("run.prove=in_plaice", "run.prove='in_plaice'", ["process", "off", "did you mean in_place"]),
+    ("run=null", "run=None", ["run.dir=..."]),
+    ("dataset.samples=0", "dataset.samples=0", [">= 1"]),
+    ("dataset=wikitext2 dataset.samples=0", "dataset.samples=0", [">= 1"]),
+    ("criterion=obs criterion.ridge=-1", "criterion.ridge=-1.0", [">= 0"]),
+    ("seed=-1", "seed=-1", [">= 0"]),
+    ("seed=1.5", "seed=1.5", ["integer"]),
+    ("seed=9223372036854775808", "seed=9223372036854775808", ["2**63"]),
+    ("dataset.seed=9223372036854775808", "dataset.seed=9223372036854775808", ["2**63"]),
+    ("model.device=cudaa", "model.device='cudaa'", ["cpu", "cuda", "cuda:N", "auto"]),
+    ("model.device=mps", "model.device='mps'", ["cpu", "cuda", "cuda:N", "auto"]),
     (
         "model.device=auto model.stream=true",
-        "model.device='auto': expected cpu, cuda or cuda:N with model.stream=true, which needs one",
+        "model.device='auto'",
+        ["cpu", "cuda", "cuda:N", "model.stream=true"],
     ),
-    ("criterion._target_=my.module.Thing", "criterion._target_='my.module.Thing': cannot import it: ModuleNotFound"),
-    ("criterion._target_=pruneexp.criterion.Flapp", ".*no Flapp; did you mean pruneexp.criterion.Flap?"),
-    ("criterion._target_=Flap", "criterion._target_='Flap': expected a dotted path to a class"),
-    ("criterion._target_=pruneexp.search.AlAm", ".*"),
-    ("flap", "flap: expected key=value; did you mean recipe=flap?"),
-    ("sparsity.ratio==", "sparsity.ratio==: cannot be read; expected key=value"),
-    ("sparsity.ratio=[", "sparsity.ratio=[: cannot be read; expected key=value"),
-    ("sparsity.ratio=${foo.bar}", "sparsity.ratio: Interpolation key 'foo.bar' not found"),
-    ("sweep.dir=x", "sweep.dir='x': expected null in a single run; add --multirun"),
-    ("hydra.run.dir=x", "hydra.run.dir=x: the folders of runs are not Hydra's here; expected run.dir"),
-    ("hydra.mode=foo", "hydra.mode=foo: Invalid value 'foo'"),
-    ("+sweep=flap_ration", "sweep=flap_ration: expected one of .*; did you mean sweep=flap_ratios?"),
-    ("evaluator=[latency] model.stream=true", "model.stream=True: evaluator=latency needs the whole model"),
+    ("criterion._target_=my.module.Thing", "criterion._target_='my.module.Thing'", ["ModuleNotFoundError"]),
+    (
+        "criterion._target_=pruneexp.criterion.Flapp",
+        "criterion._target_='pruneexp.criterion.Flapp'",
+        ["pruneexp.criterion.Flap"],
+    ),
+    ("criterion._target_=Flap", "criterion._target_='Flap'", ["package.module.Class"]),
+    ("criterion._target_=pruneexp.search.AlAm", "criterion.metric='WIFV'", ["no keys"]),
+    ("flap", "flap", ["key=value", "recipe=flap"]),
+    ("sparsity.ratio==", "sparsity.ratio==", ["key=value"]),
+    ("sparsity.ratio=[", "sparsity.ratio=[", ["key=value"]),
+    ("sparsity.ratio=${foo.bar}", "sparsity.ratio", ["foo.bar"]),
+    ("sweep.dir=x", "sweep.dir='x'", ["null", "--multirun"]),
+    ("hydra.run.dir=x", "hydra.run.dir=x", ["run.dir", "sweep.dir"]),
+    ("hydra.mode=foo", "hydra.mode=foo", ["RUN", "MULTIRUN"]),
+    ("+sweep=flap_ration", "sweep=flap_ration", ["grid", "sweep=flap_ratios"]),
+    ("evaluator=[latency] model.stream=true", "model.stream=True", ["evaluator=latency", "model.stream=false"]),
     (
         "model.stream=true compensator=least_squares compensator.sequential=false compensator.target=pruned",
-        "compensator.sequential=False: with model.stream=true, the covariances of all layers",
+        "compensator.sequential=False",
+        ["model.stream=true", "expected true"],
     ),
-    ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected .* (1 of 2 jobs)"),
+    ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5", ["[0, 1)", "1 of 2 jobs"]),
     (
         "--multirun sparsity.ratio=interval(0.1,0.3)",
-        "sparsity.ratio=interval(0.1,0.3): a sweep needs values, .*hydra/sweeper=optuna",
+        "sparsity.ratio=interval(0.1,0.3)",
+        ["sparsity.ratio=A,B", "hydra/sweeper=optuna"],
     ),
-    ("--multirun sparsity.ratio=0.2,", "sparsity.ratio=0.2,: cannot be read; .* special characters\n"),
-    ("run.dir=späce", """run.dir=späce: cannot be read; expected key=value, .* as in "run.dir='späce'\""""),
-    ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
-    ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3: unknown key; .*did you mean sparsity.ratio?\n"),
+    ("--multirun sparsity.ratio=0.2,", "sparsity.ratio=0.2,", ["key=value"]),
+    ("run.dir=späce", "run.dir=späce", ["key=value", "\"run.dir='späce'\""]),
+    ("--multirun search=al_am,al_an", "search=al_an", ["al_am", "search=al_am", "1 of 2 jobs"]),
+    ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3", ["did you mean sparsity.ratio"]),
     (
         "--multirun recipe=flap,best search.effort=5,10",
-        "search.effort=5,10: not every search that is swept over has such a key; it is one of search=evolutionary; "
-        "expected two commands with one sweep.dir, search.effort only in that of the choices that have it "
-        "(2 of 4 jobs)",
+        "search.effort=5,10",
+        ["search=evolutionary", "two commands", "sweep.dir", "2 of 4 jobs"],
     ),
     (
         "--multirun recipe=flap,wanda_sp,sleb,best search.effort=5",
-        "search.effort=5: not every search that is swept over has such a key; it is one of .* (3 of 4 jobs)\n",
+        "search.effort=5",
+        ["search=evolutionary", "two commands", "sweep.dir", "3 of 4 jobs"],
     ),
     (
         "--multirun recipe=flap,wanda_sp,sleb,best search.min_unit=1",
-        "search.min_unit=1: unknown key; expected one of .*search.effort, .*; did you mean search.min_units?\n",
+        "search.min_unit=1",
+        ["search.effort", "did you mean search.min_units"],
     ),
     (
         "--multirun search=al_am,evolutionary search.effort=5",
-        "search.effort=5: not every search that .*; expected two commands with one sweep.dir.*(1 of 2 jobs)",
+        "search.effort=5",
+        ["search=evolutionary", "two commands", "sweep.dir", "1 of 2 jobs"],
     ),
-    ("--multirun seed=1,2 run.dir=x", "run.dir='x': expected null in a multirun"),
-    ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),
-    ("--multirun seed=1,2 sweep.dir=/dev/null", "sweep.dir='/dev/null': expected a folder, found a file"),
-    ("--multirun seed=1,2 sweep.dir=/dev/null/x", "sweep.dir='/dev/null/x': /dev/null is a file; expected a folder"),
-    (
-        "criterion=[flap,wanda_sp]",
-        "criterion=[flap,wanda_sp]: expected one choice (several are swept over as criterion=flap,wanda_sp with",
-    ),
-    (
-        "tracker=[local,wandb]",
-        "tracker=[local,wandb]: expected one choice (several are swept over as tracker=local,wandb",
-    ),
-    ("recipe=[flap]", "recipe=[flap]: expected one choice (several are swept over as recipe=flap"),
-    ("--multirunn", "unrecognized arguments: --multirunn"),
-    ("--cfg foo", "argument --cfg/-c: invalid choice: 'foo'"),
-    ("--cfg job criterion=flapp", "criterion=flapp: expected one of block_influence, "),
-    ("--resolve", "--package and --resolve go with --cfg"),
-    ("--shell-completion", "Expecting one subcommand"),
-    ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
-    ("--config-dir nowhere --help", "--config-dir nowhere: no such folder"),
-    ("model=/a/folder", "model=/a/folder: expected one of .*; did you mean model=hf model.path=/a/folder?\n"),
-    ("model=org/name", "model=org/name: expected one of .*; did you mean model=hf model.path=org/name?\n"),
-    ("model=it.gguf", "model=it.gguf: expected one of .*; did you mean model=hf model.path=it.gguf?\n"),
-    ("model=llama2-7b", "model=llama2-7b: expected one of .*; did you mean model=llama2_7b?\n"),
-    ("sparsity=0.3", "sparsity=0.3: expected one of .*; did you mean sparsity.ratio=0.3?\n"),
-    ("ratio=0.3", "ratio=0.3: unknown key; did you mean sparsity.ratio=0.3?\n"),
-    ("--recipe flap", "--recipe flap: settings have no dashes; expected recipe=flap;"),
-    ("--recipe=flap", "--recipe=flap: settings have no dashes; expected recipe=flap;"),
-    ("--sparsity.ratio 0.3", "--sparsity.ratio 0.3: settings have no dashes; expected sparsity.ratio=0.3;"),
+    ("--multirun seed=1,2 run.dir=x", "run.dir='x'", ["null", "sweep.dir/<hash>"]),
+    ("--multirun seed=1,2 sweep.dir=''", "sweep.dir=''", ["a folder", "null"]),
+    ("--multirun seed=1,2 sweep.dir=/dev/null", "sweep.dir='/dev/null'", ["a folder", "a file"]),
+    ("--multirun seed=1,2 sweep.dir=/dev/null/x", "sweep.dir='/dev/null/x'", ["/dev/null is a file", "a folder"]),
+    ("criterion=[flap,wanda_sp]", "criterion=[flap,wanda_sp]", ["criterion=flap,wanda_sp with --multirun"]),
+    ("tracker=[local,wandb]", "tracker=[local,wandb]", ["tracker=local,wandb with --multirun"]),
+    ("recipe=[flap]", "recipe=[flap]", ["recipe=flap"]),
+    ("--multirunn", "unrecognized arguments", ["--multirunn", "pruneexp --help"]),
+    ("--cfg foo", "argument --cfg/-c", ["'foo'", "'job'", "'hydra'", "'all'"]),
+    ("--cfg job criterion=flapp", "criterion=flapp", ["block_influence", "criterion=flap"]),
+    ("--resolve", "--package and --resolve", ["--cfg"]),
+    ("--shell-completion", "Expecting one subcommand", ["'install'", "'uninstall'", "'query'"]),
+    ("--config-dir nowhere", "--config-dir nowhere", ["no such folder"]),
+    ("--config-dir nowhere --help", "--config-dir nowhere", ["no such folder"]),
+    ("model=/a/folder", "model=/a/folder", ["model=hf model.path=/a/folder"]),
+    ("model=org/name", "model=org/name", ["model=hf model.path=org/name"]),
+    ("model=it.gguf", "model=it.gguf", ["model=hf model.path=it.gguf"]),
+    ("model=llama2-7b", "model=llama2-7b", ["model=llama2_7b"]),
+    ("sparsity=0.3", "sparsity=0.3", ["one_shot", "sparsity.ratio=0.3"]),
+    ("ratio=0.3", "ratio=0.3", ["sparsity.ratio=0.3"]),
+    ("--recipe flap", "--recipe flap", ["recipe=flap"]),
+    ("--recipe=flap", "--recipe=flap", ["recipe=flap"]),
+    ("--sparsity.ratio 0.3", "--sparsity.ratio 0.3", ["sparsity.ratio=0.3"]),
     (
         "dataset.text=a.txt",
-        "dataset.text=a.txt: text is a choice, no key; "
-        "did you mean dataset=text dataset.calibration=a.txt dataset.evaluation=FILE?\n",
+        "dataset.text=a.txt",
+        ["dataset=text dataset.calibration=a.txt dataset.evaluation=FILE"],
     ),
-    ("criterion.obs=1", "criterion.obs=1: obs is a choice, no key; did you mean criterion=obs?\n"),
+    ("criterion.obs=1", "criterion.obs=1", ["criterion=obs"]),
     (
         "evaluator.zeroshot.limit=3",
-        "evaluator.zeroshot.limit=3: evaluator zeroshot is not chosen; "
-        "expected it to be, as in evaluator=[perplexity,size,latency,zeroshot]\n",
+        "evaluator.zeroshot.limit=3",
+        ["evaluator=[perplexity,size,latency,zeroshot]"],
     ),
-    ("model=opt_125m", UNCHOSEN.format("opt_125m")),
-    ("model=hf model.path=x run.dry=true dataset.samples=4", UNCHOSEN.format("hf")),
-    ("--multirun model=embedded_opt,opt_125m seed=1,2", f"{UNCHOSEN.format('opt_125m')}.* (2 of 4 jobs)"),
-    ("+sweep=grid model=opt_125m", UNCHOSEN.format("opt_125m")),
-    ("+sweep=grid model=opt_125m run.dry=true", UNCHOSEN.format("opt_125m")),
-    ("--multirun model=opt_125m seed=1,2 hydra.sweeper._target_=my.Sweeper", UNCHOSEN.format("opt_125m")),
+    ("model=opt_125m", "dataset=embedded", ["model=opt_125m", *OWN_DATA]),
+    ("model=hf model.path=x run.dry=true dataset.samples=4", "dataset=embedded", ["model=hf", *OWN_DATA]),
+    (
+        "--multirun model=embedded_opt,opt_125m seed=1,2",
+        "dataset=embedded",
+        ["model=opt_125m", *OWN_DATA, "2 of 4 jobs"],
+    ),
+    ("+sweep=grid model=opt_125m", "dataset=embedded", ["model=opt_125m", *OWN_DATA]),
+    ("+sweep=grid model=opt_125m run.dry=true", "dataset=embedded", ["model=opt_125m", *OWN_DATA]),
+    (
+        "--multirun model=opt_125m seed=1,2 hydra.sweeper._target_=my.Sweeper",
+        "dataset=embedded",
+        ["model=opt_125m", *OWN_DATA],
+    ),
     (
         "model=hf model.path=x dataset=embedded model.revision=67e5010",
-        "model.revision=67e5010: read as inf; expected text or null, in quotes, as in \"model.revision='67e5010'\"\n",
+        "model.revision=67e5010",
+        ["inf", "\"model.revision='67e5010'\""],
     ),
-    ("run.name=true", "run.name=true: read as True; expected text or null, in quotes, as in \"run.name='true'\"\n"),
-    ("run.name=${run.name}", "run.name=${run.name}: its ${...} leads back to itself; expected a value that"),
-    (
-        f"--multirun seed=1 sweep.dir={LONG}",
-        f"sweep.dir='{LONG}': File name too long; expected a folder that can be made",
-    ),
-    ("evaluator.size.limit=3", "evaluator.size.limit=3: unknown key; expected one of evaluator.perplexity, "),
+    ("run.name=true", "run.name=true", ["True", "\"run.name='true'\""]),
+    ("run.name=${run.name}", "run.name=${run.name}", ["leads back to itself"]),
+    (f"--multirun seed=1 sweep.dir={LONG}", f"sweep.dir='{LONG}'", ["File name too long", "a folder"]),
+    ("evaluator.size.limit=3", "evaluator.size.limit=3", ["evaluator.perplexity"]),
 ]
 
 
-@pytest.mark.parametrize(("command", "answer"), MISTAKES, ids=[command for command, _ in MISTAKES])
-def test_a_mistake_is_answered_in_one_line(command: str, answer: str, cli: Cli, runs: list[Experiment]) -> None:
+@pytest.mark.parametrize(
+    ("command", "named", "typed"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if "--multirun" in case[0] or "sweep=" in case[0] else [])
+        for case in MISTAKES
+    ],
+    ids=[case[0] for case in MISTAKES],
+)
+def test_a_mistake_is_answered_in_one_line(
+    command: str, named: str, typed: list[str], cli: Cli, runs: list[Experiment]
+) -> None:
     ended = cli(*command.split())
-    assert ended.code == 2
-    assert ended.out == "" and ended.err.count("\n") == 1, ended
-    line = ended.err.removeprefix("pruneexp: ")
-    parts = answer.split(".*")
-    assert line.startswith(parts[0])
-    for part in parts[1:]:
-        assert part in line
+    assert ended.code == 2 and ended.out == ""
+    assert_told(ended.err, named, *typed)
     assert not runs and not list(Path().iterdir())
 
 

@@ -43,6 +43,8 @@ from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from tests.conftest import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).parents[2] / "shared"
 REAL_OPT, REAL_TEXT = SHARED / "models" / "wikitext2-opt", SHARED / "data" / "wikitext2"
 MODELS = {

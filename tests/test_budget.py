@@ -275,6 +275,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "named", "typed"), REFUSED, ids=[case[0] for case in REFUSED])
 @each("dry", [False, True])
 def test_a_budget_out_of_reach_is_refused_before_a_weight_is_loaded(
@@ -315,6 +316,7 @@ def test_dense_targets_behind_post_norms_are_refused_before_a_weight_is_loaded(
     check_pruning(outline, blocks, OneShot(0.3, "decoder", 0), LeastSquares(1e-3, "dense", True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2"])
 def test_best_behind_post_norms_runs_once_typed_as_told(name: str, tmp_path: Path, cli: Any) -> None:
     tiny_model(name).save_pretrained(tmp_path / name)

@@ -272,6 +272,7 @@ def test_a_mistake_is_answered_in_one_line(
     assert not runs and not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_mistakes_of_jobs_are_a_line_each(cli: Cli, runs: list[Experiment]) -> None:
     ended = cli("--multirun", "search=al_am,al_an", "criterion=flap,flup", "sparsity.ratio=2,0.2", "seed=1,2")
     lines = ended.err.splitlines()
@@ -282,6 +283,7 @@ def test_mistakes_of_jobs_are_a_line_each(cli: Cli, runs: list[Experiment]) -> N
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_unknown_choices_that_were_typed_are_told_together(cli: Cli, runs: list[Experiment]) -> None:
     wrong = ("run.dir=ä", "criterion=foo", "evaluator=[perplxity,size]")
     told = ["run.dir=ä", "criterion=foo", "evaluator=perplxity"]
@@ -292,6 +294,7 @@ def test_unknown_choices_that_were_typed_are_told_together(cli: Cli, runs: list[
     assert not runs and not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     file = tmp_path / "mine" / "sweep" / "odd.yaml"
     file.parent.mkdir(parents=True)
@@ -305,6 +308,7 @@ def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[
     assert [path.name for path in Path().iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "key", "bytes_"),
     [
@@ -338,6 +342,7 @@ def test_windows_that_no_memory_holds_are_refused_before_they_are_made(
         assert cli("evaluator=[perplexity]", *asked).code == 1  # they are made
 
 
+@pytest.mark.slow
 def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     file = tmp_path / "mine" / "sweep" / "quiet.yaml"
     file.parent.mkdir(parents=True)
@@ -379,6 +384,7 @@ MEANT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", MEANT.values(), ids=list(MEANT))
 def test_a_dataset_that_somebody_chose(typed: list[str], cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     override = "# @package _global_\ndefaults:\n  - override /dataset: embedded\n"
@@ -451,6 +457,7 @@ def test_sigterm_becomes_an_exception(cli: Cli, monkeypatch: pytest.MonkeyPatch,
     assert ended.code == 143 and ended.err == "pruneexp: terminated\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["pruneexp", "pruneexp.export", "pruneexp.cli.report_command"])
 def test_output_that_is_no_longer_read_ends_it_silently(module: str) -> None:
     reader, writer = os.pipe()
@@ -460,6 +467,7 @@ def test_output_that_is_no_longer_read_ends_it_silently(module: str) -> None:
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     (tmp_path / "mine_for_test.py").write_text(
         "from dataclasses import dataclass\n"
@@ -508,6 +516,7 @@ def test_a_multirun_names_its_folders_by_config(cli: Cli, runs: list[Experiment]
     assert not list(Path().rglob(".hydra"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("swept", "name"),
     [("recipe=wanda_sp,best", "wanda_sp+best"), ("recipe=glob(m*)", "magnitude+mini_llm"), ("recipe=best", "best")],
@@ -520,6 +529,7 @@ def test_a_sweep_over_recipes_is_named_by_them(swept: str, name: str, cli: Cli, 
     assert ended.err.count("done already") == len(runs)
 
 
+@pytest.mark.slow
 def test_the_name_of_a_sweep_over_many_recipes_is_short(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "recipe=glob(*)").code == cli("--multirun", "recipe=glob(*,exclude=best)").code == 0
     names = [path.name for path in Path("outputs/sweeps").iterdir()]
@@ -534,6 +544,7 @@ def test_a_setting_of_all_choices_that_are_swept_over(cli: Cli, runs: list[Exper
     assert runs[0].job["overrides"] == ["sparsity=linear", "sparsity.rounds=2"]
 
 
+@pytest.mark.slow
 def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
     command = ("-m", "seed=1,2", "sweep.dir=x")
     assert cli(*command).code == 0
@@ -542,6 +553,7 @@ def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: lis
     assert cli(*command, "run.overwrite=true").code == 0 and len(runs) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be reset")
 @pytest.mark.parametrize("here", [True, False])
 def test_no_job_has_the_peak_memory_of_those_before_it(
@@ -634,6 +646,7 @@ def test_a_forecast_of_a_sweep_leaves_out_what_is_done(cli: Cli, runs: list[Expe
     assert cli("--multirun", "seed=1", "sweep.dir=x", "run.dry=true", "run.save=true").code == 0 and len(runs) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "told", ["compensator=least_squares", "compensator=least_squares_once", "criterion=obs", "best"]
 )
@@ -657,6 +670,7 @@ def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
     assert ended.out.count("to remove: 20.0%") == 1 and not list(Path().iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry", ["true", "false"])
 def test_jobs_that_run_here_share_the_dense_models_hidden_states(
     dry: str, cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
@@ -695,6 +709,7 @@ def test_the_hash_ignores_where_a_run_goes_and_nothing_else(cli: Cli) -> None:
     assert config_hash(config) != config_hash({**config, "criterion": {"a": 2.0}})
 
 
+@pytest.mark.slow
 def test_an_optimising_sweeper_is_given_the_objective(runs: list[Experiment], tmp_path: Path) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -757,12 +772,14 @@ def run_python(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = "import sys; from pruneexp.__main__ import main; code = main(['--help'])\n"
     ended = run_python(code + "sys.exit(code or any(m in sys.modules for m in ('torch', 'hydra')))", tmp_path)
     assert ended.returncode == 0 and "usage: pruneexp" in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -778,6 +795,7 @@ def test_a_mistake_in_the_config_imports_torch_at_most(mistake: str, tmp_path: P
     assert (ended.returncode, ended.stdout) == (2, "[]\n"), ended.stderr
 
 
+@pytest.mark.slow
 def test_the_module_and_its_exit_code(tmp_path: Path) -> None:
     ended = run_python(
         "import runpy, sys; sys.argv = ['pruneexp', 'seed=x']; runpy.run_module('pruneexp', run_name='__main__')",

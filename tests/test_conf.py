@@ -130,6 +130,7 @@ def test_a_recipe_only_selects_and_names_no_model_and_no_data(path: Path) -> Non
     assert not {"model", "dataset"} & set(groups)
 
 
+@pytest.mark.slow
 @each("recipe, choice", itertools.product(RECIPES, ["search=global", "criterion=magnitude"]))
 def test_what_is_typed_wins_over_a_recipe_in_any_order(recipe: str, choice: str) -> None:
     first, second = composer().job([f"recipe={recipe}", choice]), composer().job([choice, f"recipe={recipe}"])
@@ -139,6 +140,7 @@ def test_what_is_typed_wins_over_a_recipe_in_any_order(recipe: str, choice: str)
     assert first.job["choices"].items() >= {**selected, group: option}.items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sweep_files())
 def test_every_sweep_composes_and_builds_its_jobs(name: str, tmp_path: Path) -> None:
     hydra = open_hydra()
@@ -181,6 +183,7 @@ TYPED = [
 ]
 
 
+@pytest.mark.slow
 @each("typed", TYPED)
 def test_jobs_are_composed_as_hydra_composes_them(typed: list[str]) -> None:
     hydra = open_hydra()
@@ -190,6 +193,7 @@ def test_jobs_are_composed_as_hydra_composes_them(typed: list[str]) -> None:
     assert len(jobs) > 1 and jobs == expected
 
 
+@pytest.mark.slow
 def test_a_job_with_a_mistake_is_told_as_a_single_run_would_be() -> None:
     hydra = open_hydra()
     config = compose_raw(hydra, ["hydra.mode=MULTIRUN", "seed=0,1"], RunMode.MULTIRUN)

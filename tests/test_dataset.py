@@ -494,6 +494,7 @@ def test_every_option_composes_and_builds(choice):
     assert choice == "tokens" or (dataset.seed == 7 and OmegaConf.to_container(config.dataset)["seed"] == "${seed}")
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported():
     program = "import sys, pruneexp.dataset, pruneexp.evaluator; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()

@@ -118,6 +118,7 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "OVERLAP", OVERLAP)
 
 
+@pytest.mark.slow
 @each("special, maker", itertools.product([False, True], [byte_level, one_word, unigram, embedded]))
 def test_pieces_give_the_tokens_of_the_whole(maker: Callable[[], Any], special: bool) -> None:
     tokenizer = made(maker)

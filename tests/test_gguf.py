@@ -254,6 +254,7 @@ def run_by(package: str, out: Path) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kept"), [("llama3", NO_FIRST_ATTENTION), ("llama_biased", NO_LAST_FFN)])
 def test_run_by_llama_cpp(name: str, kept: Kept, llama_cpp: str, tmp_path: Path) -> None:
     folder = pruned_folder(tmp_path, name, kept, biases=True)

@@ -167,6 +167,7 @@ def methods(granularity: list[str], min_units: int, multiple: int, seed: int) ->
     return found
 
 
+@pytest.mark.slow
 @each("granularity", [UNITS, ["channels"], *MIXED])
 def test_the_budget_is_met_to_half_the_cheapest_unit_wherever_that_can_be(granularity: list[str]) -> None:
     met = 0
@@ -321,6 +322,7 @@ def test_greedy_probes_channels_by_the_bundle_and_composites_beside_them() -> No
         assert abs(removed(plan, blocks, budget) - budget.remove) <= 8 * CHANNEL_COST / 2
 
 
+@pytest.mark.slow
 @each("granularity", [g for g in MIXED if is_nested(g)])
 def test_gates_keep_on_average_what_they_say_and_are_lowered_to_the_budget_once(granularity: list[str]) -> None:
     sites = sites_for(model_sites(3, heads=3, channels=10), granularity)

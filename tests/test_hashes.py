@@ -66,6 +66,7 @@ def test_the_hash_of_a_choice_stays(line: str) -> None:
     assert run_hash(line) == frozen("runs")[line]
 
 
+@pytest.mark.slow
 @each("name", sorted(frozen("sweeps")))
 def test_the_hashes_of_a_sweep_stay(name: str) -> None:
     assert sweep_hashes(name) == frozen("sweeps")[name]

@@ -69,6 +69,7 @@ def loss(model: Model, tokens_NT: Tensor) -> float:
     return model.token_losses(tokens_NT, 5).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "kept"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_calibration_loss_falls(family: str, merge: bool, pruned: Callable[..., Model], tokens_NT: Tensor) -> None:
@@ -225,6 +226,7 @@ def test_bad_settings_are_refused_by_name(name: str, value: Any, expected: str) 
     assert str(error.value).startswith(f"{name}={value!r}: expected {expected}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
@@ -272,6 +274,7 @@ def run(folder: str, *typed: str) -> dict[str, float]:
     return json.loads(Path(folder, "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
@@ -311,6 +314,7 @@ def with_peft(folder: str) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.3, 0.8], ids=["thinner", "emptied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_adapter_gives_the_same_logits_in_peft(

@@ -191,6 +191,7 @@ def test_trackers_start_first_to_last_and_end_last_to_first():
     ]
 
 
+@pytest.mark.slow
 def test_trackers_cost_no_import_before_they_start():
     code = (
         "import sys; from pruneexp.tracker import Local, Wandb; import pruneexp.report, pruneexp.progress;"

@@ -187,6 +187,7 @@ def test_write_atomic_keeps_the_old_file_when_it_cannot_write_the_new_one(tmp_pa
 # Status
 
 
+@pytest.mark.slow
 def test_a_killed_run_counts_as_interrupted(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from pruneexp.tracker import LocalRun;"

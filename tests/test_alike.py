@@ -32,6 +32,7 @@ def pruned_(model: Model, granularity: list[Any], ratio: float, alike: bool = Tr
     return 1 - model.decoder_params / before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*HEADS_TOO, *FFN_ALONE])
 @each("ratio", [0.1, 0.4])
 def test_it_is_stock(name: str, ratio: float, loaded: Callable[..., Model], tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_totals_by_hand(family: str, tiny: Callable[..., Model]) -> None:
 # The budget is met in what is counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("search", "of", "family"), pairwise(list(EXACT), QUANTITIES, FAMILIES))
 def test_every_quantity_is_met_to_the_nearest_unit(
     family: str, search: str, of: Any, tiny: Callable[..., Model], tokens_NT: Tensor

@@ -31,6 +31,8 @@ from pruneexp.types import Plan
 from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
 
+pytestmark = pytest.mark.slow
+
 FILES = {  # of a run that writes its checkpoint and proves it
     "config.yaml",
     "environment.json",
@@ -259,7 +261,6 @@ SITES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_names_its_sites(
@@ -281,7 +282,6 @@ def test_every_family_names_its_sites(
 # How a metric is called
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "name"),
     [
@@ -378,7 +378,6 @@ def test_a_dry_run_writes_nothing(cli: Cli) -> None:
 # A finished run is safe
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_not_replaced_unless_asked(cli: Cli) -> None:
     assert cli("run.dir=run", "run.save=true", "evaluator=[size]").code == 0
     Path("run/notes.md").write_text("mine")
@@ -476,7 +475,6 @@ def test_a_folder_of_its_own_is_refused_in_a_sweep(cli: Cli) -> None:
     assert not list(Path().iterdir())
 
 
-@pytest.mark.slow
 def test_a_sweep_with_a_job_that_fails(cli: Cli) -> None:
     ended = run("--multirun", *PARITY_RUN, "evaluator=[size]", "sparsity.ratio=0.1", "search=ul_um,uniform",
                 "search.min_units=4", "sweep.dir=swept")  # fmt: skip
@@ -504,7 +502,6 @@ def composed_once(choice: str) -> Composed:
     return compose([choice])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @each("swap", SWAPS)
 def test_a_choice_swaps_cleanly_into_a_recipe_in_any_order(recipe: str, swap: str) -> None:

@@ -142,6 +142,7 @@ def test_a_text_that_cannot_be_cut_is_still_tokenised_right(maker: Callable[[], 
     assert encode(tokenizer, text, False).tolist() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", [byte_level, unigram])
 @pytest.mark.parametrize("start", [0, 30_000])
 def test_a_stretch_that_cannot_be_cut_is_read_as_one(maker: Callable[[], Any], start: int) -> None:

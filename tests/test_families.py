@@ -141,6 +141,7 @@ def reload(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64, **eager).eval()
 
 
+@pytest.mark.slow
 @each("name", TINY)
 def test_it_loads_as_transformers_loads_it(
     name: str, loaded: Made, folder: Callable[[str], Path], tokens_NT: torch.Tensor

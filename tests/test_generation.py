@@ -62,6 +62,7 @@ def test_greedy_is_what_transformers_generates(family, tiny):
     assert torch.equal(ours, theirs[:, 7:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_batches_do_not_matter(llama, temperature, tmp_path):
     path = tmp_path / "lines.txt"
@@ -229,6 +230,7 @@ def test_a_byte_order_mark_is_no_prompt(tmp_path):
     assert a_generation(prompts=str(tmp_path / "lines.txt"))._lines() == ["Rosa Page", "Nora"]
 
 
+@pytest.mark.slow
 def test_prompts_that_do_not_fit(llama, build_from, tmp_path):
     with pytest.raises(
         ConfigError, match="prompt_tokens=25: expected at most 24, the width of the windows of dataset="

@@ -78,6 +78,7 @@ def deci_logits(file: Path, tokens_T: Tensor) -> Tensor:
     return norm(x_TD, "output_norm") @ head.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kept", "biases"),
     [

@@ -217,6 +217,7 @@ def combined(granularity: list[str], criterion: str, search: str, compensator: s
     return experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("granularity", "criterion", "search", "compensator", "family"),
     MATRIX,

@@ -61,6 +61,7 @@ def frozen(kind: str) -> dict:
     return json.loads(FROZEN.read_text())[kind]
 
 
+@pytest.mark.slow
 @each("line", sorted(frozen("runs")))
 def test_the_hash_of_a_choice_stays(line: str) -> None:
     assert run_hash(line) == frozen("runs")[line]

@@ -250,6 +250,7 @@ def test_settings_that_cannot_be() -> None:
     replace(CRITERION, damping=0.0, inverse="conjugate_gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["retraining", "loss"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recipe_runs_on_every_family(

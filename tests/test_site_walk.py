@@ -67,6 +67,7 @@ def test_an_untouched_model_wants_what_its_readers_give(family, tiny, tokens_NT)
     assert names == [site.name for site in model.sites()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @each(
     "kinds, collected, kept",

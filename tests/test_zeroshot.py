@@ -218,6 +218,7 @@ def test_nothing_of_the_run_is_touched(data, llama):
     assert dict(llama.tokenizer.special_tokens_map) == settings
 
 
+@pytest.mark.slow
 def test_a_run_keeps_every_item(data, build_from):
     overrides = ["evaluator=[zeroshot]", f"evaluator.zeroshot.data={data}", "evaluator.zeroshot.tasks=[piqa,arc_easy]"]
     metrics = run_experiment(build_from(*overrides, "run.dir=run", "run.save=false", "dataset.samples=2"))

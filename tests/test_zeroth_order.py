@@ -242,6 +242,7 @@ def test_writer_inputs_are_what_the_projections_read(
     assert moments.n == tokens_NT.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["perturb=weights", "perturb=gates", "gradient=exact"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mini_llm_runs_on_every_family(

@@ -78,27 +78,19 @@ def _dashed(argv: Sequence[str]) -> str:
 
 
 def _command(arguments: argparse.Namespace) -> int:
-    from hydra.types import RunMode
-
-    from pruneexp.cli.compose import compose_raw, open_hydra
-    from pruneexp.types import ConfigError
+    from pruneexp.cli.compose import open_hydra
 
     hydra, overrides = open_hydra(arguments.config_dir), arguments.overrides
     if arguments.cfg or arguments.info or arguments.shell_completion:
         return _show(hydra, arguments)
-    for text in overrides:
-        if text.lstrip("+~").startswith(("hydra.run.", "hydra.sweep.")):
-            raise ConfigError(f"{text}: the folders of runs are not Hydra's here; expected run.dir or sweep.dir")
-    if not arguments.multirun:
-        config = compose_raw(hydra, overrides, RunMode.RUN)
-        if config.hydra.mode != RunMode.MULTIRUN:
-            if swept := config.hydra.sweeper.get("params"):
-                several = f"hydra.sweeper.params: {', '.join(map(str, swept))} would be swept over in a single run"
-                raise ConfigError(f"{several}; expected --multirun, or hydra.mode: MULTIRUN in the sweep's file")
-            return _single(hydra, config)
+    from pruneexp.cli.single import asked_for_one
+
+    config = asked_for_one(hydra, overrides, arguments.multirun)
+    if config is not None:
+        return _single(hydra, config)
     from pruneexp.cli.sweep import multirun
 
-    return multirun(hydra, overrides)
+    return 1 if multirun(hydra, overrides).failed else 0
 
 
 def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
@@ -117,20 +109,10 @@ def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
 
 
 def _single(hydra: Hydra, config: DictConfig) -> int:
-    from pruneexp.cli.compose import check_dataset, composed
-    from pruneexp.types import ConfigError
-
-    run = composed(config)
-    check_dataset(hydra, run)
-    for key, value in run.config["sweep"].items():
-        if value is not None:
-            raise ConfigError(f"sweep.{key}={value!r}: expected null in a single run; add --multirun")
-    from pruneexp.cli.build import build
+    from pruneexp.cli.single import single_experiment
     from pruneexp.experiment.run import run_experiment
 
-    experiment = build(run)
-    experiment.check()
-    run_experiment(experiment)
+    run_experiment(single_experiment(hydra, config))
     return 0
 
 

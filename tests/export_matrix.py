@@ -2,7 +2,7 @@
 
     python -m tests.export_matrix
 
-prints it as it stands in README.md, where `test_export_matrix` holds it to what exports do.
+writes it into pruneexp/export/README.md, where `test_export_matrix` holds it to what exports do.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tests.conftest import FAMILIES as CONFTEST_FAMILIES
 from tests.conftest import tiny_config
 from tests.tiny_families import TINY, tiny_model
 
+MANUAL = Path(__file__).parents[1] / "pruneexp" / "export" / "README.md"
 FORMATS = ("stock", "padded", "remote_code", "gguf", "vllm")
 
 
@@ -100,7 +101,7 @@ def cells(model_type: str, folder: Path) -> tuple[str, ...]:
 
 
 def matrix() -> str:
-    """The table, as it stands in README.md."""
+    """The table, as it stands in pruneexp/export/README.md."""
     lines = [
         "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |",
         "|---" * (1 + len(FORMATS)) + "|",
@@ -114,5 +115,12 @@ def matrix() -> str:
     return "\n".join(lines) + "\n"
 
 
+def main() -> None:
+    text, new = MANUAL.read_text(encoding="utf-8"), matrix()
+    start = text.index(new.splitlines()[0])
+    end = text.index("\n\n", start) + 1
+    MANUAL.write_text(text[:start] + new + text[end:], encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(matrix(), end="")
+    main()

@@ -5,7 +5,7 @@ stand below as what they are:
 
 - magnitude, heads included (OPT: 6.9 against the median 5.0 of five random draws; BLOOM: no better than they). It looks
   at weights alone. Of channels alone, its choice is better than random in every family here; not in models trained on
-  WikiText-2, where it loses in LLaMA and OPT (README).
+  WikiText-2, where it loses in LLaMA and OPT (tests/benchmarks/README.md).
 - taylor of BLOOM's channels (3.51 against 3.32, with LLM-Pruner's default, the sum of |w g|). Gradients of single
   weights that cancel count as large there; what the loss would change, |sum w g|, from the same gradients: 3.26.
 - loss_drop asked once for two blocks (LLaMA: 3.90 against 3.62): losses of single blocks do not add up. The greedy
@@ -17,7 +17,8 @@ layer. One draw of four is there as good as any ranking of what is so nearly ali
 constant that its units hand on together: values with biases and ReLU channels have means, which add up over the units
 that leave, while a score judges each alone. With the means carried by a bias, on both sides, every criterion is better
 than random in OPT and BLOOM too, heads included (magnitude in OPT: 4.4 against 4.8). One is not held to it, mini_llm in
-BLOOM: the side that it comes to lie on changes with the calibration text. README has the same of real text.
+BLOOM: the side that it comes to lie on changes with the calibration text. tests/benchmarks/README.md has the same of
+real text.
 
 With steps of the paper's length, but not its number, the policy gradient is worse than random in LLaMA (7.0 against
 5.0); with longer ones, its default, 3.4.
@@ -25,22 +26,20 @@ With steps of the paper's length, but not its number, the policy gradient is wor
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import compose
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.record import Record
 from tests.conftest import FAMILIES
 
 pytestmark = pytest.mark.slow
@@ -84,9 +83,8 @@ def pruned(family: str, criterion: str, *typed: str) -> tuple[float, float]:
     calibration_NT, evaluation_NT = texts(family)
     before = model.decoder_params
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    nothing: Any = lambda *_: contextlib.nullcontext()  # noqa: E731
     rng = torch.Generator().manual_seed(0)
-    prune_(model, calibration_NT, method, 0.3, meter=Meter(), rng=rng, shrunk=nothing, clock=nothing)
+    prune_(model, calibration_NT, method, 0.3, Record(rng=rng))
     return math.exp(model.token_losses(evaluation_NT, 16).mean()), 1 - model.decoder_params / before
 
 

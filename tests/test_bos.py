@@ -80,7 +80,7 @@ def of(folder: Path | str, *overrides: str) -> dict[str, Any]:
 
 def run(folder: Path, name: str, *overrides: str) -> dict[str, float]:
     given = ["model=hf", f"model.path={folder}", *OWN_TEXT, *SMALL, f"run.dir={name}", *overrides]
-    return run_experiment(build(compose(given)))
+    return run_experiment(build(compose(given))).metrics
 
 
 # windows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.calibrate import Meter
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import Magnitude, Random
 from pruneexp.model import Model, ModelSource
 from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.pruning.budget import biases_added, check_pruning, whole_budget
+from pruneexp.pruning.record import Record
 from pruneexp.search import (
     AlAm,
     AlAmOfficial,
@@ -78,10 +77,7 @@ def prune(model: Model, tokens_NT: Tensor | None, search: Any, sparsity: OneShot
         tokens_NT,
         Method(Random(5), sparsity, search, compensator),
         sparsity.ratio,
-        meter=Meter(),
-        rng=torch.Generator().manual_seed(0),
-        shrunk=lambda index: None,
-        clock=lambda stage: contextlib.nullcontext(),
+        Record(rng=torch.Generator().manual_seed(0)),
     )
 
 
@@ -371,6 +367,5 @@ def test_magnitudes_need_no_tokens_to_meet_a_budget_in_bytes(tiny: Callable[...,
     sparsity = OneShot(0.2, "bytes", 1000)
     before = counted(model, AlAm(), "bytes")
     method = Method(Magnitude("reader", 2), sparsity, EXACT["global"], NONE)
-    nothing: Any = lambda *_: contextlib.nullcontext()  # noqa: E731
-    prune_(model, None, method, 0.2, meter=Meter(), rng=torch.Generator(), shrunk=nothing, clock=nothing)
+    prune_(model, None, method, 0.2, Record())
     assert counted(model, AlAm(), "bytes") < before

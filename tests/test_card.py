@@ -15,7 +15,7 @@ import torch
 
 from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.experiment import run as experiment
+from pruneexp.experiment import deliver
 from pruneexp.experiment.card import Card, Written, base_model, card_text, command, front_matter, license_of
 from pruneexp.export import main as export
 from tests.furnished import TRAVELLING, furnished_folder
@@ -106,7 +106,7 @@ def test_a_run_that_was_killed_behind_its_checkpoint_makes_room(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment._Run, "_record_proof", broken)
+        patch.setattr(deliver, "check_source", broken)
         folder = run(f"model.stream={stream}", code=1)
     assert (folder / "model" / "LICENSE").exists() and not (folder / "metrics.json").exists()
     run(f"model.stream={stream}")

@@ -25,7 +25,7 @@ from pruneexp.dataset import Embedded
 from pruneexp.experiment import preflight
 from pruneexp.experiment import run as experiments
 from pruneexp.experiment.forecast import size
-from pruneexp.experiment.settings import Experiment
+from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import memory_metrics
 from pruneexp.types import ConfigError, RunError
@@ -73,7 +73,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     needs much memory."""
     started: list[Experiment] = []
 
-    def run_experiment(experiment: Experiment, shared: Any = None) -> dict[str, float]:
+    def run_experiment(experiment: Experiment, shared: Any = None) -> experiments.Outcome:
         started.append(experiment)
         if experiment.seed == 13:
             raise RunError("unlucky")
@@ -92,7 +92,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
             )
             if experiment.run.save:
                 (folder / "model").mkdir(exist_ok=True)
-        return {"pruned/x": experiment.sparsity.ratio}
+        return experiments.Outcome({"pruned/x": experiment.sparsity.ratio})
 
     monkeypatch.setattr(experiments, "run_experiment", run_experiment)
     monkeypatch.setattr(Experiment, "check", lambda self: None)
@@ -405,7 +405,7 @@ def test_a_run_gets_its_settings_and_writes_nothing_of_hydras(cli: Cli, runs: li
     ended = cli("search=ul_mm", "search.heads=2", "run.name=2024", "sparsity.ratio=0", "run.prove=off")
     assert ended.code == 0, ended.err
     (run,) = runs
-    assert run.run == experiments.RunSettings(None, "2024", False, True, "off", False)
+    assert run.run == RunSettings(None, "2024", False, True, "off", False)
     assert run.sparsity.ratio == 0.0 and isinstance(run.sparsity.ratio, float)
     assert run.job["overrides"][:2] == ["search=ul_mm", "search.heads=2"] and run.job["choices"]["search"] == "ul_mm"
     assert run.config["search"] == {"_target_": "pruneexp.search.UlMm", "heads": 2}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pruneexp.experiment.run import run_experiment
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.dense_evidence import Results
+from pruneexp.pruning.record import Record
 from pruneexp.search import Global, Greedy
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked
@@ -30,7 +30,7 @@ from tests.conftest import FAMILIES
 from tests.toy_sites import model_sites
 
 RNG = torch.Generator()
-QUIET: dict[str, Any] = {"rng": RNG, "shrunk": lambda i: None, "clock": lambda s: contextlib.nullcontext()}
+QUIET: dict[str, Any] = {"rng": RNG}
 GREEDY = Greedy(0, ["blocks"], 0, 0, None, "scores", "none", 1)
 
 
@@ -163,7 +163,7 @@ def test_losses_that_are_not_finite_are_counted_whether_measured_or_cached(
 
     def left(results: Results) -> list[int]:
         caplog.clear()
-        return gone(prune_(tiny("llama"), tokens_NT, method, 0.3, meter=Meter(), results=results, **QUIET).plan)
+        return gone(prune_(tiny("llama"), tokens_NT, method, 0.3, Record(results=results, **QUIET)).plan)
 
     left(Results(NoCache(), {}))
     assert not caplog.text
@@ -251,7 +251,7 @@ def test_blocks_leave_every_family(
     model, meter = tiny(family), Meter()
     with torch.no_grad():
         dense = model.module(tokens_NT).logits
-    pruned = prune_(model, tokens_NT, method, 0.3, meter=meter, **QUIET)
+    pruned = prune_(model, tokens_NT, method, 0.3, Record(meter=meter, **QUIET))
     (removed,) = [name for name, site in pruned.plan.sites.items() if site.kind == "block"]
     assert pruned.plan.sites[removed] == SitePlan("block", 1, ()) and len(model.layers) == 2
     assert not [name for name in pruned.plan.sites if name.startswith(f"{removed}.")]
@@ -299,7 +299,7 @@ def test_a_run_saves_what_is_left_and_it_reloads(
         "dataset.length=24",
     ]
     rest = ["evaluator=[perplexity]", "run.dir=run", "run.prove=in_place", "sparsity.ratio=0.3"]
-    metrics = run_experiment(build_from("recipe=shortgpt", *plain, *data, *rest))
+    metrics = run_experiment(build_from("recipe=shortgpt", *plain, *data, *rest)).metrics
     assert metrics["proof/max_logit_difference"] < 1e-6
     assert metrics["sparsity/decoder"] == pytest.approx(1 / 3)
     plan = json.loads(Path("run/plan.json").read_text())

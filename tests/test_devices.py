@@ -54,7 +54,7 @@ def run(
         folder = "run_" + device.replace(":", "")
         experiment = build_from(*files, *model, *plain, f"run.dir={folder}", "run.overwrite=true", *overrides)
         experiment.check()
-        metrics = run_experiment(experiment)
+        metrics = run_experiment(experiment).metrics
         varying = ("seconds/", "memory/", "dense/latency", "pruned/latency")
         same = {name: value for name, value in metrics.items() if not name.startswith(varying)}
         return same, json.loads((tmp_path / folder / "plan.json").read_text())

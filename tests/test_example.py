@@ -16,7 +16,7 @@ EXAMPLE = OUTPUTS / "example"
 
 def commands() -> list[list[str]]:
     """What outputs/README.md says to type."""
-    lines = (OUTPUTS / "README.md").read_text().splitlines()
+    lines = (OUTPUTS / "README.md").read_text().partition("\n## The example\n")[2].splitlines()
     return [shlex.split(line) for line in lines if line.startswith("    pruneexp")]
 
 

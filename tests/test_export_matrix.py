@@ -1,4 +1,4 @@
-"""README's table of what each export format holds is what exports do."""
+"""The manual's table of what each export format holds is what exports do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pruneexp.model.modeling_pruned import FAMILIES
-from tests.export_matrix import FORMATS, cells
+from tests.export_matrix import FORMATS, MANUAL, cells
 
 pytestmark = pytest.mark.slow
 
@@ -15,9 +15,9 @@ pytest.importorskip("gguf")
 HEAD = "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |"
 
 
-def in_readme() -> dict[str, tuple[str, ...]]:
+def in_manual() -> dict[str, tuple[str, ...]]:
     """The table's cells, by family."""
-    lines = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    lines = MANUAL.read_text().splitlines()
     found = {}
     for line in lines[lines.index(HEAD) + 2 :]:
         if not line.startswith("|"):
@@ -28,10 +28,10 @@ def in_readme() -> dict[str, tuple[str, ...]]:
 
 
 def test_every_family_is_in_the_table() -> None:
-    assert sorted(in_readme()) == sorted(FAMILIES), "python -m tests.export_matrix prints the table"
+    assert sorted(in_manual()) == sorted(FAMILIES), "python -m tests.export_matrix writes the table"
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_what_each_format_holds(model_type: str, tmp_path: Path) -> None:
     found = cells(model_type, tmp_path)
-    assert in_readme().get(model_type) == found, "python -m tests.export_matrix prints the table"
+    assert in_manual().get(model_type) == found, "python -m tests.export_matrix writes the table"

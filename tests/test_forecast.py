@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
@@ -55,6 +54,7 @@ from pruneexp.experiment.forecast.memory import statistics_bytes
 from pruneexp.model import Model
 from pruneexp.pruning.budget import check_pruning
 from pruneexp.pruning.dense_evidence import Results
+from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.types import Cost, Site
 from tests.conftest import PARITY
@@ -82,9 +82,8 @@ def pruned(made: Any, seen: Calibration = SEEN, results: Results | None = None) 
     generator = torch.Generator().manual_seed(0)
     tokens_NT = torch.randint(3, 96, (seen.windows, seen.length), generator=generator)
     model, meter = made.model.load(), Meter()
-    clock = lambda stage: contextlib.nullcontext()  # noqa: E731
-    settings: dict[str, Any] = {"meter": meter, "rng": generator, "shrunk": lambda index: None, "clock": clock}
-    prune_in_rounds_(model, tokens_NT, made.method, results=results, **settings)
+    settings: dict[str, Any] = {"meter": meter, "rng": generator}
+    prune_in_rounds_(model, tokens_NT, made.method, Record(results=results, **settings))
     return model, meter
 
 

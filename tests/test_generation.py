@@ -181,7 +181,7 @@ def test_a_run_shows_the_samples_side_by_side(build_from, tmp_path):
     lines.write_text("Rosa Page put the cup in the box\n\nThe dogs were\n")
     changes = ["evaluator.generation.new_tokens=8", f"evaluator.generation.prompts='{lines}'"]
     run = ["evaluator=[generation]", *changes, "run.dir=run", "run.save=false", "dataset.samples=2", "recipe=magnitude"]
-    metrics = run_experiment(build_from(*run))
+    metrics = run_experiment(build_from(*run)).metrics
     assert "dense/distinct_2/my_prompts@+8[2]" in metrics and "dense/exact_match/my_prompts@+8[2]" not in metrics
     assert 0 <= metrics["pruned/exact_match/my_prompts@+8[2]"] <= 1
     table = Path("run/samples/generation.md").read_text().splitlines()

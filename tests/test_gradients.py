@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from pruneexp.criterion import Taylor
 from pruneexp.evidence import Gradient, Moments, PerSampleGradient
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.record import Record
 from pruneexp.types import Block, Cost, Site, SiteWeights
 from tests.cases import each
 from tests.conftest import FAMILIES
@@ -178,8 +178,7 @@ def test_llm_pruner_runs_on_every_family(
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     model, meter = tiny(family), Meter()
     before, cheapest = model.decoder_params, model.sites()[1].cost.params
-    quiet = {"rng": torch.Generator(), "shrunk": lambda i: None, "clock": lambda s: contextlib.nullcontext()}
-    pruned = prune_(model, tokens_NT, method, 0.3, meter=meter, **quiet)
+    pruned = prune_(model, tokens_NT, method, 0.3, Record(meter=meter))
     assert abs(before - model.decoder_params - 0.3 * before) <= cheapest / 2 + 1
     assert all(pruned.plan.removed(site) == 0 for site in pruned.sites if site.layer == 0)
     assert meter.backward == pytest.approx(1)

@@ -3,7 +3,6 @@ granularity that it takes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pruneexp.experiment.run import run_experiment
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned, prune_
+from pruneexp.pruning.record import Record
 from pruneexp.search import Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save
@@ -37,9 +37,8 @@ SUBLAYERS, ALL = ["attention", "ffn"], ["heads", "channels", "attention", "ffn",
 
 def prune(model: Model, tokens_NT: Tensor, parts: Method, ratio: float | None = None, **more: Any) -> Pruned:
     ratio = parts.sparsity.ratio if ratio is None else ratio
-    quiet: dict[str, Any] = {"shrunk": lambda index: None, "clock": lambda stage: contextlib.nullcontext()}
     rng = torch.Generator().manual_seed(0)
-    return prune_(model, tokens_NT, parts, ratio, meter=Meter(), rng=rng, **{**quiet, **more})
+    return prune_(model, tokens_NT, parts, ratio, Record(rng=rng, **more))
 
 
 def method(criterion: Any, granularity: list[str], compensator: Any, normalise: Any = "zscore", m: int = 1) -> Method:
@@ -187,7 +186,7 @@ def test_one_run_of_everything_from_the_command_line(
     plain = ["model=hf", f"model.path={tiny_folder('llama')}", "dataset=tokens", "dataset.length=24", *data]
     rest = ["evaluator=[perplexity,size]", "run.dir=run", "run.prove=in_place", "sparsity.ratio=0.5"]
     chosen = ["search=global", "search.granularity=[channels,attention,blocks]", "search.multiple=8"]
-    metrics = run_experiment(build_from("recipe=flap", *chosen, *plain, *rest))
+    metrics = run_experiment(build_from("recipe=flap", *chosen, *plain, *rest)).metrics
     assert metrics["proof/max_logit_difference"] < 1e-6 and math.isfinite(metrics["pruned/ppl/tokens@24"])
     assert metrics["sparsity/decoder"] == pytest.approx(0.5, abs=0.08)
     plan = json.loads(Path("run/plan.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from pruneexp.criterion import Ifso, Obs
 from pruneexp.evidence import BatchDerivatives, GateDerivatives, Gradient, Gram, Influence
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.record import Record
 from pruneexp.types import Block, ConfigError, Cost, RunError, Site, SiteWeights
 from tests.conftest import FAMILIES
 from tests.toy_sites import block
@@ -260,8 +260,7 @@ def test_the_recipe_runs_on_every_family(
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     model, meter = tiny(family), Meter()
     before, cheapest = model.decoder_params, model.sites()[1].cost.params
-    quiet: dict[str, Any] = {"shrunk": lambda i: None, "clock": lambda s: contextlib.nullcontext()}
-    prune_(model, tokens_NT, method, 0.3, meter=meter, rng=torch.Generator(), **quiet)
+    prune_(model, tokens_NT, method, 0.3, Record(meter=meter))
     assert abs(before - model.decoder_params - 0.3 * before) <= cheapest / 2 + 1
     assert meter.forward == meter.backward == pytest.approx(4)
     assert torch.isfinite(model.token_losses(tokens_NT, 5)).all()

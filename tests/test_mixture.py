@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pruneexp.model import Model, ModelSource
 from pruneexp.model.modeling_pruned import experts_of, router_of
 from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.pruning.budget import as_searched, check_mixture, check_pruning
+from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.search import AlAm, Evolutionary, Global, Greedy, Layerwise, PolicyGradient, UlMm, Uniform
 from pruneexp.sparsity import Linear, OneShot
@@ -78,12 +78,12 @@ def pruned(
     **other: Any,
 ) -> Pruned:
     method = Method(criterion, OneShot(ratio, "decoder", 0), search, compensator)
-    return prune_(model, tokens_NT, method, ratio, **{**settings(), **other})
+    return prune_(model, tokens_NT, method, ratio, Record(**{**settings(), **other}))
 
 
 def settings() -> dict[str, Any]:
     rng = torch.Generator().manual_seed(0)
-    return {"meter": Meter(), "rng": rng, "shrunk": lambda index: None, "clock": lambda stage: nullcontext()}
+    return {"meter": Meter(), "rng": rng}
 
 
 def without_experts(model: Model, *gone: int) -> Plan:
@@ -219,7 +219,7 @@ def test_a_probe_may_leave_fewer(made: Made, tokens_NT: torch.Tensor) -> None:
 def test_experts_in_rounds_are_counted_as_at_the_start(made: Made, tokens_NT: torch.Tensor) -> None:
     model, dense = made("mixtral"), made("mixtral")
     method = Method(WandaSp("sum", False), Linear(0.3, "decoder", 0, 2), SEARCHES["global"](["experts"]), NONE)
-    found = prune_in_rounds_(model, tokens_NT, method, **settings())
+    found = prune_in_rounds_(model, tokens_NT, method, Record(**settings()))
     assert len(found.plan.budget["rounds"]) == 2
     for index, layer in enumerate(model.layers):
         site = found.plan.sites[f"model.layers.{index}.mlp.experts"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pruneexp.calibrate import Meter
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.record import Record
 from tests.conftest import PARITY
 
 ORACLE = json.loads((PARITY / "oracle.json").read_text())
@@ -46,16 +45,7 @@ def test_masks_biases_and_perplexity(setting: str, build_from: Callable[..., Any
     experiment = build_from(*overrides(setting))
     model = experiment.model.load()
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    pruned = prune_(
-        model,
-        experiment.dataset.calibration(None),
-        method,
-        experiment.sparsity.ratio,
-        meter=Meter(),
-        rng=torch.Generator(),
-        shrunk=lambda index: None,
-        clock=lambda stage: contextlib.nullcontext(),
-    )
+    pruned = prune_(model, experiment.dataset.calibration(None), method, experiment.sparsity.ratio, Record())
     for layer in range(4):
         for site, part in (("self_attn", "attn"), ("mlp", "mlp")):
             plan = pruned.plan.sites[f"model.layers.{layer}.{site}"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from pruneexp.calibrate import Meter
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.record import Record
 from pruneexp.search import PolicyGradient
 from pruneexp.search.gates import projected
 from pruneexp.search.policy import policy_gradient
@@ -159,8 +159,7 @@ def test_the_recipe_runs_on_every_family(
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     model, meter = tiny(family), Meter()
     before, cheapest = model.decoder_params, model.sites()[1].cost.params
-    quiet: dict[str, Any] = {"shrunk": lambda i: None, "clock": lambda s: contextlib.nullcontext()}
-    prune_(model, tokens_NT, method, 0.3, meter=meter, rng=torch.Generator().manual_seed(0), **quiet)
+    prune_(model, tokens_NT, method, 0.3, Record(rng=torch.Generator().manual_seed(0), meter=meter))
     assert abs(before - model.decoder_params - 0.3 * before) <= cheapest / 2 + 1
     assert 4 < meter.forward < 6 and meter.backward == 0  # one for the scores; the last batch of windows is smaller
 
@@ -172,6 +171,5 @@ def test_blocks_may_be_learned_too(
     experiment = build_from("recipe=policy_gradient", *chosen)
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     model = tiny("opt")
-    quiet: dict[str, Any] = {"shrunk": lambda i: None, "clock": lambda s: contextlib.nullcontext()}
-    prune_(model, tokens_NT, method, 0.3, meter=Meter(), rng=torch.Generator().manual_seed(0), **quiet)
+    prune_(model, tokens_NT, method, 0.3, Record(rng=torch.Generator().manual_seed(0)))
     assert len(model.layers) == 2

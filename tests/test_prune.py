@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -24,6 +23,7 @@ from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned, prune_
+from pruneexp.pruning.record import Record
 from pruneexp.search import AlAm, Global, UlUm, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_
@@ -54,10 +54,7 @@ def prune(
         tokens_NT,
         chosen,
         chosen.sparsity.ratio,
-        meter=meter or Meter(),
-        rng=torch.Generator().manual_seed(0),
-        shrunk=shrunk,
-        clock=lambda stage: contextlib.nullcontext(),
+        Record(rng=torch.Generator().manual_seed(0), meter=meter or Meter(), shrunk=shrunk),
     )
 
 

@@ -140,7 +140,7 @@ def test_a_table_that_is_not_whole_is_refused(change, message: str, tmp_path: Pa
 
 
 def test_a_mean_that_is_not_the_mean_is_refused(tmp_path: Path) -> None:
-    text = (ROOT / "pruneexp" / "published" / "flap_zeroshot.yaml").read_text()
+    text = (ROOT / "pruneexp" / "report" / "published" / "flap_zeroshot.yaml").read_text()
     path = tmp_path / "table.yaml"
     path.write_text(text.replace("69.91, 39.25, 39.40, 62.08", "69.91, 39.25, 39.40, 62.80"))
     with pytest.raises(ValueError, match="FLAP at 0.2: average is 62.8, the mean of its columns 62.08"):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## A real model, from its file to a server\n")[1].split("\n## ")[0]
+SECTION = README.split("## Your first real model, from its file to a server\n")[1].split("\n## ")[0]
 
 
 def commands() -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pruneexp.criterion import Flap
 from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import FAMILIES as TABLES
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.record import Record
 from pruneexp.recovery import Lora, NoRecovery, rate_factor
 from pruneexp.search import AlAm, Global
 from pruneexp.sparsity import OneShot
@@ -50,10 +50,7 @@ def pruned(tiny: Callable[..., Model], tokens_NT: Tensor) -> Callable[..., Model
             tokens_NT,
             Method(Flap("WIFV", False), OneShot(ratio, "decoder", 0), search or GLOBAL, Bias(False)),
             ratio,
-            meter=Meter(),
-            rng=torch.Generator(),
-            shrunk=lambda index: None,
-            clock=lambda stage: contextlib.nullcontext(),
+            Record(),
         )
         return model
 

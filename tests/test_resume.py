@@ -212,14 +212,14 @@ def test_what_was_written_is_of_use_to_the_same_run_alone(run: Run, monkeypatch:
 
 def test_a_checkpoint_in_its_place_is_not_written_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while it was proved or measured."""
-    from pruneexp.experiment import run as experiment
+    from pruneexp.experiment import deliver
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("killed")
 
     typed = [*CASES["shrinking"][0], "run.dir=run"]
     with monkeypatch.context() as patch:
-        patch.setattr(experiment._Run, "_record_proof", broken)
+        patch.setattr(deliver, "check_source", broken)
         assert run(*typed) == 1
     calls()
     times = {path: path.stat().st_mtime_ns for path in Path("run/model").iterdir()}

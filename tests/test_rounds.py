@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.calibrate import Meter
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import BlockInfluence, Flap, Magnitude, Random, WandaSp
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned
+from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.search import AlAm, Global, PolicyGradient, UlUm, Uniform
 from pruneexp.sparsity import Cubic, Linear, OneShot
@@ -40,13 +39,7 @@ def prune(
     model: Model, tokens_NT: Tensor, criterion: Any, schedule: Any, search: Any, compensator: Any = NONE
 ) -> Pruned:
     return prune_in_rounds_(
-        model,
-        tokens_NT,
-        Method(criterion, schedule, search, compensator),
-        meter=Meter(),
-        rng=torch.Generator().manual_seed(0),
-        shrunk=lambda index: None,
-        clock=lambda stage: contextlib.nullcontext(),
+        model, tokens_NT, Method(criterion, schedule, search, compensator), Record(rng=torch.Generator().manual_seed(0))
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from pruneexp.evidence import Moments, WantedOutput
 from pruneexp.model.sites import site_parts
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.dense_evidence import Results
+from pruneexp.pruning.record import Record
 from pruneexp.search import Evolutionary, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_layer_
@@ -305,11 +305,7 @@ def prune(model, tokens_NT, method, ratio, meter=None, results=None):
         tokens_NT,
         method,
         ratio,
-        meter=meter or Meter(),
-        rng=torch.Generator().manual_seed(0),
-        shrunk=lambda index: None,
-        clock=lambda stage: nullcontext(),
-        results=results,
+        Record(rng=torch.Generator().manual_seed(0), meter=meter or Meter(), results=results),
     )
 
 
@@ -340,16 +336,7 @@ def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
         def keep(index, model=model, readers=readers):
             readers.extend(p.detach().clone() for n, p in model.layers[index].named_parameters() if "_proj" in n)
 
-        pruned = prune_(
-            model,
-            tokens_NT,
-            LEAST_SQUARES,
-            0.3,
-            meter=Meter(),
-            rng=torch.Generator().manual_seed(0),
-            shrunk=keep,
-            clock=lambda stage: nullcontext(),
-        )
+        pruned = prune_(model, tokens_NT, LEAST_SQUARES, 0.3, Record(rng=torch.Generator().manual_seed(0), shrunk=keep))
         plans.append(pruned.plan.to_json())
         logits.append(readers)
     assert plans[0] == plans[1]

@@ -221,7 +221,7 @@ def test_nothing_of_the_run_is_touched(data, llama):
 @pytest.mark.slow
 def test_a_run_keeps_every_item(data, build_from):
     overrides = ["evaluator=[zeroshot]", f"evaluator.zeroshot.data={data}", "evaluator.zeroshot.tasks=[piqa,arc_easy]"]
-    metrics = run_experiment(build_from(*overrides, "run.dir=run", "run.save=false", "dataset.samples=2"))
+    metrics = run_experiment(build_from(*overrides, "run.dir=run", "run.save=false", "dataset.samples=2")).metrics
     assert {"dense/acc/piqa@0shot[3]", "pruned/acc_norm/arc_easy@0shot[2]"} <= metrics.keys()
     kept = [json.loads(Path("run/samples", f"zeroshot_{when}.json").read_text()) for when in ("dense", "pruned")]
     asked = [each["tasks"]["piqa"]["requests_sha256"] for each in kept]
@@ -345,7 +345,7 @@ def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build
         asked.clear()
         zeroshot._asked.cache_clear()  # as in a process of its own
         overrides = ["evaluator=[zeroshot]", "evaluator.zeroshot.tasks=[one]", "dataset.samples=2", *changes]
-        metrics = run_experiment(build_from(*overrides, f"run.dir={folder}", "run.save=false"))
+        metrics = run_experiment(build_from(*overrides, f"run.dir={folder}", "run.save=false")).metrics
         return next(value for key, value in metrics.items() if key.startswith("dense/acc/one@")), len(asked)
 
     first, answered = dense("first")

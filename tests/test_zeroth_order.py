@@ -17,6 +17,7 @@ from pruneexp.criterion import MiniLlm
 from pruneexp.evidence import DirectionalGradient, Gradient, InputMoments, Moments, Perturbation
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.record import Record
 from pruneexp.types import ConfigError, Cost, RunError, Site, SiteWeights
 from tests.cases import each
 from tests.conftest import FAMILIES
@@ -26,8 +27,6 @@ KIND = Perturbation("weights", 3, 1e-4, "gaussian", "multiply", None, 0)
 CRITERION = MiniLlm("spsa", "weights", "l2", "sum", 4, 1e-3, "gaussian", "multiply", 5, 0)
 QUIET: dict[str, Any] = {
     "rng": torch.Generator(),
-    "shrunk": lambda i: None,
-    "clock": lambda s: contextlib.nullcontext(),
 }
 
 
@@ -253,7 +252,7 @@ def test_mini_llm_runs_on_every_family(
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     model, meter = tiny(family), Meter()
     before, cheapest = model.decoder_params, model.sites()[1].cost.params
-    prune_(model, tokens_NT, method, 0.3, meter=meter, **QUIET)
+    prune_(model, tokens_NT, method, 0.3, Record(meter=meter, **QUIET))
     assert abs(before - model.decoder_params - 0.3 * before) <= cheapest / 2 + 1
     exact = setting == "gradient=exact"
     assert meter.backward == pytest.approx(1 if exact else 0)

@@ -176,11 +176,11 @@ class Builder:
         node = self.composed.config.get(group)
         if node is None:
             raise self._missing_choice(group)
-        return self._satisfying(self.node(node, group), protocol, group)
+        return satisfying(self.node(node, group), protocol, f"{group}._target_")
 
     def evaluator(self, name: str) -> Any:
         key = f"evaluator.{name}"
-        return self._satisfying(self.node(self.composed.config["evaluator"][name], key), types.Evaluator, key)
+        return satisfying(self.node(self.composed.config["evaluator"][name], key), types.Evaluator, f"{key}._target_")
 
     def node(self, node: Any, key: str) -> Any:
         """The object that a node with a `_target_` describes."""
@@ -239,11 +239,13 @@ class Builder:
         options = sorted({path.stem for folder in self.composed.folders for path in (folder / group).glob("*.yaml")})
         return ConfigError(f"{group} is missing: expected one of {', '.join(options)}")
 
-    def _satisfying(self, part: Any, protocol: type | None, key: str) -> Any:
-        absent = [name for name in _members(protocol) if not hasattr(part, name)]
-        if absent:
-            raise ConfigError(f"{key}._target_: {type(part).__name__} has no {', '.join(absent)}; see pruneexp.types")
-        return part
+
+def satisfying(part: Any, protocol: type | None, key: str) -> Any:
+    """The part, where it has every member of the protocol. Raises ConfigError, saying `key`, where it has not."""
+    absent = [name for name in _members(protocol) if not hasattr(part, name)]
+    if absent:
+        raise ConfigError(f"{key}: {type(part).__name__} has no {', '.join(absent)}; see pruneexp.types")
+    return part
 
 
 def _without_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:

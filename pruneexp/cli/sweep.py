@@ -11,6 +11,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -37,11 +38,19 @@ if TYPE_CHECKING:
 SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one process share
 
 
-def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
-    """Runs every job; the exit code: 1 if any failed. Raises ConfigError, before the first job and for all of them at
-    once, for jobs that cannot be built (where the sweeper decides its jobs beforehand)."""
-    overrides = [*overrides, "hydra.mode=MULTIRUN"]
-    overrides, config = whole(hydra, overrides)
+@dataclass(frozen=True)
+class Ended:
+    """A multirun that has ended. `jobs`: the folders of those that are known; `failed`: names among them."""
+
+    folder: Path
+    jobs: tuple[Path, ...]
+    failed: tuple[str, ...]
+
+
+def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
+    """Runs every job. Raises ConfigError, before the first job and for all of them at once, for jobs that cannot be
+    built (where the sweeper decides its jobs beforehand)."""
+    overrides, config = whole(hydra, [*overrides, "hydra.mode=MULTIRUN"])
     folder = sweep_folder(hydra, config)
     jobs, by_sites = _composed_jobs(hydra, config, folder)
     here, shared = bool(jobs) and _runs_here(config.hydra), None
@@ -50,7 +59,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
 
         shared = DenseStates(SHARED_BYTES)
     if jobs and all(job.config["run"]["dry"] for job in jobs):
-        return _forecast(jobs, shared)
+        return Ended(folder, (), tuple(_forecast(jobs, shared)))
     _make(folder)
     before = _statuses(folder)
     try:
@@ -60,8 +69,8 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
                 metrics = _run_recorded(job, str(number), shared)
                 _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
         else:
-            overrides.append(f"hydra.sweep.dir={_quoted(str(folder))}")
-            hydra.multirun("config", run_job, overrides, with_log_configuration=False)
+            swept = f"hydra.sweep.dir={_quoted(str(folder))}"
+            hydra.multirun("config", run_job, [*overrides, swept], with_log_configuration=False)
     except (ConfigError, RunError):
         raise
     except Exception as error:
@@ -80,7 +89,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> int:
     print(f"all its jobs are in {summary}")
     if ran:
         hand_over(config, folder, _sweep_name(config) or folder.name)
-    return 1 if failed else 0
+    return Ended(folder, tuple(ours or ran), tuple(failed))
 
 
 def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list[Composed], bool]:
@@ -117,12 +126,12 @@ def _of_jobs(line: str, count: int, all_jobs: int) -> str:
     return line if count == all_jobs else f"{line} ({count} of {all_jobs} jobs)"
 
 
-def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> int:
-    """What each job of a sweep would take; nothing is written. The exit code: 1 if any cannot run."""
+def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> list[str]:
+    """What each job of a sweep would take; nothing is written. Gives those that cannot run."""
     from pruneexp.cli.build import build
     from pruneexp.experiment.run import run_experiment
 
-    failed = 0
+    failed = []
     for number, job in enumerate(jobs):
         done = _done(job)
         print(f"job {number}: {' '.join(job.job['overrides'])}{': done already' if done else ''}")
@@ -133,9 +142,9 @@ def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> int:
             experiment.check()
             run_experiment(experiment, shared)
         except (ConfigError, RunError) as error:
-            failed += 1
+            failed.append(f"job {number}")
             print(f"pruneexp: job {number} cannot run: {error}", file=sys.stderr)
-    return 1 if failed else 0
+    return failed
 
 
 def _runs_here(node: DictConfig) -> bool:
@@ -225,7 +234,7 @@ def _run_recorded(job: Composed, number: str, shared: DenseStates | None = None)
     try:
         experiment = build(job)
         experiment.check()
-        return run_experiment(experiment, shared)
+        return run_experiment(experiment, shared).metrics
     except Exception as error:
         expected = isinstance(error, (ConfigError, RunError))
         reason = str(error) if expected else f"{type(error).__name__}: {one_line(error)}"

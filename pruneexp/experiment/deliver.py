@@ -4,63 +4,125 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pruneexp.experiment.card import Card, Written, base_model, card_text, license_of
-from pruneexp.files import files_in, read_object, write_atomic
+from pruneexp.experiment.resume import take_up
+from pruneexp.experiment.settings import Experiment
+from pruneexp.files import check_writable, files_in, read_object, write_atomic
 from pruneexp.model import Model
 from pruneexp.model.companions import CARD
 from pruneexp.model.modeling_pruned import FAMILIES, Family
 from pruneexp.model.source import EMBEDDED
 from pruneexp.pruning import Pruned
+from pruneexp.pruning.notes import Notes
 from pruneexp.recovery import Adapter
 from pruneexp.surgery import (
+    BlockProof,
     Dense,
     Form,
     StreamedSave,
+    check_source,
+    dense_logits,
     period_warning,
     prove_in_place,
     prove_in_process,
     save,
     vllm_note,
 )
-from pruneexp.tracker import PROOF
+from pruneexp.tracker import NOTES, PROOF, clear_unfinished
+from pruneexp.types import ConfigError, Plan
 
 logger = logging.getLogger("pruneexp")
 
 ADAPTER = "adapter"  # folder in the checkpoint's
+PROOF_WINDOWS, PROOF_LENGTH = 2, 64  # tokens on which a saved checkpoint is compared
 
 
-def deliver(
-    model: Model, folder: Path, prove: str, probe_BT: Tensor, adapter: Adapter | None, dense: Dense | str
-) -> dict[str, Any]:
-    """Writes and proves the run folder's `model/`; returns what proof.json is to say. `dense`: what plain transformers
-    is to make of the source, or why that is not compared."""
-    target = folder / "model"
+@dataclass(frozen=True)
+class Delivery:
+    """The checkpoint of a run before it is written. `folder`: the run's; None: none is written. `prove`: as
+    `run.prove`, on the windows `probe_BT`. `dense`: what plain transformers is to make of the source, or why that is
+    not compared. `streamed`: what is written while the model is pruned."""
+
+    folder: Path | None
+    prove: str
+    probe_BT: Tensor
+    dense: Dense | str
+    streamed: StreamedSave | None
+
+    def clear(self) -> None:
+        """Removes a checkpoint that nobody asked for: where a streamed model lies until the run ends."""
+        if self.streamed is not None and self.streamed.folder.name == "streamed":
+            shutil.rmtree(self.streamed.folder, ignore_errors=True)
+
+
+def prepare_delivery(
+    experiment: Experiment, model: Model, folder: Path | None, tokens_NT: Tensor, identity: str
+) -> tuple[Delivery, Notes]:
+    """What must be there before the model is pruned, and the notes of how far a streamed run has come. `identity`: of
+    what its results depend on."""
+    probe_BT = tokens_NT[:PROOF_WINDOWS, :PROOF_LENGTH]
+    prove = experiment.run.prove if experiment.run.save else "off"
+    dense = dense_logits(model, experiment.model, probe_BT, prove)
+    if folder is None or not model.streamed:
+        if folder is not None:
+            clear_unfinished(folder)  # of a streamed run that came before
+        return Delivery(folder if experiment.run.save else None, prove, probe_BT, dense, None), Notes(None)
+    target = folder / ("model" if experiment.run.save else "streamed")
+    streamed = StreamedSave(model, target, BlockProof(model, probe_BT), keep=take_up(folder, identity))
+    return Delivery(folder, prove, probe_BT, dense, streamed), Notes(folder / NOTES, streamed)
+
+
+def deliver(delivery: Delivery, model: Model, adapter: Adapter | None, path: str) -> dict[str, float]:
+    """Writes and proves the run folder's `model/`, and proof.json; what the proof measured. `path`: as `model.path`. A
+    checkpoint that differs is worth a warning, not a lost run.
+
+    Raises RunError where the dense model was another than its source: so is everything that was measured."""
+    if delivery.folder is None:
+        return {}
+    if delivery.streamed is not None:
+        proof = _streamed_proof(delivery.streamed, delivery.folder, delivery)
+    else:
+        proof = _held_proof(delivery, delivery.folder, model, adapter)
+    write_atomic(delivery.folder / PROOF, json.dumps(proof, indent=1) + "\n")
+    difference = proof.get("max_logit_difference")
+    if difference is not None and difference > proof.get("tolerance", 1e-2):
+        logger.warning("the reloaded checkpoint's logits differ by up to %g", difference)
+    check_source(proof["source"], path)
+    return {} if difference is None else {"proof/max_logit_difference": difference}
+
+
+def _held_proof(delivery: Delivery, folder: Path, model: Model, adapter: Adapter | None) -> dict[str, Any]:
+    target, dense = folder / "model", delivery.dense
     _warn(save(model, target, complete=_completed(folder)))
-    proof = {**_begun(folder), "prove": prove}
+    proof = {**_begun(folder), "prove": delivery.prove}
     if adapter is not None:
         adapter.save(target / ADAPTER, target)
         proof["adapter"] = f"model/{ADAPTER}: the evaluated model has it on top of the checkpoint, the proof has not"
-    if prove != "off":
+    if delivery.prove != "off":
         known = None if isinstance(dense, str) else dense
         with nullcontext() if adapter is None else adapter.off():
-            proof |= (prove_in_process if prove == "process" else prove_in_place)(model, target, probe_BT, known)
+            verify = prove_in_process if delivery.prove == "process" else prove_in_place
+            proof |= verify(model, target, delivery.probe_BT, known)
     if isinstance(dense, str):
         proof["source"] = {"compared": False, "why": dense}
     return proof
 
 
-def deliver_streamed(streamed: StreamedSave, folder: Path, prove: bool, why: str) -> dict[str, Any]:
-    """The same of a model that was written as it was pruned; `why` its source is not compared."""
+def _streamed_proof(streamed: StreamedSave, folder: Path, delivery: Delivery) -> dict[str, Any]:
+    """Of a model that was written as it was pruned."""
     _warn(streamed.finish(_completed(folder)))
-    proof = {**_begun(folder), "prove": "off", "source": {"compared": False, "why": why}}
-    return proof | streamed.prove() if prove else proof
+    source = {"compared": False, "why": str(delivery.dense)}
+    proof = {**_begun(folder), "prove": "off", "source": source}
+    return proof | streamed.prove() if delivery.prove != "off" else proof
 
 
 def _warn(form: Form) -> None:
@@ -105,6 +167,23 @@ def card_of(path: str, model: Model, pruned: Pruned, job: Mapping[str, Any], ada
 def write_card(card: Card, folder: Path) -> None:
     """Writes the card of the checkpoint in `folder`, which has its config.json. Raises OSError."""
     write_atomic(folder / CARD, card_text(card, written(folder)))
+
+
+def save_checkpoint(model: Model, plan: Plan, card: Card, folder: Path) -> None:
+    """Writes what a run has in its model/: weights, config, tokenizer, plan and card. Raises ConfigError where `folder`
+    is there already and not empty, RunError where it cannot be written."""
+    check_writable(folder, f"folder={str(folder)!r}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"folder={str(folder)!r}: is not empty; expected a new folder")
+
+    def complete(form: Form, aside: Path) -> None:
+        write_atomic(aside / "plan.json", plan.to_json() + "\n")
+
+    if folder.exists():
+        folder.rmdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _warn(save(model, folder, complete=complete))
+    write_card(card, folder)
 
 
 def written(folder: Path) -> Written:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pruneexp.calibrate import DenseStates
 from pruneexp.dataset import check_vocabulary, overlap
 from pruneexp.experiment.bos_probe import check_bos
 from pruneexp.experiment.forecast import (
@@ -21,21 +23,46 @@ from pruneexp.experiment.forecast import (
     params_left,
     print_forecast,
     size,
+    warn_of_files,
+    warn_of_memory,
 )
 from pruneexp.experiment.settings import Experiment
 from pruneexp.files import existing
 from pruneexp.model import Model
 from pruneexp.model.half import multiplied_in
 from pruneexp.progress import waiting
-from pruneexp.pruning.budget import searched_sites
+from pruneexp.pruning.budget import check_mixture, check_pruning, searched_sites
 from pruneexp.types import Budget, ConfigError, evidence_kinds
-
-if TYPE_CHECKING:
-    from pruneexp.calibrate import DenseStates
 
 logger = logging.getLogger("pruneexp")
 
 FITTED = 4  # calibration tokens for each input of an out-projection that is fitted to them, at least
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from. `outline`: the model's structure; `expected`: what the run will take."""
+
+    outline: Model
+    budget: Budget
+    tokenizer: Any
+    tokens_NT: Tensor
+    expected: Forecast
+
+
+def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs:
+    """Everything that can be known before a weight is loaded. `shared`: hidden states that runs one after the other
+    have in common. Raises ConfigError."""
+    with waiting("reading the model's config"):
+        outline = experiment.model.outline()
+    parts = (experiment.criterion, experiment.search, experiment.compensator)
+    check_mixture(outline, *parts, experiment.job["choices"])
+    budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
+    if not experiment.run.dry:
+        check_disk(experiment, outline, budget)
+    tokenizer, tokens_NT = read_inputs(experiment)
+    expected = foreseen(experiment, outline, budget, tokenizer, tokens_NT, shared)
+    return Inputs(outline, budget, tokenizer, tokens_NT, expected)
 
 
 def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
@@ -152,7 +179,7 @@ def foreseen(
     tokens_NT: Tensor,
     shared: DenseStates | None = None,
 ) -> Forecast:
-    """What the run will take, as far as it is known now. `shared`: as for `run_experiment`."""
+    """What the run will take, as far as it is known now. `shared`: as for `prepare`."""
     settings, measured = experiment.run, []
     to_share = 0 if shared is None or shared.layers else shared.limit  # what is held already is free no more
     for evaluator in experiment.evaluators.values():
@@ -173,10 +200,22 @@ def foreseen(
     )
 
 
-def told(
-    experiment: Experiment, model: Model, budget: Budget, tokens_NT: Tensor, expected: Forecast
-) -> dict[str, float]:
-    """The model's structure, what would leave it and what that would take, from its config alone."""
+def warn(experiment: Experiment, inputs: Inputs) -> None:
+    """A line of the log for each thing that may go wrong."""
+    warn_of_memory(inputs.expected, available_memory(*inputs.outline.devices))
+    warn_of_files(inputs.expected)
+    warn_of_few_tokens(experiment, inputs.outline, inputs.tokens_NT)
+    left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
+    if left_out:
+        logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
+    if not experiment.search.local and experiment.criterion.sequential:
+        logger.info("the search decides over all layers at once: scores are those of the dense model")
+
+
+def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
+    """Prints the model's structure, what would leave it and what that would take, from its config alone; as metrics."""
+    model, budget, tokens_NT, expected = inputs.outline, inputs.budget, inputs.tokens_NT, inputs.expected
+    warn_of_few_tokens(experiment, model, tokens_NT)
     sites, total, decoder = model.sites(), model.params, model.decoder_params
     kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
     units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())

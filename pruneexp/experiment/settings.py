@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pruneexp.cache import Cache, NoCache
 from pruneexp.dataset import WindowSource
 from pruneexp.model import ModelSource
+from pruneexp.model.given import GivenModel
 from pruneexp.pruning import Method
 from pruneexp.tracker import check_folder
 from pruneexp.types import Compensator, ConfigError, Criterion, Evaluator, Recovery, Search, Sparsity, Tracker
@@ -31,7 +32,7 @@ class RunSettings:
 class Experiment:
     """One choice of every group, and the run's own settings. `config`: the composed config; `job`: recipe, sweep."""
 
-    model: ModelSource
+    model: ModelSource | GivenModel
     dataset: WindowSource
     criterion: Criterion
     sparsity: Sparsity
@@ -51,11 +52,12 @@ class Experiment:
         """What decides which units leave, and what makes up for them."""
         return Method(self.criterion, self.sparsity, self.search, self.compensator)
 
-    def check(self) -> None:
-        """What files and the machine can tell without loading a weight. Raises ConfigError."""
+    def check(self, recorded: bool = True) -> None:
+        """What files and the machine can tell without loading a weight. `recorded`: a run folder is to be written.
+        Raises ConfigError."""
         if self.run.dir is not None:
             check_folder(Path(self.run.dir), self.run.overwrite)
-        elif not self.run.dry:
+        elif recorded and not self.run.dry:
             check_folder(Path("outputs", self.job["recipe"]), overwrite=True)
         self.model.check(weights=not self.run.dry)
         source = self.model.local_folder()

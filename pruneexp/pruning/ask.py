@@ -15,7 +15,7 @@ def searched(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) 
     """The plan of a search over all layers, which may probe the model where it is held in memory."""
     oracle = None
     if work.tokens_NT is not None and not work.model.streamed:
-        oracle = Probe(work.model, work.tokens_NT, work.meter, getattr(work.method.search, "effort", None))
+        oracle = Probe(work.model, work.tokens_NT, work.record.meter, getattr(work.method.search, "effort", None))
     try:
         budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
         return asked(work, scores, sites, budget, oracle)[0]
@@ -39,7 +39,7 @@ def asked(
         added = 0  # most of these sites may have to stay whole
     for _ in range(4):
         paying = replace(budget, added=budget.added + added)
-        plan = work.method.search(scores, sites, paying, oracle, work.rng)
+        plan = work.method.search(scores, sites, paying, oracle, work.record.rng)
         needed, short = _left_over(work, plan, sites, budget)
         settled = needed == added or work.ratio == 0
         if oracle is not None and oracle.passes:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter
 from pruneexp.model import Model
-from pruneexp.pruning.dense_evidence import Results
-from pruneexp.pruning.notes import Notes
+from pruneexp.pruning.record import Record
 from pruneexp.search import KIND, scored_as
 from pruneexp.types import Compensator, Criterion, Plan, Score, Search, Site, Sparsity
-
-Shrunk = Callable[[int], None]  # called with each layer's index while the shrunk layer is at hand
 
 
 @dataclass(frozen=True)
@@ -47,12 +41,7 @@ class Pruning:
     tokens_NT: Tensor | None
     method: Method
     ratio: float
-    meter: Meter
-    rng: torch.Generator
-    shrunk: Shrunk
-    clock: Callable[[str], Any]
-    results: Results
-    notes: Notes
+    record: Record
     scores: dict[str, Score] = field(default_factory=dict)
 
 

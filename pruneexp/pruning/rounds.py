@@ -5,30 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
+from pruneexp.cache import NoCache
 from pruneexp.model import Model
 from pruneexp.model.sites import experts_name
 from pruneexp.progress import part_of
 from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.pruning.dense_evidence import Results
+from pruneexp.pruning.record import Record
 from pruneexp.types import ConfigError, Plan, Score, SitePlan, unit_scores
 
 logger = logging.getLogger("pruneexp")
 
 
-def prune_in_rounds_(
-    model: Model, tokens_NT: Tensor | None, method: Method, *, results: Results | None = None, **settings: Any
-) -> Pruned:
+def prune_in_rounds_(model: Model, tokens_NT: Tensor | None, method: Method, record: Record) -> Pruned:
     """Shrinks `model` in place, round by round, to the shares of the original model that the schedule says.
 
     Plan and scores are those of the original model's units, sites and layers, whatever has moved up meanwhile. A unit's
     score is the last that it was given: in the last round for units that were there then, in the round in which it
     left for all others, so that scores of different rounds stand side by side. The plan's budget lists the rounds'
     own under `rounds`. A round costs what one shot costs: calibration, and whatever the search is set to spend.
-    `settings`: as for `prune_`.
     """
     shares = method.sparsity.shares()
     start, first = _Start(model), None
@@ -38,12 +36,12 @@ def prune_in_rounds_(
         names = _original_names(model, start)
         with part_of(which):
             try:
-                known = results if first is None else None  # of the dense model, which is gone after the first round
                 original = None if first is None else first.counted
-                pruned = prune_(model, tokens_NT, method, share, original=original, results=known, **settings)
+                pruned = prune_(model, tokens_NT, method, share, record, original)
             except ConfigError as error:
                 raise error if number == 1 else ConfigError(f"{error} (in {which}, of what is left by then)") from error
         first = first or pruned
+        record = replace(record, results=Results(NoCache(), {}))  # those of the dense model, which is gone now
         scores = _scores_after(scores, pruned.scores, plan, names)
         plan = _plan_after(plan, pruned.plan, names)
         budgets.append(dict(pruned.plan.budget))

@@ -7,17 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pruneexp.cache import NoCache
-from pruneexp.calibrate import Bookmark, Meter, Visit, walk, walk_sites
+from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
 from pruneexp.model import Model
 from pruneexp.pruning.ask import asked, searched
 from pruneexp.pruning.budget import as_searched, budget_of, searched_sites, whole_budget
-from pruneexp.pruning.dense_evidence import Results, checked, distinct, without_readers
-from pruneexp.pruning.method import Method, Pruned, Pruning, Shrunk, by_site, goes_layer_by_layer, judged_whole
-from pruneexp.pruning.notes import Notes
+from pruneexp.pruning.dense_evidence import checked, distinct, without_readers
+from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, judged_whole
+from pruneexp.pruning.record import Record
 from pruneexp.search import block_scores, expert_scores
 from pruneexp.surgery import remove_blocks_, replace_readers_, shrink_layer_
 from pruneexp.types import Criterion, Plan, RunError, Score, Search, Site, SiteWeights
@@ -30,28 +28,19 @@ def prune_(
     tokens_NT: Tensor | None,
     method: Method,
     ratio: float,
-    *,
-    meter: Meter,
-    rng: torch.Generator,
-    shrunk: Shrunk,
-    clock: Callable[[str], Any],
-    results: Results | None = None,
-    notes: Notes | None = None,
+    record: Record,
     original: int | None = None,
 ) -> Pruned:
     """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
 
     Layer by layer in one walk where the criterion is sequential and the search decides each layer alone; otherwise
-    all layers are scored on the dense model first. `clock(stage)` is a context manager that times a stage. `results`:
-    where scores and evidence of the dense model are kept (None: nowhere). `notes`: where it is noted how far each walk
-    has come, and where it begins (None: nowhere). `original`: what the ratio is a share of, where that is not this
+    all layers are scored on the dense model first. `original`: what the ratio is a share of, where that is not this
     model but a larger one that it was pruned from.
     """
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     leave = {site.name: site for site in (*sites, *as_searched(model, method.search, sites), *blocks)}
-    results, notes = results or Results(NoCache(), {}), notes or Notes(None)
-    work = Pruning(model, tokens_NT, method, ratio, meter, rng, shrunk, clock, results, notes)
+    work = Pruning(model, tokens_NT, method, ratio, record)
     budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
         work.ratio = max(0.0, (ratio * original - (original - budget.total)) / budget.total)
@@ -74,12 +63,12 @@ def _all_at_once(work: Pruning) -> Plan:
     blocks_alone = set(granularity) == {"blocks"}  # nothing is left to compensate
     shown = judged_whole(work.method)
     dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
-    with work.clock("calibrate"):
+    with work.record.clock("calibrate"):
         scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
         if lost := getattr(criterion, "lost", lambda _: 0)(scores):  # said of scores from the cache, too
             logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(scores))
         work.scores.update(scores)
-    with work.clock("search"):
+    with work.record.clock("search"):
         sites = searched_sites(work.model, work.method.search)
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores
@@ -90,14 +79,14 @@ def _all_at_once(work: Pruning) -> Plan:
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
-    with work.clock("shrink"):
+    with work.record.clock("shrink"):
         if by_site(compensator) and not blocks_alone:
-            note = work.notes.bookmark("shrink", lambda: None, writing=True)
+            note = work.record.notes.bookmark("shrink", lambda: None, writing=True)
             _site_by_site(work, lambda visit: renamed, (), note)
         else:
             kinds = distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
-            note = work.notes.bookmark("shrink", lambda: None, writing=True)
-            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "shrink", bookmark=note):
+            note = work.record.notes.bookmark("shrink", lambda: None, writing=True)
+            for visit in walk(work.model, work.tokens_NT, kinds, work.record.meter, "shrink", bookmark=note):
                 evidence = visit.of(compensator.evidence) if kinds else dense
                 _shrink(work, visit, renamed, evidence)
                 del visit, evidence
@@ -107,7 +96,9 @@ def _all_at_once(work: Pruning) -> Plan:
 def _dense_results(
     work: Pruning, criterion: Criterion | None, kind: Any, whole: tuple[str, ...]
 ) -> tuple[dict[str, Score], dict[str, Any]]:
-    return work.results.of(work.model, work.tokens_NT, criterion, kind, whole, work.meter, work.notes)
+    return work.record.results.of(
+        work.model, work.tokens_NT, criterion, kind, whole, work.record.meter, work.record.notes
+    )
 
 
 def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:
@@ -132,8 +123,8 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
     assert wanted is not None
     if work.tokens_NT is None:
         raise RunError("compensator.target='dense': expected calibration windows")
-    plan, states = Plan({}), work.results.dense_states(work.model)
-    walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, work.meter, "shrink", note, states)
+    plan, states = Plan({}), work.record.results.dense_states(work.model)
+    walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, work.record.meter, "shrink", note, states)
     for visit, site, collect in walked:
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
@@ -153,7 +144,7 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
                 shrink_layer_(work.model, visit.index, alone, readers)
             del weights, readers
         if site is sites[-1]:
-            work.shrunk(visit.index)
+            work.record.shrunk(visit.index)
         del visit, collect
 
 
@@ -162,19 +153,21 @@ def _layer_by_layer(work: Pruning, sites: Sequence[Site]) -> Plan:
     criterion, compensator = work.method.criterion, work.method.compensator
     dense: dict[str, Any] = {}
     if compensator.evidence is not None and not compensator.sequential:
-        with work.clock("calibrate"):
+        with work.record.clock("calibrate"):
             _, dense = _dense_results(work, None, compensator.evidence, ())
     sitewise = by_site(compensator)
     kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
     decided = _Decided(work)
-    note = work.notes.bookmark("shrink", decided.noted, writing=True)
+    note = work.record.notes.bookmark("shrink", decided.noted, writing=True)
     if note.found is not None:
         decided.go_on(note.found)
-    with work.clock("calibrate"):
+    with work.record.clock("calibrate"):
         if sitewise:
             _site_by_site(work, decided.at, kinds, note)
         else:
-            for visit in walk(work.model, work.tokens_NT, kinds, work.meter, "calibrate and shrink", bookmark=note):
+            for visit in walk(
+                work.model, work.tokens_NT, kinds, work.record.meter, "calibrate and shrink", bookmark=note
+            ):
                 plan = decided.at(visit)
                 evidence = visit.of(compensator.evidence) if compensator.sequential else dense
                 _shrink(work, visit, plan, evidence)
@@ -206,18 +199,18 @@ class _Decided:
 
     def noted(self) -> Any:
         """What to go on from."""
-        return self.plan, self.carry, self.work.scores, self.work.rng.get_state()
+        return self.plan, self.carry, self.work.scores, self.work.record.rng.get_state()
 
     def go_on(self, noted: Any) -> None:
         self.plan, self.carry, self.work.scores, rng = noted
-        self.work.rng.set_state(rng)
+        self.work.record.rng.set_state(rng)
 
 
 def _shrink(work: Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
     """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
     readers = _readers(work, visit.block.weights, visit.block.sites, plan, evidence)
     shrink_layer_(work.model, visit.index, plan, readers)
-    work.shrunk(visit.index)
+    work.record.shrunk(visit.index)
 
 
 def _readers(

@@ -8,7 +8,7 @@ from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
 from pruneexp.surgery.prove_source import Dense, check_source, dense_logits
 from pruneexp.surgery.save import STREAMED_SHARD_BYTES, StreamedSave, save
 from pruneexp.surgery.served import vllm_note
-from pruneexp.surgery.shrink import remove_blocks_, replace_readers_, shrink_, shrink_layer_
+from pruneexp.surgery.shrink import check_plan, remove_blocks_, replace_readers_, shrink_, shrink_layer_
 
 __all__ = [
     "STREAMED_SHARD_BYTES",
@@ -18,6 +18,7 @@ __all__ = [
     "Padding",
     "StreamedSave",
     "broken_period",
+    "check_plan",
     "check_source",
     "dense_logits",
     "masked",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.model import Model, ModelSource
+from pruneexp.model.given import GivenModel
 from pruneexp.types import RunError
 
 logger = logging.getLogger("pruneexp")
@@ -47,13 +48,15 @@ class Dense:
         }
 
 
-def dense_logits(model: Model, source: ModelSource, tokens_BT: Tensor, prove: str) -> Dense | str:
+def dense_logits(model: Model, source: ModelSource | GivenModel, tokens_BT: Tensor, prove: str) -> Dense | str:
     """What the dense model gives before anything leaves it, or why it is not compared. `prove`: as `run.prove`."""
-    folder = source.folder()
     if prove == "off":
         return "run.prove=off"
     if model.streamed:
         return "the model is streamed; plain transformers would hold it whole"
+    if isinstance(source, GivenModel):
+        return "the model was given from Python: there is no source to compare it with"
+    folder = source.folder()
     if not source.trust_remote_code and str(source.read_config(folder)["model_type"]).startswith("pruned_"):
         return "a pruned checkpoint, which transformers loads with the code beside it: model.trust_remote_code=true"
     if prove == "in_place" and model.params * model.dtype.itemsize > SMALL:

@@ -23,7 +23,26 @@ from pruneexp.model.modeling_pruned import (
 )
 from pruneexp.model.sites import experts_name, head_norm_rows, layer_structure, site_parts, unit_rows
 from pruneexp.surgery.mask import Readers
-from pruneexp.types import Plan, RunError, Site
+from pruneexp.types import ConfigError, Plan, RunError, Site
+
+
+def check_plan(model: Model, plan: Plan) -> None:
+    """Raises ConfigError, naming a site, where the plan is not one of this model, as it stands."""
+    whole = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
+    experts = [site for index in range(len(model.layers)) for site in model.whole_experts(index)]
+    known = {site.name: site for site in (*model.sites(), *experts, *whole)}
+    for name, own in plan.sites.items():
+        site = known.get(name)
+        if site is None:
+            raise ConfigError(f"plan: {name} is no site of this model; expected a plan of the same model")
+        if (own.kind, own.units) != (site.kind, site.units):
+            raise ConfigError(
+                f"plan: {name} is of kind {own.kind} with {own.units} units, in this model {site.kind} with "
+                f"{site.units}; expected a plan of the same model"
+            )
+        if list(own.kept) != sorted({unit for unit in own.kept if 0 <= unit < own.units}):
+            expected = f"expected units from 0 to {own.units - 1}, in order, each once"
+            raise ConfigError(f"plan: {name} keeps {list(own.kept)}; {expected}")
 
 
 def shrink_(model: Model, plan: Plan, readers: Readers | None = None) -> None:

@@ -17,8 +17,6 @@ import json
 import math
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +43,10 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Prunes and measures in this process."""
     import torch
 
-    from pruneexp.calibrate import Meter
     from pruneexp.cli.build import build
     from pruneexp.cli.compose import compose
     from pruneexp.pruning import Method
+    from pruneexp.pruning.record import Record
     from pruneexp.pruning.rounds import prune_in_rounds_
 
     torch.set_num_threads(cell["threads"])
@@ -62,23 +60,14 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     evaluator = experiment.evaluators["perplexity"]
     if cell["method"] == "dense":
         return found | evaluator(model, model.tokenizer)
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def clock(stage: str) -> Any:
-        start = time.perf_counter()
-        yield
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    meter = Meter()
-    rng = torch.Generator().manual_seed(experiment.seed)
-    prune_in_rounds_(model, tokens_NT, method, meter=meter, rng=rng, shrunk=lambda index: None, clock=clock)
+    record = Record(rng=torch.Generator().manual_seed(experiment.seed))
+    prune_in_rounds_(model, tokens_NT, method, record)
     found["memory/added_bytes"] = resident("VmHWM") - before
     found |= {"params": model.params, "params/decoder": model.decoder_params}
     found["sparsity/decoder"] = 1 - model.decoder_params / dense["decoder"]
-    found |= {"passes/forward": meter.forward, "passes/backward": meter.backward}
-    found |= {"seconds": sum(seconds.values()), **{f"seconds/{k}": v for k, v in seconds.items()}}
+    found |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
+    found |= {"seconds": sum(record.metrics.values()), **record.metrics}
     return found | evaluator(model, model.tokenizer)
 
 

@@ -10,7 +10,6 @@ peak resident memory in memory and streamed, each in a process of its own. Nothi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
@@ -71,20 +70,12 @@ def prune(experiment: Any, model: Any, tokens_NT: Tensor) -> tuple[float, float]
     """Seconds of pruning, and forward passes it made."""
     from pruneexp.calibrate import Meter
     from pruneexp.pruning import Method, prune_
+    from pruneexp.pruning.record import Record
 
     meter = Meter()
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     start = time.perf_counter()
-    prune_(
-        model,
-        tokens_NT,
-        method,
-        experiment.sparsity.ratio,
-        meter=meter,
-        rng=torch.Generator(),
-        shrunk=lambda index: None,
-        clock=lambda stage: contextlib.nullcontext(),
-    )
+    prune_(model, tokens_NT, method, experiment.sparsity.ratio, Record(meter=meter))
     return time.perf_counter() - start, meter.forward
 
 
@@ -140,13 +131,12 @@ def peak_memory(folder: Path, windows: int, stream: bool, layers: int) -> None:
 
 
 def prune_streamed(experiment: Any, model: Any, tokens_NT: Tensor, saver: Any) -> None:
-    from pruneexp.calibrate import Meter
     from pruneexp.pruning import Method, prune_
+    from pruneexp.pruning.record import Record
 
     method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    clock = lambda stage: contextlib.nullcontext()  # noqa: E731
     rng = torch.Generator()
-    prune_(model, tokens_NT, method, 0.2, meter=Meter(), rng=rng, shrunk=saver.layer, clock=clock)
+    prune_(model, tokens_NT, method, 0.2, Record(rng=rng, shrunk=saver.layer))
     saver.finish()
 
 

@@ -1,0 +1,176 @@
+"""The door for Python: what the command does, on models that are in memory too, with results as objects."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pruneexp.types import ConfigError, Plan, RunError
+
+__all__ = ["ConfigError", "Plan", "Result", "RunError", "apply", "prune", "run"]
+
+PARTS = ("criterion", "search", "compensator")  # which objects may stand for
+_ONE_AT_A_TIME = threading.RLock()  # Hydra, logging and random numbers are the process's
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What a run gives. `model`: the pruned one, in evaluation mode; None where it was streamed, forecast, or a job of
+    a sweep. `metrics`: flat, as metrics.json has them. `folder`: the run's; None where nothing was written."""
+
+    model: Any
+    tokenizer: Any
+    plan: Plan | None
+    metrics: Mapping[str, float]
+    folder: Path | None
+    _outcome: Any = None
+
+    def __repr__(self) -> str:
+        """In a line: a plan takes pages."""
+        share = self.metrics.get("sparsity/decoder")
+        what = "a forecast" if share is None else f"{share:.1%} of the decoder removed"
+        left = self.metrics.get("pruned/params")
+        params = "" if left is None else f", {left:,.0f} parameters left"
+        return f"Result({what}{params}, folder={None if self.folder is None else str(self.folder)!r})"
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes what a run has in model/ to a new folder, so that
+        `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it. Raises ConfigError."""
+        from pruneexp.experiment.deliver import save_checkpoint
+
+        outcome = self._outcome
+        if self.model is None or outcome is None:
+            raise ConfigError(f"save({str(folder)!r}): this result holds no model; expected one of a run in memory")
+        target = Path(folder).expanduser()
+        save_checkpoint(outcome.model, outcome.plan, replace(outcome.card, metrics=outcome.metrics), target)
+        return target
+
+
+def run(overrides: Sequence[str], config_dir: str | None = None) -> Any:
+    """What `pruneexp OVERRIDES` does: a Result, or for `--multirun` and sweeps a list of them, without models.
+
+    Raises ConfigError where the command would end with exit code 2, RunError where with 1.
+    """
+    from pruneexp.cli.compose import open_hydra
+    from pruneexp.cli.single import asked_for_one, single_experiment
+    from pruneexp.cli.sweep import multirun
+    from pruneexp.experiment.run import run_experiment
+
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides={overrides!r}: expected a list, ['recipe=flap', 'sparsity.ratio=0.2']")
+    typed = [str(text) for text in overrides if text not in ("-m", "--multirun")]
+    with _undisturbed():
+        hydra = open_hydra(config_dir)
+        config = asked_for_one(hydra, typed, len(typed) < len(overrides))
+        if config is not None:
+            return _result(run_experiment(single_experiment(hydra, config)))
+        ended = multirun(hydra, typed)
+    if ended.failed:
+        raise RunError(f"sweep in {ended.folder}: failed: {', '.join(ended.failed)}")
+    return [_read(job) for job in ended.jobs]
+
+
+def prune(
+    model: Any,
+    tokenizer: Any,
+    tokens: Any,
+    recipe: str = "flap",
+    ratio: float = 0.2,
+    overrides: Sequence[str] = (),
+    folder: str | Path | None = None,
+    in_place: bool = False,
+    **parts: Any,
+) -> Result:
+    """Prunes a model that is in memory by what it computes for `tokens`, integers [N, T], used exactly as they are.
+
+    `model`: a transformers PreTrainedModel in evaluation mode. It stays as it was, and the Result has another one;
+    `in_place` spends it instead. `overrides`: as for `run`, after the recipe ("search.effort=10"); the evaluator is
+    `size` unless they say otherwise, the cache off. `folder`: where a run folder is written; None: nothing is. `parts`:
+    a criterion, search or compensator as an object, in place of the recipe's.
+
+    Raises ConfigError for what cannot work, before anything is changed, and RunError for a run that failed.
+    """
+    from pruneexp.cli.given import given_experiment
+    from pruneexp.experiment.run import run_experiment
+
+    for name in parts:
+        if name not in PARTS:
+            raise ConfigError(f"{name}={parts[name]!r}: unknown; expected one of {', '.join(PARTS)}")
+    with _undisturbed():
+        typed = [f"recipe={recipe}", f"sparsity.ratio={ratio}", *overrides]
+        experiment = given_experiment((model, tokenizer, tokens), typed, folder, in_place, parts)
+        return _result(run_experiment(experiment, recorded=folder is not None))
+
+
+def apply(model: Any, plan: Plan | str | Path) -> Any:
+    """Another model with the structure of `plan` (a Plan, or a plan.json) and the weights of `model`, without
+    calibrating: nothing is compensated. Raises ConfigError for a plan of another model."""
+    from pruneexp.model.given import GivenModel
+    from pruneexp.surgery import check_plan, shrink_
+
+    with _undisturbed():
+        read = plan if isinstance(plan, Plan) else _plan(Path(plan).expanduser())
+        given = GivenModel(model, None, 1, in_place=False)
+        given.check()
+        check_plan(given.outline(), read)
+        copied = given.load()
+        shrink_(copied, read)
+        return copied.module
+
+
+def _result(outcome: Any) -> Result:
+    model = outcome.model
+    if model is None or model.streamed:
+        return Result(None, None if model is None else model.tokenizer, outcome.plan, outcome.metrics, outcome.folder)
+    return Result(model.module, model.tokenizer, outcome.plan, outcome.metrics, outcome.folder, outcome)
+
+
+def _read(folder: Path) -> Result:
+    """Of a sweep's job, from its folder."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return Result(None, None, _plan(folder / "plan.json"), metrics, folder)
+
+
+def _plan(file: Path) -> Plan:
+    try:
+        return Plan.from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"plan={str(file)!r}: {error.strerror or error}; expected a plan.json") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"plan={str(file)!r}: no plan ({type(error).__name__}: {error})") from None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """One call at a time, after which Hydra, random numbers and transformers' messages are the caller's again."""
+    import numpy
+    import torch
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
+    from hydra.core.singleton import Singleton
+
+    with _ONE_AT_A_TIME:
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        instances, drawn, numpys = Singleton._instances, random.getstate(), numpy.random.get_state()
+        ours = {kind: one for kind, one in instances.items() if kind is not GlobalHydra}  # whose Hydra holds the world
+        messages = sys.modules.get("transformers.utils.logging")
+        said = None if messages is None else (messages.get_verbosity(), messages.is_progress_bar_enabled())
+        try:
+            with torch.random.fork_rng(list(gpus)):
+                Singleton._instances = {k: one if k is Plugins else deepcopy(one) for k, one in ours.items()}
+                yield
+        finally:
+            Singleton._instances = instances
+            random.setstate(drawn)
+            numpy.random.set_state(numpys)
+            if messages is not None and said is not None:
+                messages.set_verbosity(said[0])
+                (messages.enable_progress_bar if said[1] else messages.disable_progress_bar)()

@@ -1,0 +1,76 @@
+"""An experiment on a model and tokens that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.types import RunMode
+
+from pruneexp.cli.build import PROTOCOLS, build, check_together, satisfying
+from pruneexp.cli.compose import compose_raw, composed, open_hydra
+from pruneexp.dataset.given import GivenTokens, as_windows
+from pruneexp.experiment.settings import Experiment
+from pruneexp.model.given import GivenModel, check_module
+from pruneexp.types import ConfigError
+
+GIVEN = ("model", "run.dir", "run.dry", "hydra")  # decided by what is given
+
+
+def given_experiment(
+    given: tuple[Any, Any, Any],
+    overrides: Sequence[str],
+    folder: str | Path | None,
+    in_place: bool,
+    parts: Mapping[str, Any],
+) -> Experiment:
+    """`given`: model, tokenizer, tokens. `parts`: objects in place of what the overrides choose, by group. Raises
+    ConfigError, the model untouched."""
+    module, tokenizer, tokens = given
+    check_module(module)
+    windows_NT = as_windows(tokens)
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if key in GIVEN or key.split(".")[0] in ("model", "hydra") and key != "model.batch_size":
+            raise ConfigError(f"{text}: the model is given, and `folder` says where the run goes; expected other keys")
+    typed = [f"run.dir='{folder}'"] if folder is not None else []
+    if not any(text.startswith("dataset=") for text in overrides):
+        typed += ["dataset=tokens", "dataset.calibration=given"]
+    config = compose_raw(open_hydra(), ["evaluator=[size]", "cache=off", *typed, *overrides], RunMode.RUN)
+    run = composed(config)
+    experiment = build(run)
+    source = GivenModel(module, tokenizer, experiment.model.batch_size, in_place)
+    described = {"model": _said(source), "dataset": {**run.config["dataset"], "given": list(windows_NT.shape)}}
+    job, replaced = {**run.job, "choices": {**run.job["choices"], "model": source.name}}, {}
+    for group, part in parts.items():
+        replaced[group] = satisfying(part, PROTOCOLS[group], group)
+        kind = type(part)
+        described[group] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", "given": repr(part)}
+        job["choices"][group] = kind.__name__
+    experiment = replace(
+        experiment,
+        model=source,
+        dataset=GivenTokens(windows_NT),
+        config={**run.config, **described},
+        job=job,
+        **replaced,
+    )
+    check_together(experiment)
+    experiment.check(recorded=folder is not None)
+    return experiment
+
+
+def _said(source: GivenModel) -> dict[str, Any]:
+    """What config.yaml says of the model."""
+    kind = type(source.module)
+    return {
+        "_target_": f"{kind.__module__}.{kind.__qualname__}",
+        "name": source.name,
+        "path": source.path,
+        "dtype": source.dtype,
+        "stream": False,
+        "batch_size": source.batch_size,
+        "given": True,
+    }

@@ -1,0 +1,36 @@
+"""How a run that dies says why."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pruneexp.experiment.forecast import out_of_memory
+from pruneexp.tracker import Trackers
+from pruneexp.types import ConfigError, RunError
+
+
+@contextmanager
+def failures_recorded(trackers: Trackers, folder: Path | None) -> Iterator[None]:
+    """Tells the trackers how a run died; what is no error of ours becomes a RunError of one line."""
+    try:
+        yield
+    except (ConfigError, RunError) as error:
+        trackers.fail(str(error))
+        raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        trackers.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "terminated")
+        raise
+    except Exception as error:
+        if where := out_of_memory(error):
+            spread = ", model.device=auto less of each" if torch.cuda.device_count() > 1 else ""
+            reason = told = f"{where}; a smaller model.batch_size or model.stream=true needs less{spread}"
+        else:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+            told = reason if folder is None else f"{reason} (the traceback is in {folder / 'log.txt'})"
+        trackers.fail(reason, traceback.format_exc())
+        raise RunError(told) from error

@@ -1,0 +1,198 @@
+"""A model that is in memory already: given from Python, not read from a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pruneexp.model import modeling_pruned
+from pruneexp.model.checks import check_counts
+from pruneexp.model.loaded import Model
+from pruneexp.model.modeling_pruned import Experts, Family, experts_of, family_of, split_experts_, stock_config
+from pruneexp.model.placement import connect_
+from pruneexp.model.source import DTYPES, Described
+from pruneexp.model.weights import check_finite
+from pruneexp.types import ConfigError
+
+PLACEMENT = "accelerate."  # package of the hooks that only bring inputs to their device
+OBSERVERS = "transformers."  # and of those that only look
+
+
+@dataclass(frozen=True, eq=False)
+class GivenModel:
+    """What `ModelSource` is to a checkpoint. `in_place`: `load` hands out the very module, not a copy. `batch_size`:
+    windows per forward pass."""
+
+    module: Any
+    tokens_of: Any  # its tokenizer
+    batch_size: int
+    in_place: bool
+
+    stream: ClassVar[bool] = False
+    trust_remote_code: ClassVar[bool] = False
+    revision: ClassVar[None] = None
+
+    @property
+    def path(self) -> str:
+        """What it was read from, as far as its config says."""
+        return str(getattr(self.module.config, "_name_or_path", "") or type(self.module).__name__)
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def dtype(self) -> str:
+        return next((name for name, kind in DTYPES.items() if kind == self.module.dtype), str(self.module.dtype))
+
+    def check(self, weights: bool = True) -> None:
+        """Raises ConfigError where the module cannot be pruned."""
+        check_module(self.module)
+
+    def local_folder(self) -> None:
+        """It lies in memory."""
+
+    def describe(self) -> Described:
+        config = _stock(self.module.config)
+        limit, family = getattr(config, "max_position_embeddings", None), family_of(config)
+        return Described(self.tokens_of, config.vocab_size, limit, family.learned_positions, family)
+
+    def outline(self) -> Model:
+        """Its structure, every tensor on the meta device."""
+        meta: dict[int, Any] = {}
+        for parameter in self.module.parameters():
+            meta[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for buffer in self.module.buffers():
+            meta[id(buffer)] = torch.empty_like(buffer, device="meta")
+        return self._model(copy.deepcopy(self.module, meta))
+
+    def load(self, tokenizer: Any = None) -> Model:
+        """The model, ready to run: evaluation mode, no gradients. Raises RunError for weights that are not finite."""
+        module = self.module if self.in_place else copy.deepcopy(self.module)
+        module.requires_grad_(False)
+        model = self._model(module)
+        for index, layer in enumerate(model.layers):
+            check_finite(layer, f"{model.layers_path}.{index}.")
+        return model
+
+    def fingerprint(self) -> dict[str, Any]:
+        """SHA-256 over config, names and contents of all tensors."""
+        digest = hashlib.sha256(self.module.config.to_json_string(use_diff=False).encode())
+        for name, tensor in self.module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return {"name": self.name, "path": self.path, "files": {"given": {"sha256": digest.hexdigest()}}}
+
+    def _model(self, module: Any) -> Model:
+        config = _stock(module.config)
+        family = family_of(config)
+        if config.tie_word_embeddings and not _tied(module):
+            config.tie_word_embeddings = module.config.tie_word_embeddings = False
+        layers_path = f"{module.base_model_prefix}.{family.layers}"
+        layers = module.get_submodule(layers_path)
+        for layer in layers:
+            _split_experts_(layer, family)
+        home = next(module.get_input_embeddings().parameters()).device
+        placement = [next((p.device for p in layer.parameters()), home) for layer in layers]
+        _take_off_placement_(module)
+        if {home} != {home, *placement}:
+            connect_(module, layers, placement, home)
+        return Model(
+            module,
+            self.tokens_of,
+            family,
+            config,
+            name=self.name,
+            device=home,
+            dtype=Counter(p.dtype for p in layers.parameters()).most_common(1)[0][0],
+            batch_size=self.batch_size,
+            placement=placement,
+        )
+
+
+def check_module(module: Any) -> None:
+    """Raises ConfigError, naming what was found and what was expected, for what cannot be pruned as it is."""
+    for found, expected in _problems(module):
+        raise ConfigError(f"model: {found}; expected {expected}")
+    check_counts(_stock(module.config), "model")
+    family = family_of(_stock(module.config))
+    for name, value in family.impossible:
+        if getattr(module.config, name) == value:
+            raise ConfigError(f"model: {name}={value} is not supported; expected another model")
+
+
+def _problems(module: Any) -> Iterator[tuple[str, str]]:
+    kind = type(module).__name__
+    if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        yield "is compiled", "the model as it was before torch.compile"
+    if type(module).__module__.split(".")[0] == "peft":
+        yield f"is a {kind}", "the model with its adapters merged, as model.merge_and_unload() gives it"
+    config = getattr(module, "config", None)
+    if not isinstance(module, nn.Module) or not hasattr(config, "model_type"):
+        yield f"is a {kind}", "a transformers PreTrainedModel for causal language modelling"
+    model_type = str(config.model_type).removeprefix("pruned_")  # type: ignore[union-attr]
+    if model_type not in modeling_pruned.FAMILIES:
+        yield f"model_type {model_type!r} is not supported", f"one of {', '.join(sorted(modeling_pruned.FAMILIES))}"
+    family = modeling_pruned.FAMILIES[model_type]
+    causal = family.causal_lm or f"{family.stock}ForCausalLM"
+    if kind not in (causal, f"Pruned{causal}"):
+        yield f"is a {kind}", causal
+    floats = {*DTYPES.values()}
+    odd = next((name for name, p in module.named_parameters() if p.dtype not in floats), None)
+    if getattr(config, "quantization_config", None) or getattr(module, "is_quantized", False) or odd is not None:
+        yield "is quantised", "the full-precision model that it was made from"
+    if any(p.is_meta for p in module.parameters()):
+        yield "has weights on the meta device, or offloaded", "a model that is in memory with all its weights"
+    if any(part.training for part in module.modules()):
+        yield "is in training mode", "model.eval()"
+    if hook := next(_foreign_hooks(module), None):
+        yield f"has a hook of somebody else's on {hook}", "a model without hooks (accelerate's placement may stay)"
+
+
+def _foreign_hooks(module: nn.Module) -> Iterator[str]:
+    for name, part in module.named_modules():
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values(), *part._backward_hooks.values()]
+        for hook in hooks:
+            home = getattr(hook, "__module__", None) or ""
+            if not home.startswith((PLACEMENT, OBSERVERS, "pruneexp.")):
+                yield name or "the model"
+
+
+def _stock(config: Any) -> Any:
+    return stock_config(config) if config.model_type.startswith("pruned_") else config
+
+
+def _tied(module: Any) -> bool:
+    """Whether the head is the embedding."""
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def _take_off_placement_(module: nn.Module) -> None:
+    """Takes accelerate's hooks off, which would bring layers' inputs to where these were before."""
+    if any(hasattr(part, "_hf_hook") for part in module.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(module, recurse=True)
+
+
+def _split_experts_(layer: nn.Module, family: Family) -> None:
+    """Gives fused experts linear layers of their own, with their weights."""
+    fused = experts_of(layer, family)
+    if fused is None or isinstance(fused, Experts):
+        return
+    split_experts_(layer, family)
+    own = experts_of(layer, family)
+    for expert, gate_up, down in zip(own, fused.gate_up_proj, fused.down_proj, strict=True):
+        weights: tuple[Tensor, ...] = (*gate_up.detach().chunk(2), down.detach())
+        for name, weight in zip(expert.names, weights, strict=True):
+            expert.get_submodule(name).weight = nn.Parameter(weight.clone(), requires_grad=False)
+    own.eval()

@@ -1,0 +1,130 @@
+"""The manual agrees with the code, holds together, and the README stays short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pruneexp import evaluator
+from pruneexp.conf_files import choices, conf_folder
+from pruneexp.export.command import CHOICES
+from pruneexp.model.modeling_pruned import FAMILIES
+from pruneexp.surgery.served import NOT_SERVED
+from tests import manual
+
+EXPORT, EVALUATORS = "pruneexp/export/README.md", "pruneexp/evaluator/README.md"
+
+
+def rows(file: str, first: str) -> list[list[str]]:
+    """The cells of the table whose first head is `first`, the head with them."""
+    lines = manual.text(file).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    end = next((index for index in range(start, len(lines)) if not lines[index].startswith("|")), len(lines))
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+    return [found[0], *found[2:]]
+
+
+def anchor(heading: str) -> str:
+    """A heading as links name it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_the_readme_is_short() -> None:
+    assert len((manual.ROOT / "README.md").read_bytes()) <= 10 * 1024
+
+
+@pytest.mark.parametrize("file", manual.FILES)
+def test_what_is_made_from_the_code_is_as_the_code_has_it(file: str) -> None:
+    found = manual.parts(file)
+    for name, text in found.items():
+        assert text == f"{manual.PARTS[name]()}\n", f"{file}: {name}; python -m tests.manual writes it anew"
+
+
+def test_every_part_stands_somewhere_once() -> None:
+    found = [name for file in manual.FILES for name in manual.parts(file)]
+    marks = sum(manual.text(file).count("<!-- made by tests.manual") for file in manual.FILES)
+    assert sorted(found) == sorted(manual.PARTS) and marks == len(found)
+
+
+@pytest.mark.parametrize("file", manual.FILES)
+def test_every_link_leads_somewhere(file: str) -> None:
+    folder = (manual.ROOT / file).parent
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", manual.text(file), flags=re.DOTALL))
+    for link in links:
+        path, _, name = link.partition("#")
+        if "://" in link:
+            continue
+        target = (folder / path).resolve() if path else manual.ROOT / file
+        assert target.exists() and target.is_relative_to(manual.ROOT), f"{file}: {link}"
+        if name:
+            page = target / "README.md" if target.is_dir() else target
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert name in map(anchor, headings), f"{file}: {link}"
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, new = set(), {"README.md"}
+    while new:
+        page = new.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)#\s]+)", manual.text(page))
+        paths = {((manual.ROOT / page).parent / link).resolve() for link in links if "://" not in link}
+        new |= {str(path.relative_to(manual.ROOT)) for path in paths} & set(manual.FILES) - reached
+    assert reached == set(manual.FILES)
+
+
+def test_every_page_of_ours_is_of_the_manual() -> None:
+    folders = ("conf", "pruneexp", "sweeps", "tests/benchmarks")
+    found = {str(path.relative_to(manual.ROOT)) for folder in folders for path in (manual.ROOT / folder).rglob("*.md")}
+    assert found == set(manual.FILES) - {"README.md", "outputs/README.md"}
+
+
+def test_the_table_of_searches_is_of_all_of_them() -> None:
+    head, *found = rows("conf/README.md", "search")
+    assert [row[0].strip("`") for row in found] == choices(conf_folder() / "search")
+    assert tuple(cell.strip("`") for cell in head[1:7]) == manual.GRANULARITIES
+    cells = {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in found}
+    assert cells["al_am"]["`heads`"] == "fixed" and cells["al_am"]["`ffn`"] == "–"
+    assert cells["uniform"]["`heads`"] == "default" and cells["uniform"]["`blocks`"] == "–"
+    assert cells["evolutionary"]["`blocks`"] == "yes" and cells["evolutionary"]["blocks and others"] == "–"
+    assert cells["policy_gradient"]["units and sublayers"] == "`budgets=joint`"
+
+
+def test_the_tables_of_forms_have_every_form() -> None:
+    forms = set(CHOICES["format"]) - {"auto"}
+    for first in ("engine", "family"):
+        head, *_ = rows(EXPORT, first)
+        assert {cell.strip("`") for cell in head[1:]} == forms
+
+
+def test_the_table_of_engines_names_what_they_do_not_take() -> None:
+    head, *found = rows(EXPORT, "engine")
+    cells = {row[0]: dict(zip(head, row, strict=True))["`remote_code`"] for row in found}
+    named = {engine: set(re.findall(r"`(\w+)`", text)) & set(FAMILIES) for engine, text in cells.items()}
+    assert named["vLLM"] == set(NOT_SERVED)
+    late = {name for name, family in FAMILIES.items() if family.pruned_since > "4.57"}
+    assert named["transformers 4.57"] == late
+
+
+def test_the_table_of_families_has_all_of_them() -> None:
+    named = "".join(re.findall("[a-z]", " ".join(row[0] for row in rows("conf/README.md", "model family")).lower()))
+    for family in FAMILIES.values():
+        stem = re.sub(r"Moe$|Text$|\d", "", family.stock).lower()
+        assert stem in named, f"{family.stock}: conf/README.md has no row for it"
+
+
+def test_the_evaluators_that_need_the_model_in_memory_are_named() -> None:
+    (sentence,) = re.findall(r"^(.*) need the whole model in memory\.", manual.text(EVALUATORS), re.MULTILINE)
+    whole = {name.lower() for name in evaluator.__all__ if not getattr(evaluator, name).streams}
+    assert set(re.findall(r"`(\w+)`", sentence)) == whole
+
+
+def test_conf_holds_no_page_that_hydra_would_read() -> None:
+    assert {path.suffix for path in Path(conf_folder()).rglob("*") if path.is_file()} == {".yaml", ".md"}
+
+
+def test_the_pages_say_nothing_of_where_they_were_written() -> None:
+    folder = re.compile(r"(?<![\w./])/(home|root|tmp|work|Users|mnt)/")
+    assert [file for file in manual.FILES if folder.search(manual.text(file))] == []

@@ -305,7 +305,7 @@ def prune(model, tokens_NT, method, ratio, meter=None, results=None):
         tokens_NT,
         method,
         ratio,
-        Record(rng=torch.Generator().manual_seed(0), meter=meter or Meter(), results=results),
+        Record(rng=torch.Generator().manual_seed(0), meter=meter or Meter(), results=results or Results(NoCache(), {})),
     )
 
 

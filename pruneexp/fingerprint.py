@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -18,7 +19,13 @@ ASKED = "asked"  # top-level key of a config: what each `bos` was before it was 
 NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra", ASKED)  # where a run goes and is reported, not what it does
 PERPLEXITY = "pruneexp.evaluator.Perplexity"
 NOTES_VERSION = 2  # of what a streamed run notes of how far it has come
-STAGE = ("calibrate", "criterion", "evidence", "model", "types")  # packages that calibration runs
+ROOT = Path(__file__).parent
+STATISTICS = (  # what gives scores and statistics, and what is made of them
+    "pruneexp.calibrate",
+    "pruneexp.criterion",
+    "pruneexp.compensator",
+    "pruneexp.pruning.dense_evidence",
+)
 
 FileState = tuple[str, int, int, int]
 
@@ -156,26 +163,79 @@ def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({str(setting.get(key, value_before(key))) for setting in known}) > 1]
 
 
+# Code
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 @cache
-def code_version(packages: tuple[str, ...] = STAGE) -> str:
-    """16 hex digits over the source of these packages of ours, and the versions of torch and transformers."""
+def code_version(*more: str) -> str:
+    """16 hex digits over the code that gives an answer: that of `STATISTICS`, of the modules or packages `more`, and of
+    all of ours that these import, and the versions of torch and transformers. Comments and docstrings are left out."""
     from importlib.metadata import version
 
-    root = Path(__file__).parent
-    files = [path for name in packages for path in sorted((root / name).glob("*.py"))]
     digest = hashlib.sha256(f"torch {version('torch')} transformers {version('transformers')}".encode())
-    for path in files:
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    for name in sorted(import_closure(*STATISTICS, *more)):
+        digest.update(f"{name} {_code(name)[0]}".encode())
     return digest.hexdigest()[:16]
 
 
+def import_closure(*names: str) -> set[str]:
+    """These modules of ours (of packages, all in them), and what they import, and so on, as dotted names."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        waiting += _code(name)[1]
+        folder = ROOT / Path(*name.split(".")[1:])
+        waiting += [f"{name}.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"]
+    return found
+
+
+@cache
+def _code(name: str) -> tuple[str, frozenset[str]]:
+    """The code of one of our modules without comments and docstrings, as a hash, and the modules of ours it imports."""
+    tree = ast.parse(_file(name).read_text(encoding="utf-8"))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {each for each in map(_module, imported) if each is not None}
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(ours)
+
+
+def _module(name: str) -> str | None:
+    """The module of ours that an import of `name` runs; None for what is not ours, and for the package itself."""
+    while name.startswith("pruneexp."):
+        if _file(name).is_file():
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+def _file(name: str) -> Path:
+    path = ROOT / Path(*name.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def version_of(part: object) -> str:
-    """What a method or a type of evidence is, settings and source: `repr`, and a hash of its module's file, for those
-    that are not ours."""
+    """What a method or a type of evidence is: its class and settings and, of one that is not ours, a hash of its
+    module's file. Ours are in `code_version`."""
     kind = part if isinstance(part, type) else type(part)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    source = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
+    foreign = file is not None and not kind.__module__.startswith("pruneexp.")
+    source = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if foreign else ""
     return f"{kind.__module__}.{kind.__qualname__} {'' if part is kind else repr(part)} {source}"
+
+
+# Runs
 
 
 def identity(**what: Any) -> str:

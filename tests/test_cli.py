@@ -641,7 +641,7 @@ def test_a_forecast_refuses_the_folder_of_a_finished_run(cli: Cli) -> None:
 def test_a_forecast_of_a_sweep_leaves_out_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "seed=1", "sweep.dir=x").code == 0
     ended = cli("--multirun", "seed=1,2", "sweep.dir=x", "run.dry=true")
-    assert ended.code == 0 and "job 0: seed=1 sweep.dir=x run.dry=True: done already\n" in ended.out
+    assert ended.code == 0 and "job 0: seed=1: done already\n" in ended.out
     assert [run.seed for run in runs] == [1, 2]
     assert cli("--multirun", "seed=1", "sweep.dir=x", "run.dry=true", "run.save=true").code == 0 and len(runs) == 3
 
@@ -668,6 +668,16 @@ def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
     ended = cli("--multirun", "run.dry=true", "sparsity.ratio=0.2,0.999", "dataset.samples=2", "evaluator=[]")
     assert ended.code == 1 and "job 1 cannot run: sparsity.ratio=0.999" in ended.err
     assert ended.out.count("to remove: 20.0%") == 1 and not list(Path().iterdir())
+
+
+def test_a_jobs_line_shows_what_tells_it_from_the_others(cli: Cli, runs: list[Experiment]) -> None:
+    for typed, lines in (
+        (("recipe=flap", "seed=1,2"), ["job 0: seed=1 ->", "job 1: seed=2 ->"]),
+        (("recipe=flap,wanda_sp", "seed=1,2"), ["job 0: recipe=flap seed=1 ->", "job 3: recipe=wanda_sp seed=2 ->"]),
+        (("recipe=flap", "seed=3"), ["job 0: recipe=flap seed=3 sweep.dir=x ->"]),
+    ):
+        said = cli("--multirun", *typed, "sweep.dir=x").err
+        assert all(line in said for line in lines), said
 
 
 @pytest.mark.slow

@@ -452,7 +452,7 @@ def test_models_and_recipes_without_published_figures_are_named(made: Path, tmp_
     assert report(tmp_path / "runs") == 0
     text = (tmp_path / "runs" / "report" / "index.html").read_text()
     assert "No published figure is known of recipe llm_bip (LLM-BIP: " in text and "were not found" in text
-    assert "The paper&#x27;s claim: WikiText-2 perplexity below the best earlier method" in text
+    assert "The paper&#39;s claim: WikiText-2 perplexity below the best earlier method" in text
     assert ": 14.09 perplexity (second hand)." in text
 
 
@@ -532,13 +532,26 @@ def test_settings_alone_name_methods_of_parts_that_all_share(tmp_path: Path) -> 
     assert found == ["granularity=[heads,channels]", "granularity=[blocks]"]
 
 
+def test_recipes_keep_their_names_beside_runs_of_no_recipe(tmp_path: Path) -> None:
+    typed = {
+        "flap": ("recipe=flap",),
+        "flap search=greedy": ("recipe=flap", "search=greedy"),
+        "magnitude ul_um bias": ("recipe=magnitude", "compensator=bias"),  # that recipe is not there
+        "wanda_sp": ("recipe=wanda_sp",),
+        "wanda_sp compensator=least_squares": ("recipe=wanda_sp", "compensator=least_squares"),
+    }
+    for index, overrides in enumerate(typed.values()):
+        write_run(tmp_path / str(index), config(*overrides), metrics(4.0 + index))
+    assert [one.method for one in describe(find([tmp_path], "same").runs)] == list(typed)
+
+
 def test_runs_without_perplexity_have_a_page_too(tmp_path: Path) -> None:
     blocks = Plan({f"model.layers.{k}": SitePlan("block", 1, (0,) if k else ()) for k in range(3)})
     measured = {key: value for key, value in metrics().items() if "ppl/" not in key} | {"pruned/questions/acc": 0.5}
     write_run(tmp_path / "run", config("recipe=shortgpt"), measured, kept=blocks)
     assert report(tmp_path / "run") == 0
     page = Page(tmp_path / "run" / "report" / "index.html")
-    assert "No run measured a perplexity." in page.text
+    assert re.findall("<h2>(.*?)</h2>", page.text) == ["Runs", "Accuracy and share removed", "Kept widths", "Configs"]
     assert page.table("Every finished run")[0]["pruned/questions/acc"] == ("0.5000", "0.5")
     drawn = {path.stem for path in (tmp_path / "run" / "report" / "figures").iterdir()}
     assert drawn == {"widths-block", "accuracy-questions-acc"}
@@ -634,7 +647,7 @@ def test_mistakes_are_one_line(
 def test_a_report_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pruneexp.report import command
+    from pruneexp.cli import report_command
 
     write_run(tmp_path / "good", config("recipe=flap"))
     assert report(tmp_path / "good", f"out={tmp_path / 'page'}") == 0
@@ -643,7 +656,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command, "_write", full)
+    monkeypatch.setattr(report_command, "_write", full)
     assert report(tmp_path / "good", f"out={tmp_path / 'page'}", "overwrite=true") == 1
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

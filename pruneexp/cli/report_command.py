@@ -15,7 +15,7 @@ from pruneexp.cli.exit_codes import run_command
 
 if TYPE_CHECKING:
     from pruneexp.report.folders import Found
-    from pruneexp.report.report import Report
+    from pruneexp.report.page import Report
 
 HELP = """\
 usage: pruneexp-report FOLDER... [out=PATH] [key=value ...]
@@ -105,7 +105,7 @@ def write_report(asked: Request) -> Found:
         raise ConfigError(f"FOLDER={where}: no finished run there{why}")
     _check_out(asked, [run.folder for run in found.runs])
 
-    from pruneexp.report.report import report
+    from pruneexp.report.contents import report
 
     made = report(found, asked.folders)
     out = asked.out.absolute()
@@ -146,7 +146,7 @@ def _write(made: Report, found: Found, folder: Path) -> None:
     for picture in progress(made.pictures, "draw", unit="figures"):
         (folder / "figures" / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
         (folder / "figures" / f"{picture.name}.png").write_bytes(as_png(picture.figure))
-    (folder / "index.html").write_text(page(made.title, made.lines, made.sections), encoding="utf-8")
+    (folder / "index.html").write_text(page(made), encoding="utf-8")
     record = {
         "runs": {run.name: run.hash for run in found.runs},
         "left_out": {one.name: one.reason for one in (*found.skipped, *found.repeats)},

@@ -64,9 +64,9 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     before = _statuses(folder)
     try:
         if here:
-            for number, job in enumerate(jobs):
+            for number, (job, label) in enumerate(zip(jobs, labels(jobs), strict=True)):
                 reset_peak_memory()
-                metrics = _run_recorded(job, str(number), shared)
+                metrics = _run_recorded(job, str(number), label, shared)
                 _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
         else:
             swept = f"hydra.sweep.dir={_quoted(str(folder))}"
@@ -126,15 +126,23 @@ def _of_jobs(line: str, count: int, all_jobs: int) -> str:
     return line if count == all_jobs else f"{line} ({count} of {all_jobs} jobs)"
 
 
+def labels(jobs: Sequence[Composed]) -> list[str]:
+    """What tells each job from the others: those of its overrides that not every job has. A job that differs in
+    nothing shows all of them."""
+    typed = [job.job["overrides"] for job in jobs]
+    shared = set.intersection(*map(set, typed)) if len(typed) > 1 else set()
+    return [" ".join([text for text in of_job if text not in shared] or of_job) for of_job in typed]
+
+
 def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> list[str]:
     """What each job of a sweep would take; nothing is written. Gives those that cannot run."""
     from pruneexp.cli.build import build
     from pruneexp.experiment.run import run_experiment
 
     failed = []
-    for number, job in enumerate(jobs):
+    for number, (job, label) in enumerate(zip(jobs, labels(jobs), strict=True)):
         done = _done(job)
-        print(f"job {number}: {' '.join(job.job['overrides'])}{': done already' if done else ''}")
+        print(f"job {number}: {label}{': done already' if done else ''}")
         if done:
             continue
         try:
@@ -179,7 +187,8 @@ def run_job(config: DictConfig) -> float | None:
         raise
     reset_peak_memory()  # a launcher may run several jobs in one process
     downhill = not str(node.sweeper.get("direction", "")).lower().endswith("maximize")
-    return _objective(job, _run_recorded(job, str(node.job.num)), math.inf if downhill else -math.inf)
+    label = " ".join(job.job["overrides"])  # the other jobs are not known here
+    return _objective(job, _run_recorded(job, str(node.job.num), label), math.inf if downhill else -math.inf)
 
 
 def _objective(job: Composed, metrics: Mapping[str, float] | None, worst: float) -> float | None:
@@ -220,17 +229,17 @@ def _asked(run: Composed) -> set[str]:
     return asked | set(content.get("run") or {})
 
 
-def _run_recorded(job: Composed, number: str, shared: DenseStates | None = None) -> dict[str, float] | None:
+def _run_recorded(job: Composed, number: str, label: str, shared: DenseStates | None = None) -> dict[str, float] | None:
     """The job's metrics, those on disk where it is done already; None for a failure, which is recorded."""
     from pruneexp.cli.build import build
     from pruneexp.experiment.run import run_experiment
 
     folder = Path(job.config["run"]["dir"])
-    label = f"job {number}: {' '.join(job.job['overrides'])} -> {folder}"
+    line = f"job {number}: {label} -> {folder}"
     if _done(job):
-        print(f"{label}: done already", file=sys.stderr)
+        print(f"{line}: done already", file=sys.stderr)
         return json.loads((folder / "metrics.json").read_text())
-    print(label, file=sys.stderr)
+    print(line, file=sys.stderr)
     try:
         experiment = build(job)
         experiment.check()

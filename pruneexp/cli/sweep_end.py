@@ -25,9 +25,9 @@ def hand_over(config: DictConfig, folder: Path, group: str) -> None:
         summarise = getattr(tracker, "summarise", None)
         if summarise is None:
             return
+        from pruneexp.report.contents import report
         from pruneexp.report.figures import as_png
         from pruneexp.report.folders import find
-        from pruneexp.report.report import report
 
         found = find([folder], "same")
         pictures = report(found, [folder]).pictures if found.runs else []

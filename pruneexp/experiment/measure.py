@@ -8,7 +8,7 @@ from typing import Any
 
 from pruneexp.cache import Cache, NoCache
 from pruneexp.files import write_atomic
-from pruneexp.fingerprint import STAGE, code_version, version_of
+from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.tracker import Trackers
 from pruneexp.types import Evaluator
@@ -74,7 +74,7 @@ def dense_figures(
     if measured_on is None:
         return compute()
     what = {"evaluator": [name, version_of(evaluator)], "inputs": measured_on}
-    code = code_version((*STAGE, "dataset", "evaluator"))
+    code = code_version("pruneexp.dataset", "pruneexp.evaluator")
     settings = model.module.generation_config  # what it writes depends on them
     key = {"what": "the dense model's figures", **basis, **what, "code": code}
     key |= {} if settings is None else {"generation": settings.to_json_string()}
@@ -86,4 +86,6 @@ def bos_worth(
 ) -> float:
     """What a beginning-of-sequence token is worth, from the cache."""
     what = {"what": "what a beginning-of-sequence token is worth", "inputs": measured_on}
-    return kept(cache, {**what, **basis, "code": code_version((*STAGE, "dataset"))}, measure)
+    return kept(
+        cache, {**what, **basis, "code": code_version("pruneexp.dataset", "pruneexp.experiment.bos_probe")}, measure
+    )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pruneexp.report.comparison import Comparison
-from pruneexp.report.figures import Picture, Style, share_figure
+from pruneexp.report.figures import Picture, Style
 from pruneexp.report.methods import Described
 from pruneexp.report.page import Section
 from pruneexp.report.points import SHARE, Point, accuracies, dense, is_mean, perplexities, points
-from pruneexp.report.tables import Cell, Table, number, ratio
+from pruneexp.report.share_figure import share_figure
+from pruneexp.report.tables import Table, number, ratio, table
 
 FEW = 3  # figures of a list that are written out
 
@@ -38,11 +40,9 @@ def perplexity_section(
     conflicting: Sequence[Described],
     compared: Sequence[Comparison],
     looks: Mapping[str, Style],
-) -> Section:
+) -> Section | None:
     drawn = _drawn("perplexity", perplexities([*runs, *conflicting]), runs, conflicting, compared, looks)
-    if not drawn.pictures:
-        drawn = replace(drawn, lines=(*drawn.lines, "No run measured a perplexity."))
-    return replace(drawn, title="Perplexity and share removed")
+    return replace(drawn, title="Perplexity and share removed") if drawn.pictures else None
 
 
 def accuracy_section(
@@ -79,20 +79,23 @@ def _few_items(metrics: Sequence[str]) -> list[str]:
 
 def _tasks_table(runs: Sequence[Described], metrics: Sequence[str]) -> Table:
     """Every accuracy of every method at a ratio, and of the dense models."""
-    rows = []
-    of_metric = {metric: {(p.context, p.method, p.ratio): p for p in points(runs, metric)} for metric in metrics}
+    found = {metric: {(p.context, p.method, p.ratio): p.value for p in points(runs, metric)} for metric in metrics}
+    before: list[tuple[str, str, float]] = []
     for context in dict.fromkeys(one.context for one in runs):
-        members = [one for one in runs if one.context == context]
-        before = [dense(members, metric) for metric in metrics]
-        cells = [number(values[0] if len(values) == 1 else None, "accuracy") for values in before]
-        rows.append((Cell(context), Cell("dense"), ratio(0.0), *cells))
-    for key in sorted({key for found in of_metric.values() for key in found}):
-        here = [of_metric[metric].get(key) for metric in metrics]
-        cells = [number(point.value if point else None, "accuracy") for point in here]
-        rows.append((Cell(key[0]), Cell(key[1]), ratio(key[2]), *cells))
-    rows.sort(key=lambda row: row[0].text)
-    title = "Accuracy on every task, mean over seeds"
-    return Table("accuracy_tasks", title, ("model", "method", "ratio asked", *metrics), tuple(rows))
+        before.append((context, "dense", 0.0))
+        for metric in metrics:
+            values = dense([one for one in runs if one.context == context], metric)
+            found[metric] |= {before[-1]: values[0]} if len(values) == 1 else {}
+    after = sorted({key for values in found.values() for key in values} - set(before))
+    columns: dict[str, Callable[[tuple[str, str, float]], Any]] = {
+        "model": lambda key: key[0],
+        "method": lambda key: key[1],
+        "ratio asked": lambda key: ratio(key[2]),
+    }
+    for metric in metrics:
+        columns[metric] = lambda key, metric=metric: number(found[metric].get(key), "accuracy")
+    rows = sorted([*before, *after], key=lambda key: key[0])
+    return table("accuracy_tasks", "Accuracy on every task, mean over seeds", rows, columns)
 
 
 def _drawn(
@@ -130,7 +133,7 @@ def _drawn(
                     "numeric precision or machines are mixed here."
                 )
         if found:
-            tables.append(_points_table(file_name(anchor, metric), found))
+            tables.append(_points_table(file_name(anchor, metric), metric, found))
     return Section(anchor, anchor, tuple(lines), tuple(tables), tuple(pictures))
 
 
@@ -139,25 +142,17 @@ def _list(values: Sequence[float]) -> str:
     return ", ".join(shown) + (f" and {len(values) - FEW} more" if len(values) > FEW else "")
 
 
-def _points_table(name: str, found: Sequence[Point]) -> Table:
-    between = ("95 % from", "to") if any(point.n > 1 for point in found) else ()  # one seed has no interval
-    head = ("model", "method", "ratio asked", "share removed", found[0].metric, *between, "seeds")
-    rows = tuple(
-        (
-            Cell(point.context),
-            Cell(point.method),
-            ratio(point.ratio),
-            number(point.share, "share"),
-            number(point.value, _unit(point.metric)),
-            *(number(bound, _unit(point.metric)) for bound in (point.low, point.high)[: len(between)]),
-            number(point.n),
-        )
-        for point in found
-    )
-    mean = "exp of the mean log perplexity" if found[0].metric.startswith("ppl/") else "mean accuracy"
-    title = f"{found[0].metric}: {mean} over seeds" + (", with its t-interval" if between else "")
-    return Table(name, title, head, rows)
-
-
-def _unit(metric: str) -> str:
-    return "" if metric.startswith("ppl/") else "accuracy"
+def _points_table(name: str, metric: str, found: Sequence[Point]) -> Table:
+    mean, unit = ("exp of the mean log perplexity", "") if metric.startswith("ppl/") else ("mean accuracy", "accuracy")
+    columns: dict[str, Callable[[Point], Any]] = {
+        "model": lambda point: point.context,
+        "method": lambda point: point.method,
+        "ratio asked": lambda point: ratio(point.ratio),
+        "share removed": lambda point: number(point.share, "share"),
+        metric: lambda point: number(point.value, unit),
+    }
+    title = f"{metric}: {mean} over seeds"
+    if any(point.n > 1 for point in found):  # one seed has no interval
+        columns |= {"95 % from": lambda point: number(point.low, unit), "to": lambda point: number(point.high, unit)}
+        title += ", with its t-interval"
+    return table(name, title, found, {**columns, "seeds": lambda point: point.n})

@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-from pruneexp.fingerprint import settings
 from pruneexp.report.methods import Described, departures, model_names
 from pruneexp.report.points import SHARE, by_seed, distinct
 from pruneexp.report.published import Claim, Published, Table
@@ -74,12 +74,11 @@ def matches(one: Described, figure: Published) -> bool:
         return False
     if figure.ratio == 0:
         return True
-    found = settings(one.run.config)
     return (
         one.recipe in figure.recipes
         and abs(one.ratio - figure.ratio) <= NOMINAL
         and one.choices["recovery"].name == figure.recovery
-        and all(found.get(key) == value for key, value in figure.settings.items())
+        and all(one.run.flat.get(key) == value for key, value in figure.settings.items())
     )
 
 
@@ -89,7 +88,7 @@ def measured(one: Described, figure: Published) -> float | None:
     side = "pruned" if figure.ratio else "dense"
     values = [one.run.metrics.get(f"{side}/{metric}") for metric in figure.mean_of or (figure.metric,)]
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if len(known) == len(values) else None
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _compared(figure: Published, method: str, members: Sequence[Described]) -> Comparison:
@@ -106,9 +105,9 @@ def _compared(figure: Published, method: str, members: Sequence[Described]) -> C
         ours = interval(by_seed([100 * value if figure.unit == "percent" else value for value in values], seeds))
     shares = [one.run.metrics.get(SHARE, 0.0) if figure.ratio else 0.0 for one in members]
     within = abs(ours.mean - figure.value) <= figure.tolerance
-    share = math.fsum(shares) / len(shares)
     asked = members[0].ratio if figure.ratio else 0.0
-    return Comparison(figure, tuple(members), method, ours, asked, share, within, tuple(_aspects(figure, members[0])))
+    aspects = tuple(_aspects(figure, members[0]))
+    return Comparison(figure, tuple(members), method, ours, asked, fmean(shares), within, aspects)
 
 
 def _aspects(figure: Published, one: Described) -> list[Aspect]:

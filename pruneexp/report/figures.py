@@ -10,9 +10,8 @@ from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from pruneexp.report.comparison import Comparison
 from pruneexp.report.methods import Described
-from pruneexp.report.points import SHARE, Ablation, Cost, Point, Priced, kept_shares
+from pruneexp.report.points import Ablation, Cost, Priced, kept_shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +42,7 @@ class Picture:
 
 
 Style = dict[str, Any]
+WHOLE: Style = {"clip_on": False, "zorder": 3, "in_layout": False}  # of marks: not cut by the frame, nor under an axis
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
@@ -57,7 +57,7 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
     }
 
 
-def _figure(height: float, rows: int) -> tuple[Figure, Axes]:
+def new_figure(height: float, rows: int) -> tuple[Figure, Axes]:
     """A figure with one panel and room below it for so many rows of a legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -79,11 +79,11 @@ def _plain(axes: Axes) -> Axes:
     return axes
 
 
-def _wrapped(label: str, characters: int) -> str:
+def wrapped(label: str, characters: int) -> str:
     return textwrap.fill(label, characters, break_on_hyphens=False)
 
 
-def _upright(metric: str) -> str:
+def upright(metric: str) -> str:
     """A metric's name beside an axis: on two lines where one would be longer than the axis."""
     return metric.replace("/", "/\n", 1) if len(metric) > 24 else metric
 
@@ -92,19 +92,19 @@ def _legend_columns(labels: Sequence[str]) -> int:
     return 2 if all(len(label) <= 28 for label in labels) else 1
 
 
-def _legend_rows(labels: Sequence[str]) -> int:
-    lines = sum(1 + _wrapped(label, LEGEND).count("\n") for label in labels)
+def legend_rows(labels: Sequence[str]) -> int:
+    lines = sum(1 + wrapped(label, LEGEND).count("\n") for label in labels)
     return -(-lines // _legend_columns(labels))
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     style: Style = {"frameon": False, "fontsize": 9, "labelcolor": INK, "ncols": _legend_columns(labels)}
     if handles:
-        figure.legend(handles, [_wrapped(label, LEGEND) for label in labels], loc="outside lower left", **style)
+        figure.legend(handles, [wrapped(label, LEGEND) for label in labels], loc="outside lower left", **style)
 
 
-def _log_scale(axes: Axes, values: Sequence[float]) -> None:
+def log_scale(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis where perplexities differ by more than a factor of three."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -117,69 +117,11 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def share_figure(
-    name: str,
-    metric: str,
-    points: Sequence[Point],
-    dense: Sequence[float],
-    conflicting: Sequence[Described],
-    published: Sequence[Comparison],
-    looks: Mapping[str, Style],
-) -> Picture:
-    """A perplexity or accuracy against the real share removed, a line a method, 95 % t-intervals over seeds as bars.
-    Runs of one config with different results, and published figures, are marks on their own."""
-    methods = list(dict.fromkeys(point.method for point in points))
-    entries = [*methods, *["published, at its nominal ratio"] * bool(published), *["dense"] * bool(dense)]
-    figure, axes = _figure(2.9, _legend_rows([*entries, *["same config, another result"] * bool(conflicting)]))
-    for value in dense:
-        axes.axhline(
-            value, color=FAINT, linewidth=1, linestyle=(0, (3, 3)), label="dense" if value == dense[0] else None
-        )
-    values = list(dense)
-    for method in methods:
-        line = sorted((point for point in points if point.method == method), key=lambda point: point.share)
-        x, y = [100 * point.share for point in line], [point.value for point in line]
-        axes.plot(x, y, label=method, markersize=6, linewidth=1.6, **looks[method])
-        barred = [point for point in line if point.low is not None and point.high is not None]
-        if barred:
-            low = [point.value - (point.low or 0) for point in barred]
-            high = [(point.high or 0) - point.value for point in barred]
-            where = [100 * point.share for point in barred], [point.value for point in barred]
-            axes.errorbar(*where, [low, high], fmt="none", ecolor=looks[method]["color"], capsize=3, elinewidth=1.2)
-        values += y
-    if conflicting:
-        x = [100 * one.run.metrics[SHARE] for one in conflicting]
-        y = [one.run.metrics[f"pruned/{metric}"] for one in conflicting]
-        axes.plot(x, y, "x", color=INK, markersize=7, label="same config, another result")
-        values += y
-    for k, one in enumerate(published):
-        # Below our marks, which it mostly surrounds, and in their colour.
-        look: Style = {"linestyle": "none", "marker": "*", "markersize": 13, "markerfacecolor": "none", "zorder": 1.5}
-        colour = looks[one.method]["color"] if one.method in looks else INK
-        label = None if k else "published, at its nominal ratio"
-        value = one.published.value / (100 if one.published.unit == "percent" else 1)
-        axes.plot([100 * one.published.ratio], [value], color=colour, label=label, **look)
-        values.append(value)
-    if metric.startswith("ppl/"):
-        _log_scale(axes, values)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("share of the decoder's parameters removed, %")
-    axes.set_ylabel(_upright(metric))
-    axes.grid(axis="y", color=GRID, linewidth=0.6)
-    _legend(figure, axes)
-    told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
-    seeds = sorted({point.n for point in points})
-    mean = "mean log perplexity" if metric.startswith("ppl/") else "mean"
-    bars = f"bars are 95 % t-intervals of the {mean}" if seeds and seeds[-1] > 1 else "no bars"
-    over = f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}"
-    return Picture(name, f"{metric} against the share removed, {over} a point; {bars}.", told, figure)
-
-
 def pareto_figure(name: str, metric: str, cost: Cost, found: Sequence[Priced], looks: Mapping[str, Style]) -> Picture:
     """Perplexity against a measured cost; what no other point beats is filled, and joined."""
     front = sorted((one for one in found if one.on_front), key=lambda one: one.cost)
     methods = list(dict.fromkeys(one.method for one in found))
-    figure, axes = _figure(2.9, _legend_rows([*methods, "front"]))
+    figure, axes = new_figure(2.9, legend_rows([*methods, "front"]))
     steps: Style = {"where": "post", "color": INK, "linewidth": 1, "label": "front"}
     axes.step([one.cost for one in front], [one.ppl for one in front], **steps)
     for method in methods:
@@ -191,14 +133,14 @@ def pareto_figure(name: str, metric: str, cost: Cost, found: Sequence[Priced], l
             y = [one.ppl for one in here if one.on_front == on_front]
             if x:
                 face = look["color"] if on_front else "none"
-                axes.plot(x, y, markersize=7, markerfacecolor=face, label=label, **look)
+                axes.plot(x, y, markersize=7, markerfacecolor=face, label=label, **look, **WHOLE)
                 label = None
-    _log_scale(axes, [one.ppl for one in found])
+    log_scale(axes, [one.ppl for one in found])
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(cost.label)
-    axes.set_ylabel(_upright(metric))
+    axes.set_ylabel(upright(metric))
     axes.grid(color=GRID, linewidth=0.6)
-    _legend(figure, axes)
+    legend(figure, axes)
     told = "; ".join(f"{one.method} {one.ratio:g} ({one.cost:.4g}, {one.ppl:.4g})" for one in front)
     caption = f"{metric} against {cost.label}; lower is better in both. Filled: no other point beats it."
     return Picture(name, caption, f"on the front: {told}", figure)
@@ -217,10 +159,10 @@ def widths_figure(name: str, kind: str, rows: Sequence[tuple[str, Sequence[Descr
             names.append(label)
     if not table:
         return None
-    labels = [_wrapped(label, 46) for label in names]
+    labels = [wrapped(label, 46) for label in names]
     lines = max(label.count("\n") + 1 for label in labels)
     longest = max(len(line) for label in labels for line in label.split("\n"))
-    figure, axes = _figure(1.2 + (0.1 + 0.14 * lines) * len(table), 0)
+    figure, axes = new_figure(1.2 + (0.1 + 0.14 * lines) * len(table), 0)
     figure.set_figwidth(max(WIDTH, 2.2 + 0.075 * longest + 0.13 * layers))
     image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(labels)), labels)
@@ -243,7 +185,7 @@ def widths_figure(name: str, kind: str, rows: Sequence[tuple[str, Sequence[Descr
 def effects_figure(name: str, found: Ablation) -> Picture:
     """Main effects: mean rise in log perplexity at each level, bars of one standard deviation over the runs there."""
     factors = list(dict.fromkeys(effect.factor for effect in found.effects))
-    figure, axes = _figure(0.9 + 0.26 * (len(found.effects) + len(factors)), 0)
+    figure, axes = new_figure(0.9 + 0.26 * (len(found.effects) + len(factors)), 0)
     place, ticks, labels = 0.0, [], []
     for k, factor in enumerate(factors):
         levels = [effect for effect in found.effects if effect.factor == factor]
@@ -257,8 +199,8 @@ def effects_figure(name: str, found: Ablation) -> Picture:
             **look,
         )
         ticks += places
-        first = _wrapped(f"{factor} = {levels[0].level}", 34)
-        labels += [first, *(_wrapped(effect.level, 34) for effect in levels[1:])]
+        first = wrapped(f"{factor} = {levels[0].level}", 34)
+        labels += [first, *(wrapped(effect.level, 34) for effect in levels[1:])]
         place += len(levels) + 0.8
     axes.set_yticks(ticks, labels)
     axes.invert_yaxis()

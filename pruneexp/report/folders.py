@@ -9,11 +9,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pruneexp
-from pruneexp.fingerprint import comparable, config_hash
+from pruneexp.fingerprint import comparable, config_hash, settings
 from pruneexp.progress import progress
 from pruneexp.tracker import status_of
 from pruneexp.types import ConfigError, Plan
@@ -37,6 +38,11 @@ class Run:
     status: Mapping[str, Any]
     metrics: Mapping[str, float]
     plan: Plan
+
+    @cached_property
+    def flat(self) -> Mapping[str, Any]:
+        """What the config computes, by dotted key."""
+        return settings(self.config)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from pruneexp.report.folders import Run
 from pruneexp.report.statistics import crossed
 
 RECIPE = ("criterion", "sparsity", "search", "compensator")  # what a recipe chooses
-GROUPS = (*RECIPE, "recovery", "dataset")  # what a method is made of
+REST = ("recovery", "dataset")
+GROUPS = (*RECIPE, *REST)  # what a method is made of
 RATIO = "sparsity.ratio"
 HOW = ("model.batch_size", "model.stream", "model.trust_remote_code")  # how a model is run, not which
 
@@ -164,26 +165,27 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
     made_of = [choices_of(run.config) for run in runs]
     recipes, choices = [recipe for recipe, _ in made_of], [of_run for _, of_run in made_of]
     flat = [_method_settings(run.config) for run in runs]
-    heads = _heads(choices, recipes)
+    heads, by_recipe = _heads(choices, recipes), _by_recipe(choices, recipes)
     extra = _extra([tuple(one.name for one in of_run.values()) for of_run in choices], flat)
     keys = list(dict.fromkeys(key for found in extra for key in found))
     lasts = [key.rpartition(".")[2] for key in keys]
     short = {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
     several = {key for head in heads for key in head if len({other.get(key) for other in heads}) > 1}
-    ratios = [float(setting.get(RATIO) or 0.0) for setting in (settings(run.config) for run in runs)]
-    drawn = {key for key in differing([settings(run.config) for run in runs]) if _is_seed(key)}
+    ratios = [float(run.flat.get(RATIO) or 0.0) for run in runs]
+    drawn = {key for key in differing([run.flat for run in runs]) if _is_seed(key)}
     described = []
     for index, run in enumerate(runs):
         head = {key: value for key, value in heads[index].items() if key in several}
         factors = head | {key: str(extra[index].get(key, "-")) for key in keys}
-        base = [value if key in ("recipe", *RECIPE) else f"{key}={value}" for key, value in head.items()]
+        parts = [value for key, value in head.items() if key in ("recipe", *RECIPE)]
+        base = (by_recipe[index] or parts) + [f"{key}={value}" for key, value in head.items() if key in REST]
         told = [f"{short[key]}={value}" for key, value in extra[index].items()]
         # Parts that all runs share, and that no recipe's name sums up, tell nothing beside settings that differ.
         words = [*(base or _fallback(recipes[index], choices[index], bool(told))), *told]
         if len(set(ratios)) > 1:
             factors[RATIO] = f"{ratios[index]:g}"
-        found = settings(run.config)
-        seed = tuple((key, found[key]) for key in sorted(found) if _is_seed(key) and not key.startswith("evaluator."))
+        seeds = sorted(key for key in run.flat if _is_seed(key) and not key.startswith("evaluator."))
+        seed = tuple((key, run.flat[key]) for key in seeds)
         described.append(
             Described(
                 run=run,
@@ -209,14 +211,33 @@ def _method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _heads(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[dict[str, str]]:
     """The option names that tell methods apart: of the recipe where every run has one, and they are not just a crossing
     of its parts; else of each group."""
-    parts = [tuple(of_run[group].name for group in RECIPE) for of_run in choices]
+    parts = _parts(choices)
     by_recipe = None not in recipes and not (crossed(parts) and _several_places(parts))
-    rest = [group for group in GROUPS if group not in RECIPE]
     found = []
     for of_run, recipe in zip(choices, recipes, strict=True):
         names = {"recipe": str(recipe)} if by_recipe else {group: of_run[group].name for group in RECIPE}
-        found.append(names | {group: of_run[group].name for group in rest})
+        found.append(names | {group: of_run[group].name for group in REST})
     return found
+
+
+def _by_recipe(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[list[str]]:
+    """Names where recipes lie beside runs of no recipe: the recipe; else the one that lies there too and differs in one
+    group, with what that group is instead ("flap search=greedy"; another criterion is another method). Empty for a run
+    that is near to none, and for all runs where their parts are just a crossing."""
+    parts = _parts(choices)
+    beside = [] if crossed(parts) else sorted({recipe for recipe in recipes if recipe is not None})
+    found = []
+    for names, own in zip(parts, recipes, strict=True):
+        of_run = dict(zip(RECIPE, names, strict=True))
+        swaps = {recipe: set(of_run.items()) - set(_recipes()[recipe].items()) for recipe in beside}
+        near = [[recipe, f"{group}={name}"] for recipe, swap in swaps.items() if len(swap) == 1 for group, name in swap]
+        near = [words for words in near if not words[1].startswith("criterion=")]
+        found.append([own] if own in beside else next(iter(near), []))
+    return found
+
+
+def _parts(choices: Sequence[Mapping[str, Choice]]) -> list[tuple[str, ...]]:
+    return [tuple(of_run[group].name for group in RECIPE) for of_run in choices]
 
 
 def _several_places(parts: Sequence[tuple[Hashable, ...]]) -> bool:

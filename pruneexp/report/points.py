@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from pruneexp.report.folders import SAME
@@ -22,7 +23,8 @@ class Point:
     """A method at a ratio, its seeds taken together.
 
     `share`: mean real share removed of the decoder's parameters. `value`: the metric's mean over the `n` seeds, of
-    perplexities exp of the mean logarithm; `low`, `high`: its 95 % t-interval, None for one seed."""
+    perplexities exp of the mean logarithm; `low`, `high`: its 95 % t-interval, None for one seed. `seeds`: the value of
+    each seed."""
 
     context: str
     method: str
@@ -32,8 +34,12 @@ class Point:
     value: float
     low: float | None
     high: float | None
-    n: int
+    seeds: tuple[float, ...]
     runs: tuple[Described, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.seeds)
 
 
 def metrics_of(runs: Sequence[Described], pattern: str) -> list[str]:
@@ -67,13 +73,12 @@ def points(runs: Sequence[Described], metric: str) -> list[Point]:
 
 
 def _point(key: tuple[str, str, float], metric: str, members: Sequence[Described]) -> Point:
-    seeds = [one.seed for one in members]
     scale, back = (math.log, math.exp) if metric.startswith("ppl/") else (float, float)
-    found = interval(by_seed([scale(one.run.metrics[f"pruned/{metric}"]) for one in members], seeds))
-    share = math.fsum(one.run.metrics[SHARE] for one in members) / len(members)
-    low = None if found.half is None else back(found.mean - found.half)
-    high = None if found.half is None else back(found.mean + found.half)
-    return Point(*key, metric, share, back(found.mean), low, high, found.n, tuple(members))
+    values = by_seed([scale(one.run.metrics[f"pruned/{metric}"]) for one in members], [one.seed for one in members])
+    found = interval(values)
+    share = fmean(one.run.metrics[SHARE] for one in members)
+    low, high = (None if found.half is None else back(found.mean + sign * found.half) for sign in (-1, 1))
+    return Point(*key, metric, share, back(found.mean), low, high, tuple(map(back, values)), tuple(members))
 
 
 def by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
@@ -81,7 +86,7 @@ def by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
     found: dict[Hashable, list[float]] = {}
     for value, seed in zip(values, seeds, strict=True):
         found.setdefault(seed, []).append(value)
-    return [math.fsum(same) / len(same) for same in found.values()]
+    return [fmean(same) for same in found.values()]
 
 
 def dense(runs: Sequence[Described], metric: str) -> list[float]:
@@ -102,7 +107,7 @@ def mean_of(point: Point, key: str) -> float | None:
     """Mean of a metric over the point's runs; None where one of them lacks it."""
     values = [one.run.metrics.get(key) for one in point.runs]
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def ablation(runs: Sequence[Described], metric: str) -> Ablation | None:
     for cell, one in zip(zip(*factors.values(), strict=True), known, strict=True):
         rise = math.log(one.run.metrics[f"pruned/{metric}"] / one.run.metrics[f"dense/{metric}"])
         once.setdefault((cell, one.seed), []).append(rise)
-    rises = [math.fsum(same) / len(same) for same in once.values()]
+    rises = [fmean(same) for same in once.values()]
     cells, seeds = [cell for cell, _ in once], [seed for _, seed in once]
     factors = {name: [cell[k] for cell in cells] for k, name in enumerate(factors)}
     possible = math.prod(len(set(levels)) for levels in factors.values())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from pruneexp.report.against_share import file_name, named, only_of
-from pruneexp.report.comparison import NOT_STATED, Aspect, Comparison, unpublished
+from pruneexp.report.comparison import NOT_STATED, Aspect, Comparison
 from pruneexp.report.figures import (
     Style,
     effects_figure,
@@ -27,8 +28,9 @@ from pruneexp.report.points import (
     points,
     priced,
 )
-from pruneexp.report.published import Table as PublishedTable
-from pruneexp.report.tables import Cell, Table, count, number, ratio
+from pruneexp.report.published import Source
+from pruneexp.report.statistics import Effect
+from pruneexp.report.tables import Cell, Table, count, number, ratio, table
 
 UNEQUAL = 0.01  # difference of shares removed at one ratio that is told
 
@@ -75,18 +77,15 @@ def _noise(context: str, runs: Sequence[Described]) -> list[str]:
 
 
 def _priced_table(name: str, metric: str, cost: Cost, found: Sequence[Priced], where: str) -> Table:
-    rows = tuple(
-        (
-            Cell(one.method),
-            ratio(one.ratio),
-            number(one.cost),
-            number(one.ppl),
-            Cell("yes" if one.on_front else ""),
-        )
-        for one in sorted(found, key=lambda one: one.cost)
-    )
+    columns: dict[str, Callable[[Priced], Any]] = {
+        "method": lambda one: one.method,
+        "ratio asked": lambda one: ratio(one.ratio),
+        cost.label: lambda one: one.cost,
+        metric: lambda one: one.ppl,
+        "on the front": lambda one: "yes" if one.on_front else "",
+    }
     title = f"{metric} against {cost.label}" + (f" ({where})" if where else "")
-    return Table(name, title, ("method", "ratio asked", cost.label, metric, "on the front"), rows)
+    return table(name, title, sorted(found, key=lambda one: one.cost), columns)
 
 
 def widths_section(runs: Sequence[Described]) -> Section | None:
@@ -155,81 +154,68 @@ def _unequal_shares(context: str, runs: Sequence[Described]) -> list[str]:
 
 
 def _effects_table(name: str, found: Ablation, where: str) -> Table:
-    intervals = any(effect.half is not None for effect in found.effects)
-    head = ("factor", "level", "runs", "mean rise", "standard deviation", "effect")
-    rows = tuple(
-        (
-            Cell(effect.factor),
-            Cell(effect.level),
-            number(effect.n),
-            number(effect.mean),
-            number(effect.spread),
-            number(effect.effect),
-            *([number(effect.half)] if intervals else []),
-        )
-        for effect in found.effects
-    )
+    columns: dict[str, Callable[[Effect], Any]] = {
+        "factor": lambda effect: effect.factor,
+        "level": lambda effect: effect.level,
+        "runs": lambda effect: effect.n,
+        "mean rise": lambda effect: effect.mean,
+        "standard deviation": lambda effect: effect.spread,
+        "effect": lambda effect: effect.effect,
+    }
+    if any(effect.half is not None for effect in found.effects):
+        columns["95 % over seeds, ±"] = lambda effect: effect.half
     title = f"Rise in ln {found.metric} over the dense model by level; effect: its mean less that of all runs"
-    title += f" ({where})" if where else ""
-    return Table(name, title, (*head, "95 % over seeds, ±") if intervals else head, rows)
+    return table(name, title + (f" ({where})" if where else ""), found.effects, columns)
 
 
-def published_section(
-    runs: Sequence[Described], compared: Sequence[Comparison], tables: Sequence[PublishedTable]
-) -> Section:
-    lines = list(unpublished(runs, tables))
+def published_section(compared: Sequence[Comparison]) -> Section | None:
     if not compared:
-        lines.append("None of these runs has the model, method, ratio and metric of a published figure.")
-        return Section("published", "Beside published figures", tuple(lines))
-    lines.append(
+        return None
+    line = (
         "Published figures (marked) are the papers' own; the tolerance is this project's. Where protocols differ, a "
         "figure within it proves less, and one outside it need not be a mistake."
     )
-    rows = []
-    for k, one in enumerate(compared):
-        figure, distance = one.published, round(one.ours.mean - one.published.value, 9)  # no digits of rounding
-        rows.append(
-            (
-                number(k + 1),
-                Cell(figure.model),
-                Cell(figure.metric),
-                ratio(figure.ratio),
-                Cell(one.method),
-                number(one.ours.mean),
-                number(one.ours.half),
-                number(one.ours.n),
-                Cell(f"{figure.value:g}", figure.value, "published"),
-                Cell(figure.method, mark="published"),
-                number(distance),
-                number(figure.tolerance),
-                Cell("within" if one.within else "outside", mark="" if one.within else "flag"),
-                ratio(one.ratio),
-                number(one.share, "share"),
-                Cell(f"arXiv {figure.source.arxiv}, {figure.source.table}", mark="published"),
-            )
-        )
-    head = ("no.", "model", "metric", "ratio", "our method", "ours", "95 %, ±", "seeds", "published", "their method")
-    head += ("difference", "tolerance", "verdict", "our ratio", "our share removed", "source")
-    table = Table("published", "Ours and the published figure, in its unit", head, tuple(rows))
-    # Papers share most of a protocol: each part of one is told once, with the rows above that have it.
-    rows_of: dict[Aspect, list[str]] = {}
+    numbers = {id(one): number for number, one in enumerate(compared, 1)}
+    columns: dict[str, Callable[[Comparison], Any]] = {
+        "no.": lambda one: numbers[id(one)],
+        "model": lambda one: one.published.model,
+        "metric": lambda one: one.published.metric,
+        "ratio": lambda one: ratio(one.published.ratio),
+        "our method": lambda one: one.method,
+        "ours": lambda one: one.ours.mean,
+        "95 %, ±": lambda one: one.ours.half,
+        "seeds": lambda one: one.ours.n,
+        "published": lambda one: Cell(f"{one.published.value:g}", one.published.value, "published"),
+        "their method": lambda one: Cell(one.published.method, mark="published"),
+        "difference": lambda one: round(one.ours.mean - one.published.value, 9),  # no digits of rounding
+        "tolerance": lambda one: one.published.tolerance,
+        "verdict": lambda one: Cell("within") if one.within else Cell("outside", mark="flag"),
+        "our ratio": lambda one: ratio(one.ratio),
+        "our share removed": lambda one: number(one.share, "share"),
+        "source": lambda one: Cell(_place(one.published.source), mark="published"),
+    }
+    shown = table("published", "Ours and the published figure, in its unit", compared, columns)
+    return Section("published", "Beside published figures", (line,), (shown, _protocols_table(compared)))
+
+
+def _place(source: Source) -> str:
+    return f"arXiv {source.arxiv}, {source.table}"
+
+
+def _protocols_table(compared: Sequence[Comparison]) -> Table:
+    """Papers share most of a protocol: each part of one is told once, with the comparisons that have it."""
+    numbers: dict[Aspect, list[str]] = {}
     for k, one in enumerate(compared):
         for aspect in one.aspects:
-            rows_of.setdefault(aspect, []).append(str(k + 1))
-    order = list(dict.fromkeys(aspect.what for aspect in rows_of))
-    protocols = Table(
-        "protocols",
-        "Protocols, theirs and ours",
-        ("what", "published", "ours", "alike", "of no."),
-        tuple(
-            (
-                Cell(aspect.what),
-                Cell(aspect.published, mark="" if aspect.published == NOT_STATED else "published"),
-                Cell(aspect.ours),
-                Cell({True: "differs", False: "yes", None: ""}[aspect.differs], mark="flag" if aspect.differs else ""),
-                Cell(", ".join(numbers)),
-            )
-            for aspect, numbers in sorted(rows_of.items(), key=lambda item: order.index(item[0].what))
-        ),
+            numbers.setdefault(aspect, []).append(str(k + 1))
+    order = list(dict.fromkeys(aspect.what for aspect in numbers))
+    columns: dict[str, Callable[[Aspect], Any]] = {
+        "what": lambda one: one.what,
+        "published": lambda one: Cell(one.published, mark="" if one.published == NOT_STATED else "published"),
+        "ours": lambda one: one.ours,
+        "alike": lambda one: Cell("differs", mark="flag") if one.differs else "" if one.differs is None else "yes",
+        "of no.": lambda one: ", ".join(numbers[one]),
+    }
+    return table(
+        "protocols", "Protocols, theirs and ours", sorted(numbers, key=lambda one: order.index(one.what)), columns
     )
-    return Section("published", "Beside published figures", tuple(lines), (table, protocols))

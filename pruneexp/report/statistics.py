@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 
 @dataclass(frozen=True)
@@ -19,46 +20,21 @@ class Interval:
 
 
 def t_quantile(degrees: int) -> float:
-    """The t that a Student variable of so many degrees of freedom stays below with probability 0.975.
+    """The t that a Student variable of so many degrees of freedom stays below with probability 0.975."""
+    from scipy.special import stdtrit
 
-    By bisection over theta = arctan(t / sqrt(degrees)), in which P(|T| < t) is a finite sum of sines and cosines
-    (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-    if degrees < 1:
-        raise ValueError(f"degrees={degrees}: expected an int >= 1")
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _inside(middle, degrees) < 0.95 else (low, middle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
-
-
-def _inside(theta: float, degrees: int) -> float:
-    """P(|T| < sqrt(degrees) tan(theta))."""
-    odd = degrees % 2
-    term = math.cos(theta) if odd else 1.0
-    total = 0.0
-    for k in range(odd + 1, degrees, 2):
-        total += term
-        term *= math.cos(theta) ** 2 * k / (k + 1)
-    if odd:
-        return 2 / math.pi * (theta + math.sin(theta) * total)
-    return math.sin(theta) * total
+    return float(stdtrit(degrees, 0.975))
 
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and t-interval, half = t(n-1) s / sqrt(n), s with divisor n-1."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    deviation = spread(values)
-    return Interval(mean, None if deviation is None else t_quantile(n - 1) * deviation / math.sqrt(n), n)
+    n, deviation = len(values), spread(values)
+    return Interval(fmean(values), None if deviation is None else t_quantile(n - 1) * deviation / math.sqrt(n), n)
 
 
 def spread(values: Sequence[float]) -> float | None:
     """Standard deviation, divisor n-1; None for one value."""
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return stdev(values) if len(values) > 1 else None
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -105,12 +81,12 @@ def main_effects(
             out for each and its interval is the t-interval over them.
     """
     found = []
-    total = math.fsum(responses) / len(responses)
+    total = fmean(responses)
     by_seed = _by_seed(factors, seeds)
     for factor, levels in factors.items():
         for level in dict.fromkeys(levels):
             here = [response for response, at in zip(responses, levels, strict=True) if at == level]
-            mean = math.fsum(here) / len(here)
+            mean = fmean(here)
             half = None
             if by_seed is not None:
                 half = interval([_effect(levels, level, responses, runs) for runs in by_seed]).half
@@ -129,7 +105,7 @@ def _by_seed(factors: Mapping[str, Sequence[str]], seeds: Sequence[Hashable]) ->
 
 def _effect(levels: Sequence[str], level: str, responses: Sequence[float], runs: Sequence[int]) -> float:
     here = [responses[index] for index in runs if levels[index] == level]
-    return math.fsum(here) / len(here) - math.fsum(responses[index] for index in runs) / len(runs)
+    return fmean(here) - fmean(responses[index] for index in runs)
 
 
 def crossed(groups: Sequence[tuple[Hashable, ...]]) -> bool:

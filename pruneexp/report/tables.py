@@ -1,13 +1,14 @@
-"""A table once, as HTML, Markdown, LaTeX and CSV."""
+"""A table once, as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 LONG = 48  # characters from which on a cell may break its line
 
 
@@ -19,6 +20,11 @@ class Cell:
     text: str
     value: float | None = None
     mark: str = ""
+
+    @property
+    def classes(self) -> str:
+        kind = "number" if self.value is not None else "long" if len(self.text) > LONG else ""
+        return f"{self.mark} {kind}".strip()
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,18 @@ class Table:
 
     def numeric(self, column: int) -> bool:
         return any(row[column].value is not None for row in self.rows)
+
+
+def table(name: str, title: str, items: Iterable[T], columns: Mapping[str, Callable[[T], Any]]) -> Table:
+    """A row an item. A column is its heading and what it shows of an item: a cell, a number (or None), or text."""
+    rows = tuple(tuple(_cell(show(item)) for show in columns.values()) for item in items)
+    return Table(name, title, tuple(columns), rows)
+
+
+def _cell(shown: Any) -> Cell:
+    if isinstance(shown, Cell):
+        return shown
+    return Cell(shown) if isinstance(shown, str) else number(shown)
 
 
 def number(value: float | None, unit: str = "") -> Cell:
@@ -62,30 +80,6 @@ def count(number: int, what: str) -> str:
 def _bytes(value: float) -> str:
     units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
     return next((f"{value / size:,.2f} {unit}" for unit, size in units if value >= size), f"{value:,.0f} B")
-
-
-def as_html(table: Table) -> str:
-    head = "".join(
-        f"<th scope='col'{_class('number' if table.numeric(k) else '')}>{html.escape(name)}</th>"
-        for k, name in enumerate(table.header)
-    )
-    body = "\n".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in table.rows)
-    return (
-        f"<div class='wide' tabindex='0' role='region' aria-label='{html.escape(table.title, quote=True)}'>\n"
-        f"<table><caption>{html.escape(table.title)}</caption>\n"
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
-def _html_cell(cell: Cell) -> str:
-    kind = "number" if cell.value is not None else "long" if len(cell.text) > LONG else ""
-    words = " ".join(word for word in (cell.mark, kind) if word)
-    value = "" if cell.value is None else f" data-value='{cell.value!r}'"
-    return f"<td{_class(words)}{value}>{html.escape(cell.text)}</td>"
-
-
-def _class(words: str) -> str:
-    return f" class='{words}'" if words else ""
 
 
 def as_csv(table: Table) -> str:

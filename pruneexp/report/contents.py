@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pruneexp.fingerprint import differing, settings
+from pruneexp.fingerprint import differing
 from pruneexp.report.against_share import accuracy_section, perplexity_section
-from pruneexp.report.comparison import comparisons
-from pruneexp.report.figures import Picture, styles
+from pruneexp.report.comparison import comparisons, unpublished
+from pruneexp.report.figures import styles
 from pruneexp.report.folders import Found
 from pruneexp.report.methods import GROUPS, Described, departures, describe
-from pruneexp.report.page import Folded, Section
+from pruneexp.report.page import Folded, Report, Section
 from pruneexp.report.points import SHARE, accuracies, is_mean, kept_shares, machine, perplexities
 from pruneexp.report.published import tables as published_tables
 from pruneexp.report.sections import (
@@ -22,7 +21,7 @@ from pruneexp.report.sections import (
     published_section,
     widths_section,
 )
-from pruneexp.report.tables import Cell, Table, count, number, ratio
+from pruneexp.report.tables import Cell, Table, count, number, ratio, table
 
 UNITS = {SHARE: "share", "memory/peak_bytes": "bytes", "passes/forward": "count", "passes/backward": "count"}
 LATER = (
@@ -33,21 +32,8 @@ LATER = (
     "passes/backward",
     "memory/peak_bytes",
 )
+Show = Callable[[Any], Any]  # of a run, what a column has
 FEW = 3  # folders that the title names
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is written: the page's parts, every table (some go to files alone) and every figure."""
-
-    title: str
-    lines: tuple[str, ...]
-    sections: tuple[Section, ...]
-    tables: tuple[Table, ...]
-
-    @property
-    def pictures(self) -> list[Picture]:
-        return [picture for section in self.sections for picture in section.pictures]
 
 
 def report(found: Found, folders: Sequence[Path]) -> Report:
@@ -68,15 +54,19 @@ def report(found: Found, folders: Sequence[Path]) -> Report:
         pareto_section(counted, looks),
         widths_section(runs),
         effects_section(counted),
-        published_section(counted, compared, papers),
+        published_section(compared),
         _configs(runs),
     ]
     shown = [section for section in sections if section is not None]
+    notes = unpublished(counted, papers)
+    if not compared:
+        notes.append("None of these runs has the model, method, ratio and metric of a published figure.")
     tables = [table for section in shown for table in section.tables]
     names = " and ".join(folder.resolve().name or "/" for folder in folders[:FEW])
     more = f" and {len(folders) - FEW} more" if len(folders) > FEW else ""
     tables += [_all_metrics(runs), _kept(runs)]
-    return Report(f"Pruning runs: {names}{more}", _header(runs, found), tuple(shown), tuple(tables))
+    title = f"Pruning runs: {names}{more}"
+    return Report(title, _header(runs, found), tuple(shown), tuple(notes), tuple(tables))
 
 
 def _header(runs: Sequence[Described], found: Found) -> tuple[str, ...]:
@@ -95,25 +85,23 @@ def _header(runs: Sequence[Described], found: Found) -> tuple[str, ...]:
 
 
 def _runs(runs: Sequence[Described], found: Found) -> Section:
-    flat = [settings(one.run.config) for one in runs]
     # What a choice brings along is told by the method's name.
     keys = list(dict.fromkeys(key for one in runs for key in one.settings))
     several = len({one.context for one in runs}) > 1
     measured = [f"{side}/{name}" for name in _measured(runs) for side in ("dense", "pruned")]
-    columns = [
-        key for key in (SHARE, "pruned/params", *measured, *LATER) if any(key in one.run.metrics for one in runs)
-    ]
-    rows = []
-    for one, setting in zip(runs, flat, strict=True):
-        flagged = one.run.hash in found.conflicts
-        cells = [Cell(one.run.name, mark="flag" if flagged else ""), *([Cell(one.context)] if several else [])]
-        cells += [Cell(one.method), ratio(one.ratio), *(Cell(str(setting.get(key, "-"))) for key in keys)]
-        cells += [number(one.run.metrics.get(key), _unit(key)) for key in columns]
-        rows.append((*cells, Cell("same config, another result", mark="flag") if flagged else Cell("")))
-    head = ["run", *(["model"] if several else []), "method", "ratio asked", *keys, *columns, "remark"]
-    if not found.conflicts:
-        head, rows = head[:-1], [row[:-1] for row in rows]
-    table = Table("runs", "Every finished run; all its metrics are in metrics.csv", tuple(head), tuple(rows))
+    there = {key for one in runs for key in one.run.metrics}
+    metrics = [key for key in (SHARE, "pruned/params", *measured, *LATER) if key in there]
+    columns: dict[str, Show] = {
+        "run": lambda one: Cell(one.run.name, mark="flag" if one.run.hash in found.conflicts else ""),
+        **({"model": lambda one: one.context} if several else {}),
+        "method": lambda one: one.method,
+        "ratio asked": lambda one: ratio(one.ratio),
+        **{key: _setting(key) for key in keys},
+        **{key: lambda one, key=key: number(one.run.metrics.get(key), _unit(key)) for key in metrics},
+    }
+    if found.conflicts:
+        remark = Cell("same config, another result", mark="flag")
+        columns["remark"] = lambda one: remark if one.run.hash in found.conflicts else ""
     lines = []
     if shared := _shared(runs):
         lines.append(f"In all of them: {shared}.")
@@ -122,7 +110,12 @@ def _runs(runs: Sequence[Described], found: Found) -> Section:
         lines.append(
             f"Same config ({hashed}), another result: {names}: {why}. They are shown one by one and counted in no mean."
         )
-    return Section("runs", "Runs", tuple(lines), (table,))
+    shown = table("runs", "Every finished run; all its metrics are in metrics.csv", runs, columns)
+    return Section("runs", "Runs", tuple(lines), (shown,))
+
+
+def _setting(key: str, absent: str = "-") -> Show:
+    return lambda one: str(one.run.flat.get(key, absent))
 
 
 def _measured(runs: Sequence[Described]) -> list[str]:
@@ -143,52 +136,44 @@ def _shared(runs: Sequence[Described]) -> str:
 
 
 def _all_metrics(runs: Sequence[Described]) -> Table:
-    keys = sorted({key for one in runs for key in one.run.metrics})
-    flat = [settings(one.run.config) for one in runs]
-    told = differing(flat)
-    rows = tuple(
-        (
-            Cell(one.run.name),
-            Cell(one.run.hash),
-            Cell(one.context),
-            Cell(one.method),
-            *(Cell(str(setting.get(key, ""))) for key in told),
-            *(number(one.run.metrics.get(key)) for key in keys),
-        )
-        for one, setting in zip(runs, flat, strict=True)
-    )
-    return Table("metrics", "Every metric of every run", ("run", "hash", "model", "method", *told, *keys), rows)
+    columns: dict[str, Show] = {
+        "run": lambda one: one.run.name,
+        "hash": lambda one: one.run.hash,
+        "model": lambda one: one.context,
+        "method": lambda one: one.method,
+        **{key: _setting(key, "") for key in differing([one.run.flat for one in runs])},
+    }
+    for key in sorted({key for one in runs for key in one.run.metrics}):
+        columns[key] = lambda one, key=key: one.run.metrics.get(key)
+    return table("metrics", "Every metric of every run", runs, columns)
 
 
 def _kept(runs: Sequence[Described]) -> Table:
-    rows = [
+    rows = tuple(
         (Cell(one.run.name), Cell(one.method), ratio(one.ratio), Cell(kind), number(layer), number(share))
         for one in runs
         for kind, layers in kept_shares(one.run.plan).items()
         for layer, share in sorted(layers.items())
-    ]
-    return Table("widths", "Share kept", ("run", "method", "ratio asked", "kind", "layer", "kept"), tuple(rows))
+    )
+    return Table("widths", "Share kept", ("run", "method", "ratio asked", "kind", "layer", "kept"), rows)
 
 
 def _left_out(found: Found) -> Section | None:
-    rows = [(Cell(one.name), Cell(one.reason, mark="flag")) for one in found.skipped]
-    rows += [(Cell(one.name), Cell(one.reason)) for one in found.repeats]
-    if not rows:
-        return None
-    table = Table("left_out", "Folders that are in no figure, and why", ("folder", "reason"), tuple(rows))
-    return Section("left-out", "Folders left out", (), (table,))
+    left = (*found.skipped, *found.repeats)
+    columns: dict[str, Show] = {
+        "folder": lambda one: one.name,
+        "reason": lambda one: Cell(one.reason, mark="flag" if one in found.skipped else ""),
+    }
+    shown = table("left_out", "Folders that are in no figure, and why", left, columns)
+    return Section("left-out", "Folders left out", (), (shown,)) if left else None
 
 
 def _configs(runs: Sequence[Described]) -> Section:
-    flat = [settings(one.run.config) for one in runs]
-    keys = differing(flat)
-    rows = [
-        (Cell(one.run.name), *(Cell(str(setting.get(key, "-"))) for key in keys))
-        for one, setting in zip(runs, flat, strict=True)
-    ]
-    table = Table("configs", "Every key that is not the same in all runs", ("run", *keys), tuple(rows))
+    keys = differing([one.run.flat for one in runs])
+    columns: dict[str, Show] = {"run": lambda one: one.run.name, **{key: _setting(key) for key in keys}}
+    shown = table("configs", "Every key that is not the same in all runs", runs, columns)
     folded = tuple(Folded(f"{one.run.name} ({one.method}, {one.ratio:g})", _yaml(one.run.config)) for one in runs)
-    tables = (table,) if len(runs) > 1 else ()
+    tables = (shown,) if len(runs) > 1 else ()
     return Section("configs", "Configs", (), tables, (), folded, "The complete config of each run")
 
 

@@ -1,0 +1,122 @@
+"""The figure of a perplexity or an accuracy against the share removed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pruneexp.report.comparison import Comparison
+from pruneexp.report.figures import (
+    FAINT,
+    GRID,
+    INK,
+    WHOLE,
+    Picture,
+    Style,
+    legend,
+    legend_rows,
+    log_scale,
+    new_figure,
+    upright,
+)
+from pruneexp.report.methods import Described
+from pruneexp.report.points import SHARE, Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ENOUGH = 3  # seeds from which on an interval is drawn, and no longer each of them
+
+
+def share_figure(
+    name: str,
+    metric: str,
+    points: Sequence[Point],
+    dense: Sequence[float],
+    conflicting: Sequence[Described],
+    published: Sequence[Comparison],
+    looks: Mapping[str, Style],
+) -> Picture:
+    """A perplexity or accuracy against the real share removed, a line a method, with its seeds or their 95 %
+    t-interval. Runs of one config with different results, and published figures, are marks on their own."""
+    methods = list(dict.fromkeys(point.method for point in points))
+    others = {"published, at its nominal ratio": published, "dense": dense, "same config, another result": conflicting}
+    figure, axes = new_figure(2.9, legend_rows([*methods, *(label for label, there in others.items() if there)]))
+    for k, value in enumerate(dense):
+        look: Style = {"color": FAINT, "linewidth": 1, "linestyle": (0, (3, 3))}
+        axes.axhline(value, label=None if k else "dense", **look)
+    for method in methods:
+        _line(axes, method, [point for point in points if point.method == method], looks[method])
+    odd = [(100 * one.run.metrics[SHARE], one.run.metrics[f"pruned/{metric}"]) for one in conflicting]
+    if odd:
+        axes.plot(*zip(*odd, strict=True), "x", color=INK, markersize=7, label="same config, another result", **WHOLE)
+    theirs = [one.published.value / (100 if one.published.unit == "percent" else 1) for one in published]
+    for k, (one, value) in enumerate(zip(published, theirs, strict=True)):
+        # Below our marks, which it mostly surrounds, and in their colour.
+        look = {"linestyle": "none", "marker": "*", "markersize": 13, "markerfacecolor": "none"} | WHOLE
+        look |= {"color": looks[one.method]["color"] if one.method in looks else INK, "zorder": 2.9}
+        label = None if k else "published, at its nominal ratio"
+        axes.plot([100 * one.published.ratio], [value], label=label, **look)
+    seeds = [value for point in points for value in _seeds(point)]
+    marks = [*dense, *(point.value for point in points), *seeds, *(value for _, value in odd), *theirs]
+    if metric.startswith("ppl/"):
+        log_scale(axes, marks)
+    cut = _scaled_by(axes, marks, [bound for point in points for bound in _bar(point)])
+    axes.set_xlim(left=0)
+    axes.set_xlabel("share of the decoder's parameters removed, %")
+    axes.set_ylabel(upright(metric))
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    legend(figure, axes)
+    told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
+    return Picture(name, f"{metric} against the share removed, {_caption(metric, points, cut)}.", told, figure)
+
+
+def _line(axes: Axes, label: str, points: Sequence[Point], look: Style) -> None:
+    line = sorted(points, key=lambda point: point.share)
+    axes.plot(
+        [100 * p.share for p in line],
+        [p.value for p in line],
+        label=label,
+        markersize=6,
+        linewidth=1.6,
+        **look,
+        **WHOLE,
+    )
+    for point in line:
+        x, seeds, bar = 100 * point.share, _seeds(point), _bar(point)
+        small = {"color": look["color"], "marker": look["marker"], "markersize": 3, "alpha": 0.7} | WHOLE
+        axes.plot([x] * len(seeds), seeds, linestyle="none", **small)
+        axes.plot([x] * len(bar), bar, color=look["color"], marker="_", markersize=7, linewidth=1.2)
+
+
+def _seeds(point: Point) -> Sequence[float]:
+    """Those drawn as marks: each of a few."""
+    return point.seeds if 1 < point.n < ENOUGH else ()
+
+
+def _bar(point: Point) -> Sequence[float]:
+    """The ends of the interval, where it is drawn: of two seeds it would span whole decades and say nothing else."""
+    return () if point.low is None or point.high is None or point.n < ENOUGH else (point.low, point.high)
+
+
+def _scaled_by(axes: Axes, marks: Sequence[float], bars: Sequence[float]) -> bool:
+    """Fits the axis to the marks. Bars may lengthen it by a quarter at each end; gives whether any is cut there."""
+    scale, back = (math.log, math.exp) if axes.get_yscale() == "log" else (float, float)
+    low, high = scale(min(marks)), scale(max(marks))
+    room = (high - low) / 4
+    if not room:
+        return False
+    ends = [scale(bar) for bar in bars]
+    bottom, top = max(min([low, *ends]), low - room), min(max([high, *ends]), high + room)
+    axes.set_ylim(back(bottom - room / 5), back(top + room / 5))
+    return min([bottom, *ends]) < bottom or max([top, *ends]) > top
+
+
+def _caption(metric: str, points: Sequence[Point], cut: bool) -> str:
+    seeds = sorted({point.n for point in points})
+    mean = "mean log perplexity" if metric.startswith("ppl/") else "mean"
+    parts = [f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''} a point"] if seeds else []
+    parts += ["small marks are the seeds"] if any(map(_seeds, points)) else []
+    parts += [f"bars are 95 % t-intervals of the {mean}"] if any(map(_bar, points)) else []
+    return "; ".join(parts + ["bars cut by the frame are longer"] * cut)

@@ -1,0 +1,86 @@
+"""What decides an answer is in its key; what only says something about the code is not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pruneexp import fingerprint
+from pruneexp.criterion import Flap
+from tests.test_layering import file_graph
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The package's code in another place, to be edited there."""
+    root = tmp_path / "pruneexp"
+    shutil.copytree(fingerprint.ROOT, root, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    monkeypatch.setattr(fingerprint, "ROOT", root)
+    forget()
+    yield root
+    forget()
+
+
+def forget() -> None:
+    fingerprint.code_version.cache_clear()
+    fingerprint._code.cache_clear()
+
+
+def closure() -> set[str]:
+    """By the graph that the layering test sorts."""
+    graph, found = file_graph(), set()
+    waiting = [name for name in graph if name.startswith(fingerprint.STATISTICS)]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += graph[name]
+    return found
+
+
+def test_every_file_that_decides_changes_the_key(copied: Path) -> None:
+    names = closure()
+    assert {"pruneexp.evidence.solve", "pruneexp.surgery.mask", "pruneexp.model.sites"} <= names
+    assert names <= fingerprint.import_closure(*fingerprint.STATISTICS)
+    before = fingerprint.code_version()
+    hashes = {name: fingerprint._code(name)[0] for name in names}
+    for name in sorted(names):
+        file = fingerprint._file(name)
+        file.write_text(file.read_text() + "\nEDITED = 1\n")
+        assert fingerprint._code.__wrapped__(name)[0] != hashes[name], name
+        if name in ("pruneexp.evidence.solve", "pruneexp.surgery.mask"):  # each alone: of the rest it is the same sum
+            forget()
+            now, before = before, fingerprint.code_version()
+            assert now != before, name
+
+
+def test_docstrings_comments_and_other_files_do_not(copied: Path) -> None:
+    before = fingerprint.code_version()
+    solve = copied / "evidence" / "solve.py"
+    text = solve.read_text()
+    said = text.replace('"""Lower factor', '"""The lower factor').replace("# ", "# so: ") + "\n# the end\n"
+    assert said.count("so: ") and said != text
+    for file, content in ((solve, said), (copied / "report" / "page.py", "BROKEN = 1\n")):
+        file.write_text(content)
+        forget()
+        assert fingerprint.code_version() == before, file
+    broken = text.replace("> 1e-14 * scale", "> 1e-13 * scale")
+    assert broken != text
+    solve.write_text(broken)
+    forget()
+    assert fingerprint.code_version() != before
+
+
+def test_somebody_elses_criterion_goes_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "mine_for_fingerprints.py"
+    file.write_text("class Mine:\n    pass\n")
+    from mine_for_fingerprints import Mine  # type: ignore[import-not-found]
+
+    before = fingerprint.version_of(Mine)
+    file.write_text("class Mine:\n    x = 1\n")
+    assert fingerprint.version_of(Mine) != before
+    assert fingerprint.version_of(Flap).split() == [f"{Flap.__module__}.Flap"], "ours are in code_version"

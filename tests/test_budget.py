@@ -330,6 +330,7 @@ def test_best_behind_post_norms_runs_once_typed_as_told(name: str, tmp_path: Pat
 # What a run says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["macs", "bytes", "kv_cache", "prunable"])
 def test_the_share_is_a_metric_and_in_the_summary(of: str, cli: Any) -> None:
     data = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
@@ -352,6 +353,7 @@ def test_the_share_is_a_metric_and_in_the_summary(of: str, cli: Any) -> None:
     assert f"sparsity/{of}" not in out
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_as_the_sparsity_does(cli: Any) -> None:
     code, out, err = cli("run.dry=true", "search=uniform", "sparsity.of=kv_cache", "sparsity.ratio=0.5")
     assert code == 0, err

@@ -594,6 +594,7 @@ def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: l
     assert len(lines) == 2 and Path(str(runs[0].run.dir)).name in lines[1]
 
 
+@pytest.mark.slow
 def test_a_job_whose_figures_are_damaged_runs_again(cli: Cli, runs: list[Experiment]) -> None:
     command = ("--multirun", "seed=1,2,3", "sweep.dir=x")
     assert cli(*command).code == 0
@@ -605,6 +606,7 @@ def test_a_job_whose_figures_are_damaged_runs_again(cli: Cli, runs: list[Experim
     assert [run.seed for run in runs] == [1, 2, 3, 1] and again.err.count("done already") == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_asked_for_later_is_not_skipped(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("-m", "seed=1", "sweep.dir=x").code == 0
     assert cli("-m", "seed=1", "sweep.dir=x", "run.save=true", "run.prove=in_place").code == 0
@@ -614,6 +616,7 @@ def test_a_checkpoint_asked_for_later_is_not_skipped(cli: Cli, runs: list[Experi
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_failures_and_says_so(cli: Cli, runs: list[Experiment]) -> None:
     ended = cli("--multirun", "seed=13,14,15", "sweep.dir=x y")
     assert ended.code == 1 and [run.seed for run in runs] == [13, 14, 15]
@@ -638,6 +641,7 @@ def test_a_forecast_refuses_the_folder_of_a_finished_run(cli: Cli) -> None:
     assert ended == [(2, "", line)] * 2
 
 
+@pytest.mark.slow
 def test_a_forecast_of_a_sweep_leaves_out_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "seed=1", "sweep.dir=x").code == 0
     ended = cli("--multirun", "seed=1,2", "sweep.dir=x", "run.dry=true")
@@ -664,6 +668,7 @@ def test_fits_to_few_tokens_are_told_what_would_do(told: str, cli: Cli, caplog: 
     assert not caplog.messages
 
 
+@pytest.mark.slow
 def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
     ended = cli("--multirun", "run.dry=true", "sparsity.ratio=0.2,0.999", "dataset.samples=2", "evaluator=[]")
     assert ended.code == 1 and "job 1 cannot run: sparsity.ratio=0.999" in ended.err

@@ -129,6 +129,7 @@ def test_pieces_give_the_tokens_of_the_whole(maker: Callable[[], Any], special: 
         assert watched.longest == PIECE
 
 
+@pytest.mark.slow
 @each(
     "maker, text",
     itertools.product(

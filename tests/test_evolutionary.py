@@ -136,6 +136,7 @@ def test_without_the_effort_to_probe_every_site_loses_the_same_share():
     assert all(plan.removed(site) == pytest.approx(site.units / 2, abs=0.5) for site in SITES)
 
 
+@pytest.mark.slow
 def test_more_effort_is_no_worse():
     found = [convex({s.name: plan_of(search(effort=e), Loss(convex))[0].removed(s) for s in SITES}) for e in (1, 8, 60)]
     assert found[0] >= found[1] >= found[2]

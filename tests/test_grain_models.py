@@ -97,6 +97,7 @@ def test_what_was_judged_is_what_is_left_and_reloads(
         assert torch.equal(again.token_losses(tokens_NT, 4), each.token_losses(tokens_NT, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name != "attention, ffn"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_is_in_memory(

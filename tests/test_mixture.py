@@ -160,6 +160,7 @@ def test_an_expert_without_a_token_can_be_compensated(compensator: Any, made: Ma
     assert torch.equal(linear.bias, torch.zeros(48, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @each("granularity, search", itertools.product([["experts"], ["heads", "experts"]], SEARCHES))
 def test_searches_remove_whole_experts(
     search: str, granularity: list[str], made: Made, tokens_NT: torch.Tensor

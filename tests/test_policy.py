@@ -99,6 +99,7 @@ def test_the_estimate_converges_to_the_exact_gradient_of_six_bits(estimator: str
     assert errors[1] < 0.03 and errors[1] < errors[0] / 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budgets", ["separate", "joint"])
 @pytest.mark.parametrize("estimator", ["sqrt", "exact"])
 def test_it_finds_the_units_that_matter_and_meets_the_budget(estimator: str, budgets: str) -> None:
@@ -151,6 +152,7 @@ def test_settings_that_cannot_be() -> None:
             replace(SEARCH, **{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recipe_runs_on_every_family(
     family: str, tiny: Callable[..., Model], tokens_NT: Tensor, build_from: Callable[..., Any]

@@ -64,6 +64,7 @@ def test_a_pruned_model_with_alibi_can_be_pickled(name: str, loaded: Loaded) -> 
     assert torch.equal(logits(again), logits(module))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen2"])
 def test_a_classifier_starts_from_the_pruned_layers(name: str, loaded: Loaded, tmp_path: Path) -> None:
     from transformers import (

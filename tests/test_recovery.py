@@ -84,6 +84,7 @@ def test_the_calibration_loss_falls(family: str, merge: bool, pruned: Callable[.
     assert not any(module.training for module in model.module.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_the_active_adapter(family: str, pruned: Callable[..., Model], tokens_NT: Tensor) -> None:
     merged, kept = pruned(family), pruned(family)
@@ -130,6 +131,7 @@ def test_the_same_seed_is_the_same_to_the_bit(pruned: Callable[..., Model], toke
     assert not all(torch.equal(tensor, states[2][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 10])
 def test_steps_do_not_depend_on_how_windows_are_batched(
     batch_size: int, pruned: Callable[..., Model], tokens_NT: Tensor

@@ -123,6 +123,7 @@ def test_scores_by_hand(data, llama):
     assert found.figures == {"acc": sum(best) / 3, "acc_norm": sum(best_norm) / 3}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real tasks' files")
 @pytest.mark.parametrize("name", TASKS)
 def test_real_files_ask_as_the_harness_does(name, monkeypatch):
@@ -328,6 +329,7 @@ def test_groups_and_filters(few_definitions, llama):
     assert evaluator(llama, llama.tokenizer).keys() >= figures.keys()
 
 
+@pytest.mark.slow
 def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build_from, monkeypatch):
     import datasets
 

@@ -13,6 +13,7 @@ from pruneexp.model import Model
 from pruneexp.search import Uniform
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import Budget
+from tests.cases import each
 
 BOTH, CHANNELS = ["heads", "channels"], ["channels"]
 HEADS_TOO = ("llama", "mistral_sliding", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2")
@@ -31,8 +32,9 @@ def pruned_(model: Model, granularity: list[Any], ratio: float, alike: bool = Tr
     return 1 - model.decoder_params / before
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.4])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*HEADS_TOO, *FFN_ALONE])
+@each("ratio", [0.1, 0.4])
 def test_it_is_stock(name: str, ratio: float, loaded: Callable[..., Model], tmp_path: Path) -> None:
     model = loaded(name)
     granularity = BOTH if name in HEADS_TOO else CHANNELS

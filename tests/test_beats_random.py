@@ -42,6 +42,8 @@ from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
 from tests.conftest import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).parents[2] / "shared"
 REAL_OPT, REAL_TEXT = SHARED / "models" / "wikitext2-opt", SHARED / "data" / "wikitext2"
 MODELS = {

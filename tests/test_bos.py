@@ -144,6 +144,7 @@ def test_an_evaluators_own_decides(tmp_path: Path) -> None:
         assert (dataset.calibration(tokenizer)[:, 0] == BOS).all() == dataset_s
 
 
+@pytest.mark.slow
 def test_token_windows_are_used_as_they_are(folders: dict[str, Path]) -> None:
     np.save("w.npy", np.arange(24).reshape(3, 8))
     mine = ["dataset=tokens", "dataset.calibration=w.npy", "dataset.evaluation=w.npy"]
@@ -179,6 +180,7 @@ def plain_perplexity(folder: Path, width: int) -> float:
     return math.exp(sum(nats) / len(nats))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
 def test_a_gemma_is_measured_as_transformers_reads_it(folders: dict[str, Path], name: str) -> None:
     found = run(folders[name], "r", "evaluator=[perplexity]", "run.save=false", "model.dtype=float64")
@@ -301,6 +303,7 @@ def test_the_table_says_which_families_need_it() -> None:
 ALL = "evaluator=[perplexity,wikitext2,ptb_128,c4,zeroshot,generation,latency,questions,size]"
 
 
+@pytest.mark.slow
 def test_auto_is_what_it_becomes(folders: dict[str, Path]) -> None:
     keys = ["dataset", *(f"evaluator.{n}" for n in ALL[11:-1].split(",") if n != "size")]
     llama, gemma = folders["llama_multi_query"], folders["gemma"]
@@ -428,6 +431,7 @@ def test_a_model_in_the_hubs_cache_is_known(monkeypatch: pytest.MonkeyPatch) -> 
     assert values == [True] * 3 and asked == [("some/gemma", "config.json", "v1")]
 
 
+@pytest.mark.slow
 def test_a_gguf_file_names_its_family() -> None:
     def string(value: bytes) -> bytes:
         return len(value).to_bytes(8, "little") + value
@@ -440,6 +444,7 @@ def test_a_gguf_file_names_its_family() -> None:
         assert of("m.gguf")["dataset"]["bos"] is needs
 
 
+@pytest.mark.slow
 def test_it_is_told_without_loading_transformers(folders: dict[str, Path]) -> None:
     code = "import sys; from pruneexp.cli.compose import compose; "
     code += f"c = compose(['model=hf', 'model.path={folders['gemma']}'])"
@@ -450,6 +455,7 @@ def test_it_is_told_without_loading_transformers(folders: dict[str, Path]) -> No
 # what is told
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_the_token_is_refused_before_weights_load(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,6 +501,7 @@ def test_a_family_that_needs_it_and_goes_without(folders: dict[str, Path], heard
     assert line in Path("without/log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_token_windows_that_lack_it_and_that_have_it(folders: dict[str, Path], heard: Any) -> None:
     mine = ["dataset=tokens", "dataset.calibration=w.npy", "dataset.evaluation=w.npy", "sparsity.ratio=0.3"]
     mine += ["model=hf", f"model.path={folders['gemma']}", "evaluator=[perplexity]", "run.save=false", "cache=off"]
@@ -531,6 +538,7 @@ def loss_without(folder: Path, target: Path) -> None:
     save_file(weights, target / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_what_it_is_worth_is_told_where_it_is_worth_much(folders: dict[str, Path], heard: Any, tmp_path: Path) -> None:
     loss_without(folders["llama_multi_query"], tmp_path / "crafted")
     common = ("evaluator=[perplexity]", "run.save=false")

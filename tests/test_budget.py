@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -39,7 +40,9 @@ from pruneexp.search import (
 )
 from pruneexp.sparsity import OneShot
 from pruneexp.types import Budget, ConfigError, Cost, Site
+from tests.cases import each, pairwise
 from tests.conftest import FAMILIES, PARITY
+from tests.messages import assert_told
 from tests.tiny_families import tiny_model
 
 QUANTITIES = ("decoder", "prunable", "macs", "bytes", "kv_cache")
@@ -117,9 +120,8 @@ def test_totals_by_hand(family: str, tiny: Callable[..., Model]) -> None:
 # The budget is met in what is counted
 
 
-@pytest.mark.parametrize("of", QUANTITIES)
-@pytest.mark.parametrize("search", EXACT)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("search", "of", "family"), pairwise(list(EXACT), QUANTITIES, FAMILIES))
 def test_every_quantity_is_met_to_the_nearest_unit(
     family: str, search: str, of: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -138,8 +140,7 @@ def test_every_quantity_is_met_to_the_nearest_unit(
     assert all(pruned.plan.sites[site.name].kept for site in pruned.sites)
 
 
-@pytest.mark.parametrize("of", QUANTITIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@each("of, family", itertools.product(QUANTITIES, FAMILIES))
 def test_al_am_meets_every_quantity_as_near_as_a_threshold_can(
     family: str, of: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -180,7 +181,7 @@ def test_given_heads_do_not_go_with_a_kv_cache(search: Any, tiny: Callable[..., 
         prune(tiny("llama"), None, search, OneShot(0.4, "kv_cache", 0))
 
 
-@pytest.mark.parametrize("search", [each for name, each in BUDGETED.items() if name != "blocks"], ids=repr)
+@each("search", [each for name, each in BUDGETED.items() if name != "blocks"])
 def test_a_model_without_any_kv_cache_is_no_division_by_zero(
     search: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -196,9 +197,11 @@ def test_a_model_without_any_kv_cache_is_no_division_by_zero(
 # Out of reach
 
 
-@pytest.mark.parametrize("compensator", [NONE, BIAS], ids=["none", "bias"])
-@pytest.mark.parametrize("of", ["decoder", "macs", "kv_cache"])
-@pytest.mark.parametrize("search", BUDGETED)
+@pytest.mark.parametrize(
+    ("search", "of", "compensator"),
+    pairwise(list(BUDGETED), ["decoder", "macs", "kv_cache"], [NONE, BIAS]),
+    ids=repr,
+)
 def test_the_largest_ratio_that_is_named_works(
     search: str, of: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -229,25 +232,25 @@ def test_biases_of_sites_that_stay_whole_are_no_obstacle(tiny: Callable[..., Mod
     assert pruned.plan.budget["removed_params"] == 6 * 2304
 
 
-REFUSED = [
-    ("search=uniform sparsity.ratio=0.999", "sparsity.ratio=0.999: expected at most 0.8895"),
-    ("search=global search.min_units=3 sparsity.ratio=0.99", "sparsity.ratio=0.99: expected at most 0.6731"),
-    ("search=global search.granularity=[heads] sparsity.ratio=0.5", "sparsity.ratio=0.5: expected at most 0.3185"),
-    ("search=llm_pruner sparsity.ratio=0.9", "sparsity.ratio=0.9: expected at most 0.7411"),
-    ("search=llm_pruner search.protect_first=0.5 search.protect_last=0.45", "search.protect_first=0.5: expected less"),
-    ("search=greedy criterion=random search.keep_first=3 search.keep_last=3", "search.keep_first=3: expected less"),
-    ("search=greedy criterion=random search.keep_last=9", "search.keep_first=1: expected less"),
-    ("search=greedy criterion=random sparsity.ratio=0.7", "sparsity.ratio=0.7: expected at most 0.6666"),
-    ("search=blocks criterion=random sparsity.ratio=0.9", "sparsity.ratio=0.9: expected at most 0.8333"),
-    ("search=evolutionary criterion=obs sparsity.ratio=0.999", "sparsity.ratio=0.999: expected at most 0.8895"),
-    ("search=policy_gradient sparsity.ratio=0.999", "sparsity.ratio=0.999: expected at most 0.8895"),
-    ("search=uniform sparsity.of=kv_cache sparsity.ratio=0.8", "sparsity.ratio=0.8: expected at most 0.75"),
-    ("search=al_am sparsity.ratio=0.9999", "sparsity.ratio=0.9999: expected at most 0.99"),
-    ("search=ul_mm search.heads=1000", "search.heads=1000: expected at most 6, what the sparsity.ratio pays for"),
-    ("search=al_mm search.heads=1000", "search.heads=1000: expected at most 11, what the sparsity.ratio pays for"),
-    ("search=al_mm search.heads=0 sparsity.ratio=0.9", "search.heads=0: expected at least 1"),
-    ("search=ul_mm search.heads=0 sparsity.of=kv_cache", "sparsity.of='kv_cache': FFN channels, which make up"),
-    ("search=global search.granularity=[channels] sparsity.of=kv_cache", "search.granularity=['channels']: expected"),
+REFUSED = [  # what is typed, what the line names, what it says to type instead
+    ("search=uniform sparsity.ratio=0.999", "sparsity.ratio=0.999", ["at most 0.8895"]),
+    ("search=global search.min_units=3 sparsity.ratio=0.99", "sparsity.ratio=0.99", ["at most 0.6731"]),
+    ("search=global search.granularity=[heads] sparsity.ratio=0.5", "sparsity.ratio=0.5", ["at most 0.3185"]),
+    ("search=llm_pruner sparsity.ratio=0.9", "sparsity.ratio=0.9", ["at most 0.7411"]),
+    ("search=llm_pruner search.protect_first=0.5 search.protect_last=0.45", "search.protect_first=0.5", ["less"]),
+    ("search=greedy criterion=random search.keep_first=3 search.keep_last=3", "search.keep_first=3", ["less"]),
+    ("search=greedy criterion=random search.keep_last=9", "search.keep_first=1", ["less"]),
+    ("search=greedy criterion=random sparsity.ratio=0.7", "sparsity.ratio=0.7", ["at most 0.6666"]),
+    ("search=blocks criterion=random sparsity.ratio=0.9", "sparsity.ratio=0.9", ["at most 0.8333"]),
+    ("search=evolutionary criterion=obs sparsity.ratio=0.999", "sparsity.ratio=0.999", ["at most 0.8895"]),
+    ("search=policy_gradient sparsity.ratio=0.999", "sparsity.ratio=0.999", ["at most 0.8895"]),
+    ("search=uniform sparsity.of=kv_cache sparsity.ratio=0.8", "sparsity.ratio=0.8", ["at most 0.75"]),
+    ("search=al_am sparsity.ratio=0.9999", "sparsity.ratio=0.9999", ["at most 0.9977"]),
+    ("search=ul_mm search.heads=1000", "search.heads=1000", ["at most 6", "sparsity.ratio"]),
+    ("search=al_mm search.heads=1000", "search.heads=1000", ["at most 11", "sparsity.ratio"]),
+    ("search=al_mm search.heads=0 sparsity.ratio=0.9", "search.heads=0", ["at least 19"]),
+    ("search=ul_mm search.heads=0 sparsity.of=kv_cache", "sparsity.of='kv_cache'", ["FFN channels"]),
+    ("search=global search.granularity=[channels] sparsity.of=kv_cache", "search.granularity=['channels']", []),
 ]
 
 
@@ -269,10 +272,11 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     return run
 
 
-@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry"])
-@pytest.mark.parametrize(("command", "answer"), REFUSED, ids=[command for command, _ in REFUSED])
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "named", "typed"), REFUSED, ids=[case[0] for case in REFUSED])
+@each("dry", [False, True])
 def test_a_budget_out_of_reach_is_refused_before_a_weight_is_loaded(
-    command: str, answer: str, dry: bool, cli: Any, monkeypatch: pytest.MonkeyPatch
+    command: str, named: str, typed: list[str], dry: bool, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def touched(*_: Any) -> Any:
         raise AssertionError("too late")
@@ -280,7 +284,8 @@ def test_a_budget_out_of_reach_is_refused_before_a_weight_is_loaded(
     monkeypatch.setattr(ModelSource, "load", touched)
     monkeypatch.setattr(ModelSource, "describe", touched)  # nor a text tokenised
     code, out, err = cli(*command.split(), f"run.dry={str(dry).lower()}")
-    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"pruneexp: {answer}"), err
+    assert (code, out) == (2, "")
+    assert_told(err, named, *typed)
     assert not list(Path().iterdir())
 
 
@@ -308,6 +313,7 @@ def test_dense_targets_behind_post_norms_are_refused_before_a_weight_is_loaded(
     check_pruning(outline, blocks, OneShot(0.3, "decoder", 0), LeastSquares(1e-3, "dense", True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2"])
 def test_best_behind_post_norms_runs_once_typed_as_told(name: str, tmp_path: Path, cli: Any) -> None:
     tiny_model(name).save_pretrained(tmp_path / name)
@@ -324,6 +330,7 @@ def test_best_behind_post_norms_runs_once_typed_as_told(name: str, tmp_path: Pat
 # What a run says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["macs", "bytes", "kv_cache", "prunable"])
 def test_the_share_is_a_metric_and_in_the_summary(of: str, cli: Any) -> None:
     data = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
@@ -346,6 +353,7 @@ def test_the_share_is_a_metric_and_in_the_summary(of: str, cli: Any) -> None:
     assert f"sparsity/{of}" not in out
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_as_the_sparsity_does(cli: Any) -> None:
     code, out, err = cli("run.dry=true", "search=uniform", "sparsity.of=kv_cache", "sparsity.ratio=0.5")
     assert code == 0, err

@@ -165,6 +165,7 @@ def _hold_for_ever(folder: str) -> None:
         time.sleep(3600)
 
 
+@pytest.mark.slow
 def test_jobs_that_want_the_same_wait_for_the_first(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -177,6 +178,7 @@ def test_jobs_that_want_the_same_wait_for_the_first(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("computed-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_job_lets_go(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -202,6 +204,7 @@ def ran(folder: Path, *argv: str) -> None:
     assert process.exitcode == 0, (folder / "out.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -229,6 +232,7 @@ def test_a_run_from_the_cache_is_the_run(tmp_path: Path, method: list[str]) -> N
             assert (other / "model" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_one_calibration_serves_ratios_searches_and_compensators(tmp_path: Path) -> None:
     swept = ["--multirun", *QUICK, "recipe=flap", "sparsity.ratio=0.2,0.4", "search=al_am,global"]
     ran(tmp_path, *swept, "compensator=none,bias", "sweep.dir=swept")
@@ -239,6 +243,7 @@ def test_one_calibration_serves_ratios_searches_and_compensators(tmp_path: Path)
     assert len(list((tmp_path / "outputs" / "cache").glob("*.safetensors"))) == 3  # scores, means, the dense figures
 
 
+@pytest.mark.slow
 def test_a_job_that_shares_the_dense_models_states_gives_what_it_gives_alone(tmp_path: Path) -> None:
     typed = [*QUICK, "recipe=flap", "compensator=least_squares"]
     ran(tmp_path, "--multirun", *typed, "sparsity.ratio=0.2,0.3,0.4", "sweep.dir=swept")
@@ -247,6 +252,7 @@ def test_a_job_that_shares_the_dense_models_states_gives_what_it_gives_alone(tmp
     assert metrics(last) == metrics(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_eight_jobs_at_once_give_what_they_give_one_by_one(tmp_path: Path) -> None:
     ratios = [0.1 * number for number in range(1, 9)]
     typed = [*QUICK, "recipe=flap", "run.save=false"]
@@ -310,6 +316,7 @@ def table(folder: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if not key.startswith(VARYING)} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_at_several_moments_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """Nothing finished is run again, nothing half-written is read, and the table is the undisturbed one's."""
     (tmp_path / "killing.py").write_text(KILLER)

@@ -370,6 +370,7 @@ def test_a_streamed_walk_holds_one_block(family: str, tiny: Callable[..., Model]
     assert blocks_held(model) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["flap", "wanda_sp"])
 def test_a_streamed_run_never_holds_more_than_two_blocks(
     recipe: str, run: Run, monkeypatch: pytest.MonkeyPatch

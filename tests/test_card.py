@@ -20,6 +20,8 @@ from pruneexp.experiment.card import Card, Written, base_model, card_text, comma
 from pruneexp.export import main as export
 from tests.furnished import TRAVELLING, furnished_folder
 
+pytestmark = pytest.mark.slow
+
 SOURCE_CARD = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: en\n---\n# Tiny\n"
 QUICK = ["dataset=embedded", "dataset.samples=4", "dataset.length=32", "evaluator=[perplexity,size]", "cache=off"]
 Run = Callable[..., Path]

@@ -226,10 +226,11 @@ def test_one_precision_is_nothing_to_speak_of() -> None:
 
 
 def test_masks_that_old_checkpoints_carry_are_no_quantised_weights(source: Source, folder: Path) -> None:
+    before = source(folder).outline().params
     edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.bias": torch.ones(4, 4, dtype=torch.bool)}))
     made = source(folder)
     made.check()
-    made.outline()
+    assert made.outline().params == before, "a mask is no parameter"
 
 
 # The Hub

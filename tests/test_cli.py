@@ -29,6 +29,7 @@ from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import memory_metrics
 from pruneexp.types import ConfigError, RunError
+from tests.messages import assert_told
 
 OTHER_TEXT = [
     "evaluator=[ptb_128]",
@@ -98,169 +99,180 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     return started
 
 
-UNCHOSEN = (
-    "dataset=embedded: a default that suits the embedded models alone, not model={}; expected a choice, "
-    "dataset=wikitext2, or dataset=text dataset.calibration=FILE dataset.evaluation=FILE (dataset=embedded, typed,"
-)
+OWN_DATA = ["dataset=wikitext2", "dataset=text dataset.calibration=FILE dataset.evaluation=FILE", "dataset=embedded"]
 LONG = "x" * 300
-MISTAKES = [
-    ("criterion=flapp", "criterion=flapp: expected one of block_influence, .*; did you mean criterion=flap?"),
-    ("evaluator=[size,sise]", "evaluator=sise: expected one of .*; did you mean evaluator=size?"),
-    ("recipe=null", "recipe=null: expected one of best, flap, "),
-    ("search=null", "search=null: expected one of al_am, "),
-    ("~search", "search is missing: expected one of al_am, "),
-    ("hydra/launcher=joblibb", "hydra/launcher=joblibb: expected one of .*basic.* (is its plug-in installed?)"),
-    ("search.headz=3", "search.headz=3: search=al_am has no keys; did you mean search.heads?"),
-    ("search.heads=3", "search.heads=3: search=al_am has no such key; it is one of search=al_mm, ul_mm"),
-    ("sparsty.ratio=0.3", "sparsty.ratio=0.3: unknown key; did you mean sparsity.ratio?"),
-    ("sparsty=one_shot", "sparsty=one_shot: unknown key; did you mean sparsity?"),
-    ("sparsity.ration=0.3", "sparsity.ration=0.3: unknown key; expected one of .*; did you mean sparsity.ratio?"),
-    ("run.foo=1", "run.foo=1: unknown key; expected one of run.dir, run.name, "),
-    ("+criterion.foo=1", "criterion.foo=1: unknown key; expected one of criterion.metric, "),
-    ("+foo=1", "foo: unknown key; expected one of model, dataset, "),
-    ("+sweep.foo=1", "sweep.foo: unknown key; expected one of sweep.dir, sweep.objective"),
-    ("+criterion=flap", "+criterion=flap: this group has a choice already; expected criterion=flap"),
-    ("search=ul_mm", "search.heads is missing: expected heads (KV groups) to remove over all layers"),
-    ("model=hf", "model.path is missing: expected a folder "),
-    ("sparsity.ratio=???", "sparsity.ratio is missing: expected share to remove, in [0, 1)"),
-    ("sparsity.ratio=abc", "sparsity.ratio='abc': expected a number"),
-    ("sparsity.ratio=true", "sparsity.ratio=True: expected a number"),
-    ("sparsity.ratio=1.5", "sparsity.ratio=1.5: expected "),
-    ("sparsity.ratio=0.2,0.3", "sparsity.ratio=0.2,0.3: several values need --multirun"),
-    ("evaluator=perplexity,size", ".*a list is written evaluator=[perplexity,size]"),
-    ("run.overwrite=maybe", "run.overwrite='maybe': expected true or false"),
-    ("run.prove=in_plaice", "run.prove='in_plaice': expected one of process, in_place, off; did you mean in_place?"),
-    ("run=null", "run=None: expected its keys"),
-    ("dataset.samples=0", "dataset.samples=0: expected an int >= 1"),
-    ("dataset=wikitext2 dataset.samples=0", "dataset.samples=0: expected an int >= 1"),
-    ("criterion=obs criterion.ridge=-1", "criterion.ridge=-1.0: expected a number >= 0"),
-    ("seed=-1", "seed=-1: expected an integer >= 0"),
-    ("seed=1.5", "seed=1.5: expected an integer"),
-    ("seed=9223372036854775808", "seed=9223372036854775808: expected an integer below 2**63"),
-    ("dataset.seed=9223372036854775808", "dataset.seed=9223372036854775808: expected an int below 2**63"),
-    ("model.device=cudaa", "model.device='cudaa': expected cpu, cuda, cuda:N or auto"),
-    ("model.device=mps", "model.device='mps': expected cpu, cuda, cuda:N or auto"),
+MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line names, what it says to type instead
+    ("criterion=flapp", "criterion=flapp", ["block_influence", "wanda_sp", "criterion=flap"]),
+    ("evaluator=[size,sise]", "evaluator=sise", ["perplexity", "evaluator=size"]),
+    ("recipe=null", "recipe=null", ["best", "flap"]),
+    ("search=null", "search=null", ["al_am", "uniform"]),
+    ("~search", "search", ["al_am", "uniform"]),
+    ("hydra/launcher=joblibb", "hydra/launcher=joblibb", ["basic", "plug-in"]),
+    ("search.headz=3", "search.headz=3", ["search=al_am", "search.heads"]),
+    ("search.heads=3", "search.heads=3", ["search=al_am", "search=al_mm", "ul_mm"]),
+    ("sparsty.ratio=0.3", "sparsty.ratio=0.3", ["sparsity.ratio"]),
+    ("sparsty=one_shot", "sparsty=one_shot", ["sparsity"]),
+    ("sparsity.ration=0.3", "sparsity.ration=0.3", ["sparsity.of", "did you mean sparsity.ratio"]),
+    ("run.foo=1", "run.foo=1", ["run.dir", "run.name"]),
+    ("+criterion.foo=1", "criterion.foo=1", ["criterion.metric"]),
+    ("+foo=1", "foo", ["model", "dataset"]),
+    ("+sweep.foo=1", "sweep.foo", ["sweep.dir", "sweep.objective"]),
+    ("+criterion=flap", "+criterion=flap", ["criterion=flap"]),
+    ("search=ul_mm", "search.heads", ["heads (KV groups) to remove over all layers"]),  # the comment in conf/
+    ("model=hf", "model.path", ["a folder", "Hub id", "GGUF"]),
+    ("sparsity.ratio=???", "sparsity.ratio", ["[0, 1)"]),
+    ("sparsity.ratio=abc", "sparsity.ratio='abc'", ["number"]),
+    ("sparsity.ratio=true", "sparsity.ratio=True", ["number"]),
+    ("sparsity.ratio=1.5", "sparsity.ratio=1.5", ["[0, 1)"]),
+    ("sparsity.ratio=0.2,0.3", "sparsity.ratio=0.2,0.3", ["--multirun"]),
+    ("evaluator=perplexity,size", "evaluator=perplexity,size", ["evaluator=[perplexity,size]"]),
+    ("run.overwrite=maybe", "run.overwrite='maybe'", ["true", "false"]),
+    ("run.prove=in_plaice", "run.prove='in_plaice'", ["process", "off", "did you mean in_place"]),
+    ("run=null", "run=None", ["run.dir=..."]),
+    ("dataset.samples=0", "dataset.samples=0", [">= 1"]),
+    ("dataset=wikitext2 dataset.samples=0", "dataset.samples=0", [">= 1"]),
+    ("criterion=obs criterion.ridge=-1", "criterion.ridge=-1.0", [">= 0"]),
+    ("seed=-1", "seed=-1", [">= 0"]),
+    ("seed=1.5", "seed=1.5", ["integer"]),
+    ("seed=9223372036854775808", "seed=9223372036854775808", ["2**63"]),
+    ("dataset.seed=9223372036854775808", "dataset.seed=9223372036854775808", ["2**63"]),
+    ("model.device=cudaa", "model.device='cudaa'", ["cpu", "cuda", "cuda:N", "auto"]),
+    ("model.device=mps", "model.device='mps'", ["cpu", "cuda", "cuda:N", "auto"]),
     (
         "model.device=auto model.stream=true",
-        "model.device='auto': expected cpu, cuda or cuda:N with model.stream=true, which needs one",
+        "model.device='auto'",
+        ["cpu", "cuda", "cuda:N", "model.stream=true"],
     ),
-    ("criterion._target_=my.module.Thing", "criterion._target_='my.module.Thing': cannot import it: ModuleNotFound"),
-    ("criterion._target_=pruneexp.criterion.Flapp", ".*no Flapp; did you mean pruneexp.criterion.Flap?"),
-    ("criterion._target_=Flap", "criterion._target_='Flap': expected a dotted path to a class"),
-    ("criterion._target_=pruneexp.search.AlAm", ".*"),
-    ("flap", "flap: expected key=value; did you mean recipe=flap?"),
-    ("sparsity.ratio==", "sparsity.ratio==: cannot be read; expected key=value"),
-    ("sparsity.ratio=[", "sparsity.ratio=[: cannot be read; expected key=value"),
-    ("sparsity.ratio=${foo.bar}", "sparsity.ratio: Interpolation key 'foo.bar' not found"),
-    ("sweep.dir=x", "sweep.dir='x': expected null in a single run; add --multirun"),
-    ("hydra.run.dir=x", "hydra.run.dir=x: the folders of runs are not Hydra's here; expected run.dir"),
-    ("hydra.mode=foo", "hydra.mode=foo: Invalid value 'foo'"),
-    ("+sweep=flap_ration", "sweep=flap_ration: expected one of .*; did you mean sweep=flap_ratios?"),
-    ("evaluator=[latency] model.stream=true", "model.stream=True: evaluator=latency needs the whole model"),
+    ("criterion._target_=my.module.Thing", "criterion._target_='my.module.Thing'", ["ModuleNotFoundError"]),
+    (
+        "criterion._target_=pruneexp.criterion.Flapp",
+        "criterion._target_='pruneexp.criterion.Flapp'",
+        ["pruneexp.criterion.Flap"],
+    ),
+    ("criterion._target_=Flap", "criterion._target_='Flap'", ["package.module.Class"]),
+    ("criterion._target_=pruneexp.search.AlAm", "criterion.metric='WIFV'", ["no keys"]),
+    ("flap", "flap", ["key=value", "recipe=flap"]),
+    ("sparsity.ratio==", "sparsity.ratio==", ["key=value"]),
+    ("sparsity.ratio=[", "sparsity.ratio=[", ["key=value"]),
+    ("sparsity.ratio=${foo.bar}", "sparsity.ratio", ["foo.bar"]),
+    ("sweep.dir=x", "sweep.dir='x'", ["null", "--multirun"]),
+    ("hydra.run.dir=x", "hydra.run.dir=x", ["run.dir", "sweep.dir"]),
+    ("hydra.mode=foo", "hydra.mode=foo", ["RUN", "MULTIRUN"]),
+    ("+sweep=flap_ration", "sweep=flap_ration", ["grid", "sweep=flap_ratios"]),
+    ("evaluator=[latency] model.stream=true", "model.stream=True", ["evaluator=latency", "model.stream=false"]),
     (
         "model.stream=true compensator=least_squares compensator.sequential=false compensator.target=pruned",
-        "compensator.sequential=False: with model.stream=true, the covariances of all layers",
+        "compensator.sequential=False",
+        ["model.stream=true", "expected true"],
     ),
-    ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5: expected .* (1 of 2 jobs)"),
+    ("--multirun sparsity.ratio=0.2,1.5", "sparsity.ratio=1.5", ["[0, 1)", "1 of 2 jobs"]),
     (
         "--multirun sparsity.ratio=interval(0.1,0.3)",
-        "sparsity.ratio=interval(0.1,0.3): a sweep needs values, .*hydra/sweeper=optuna",
+        "sparsity.ratio=interval(0.1,0.3)",
+        ["sparsity.ratio=A,B", "hydra/sweeper=optuna"],
     ),
-    ("--multirun sparsity.ratio=0.2,", "sparsity.ratio=0.2,: cannot be read; .* special characters\n"),
-    ("run.dir=späce", """run.dir=späce: cannot be read; expected key=value, .* as in "run.dir='späce'\""""),
-    ("--multirun search=al_am,al_an", "search=al_an: expected one of al_am, "),
-    ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3: unknown key; .*did you mean sparsity.ratio?\n"),
+    ("--multirun sparsity.ratio=0.2,", "sparsity.ratio=0.2,", ["key=value"]),
+    ("run.dir=späce", "run.dir=späce", ["key=value", "\"run.dir='späce'\""]),
+    ("--multirun search=al_am,al_an", "search=al_an", ["al_am", "search=al_am", "1 of 2 jobs"]),
+    ("--multirun sparsity.ration=0.3 seed=1,2", "sparsity.ration=0.3", ["did you mean sparsity.ratio"]),
     (
         "--multirun recipe=flap,best search.effort=5,10",
-        "search.effort=5,10: not every search that is swept over has such a key; it is one of search=evolutionary; "
-        "expected two commands with one sweep.dir, search.effort only in that of the choices that have it "
-        "(2 of 4 jobs)",
+        "search.effort=5,10",
+        ["search=evolutionary", "two commands", "sweep.dir", "2 of 4 jobs"],
     ),
     (
         "--multirun recipe=flap,wanda_sp,sleb,best search.effort=5",
-        "search.effort=5: not every search that is swept over has such a key; it is one of .* (3 of 4 jobs)\n",
+        "search.effort=5",
+        ["search=evolutionary", "two commands", "sweep.dir", "3 of 4 jobs"],
     ),
     (
         "--multirun recipe=flap,wanda_sp,sleb,best search.min_unit=1",
-        "search.min_unit=1: unknown key; expected one of .*search.effort, .*; did you mean search.min_units?\n",
+        "search.min_unit=1",
+        ["search.effort", "did you mean search.min_units"],
     ),
     (
         "--multirun search=al_am,evolutionary search.effort=5",
-        "search.effort=5: not every search that .*; expected two commands with one sweep.dir.*(1 of 2 jobs)",
+        "search.effort=5",
+        ["search=evolutionary", "two commands", "sweep.dir", "1 of 2 jobs"],
     ),
-    ("--multirun seed=1,2 run.dir=x", "run.dir='x': expected null in a multirun"),
-    ("--multirun seed=1,2 sweep.dir=''", "sweep.dir='': expected a folder"),
-    ("--multirun seed=1,2 sweep.dir=/dev/null", "sweep.dir='/dev/null': expected a folder, found a file"),
-    ("--multirun seed=1,2 sweep.dir=/dev/null/x", "sweep.dir='/dev/null/x': /dev/null is a file; expected a folder"),
-    (
-        "criterion=[flap,wanda_sp]",
-        "criterion=[flap,wanda_sp]: expected one choice (several are swept over as criterion=flap,wanda_sp with",
-    ),
-    (
-        "tracker=[local,wandb]",
-        "tracker=[local,wandb]: expected one choice (several are swept over as tracker=local,wandb",
-    ),
-    ("recipe=[flap]", "recipe=[flap]: expected one choice (several are swept over as recipe=flap"),
-    ("--multirunn", "unrecognized arguments: --multirunn"),
-    ("--cfg foo", "argument --cfg/-c: invalid choice: 'foo'"),
-    ("--cfg job criterion=flapp", "criterion=flapp: expected one of block_influence, "),
-    ("--resolve", "--package and --resolve go with --cfg"),
-    ("--shell-completion", "Expecting one subcommand"),
-    ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
-    ("--config-dir nowhere --help", "--config-dir nowhere: no such folder"),
-    ("model=/a/folder", "model=/a/folder: expected one of .*; did you mean model=hf model.path=/a/folder?\n"),
-    ("model=org/name", "model=org/name: expected one of .*; did you mean model=hf model.path=org/name?\n"),
-    ("model=it.gguf", "model=it.gguf: expected one of .*; did you mean model=hf model.path=it.gguf?\n"),
-    ("model=llama2-7b", "model=llama2-7b: expected one of .*; did you mean model=llama2_7b?\n"),
-    ("sparsity=0.3", "sparsity=0.3: expected one of .*; did you mean sparsity.ratio=0.3?\n"),
-    ("ratio=0.3", "ratio=0.3: unknown key; did you mean sparsity.ratio=0.3?\n"),
-    ("--recipe flap", "--recipe flap: settings have no dashes; expected recipe=flap;"),
-    ("--recipe=flap", "--recipe=flap: settings have no dashes; expected recipe=flap;"),
-    ("--sparsity.ratio 0.3", "--sparsity.ratio 0.3: settings have no dashes; expected sparsity.ratio=0.3;"),
+    ("--multirun seed=1,2 run.dir=x", "run.dir='x'", ["null", "sweep.dir/<hash>"]),
+    ("--multirun seed=1,2 sweep.dir=''", "sweep.dir=''", ["a folder", "null"]),
+    ("--multirun seed=1,2 sweep.dir=/dev/null", "sweep.dir='/dev/null'", ["a folder", "a file"]),
+    ("--multirun seed=1,2 sweep.dir=/dev/null/x", "sweep.dir='/dev/null/x'", ["/dev/null is a file", "a folder"]),
+    ("criterion=[flap,wanda_sp]", "criterion=[flap,wanda_sp]", ["criterion=flap,wanda_sp with --multirun"]),
+    ("tracker=[local,wandb]", "tracker=[local,wandb]", ["tracker=local,wandb with --multirun"]),
+    ("recipe=[flap]", "recipe=[flap]", ["recipe=flap"]),
+    ("--multirunn", "unrecognized arguments", ["--multirunn", "pruneexp --help"]),
+    ("--cfg foo", "argument --cfg/-c", ["'foo'", "'job'", "'hydra'", "'all'"]),
+    ("--cfg job criterion=flapp", "criterion=flapp", ["block_influence", "criterion=flap"]),
+    ("--resolve", "--package and --resolve", ["--cfg"]),
+    ("--shell-completion", "Expecting one subcommand", ["'install'", "'uninstall'", "'query'"]),
+    ("--config-dir nowhere", "--config-dir nowhere", ["no such folder"]),
+    ("--config-dir nowhere --help", "--config-dir nowhere", ["no such folder"]),
+    ("model=/a/folder", "model=/a/folder", ["model=hf model.path=/a/folder"]),
+    ("model=org/name", "model=org/name", ["model=hf model.path=org/name"]),
+    ("model=it.gguf", "model=it.gguf", ["model=hf model.path=it.gguf"]),
+    ("model=llama2-7b", "model=llama2-7b", ["model=llama2_7b"]),
+    ("sparsity=0.3", "sparsity=0.3", ["one_shot", "sparsity.ratio=0.3"]),
+    ("ratio=0.3", "ratio=0.3", ["sparsity.ratio=0.3"]),
+    ("--recipe flap", "--recipe flap", ["recipe=flap"]),
+    ("--recipe=flap", "--recipe=flap", ["recipe=flap"]),
+    ("--sparsity.ratio 0.3", "--sparsity.ratio 0.3", ["sparsity.ratio=0.3"]),
     (
         "dataset.text=a.txt",
-        "dataset.text=a.txt: text is a choice, no key; "
-        "did you mean dataset=text dataset.calibration=a.txt dataset.evaluation=FILE?\n",
+        "dataset.text=a.txt",
+        ["dataset=text dataset.calibration=a.txt dataset.evaluation=FILE"],
     ),
-    ("criterion.obs=1", "criterion.obs=1: obs is a choice, no key; did you mean criterion=obs?\n"),
+    ("criterion.obs=1", "criterion.obs=1", ["criterion=obs"]),
     (
         "evaluator.zeroshot.limit=3",
-        "evaluator.zeroshot.limit=3: evaluator zeroshot is not chosen; "
-        "expected it to be, as in evaluator=[perplexity,size,latency,zeroshot]\n",
+        "evaluator.zeroshot.limit=3",
+        ["evaluator=[perplexity,size,latency,zeroshot]"],
     ),
-    ("model=opt_125m", UNCHOSEN.format("opt_125m")),
-    ("model=hf model.path=x run.dry=true dataset.samples=4", UNCHOSEN.format("hf")),
-    ("--multirun model=embedded_opt,opt_125m seed=1,2", f"{UNCHOSEN.format('opt_125m')}.* (2 of 4 jobs)"),
-    ("+sweep=grid model=opt_125m", UNCHOSEN.format("opt_125m")),
-    ("+sweep=grid model=opt_125m run.dry=true", UNCHOSEN.format("opt_125m")),
-    ("--multirun model=opt_125m seed=1,2 hydra.sweeper._target_=my.Sweeper", UNCHOSEN.format("opt_125m")),
+    ("model=opt_125m", "dataset=embedded", ["model=opt_125m", *OWN_DATA]),
+    ("model=hf model.path=x run.dry=true dataset.samples=4", "dataset=embedded", ["model=hf", *OWN_DATA]),
+    (
+        "--multirun model=embedded_opt,opt_125m seed=1,2",
+        "dataset=embedded",
+        ["model=opt_125m", *OWN_DATA, "2 of 4 jobs"],
+    ),
+    ("+sweep=grid model=opt_125m", "dataset=embedded", ["model=opt_125m", *OWN_DATA]),
+    ("+sweep=grid model=opt_125m run.dry=true", "dataset=embedded", ["model=opt_125m", *OWN_DATA]),
+    (
+        "--multirun model=opt_125m seed=1,2 hydra.sweeper._target_=my.Sweeper",
+        "dataset=embedded",
+        ["model=opt_125m", *OWN_DATA],
+    ),
     (
         "model=hf model.path=x dataset=embedded model.revision=67e5010",
-        "model.revision=67e5010: read as inf; expected text or null, in quotes, as in \"model.revision='67e5010'\"\n",
+        "model.revision=67e5010",
+        ["inf", "\"model.revision='67e5010'\""],
     ),
-    ("run.name=true", "run.name=true: read as True; expected text or null, in quotes, as in \"run.name='true'\"\n"),
-    ("run.name=${run.name}", "run.name=${run.name}: its ${...} leads back to itself; expected a value that"),
-    (
-        f"--multirun seed=1 sweep.dir={LONG}",
-        f"sweep.dir='{LONG}': File name too long; expected a folder that can be made",
-    ),
-    ("evaluator.size.limit=3", "evaluator.size.limit=3: unknown key; expected one of evaluator.perplexity, "),
+    ("run.name=true", "run.name=true", ["True", "\"run.name='true'\""]),
+    ("run.name=${run.name}", "run.name=${run.name}", ["leads back to itself"]),
+    (f"--multirun seed=1 sweep.dir={LONG}", f"sweep.dir='{LONG}'", ["File name too long", "a folder"]),
+    ("evaluator.size.limit=3", "evaluator.size.limit=3", ["evaluator.perplexity"]),
 ]
 
 
-@pytest.mark.parametrize(("command", "answer"), MISTAKES, ids=[command for command, _ in MISTAKES])
-def test_a_mistake_is_answered_in_one_line(command: str, answer: str, cli: Cli, runs: list[Experiment]) -> None:
+@pytest.mark.parametrize(
+    ("command", "named", "typed"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if "--multirun" in case[0] or "sweep=" in case[0] else [])
+        for case in MISTAKES
+    ],
+    ids=[case[0] for case in MISTAKES],
+)
+def test_a_mistake_is_answered_in_one_line(
+    command: str, named: str, typed: list[str], cli: Cli, runs: list[Experiment]
+) -> None:
     ended = cli(*command.split())
-    assert ended.code == 2
-    assert ended.out == "" and ended.err.count("\n") == 1, ended
-    line = ended.err.removeprefix("pruneexp: ")
-    parts = answer.split(".*")
-    assert line.startswith(parts[0])
-    for part in parts[1:]:
-        assert part in line
+    assert ended.code == 2 and ended.out == ""
+    assert_told(ended.err, named, *typed)
     assert not runs and not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_mistakes_of_jobs_are_a_line_each(cli: Cli, runs: list[Experiment]) -> None:
     ended = cli("--multirun", "search=al_am,al_an", "criterion=flap,flup", "sparsity.ratio=2,0.2", "seed=1,2")
     lines = ended.err.splitlines()
@@ -271,6 +283,7 @@ def test_mistakes_of_jobs_are_a_line_each(cli: Cli, runs: list[Experiment]) -> N
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_unknown_choices_that_were_typed_are_told_together(cli: Cli, runs: list[Experiment]) -> None:
     wrong = ("run.dir=ä", "criterion=foo", "evaluator=[perplxity,size]")
     told = ["run.dir=ä", "criterion=foo", "evaluator=perplxity"]
@@ -281,6 +294,7 @@ def test_unknown_choices_that_were_typed_are_told_together(cli: Cli, runs: list[
     assert not runs and not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     file = tmp_path / "mine" / "sweep" / "odd.yaml"
     file.parent.mkdir(parents=True)
@@ -294,6 +308,7 @@ def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[
     assert [path.name for path in Path().iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "key", "bytes_"),
     [
@@ -327,6 +342,7 @@ def test_windows_that_no_memory_holds_are_refused_before_they_are_made(
         assert cli("evaluator=[perplexity]", *asked).code == 1  # they are made
 
 
+@pytest.mark.slow
 def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     file = tmp_path / "mine" / "sweep" / "quiet.yaml"
     file.parent.mkdir(parents=True)
@@ -368,6 +384,7 @@ MEANT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", MEANT.values(), ids=list(MEANT))
 def test_a_dataset_that_somebody_chose(typed: list[str], cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     override = "# @package _global_\ndefaults:\n  - override /dataset: embedded\n"
@@ -440,6 +457,7 @@ def test_sigterm_becomes_an_exception(cli: Cli, monkeypatch: pytest.MonkeyPatch,
     assert ended.code == 143 and ended.err == "pruneexp: terminated\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["pruneexp", "pruneexp.export", "pruneexp.cli.report_command"])
 def test_output_that_is_no_longer_read_ends_it_silently(module: str) -> None:
     reader, writer = os.pipe()
@@ -449,6 +467,7 @@ def test_output_that_is_no_longer_read_ends_it_silently(module: str) -> None:
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own(cli: Cli, runs: list[Experiment], tmp_path: Path) -> None:
     (tmp_path / "mine_for_test.py").write_text(
         "from dataclasses import dataclass\n"
@@ -497,6 +516,7 @@ def test_a_multirun_names_its_folders_by_config(cli: Cli, runs: list[Experiment]
     assert not list(Path().rglob(".hydra"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("swept", "name"),
     [("recipe=wanda_sp,best", "wanda_sp+best"), ("recipe=glob(m*)", "magnitude+mini_llm"), ("recipe=best", "best")],
@@ -509,6 +529,7 @@ def test_a_sweep_over_recipes_is_named_by_them(swept: str, name: str, cli: Cli, 
     assert ended.err.count("done already") == len(runs)
 
 
+@pytest.mark.slow
 def test_the_name_of_a_sweep_over_many_recipes_is_short(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "recipe=glob(*)").code == cli("--multirun", "recipe=glob(*,exclude=best)").code == 0
     names = [path.name for path in Path("outputs/sweeps").iterdir()]
@@ -523,6 +544,7 @@ def test_a_setting_of_all_choices_that_are_swept_over(cli: Cli, runs: list[Exper
     assert runs[0].job["overrides"] == ["sparsity=linear", "sparsity.rounds=2"]
 
 
+@pytest.mark.slow
 def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
     command = ("-m", "seed=1,2", "sweep.dir=x")
     assert cli(*command).code == 0
@@ -531,6 +553,7 @@ def test_a_multirun_that_is_started_again_skips_what_is_done(cli: Cli, runs: lis
     assert cli(*command, "run.overwrite=true").code == 0 and len(runs) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be reset")
 @pytest.mark.parametrize("here", [True, False])
 def test_no_job_has_the_peak_memory_of_those_before_it(
@@ -571,6 +594,7 @@ def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: l
     assert len(lines) == 2 and Path(str(runs[0].run.dir)).name in lines[1]
 
 
+@pytest.mark.slow
 def test_a_job_whose_figures_are_damaged_runs_again(cli: Cli, runs: list[Experiment]) -> None:
     command = ("--multirun", "seed=1,2,3", "sweep.dir=x")
     assert cli(*command).code == 0
@@ -582,6 +606,7 @@ def test_a_job_whose_figures_are_damaged_runs_again(cli: Cli, runs: list[Experim
     assert [run.seed for run in runs] == [1, 2, 3, 1] and again.err.count("done already") == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_asked_for_later_is_not_skipped(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("-m", "seed=1", "sweep.dir=x").code == 0
     assert cli("-m", "seed=1", "sweep.dir=x", "run.save=true", "run.prove=in_place").code == 0
@@ -591,6 +616,7 @@ def test_a_checkpoint_asked_for_later_is_not_skipped(cli: Cli, runs: list[Experi
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_failures_and_says_so(cli: Cli, runs: list[Experiment]) -> None:
     ended = cli("--multirun", "seed=13,14,15", "sweep.dir=x y")
     assert ended.code == 1 and [run.seed for run in runs] == [13, 14, 15]
@@ -615,6 +641,7 @@ def test_a_forecast_refuses_the_folder_of_a_finished_run(cli: Cli) -> None:
     assert ended == [(2, "", line)] * 2
 
 
+@pytest.mark.slow
 def test_a_forecast_of_a_sweep_leaves_out_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "seed=1", "sweep.dir=x").code == 0
     ended = cli("--multirun", "seed=1,2", "sweep.dir=x", "run.dry=true")
@@ -623,6 +650,7 @@ def test_a_forecast_of_a_sweep_leaves_out_what_is_done(cli: Cli, runs: list[Expe
     assert cli("--multirun", "seed=1", "sweep.dir=x", "run.dry=true", "run.save=true").code == 0 and len(runs) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "told", ["compensator=least_squares", "compensator=least_squares_once", "criterion=obs", "best"]
 )
@@ -640,6 +668,7 @@ def test_fits_to_few_tokens_are_told_what_would_do(told: str, cli: Cli, caplog: 
     assert not caplog.messages
 
 
+@pytest.mark.slow
 def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
     ended = cli("--multirun", "run.dry=true", "sparsity.ratio=0.2,0.999", "dataset.samples=2", "evaluator=[]")
     assert ended.code == 1 and "job 1 cannot run: sparsity.ratio=0.999" in ended.err
@@ -656,6 +685,7 @@ def test_a_jobs_line_shows_what_tells_it_from_the_others(cli: Cli, runs: list[Ex
         assert all(line in said for line in lines), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry", ["true", "false"])
 def test_jobs_that_run_here_share_the_dense_models_hidden_states(
     dry: str, cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
@@ -694,6 +724,7 @@ def test_the_hash_ignores_where_a_run_goes_and_nothing_else(cli: Cli) -> None:
     assert config_hash(config) != config_hash({**config, "criterion": {"a": 2.0}})
 
 
+@pytest.mark.slow
 def test_an_optimising_sweeper_is_given_the_objective(runs: list[Experiment], tmp_path: Path) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -756,12 +787,14 @@ def run_python(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = "import sys; from pruneexp.__main__ import main; code = main(['--help'])\n"
     ended = run_python(code + "sys.exit(code or any(m in sys.modules for m in ('torch', 'hydra')))", tmp_path)
     assert ended.returncode == 0 and "usage: pruneexp" in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -777,6 +810,7 @@ def test_a_mistake_in_the_config_imports_torch_at_most(mistake: str, tmp_path: P
     assert (ended.returncode, ended.stdout) == (2, "[]\n"), ended.stderr
 
 
+@pytest.mark.slow
 def test_the_module_and_its_exit_code(tmp_path: Path) -> None:
     ended = run_python(
         "import runpy, sys; sys.argv = ['pruneexp', 'seed=x']; runpy.run_module('pruneexp', run_name='__main__')",

@@ -37,6 +37,7 @@ def test_what_travels(furnished: Path) -> None:
     assert len(set(TRAVELS)) == len(TRAVELS)
 
 
+@pytest.mark.slow
 def test_a_hub_repository_comes_with_all_of_it(furnished: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
@@ -187,6 +188,7 @@ def test_stop_tokens_go_into_the_gguf(furnished: Path, tmp_path: Path) -> None:
     assert any("not told to stop at 11" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_llama_cpp_stops_at_all_of_them(furnished: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("xllamacpp", reason="needs xllamacpp, to read the file with llama.cpp")

@@ -28,7 +28,10 @@ from pruneexp.conf_files import choices, conf_folder
 from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import structure
 from pruneexp.types import Plan
+from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
+
+pytestmark = pytest.mark.slow
 
 FILES = {  # of a run that writes its checkpoint and proves it
     "config.yaml",
@@ -499,8 +502,8 @@ def composed_once(choice: str) -> Composed:
     return compose([choice])
 
 
-@pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("recipe", RECIPES)
+@each("swap", SWAPS)
 def test_a_choice_swaps_cleanly_into_a_recipe_in_any_order(recipe: str, swap: str) -> None:
     group, _, option = swap.partition("=")
     first, second = compose([f"recipe={recipe}", swap]), compose([swap, f"recipe={recipe}"])

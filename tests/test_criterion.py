@@ -9,6 +9,7 @@ from torch import Tensor
 from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Random, WandaSp
 from pruneexp.evidence import Moments, RunningFluctuation
 from pruneexp.types import Block, ColumnScores, RunError, Site, unit_scores
+from tests.cases import each
 from tests.toy_sites import activations, block
 
 METRICS = ["WIFV", "IFV", "WIFN"]
@@ -118,7 +119,7 @@ def test_random_depends_on_the_seed_and_the_site_alone():
 RANDOM_0 = [0.10729477126491793, 0.9349447156932376, 0.8677773860545764]
 
 
-@pytest.mark.parametrize("criterion", [*DATA_FREE, *FORWARD], ids=repr)
+@each("criterion", [*DATA_FREE, *FORWARD])
 def test_one_score_per_unit_and_weights_left_alone(criterion):
     before = {name: w.reader.clone() for name, w in BLOCK.weights.items()}
     evidence = {} if criterion.evidence is None else seen(criterion.evidence)
@@ -132,7 +133,7 @@ def test_one_score_per_unit_and_weights_left_alone(criterion):
     assert all(torch.equal(BLOCK.weights[name].reader, reader) for name, reader in before.items())
 
 
-@pytest.mark.parametrize("criterion", [*DATA_FREE[1:], *FORWARD], ids=repr)
+@each("criterion", [*DATA_FREE[1:], *FORWARD])
 def test_a_unit_without_weights_or_signal_scores_lowest(criterion):
     quiet = block()
     evidence = {}
@@ -148,7 +149,7 @@ def test_a_unit_without_weights_or_signal_scores_lowest(criterion):
         assert unit_scores(score).argmin() == 0 and unit_scores(score)[0] == 0
 
 
-@pytest.mark.parametrize("criterion", [*DATA_FREE[1:], *FORWARD], ids=repr)
+@each("criterion", [*DATA_FREE[1:], *FORWARD])
 def test_half_precision_weights_are_widened_first(criterion):
     half = block(dtype=torch.float16)
     wide = Block(half.name, 0, half.sites, {name: _widened(w) for name, w in half.weights.items()})

@@ -27,6 +27,7 @@ from pruneexp.dataset.hub import document, joined
 from pruneexp.dataset.offline import unreachable
 from pruneexp.dataset.windows import cut, draw
 from pruneexp.types import ConfigError, RunError
+from tests.cases import each
 
 CONF = Path(__file__).parents[1] / "conf"
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -223,8 +224,8 @@ def test_wider_token_windows_are_cut_row_by_row(arrays):
         tokens(**arrays, name=None, length=11, bos=False).check()
 
 
-@pytest.mark.parametrize(
-    ("array", "problem"),
+@each(
+    "array, problem",
     [
         (np.zeros(3, np.int64), r"its shape is \[3\]"),
         (np.zeros((2, 3)), "its values are float64"),
@@ -325,8 +326,8 @@ def test_slices_and_streaming(hub, byte_tokenizer, streaming):
     assert dataset.evaluation(byte_tokenizer, 5).tolist() == [ids("cccc\n"), ids("\ndddd")]
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
+@each(
+    "changes, expected",
     [
         ({"fields": []}, r"fields=\[\]: expected at least one column"),
         ({"evaluation_split": "test["}, r"evaluation_split='test\[': expected a split"),
@@ -483,7 +484,7 @@ def test_overlap_agrees_with_sets_of_runs():
 # configs
 
 
-@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "dataset").glob("*.yaml")))
+@each("choice", sorted(path.stem for path in (CONF / "dataset").glob("*.yaml")))
 def test_every_option_composes_and_builds(choice):
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose(overrides=["+seed=7", f"+dataset={choice}", "dataset.bos=false"])
@@ -493,6 +494,7 @@ def test_every_option_composes_and_builds(choice):
     assert choice == "tokens" or (dataset.seed == 7 and OmegaConf.to_container(config.dataset)["seed"] == "${seed}")
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported():
     program = "import sys, pruneexp.dataset, pruneexp.evaluator; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()

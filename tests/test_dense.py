@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from pruneexp.evaluator import Size
 from pruneexp.model import Model, ModelSource
 from pruneexp.surgery import check_source, dense_logits, prove_in_place, prove_in_process, save, shrink_
 from pruneexp.types import Plan, RunError, SitePlan
+from tests.cases import each
 from tests.tiny_families import TINY, random_model, tiny_model
 
 # What a folder holds, where its config says that the head is the embedding
@@ -127,8 +129,9 @@ def logits(model: Model, tokens_BT: torch.Tensor) -> torch.Tensor:
     return model.leave(tokens_BT, hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
-@pytest.mark.parametrize(("name", "tie"), CASES)
+@each("name, tie", CASES)
 def test_it_is_what_plain_transformers_makes_of_the_folder(
     name: str, tie: str, stream: bool, folders: Any, plain: Any, tokens_BT: torch.Tensor
 ) -> None:
@@ -136,6 +139,7 @@ def test_it_is_what_plain_transformers_makes_of_the_folder(
     torch.testing.assert_close(logits(load(folder, stream), tokens_BT), plain(folder), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIED)
 def test_another_head_than_the_embedding_is_another_model(name: str, folders: Any, plain: Any) -> None:
     """Else the comparison above would be empty."""
@@ -143,9 +147,7 @@ def test_another_head_than_the_embedding_is_another_model(name: str, folders: An
     assert (other - copy).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["held", "streamed"])
-@pytest.mark.parametrize("tie", TIES)
-@pytest.mark.parametrize("name", TIED)
+@each("stream, tie, name", itertools.product([False, True], TIES, TIED))
 def test_ties_are_those_of_the_file(name: str, tie: str, stream: bool, folders: Any) -> None:
     model = load(folders[name, tie], stream)
     source = ModelSource("dense", str(folders[name, tie]), None, "float32", "cpu", stream, False, 4)
@@ -158,6 +160,7 @@ def test_ties_are_those_of_the_file(name: str, tie: str, stream: bool, folders: 
     assert model.params - model.decoder_params > (1 + apart) * 64 * 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIED)
 def test_a_head_of_its_own_is_saved(name: str, folders: Any, tokens_BT: torch.Tensor, tmp_path: Path) -> None:
     """Pruned unevenly, saved, reloaded: by transformers alone in a clean process, and here."""
@@ -177,6 +180,7 @@ def test_a_head_of_its_own_is_saved(name: str, folders: Any, tokens_BT: torch.Te
         assert prove_in_process(model, tmp_path / "model", tokens_BT)["max_logit_difference"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prove", [prove_in_process, prove_in_place])
 def test_a_proof_compares_the_source(prove: Any, folders: Any, tokens_BT: torch.Tensor, tmp_path: Path) -> None:
     folder = folders["gemma3", "another_head"]

@@ -239,6 +239,7 @@ def test_greedy_removes_heads_and_channels_too() -> None:
     assert [len(plan.sites[s.name].kept) for s in sites] == [3, 1, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["shortgpt", "sleb", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_leave_every_family(
@@ -279,6 +280,7 @@ def test_the_best_block_by_loss_is_the_one_that_sleb_removes(tiny: Callable[...,
     assert [name for name, site in plan.sites.items() if not site.kept] == [f"{model.layers_path}.{best}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_saves_what_is_left_and_it_reloads(

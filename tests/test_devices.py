@@ -28,6 +28,8 @@ from tests.conftest import FAMILIES
 from tests.pretended_gpus import Mixed, pretended_gpus
 from tests.tiny_families import TINY, tiny_model
 
+pytestmark = pytest.mark.slow
+
 CPU, FIRST, SECOND, THIRD = (torch.device(name) for name in ("cpu", "cuda:0", "cuda:1", "cuda:2"))
 Run = Callable[..., tuple[dict[str, float], dict[str, Any]]]
 

@@ -46,6 +46,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(ROOT / "llama", local_files_only=True)
 
 
+@pytest.mark.slow
 def test_importing_stays_light() -> None:
     code = "import sys, pruneexp.embedded as e; e.text(1, 1); print({'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -238,6 +239,7 @@ def test_committed_files(checkpoint: tuple[str, Any, Any]) -> None:
     assert 1e6 <= model.num_parameters() <= 3e6
 
 
+@pytest.mark.slow
 def test_perplexity_is_near_the_process(checkpoint: tuple[str, Any, Any]) -> None:
     from pruneexp.embedded import measure
 
@@ -247,6 +249,7 @@ def test_perplexity_is_near_the_process(checkpoint: tuple[str, Any, Any]) -> Non
     assert 0.97 * best < found < 1.10 * best
 
 
+@pytest.mark.slow
 def test_questions_are_answered(checkpoint: tuple[str, Any, Any]) -> None:
     from pruneexp.embedded import measure
 

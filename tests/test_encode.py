@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 import pruneexp
 from pruneexp.dataset import pieces
 from pruneexp.dataset.windows import encode
+from tests.cases import each
 
 WORDS = [
     *"the of a story Fox's jumped 1,234.5 über naïve don't www.example.org/x?y=1".split(),
@@ -116,8 +118,8 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "OVERLAP", OVERLAP)
 
 
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("maker", [byte_level, one_word, unigram, embedded])
+@pytest.mark.slow
+@each("special, maker", itertools.product([False, True], [byte_level, one_word, unigram, embedded]))
 def test_pieces_give_the_tokens_of_the_whole(maker: Callable[[], Any], special: bool) -> None:
     tokenizer = made(maker)
     for seed in range(4):
@@ -127,9 +129,13 @@ def test_pieces_give_the_tokens_of_the_whole(maker: Callable[[], Any], special: 
         assert watched.longest == PIECE
 
 
-@pytest.mark.parametrize("maker", [byte_level, one_word, unigram])
-@pytest.mark.parametrize(
-    "text", ["a" * 20_000, "\n" * 20_001, "ab" * 9_999 + "c", "x" + " " * 20_000 + "x", "🙂" * 9_000]
+@pytest.mark.slow
+@each(
+    "maker, text",
+    itertools.product(
+        [byte_level, one_word, unigram],
+        ["a" * 20_000, "\n" * 20_001, "ab" * 9_999 + "c", "x" + " " * 20_000 + "x", "🙂" * 9_000],
+    ),
 )
 def test_a_text_that_cannot_be_cut_is_still_tokenised_right(maker: Callable[[], Any], text: str) -> None:
     tokenizer = made(maker)
@@ -137,6 +143,7 @@ def test_a_text_that_cannot_be_cut_is_still_tokenised_right(maker: Callable[[], 
     assert encode(tokenizer, text, False).tolist() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", [byte_level, unigram])
 @pytest.mark.parametrize("start", [0, 30_000])
 def test_a_stretch_that_cannot_be_cut_is_read_as_one(maker: Callable[[], Any], start: int) -> None:

@@ -20,6 +20,8 @@ from pruneexp import progress
 from pruneexp.__main__ import main
 from tests.conftest import FAMILIES, PARITY
 
+pytestmark = pytest.mark.slow
+
 ORACLE = json.loads((PARITY / "oracle.json").read_text())
 FILES = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
 SMALL = ["model=hf", f"model.path={PARITY}", "dataset=tokens", "dataset.length=64", *FILES]

@@ -20,6 +20,7 @@ from pruneexp.dataset import text, tokens
 from pruneexp.evaluator import Latency, Perplexity, Questions, Size
 from pruneexp.model.modeling_pruned import LLAMA
 from pruneexp.types import ConfigError, RunError
+from tests.cases import each
 
 CONF = Path(__file__).parents[1] / "conf"
 V = 97
@@ -308,8 +309,8 @@ def test_latency_decodes_on_the_cache(llama, monkeypatch):
             assert torch.equal(ids[:, -1:], step)
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
+@each(
+    "changes, expected",
     [
         ({"prompt": 0}, "prompt=0: expected an int >= 1"),
         ({"new_tokens": 0}, "new_tokens=0: expected an int >= 1"),
@@ -407,7 +408,7 @@ def test_questions_config_errors():
 # configs
 
 
-@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "evaluator").glob("*.yaml")))
+@each("choice", sorted(path.stem for path in (CONF / "evaluator").glob("*.yaml")))
 def test_every_option_composes_and_builds(choice):
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose(overrides=["+seed=7", "+dataset=embedded", f"+evaluator=[size,{choice}]"])

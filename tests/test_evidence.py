@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pruneexp.evidence import AbsoluteMoments, Gram, Moments, RunningFluctuation
 from pruneexp.types import Cost, Evidence, RunError, Site
+from tests.cases import each
 from tests.toy_sites import activations, layer_sites
 
 ATTENTION, MLP = layer_sites(0)
@@ -22,7 +23,7 @@ def fed(kind: type, site: Site, *batches: Tensor):
     return evidence
 
 
-@pytest.mark.parametrize("kind", [Moments, AbsoluteMoments, Gram, RunningFluctuation])
+@each("kind", [Moments, AbsoluteMoments, Gram, RunningFluctuation])
 def test_satisfies_the_protocol_and_never_changes(kind):
     empty = kind.empty(MLP)
     assert isinstance(empty, Evidence) and empty.source == "reader"

@@ -11,6 +11,7 @@ import torch
 from pruneexp.search import Evolutionary, Global
 from pruneexp.search.levels import Structures, parabola
 from pruneexp.types import Budget, Candidate, ConfigError, RemovalPath, RunError
+from tests.cases import each
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, model_sites, params
 
 BOTH = ["heads", "channels"]
@@ -81,8 +82,7 @@ def test_it_comes_near_the_best_levels_of_a_convex_loss(ratio):
     assert convex(levels) < convex(uniform)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.07, 0.25, 0.5, 0.7])
-@pytest.mark.parametrize("granularity", [BOTH, ["channels"]])
+@each("ratio, granularity", itertools.product([0.0, 0.07, 0.25, 0.5, 0.7], [BOTH, ["channels"]]))
 def test_every_structure_meets_the_budget_to_half_a_channel_and_keeps_a_minimum(ratio, granularity):
     ratio = ratio / 2 if granularity == ["channels"] else ratio
     oracle = Loss(convex)
@@ -136,6 +136,7 @@ def test_without_the_effort_to_probe_every_site_loses_the_same_share():
     assert all(plan.removed(site) == pytest.approx(site.units / 2, abs=0.5) for site in SITES)
 
 
+@pytest.mark.slow
 def test_more_effort_is_no_worse():
     found = [convex({s.name: plan_of(search(effort=e), Loss(convex))[0].removed(s) for s in SITES}) for e in (1, 8, 60)]
     assert found[0] >= found[1] >= found[2]
@@ -174,11 +175,20 @@ def test_a_budget_that_cannot_be_met_names_the_largest():
         plan_of(search(), Loss(convex), 0.99)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("effort", 0.0), ("tokens", 0.0), ("tokens", 1.5), ("distance", 0.0), ("rounds", -1), ("offspring", 0),
-     ("steps", -1), ("min_units", -1), ("granularity", [])],
-)  # fmt: skip
+@each(
+    "key, value",
+    [
+        ("effort", 0.0),
+        ("tokens", 0.0),
+        ("tokens", 1.5),
+        ("distance", 0.0),
+        ("rounds", -1),
+        ("offspring", 0),
+        ("steps", -1),
+        ("min_units", -1),
+        ("granularity", []),
+    ],
+)
 def test_settings_that_cannot_be(key, value):
     with pytest.raises(ConfigError, match=f"^{key}="):
         search(**{key: value})

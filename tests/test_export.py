@@ -89,6 +89,7 @@ def run_of(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "biases"), [*((name, True) for name in BIASED), *((name, False) for name in PLAIN)])
 def test_padded_is_remote_code_is_the_pruned_model(
     name: str, biases: bool, checkpoint: Checkpoint, tokens_NT: torch.Tensor, tmp_path: Path
@@ -109,6 +110,7 @@ def test_padded_is_remote_code_is_the_pruned_model(
     assert config["dtype"] == "float64"
 
 
+@pytest.mark.slow
 def test_a_run_proved_in_a_clean_process(checkpoint: Checkpoint, tmp_path: Path) -> None:
     run = run_of(checkpoint("llama", biases=True), tmp_path / "run")
     assert main([str(run), "format=padded", "multiple=16", f"out={tmp_path / 'out'}"]) == 0

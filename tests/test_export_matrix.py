@@ -9,6 +9,8 @@ import pytest
 from pruneexp.model.modeling_pruned import FAMILIES
 from tests.export_matrix import FORMATS, MANUAL, cells
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("gguf")
 HEAD = "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |"
 

@@ -111,6 +111,7 @@ PASSES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", PASSES)
 def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> None:
     made, found = foretold(*overrides.split())
@@ -317,6 +318,7 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -26,6 +26,7 @@ from pruneexp.evaluator.generation import (
 )
 from pruneexp.experiment.run import run_experiment
 from pruneexp.types import ConfigError
+from tests.cases import each
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,7 @@ def test_greedy_is_what_transformers_generates(family, tiny):
     assert torch.equal(ours, theirs[:, 7:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_batches_do_not_matter(llama, temperature, tmp_path):
     path = tmp_path / "lines.txt"
@@ -192,8 +194,8 @@ def test_a_run_shows_the_samples_side_by_side(build_from, tmp_path):
 # mistakes
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
+@each(
+    "changes, expected",
     [
         ({"prompt_tokens": 0}, "prompt_tokens=0: expected an int >= 1"),
         ({"samples": 0}, "samples=0: expected an int >= 1"),
@@ -228,6 +230,7 @@ def test_a_byte_order_mark_is_no_prompt(tmp_path):
     assert a_generation(prompts=str(tmp_path / "lines.txt"))._lines() == ["Rosa Page", "Nora"]
 
 
+@pytest.mark.slow
 def test_prompts_that_do_not_fit(llama, build_from, tmp_path):
     with pytest.raises(
         ConfigError, match="prompt_tokens=25: expected at most 24, the width of the windows of dataset="

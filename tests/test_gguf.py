@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.export import gguf_file, gguf_proof, gguf_run, main
+from pruneexp.export import gguf_file, gguf_layout, gguf_proof, gguf_run, main
 from pruneexp.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
 from pruneexp.model import ModelSource
 from pruneexp.surgery import save
@@ -78,6 +78,7 @@ def deci_logits(file: Path, tokens_T: Tensor) -> Tensor:
     return norm(x_TD, "output_norm") @ head.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kept", "biases"),
     [
@@ -254,6 +255,7 @@ def run_by(package: str, out: Path) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kept"), [("llama3", NO_FIRST_ATTENTION), ("llama_biased", NO_LAST_FFN)])
 def test_run_by_llama_cpp(name: str, kept: Kept, llama_cpp: str, tmp_path: Path) -> None:
     folder = pruned_folder(tmp_path, name, kept, biases=True)
@@ -267,7 +269,7 @@ def test_rows_in_transformers_order_are_another_model(
     llama_cpp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     folder = pruned_folder(tmp_path, "llama", NO_LAST_FFN)
-    monkeypatch.setattr(gguf_file, "neighbouring", lambda rows, heads: rows)  # what is read back is what was written
+    monkeypatch.setattr(gguf_layout, "neighbouring", lambda rows, heads: rows)  # so is it read back
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 1
     assert "the export computes something else" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

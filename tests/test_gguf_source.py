@@ -144,6 +144,7 @@ def test_it_is_kept_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == [folder.name]
 
 
+@pytest.mark.slow
 def test_a_run_prunes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy
 

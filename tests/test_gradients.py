@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
 from pruneexp.types import Block, Cost, Site, SiteWeights
+from tests.cases import each
 from tests.conftest import FAMILIES
 
 ELEMENTS = ("vectorize", "param_first", "param_second", "param_mix")
@@ -104,8 +106,7 @@ def toy(group: int = 3, units: int = 2, rows: int = 4, hidden: int = 5) -> tuple
     return block, {"windows": windows, Gradient: first, PerSampleGradient: second}
 
 
-@pytest.mark.parametrize("members", ["sum", "mean", "max", "prod", "first", "second"])
-@pytest.mark.parametrize("element", ELEMENTS)
+@each("members, element", itertools.product(["sum", "mean", "max", "prod", "first", "second"], ELEMENTS))
 def test_the_formula_row_by_row_with_a_groups_query_heads_on_its_own_keys(element: str, members: str) -> None:
     block, seen = toy()
     (site,) = block.sites

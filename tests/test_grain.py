@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pruneexp.search.gates import Gates
 from pruneexp.search.grain import Grain
 from pruneexp.search.granularity import is_nested, is_plain, removal_steps, scored_as
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, Plan, RemovalPath, RunError, Site
+from tests.cases import each
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, model_sites, params
 
 RNG = torch.Generator()
@@ -165,7 +167,8 @@ def methods(granularity: list[str], min_units: int, multiple: int, seed: int) ->
     return found
 
 
-@pytest.mark.parametrize("granularity", [UNITS, ["channels"], *MIXED], ids=",".join)
+@pytest.mark.slow
+@each("granularity", [UNITS, ["channels"], *MIXED])
 def test_the_budget_is_met_to_half_the_cheapest_unit_wherever_that_can_be(granularity: list[str]) -> None:
     met = 0
     for seed in range(25):
@@ -264,10 +267,18 @@ def test_criteria_may_score_wholes_themselves() -> None:
         Global(1, ["heads", "ffn"], "none", 1)(scores, sites, budget, None, RNG)
 
 
-@pytest.mark.parametrize(("units", "multiple", "min_units", "expected"), [
-    (40, 8, 1, [0, 8, 16, 24, 32]), (40, 8, 9, [0, 8, 16, 24]), (37, 8, 1, [0, 5, 13, 21, 29]),
-    (37, 8, 0, [0, 5, 13, 21, 29, 37]), (8, 8, 1, [0]), (4, 1, 1, [0, 1, 2, 3]), (4, 8, 0, [0, 4]),
-])  # fmt: skip
+@each(
+    "units, multiple, min_units, expected",
+    [
+        (40, 8, 1, [0, 8, 16, 24, 32]),
+        (40, 8, 9, [0, 8, 16, 24]),
+        (37, 8, 1, [0, 5, 13, 21, 29]),
+        (37, 8, 0, [0, 5, 13, 21, 29, 37]),
+        (8, 8, 1, [0]),
+        (4, 1, 1, [0, 1, 2, 3]),
+        (4, 8, 0, [0, 4]),
+    ],
+)
 def test_what_stays_is_a_multiple(units: int, multiple: int, min_units: int, expected: list[int]) -> None:
     site = Site("model.layers.0.mlp", "mlp", 0, units, 1, Cost(72, 72, 0))
     assert removal_steps(site, min_units, multiple) == expected
@@ -276,8 +287,7 @@ def test_what_stays_is_a_multiple(units: int, multiple: int, min_units: int, exp
     assert removal_steps(site, min_units, multiple, units=False, whole=True) == [0, units]
 
 
-@pytest.mark.parametrize("multiple", [2, 8, 20])
-@pytest.mark.parametrize("channels", [120, 117])
+@each("multiple, channels", itertools.product([2, 8, 20], [120, 117]))
 def test_widths_are_multiples_and_the_lowest_channels_leave(multiple: int, channels: int) -> None:
     sites = model_sites(4, heads=4, channels=channels)
     scores = draws(sites)
@@ -312,7 +322,8 @@ def test_greedy_probes_channels_by_the_bundle_and_composites_beside_them() -> No
         assert abs(removed(plan, blocks, budget) - budget.remove) <= 8 * CHANNEL_COST / 2
 
 
-@pytest.mark.parametrize("granularity", [g for g in MIXED if is_nested(g)], ids=repr)
+@pytest.mark.slow
+@each("granularity", [g for g in MIXED if is_nested(g)])
 def test_gates_keep_on_average_what_they_say_and_are_lowered_to_the_budget_once(granularity: list[str]) -> None:
     sites = sites_for(model_sites(3, heads=3, channels=10), granularity)
     whole = sum(s.units * s.cost.params for s in sites if s.kind != "block")
@@ -346,8 +357,8 @@ def test_policy_gradients_learn_gates() -> None:
     assert [site.layer for site in sites if plan.removed(site)] == [0, 2, 4]
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
+@each(
+    "make, message",
     [
         (
             lambda: Uniform(1, ["attention"], 0, 0, 1, alike=False),

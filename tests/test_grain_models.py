@@ -3,7 +3,6 @@ granularity that it takes."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from pruneexp.search import Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save
 from pruneexp.types import ConfigError, Plan, unit_scores
+from tests.cases import pairwise
 from tests.conftest import FAMILIES
 from tests.test_prune import built
 
@@ -97,6 +97,7 @@ def test_what_was_judged_is_what_is_left_and_reloads(
         assert torch.equal(again.token_losses(tokens_NT, 4), each.token_losses(tokens_NT, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name != "attention, ffn"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_is_in_memory(
@@ -200,11 +201,7 @@ CRITERIA = ["flap", "flap_official", "wanda_sp", "magnitude", "random", "obs", "
             "mini_llm_exact", "block_influence", "loss_drop"]  # fmt: skip
 SEARCHES = ["global", "greedy", "policy_gradient", "evolutionary", "uniform"]
 COMPENSATORS = ["none", "bias", "flap_official", "least_squares"]
-MATRIX = [
-    (granularity, criterion, search, COMPENSATORS[number % 4], FAMILIES[number % 3])
-    for number, (criterion, search, granularity) in enumerate(itertools.product(CRITERIA, SEARCHES, GRANULARITIES))
-    if number % 2 or criterion in ("flap", "obs", "random")
-]
+MATRIX = pairwise(GRANULARITIES, CRITERIA, SEARCHES, COMPENSATORS, FAMILIES)
 
 
 def combined(granularity: list[str], criterion: str, search: str, compensator: str) -> Experiment:
@@ -220,6 +217,7 @@ def combined(granularity: list[str], criterion: str, search: str, compensator: s
     return experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("granularity", "criterion", "search", "compensator", "family"),
     MATRIX,
@@ -238,7 +236,7 @@ def test_every_combination_runs_or_is_refused_before_it_starts(
         experiment = combined(granularity, criterion, search, compensator)
     except ConfigError as error:
         line = str(error)
-        assert "\n" not in line and "granularity" in line or "criterion=" in line, line
+        assert "\n" not in line and ("granularity" in line or "criterion=" in line), line
         mixed = search == "evolutionary" and "blocks" in granularity
         shown = {"heads", "channels"} & set(granularity) and criterion in ("block_influence", "loss_drop")
         assert mixed or shown or search == "uniform", line
@@ -246,7 +244,8 @@ def test_every_combination_runs_or_is_refused_before_it_starts(
     model, fresh = tiny(family), tiny(family)
     before = model.decoder_params
     parts = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    pruned = prune(model, tokens_NT[:4], parts, 0.4 if len(granularity) > 1 else 0.15)
+    one_kind = len(granularity) == 1 or granularity == ["channels", "ffn"]  # of which no more can leave
+    pruned = prune(model, tokens_NT[:4], parts, 0.15 if one_kind else 0.4)
     assert torch.isfinite(model.token_losses(tokens_NT, 5)).all()
     out = {name for name, site in pruned.plan.sites.items() if site.kind == "block"}
     assert len(model.layers) == 3 - len(out) >= 1

@@ -15,6 +15,7 @@ from pruneexp.cli.compose import Composed, open_hydra
 from pruneexp.cli.sweep_jobs import JobComposer, job_configs, whole
 from pruneexp.conf_files import conf_folder, sweep_files
 from pruneexp.fingerprint import config_hash, without_new_keys
+from tests.cases import each
 
 FROZEN = Path(__file__).parent / "data" / "job_hashes.json"
 GROUPS = ("compensator", "criterion", "dataset", "evaluator", "model", "recipe", "recovery", "search", "sparsity")
@@ -60,12 +61,14 @@ def frozen(kind: str) -> dict:
     return json.loads(FROZEN.read_text())[kind]
 
 
-@pytest.mark.parametrize("line", sorted(frozen("runs")))
+@pytest.mark.slow
+@each("line", sorted(frozen("runs")))
 def test_the_hash_of_a_choice_stays(line: str) -> None:
     assert run_hash(line) == frozen("runs")[line]
 
 
-@pytest.mark.parametrize("name", sorted(frozen("sweeps")))
+@pytest.mark.slow
+@each("name", sorted(frozen("sweeps")))
 def test_the_hashes_of_a_sweep_stay(name: str) -> None:
     assert sweep_hashes(name) == frozen("sweeps")[name]
 

@@ -155,6 +155,7 @@ def test_finite_differences_are_near_the_exact_derivatives_and_weights_stay_to_t
         assert all(not module._forward_pre_hooks for module in layer.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_a_unit_apart_leaves_its_own_weights_alone(family: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     """The diagonal by hand, from a Hessian that autograd gives whole: one channel, the readers of a single layer."""
@@ -249,6 +250,7 @@ def test_settings_that_cannot_be() -> None:
     replace(CRITERION, damping=0.0, inverse="conjugate_gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["retraining", "loss"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recipe_runs_on_every_family(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from pruneexp.cli.compose import compose
 from pruneexp.search import Global, Layerwise
 from pruneexp.types import Budget, ConfigError, Site
+from tests.cases import each
 from tests.toy_sites import CHANNEL_COST, layer_sites, model_sites, params
 
 BOTH = ["heads", "channels"]
@@ -21,7 +24,7 @@ def draws(sites: list[Site], seed: int = 0) -> dict[str, Tensor]:
     return {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in sites}
 
 
-@pytest.mark.parametrize("normalise", NORMALISES)
+@each("normalise", NORMALISES)
 def test_a_single_layer_is_a_global_ranking(normalise: str) -> None:
     sites = model_sites(1)
     for ratio in (0.1, 0.35, 0.8):
@@ -30,8 +33,7 @@ def test_a_single_layer_is_a_global_ranking(normalise: str) -> None:
         assert plan == Global(1, BOTH, normalise, 1)(draws(sites), sites, budget, None, RNG)
 
 
-@pytest.mark.parametrize("normalise", NORMALISES)
-@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.2, 0.5, 0.77])
+@each("normalise, ratio", itertools.product(NORMALISES, [0.0, 0.03, 0.2, 0.5, 0.77]))
 def test_every_layer_loses_the_same_share_and_the_whole_meets_the_budget(ratio: float, normalise: str) -> None:
     sites = [*layer_sites(0, 4, 40), *layer_sites(1, 8, 33), *layer_sites(4, 5, 91)]
     scores, budget = draws(sites), Budget(ratio, params(sites) + 999)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -28,6 +29,7 @@ from pruneexp.sparsity import Linear, OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, padding, save, shrink_
 from pruneexp.tracker.structure import widths
 from pruneexp.types import Budget, ConfigError, Plan, SitePlan, unit_scores
+from tests.cases import each
 from tests.tiny_families import tiny_model
 
 Made = Callable[[str], Model]
@@ -114,7 +116,7 @@ def test_an_expert_is_judged_by_the_tokens_routed_to_it(made: Made, tokens_NT: t
     torch.testing.assert_close(read.mean_C, routed_ND.mean(0))
 
 
-@pytest.mark.parametrize(
+@each(
     "criterion",
     [
         WandaSp("sum", False),
@@ -125,7 +127,6 @@ def test_an_expert_is_judged_by_the_tokens_routed_to_it(made: Made, tokens_NT: t
         Taylor("param_first", "sum"),
         Taylor("param_mix", "sum"),
     ],
-    ids=lambda criterion: type(criterion).__name__,
 )
 def test_an_expert_without_a_token_is_worth_nothing(criterion: Any, made: Made, tokens_NT: torch.Tensor) -> None:
     model = made("mixtral")
@@ -159,8 +160,8 @@ def test_an_expert_without_a_token_can_be_compensated(compensator: Any, made: Ma
     assert torch.equal(linear.bias, torch.zeros(48, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("granularity", [["experts"], ["heads", "experts"]], ids="+".join)
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.slow
+@each("granularity, search", itertools.product([["experts"], ["heads", "experts"]], SEARCHES))
 def test_searches_remove_whole_experts(
     search: str, granularity: list[str], made: Made, tokens_NT: torch.Tensor
 ) -> None:

@@ -148,6 +148,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
@@ -209,6 +210,7 @@ def test_a_hub_id_that_cannot_be_had(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert cli("model.path=some/model") == (2, line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
 @pytest.mark.parametrize(
     ("edit", "named"),

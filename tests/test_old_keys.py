@@ -12,6 +12,7 @@ import pytest
 from pruneexp.model import ModelSource
 from pruneexp.surgery import save
 from pruneexp.surgery.old_keys import with_old_keys
+from tests.cases import each
 from tests.tiny_families import TINY, random_model
 
 LLAMA3 = {
@@ -75,7 +76,7 @@ CASES: dict[str, tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = {  # model
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@each("case", CASES)
 def test_old_names_stand_beside_the_new_ones(case: str, tmp_path: Path) -> None:
     made, old = CASES[case]
     random_model(*made).save_pretrained(tmp_path / "dense")
@@ -86,7 +87,7 @@ def test_old_names_stand_beside_the_new_ones(case: str, tmp_path: Path) -> None:
     assert ("rope_scaling" in written) == (case in ("llama3", "gemma3", "phi3"))  # nobody warns of what is not there
 
 
-@pytest.mark.parametrize("case", CASES)
+@each("case", CASES)
 def test_the_reader_of_today_takes_the_same_from_both(case: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 

@@ -39,6 +39,7 @@ def test_the_fixture_has_all_28_settings() -> None:
     assert len(SETTINGS) == 28
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_masks_biases_and_perplexity(setting: str, build_from: Callable[..., Any]) -> None:
     experiment = build_from(*overrides(setting))

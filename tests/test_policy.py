@@ -20,6 +20,7 @@ from pruneexp.search import PolicyGradient
 from pruneexp.search.gates import projected
 from pruneexp.search.policy import policy_gradient
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, RunError, Site
+from tests.cases import each
 from tests.conftest import FAMILIES
 from tests.toy_sites import model_sites
 
@@ -53,7 +54,7 @@ def draws(seed: int = 0) -> dict[str, Tensor]:
     return {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in SITES}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@each("seed", range(5))
 def test_projection_meets_the_budget_is_idempotent_and_the_nearest_point(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     s = torch.randn(30, generator=draw, dtype=torch.float64) * 0.7 + 0.5
@@ -98,6 +99,7 @@ def test_the_estimate_converges_to_the_exact_gradient_of_six_bits(estimator: str
     assert errors[1] < 0.03 and errors[1] < errors[0] / 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budgets", ["separate", "joint"])
 @pytest.mark.parametrize("estimator", ["sqrt", "exact"])
 def test_it_finds_the_units_that_matter_and_meets_the_budget(estimator: str, budgets: str) -> None:
@@ -150,6 +152,7 @@ def test_settings_that_cannot_be() -> None:
             replace(SEARCH, **{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recipe_runs_on_every_family(
     family: str, tiny: Callable[..., Model], tokens_NT: Tensor, build_from: Callable[..., Any]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor
 
 from pruneexp.criterion import LlmBip
 from pruneexp.evidence import AbsoluteMoments, Moments
 from pruneexp.types import Block
+from tests.cases import each
 from tests.toy_sites import HIDDEN, activations, block
 
 BLOCK = block()
@@ -28,9 +29,7 @@ def seen(tokens: str, ffn: Tensor) -> dict:
     return {ATTENTION.name: kind.empty(ATTENTION).update(HEADS), MLP.name: kind.empty(MLP).update(ffn)}
 
 
-@pytest.mark.parametrize("gate", ["up", "up_plus_gate"])
-@pytest.mark.parametrize("norm", ["ignore", "scale"])
-@pytest.mark.parametrize("tokens", ["l1", "l2"])
+@each("gate, norm, tokens", itertools.product(["up", "up_plus_gate"], ["ignore", "scale"], ["l1", "l2"]))
 def test_the_formula_with_explicit_matrices(tokens: str, gate: str, norm: str) -> None:
     scale = torch.linspace(-2, 2, HIDDEN, dtype=torch.float64)
     normed = Block(BLOCK.name, 0, BLOCK.sites, BLOCK.weights, {MLP.name: scale})

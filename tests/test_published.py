@@ -12,6 +12,7 @@ import yaml
 from pruneexp.report.published import CERTAINTY, Table, read_table, tables
 from pruneexp.search import Uniform
 from pruneexp.types import Budget, Cost, Site
+from tests.cases import each
 
 ROOT = Path(__file__).parent.parent
 TABLES = {table.name: table for table in tables()}
@@ -26,7 +27,7 @@ def value(table: str, method: str, ratio: float, metric: str, model: str = "llam
     return found
 
 
-@pytest.mark.parametrize("table", tables(), ids=lambda table: table.name)
+@each("table", tables())
 def test_every_table_says_where_it_is_from_and_what_it_holds(table: Table) -> None:
     source = table.source
     assert all((source.paper, source.table, source.read_in)) and re.fullmatch(r"\d{4}\.\d{5}", source.arxiv)
@@ -34,7 +35,7 @@ def test_every_table_says_where_it_is_from_and_what_it_holds(table: Table) -> No
     assert (table.certainty == "unknown") == bool(table.missing)
 
 
-@pytest.mark.parametrize("table", tables(), ids=lambda table: table.name)
+@each("table", tables())
 def test_recipes_settings_and_data_are_ours(table: Table) -> None:
     recipes = {path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")}
     datasets = {path.stem for path in (ROOT / "conf" / "dataset").glob("*.yaml")}
@@ -54,7 +55,7 @@ def test_every_recipe_of_a_paper_has_a_table() -> None:
     assert recipes - {recipe for table in tables() for recipe in table.recipes} == {"best", "magnitude"}
 
 
-@pytest.mark.parametrize("table", tables(), ids=lambda table: table.name)
+@each("table", tables())
 def test_a_perplexity_names_its_window_and_its_protocol_agrees(table: Table) -> None:
     for figure in table.figures:
         if figure.metric.startswith("ppl/"):
@@ -100,8 +101,8 @@ def test_sizes_agree_with_their_ratios() -> None:
         assert 1 - value("llm_pruner_statistics", method, ratio, "params") / dense == pytest.approx(ratio, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
+@each(
+    "change, message",
     [
         (lambda d: d["rows"][1]["values"].__setitem__("7B", -1), "FLAP at 0.2, 7B: -1: expected a positive number"),
         (lambda d: d["rows"][1]["values"].__setitem__("8B", 1), "unknown 8B"),

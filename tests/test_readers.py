@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from pruneexp.model import Model, modeling_pruned
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import Plan, SitePlan
+from tests.cases import each
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
 
@@ -39,7 +40,7 @@ def logits(module: Any) -> torch.Tensor:
     return module(tokens()).logits
 
 
-@pytest.mark.parametrize("stock", sorted({family.stock for family in modeling_pruned.FAMILIES.values()}))
+@each("stock", sorted({family.stock for family in modeling_pruned.FAMILIES.values()}))
 def test_servers_compare_arguments_with_annotations_that_are_no_strings(stock: str) -> None:
     """vLLM's compiler tells a model's arguments apart by the annotations of `__init__`, if there are any."""
     for suffix in modeling_pruned.AUTO_CLASSES.values():
@@ -63,6 +64,7 @@ def test_a_pruned_model_with_alibi_can_be_pickled(name: str, loaded: Loaded) -> 
     assert torch.equal(logits(again), logits(module))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen2"])
 def test_a_classifier_starts_from_the_pruned_layers(name: str, loaded: Loaded, tmp_path: Path) -> None:
     from transformers import (

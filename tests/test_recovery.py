@@ -29,6 +29,7 @@ from pruneexp.search import AlAm, Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import prove_in_place, save
 from pruneexp.types import ConfigError, RunError
+from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
 
 ALL: Any = ["query", "key", "value", "output", "gate", "up", "down"]
@@ -65,6 +66,7 @@ def loss(model: Model, tokens_NT: Tensor) -> float:
     return model.token_losses(tokens_NT, 5).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "kept"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_calibration_loss_falls(family: str, merge: bool, pruned: Callable[..., Model], tokens_NT: Tensor) -> None:
@@ -82,6 +84,7 @@ def test_the_calibration_loss_falls(family: str, merge: bool, pruned: Callable[.
     assert not any(module.training for module in model.module.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_the_active_adapter(family: str, pruned: Callable[..., Model], tokens_NT: Tensor) -> None:
     merged, kept = pruned(family), pruned(family)
@@ -128,6 +131,7 @@ def test_the_same_seed_is_the_same_to_the_bit(pruned: Callable[..., Model], toke
     assert not all(torch.equal(tensor, states[2][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 10])
 def test_steps_do_not_depend_on_how_windows_are_batched(
     batch_size: int, pruned: Callable[..., Model], tokens_NT: Tensor
@@ -197,8 +201,8 @@ def test_none_does_nothing(pruned: Callable[..., Model], tokens_NT: Tensor) -> N
 # Settings
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
+@each(
+    "name, value, expected",
     [
         ("samples", 0, "null or an integer >= 1"),
         ("steps", 0, "null or an integer >= 1"),
@@ -221,6 +225,7 @@ def test_bad_settings_are_refused_by_name(name: str, value: Any, expected: str) 
     assert str(error.value).startswith(f"{name}={value!r}: expected {expected}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
@@ -268,6 +273,7 @@ def run(folder: str, *typed: str) -> dict[str, float]:
     return json.loads(Path(folder, "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
@@ -307,6 +313,7 @@ def with_peft(folder: str) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.3, 0.8], ids=["thinner", "emptied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_adapter_gives_the_same_logits_in_peft(

@@ -24,6 +24,8 @@ from pruneexp.tracker import status_of, structure
 from pruneexp.types import ConfigError
 from tests.benchmarks.big_checkpoint import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # Methods that write down when they are called, and kill the process at the call that kill.txt names.
 METHODS = """
 import os, signal

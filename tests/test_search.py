@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -12,6 +13,7 @@ from torch import Tensor
 from pruneexp.search import AlAm, AlAmOfficial, AlMm, Global, Layerwise, UlMm, UlUm, Uniform, layer_budgets
 from pruneexp.search.common import standardised
 from pruneexp.types import Budget, ColumnScores, ConfigError, Cost, Plan, RemovalPath, RunError, Site
+from tests.cases import each
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, layer_sites, model_sites, params
 
 RNG = torch.Generator()
@@ -46,14 +48,14 @@ LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0, 1, False), Uniform(0, 
          Layerwise(2, ["heads"], "mean")]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", EVERY, ids=repr)
+@each("method", EVERY)
 def test_ratio_zero_keeps_everything(method):
     plan = search(method, draws(SITES), SITES, 0.0, added=500)
     assert all(len(site.kept) == site.units for site in plan.sites.values())
     assert plan.budget == {"ratio": 0.0, "target_params": 0.0, "removed_params": 0}
 
 
-@pytest.mark.parametrize("method", EVERY, ids=repr)
+@each("method", EVERY)
 def test_no_order_of_sites_or_scores_matters(method):
     scores = {name: (values * 2).round() for name, values in draws(SITES).items()}  # many ties
     plan = search(method, scores, SITES, 0.3)
@@ -63,7 +65,7 @@ def test_no_order_of_sites_or_scores_matters(method):
         assert search(method, shuffled, sites, 0.3).to_json() == plan.to_json()
 
 
-@pytest.mark.parametrize("method", EVERY, ids=repr)
+@each("method", EVERY)
 def test_scores_are_left_alone_and_the_lowest_leave_each_site(method):
     scores = draws(SITES)
     before = {name: values.clone() for name, values in scores.items()}
@@ -77,8 +79,7 @@ def test_scores_are_left_alone_and_the_lowest_leave_each_site(method):
             assert scores[site.name][stay].min() > scores[site.name][~stay].max()
 
 
-@pytest.mark.parametrize("method", EVERY, ids=repr)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@each("method, bad", itertools.product(EVERY, [math.nan, math.inf]))
 def test_scores_that_are_no_numbers_name_the_site(method, bad):
     scores = draws(SITES)
     scores["model.layers.1.mlp"][3] = bad
@@ -110,8 +111,8 @@ def layer_after_layer(method, scores, sites, budget: Budget) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("method", LOCAL, ids=repr)
 @pytest.mark.parametrize("of", ["prunable", "decoder"])
+@each("method", LOCAL)
 def test_local_searches_answer_the_same_layer_by_layer(method, of):
     assert method.local
     for seed in range(25):
@@ -144,7 +145,7 @@ def test_layer_budgets_add_up():
 # ---- FLAP's structures
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5, 0.74, 0.99])
+@each("ratio", [0.1, 0.2, 0.5, 0.74, 0.99])
 def test_ul_um_floors_every_site(ratio):
     plan = search(UlUm(), draws(SITES), SITES, ratio)
     assert kept(plan, "attention") == [4 - int(ratio * 4)] * 3
@@ -165,7 +166,7 @@ def test_ul_mm_counts_channels_in_real_costs():
     assert kept(plan, "mlp") == [40 - int((0.3 * layer - 2 * HEAD_COST) / CHANNEL_COST)] * 3
 
 
-@pytest.mark.parametrize("heads", [0, 1, 5])
+@each("heads", [0, 1, 5])
 def test_al_mm_removes_exactly_so_many_over_all_layers(heads):
     scores = draws(SITES)
     plan = search(AlMm(heads), scores, SITES, 0.5)
@@ -209,7 +210,7 @@ def al_am_by_hand(scores, sites, costs, stay) -> dict[str, tuple[int, ...]]:
     return {s.name: tuple(u for u in range(s.units) if z[s.name][u].item() > best[1]) for s in sites}
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5, 0.9])
+@each("ratio", [0.05, 0.2, 0.5, 0.9])
 def test_al_am_keeps_what_is_above_the_closest_cumulative_cost(ratio):
     scores = draws(SITES)
     plan = search(AlAm(), scores, SITES, ratio, added=100)
@@ -263,10 +264,17 @@ def random_model(draw: random.Random) -> list[Site]:
     return model_sites(draw.randint(1, 6), heads, channels)
 
 
-@pytest.mark.parametrize("method", [Uniform(1, BOTH, 0, 0, 1, False), Uniform(0, BOTH, 0, 0, 1, False),
-                                    Global(1, BOTH, "zscore", 1), Global(0, BOTH, "none", 1),
-                                    Global(3, ["channels"], "mean", 1),
-                                    Uniform(1, ["channels"], 0.0, 0.0, 1, False)], ids=repr)  # fmt: skip
+@each(
+    "method",
+    [
+        Uniform(1, BOTH, 0, 0, 1, False),
+        Uniform(0, BOTH, 0, 0, 1, False),
+        Global(1, BOTH, "zscore", 1),
+        Global(0, BOTH, "none", 1),
+        Global(3, ["channels"], "mean", 1),
+        Uniform(1, ["channels"], 0.0, 0.0, 1, False),
+    ],
+)
 def test_the_budget_is_met_to_the_nearest_unit(method):
     met = 0
     for seed in range(60):
@@ -422,8 +430,8 @@ def test_global_is_quick_on_a_big_model():
     assert abs(removed(plan, sites) - budget.remove) <= CHANNEL_COST / 2
 
 
-@pytest.mark.parametrize(
-    ("ratio", "heads", "channels"),
+@each(
+    "ratio, heads, channels",
     [
         (0.1, 4, 33),  # 7.2 of 72: 0.4 of a head is none, 7 channels
         (0.3, 3, 26),  # 21.6: 1.2 heads are one, which is 8; 13.6 channels are 14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pruneexp.search import Global, ServeSafe
 from pruneexp.types import Budget, ConfigError, RunError, Site
+from tests.cases import each
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, layer_sites, model_sites, params
 
 BOTH = ["heads", "channels"]
@@ -22,8 +24,7 @@ def draws(sites: list[Site]) -> dict[str, Tensor]:
     return {s.name: torch.rand(s.units, generator=generator, dtype=torch.float64) * (1 + s.layer) for s in sites}
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("ratio", [0.0, 0.05, 0.2, 0.35, 0.5, 0.7])
+@each("multiple, ratio", itertools.product([1, 8], [0.0, 0.05, 0.2, 0.35, 0.5, 0.7]))
 def test_heads_alike_channels_free_and_the_budget_met(ratio: float, multiple: int) -> None:
     sites, steps = model_sites(4, heads=6, channels=64), CHANNEL_COST * multiple
     scores, budget = draws(sites), Budget(ratio, params(sites))

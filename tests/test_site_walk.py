@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from pruneexp.search import Evolutionary, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_layer_
 from pruneexp.types import Plan, SitePlan
+from tests.cases import each
 from tests.conftest import FAMILIES
 
 BOTH = ["heads", "channels"]
@@ -65,10 +67,12 @@ def test_an_untouched_model_wants_what_its_readers_give(family, tiny, tokens_NT)
     assert names == [site.name for site in model.sites()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kinds", [(), (Moments,)], ids=["", "criterion"])
-@pytest.mark.parametrize("collected", [("attention", "mlp"), ("mlp",), ()], ids=str)
-@pytest.mark.parametrize("kept", [2**28, 0, 2**15], ids=str)
+@each(
+    "kinds, collected, kept",
+    itertools.product([(), (Moments,)], [("attention", "mlp"), ("mlp",), ()], [2**28, 0, 2**15]),
+)
 def test_what_is_counted_is_what_is_run(family, kinds, collected, kept, tiny, tokens_NT, monkeypatch):
     """Multiply-accumulates of all linear layers that are run, and of attention over its context."""
     monkeypatch.setattr(site_walk, "KEPT_BYTES", kept)
@@ -301,7 +305,7 @@ def prune(model, tokens_NT, method, ratio, meter=None, results=None):
         tokens_NT,
         method,
         ratio,
-        Record(rng=torch.Generator().manual_seed(0), meter=meter or Meter(), results=results),
+        Record(rng=torch.Generator().manual_seed(0), meter=meter or Meter(), results=results or Results(NoCache(), {})),
     )
 
 

@@ -1,12 +1,14 @@
+import itertools
 import math
 
 import pytest
 
 from pruneexp.sparsity import Cubic, Linear, OneShot
 from pruneexp.types import ConfigError
+from tests.cases import each
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.999])
+@each("ratio", [0.0, 0.2, 0.999])
 def test_one_round(ratio):
     assert OneShot(ratio, "decoder", 0).shares() == (ratio,)
     assert Linear(ratio, "decoder", 0, 1).shares() == Cubic(ratio, "decoder", 0, 1).shares() == (ratio,)
@@ -21,8 +23,7 @@ def test_cubic():
     assert Cubic(0.64, "decoder", 0, 4).shares() == pytest.approx((0.37, 0.56, 0.63, 0.64))
 
 
-@pytest.mark.parametrize("schedule", [Linear, Cubic])
-@pytest.mark.parametrize("rounds", [2, 3, 7, 10])
+@each("schedule, rounds", itertools.product([Linear, Cubic], [2, 3, 7, 10]))
 def test_shares_grow_to_the_very_ratio(schedule, rounds):
     shares = schedule(0.3, "prunable", 0, rounds).shares()
     assert len(shares) == rounds and shares[-1] == 0.3
@@ -30,15 +31,18 @@ def test_shares_grow_to_the_very_ratio(schedule, rounds):
     assert set(schedule(0.0, "decoder", 0, rounds).shares()) == {0.0}
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 20.0, math.nan, math.inf])
-@pytest.mark.parametrize("schedule", [OneShot, lambda *a: Linear(*a, 2), lambda *a: Cubic(*a, 2)])
+@each(
+    "ratio, schedule",
+    itertools.product(
+        [-0.1, 1.0, 20.0, math.nan, math.inf], [OneShot, lambda *a: Linear(*a, 2), lambda *a: Cubic(*a, 2)]
+    ),
+)
 def test_ratio_is_a_share(schedule, ratio):
     with pytest.raises(ConfigError, match=r"^ratio=.*: expected a number in \[0, 1\)"):
         schedule(ratio, "decoder", 0)
 
 
-@pytest.mark.parametrize("schedule", [Linear, Cubic])
-@pytest.mark.parametrize("rounds", [0, -3])
+@each("schedule, rounds", itertools.product([Linear, Cubic], [0, -3]))
 def test_rounds_are_counted_from_1(schedule, rounds):
     with pytest.raises(ConfigError, match=rf"^rounds={rounds}: expected an integer >= 1$"):
         schedule(0.2, "decoder", 0, rounds)

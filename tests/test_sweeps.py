@@ -17,6 +17,7 @@ from pruneexp.cli import sweep as multirun
 from pruneexp.cli.compose import compose_raw, open_hydra
 from pruneexp.conf_files import sweep_files, sweeps_folder
 from pruneexp.tracker import structure
+from tests.cases import each
 from tests.wandb_specs import parameters, spec
 
 # All that is large: model, data, steps.
@@ -36,6 +37,7 @@ def chosen(name: str) -> list[str]:
     return pinned + [text for part, texts in STEPS.items() if part in name for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sweep_files())
 def test_a_sweep_runs_small(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -55,7 +57,7 @@ def test_a_sweep_runs_small(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert lost == LOSES[name] if name in LOSES else lost
 
 
-@pytest.mark.parametrize("name", sweep_files())
+@each("name", sweep_files())
 def test_the_wandb_spec_is_the_sweep(name: str) -> None:
     path = sweeps_folder() / "wandb" / f"{name}.yaml"
     assert path.read_text() == spec(name), "python -m tests.wandb_specs writes it anew"
@@ -66,6 +68,7 @@ def test_no_wandb_spec_is_without_its_sweep() -> None:
     assert {path.stem for path in (sweeps_folder() / "wandb").glob("*.yaml")} == set(sweep_files())
 
 
+@pytest.mark.slow
 def test_an_agent_runs_a_job_of_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `wandb agent` puts in place of ${args_no_hyphens}: key=value for each parameter."""
     monkeypatch.chdir(tmp_path)
@@ -76,6 +79,7 @@ def test_an_agent_runs_a_job_of_the_sweep(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(Path("swept").glob("*/metrics.json"))) == 1
 
 
+@pytest.mark.slow
 def test_jobs_that_were_checked_are_those_that_hydra_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same folders, same configs, same plans, whether Hydra's launcher composes each job anew or not."""
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,7 @@ from pruneexp.files import write_atomic
 from pruneexp.tracker import Local, LocalRun, Trackers, flat_metrics, status_of
 from pruneexp.tracker.environment import git_revision
 from pruneexp.types import Plan, RunError
+from tests.cases import each
 from tests.tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, contents, finished, record
 
 # The run folder
@@ -117,7 +118,7 @@ def test_a_full_disk_names_the_folder_and_the_file(tmp_path, monkeypatch):
     run.fail("full")  # says so and raises nothing: the reason must reach the user
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1.0", None, torch.ones(2)])
+@each("value", [float("nan"), float("inf"), "1.0", None, torch.ones(2)])
 def test_a_metric_that_is_no_finite_number_is_refused_by_name(tmp_path, value):
     other = Recorder([])
     trackers = Trackers((LocalRun(False), other))
@@ -190,6 +191,7 @@ def test_trackers_start_first_to_last_and_end_last_to_first():
     ]
 
 
+@pytest.mark.slow
 def test_trackers_cost_no_import_before_they_start():
     code = (
         "import sys; from pruneexp.tracker import Local, Wandb; import pruneexp.report, pruneexp.progress;"

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from datetime import datetime
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
     def refuse(dir):
         raise PermissionError(13, f"Permission denied in {dir}")
 
-    monkeypatch.setattr(folder.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     refused = rf"^run.dir='.*/a/b': {tmp_path} cannot be written to \(Permission denied in {tmp_path}\); expected a "
     with pytest.raises(ConfigError, match=refused):
         check_folder(tmp_path / "a" / "b", overwrite=False)
@@ -187,6 +188,7 @@ def test_write_atomic_keeps_the_old_file_when_it_cannot_write_the_new_one(tmp_pa
 # Status
 
 
+@pytest.mark.slow
 def test_a_killed_run_counts_as_interrupted(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from pruneexp.tracker import LocalRun;"

@@ -19,6 +19,7 @@ from pruneexp.cli.sweep_end import hand_over
 from pruneexp.tracker import LocalRun, Trackers, Wandb, status_of
 from pruneexp.tracker.weights_and_biases import _histograms
 from pruneexp.types import ConfigError, RunRecord
+from tests.cases import each
 from tests.tracker_samples import ATTENTION, CONFIG, METRICS, MLP, PLAN, SCORES, SITES, record
 
 
@@ -40,10 +41,7 @@ def tracker(mode: str | None = None) -> Wandb:
     return Wandb(project="pruneexp", entity=None, mode=mode, tags=["probe"])
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [("project", ""), ("entity", 3), ("mode", "onlin"), ("tags", "probe"), ("tags", [1])],
-)
+@each("field, value", [("project", ""), ("entity", 3), ("mode", "onlin"), ("tags", "probe"), ("tags", [1])])
 def test_wandb_settings_that_cannot_work(field, value):
     settings = {"project": "p", "entity": None, "mode": None, "tags": [], field: value}
     with pytest.raises(ConfigError, match=rf"^{field}=.*: expected "):
@@ -59,6 +57,7 @@ def read_back(folder: Path) -> tuple[dict, list[dict]]:
     return json.loads(summary), [json.loads(line) for line in records.splitlines()]
 
 
+@pytest.mark.slow
 def test_an_offline_run_can_be_read_back(tmp_path, no_account):
     folder = tmp_path / "run"
     trackers = Trackers((LocalRun(False), tracker()))
@@ -145,6 +144,7 @@ def logged_table(folder: Path) -> tuple[list[str], list[list]]:
     return content["columns"], content["data"]
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_sweep_can_be_read_back(tmp_path, no_account):
     header = ["job", "status", "search.steps", "pruned/ppl/stories@128"]
     rows = [["aa", "done", 3, 6.5], ["bb", "failed", "", ""], ["cc", "done", 4, 7]]
@@ -169,6 +169,7 @@ def test_agents_of_a_sweep_of_wandbs_own_add_no_summaries(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_from_jobs_to_summary(tmp_path, no_account, monkeypatch):
     """One group holds every job, with its plan, and the summary: the table of summary.csv and the report's figures."""
     monkeypatch.chdir(tmp_path)
@@ -212,6 +213,7 @@ def test_a_summary_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == "pruneexp: no summary of the sweep for the tracker: disk full\n"
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_failed_in_wandb(tmp_path, no_account):
     trackers = Trackers((LocalRun(False), tracker("offline")))
     trackers.start(record(tmp_path / "run"))

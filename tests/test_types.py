@@ -27,6 +27,7 @@ from pruneexp.types import (
     SiteWeights,
     unit_scores,
 )
+from tests.cases import each
 from tests.toy_sites import HEAD, block, layer_sites, model_sites, params
 
 SITES = model_sites(2)
@@ -39,7 +40,7 @@ def test_a_sites_channels_go_by_unit():
     assert site.keep_C([]).dtype == torch.int64 and len(site.keep_C([])) == 0
 
 
-@pytest.mark.parametrize("kept", [(1, 0), (0, 0), (0, 4), (-1,)])
+@each("kept", [(1, 0), (0, 0), (0, 4), (-1,)])
 def test_kept_units_are_ascending_distinct_and_there(kept):
     with pytest.raises(ValueError, match="expected ascending, distinct unit indices below 4"):
         SitePlan("attention", 4, kept)

@@ -16,6 +16,8 @@ from pruneexp.export.vllm_proof import check_loader_rules
 from pruneexp.types import RunError
 from tests.llama_like import MODELS, model_logits, pruned_folder
 
+pytestmark = pytest.mark.slow
+
 EVEN = ((0, 5), (2, 0), (2, 7))  # attention units and FFN channels that stay in each layer
 
 

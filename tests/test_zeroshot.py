@@ -21,6 +21,7 @@ from pruneexp.evaluator.task_files import TASKS, read_task
 from pruneexp.evaluator.zeroshot import PUBLISHED
 from pruneexp.experiment.run import run_experiment
 from pruneexp.types import ConfigError, RunError
+from tests.cases import each
 from tests.task_samples import FILES, HUB, SOURCES, write_files
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "tasks"
@@ -122,6 +123,7 @@ def test_scores_by_hand(data, llama):
     assert found.figures == {"acc": sum(best) / 3, "acc_norm": sum(best_norm) / 3}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real tasks' files")
 @pytest.mark.parametrize("name", TASKS)
 def test_real_files_ask_as_the_harness_does(name, monkeypatch):
@@ -217,6 +219,7 @@ def test_nothing_of_the_run_is_touched(data, llama):
     assert dict(llama.tokenizer.special_tokens_map) == settings
 
 
+@pytest.mark.slow
 def test_a_run_keeps_every_item(data, build_from):
     overrides = ["evaluator=[zeroshot]", f"evaluator.zeroshot.data={data}", "evaluator.zeroshot.tasks=[piqa,arc_easy]"]
     metrics = run_experiment(build_from(*overrides, "run.dir=run", "run.save=false", "dataset.samples=2")).metrics
@@ -224,8 +227,8 @@ def test_a_run_keeps_every_item(data, build_from):
     kept = [json.loads(Path("run/samples", f"zeroshot_{when}.json").read_text()) for when in ("dense", "pruned")]
     asked = [each["tasks"]["piqa"]["requests_sha256"] for each in kept]
     assert asked[0] == asked[1]
-    for when, each in zip(("dense", "pruned"), kept, strict=True):
-        assert each["tasks"]["piqa"]["figures"]["acc"] == metrics[f"{when}/acc/piqa@0shot[3]"]
+    for when, one in zip(("dense", "pruned"), kept, strict=True):
+        assert one["tasks"]["piqa"]["figures"]["acc"] == metrics[f"{when}/acc/piqa@0shot[3]"]
 
 
 DEFINITION = """
@@ -326,6 +329,7 @@ def test_groups_and_filters(few_definitions, llama):
     assert evaluator(llama, llama.tokenizer).keys() >= figures.keys()
 
 
+@pytest.mark.slow
 def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build_from, monkeypatch):
     import datasets
 
@@ -375,8 +379,8 @@ def test_a_model_that_gives_no_numbers(data, llama):
 # mistakes
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
+@each(
+    "changes, expected",
     [
         ({"tasks": []}, r"tasks=\[\]: expected one task or more, each once"),
         ({"tasks": ["piqa", "piqa"]}, r"tasks=\['piqa', 'piqa'\]: expected one task or more, each once"),
@@ -431,7 +435,7 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("name", WITHOUT)
+@each("name", WITHOUT)
 def test_a_wrong_line_is_named(name, tmp_path):
     task, number, change, expected = WITHOUT[name]
     path = write_files(tmp_path) / name
@@ -442,8 +446,8 @@ def test_a_wrong_line_is_named(name, tmp_path):
         a_zeroshot(tmp_path, task).check()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
+@each(
+    "name, content, expected",
     [
         ("valid.jsonl", None, "no file {path}; expected piqa's rows"),
         ("valid-labels.lst", None, "no file {path}; expected the labels of valid.jsonl, one a line"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
 from pruneexp.types import ConfigError, Cost, RunError, Site, SiteWeights
+from tests.cases import each
 from tests.conftest import FAMILIES
 from tests.toy_sites import activations, block
 
@@ -192,8 +194,7 @@ def evidence_for(toy: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[
     return found, made
 
 
-@pytest.mark.parametrize("members", ["sum", "max", "mean"])
-@pytest.mark.parametrize("tokens", ["l2", "mean"])
+@each("members, tokens", itertools.product(["sum", "max", "mean"], ["l2", "mean"]))
 def test_the_formula_unit_by_unit(tokens: str, members: str) -> None:
     toy = block()
     found, made = evidence_for(toy)
@@ -240,6 +241,7 @@ def test_writer_inputs_are_what_the_projections_read(
     assert moments.n == tokens_NT.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["perturb=weights", "perturb=gates", "gradient=exact"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mini_llm_runs_on_every_family(

@@ -230,8 +230,8 @@ def version_of(part: object) -> str:
     module's file. Ours are in `code_version`."""
     kind = part if isinstance(part, type) else type(part)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    foreign = file is not None and not kind.__module__.startswith("pruneexp.")
-    source = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if foreign else ""
+    ours = file is None or kind.__module__.startswith("pruneexp.")
+    source = "" if ours else hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()[:16]
     return f"{kind.__module__}.{kind.__qualname__} {'' if part is kind else repr(part)} {source}"
 
 

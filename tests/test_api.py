@@ -65,6 +65,7 @@ def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_the_readmes_blocks_run(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
     found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:2]
     assert len(found) == 2 and all("pruneexp.prune(" in block for block in found)
@@ -91,6 +92,7 @@ def test_the_callers_model_stays_and_another_one_is_smaller(model: Any, tokenize
     assert repr(result).count("\n") == 0 and len(repr(result)) < 200
 
 
+@pytest.mark.slow
 def test_it_is_what_the_command_does(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
     np.save("windows.npy", tokens.numpy())
     windows = ["dataset=tokens", "dataset.calibration=windows.npy", "dataset.evaluation=windows.npy"]
@@ -152,6 +154,7 @@ def test_in_place_spends_the_callers(tokens: torch.Tensor) -> None:
     assert sum(p.numel() for p in own.parameters()) == result.metrics["pruned/params"]
 
 
+@pytest.mark.slow
 def test_the_callers_world_is_untouched(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -206,6 +209,7 @@ def test_sweeps_give_a_list(capsys: pytest.CaptureFixture[str]) -> None:
         dry.save("nowhere")
 
 
+@pytest.mark.slow
 def test_a_given_model_is_the_model() -> None:
     """Mixtures too, whose fused experts get linear layers of their own."""
     for name in sorted(TINY):
@@ -274,6 +278,7 @@ def other_family() -> Any:
     return MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)).eval()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
     for name, (wrong, message) in wrong_models(model).items():
         with pytest.raises(pruneexp.ConfigError) as caught:

@@ -28,6 +28,7 @@ from pruneexp.search import AlAm, Global, UlUm, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_
 from pruneexp.types import ConfigError, Plan, RunError, Score, SitePlan, unit_scores
+from tests.cases import pairwise
 from tests.conftest import FAMILIES
 
 FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
@@ -385,9 +386,11 @@ def built(group: str, option: str) -> Experiment:
     return build(compose([*typed, f"{group}={option}", *partner, *mandatory(group, option)]))
 
 
-@pytest.mark.parametrize("compensator", choices(conf_folder() / "compensator"))
-@pytest.mark.parametrize("search", choices(conf_folder() / "search"))
-@pytest.mark.parametrize("criterion", choices(conf_folder() / "criterion"))
+GROUPS = ("criterion", "search", "compensator")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(GROUPS, pairwise(*(choices(conf_folder() / group) for group in GROUPS)))
 def test_every_combination_runs_or_is_refused_before_it_starts(
     criterion: str, search: str, compensator: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:

@@ -252,10 +252,12 @@ def test_what_has_no_rounds_is_refused_before_it_starts(
 
 
 def test_one_round_may_stream_and_count_heads(build_from: Callable[..., Any]) -> None:
-    build_from("sparsity=linear", "sparsity.rounds=1", "model.stream=true")
-    build_from("sparsity=cubic", "sparsity.rounds=1", "search=al_mm", "search.heads=3")
+    streamed = build_from("sparsity=linear", "sparsity.rounds=1", "model.stream=true")
+    counted = build_from("sparsity=cubic", "sparsity.rounds=1", "search=al_mm", "search.heads=3")
+    assert streamed.sparsity.shares() == counted.sparsity.shares() == (streamed.sparsity.ratio,)
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)

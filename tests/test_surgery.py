@@ -139,6 +139,7 @@ def test_pruned_twice_is_pruned_once(
     assert torch.equal(logits(once, tokens_NT), logits(twice, tokens_NT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_clean_process_reloads_it_without_this_package(
     family: str, tiny: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path
@@ -152,6 +153,7 @@ def test_a_clean_process_reloads_it_without_this_package(
     assert proof["class"].startswith("Pruned")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "biases", "expected"),
     [(2, False, "MistralForCausalLM"), (2, True, "LlamaForCausalLM"), (1, False, "LlamaForCausalLM")],
@@ -174,6 +176,7 @@ def test_uniform_widths_are_a_stock_architecture(
     assert prove_in_process(model, tmp_path / "model", tokens_NT)["class"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("biases", "expected"), [(False, "MistralForCausalLM"), (True, "GraniteForCausalLM")])
 def test_heads_that_do_not_divide_the_hidden_size_are_relabelled(
     biases: bool, expected: str, source: Callable[..., Any], tokens_NT: torch.Tensor, tmp_path: Path

@@ -5,11 +5,12 @@ From Python: `run`, `prune`, `apply`, `Result`, `ConfigError`, `RunError`, each 
 
 from typing import TYPE_CHECKING, Any
 
+from pruneexp.fingerprint import __version__
+
 if TYPE_CHECKING:
     from pruneexp.api import ConfigError, Plan, Result, RunError, apply, prune, run
 
-__version__ = "0.1.0"
-__all__ = ["ConfigError", "Plan", "Result", "RunError", "apply", "prune", "run"]
+__all__ = ["ConfigError", "Plan", "Result", "RunError", "__version__", "apply", "prune", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,11 +44,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    import pruneexp
+    from pruneexp.fingerprint import __version__
 
     parser = _Parser("pruneexp", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--version", action="version", version=f"pruneexp {pruneexp.__version__}")
+    parser.add_argument("--version", action="version", version=f"pruneexp {__version__}")
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--package", "-p")
     parser.add_argument("--resolve", action="store_true")

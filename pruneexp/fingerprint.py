@@ -13,8 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pruneexp
-
+__version__ = "0.1.0"  # of this package
 ASKED = "asked"  # top-level key of a config: what each `bos` was before it was resolved
 NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra", ASKED)  # where a run goes and is reported, not what it does
 PERPLEXITY = "pruneexp.evaluator.Perplexity"
@@ -248,4 +247,4 @@ def identity(**what: Any) -> str:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {"pruneexp": pruneexp.__version__, **{name: version(name) for name in ("torch", "transformers")}}
+    return {"pruneexp": __version__, **{name: version(name) for name in ("torch", "transformers")}}

@@ -20,7 +20,8 @@ from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import Family
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, filled
+from pruneexp.types.defaults import RECOVERY
 
 logger = logging.getLogger("pruneexp")
 
@@ -254,3 +255,7 @@ def _batches(windows: Tensor, size: int, steps: int, generator: torch.Generator)
         epoch: Sequence[Tensor] = windows[torch.randperm(len(windows), generator=generator)].split(size)
         yield from epoch[:left]
         left -= len(epoch)
+
+
+for _recovery in (NoRecovery, Lora):
+    filled(_recovery, RECOVERY)

@@ -38,7 +38,7 @@ def imported(path: Path) -> set[str]:
 
 @cache
 def file_graph() -> dict[str, set[str]]:
-    """Module -> the modules of ours that it imports. `import pruneexp` itself, for its version, is none."""
+    """Module -> the modules of ours that it imports."""
     modules = {dotted(path) for path in FILES}
 
     def module_of(name: str) -> str:
@@ -49,7 +49,7 @@ def file_graph() -> dict[str, set[str]]:
     graph = {}
     for path in FILES:
         own = {module_of(name) for name in imported(path) if name.split(".")[0] == "pruneexp"}
-        graph[dotted(path)] = own - {dotted(path), "pruneexp"}
+        graph[dotted(path)] = own - {dotted(path)}
     return graph
 
 

@@ -93,11 +93,11 @@ def test_a_reader_that_loses_everything_is_its_mean_output():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_rounded_once_and_leaves_its_arguments_alone(dtype):
+def test_it_is_rounded_once_and_leaves_weights_alone(dtype):
     weight, bias = reader(dtype)
     before, seen, keep = (weight.clone(), bias.clone()), gram(mixed()), torch.arange(0, C, 2)
-    pruned, added = LeastSquares(1e-3, "pruned", True)(weight, bias, seen, keep)
-    exact, exact_bias = LeastSquares(1e-3, "pruned", True)(weight.double(), bias.double(), seen, keep)
+    pruned, added = LeastSquares(1e-3, "pruned", True)(weight, bias, seen.copy(), keep)
+    exact, exact_bias = LeastSquares(1e-3, "pruned", True)(weight.double(), bias.double(), seen, keep)  # spent
     assert torch.equal(pruned, exact.to(dtype)) and torch.equal(added, exact_bias.to(dtype))
     assert torch.equal(weight, before[0]) and torch.equal(bias, before[1])
 
@@ -155,7 +155,7 @@ def test_wanted_outputs_of_the_kept_channels_fit_as_those_of_all(ridge):
     for part_x, part_y in zip(x.split(3), y.split(3), strict=True):
         whole, kept = whole.update(part_x, part_y), kept.update(part_x, part_y)
     assert kept.inputs.gram_CC.shape == (len(keep), len(keep))
-    fits = [LeastSquares(ridge, "dense", True)(weight, bias, seen, keep) for seen in (whole, kept)]
+    fits = [LeastSquares(ridge, "dense", True)(weight, bias, seen.copy(), keep) for seen in (whole, kept)]
     for of_all, of_kept in zip(*fits, strict=True):
         torch.testing.assert_close(of_kept, of_all, rtol=1e-9, atol=1e-10)
     halved = [

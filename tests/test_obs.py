@@ -40,7 +40,8 @@ def test_the_cost_is_the_increase_of_the_squared_error(site, step):
     assert (path.cost_U.diff() >= -1e-9).all()
     for removed in range(1, site.units + 1):
         keep_C = site.keep_C(sorted(path.order_U[removed:].tolist()))
-        weight, bias = LeastSquares(0.0, "pruned", True)(BLOCK.weights[site.name].reader, None, SEEN[site.name], keep_C)
+        own = BLOCK.weights[site.name].reader
+        weight, bias = LeastSquares(0.0, "pruned", True)(own, None, SEEN[site.name].copy(), keep_C)
         assert lost(site, weight, bias, keep_C) == pytest.approx(float(path.cost_U[removed - 1]), rel=1e-6)
         torch.testing.assert_close(path.readers[removed], (weight, bias))
 
@@ -53,7 +54,8 @@ def test_each_step_takes_the_unit_whose_removal_costs_least(site):
         costs = {}
         for unit in kept:
             keep_C = site.keep_C([u for u in kept if u != unit])
-            reader = LeastSquares(0.0, "pruned", True)(BLOCK.weights[site.name].reader, None, SEEN[site.name], keep_C)
+            own = BLOCK.weights[site.name].reader
+            reader = LeastSquares(0.0, "pruned", True)(own, None, SEEN[site.name].copy(), keep_C)
             costs[unit] = lost(site, *reader, keep_C)
         assert int(path.order_U[removed]) == min(costs, key=costs.__getitem__)
         kept.remove(int(path.order_U[removed]))

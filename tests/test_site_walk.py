@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ BOTH = ["heads", "channels"]
 class Raw:
     """Everything that was seen, as it was."""
 
+    of: ClassVar[Any] = None  # of everything
     source = "wanted"
 
     x: tuple[Any, ...] = ()

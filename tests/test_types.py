@@ -25,6 +25,7 @@ from pruneexp.types import (
     Site,
     SitePlan,
     SiteWeights,
+    evidence_kinds,
     unit_scores,
 )
 from tests.cases import each
@@ -199,4 +200,49 @@ def test_gradient_and_zeroth_order_evidence_fit():
         estimate = estimate.update(direction, float((weights.reader * z).sum()))
     cosine = torch.cosine_similarity((estimate.sum_OC / estimate.n).flatten(), weights.reader.flatten(), dim=0)
     assert cosine > 0.5
+    evidence_kinds((Saliency, SlopeGradient))  # what a method names is filled in
     assert isinstance(saliency, Evidence) and isinstance(estimate, Evidence)
+
+
+class Bare:
+    """A search that says nothing of itself."""
+
+    local = False
+
+
+class Slotted:
+    __slots__ = ()
+
+
+def test_what_a_part_leaves_out_is_filled_in_once() -> None:
+    from pruneexp.types import ConfigError, defaults, filled
+
+    part = filled(Bare(), defaults.SEARCH)
+    assert part.granularity == ("heads", "channels") and part.heads is None and not part.probes
+    part.check((), None)  # nothing is said against any budget
+    part.granularity = ["blocks"]
+    assert filled(part, defaults.SEARCH).granularity == ["blocks"], "what is there stays"
+    with pytest.raises(ConfigError, match="Slotted has no granularity and cannot be given one"):
+        filled(Slotted(), defaults.SEARCH)
+
+
+def test_our_own_parts_have_every_member() -> None:
+    import inspect
+
+    from pruneexp import criterion, dataset, evaluator, evidence, search
+    from pruneexp.types import defaults
+
+    for package, expected in (
+        (search, defaults.SEARCH),
+        (criterion, defaults.CRITERION),
+        (evaluator, defaults.EVALUATOR),
+        (evidence, defaults.EVIDENCE),
+        (dataset, defaults.DATASET),
+    ):
+        kinds = [vars(package)[name] for name in package.__all__ if inspect.isclass(vars(package)[name])]
+        assert len(kinds) > 2
+        for kind in kinds:
+            if kind.__name__ in ("WindowSource", "GateDerivatives"):  # a protocol, and what evidence is made of
+                continue
+            members = {*dir(kind), *getattr(kind, "__dataclass_fields__", ())}
+            assert set(expected) <= members, kind

@@ -15,11 +15,10 @@ from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.meter import Meter
 from pruneexp.calibrate.walk import Visit, check_finite, enter_all, observe
-from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.types import Block, ConfigError, Cost, Site
+from pruneexp.types import Block, ConfigError, Cost, Site, updated_
 
 KEPT_BYTES = 2**28  # of readers' inputs that are held until the sublayer has been shrunk, rather than made once more
 
@@ -222,7 +221,7 @@ class _Parts:
         """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and of its wanted output.
         The input is `known` already, or the layer is run up to it. The channels `keep_C` are held for the run of the
         shrunk layer."""
-        narrows, path = hasattr(kind, "of"), site_parts(self.model.family, site)[1]
+        narrows, path = kind.of is not None, site_parts(self.model.family, site)[1]
         evidence = kind.of(site, keep_C) if narrows else kind.empty(site)
         held, inputs = 0, self.inputs.setdefault(site.kind, {})
         for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
@@ -238,7 +237,7 @@ class _Parts:
             kept_BTK = input_BTC
             if input_BTC.shape[-1] != len(keep_C):
                 kept_BTK = input_BTC.index_select(-1, keep_C.to(input_BTC.device))
-            evidence = grown(evidence, kept_BTK if narrows else input_BTC, wanted_BTD)
+            evidence = updated_(evidence, kept_BTK if narrows else input_BTC, wanted_BTD)
             held += kept_BTK.nbytes
             if len(keep_C) and held <= KEPT_BYTES:  # a sublayer that loses all has no reader any more
                 inputs[number] = kept_BTK

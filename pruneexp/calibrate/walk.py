@@ -15,12 +15,11 @@ from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.meter import Meter
 from pruneexp.calibrate.whole_model import WholeModelEvidence
-from pruneexp.evidence import grown
 from pruneexp.model import Call, Model
 from pruneexp.model.half import overflow_hint
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.types import Block, ConfigError, RunError, Site
+from pruneexp.types import Block, ConfigError, RunError, Site, updated_
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ class _Watch:
     def add(self, x_BTC: Tensor) -> None:
         self.tokens += x_BTC.shape[0] * x_BTC.shape[1]
         for kind in self.kinds:
-            self.evidence[kind][self.site.name] = grown(self.evidence[kind][self.site.name], x_BTC)
+            self.evidence[kind][self.site.name] = updated_(self.evidence[kind][self.site.name], x_BTC)
 
 
 def _fingerprint(layer: nn.Module) -> tuple:

@@ -21,8 +21,16 @@ from pruneexp.evidence import Gram
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import value_before
 from pruneexp.search import scored_as
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, defaults, filled
 
+DEFAULTS: dict[type, Mapping[str, Any]] = {
+    types.Criterion: defaults.CRITERION,
+    types.Dataset: defaults.DATASET,
+    types.Evaluator: defaults.EVALUATOR,
+    types.Recovery: defaults.RECOVERY,
+    types.Search: defaults.SEARCH,
+    types.Tracker: defaults.TRACKER,
+}
 PROTOCOLS: dict[str, type | None] = {
     "model": None,
     "dataset": types.Dataset,
@@ -50,7 +58,7 @@ def build(composed: Composed) -> Experiment:
     evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}
     if getattr(parts["model"], "stream", False) and not _typed(composed, "evaluator"):
         # The default list is for a model in memory; what was typed is checked below instead.
-        evaluators = {name: each for name, each in evaluators.items() if getattr(each, "streams", False)}
+        evaluators = {name: each for name, each in evaluators.items() if each.streams}
     experiment = Experiment(**parts, evaluators=evaluators, run=run, seed=seed, config=config, job=composed.job)
     check_together(experiment)
     return experiment
@@ -66,7 +74,7 @@ def check_together(experiment: Experiment) -> None:
     _check_granularity(experiment)
     _check_rounds(experiment)
     half = getattr(experiment.model, "dtype", "auto") in ("float16", "bfloat16")
-    if half and any(getattr(kind, "wide", False) for kind in types.evidence_kinds(experiment.criterion.evidence)):
+    if half and any(kind.wide for kind in types.evidence_kinds(experiment.criterion.evidence)):
         chosen = experiment.job["choices"]["criterion"]
         raise ConfigError(
             f"model.dtype={experiment.model.dtype!r}: its rounding hides the finite differences of criterion={chosen}; "
@@ -93,7 +101,7 @@ def check_together(experiment: Experiment) -> None:
                 "compensator.sequential=False: with model.stream=true, the covariances of all layers would be held at "
                 "once; expected true"
             )
-        if getattr(experiment.search, "probes", False):
+        if experiment.search.probes:
             chosen = experiment.job["choices"]["search"]
             raise ConfigError(
                 f"model.stream=True: search={chosen} measures the loss of many structures; "
@@ -104,7 +112,7 @@ def check_together(experiment: Experiment) -> None:
                 f"model.stream=True: recovery={experiment.job['choices']['recovery']} needs backward passes "
                 "through the whole model; expected model.stream=false, or recovery=none"
             )
-        held = [name for name, each in experiment.evaluators.items() if not getattr(each, "streams", False)]
+        held = [name for name, each in experiment.evaluators.items() if not each.streams]
         if held:
             raise ConfigError(
                 f"model.stream=True: evaluator={','.join(held)} needs the whole model in memory; "
@@ -115,8 +123,8 @@ def check_together(experiment: Experiment) -> None:
 def _check_granularity(experiment: Experiment) -> None:
     """Raises ConfigError where the search removes what the criterion does not score."""
     criterion, search = (experiment.job["choices"][group] for group in ("criterion", "search"))
-    judges = getattr(experiment.criterion, "judges", ("attention", "mlp"))
-    granularity = getattr(experiment.search, "granularity", ("heads", "channels"))
+    judges = experiment.criterion.judges
+    granularity = experiment.search.granularity
     if scored_as(granularity, judges) is not None:
         return
     if not {"attention", "mlp"} & set(judges) and not {"attention", "ffn", "blocks"} & set(granularity):
@@ -141,7 +149,7 @@ def _check_rounds(experiment: Experiment) -> None:
             f"sparsity.rounds={rounds}: with model.stream=true a model is written out once, as it is pruned; "
             "expected model.stream=false, or sparsity=one_shot"
         )
-    heads = getattr(experiment.search, "heads", None)
+    heads = experiment.search.heads
     if heads is not None:
         raise ConfigError(
             f"search.heads={heads}: a count for all rounds together, of which none knows its part; "
@@ -153,13 +161,13 @@ def _check_quantity(experiment: Experiment) -> None:
     """Raises ConfigError where the search removes nothing that the sparsity counts."""
     if experiment.sparsity.of != "kv_cache":
         return
-    heads, granularity = (getattr(experiment.search, name, None) for name in ("heads", "granularity"))
+    heads, granularity = experiment.search.heads, experiment.search.granularity
     if heads is not None:
         raise ConfigError(
             f"sparsity.of='kv_cache': FFN channels, which make up for the rest of search.heads={heads}, fill none; "
             "expected decoder, prunable, macs or bytes"
         )
-    if granularity is not None and not {"heads", "blocks"} & set(granularity):
+    if not {"heads", "blocks"} & set(granularity):
         raise ConfigError(
             f"search.granularity={list(granularity)!r}: expected heads or blocks with sparsity.of=kv_cache, "
             "which nothing else fills"
@@ -242,10 +250,11 @@ class Builder:
 
 def satisfying(part: Any, protocol: type | None, key: str) -> Any:
     """The part, where it has every member of the protocol. Raises ConfigError, saying `key`, where it has not."""
-    absent = [name for name in _members(protocol) if not hasattr(part, name)]
+    optional = {} if protocol is None else DEFAULTS.get(protocol, {})
+    absent = [name for name in _members(protocol) if name not in optional and not hasattr(part, name)]
     if absent:
         raise ConfigError(f"{key}: {type(part).__name__} has no {', '.join(absent)}; see pruneexp.types")
-    return part
+    return filled(part, optional)
 
 
 def _without_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-import pruneexp
 from pruneexp.conf_files import choices, conf_folder, first_comment, key_comments, option_file, sweep_files
+from pruneexp.fingerprint import __version__
 
 USAGE = """\
 usage: pruneexp [group=choice ...] [key=value ...] [options]
@@ -41,7 +41,7 @@ def text(config_dir: str | None = None) -> str:
     """`config_dir`: a folder of the user's, whose choices are listed, too."""
     own = [] if config_dir is None else [Path(config_dir)]
     config = yaml.safe_load((conf_folder() / "config.yaml").read_text())
-    title = f"pruneexp {pruneexp.__version__}: structured, training-free pruning of language models"
+    title = f"pruneexp {__version__}: structured, training-free pruning of language models"
     listed = _groups(config["defaults"], [conf_folder(), *own])
     groups = "\n".join(["groups (* default; a list of evaluators is evaluator=[a,b]):", *listed])
     of_own = {name: folder / "sweep" / f"{name}.yaml" for folder in own for name in choices(folder / "sweep")}

@@ -22,7 +22,7 @@ def hand_over(config: DictConfig, folder: Path, group: str) -> None:
     try:
         node = OmegaConf.to_container(config.tracker, resolve=True)
         tracker = Builder(Composed({"tracker": node}, {}, ())).part("tracker", Tracker)
-        summarise = getattr(tracker, "summarise", None)
+        summarise = tracker.summarise
         if summarise is None:
             return
         from pruneexp.report.contents import report

@@ -53,15 +53,8 @@ class LeastSquares:
     def __call__(
         self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput, keep_C: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        if len(keep_C) == weight_OC.shape[1]:
-            return weight_OC, bias_O
-        return self.in_place(weight_OC, bias_O, evidence.copy(), keep_C)
-
-    def in_place(
-        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput, keep_C: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """As calling it, but worked out in the memory of `evidence`, which is spent. Beside it 8 K O bytes are held
-        for a `Gram`, the result alone for a `WantedOutput`."""
+        """Worked out in the memory of `evidence`, which is spent. Beside it 8 K O bytes are held for a `Gram`, the
+        result alone for a `WantedOutput`."""
         if len(keep_C) == weight_OC.shape[1]:
             return weight_OC, bias_O
         device = weight_OC.device

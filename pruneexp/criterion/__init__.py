@@ -13,6 +13,7 @@ from pruneexp.criterion.propagation import LlmBip
 from pruneexp.criterion.sensitivity import MiniLlm
 from pruneexp.criterion.taylor import Taylor
 from pruneexp.criterion.weights import Magnitude, Random
+from pruneexp.types.defaults import CRITERION, filled
 
 __all__ = [
     "BlockInfluence",
@@ -28,3 +29,19 @@ __all__ = [
     "Taylor",
     "WandaSp",
 ]
+
+for _criterion in (
+    BlockInfluence,
+    Flap,
+    FlapOfficial,
+    Ifso,
+    LlmBip,
+    LossDrop,
+    Magnitude,
+    MiniLlm,
+    Obs,
+    Random,
+    Taylor,
+    WandaSp,
+):
+    filled(_criterion, CRITERION)

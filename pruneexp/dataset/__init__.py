@@ -20,6 +20,7 @@ from pruneexp.dataset.windows import (
     windows_of,
     with_bos,
 )
+from pruneexp.types.defaults import DATASET, filled
 
 __all__ = [
     "Embedded",
@@ -40,3 +41,6 @@ __all__ = [
     "windows_of",
     "with_bos",
 ]
+
+for _dataset in (Embedded, HubText, Text, Tokens):
+    filled(_dataset, DATASET)

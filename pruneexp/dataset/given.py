@@ -20,6 +20,9 @@ class GivenTokens:
 
     name: ClassVar[str] = "tokens"
     contiguous: ClassVar[bool] = False
+    samples: ClassVar[None] = None  # as many as there are
+    length: ClassVar[None] = None
+    evaluation_samples: ClassVar[None] = None
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         pass

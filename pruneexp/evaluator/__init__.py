@@ -12,5 +12,9 @@ from pruneexp.evaluator.perplexity import Perplexity
 from pruneexp.evaluator.questions import Questions
 from pruneexp.evaluator.size import Size
 from pruneexp.evaluator.zeroshot import Zeroshot
+from pruneexp.types.defaults import EVALUATOR, filled
 
 __all__ = ["Generation", "Latency", "Perplexity", "Questions", "Size", "Zeroshot"]
+
+for _evaluator in (Generation, Latency, Perplexity, Questions, Size, Zeroshot):
+    filled(_evaluator, EVALUATOR)

@@ -2,10 +2,11 @@
 
 from pruneexp.evidence.depth import BlockChange, LossWithout
 from pruneexp.evidence.gradients import Gradient, PerSampleGradient
-from pruneexp.evidence.gram import Gram, WantedOutput, grown, others
+from pruneexp.evidence.gram import Gram, WantedOutput, others
 from pruneexp.evidence.influence import BatchDerivatives, GateDerivatives, Influence
 from pruneexp.evidence.statistics import AbsoluteMoments, InputMoments, Moments, RunningFluctuation
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
+from pruneexp.types.defaults import EVIDENCE, filled
 
 __all__ = [
     "AbsoluteMoments",
@@ -23,6 +24,23 @@ __all__ = [
     "Perturbation",
     "RunningFluctuation",
     "WantedOutput",
-    "grown",
     "others",
 ]
+
+for _kind in (
+    AbsoluteMoments,
+    BatchDerivatives,
+    BlockChange,
+    DirectionalGradient,
+    Gradient,
+    Gram,
+    Influence,
+    InputMoments,
+    LossWithout,
+    Moments,
+    PerSampleGradient,
+    Perturbation,
+    RunningFluctuation,
+    WantedOutput,
+):
+    filled(_kind, EVIDENCE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,6 @@ from pruneexp.types import Site
 
 _CHUNK = 2**22  # elements looked at together on a CPU: a Gram is read and written once a chunk
 _ROWS = (64, 256)  # of a Gram's lower triangle, multiplied at once: a quarter of them within these bounds
-
-
-def grown(evidence: Any, *seen: Any) -> Any:
-    """`evidence` of any kind and what was seen since, for whoever alone holds it."""
-    return getattr(evidence, "update_", evidence.update)(*seen)
 
 
 def _add_(sum_C: Tensor, gram_CC: Tensor, x_NC: Tensor) -> None:

@@ -24,7 +24,8 @@ def check_bos(experiment: Experiment, tokenizer: Any) -> None:
     asked: dict[str, Any] = {"dataset": experiment.dataset}
     asked |= {f"evaluator.{name}": each for name, each in experiment.evaluators.items()}
     for key, part in asked.items():
-        if tokenizer is not None and getattr(part, "bos", False):  # where there is none, whoever needs one says so
+        bos = (takes_bos(part) and part.bos) if key == "dataset" else part.bos
+        if tokenizer is not None and bos:  # where there is none, whoever needs one says so
             bos_token(tokenizer, f"{key}.bos")
 
 
@@ -38,7 +39,7 @@ def tell_of_bos(
         return
     lacking: dict[str, Any] = {"dataset": experiment.dataset} if bool((tokens_NT[:, 0] != token).any()) else {}
     for name, each in experiment.evaluators.items():
-        if getattr(each, "lacks_bos", lambda tokenizer, token: False)(model.tokenizer, token):
+        if each.lacks_bos(model.tokenizer, token):
             lacking[f"evaluator.{name}"] = each
     if not lacking:
         return
@@ -77,7 +78,7 @@ def _mended(lacking: dict[str, Any]) -> str:
     """What to type, or where that does not help, what to do."""
     words = []
     for key, part in lacking.items():
-        source = part if key == "dataset" else getattr(part, "dataset", None)
-        as_they_are = source is not None and not getattr(part, "prompts", None) and not takes_bos(source)
+        source = part if key == "dataset" else part.dataset
+        as_they_are = source is not None and not (key != "dataset" and part.prompts) and not takes_bos(source)
         words.append(f"(in the windows of {key} themselves)" if as_they_are else f"{key}.bos=true")
     return " ".join(words)

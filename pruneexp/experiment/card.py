@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-import pruneexp
 from pruneexp.experiment.summary_table import change_text, figure_text, summary
+from pruneexp.fingerprint import __version__
 from pruneexp.types import Plan, Site
 
 TAG = "pruneexp"
@@ -111,7 +111,7 @@ def card_text(card: Card, written: Written) -> str:
     linked = f"[{name}](https://huggingface.co/{card.base_model})" if "/" in card.base_model else name
     recipe = "" if card.recipe == "custom" else f" (recipe `{card.recipe}`)"
     parts = [
-        f"# {name}, pruned\n\n{linked}, made smaller by pruneexp {pruneexp.__version__}{recipe}: whole attention "
+        f"# {name}, pruned\n\n{linked}, made smaller by pruneexp {__version__}{recipe}: whole attention "
         "heads, FFN channels or layers have left it, and what remains is an ordinary, smaller model.\n",
         loading(written),
         *_removed(card),

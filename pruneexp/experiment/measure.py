@@ -46,8 +46,7 @@ def _write(files: Mapping[str, str], folder: Path) -> None:
 def _figures(model: Model, evaluator: Evaluator, name: str, when: str) -> Measured:
     """What the evaluator measures, and the files that it wants kept, by name."""
     found = evaluator(model, model.tokenizer)
-    files = getattr(evaluator, "files", lambda name, when: {})
-    return found, dict(files(name, when))
+    return found, dict(evaluator.files(name, when))
 
 
 def kept(cache: Cache | NoCache, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
@@ -70,7 +69,7 @@ def dense_figures(
 ) -> Measured:
     """The dense model's, from the cache where the evaluator says what it measures on. `basis`: what identifies the
     model and how it is run."""
-    measured_on = getattr(evaluator, "measured_on", lambda tokenizer: None)(model.tokenizer)
+    measured_on = evaluator.measured_on(model.tokenizer)
     if measured_on is None:
         return compute()
     what = {"evaluator": [name, version_of(evaluator)], "inputs": measured_on}

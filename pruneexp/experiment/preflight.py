@@ -32,7 +32,8 @@ from pruneexp.model import Model
 from pruneexp.model.half import multiplied_in
 from pruneexp.progress import waiting
 from pruneexp.pruning.budget import check_mixture, check_pruning, searched_sites
-from pruneexp.types import Budget, ConfigError, evidence_kinds
+from pruneexp.types import Budget, ConfigError, evidence_kinds, filled
+from pruneexp.types.defaults import DATASET
 
 logger = logging.getLogger("pruneexp")
 
@@ -88,12 +89,12 @@ def check_room(experiment: Experiment) -> None:
     """Raises ConfigError where windows, int64 [N, T], of which any number can be had, take more memory than is free:
     it would be hours until that is found while they are made."""
     dataset = experiment.dataset
-    asked = [("dataset.samples", getattr(dataset, "samples", 0), getattr(dataset, "length", 0))]
+    asked = [("dataset.samples", dataset.samples or 0, dataset.length or 0)]
     for name, evaluator in experiment.evaluators.items():
-        source = getattr(evaluator, "dataset", None)
+        source = evaluator.dataset
         key = f"{'dataset' if source == dataset else f'evaluator.{name}.dataset'}.evaluation_samples"
-        length = getattr(evaluator, "length", None) or getattr(source, "length", 0)
-        asked.append((key, getattr(source, "evaluation_samples", 0), length))
+        length = evaluator.length or (source and filled(source, DATASET).length) or 0
+        asked.append((key, (source and source.evaluation_samples) or 0, length))
     free = available_memory(torch.device("cpu"))
     for key, samples, length in asked:
         needed = 8 * samples * (length or 0)
@@ -110,7 +111,7 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
         model = experiment.model.describe()
     tokenizer, vocabulary, max_length = model.tokenizer, model.vocab_size, model.max_length
     dataset, where = experiment.dataset, experiment.dataset.key("calibration")
-    drawn = getattr(dataset, "length", None) if hasattr(dataset, "samples") else None  # else as wide as they come
+    drawn = dataset.length if dataset.samples is not None else None  # else as wide as they come
     if max_length is not None and drawn is not None and drawn > max_length:
         raise ConfigError(f"dataset.length={drawn}: expected at most {max_length}, the model's longest window")
     check_bos(experiment, tokenizer)
@@ -123,29 +124,27 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
         raise ConfigError(f"{wide}; expected at most {max_length}, the model's longest window")
     experiment.recovery.prepare(model.family, len(tokens_NT))
     for name, evaluator in experiment.evaluators.items():
-        prepare = getattr(evaluator, "prepare", None)
-        if prepare is not None:
-            with waiting(f"preparing evaluator {name}"):
-                prepare(tokenizer, vocabulary)
-        longest = getattr(evaluator, "longest", None)
-        if longest is not None and max_length is not None and longest(tokenizer) > max_length:
+        with waiting(f"preparing evaluator {name}"):
+            evaluator.prepare(tokenizer, vocabulary)
+        longest = evaluator.longest(tokenizer)
+        if longest is not None and max_length is not None and longest > max_length:
             raise ConfigError(
-                f"evaluator.{name}: a prompt and what is written after it take {longest(tokenizer)} tokens; "
+                f"evaluator.{name}: a prompt and what is written after it take {longest} tokens; "
                 f"expected at most {max_length}, the model's longest window"
             )
-        windows = getattr(evaluator, "windows", None)
-        if windows is not None:
-            wide = windows(tokenizer).shape[1]
+        windows_NT = evaluator.windows(tokenizer)
+        if windows_NT is not None:
+            wide = windows_NT.shape[1]
             if model.hard_limit and max_length is not None and wide > max_length:
                 raise ConfigError(
                     f"evaluator.{name}.length={wide}: expected at most {max_length}, the model's positions"
                 )
-            share = overlap(tokens_NT, windows(tokenizer))
+            share = overlap(tokens_NT, windows_NT)
             if share:
                 logger.warning(
                     "%.0f %% of the windows that %s is measured on share text with the calibration windows",
                     100 * share,
-                    evaluator.dataset.name,  # type: ignore[attr-defined]
+                    evaluator.dataset.name,
                 )
     return tokenizer, tokens_NT
 
@@ -155,14 +154,14 @@ def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) 
     fitting = [
         f"{group}={experiment.job['choices'].get(group)}"
         for group in ("criterion", "compensator")
-        if any(getattr(kind, "fits", False) for kind in evidence_kinds(getattr(experiment, group).evidence))
+        if any(kind.fits for kind in evidence_kinds(getattr(experiment, group).evidence))
     ]
     sites = [site for site in searched_sites(model, experiment.search) if site.kind in ("attention", "mlp")]
     widest = max((site.channels for site in sites), default=0)
     windows, length = tokens_NT.shape
     if not fitting or windows * length >= FITTED * widest:
         return
-    drawn, enough = hasattr(experiment.dataset, "samples"), -(-FITTED * widest // length)
+    drawn, enough = experiment.dataset.samples is not None, -(-FITTED * widest // length)
     logger.warning(
         "%s: %d calibration tokens, few for %s, which fits weights to up to %d inputs; %s would do, better more",
         f"dataset.samples={windows}" if drawn else experiment.dataset.key("calibration"),
@@ -183,10 +182,10 @@ def foreseen(
     settings, measured = experiment.run, []
     to_share = 0 if shared is None or shared.layers else shared.limit  # what is held already is free no more
     for evaluator in experiment.evaluators.values():
-        windows = getattr(evaluator, "windows", None)
-        if windows is not None:
-            count, length = windows(tokenizer).shape
-            measured.append(Calibration(count, length, getattr(evaluator, "batch_size", 1)))
+        windows_NT = evaluator.windows(tokenizer)
+        if windows_NT is not None:
+            count, length = windows_NT.shape
+            measured.append(Calibration(count, length, evaluator.batch_size))
     return forecast(
         model,
         experiment.method,
@@ -226,7 +225,9 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     with waiting("timing a matrix product"):
         multiplied = multiplied_in(model.dtype, model.device, experiment.model.stream)
         speeds = matmul_speed(multiplied, model.device), matmul_speed(torch.float64, model.device)
-    left_out = [n for n, each in experiment.evaluators.items() if not hasattr(each, "windows") and n != "size"]
+    left_out = [
+        n for n, each in experiment.evaluators.items() if each.windows(inputs.tokenizer) is None and n != "size"
+    ]
     print_forecast(
         expected,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -67,6 +67,4 @@ class Experiment:
         self.cache.check()
         self.dataset.check(evaluation=False)
         for evaluator in self.evaluators.values():
-            check = getattr(evaluator, "check", None)
-            if check is not None:
-                check()
+            evaluator.check()

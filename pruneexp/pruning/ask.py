@@ -15,7 +15,7 @@ def searched(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) 
     """The plan of a search over all layers, which may probe the model where it is held in memory."""
     oracle = None
     if work.tokens_NT is not None and not work.model.streamed:
-        oracle = Probe(work.model, work.tokens_NT, work.record.meter, getattr(work.method.search, "effort", None))
+        oracle = Probe(work.model, work.tokens_NT, work.record.meter, work.method.search.effort)
     try:
         budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
         return asked(work, scores, sites, budget, oracle)[0]
@@ -56,7 +56,7 @@ def _rebalanced(
 ) -> tuple[Plan, float]:
     """A probing search's plan at the biases that it really adds, where the search offers that for nothing."""
     needed, short = _left_over(work, plan, sites, budget)
-    rebalanced = getattr(work.method.search, "rebalanced", None)
+    rebalanced = work.method.search.rebalanced
     if rebalanced is None:
         return plan, short
     plan = rebalanced(plan, scores, sites, replace(budget, added=budget.added + needed))

@@ -46,7 +46,7 @@ def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float)
 
 def searched_sites(model: Model, search: Search) -> list[Site]:
     """What a search may choose from: the sublayers, and whole blocks where these may leave; or blocks alone."""
-    granularity = getattr(search, "granularity", ())
+    granularity = search.granularity
     sites = [] if _blocks_alone(search) else as_searched(model, search, model.sites())
     layers = range(len(model.layers)) if "blocks" in granularity else ()
     return sites + [site for index in layers for site in model.whole_block(index).sites]
@@ -54,14 +54,14 @@ def searched_sites(model: Model, search: Search) -> list[Site]:
 
 def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
     """The sites of some layers, those of experts as one site of whole experts where these may leave."""
-    if "experts" not in getattr(search, "granularity", ()):
+    if "experts" not in search.granularity:
         return list(sites)
     whole = [site for layer in sorted({site.layer for site in sites}) for site in model.whole_experts(layer)]
     return [site for site in sites if site.expert is None] + whole
 
 
 def _blocks_alone(search: Search) -> bool:
-    return set(getattr(search, "granularity", ())) == {"blocks"}
+    return set(search.granularity) == {"blocks"}
 
 
 def biases_added(model: Model, sparsity: Sparsity, compensator: Compensator, sites: Sequence[Site]) -> int:
@@ -87,10 +87,8 @@ def _has_bias(structure: LayerStructure, site: Site) -> bool:
 
 def refusal(search: Search, sites: Sequence[Site], budget: Budget) -> ConfigError | None:
     """Why the search cannot remove so much, where it can tell."""
-    check = getattr(search, "check", None)
     try:
-        if check is not None:
-            check(sites, budget)
+        search.check(sites, budget)
     except ConfigError as error:
         return error
     return None
@@ -101,7 +99,7 @@ def check_mixture(
 ) -> None:
     """Raises ConfigError for what a mixture of experts does not allow, and for whole experts of a model that is none.
     Needs the model's structure, no weights. `chosen`: what the methods are called, by group."""
-    granularity = list(getattr(search, "granularity", ()))
+    granularity = list(search.granularity)
     if not model.mixture:
         if "experts" in granularity:
             raise ConfigError(f"search.granularity={granularity!r}: expected no experts, {model.name} has none")
@@ -111,7 +109,7 @@ def check_mixture(
             f"search.granularity={granularity!r}: expected experts in the place of ffn for a mixture of experts"
         )
     for group, kinds in (("criterion", criterion.evidence), ("compensator", compensator.evidence)):
-        if any(getattr(kind, "by_window", False) for kind in evidence_kinds(kinds)):
+        if any(kind.by_window for kind in evidence_kinds(kinds)):
             raise ConfigError(
                 f"{group}={chosen[group]}: expected another for a mixture of experts; it goes window by window, "
                 "of which an expert sees only some tokens"
@@ -125,7 +123,7 @@ def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator:
         ConfigError: the search cannot remove so much, even if compensation added no bias (the largest ratio it names
             leaves room for all of them); or the compensator cannot walk through such a model.
     """
-    if not _blocks_alone(search) and getattr(compensator.evidence, "source", "") == "wanted":
+    if not _blocks_alone(search) and any(kind.source == "wanted" for kind in evidence_kinds(compensator.evidence)):
         require_sums(model)
     budget, sites = whole_budget(model, search, sparsity, sparsity.ratio), searched_sites(model, search)
     biases = budget.added_params(biases_added(model, sparsity, compensator, sites))

@@ -10,7 +10,8 @@ from torch import Tensor
 from pruneexp.model import Model
 from pruneexp.pruning.record import Record
 from pruneexp.search import KIND, scored_as
-from pruneexp.types import Compensator, Criterion, Plan, Score, Search, Site, Sparsity
+from pruneexp.types import Compensator, Criterion, Plan, Score, Search, Site, Sparsity, evidence_kinds, filled
+from pruneexp.types.defaults import CRITERION, SEARCH
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class Method:
     sparsity: Sparsity
     search: Search
     compensator: Compensator
+
+    def __post_init__(self) -> None:
+        filled(self.criterion, CRITERION)
+        filled(self.search, SEARCH)
+        evidence_kinds(self.criterion.evidence)
+        evidence_kinds(self.compensator.evidence)
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,16 @@ def goes_layer_by_layer(method: Method) -> bool:
 
 def judged_whole(method: Method) -> tuple[str, ...]:
     """Kinds of sites that the criterion judges as wholes: sublayers, blocks; none where it scores their units."""
-    granularity = getattr(method.search, "granularity", ("heads", "channels"))
-    judges = getattr(method.criterion, "judges", ("attention", "mlp"))
+    granularity = method.search.granularity
+    judges = method.criterion.judges
     return tuple(KIND[name] for name in granularity) if scored_as(granularity, judges) == "wholes" else ()
+
+
+def walks_by_sites(compensator: Compensator) -> bool:
+    """Whether its statistics are those of a walk sublayer by sublayer."""
+    return any(kind.source == "wanted" for kind in evidence_kinds(compensator.evidence))
 
 
 def by_site(compensator: Compensator) -> bool:
     """Whether each sublayer is compensated on what the pruned sublayers before it produce."""
-    return compensator.sequential and getattr(compensator.evidence, "source", "") == "wanted"
+    return compensator.sequential and walks_by_sites(compensator)

@@ -59,13 +59,13 @@ def prune_(
 def _all_at_once(work: Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    granularity = getattr(work.method.search, "granularity", ("heads", "channels"))
+    granularity = work.method.search.granularity
     blocks_alone = set(granularity) == {"blocks"}  # nothing is left to compensate
     shown = judged_whole(work.method)
     dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
     with work.record.clock("calibrate"):
         scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
-        if lost := getattr(criterion, "lost", lambda _: 0)(scores):  # said of scores from the cache, too
+        if lost := criterion.lost(scores):  # said of scores from the cache, too
             logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(scores))
         work.scores.update(scores)
     with work.record.clock("search"):
@@ -134,7 +134,7 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
             reader = work.model.block(visit.index).weights[site.name]
             weights = {site.name: replace(reader, writers={}, writer_biases={})}  # whose rows leave, and are not held
             del reader
-            before = hasattr(wanted, "of") and len(keep_C) > 0  # evidence of what stays alone: nothing else need run
+            before = wanted.of is not None and len(keep_C) > 0  # evidence of what stays alone: nothing else need run
             if before:
                 shrink_layer_(work.model, visit.index, alone)
             readers = _readers(work, weights, [site], plan, {site.name: collect(keep_C)})
@@ -222,14 +222,13 @@ def _readers(
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
     compensator = work.method.compensator
-    compensate = getattr(compensator, "in_place", compensator)
     readers = {}
     for site in sites:
         if plan.removed(site):
             own = weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
-            readers[site.name] = compensate(own.reader, own.reader_bias, found, keep_C)
+            readers[site.name] = compensator(own.reader, own.reader_bias, found, keep_C)
             shape, fits = tuple(readers[site.name][0].shape), (len(own.reader), len(keep_C))
             if shape != fits:
                 raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")

@@ -13,8 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pruneexp
-from pruneexp.fingerprint import comparable, config_hash, settings
+from pruneexp.fingerprint import __version__, comparable, config_hash, settings
 from pruneexp.progress import progress
 from pruneexp.tracker import status_of
 from pruneexp.types import ConfigError, Plan
@@ -106,8 +105,8 @@ def _read(folder: Path, name: str, versions: str) -> Run:
     status = _status(folder)
     config, environment = _config(folder), _environment(folder)
     version = environment["versions"].get("pruneexp")
-    if versions == "same" and version != pruneexp.__version__:
-        raise _Unusable(f"of pruneexp {version}, this is {pruneexp.__version__}; versions=any takes it")
+    if versions == "same" and version != __version__:
+        raise _Unusable(f"of pruneexp {version}, this is {__version__}; versions=any takes it")
     metrics = _metrics(_json(folder, "metrics.json"))
     hashed = config_hash(config)
     plan = _plan(folder)

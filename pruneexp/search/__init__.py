@@ -11,6 +11,7 @@ from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
 from pruneexp.search.serve_safe import ServeSafe
 from pruneexp.search.uniform import Uniform
+from pruneexp.types.defaults import SEARCH, filled
 
 __all__ = [
     "KIND",
@@ -31,3 +32,19 @@ __all__ = [
     "layer_budgets",
     "scored_as",
 ]
+
+for _search in (
+    AlAm,
+    AlAmOfficial,
+    AlMm,
+    Evolutionary,
+    Global,
+    Greedy,
+    Layerwise,
+    PolicyGradient,
+    ServeSafe,
+    UlMm,
+    UlUm,
+    Uniform,
+):
+    filled(_search, SEARCH)

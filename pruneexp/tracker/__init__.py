@@ -14,7 +14,8 @@ from pruneexp.tracker.environment import memory_metrics, reset_peak_memory
 from pruneexp.tracker.folder import NOTES, check_folder, claim_folder, clear_unfinished, run_folder, status_of
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
-from pruneexp.types import Plan, RunRecord, Scores, Site, Tracker
+from pruneexp.types import Plan, RunRecord, Scores, Site, Tracker, filled
+from pruneexp.types.defaults import TRACKER
 
 __all__ = [
     "NOTES",
@@ -79,3 +80,7 @@ class Trackers:
     def fail(self, reason: str, trace: str = "") -> None:
         for member in reversed(self.members):
             member.fail(reason, trace)
+
+
+for _tracker in (Local, Wandb):
+    filled(_tracker, TRACKER)

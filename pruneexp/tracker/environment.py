@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import pruneexp
+from pruneexp.fingerprint import __version__
 
 PACKAGES = (
     "torch",
@@ -58,7 +58,7 @@ def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
 @cache
 def _versions() -> dict[str, str | None]:
     # Read from the installed metadata: importing transformers or lm_eval only to ask would cost seconds.
-    versions: dict[str, str | None] = {"python": platform.python_version(), "pruneexp": pruneexp.__version__}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "pruneexp": __version__}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

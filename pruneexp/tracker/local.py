@@ -28,6 +28,8 @@ class LocalRun:
 
     `overwrite`: a finished run in the folder is replaced. Methods raise RunError where the folder cannot be written."""
 
+    summarise = None  # a sweep's table lies beside its jobs
+
     def __init__(self, overwrite: bool) -> None:
         self.overwrite = overwrite
         self._folder: Path | None = None  # None: not claimed (yet, or any more), so there is nothing to write to

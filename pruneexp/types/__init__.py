@@ -11,6 +11,7 @@ A *site* is one prunable axis of one decoder layer: U interchangeable units. Rem
 *writers* (query, key, value; gate, up; fc1) and its columns of the one *reader* (o_proj, down_proj, fc2).
 """
 
+from pruneexp.types.defaults import evidence_kinds, filled, updated_, updates_in_place
 from pruneexp.types.nouns import (
     PLAN_VERSION,
     Block,
@@ -42,7 +43,6 @@ from pruneexp.types.protocols import (
     Search,
     Sparsity,
     Tracker,
-    evidence_kinds,
 )
 
 __all__ = [
@@ -74,5 +74,8 @@ __all__ = [
     "Sparsity",
     "Tracker",
     "evidence_kinds",
+    "filled",
     "unit_scores",
+    "updated_",
+    "updates_in_place",
 ]

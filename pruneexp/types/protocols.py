@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Evidence(Protocol):
-    """What calibration collects for one site. Values: `update` and `merge` return new evidence. Not required:
-    `update_`, which is called in the stead of `update` and may return evidence in the memory of the old.
+    """What calibration collects for one site. Values: `update` and `merge` return new evidence. `update_`, where there
+    is one, is called in the stead of `update` and may return evidence in the memory of the old. What may be left out,
+    here and in the protocols below, is in `types/defaults.py`, with what that means.
 
     `source` says which collector feeds it, and so what `update` receives:
 
     - "reader": `update(x_BTC)`, the reader's input, batch by batch; an expert's tokens, of many windows, as one:
-      `by_window` (a class variable, not required) says that windows must be told apart
+      `by_window` says that windows must be told apart
     - "writer": `update(x_BTD)`, what the site's writers read
     - "wanted": `update(x_BTC, y_BTO)`, the reader's input in the partly pruned model, and the output with which the
-      hidden state behind it would be the dense model's (compensators that walk site by site). Not required:
-      `of(site, keep_C)`, in the stead of `empty`, for evidence of the channels that stay: x is then of these alone
+      hidden state behind it would be the dense model's (compensators that walk site by site). `of(site, keep_C)`, where
+      it is not None, in the stead of `empty`: evidence of the channels that stay; x is then of these alone
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
     - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
     - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
@@ -36,10 +37,15 @@ class Evidence(Protocol):
     - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
       and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
 
-    `fits` (a class variable, not required): weights are fitted to it, as to second moments, which wants many tokens.
+    `fits`: weights are fitted to it, as to second moments, which wants many tokens. `wide`: it takes differences that
+    half precision would round away.
     """
 
     source: ClassVar[str]
+    by_window: ClassVar[bool]
+    fits: ClassVar[bool]
+    wide: ClassVar[bool]
+    of: ClassVar[Any]
 
     @classmethod
     def empty(cls, site: Site) -> Self: ...
@@ -52,21 +58,17 @@ class Evidence(Protocol):
 class Criterion(Protocol):
     """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
     value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
-    search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges` (not
-    required): what it can score, where that is not the units of attention and mlp: "sublayer", "block", as a whole.
-    `lost(scores)` (not required): how many of these stand for a loss that was not finite; the log says so."""
+    search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges`: what
+    it can score: units of "attention" and "mlp", "sublayer", "block", as a whole. `lost(scores)`: how many of these
+    stand for a loss that was not finite; the log says so."""
 
     evidence: ClassVar[Any]
     sequential: bool
+    judges: Any
+
+    def lost(self, scores: Scores, /) -> int: ...
 
     def __call__(self, block: Block, evidence: Mapping[str, Any]) -> Scores: ...
-
-
-def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
-    """What a method's `evidence` names, as a tuple: nothing, one kind, or several."""
-    if wanted is None:
-        return ()
-    return wanted if isinstance(wanted, tuple) else (wanted,)
 
 
 class Oracle(Protocol):
@@ -86,13 +88,23 @@ class Oracle(Protocol):
 
 
 class Search(Protocol):
-    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. Not required:
-    `granularity`, what may leave: units ("heads", "channels", "experts"), whole sublayers ("attention", "ffn"),
-    "blocks"; `probes`, that it cannot do without losses, and so needs the whole model in memory; `check(sites,
-    budget)`, which raises ConfigError for a budget that it cannot meet, before there are scores; `spends(sites, budget,
-    batches)`, the passes over the calibration windows that its probes may cost, for forecasts."""
+    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity`: what
+    may leave: units ("heads", "channels", "experts"), whole sublayers ("attention", "ffn"), "blocks". `heads`: a count
+    to remove in place of the ratio. `probes`: it cannot do without losses, and so needs the whole model in memory.
+    `effort`: passes that it will spend, for a progress bar. `check(sites, budget)` raises ConfigError for a budget that
+    it cannot meet, before there are scores. `spends(sites, budget, batches)`, unless None: the passes over the
+    calibration windows that its probes may cost, for forecasts. `rebalanced(plan, scores, sites, budget)`, unless None:
+    its plan at another budget, for nothing."""
 
     local: ClassVar[bool]
+    granularity: Any
+    heads: int | None
+    probes: bool
+    effort: float | None
+    spends: Any
+    rebalanced: Any
+
+    def check(self, sites: Sequence[Site], budget: Budget, /) -> None: ...
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
@@ -113,8 +125,7 @@ class Sparsity(Protocol):
 
 class Compensator(Protocol):
     """The reader's weight and bias after units are gone. `sequential`: its evidence is collected on what the pruned
-    layers before produce (a second walk). Not required: `in_place`, which is called in its stead, with the same
-    arguments, and may work in the memory of the evidence."""
+    layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory."""
 
     evidence: ClassVar[type | None]
     adds_bias: ClassVar[bool]
@@ -126,10 +137,12 @@ class Compensator(Protocol):
 
 
 class Recovery(Protocol):
-    """Training after pruning. `trains`: it does (and so needs backward passes through the whole model). Not required:
-    `seen(windows)`, the windows that it trains on in all, for forecasts."""
+    """Training after pruning. `trains`: it does (and so needs backward passes through the whole model), `batch` windows
+    at a time. `seen(windows)`, unless None: the windows that it trains on in all, for forecasts."""
 
     trains: ClassVar[bool]
+    batch: int
+    seen: Any
 
     def prepare(self, family: Any, windows: int) -> None:
         """Checks itself against the model's architecture and the number of calibration windows. Raises ConfigError."""
@@ -143,21 +156,48 @@ class Recovery(Protocol):
 class Evaluator(Protocol):
     """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}.
 
-    Called with the dense model, then with the pruned one. Not required: `streams`, that it can do without the whole
-    model in memory; `check()`, `prepare(tokenizer, vocabulary)` and `longest(tokenizer)`, which is the most tokens that
-    the model will see at once, for what can be told before a weight is loaded; `files(name, when)`, what it saw of the
-    last model ("dense", "pruned"), as the contents of files in the run folder's samples/ that begin with its `name`;
-    `measured_on(tokenizer)`, what identifies its inputs (None: nothing does), of one whose figures are the same each
+    Called with the dense model, then with the pruned one. `streams`: it can do without the whole model in memory.
+    `check()`, `prepare(tokenizer, vocabulary)` and `longest(tokenizer)`, the most tokens that the model will see at
+    once, say what can be told before a weight is loaded. `windows(tokenizer)`: those it reads, of its `dataset`,
+    `length` tokens each, `batch_size` at a time, or its `prompts`. `bos`: a beginning-of-sequence token is put in
+    front; `lacks_bos(tokenizer, token)`: what it reads is without one. `files(name, when)`: what it saw of the last
+    model ("dense", "pruned"), as the contents of files in the run folder's samples/ that begin with its `name`.
+    `measured_on(tokenizer)`: what identifies its inputs (None: nothing does), of one whose figures are the same each
     time: the dense model's are then kept.
     """
+
+    streams: bool
+    bos: Any
+    dataset: Any
+    prompts: Any
+    length: Any
+    batch_size: int
+
+    def check(self) -> None: ...
+
+    def prepare(self, tokenizer: Any, vocabulary: int, /) -> None: ...
+
+    def longest(self, tokenizer: Any, /) -> int | None: ...
+
+    def windows(self, tokenizer: Any, /) -> Tensor | None: ...
+
+    def lacks_bos(self, tokenizer: Any, token: int, /) -> bool: ...
+
+    def files(self, name: str, when: str, /) -> Mapping[str, str]: ...
+
+    def measured_on(self, tokenizer: Any, /) -> Any: ...
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]: ...
 
 
 class Dataset(Protocol):
-    """Token windows, int64 [N, T], for calibration and for evaluation."""
+    """Token windows, int64 [N, T], for calibration and for evaluation: `samples` and `evaluation_samples` of `length`
+    tokens, None for as many, or as long, as there are."""
 
     name: str
+    samples: int | None
+    evaluation_samples: int | None
+    length: int | None
 
     def calibration(self, tokenizer: Any) -> Tensor: ...
 
@@ -166,7 +206,10 @@ class Dataset(Protocol):
 
 class Tracker(Protocol):
     """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `trace`: the
-    traceback of what killed it, where it is no user's mistake."""
+    traceback of what killed it, where it is no user's mistake. `summarise(record, header, rows, figures)`, unless None:
+    takes a sweep's table and figures once it has ended."""
+
+    summarise: Any
 
     def start(self, record: RunRecord) -> None: ...
 

@@ -106,7 +106,7 @@ def forecast(
     left, decoder_left = params_left(model, method.search, method.sparsity, method.compensator, budget)
     share = decoder_left / shape.decoder if shape.decoder else 1.0
     measuring = sum(w.tokens * ((1 + share) * shape.forward_flops(w.length) + 2 * 2.0 * shape.head) for w in measured)
-    trains = min(model.batch_size, getattr(recovery, "batch", 0)) if recovery.trains else 0
+    trains = min(model.batch_size, recovery.batch) if recovery.trains else 0
     settings: dict[str, Any] = {"left": left, "trains": trains, "prove": prove}
     held = stages(method, shape, seen, measured, stream=False, **settings)
     streamed = stages(method, shape, seen, measured, stream=True, **settings) if _can_stream(method, recovery) else []
@@ -118,7 +118,7 @@ def forecast(
 
 def _can_stream(method: Method, recovery: Recovery) -> bool:
     sources = {kind.source for kind in evidence_kinds(method.criterion.evidence)}
-    probes = getattr(method.search, "probes", False) or recovery.trains or len(method.sparsity.shares()) > 1
+    probes = method.search.probes or recovery.trains or len(method.sparsity.shares()) > 1
     return not probes and not sources & {"gradient", "influence", "probe"}
 
 

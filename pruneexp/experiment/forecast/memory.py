@@ -17,7 +17,7 @@ from pruneexp.pruning import Method, by_site, goes_layer_by_layer
 from pruneexp.pruning.dense_evidence import empty_bytes
 from pruneexp.search import Evolutionary
 from pruneexp.surgery import STREAMED_SHARD_BYTES
-from pruneexp.types import Site, evidence_kinds
+from pruneexp.types import Site, evidence_kinds, updates_in_place
 
 PARTS = ("weights", "hidden states", "activations", "statistics", "refits", "gradients", "copies")
 
@@ -167,7 +167,7 @@ def _calibrating(method: Method, shape: Shape, seen: Calibration, weights: int, 
 
 def _searching(method: Method, shape: Shape, seen: Calibration, weights: int) -> list[Stage]:
     """Probes of masked structures, or of structures whose readers are fitted anew."""
-    if not getattr(method.search, "probes", False):
+    if not method.search.probes:
         return []
     compensator = method.compensator
     dense = () if compensator.sequential or blocks_alone(method) else evidence_kinds(compensator.evidence)
@@ -180,7 +180,7 @@ def _searching(method: Method, shape: Shape, seen: Calibration, weights: int) ->
             # readers are kept at as many levels as were asked for: seldom more than one a pass, at least those that
             # are judged together
             together = max(criterion.levels, method.search.offspring + 1)
-            levels = min(together, math.ceil(method.search.effort))
+            levels = min(together, math.ceil(method.search.effort or 0))
             # a refit works on a copy of the covariance, and on what the solved columns would give
             scratch = max((8 * site.channels * (site.channels + shape.hidden) for site in shape.sites), default=0)
             wide = sum(min(levels, site.units) * site.channels for site in shape.sites)
@@ -239,7 +239,7 @@ def _of_any_layer(kinds: Sequence[Any], shape: Shape) -> int:
     for site in shape.sites:
         by_layer.setdefault(site.layer, []).append(site)
     sums = (sum(statistics_bytes(kind, sites, shape) for kind in kinds) for sites in by_layer.values())
-    return max(sums, default=0) + _of_widest([kind for kind in kinds if not hasattr(kind, "update_")], shape)
+    return max(sums, default=0) + _of_widest([kind for kind in kinds if not updates_in_place(kind)], shape)
 
 
 def _of_widest(kinds: Sequence[Any], shape: Shape) -> int:

@@ -64,20 +64,20 @@ def work_of(method: Method, recovery: Recovery, model: Model, shape: Shape, budg
         one = _layer_by_layer(method, shape, budget, seen)
     else:
         one = _at_once(method, model, shape, budget, seen)
-    spends = getattr(method.search, "spends", None)
+    spends = method.search.spends
     if spends is not None and budget.ratio > 0:
         sites = searched_sites(model, method.search)
         probes = spends(sites, budget, seen.batches)
         one += Work(forward=probes, losses=probes, float64=_probed_readers(method, sites, shape, budget, seen))
     one += Work(float64=_solves(method, shape, budget))
-    trains = getattr(recovery, "seen", None) if recovery.trains else None
+    trains = recovery.seen if recovery.trains else None
     trained = 0.0 if trains is None else trains(seen.windows) / seen.windows
     return one.times(len(method.sparsity.shares())) + Work(trained, trained, trained)
 
 
 def blocks_alone(method: Method) -> bool:
     """Whether whole blocks leave and nothing else, so that no reader is there to be compensated."""
-    return set(getattr(method.search, "granularity", ())) == {"blocks"}
+    return set(method.search.granularity) == {"blocks"}
 
 
 def _at_once(method: Method, model: Model, shape: Shape, budget: Budget, seen: Calibration) -> Work:

@@ -1,0 +1,90 @@
+"""What somebody's own part may leave out, and what that means: filled in once, where parts come together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pruneexp.types.nouns import ConfigError
+
+Defaults = Mapping[str, Any]
+
+
+def _nothing(*_: Any) -> None: ...
+
+
+def _none_lost(*_: Any) -> int:
+    return 0
+
+
+def _no_files(*_: Any) -> Mapping[str, str]:
+    return {}
+
+
+def _does_not_lack(*_: Any) -> bool:
+    return False
+
+
+EVIDENCE: Defaults = {"by_window": False, "fits": False, "wide": False, "of": None}
+CRITERION: Defaults = {"judges": ("attention", "mlp"), "lost": _none_lost}
+SEARCH: Defaults = {
+    "granularity": ("heads", "channels"),
+    "heads": None,  # a count for all layers, in place of the ratio
+    "probes": False,
+    "effort": None,
+    "check": _nothing,
+    "spends": None,
+    "rebalanced": None,
+}
+RECOVERY: Defaults = {"seen": None, "batch": 0}
+EVALUATOR: Defaults = {
+    "streams": False,
+    "check": _nothing,
+    "prepare": _nothing,
+    "longest": _nothing,  # None: not known
+    "windows": _nothing,  # None: it reads none
+    "files": _no_files,
+    "measured_on": _nothing,
+    "lacks_bos": _does_not_lack,
+    "bos": False,
+    "dataset": None,
+    "prompts": None,
+    "length": None,
+    "batch_size": 1,
+}
+DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None}
+TRACKER: Defaults = {"summarise": None}
+
+
+def filled(part: Any, defaults: Defaults) -> Any:
+    """The part, an object or a class, with what it leaves out. Raises ConfigError for one that takes no attributes."""
+    for name, value in defaults.items():
+        if hasattr(part, name) or name in getattr(part, "__dataclass_fields__", ()):
+            continue
+        try:
+            if isinstance(part, type):
+                setattr(part, name, value)
+            else:
+                object.__setattr__(part, name, value)  # of frozen dataclasses, too
+        except (AttributeError, TypeError):
+            kind = part if isinstance(part, type) else type(part)
+            cannot = f"{kind.__name__} has no {name} and cannot be given one"
+            raise ConfigError(f"{cannot}; expected a class with it") from None
+    return part
+
+
+def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
+    """What a method's `evidence` names, as a tuple: nothing, one kind, or several."""
+    if wanted is None:
+        return ()
+    return tuple(filled(kind, EVIDENCE) for kind in (wanted if isinstance(wanted, tuple) else (wanted,)))
+
+
+def updates_in_place(kind: Any) -> bool:
+    """Whether evidence of this kind takes what is seen into its own memory."""
+    return hasattr(kind, "update_")
+
+
+def updated_(evidence: Any, *seen: Any) -> Any:
+    """The evidence with more seen; in the old one's memory where it has an `update_`."""
+    return getattr(evidence, "update_", evidence.update)(*seen)

@@ -81,10 +81,10 @@ def pruned(made: Any, seen: Calibration = SEEN, results: Results | None = None) 
     """The model pruned on random windows, and what that spent."""
     generator = torch.Generator().manual_seed(0)
     tokens_NT = torch.randint(3, 96, (seen.windows, seen.length), generator=generator)
-    model, meter = made.model.load(), Meter()
-    settings: dict[str, Any] = {"meter": meter, "rng": generator}
-    prune_in_rounds_(model, tokens_NT, made.method, Record(results=results, **settings))
-    return model, meter
+    model, record = made.model.load(), Record(rng=generator)
+    record.results = results or record.results
+    prune_in_rounds_(model, tokens_NT, made.method, record)
+    return model, record.meter
 
 
 # Passes

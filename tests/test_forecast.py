@@ -25,7 +25,7 @@ from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.cache import NoCache
 from pruneexp.calibrate import DenseStates, Meter
-from pruneexp.criterion import obs, shelf
+from pruneexp.criterion import obs, spill
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.evidence.solve import refitted_
 from pruneexp.experiment import preflight
@@ -51,7 +51,7 @@ from pruneexp.experiment.forecast import (
     warn_of_memory,
 )
 from pruneexp.experiment.forecast.memory import statistics_bytes
-from pruneexp.model import Model
+from pruneexp.model import Model, ModelSource
 from pruneexp.pruning.budget import check_pruning
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
@@ -337,7 +337,7 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_is_what_a_run_holds(
     overrides: str, foretold: Any, wider: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelf, "SMALL", 0)  # what is small is not counted
+    monkeypatch.setattr(spill, "SMALL", 0)  # what is small is not counted
     seen = Calibration(windows=16, length=64, batch_size=8)
     made, found = foretold(*overrides.split(), path=wider, seen=seen)
     with LiveBytes() as measured:
@@ -424,8 +424,8 @@ def test_a_model_of_70b_parameters_by_arithmetic(cli: Cli, tmp_path: Path, monke
     (tmp_path / "big" / "config.json").write_text(json.dumps(LLAMA_70B))
     np.save("calib.npy", np.full((128, 2048), 7))
     answers: list[dict[str, float]] = []
-    dry = experiments.told
-    monkeypatch.setattr(experiments, "told", lambda *given: answers.append(dry(*given)) or answers[0])
+    dry = experiments.tell_forecast
+    monkeypatch.setattr(experiments, "tell_forecast", lambda *given: answers.append(dry(*given)) or answers[0])
     with LiveBytes() as measured:
         code, out, err = cli(
             "model.path=big",
@@ -506,7 +506,7 @@ def test_a_warning_names_what_weighs(foretold: Any, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_a_disk_too_small_for_the_checkpoint(stream: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    monkeypatch.setattr(experiments.ModelSource, "describe", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(ModelSource, "describe", lambda *_: pytest.fail("too late"))
     code, _, err = cli("run.dir=run", f"model.stream={stream}")
     assert code == 2 and err.count("\n") == 1 and not Path("run").exists()
     assert err.startswith("pruneexp: run.dir='run': the pruned checkpoint takes about ") and "0 B are free" in err
@@ -539,7 +539,7 @@ def test_a_place_that_cannot_be_written_is_known_at_once(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr(experiments.ModelSource, "check", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(ModelSource, "check", lambda *_, **__: pytest.fail("too late"))
     code, _, err = cli(folder)
     assert code == 2 and err.startswith("pruneexp: run.dir=") and "cannot be written to" in err
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruneexp.compensator import LeastSquares
-from pruneexp.criterion import Obs, shelf
+from pruneexp.criterion import Obs, spill
 from pruneexp.evidence import Gram
 from pruneexp.types import Block, ConfigError, RunError, Site, SiteWeights
 from tests.toy_sites import activations, block, layer_sites
@@ -124,7 +124,7 @@ def test_settings_that_cannot_be(key, settings):
 @pytest.fixture
 def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of these sizes are counted, and written, as large ones are."""
-    monkeypatch.setattr(shelf, "SMALL", 0)
+    monkeypatch.setattr(spill, "SMALL", 0)
 
 
 def on_disk(tensor: torch.Tensor) -> bool:
@@ -141,14 +141,14 @@ def on_disk(tensor: torch.Tensor) -> bool:
 def test_beyond_the_limit_tensors_are_mapped_files_without_a_name(dtype, small_counts, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     first, second = (torch.randn(30, 20, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
-    size, before = 600 * dtype.itemsize, shelf.held_bytes()
+    size, before = 600 * dtype.itemsize, spill.held_bytes()
     limit = before + 1.5 * size
-    kept, written = shelf.shelved(first, limit), shelf.shelved(second.T, limit)
-    assert kept is first and not on_disk(kept) and shelf.held_bytes() == before + size
+    kept, written = spill.spilled(first, limit), spill.spilled(second.T, limit)
+    assert kept is first and not on_disk(kept) and spill.held_bytes() == before + size
     assert on_disk(written) and torch.equal(written, second.T) and written.dtype == dtype
     assert not list(tmp_path.iterdir())
     del first, kept  # what is gone makes room
-    assert shelf.held_bytes() == before and shelf.shelved(second, limit) is second
+    assert spill.held_bytes() == before and spill.spilled(second, limit) is second
 
 
 def test_little_memory_changes_no_reader(small_counts):

@@ -13,7 +13,7 @@ import torch
 from pruneexp.cache import NoCache
 from pruneexp.calibrate import DenseStates, Meter, site_walk, walk_sites
 from pruneexp.compensator import LeastSquares
-from pruneexp.criterion import Obs, WandaSp, shelf
+from pruneexp.criterion import Obs, WandaSp, spill
 from pruneexp.evidence import Moments, WantedOutput
 from pruneexp.model.sites import site_parts
 from pruneexp.pruning import Method, prune_
@@ -174,7 +174,7 @@ def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(fami
 
 
 def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monkeypatch):
-    monkeypatch.setattr(shelf, "SMALL", 0)
+    monkeypatch.setattr(spill, "SMALL", 0)
     found = []
     for memory in (8.0, 0.0):
         model = tiny("llama")

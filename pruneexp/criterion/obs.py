@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.criterion.shelf import shelved
+from pruneexp.criterion.spill import spilled
 from pruneexp.evidence import Gram
 from pruneexp.evidence.solve import check_ridge, cholesky_, refitted_
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights
@@ -81,7 +81,7 @@ class Obs:
             return order_U, torch.zeros_like(order_U, dtype=weight_OC.dtype)
         hessian_CC = cov_CC.clone()
         hessian_CC.diagonal().add_(self.ridge * cov_CC.diagonal().mean())
-        left = _Left(site.width, torch.cholesky_inverse(cholesky_(hessian_CC, self.ridge)), weight_OC.clone())
+        left = _RemainingUnits(site.width, torch.cholesky_inverse(cholesky_(hessian_CC, self.ridge)), weight_OC.clone())
         step = self.step if site.width == 1 else 1
         order, cost, total = [], [], torch.zeros((), dtype=torch.float64, device=weight_OC.device)
         while left.count:
@@ -93,7 +93,7 @@ class Obs:
         return torch.cat(order), torch.cat(cost)
 
 
-class _Left:
+class _RemainingUnits:
     """The units that are left, by position: H^-1 and W on them, downdated in place as units leave."""
 
     def __init__(self, width: int, inverse_CC: Tensor, weight_OC: Tensor):
@@ -159,7 +159,7 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     made: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cov_CC", shelved(self.cov_CC, self.memory * 2**30))
+        object.__setattr__(self, "cov_CC", spilled(self.cov_CC, self.memory * 2**30))
 
     def __getitem__(self, removed: int) -> tuple[Tensor, Tensor | None]:
         if not 0 <= removed <= self.site.units:
@@ -171,7 +171,7 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
             cov_CC = self.cov_CC.to(self.weight_OC.device, copy=True)  # which the solve works in
             weight, bias = refitted_(self.weight_OC, self.bias_O, cov_CC, self.mean_C, keep_C, self.ridge)
             del cov_CC
-            self.made[removed] = shelved(weight, self.memory * 2**30), bias
+            self.made[removed] = spilled(weight, self.memory * 2**30), bias
             while len(self.made) > self.levels:
                 self.made.pop(next(iter(self.made)))
         return self.made[removed]

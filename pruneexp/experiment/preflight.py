@@ -62,7 +62,7 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
     if not experiment.run.dry:
         check_disk(experiment, outline, budget)
     tokenizer, tokens_NT = read_inputs(experiment)
-    expected = foreseen(experiment, outline, budget, tokenizer, tokens_NT, shared)
+    expected = forecast_of(experiment, outline, budget, tokenizer, tokens_NT, shared)
     return Inputs(outline, budget, tokenizer, tokens_NT, expected)
 
 
@@ -170,7 +170,7 @@ def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) 
     )
 
 
-def foreseen(
+def forecast_of(
     experiment: Experiment,
     model: Model,
     budget: Budget,

@@ -11,20 +11,20 @@ from pruneexp.pruning.method import Pruning
 from pruneexp.types import Budget, Plan, Score, Site
 
 
-def searched(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
+def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
     """The plan of a search over all layers, which may probe the model where it is held in memory."""
     oracle = None
     if work.tokens_NT is not None and not work.model.streamed:
         oracle = Probe(work.model, work.tokens_NT, work.record.meter, work.method.search.effort)
     try:
         budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
-        return asked(work, scores, sites, budget, oracle)[0]
+        return plan_within_budget(work, scores, sites, budget, oracle)[0]
     finally:
         if oracle is not None:
             oracle.close()
 
 
-def asked(
+def plan_within_budget(
     work: Pruning, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget, oracle: Probe | None
 ) -> tuple[Plan, float]:
     """The search's plan, and the parameters that it falls short of the budget (below 0: removed too many).

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
 from pruneexp.model import Model
-from pruneexp.pruning.ask import asked, searched
+from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
 from pruneexp.pruning.budget import as_searched, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_readers
 from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, judged_whole
@@ -73,7 +73,7 @@ def _all_at_once(work: Pruning) -> Plan:
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores
         scores = block_scores(scores, sites) if blocks_alone and not shown else scores
-        plan = searched(work, sites, scores)
+        plan = plan_all_layers(work, sites, scores)
     work.scores = without_readers(work.scores)
     del scores  # and with them the covariances of removal paths
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
@@ -191,7 +191,7 @@ class _Decided:
         scores = {**scores, **expert_scores(scores, sites)}
         work.scores.update(without_readers(scores))
         budget = budget_of(work.model, work.method.sparsity, work.ratio, sites, [visit.index])
-        layer_plan, self.carry = asked(
+        layer_plan, self.carry = plan_within_budget(
             work, scores, sites, replace(budget, added=self.carry, layers=len(work.model.layers)), None
         )
         self.plan = self.plan.merged(Plan(layer_plan.sites))

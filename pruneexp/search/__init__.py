@@ -4,11 +4,11 @@ from pruneexp.search.budgeted import Global
 from pruneexp.search.common import layer_budgets
 from pruneexp.search.evolutionary import Evolutionary
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
-from pruneexp.search.grain import block_scores, expert_scores
 from pruneexp.search.granularity import KIND, scored_as
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
+from pruneexp.search.removable import block_scores, expert_scores
 from pruneexp.search.serve_safe import ServeSafe
 from pruneexp.search.uniform import Uniform
 from pruneexp.types.defaults import SEARCH, filled

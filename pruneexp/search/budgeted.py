@@ -17,7 +17,6 @@ from pruneexp.search.common import (
     standardised,
     z_scores,
 )
-from pruneexp.search.grain import Gone, Grain, Item, bundled, losses_in_order, unit_order, within_reach
 from pruneexp.search.granularity import (
     Granularity,
     check_settings,
@@ -27,6 +26,7 @@ from pruneexp.search.granularity import (
     removal_steps,
 )
 from pruneexp.search.ranking import ranked
+from pruneexp.search.removable import Gone, Item, Removable, bundled, losses_in_order, unit_order, within_reach
 from pruneexp.types import Budget, Oracle, Plan, Scores, Site
 
 # Numbers that differ by rounding alone (0.3 * 10 against 3) must not end on different sides of a tie.
@@ -45,9 +45,9 @@ class Global:
     units; each keeps `min_units`, and FFN widths that shrink become multiples of `multiple`: so many channels leave
     together, the lowest first, and rank by their mean.
 
-    Whole sublayers and blocks rank among them (`grain` has what they are worth): zscore and mean are taken over all of
-    a kind; none and per_parameter judge what they still hold, by its score and that over its cost (of a removal path,
-    units then count by what they add to the cost).
+    Whole sublayers and blocks rank among them (`Removable` says what they are worth): zscore and mean are taken over
+    all of a kind; none and per_parameter judge what they still hold, by its score and that over its cost (of a removal
+    path, units then count by what they add to the cost).
     """
 
     local: ClassVar[bool] = False
@@ -64,7 +64,7 @@ class Global:
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
         if not is_plain(self.granularity, self.multiple):
-            return self._mixed(Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple))
+            return self._mixed(Removable(scores, sites, budget, self.granularity, self.min_units, self.multiple))
         chosen = chosen_sites(sites, self.granularity, budget)
         require(budget, removable(chosen, self.min_units, budget))
         values = self._comparable(scores, sites, budget)
@@ -92,34 +92,39 @@ class Global:
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
 
-    def _mixed(self, grain: Grain) -> Plan:
+    def _mixed(self, removable: Removable) -> Plan:
         """Units in multiples, sublayers and blocks in one ranking."""
-        require(grain.budget, grain.most)
-        values, added = self._of_units(grain), bool(grain.composites) and self.normalise in ("none", "per_parameter")
+        require(removable.budget, removable.most)
+        values, added = (
+            self._of_units(removable),
+            bool(removable.composites) and self.normalise in ("none", "per_parameter"),
+        )
         unit_values = {}
-        for site in grain.fine:
-            score = grain.scores[site.name]
+        for site in removable.fine:
+            score = removable.scores[site.name]
             value_U = values[site.name][unit_order(score, site.units)]
             if added:
-                price = grain.budget.price(site) if self.normalise == "per_parameter" else 1
+                price = removable.budget.price(site) if self.normalise == "per_parameter" else 1
                 value_U = losses_in_order(score, site.units) / price
-            unit_values[site.name] = bundled(value_U, grain.unit_steps[site.name])
-        return ranked(grain, unit_values, _composite_values(grain, self.normalise))
+            unit_values[site.name] = bundled(value_U, removable.unit_steps[site.name])
+        return ranked(removable, unit_values, _composite_values(removable, self.normalise))
 
-    def _of_units(self, grain: Grain) -> Mapping[str, Tensor]:
-        return self._comparable({site.name: grain.scores[site.name] for site in grain.fine}, grain.fine, grain.budget)
+    def _of_units(self, removable: Removable) -> Mapping[str, Tensor]:
+        return self._comparable(
+            {site.name: removable.scores[site.name] for site in removable.fine}, removable.fine, removable.budget
+        )
 
 
-def _composite_values(grain: Grain, normalise: str) -> Callable[[Item, Gone], float]:
+def _composite_values(removable: Removable, normalise: str) -> Callable[[Item, Gone], float]:
     """What a whole sublayer or block counts as in the ranking, given what has left."""
     if normalise == "none":
-        return grain.loss
+        return removable.loss
     if normalise == "per_parameter":
-        return lambda item, gone: grain.loss(item, gone) / grain.cost(item, gone)
+        return lambda item, gone: removable.loss(item, gone) / removable.cost(item, gone)
     known: dict[str, float] = {}
     for kind in ("attention", "mlp", "block"):
-        names = [site.name for site in grain.wholes if site.kind == kind]
-        value = torch.tensor([grain.score[name] for name in names], dtype=torch.float64)
+        names = [site.name for site in removable.wholes if site.kind == kind]
+        value = torch.tensor([removable.score[name] for name in names], dtype=torch.float64)
         if normalise == "mean":
             value = value / value.mean().abs().clamp_min(1e-300)
         elif len(names):

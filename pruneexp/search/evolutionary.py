@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pruneexp.search.budgeted import Global
 from pruneexp.search.common import prunable, require
-from pruneexp.search.grain import Grain, within_reach
 from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain
 from pruneexp.search.levels import Levels, Structures, parabola
+from pruneexp.search.removable import Removable, within_reach
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, RemovalPath, RunError, Scores, Site
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ class Evolutionary:
 
     A structure is judged with the readers of its removal paths, fitted anew, where the criterion gives any. All
     structures meet the budget to the nearest FFN channel (to `multiple` of them, of which FFN widths that shrink become
-    multiples). With attention or ffn in `granularity`, a level may also be all units of such a site (`grain` says what
-    stays); blocks only leave alone. For `effort` plain passes over the calibration tokens:
+    multiples). With attention or ffn in `granularity`, a level may also be all units of such a site (`Removable` says
+    what stays); blocks only leave alone. For `effort` plain passes over the calibration tokens:
 
     1. The best of some starts: the same share everywhere, heads spared or charged more, the allotment of least
        summed removal cost, and, with whole sublayers, what `Global` removes by score over cost. Where the effort is too
@@ -93,8 +93,8 @@ class Evolutionary:
         """Those that it may choose from."""
         chosen = chosen_sites(sites, self.granularity, budget)
         plain = is_plain(self.granularity, self.multiple)
-        grain = None if plain else Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple)
-        return Structures(scores, sites, chosen, budget, self.min_units, grain)
+        removable = None if plain else Removable(scores, sites, budget, self.granularity, self.min_units, self.multiple)
+        return Structures(scores, sites, chosen, budget, self.min_units, removable)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pruneexp.search.grain import BLOCK, SUBLAYER, UNIT, Grain, Item
+from pruneexp.search.removable import BLOCK, SUBLAYER, UNIT, Item, Removable
 from pruneexp.types import Plan
 
 
@@ -15,14 +15,14 @@ class Gates:
     """Independent Bernoulli variables in one vector: the units of each site that may leave, then a gate for every
     sublayer and block. What is inside a closed gate is gone."""
 
-    def __init__(self, grain: Grain):
-        self.grain = grain
-        self.items: list[Item] = [(UNIT, site) for site in grain.fine] + grain.composites
+    def __init__(self, removable: Removable):
+        self.removable = removable
+        self.items: list[Item] = [(UNIT, site) for site in removable.fine] + removable.composites
         self.sizes = [site.units if tier == UNIT else 1 for tier, site in self.items]
         kinds = zip(self.items, self.sizes, strict=True)
         self.kinds = [(tier, site.kind) for (tier, site), size in kinds for _ in range(size)]
         number = {(tier, site.name): i for i, (tier, site) in enumerate(self.items)}
-        block_of = {site.layer: number[tier, site.name] for tier, site in grain.composites if tier == BLOCK}
+        block_of = {site.layer: number[tier, site.name] for tier, site in removable.composites if tier == BLOCK}
         self.holders = [self._holders(item, number, block_of) for item in self.items]
         own = [float(self._own(item, number)) for item in self.items]
         self.cost = torch.tensor(own, dtype=torch.float64).repeat_interleave(
@@ -38,13 +38,13 @@ class Gates:
     def _own(self, item: Item, number: Mapping[tuple[int, str], int]) -> int:
         """What leaves with one variable alone, and with no other."""
         tier, site = item
-        price = self.grain.budget.price(site)
+        price = self.removable.budget.price(site)
         if tier == UNIT:
             return price
         if tier == SUBLAYER:
             return 0 if (UNIT, site.name) in number else site.units * price
-        apart = [s for s in self.grain.inside[site.layer] if {(UNIT, s.name), (SUBLAYER, s.name)} & number.keys()]
-        return price - sum(inner.units * self.grain.budget.price(inner) for inner in apart)
+        apart = [s for s in self.removable.inside[site.layer] if {(UNIT, s.name), (SUBLAYER, s.name)} & number.keys()]
+        return price - sum(inner.units * self.removable.budget.price(inner) for inner in apart)
 
     @property
     def depths(self) -> list[int]:
@@ -91,7 +91,7 @@ class Gates:
                 keep[site.name] = keep.get(site.name, torch.ones(site.units, dtype=torch.bool)) & stays
             else:
                 keep[site.name] = stays
-        return self.grain.plan(keep, out)
+        return self.removable.plan(keep, out)
 
 
 def projected(s: Tensor, cost: Tensor, most: float) -> Tensor:

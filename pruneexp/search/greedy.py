@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.common import require
-from pruneexp.search.grain import BLOCK, SUBLAYER, UNIT, Gone, Grain, losses_in_order, unit_order, within_reach
 from pruneexp.search.granularity import KIND, Granularity, check_settings, least_units, step_units
+from pruneexp.search.removable import BLOCK, SUBLAYER, UNIT, Gone, Removable, losses_in_order, unit_order, within_reach
 from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
 
 logger = logging.getLogger("pruneexp")
@@ -32,9 +32,9 @@ class Greedy:
     first `keep_first` and last `keep_last` layers stay whole, the others keep `min_units` (blocks: one of all).
     Losses that are not finite are skipped and counted; ties in the loss go to the first in the order of the layers.
 
-    Whole sublayers and blocks are units like others (`grain` has their scores). normalise=per_parameter: by what the
-    loss rises by over what leaves, for units that differ in size, and scores likewise. Of an FFN whose widths are to be
-    multiples of `multiple`, the channels of lowest score are probed together.
+    Whole sublayers and blocks are units like others (`Removable` has their scores). normalise=per_parameter: by what
+    the loss rises by over what leaves, for units that differ in size, and scores likewise. Of an FFN whose widths are
+    to be multiples of `multiple`, the channels of lowest score are probed together.
     """
 
     local: ClassVar[bool] = False
@@ -63,16 +63,16 @@ class Greedy:
         if oracle is None:
             raise RunError("the greedy search measures losses: it needs a model in memory and calibration windows")
         inner = self._inner(sites, budget)
-        grain = Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple, inner)
-        require(budget, grain.most)
-        rounds, by_score = _Rounds(self, grain, oracle), self.first == "scores"
+        removable = Removable(scores, sites, budget, self.granularity, self.min_units, self.multiple, inner)
+        require(budget, removable.most)
+        rounds, by_score = _Rounds(self, removable, oracle), self.first == "scores"
         while choices := rounds.choices():
             choices = sorted(choices, key=rounds.score)
             rounds.take(choices[0] if by_score else rounds.probed(choices[: self.shortlist]))
             by_score = False
         if rounds.lost:
             logger.warning("search: %d of %d losses were not finite and were skipped", rounds.lost, rounds.asked)
-        return grain.plan(rounds.keep, rounds.out)
+        return removable.plan(rounds.keep, rounds.out)
 
     def _inner(self, sites: Sequence[Site], budget: Budget) -> set[int]:
         """Layers that may lose anything."""
@@ -108,20 +108,20 @@ class Greedy:
 class _Rounds:
     """One search under way."""
 
-    def __init__(self, method: Greedy, grain: Grain, oracle: Oracle):
-        self.method, self.grain, self.oracle = method, grain, oracle
-        self.keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in grain.chosen if s.kind != "block"}
+    def __init__(self, method: Greedy, removable: Removable, oracle: Oracle):
+        self.method, self.removable, self.oracle = method, removable, oracle
+        self.keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in removable.chosen if s.kind != "block"}
         self.out: set[int] = set()
-        self.left = grain.budget.remove
+        self.left = removable.budget.remove
         self.asked = self.lost = 0  # losses, and those that are NaN or Inf
-        self.score_U = {s.name: unit_scores(grain.scores[s.name]).detach().cpu().double() for s in grain.fine}
-        self.losses_U = {site.name: _by_unit(grain, site) for site in grain.fine}
-        self.place = {site.name: place for place, site in enumerate(grain.sites)}
+        self.score_U = {s.name: unit_scores(removable.scores[s.name]).detach().cpu().double() for s in removable.fine}
+        self.losses_U = {site.name: _by_unit(removable, site) for site in removable.fine}
+        self.place = {site.name: place for place, site in enumerate(removable.sites)}
 
     def choices(self) -> list[Choice]:
         """What may leave, and whose removal brings what is removed nearer to the budget, or as near."""
         found: list[Choice] = []
-        for site in self.grain.fine:
+        for site in self.removable.fine:
             kept = torch.nonzero(self.keep[site.name]).flatten()
             size = self._step(site, len(kept))
             if site.layer in self.out or len(kept) - size < least_units(site, self.method.min_units):
@@ -129,7 +129,7 @@ class _Rounds:
             lowest = kept[self.score_U[site.name][kept].sort(stable=True).indices[:size]].tolist()
             units = [(unit,) for unit in kept.tolist()] if size == 1 == self._multiple(site) else [tuple(lowest)]
             found.extend((UNIT, site, each) for each in units if each)
-        found.extend((tier, site, ()) for tier, site in self.grain.composites if site.layer not in self.out)
+        found.extend((tier, site, ()) for tier, site in self.removable.composites if site.layer not in self.out)
         return [choice for choice in found if 0 < self.cost(choice) <= 2 * self.left + 1e-3]
 
     def _multiple(self, site: Site) -> int:
@@ -142,9 +142,9 @@ class _Rounds:
     def cost(self, choice: Choice) -> int:
         tier, site, units = choice
         if tier == UNIT:
-            return len(units) * self.grain.budget.price(site)
+            return len(units) * self.removable.budget.price(site)
         gone = {name: len(keep_U) - int(keep_U.sum()) for name, keep_U in self.keep.items()}
-        return self.grain.cost((tier, site), Gone({**self.grain.nothing().units, **gone}))
+        return self.removable.cost((tier, site), Gone({**self.removable.nothing().units, **gone}))
 
     def score(self, choice: Choice) -> float:
         """Of what leaves with a choice, as the criterion has it."""
@@ -152,8 +152,8 @@ class _Rounds:
         if tier == UNIT:
             score = self.score_U[site.name][list(units)].mean().item()
         else:
-            inside = [site] if tier == SUBLAYER else self.grain.inside[site.layer]
-            score = self.grain.score[site.name] - sum(map(self._lost, inside))
+            inside = [site] if tier == SUBLAYER else self.removable.inside[site.layer]
+            score = self.removable.score[site.name] - sum(map(self._lost, inside))
         return score / self.cost(choice) if self.method.normalise == "per_parameter" else score
 
     def _lost(self, site: Site) -> float:
@@ -161,7 +161,7 @@ class _Rounds:
         keep_U = self.keep.get(site.name)
         if keep_U is None or keep_U.all():
             return 0.0
-        return self.losses_U[site.name][~keep_U].sum().item() if keep_U.any() else self.grain.score[site.name]
+        return self.losses_U[site.name][~keep_U].sum().item() if keep_U.any() else self.removable.score[site.name]
 
     def take(self, choice: Choice) -> None:
         self.left -= self.cost(choice)
@@ -182,7 +182,7 @@ class _Rounds:
         weighed = self.method.normalise == "per_parameter"
         if weighed:
             structures.append((self.keep, self.out))
-        losses = self.oracle.losses([Candidate(self.grain.plan(keep, out)) for keep, out in structures])
+        losses = self.oracle.losses([Candidate(self.removable.plan(keep, out)) for keep, out in structures])
         if weighed:
             costs = torch.tensor([self.cost(choice) for choice in choices], dtype=torch.float64)
             losses = (losses[:-1] - losses[-1]) / costs
@@ -194,8 +194,8 @@ class _Rounds:
         return choices[int(losses.argmin())]
 
 
-def _by_unit(grain: Grain, site: Site) -> Tensor:
+def _by_unit(removable: Removable, site: Site) -> Tensor:
     """What each unit adds to the loss, in the criterion's terms: float64 [U]."""
-    score = grain.scores[site.name]
+    score = removable.scores[site.name]
     losses_U = losses_in_order(score, site.units)
     return torch.empty_like(losses_U).scatter_(0, unit_order(score, site.units), losses_U)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from pruneexp.search.common import in_order, planned, raw
-from pruneexp.search.grain import Grain, unit_order
 from pruneexp.search.granularity import removal_steps, step_units
+from pruneexp.search.removable import Removable, unit_order
 from pruneexp.types import Budget, Candidate, Plan, RemovalPath, Scores, Site
 
 Levels = dict[str, int]  # site name -> steps taken: units that leave, or multiples of them
@@ -34,28 +34,33 @@ class Structures:
         chosen: Sequence[Site],
         budget: Budget,
         min_units: int,
-        grain: Grain | None = None,
+        removable: Removable | None = None,
     ):
         self.scores, self.sites, self.budget = scores, sites, budget
         self.chosen = in_order(chosen)
-        if grain is not None:
-            able = [site for site in self.chosen if len(grain.steps[site.name]) > 1]
+        if removable is not None:
+            able = [site for site in self.chosen if len(removable.steps[site.name]) > 1]
             self.chosen = able or self.chosen[:1]
-        if grain is None:
+        if removable is None:
             raw(scores, sites)
             self.steps = {site.name: removal_steps(site, min_units, 1) for site in self.chosen}
         else:
-            self.steps = grain.steps
-        size = {s.name: 1 if grain is None else step_units(s, grain.multiple, s in grain.fine) for s in self.chosen}
+            self.steps = removable.steps
+        size = {
+            s.name: 1 if removable is None else step_units(s, removable.multiple, s in removable.fine)
+            for s in self.chosen
+        }
         self.cost = {site.name: size[site.name] * budget.price(site) for site in self.chosen}  # of a step
         self.size = {site.name: -(-site.units // size[site.name]) for site in self.chosen}  # steps of the whole site
-        composites = [] if grain is None else [site for _, site in grain.composites]
+        composites = [] if removable is None else [site for _, site in removable.composites]
         self.composites = bool(composites)
-        self.wholes = [site for site in composites if grain is not None and site in grain.fine]  # may lose all at once
+        self.wholes = [
+            site for site in composites if removable is not None and site in removable.fine
+        ]  # may lose all at once
         self.most = {site.name: len(self.steps[site.name]) - 1 for site in self.chosen}
         # a unit's place in the order in which units leave
         self.place = {site.name: unit_order(scores[site.name], site.units).argsort() for site in self.chosen}
-        able = [site for site in self.chosen if self.most[site.name] or grain is None]
+        able = [site for site in self.chosen if self.most[site.name] or removable is None]
         cheapest = min(self.cost[site.name] for site in self.chosen)
         self.cheap = [site for site in self.chosen if self.cost[site.name] == cheapest]
         self.dear = [site for site in self.chosen if self.cost[site.name] > cheapest]

@@ -14,9 +14,9 @@ from torch import Tensor
 from pruneexp.search.budgeted import Global
 from pruneexp.search.common import in_order, planned, prunable, removed, require
 from pruneexp.search.gates import Gates, as_groups, projected
-from pruneexp.search.grain import UNIT, Grain, bundled, unit_order, within_reach
 from pruneexp.search.granularity import KIND, UNITS, Granularity, check_settings, is_nested, is_plain, step_units
 from pruneexp.search.ranking import ranked
+from pruneexp.search.removable import UNIT, Removable, bundled, unit_order, within_reach
 from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
 
 logger = logging.getLogger("pruneexp")
@@ -82,32 +82,34 @@ class PolicyGradient:
     ) -> Plan:
         if oracle is None:
             raise RunError("the policy gradient measures losses: it needs a model in memory and calibration windows")
-        grain = Grain(scores, sites, budget, self.granularity, self.min_units, self.multiple)
-        require(budget, grain.most)
+        removable = Removable(scores, sites, budget, self.granularity, self.min_units, self.multiple)
+        require(budget, removable.most)
         if budget.ratio == 0:
             return planned({}, sites, budget)
-        gates = Gates(grain)
+        gates = Gates(removable)
         share = 1 - budget.remove / gates.kept(torch.ones(len(gates.cost), dtype=torch.float64))
         learned = gates.split(self._learned(self._started(gates, share, rng), gates, share, oracle, rng))
         if is_nested(self.granularity):
             return self._ranked(gates, learned)
-        stays = {site.name: torch.full((1,), 2.0).double() for site in grain.wholes}  # the best, which no gate closes
+        stays = {
+            site.name: torch.full((1,), 2.0).double() for site in removable.wholes
+        }  # the best, which no gate closes
         known = {site.name: s_U for (_, site), s_U in zip(gates.items, learned, strict=True)}
-        return self._planned({**scores, **stays, **known}, sites, grain.chosen, budget)
+        return self._planned({**scores, **stays, **known}, sites, removable.chosen, budget)
 
     def _started(self, gates: Gates, share: float, rng: torch.Generator) -> Tensor:
         """By the scores: units within their site, gates among those of a kind."""
-        grain, parts = gates.grain, []
+        removable, parts = gates.removable, []
         spread = {
-            kind: torch.tensor([grain.score[s.name] for _, s in grain.composites if s.kind == kind]).double()
+            kind: torch.tensor([removable.score[s.name] for _, s in removable.composites if s.kind == kind]).double()
             for kind in KIND.values()
         }
         for (tier, site), depth in zip(gates.items, gates.depths, strict=True):
             if tier == UNIT:
-                score_U = unit_scores(grain.scores[site.name]).detach().cpu().double()
+                score_U = unit_scores(removable.scores[site.name]).detach().cpu().double()
                 parts.append(self._shaped(score_U, score_U, share ** (1 / depth), rng))
             else:
-                own = torch.tensor([grain.score[site.name]]).double()
+                own = torch.tensor([removable.score[site.name]]).double()
                 parts.append(self._shaped(own, spread[site.kind], share ** (1 / depth), rng))
         return torch.cat(parts)
 
@@ -157,12 +159,12 @@ class PolicyGradient:
     def _ranked(self, gates: Gates, learned: Sequence[Tensor]) -> Plan:
         """What has the lowest probability leaves, sublayers and blocks among the units."""
         known = {(tier, site.name): s for (tier, site), s in zip(gates.items, learned, strict=True)}
-        grain = gates.grain.rescored({site.name: known[UNIT, site.name] for site in gates.grain.fine})
+        removable = gates.removable.rescored({site.name: known[UNIT, site.name] for site in gates.removable.fine})
         units = {}
-        for site in grain.fine:
+        for site in removable.fine:
             s_U = known[UNIT, site.name]
-            units[site.name] = bundled(s_U[unit_order(s_U, site.units)], grain.unit_steps[site.name])
-        return ranked(grain, units, lambda item, gone: known[item[0], item[1].name].item())
+            units[site.name] = bundled(s_U[unit_order(s_U, site.units)], removable.unit_steps[site.name])
+        return ranked(removable, units, lambda item, gone: known[item[0], item[1].name].item())
 
     def _planned(self, scores: Scores, sites: Sequence[Site], chosen: list[Site], budget: Budget) -> Plan:
         """The units of lowest probability leave: of each kind its share, the cheapest kind making up for rounding."""
@@ -176,7 +178,7 @@ class PolicyGradient:
             wanted = left if name == names[-1] else budget.remove * prunable(own, budget) / whole
             if not own:
                 continue
-            most = Grain(scores, own, budget, [name], self.min_units, self.multiple).most
+            most = Removable(scores, own, budget, [name], self.min_units, self.multiple).most
             wanted = min(max(wanted, 0.0), float(most))
             part = replace(budget, total=0, added=wanted)
             search = Global(self.min_units, [name], "none", self.multiple)

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from pruneexp.search.grain import BLOCK, SUBLAYER, UNIT, Gone, Grain, Item
+from pruneexp.search.removable import BLOCK, SUBLAYER, UNIT, Gone, Item, Removable
 from pruneexp.types import Plan, Site
 
 _EPSILON = 1e-3  # numbers that differ by rounding alone must not end on different sides of a tie
@@ -17,7 +17,7 @@ Event = tuple[Item, int, int]  # what left, how many of its units were gone befo
 
 
 def ranked(
-    grain: Grain, unit_values: Mapping[str, Sequence[float]], composite_value: Callable[[Item, Gone], float]
+    removable: Removable, unit_values: Mapping[str, Sequence[float]], composite_value: Callable[[Item, Gone], float]
 ) -> Plan:
     """The plan of a walk up the ranking: the item of lowest value leaves unless it overshoots by more than half the
     cheapest one (or half of itself).
@@ -28,28 +28,28 @@ def ranked(
     that have left come back; where that does not do, layers change as little as they have to. Ties leave in the order
     of layer, units before sublayers before blocks, site name.
     """
-    walk = _Walk(grain, unit_values, composite_value)
+    walk = _Walk(removable, unit_values, composite_value)
     walk.up()
     if walk.left > walk.slack:
         walk.repair()
     met = abs(walk.left) <= walk.slack
-    return grain.plan_without(walk.gone if met else _nearest(grain, walk.gone, abs(walk.left)))
+    return removable.plan_without(walk.gone if met else _nearest(removable, walk.gone, abs(walk.left)))
 
 
 class _Walk:
     def __init__(
         self,
-        grain: Grain,
+        removable: Removable,
         unit_values: Mapping[str, Sequence[float]],
         composite_value: Callable[[Item, Gone], float],
     ):
-        self.grain, self.unit_values, self.composite_value = grain, unit_values, composite_value
-        self.gone, self.left = grain.nothing(), grain.budget.remove
-        self.slack = grain.cheapest / 2 + _EPSILON
-        self.at = {site.name: 0 for site in grain.fine}  # steps taken
-        self.last = {name: len(steps) - 1 for name, steps in grain.unit_steps.items()}
+        self.removable, self.unit_values, self.composite_value = removable, unit_values, composite_value
+        self.gone, self.left = removable.nothing(), removable.budget.remove
+        self.slack = removable.cheapest / 2 + _EPSILON
+        self.at = {site.name: 0 for site in removable.fine}  # steps taken
+        self.last = {name: len(steps) - 1 for name, steps in removable.unit_steps.items()}
         self.holders: dict[int, list[Item]] = {}
-        for item in grain.composites:
+        for item in removable.composites:
             self.holders.setdefault(item[1].layer, []).append(item)
         self.heap: list[tuple[float, int, int, str, int]] = []
         self.items: dict[tuple[int, str], Item] = {}
@@ -58,9 +58,9 @@ class _Walk:
         self.events: list[Event] = []
 
     def up(self) -> None:
-        for site in self.grain.fine:
+        for site in self.removable.fine:
             self._push((UNIT, site))
-        for item in self.grain.composites:
+        for item in self.removable.composites:
             self._push(item)
         while self.heap:
             _, _, tier, name, version = heapq.heappop(self.heap)
@@ -100,7 +100,7 @@ class _Walk:
             if over <= self.slack:
                 break
             (tier, site), _, cost = self.events[number]
-            inside = {inner.name for inner in self.grain.inside[site.layer]} if tier == BLOCK else {site.name}
+            inside = {inner.name for inner in self.removable.inside[site.layer]} if tier == BLOCK else {site.name}
             mine = site.layer == held.layer if BLOCK in (item[0], tier) else site.name == held.name
             if mine or cost > over + self.slack or inside & kept or (tier != BLOCK and site.layer in self.gone.layers):
                 kept |= inside
@@ -116,15 +116,15 @@ class _Walk:
             return False
         if tier == UNIT:
             at = self.at[site.name]
-            return at < self.last[site.name] and self.gone.units[site.name] == self.grain.steps[site.name][at]
+            return at < self.last[site.name] and self.gone.units[site.name] == self.removable.steps[site.name][at]
         return self._cost(item) > 0
 
     def _cost(self, item: Item) -> int:
         tier, site = item
         if tier != UNIT:
-            return self.grain.cost(item, self.gone)
-        steps, at = self.grain.steps[site.name], self.at[site.name]
-        return (steps[at + 1] - steps[at]) * self.grain.budget.price(site)
+            return self.removable.cost(item, self.gone)
+        steps, at = self.removable.steps[site.name], self.at[site.name]
+        return (steps[at + 1] - steps[at]) * self.removable.budget.price(site)
 
     def _take(self, item: Item) -> None:
         (tier, site), cost = item, self._cost(item)
@@ -136,7 +136,7 @@ class _Walk:
             self.gone.units[site.name] = site.units
         else:
             self.at[site.name] += 1
-            self.gone.units[site.name] = self.grain.steps[site.name][self.at[site.name]]
+            self.gone.units[site.name] = self.removable.steps[site.name][self.at[site.name]]
 
     def _return(self, event: Event) -> None:
         (tier, site), units, cost = event
@@ -170,13 +170,13 @@ class _Walk:
         heapq.heappush(self.heap, (value, site.layer, tier, site.name, version))
 
 
-def _nearest(grain: Grain, gone: Gone, off: float) -> Gone:
+def _nearest(removable: Removable, gone: Gone, off: float) -> Gone:
     """What comes nearest to the budget of all there is, else like `gone`, which is `off` by so much: a subset-sum over
     the layers, of few options each; where they have many, `gone`."""
-    layers = sorted({site.layer for site in grain.chosen})
-    if sum(math.prod(len(grain.steps[s.name]) for s in _inside(grain, layer)) for layer in layers) > _MANY:
+    layers = sorted({site.layer for site in removable.chosen})
+    if sum(math.prod(len(removable.steps[s.name]) for s in _inside(removable, layer)) for layer in layers) > _MANY:
         return gone
-    options = [_options(grain, layer) for layer in layers]
+    options = [_options(removable, layer) for layer in layers]
     unit = math.gcd(*(cost for own in options for cost, _, _ in own)) or 1
     reach = [1]  # of the layers from each on: bit n for a sum of n
     for own in reversed(options):
@@ -185,10 +185,10 @@ def _nearest(grain: Grain, gone: Gone, off: float) -> Gone:
             found |= reach[-1] << cost // unit
         reach.append(found)
     sums = [n for n in range(reach[-1].bit_length()) if reach[-1] >> n & 1]
-    rest = min(reversed(sums), key=lambda n: abs(n * unit - grain.budget.remove))
-    if abs(rest * unit - grain.budget.remove) >= off:
+    rest = min(reversed(sums), key=lambda n: abs(n * unit - removable.budget.remove))
+    if abs(rest * unit - removable.budget.remove) >= off:
         return gone
-    result = grain.nothing()
+    result = removable.nothing()
     for layer, own, after in zip(layers, options, reversed(reach[:-1]), strict=True):
         now = next(cost for cost, units, out in own if _is(gone, layer, units, out))
         able = [o for o in own if o[0] // unit <= rest and after >> (rest - o[0] // unit) & 1]
@@ -199,18 +199,18 @@ def _nearest(grain: Grain, gone: Gone, off: float) -> Gone:
     return result
 
 
-def _inside(grain: Grain, layer: int) -> list[Site]:
-    return [site for site in grain.chosen if site.layer == layer and site.kind != "block"]
+def _inside(removable: Removable, layer: int) -> list[Site]:
+    return [site for site in removable.chosen if site.layer == layer and site.kind != "block"]
 
 
-def _options(grain: Grain, layer: int) -> list[tuple[int, dict[str, int], bool]]:
+def _options(removable: Removable, layer: int) -> list[tuple[int, dict[str, int], bool]]:
     """What may leave a layer: its cost, the units of each site, whether the block leaves."""
-    own, found = _inside(grain, layer), []
-    for counts in itertools.product(*(grain.steps[site.name] for site in own)):
-        cost = sum(count * grain.budget.price(site) for count, site in zip(counts, own, strict=True))
+    own, found = _inside(removable, layer), []
+    for counts in itertools.product(*(removable.steps[site.name] for site in own)):
+        cost = sum(count * removable.budget.price(site) for count, site in zip(counts, own, strict=True))
         found.append((cost, {site.name: count for count, site in zip(counts, own, strict=True)}, False))
-    blocks = [site for tier, site in grain.composites if tier == BLOCK and site.layer == layer]
-    return found + [(grain.budget.price(site), {}, True) for site in blocks]
+    blocks = [site for tier, site in removable.composites if tier == BLOCK and site.layer == layer]
+    return found + [(removable.budget.price(site), {}, True) for site in blocks]
 
 
 def _is(gone: Gone, layer: int, units: Mapping[str, int], out: bool) -> bool:

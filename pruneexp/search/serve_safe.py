@@ -10,8 +10,8 @@ import torch
 
 from pruneexp.search.budgeted import Global, removable
 from pruneexp.search.common import checked, planned, prunable, require
-from pruneexp.search.grain import unit_order
 from pruneexp.search.granularity import Granularity, check_multiple, check_settings, chosen_sites, step_units
+from pruneexp.search.removable import unit_order
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from pruneexp.criterion.shelf import shelf_folder
+from pruneexp.criterion.spill import spill_folder
 from pruneexp.experiment.forecast.memory import PARTS, Stage
 from pruneexp.experiment.forecast.shape import Shape
 
@@ -38,7 +38,7 @@ def print_forecast(
     free = "" if available is None else f"; {size(available)} are free here"
     console.print(f"memory at most: {size(found.peak.total)} ({found.peak.name}){free}", soft_wrap=True)
     if found.files:
-        files = f"in files of {shelf_folder()} for a while: {size(found.files)} beyond criterion.memory"
+        files = f"in files of {spill_folder()} for a while: {size(found.files)} beyond criterion.memory"
         console.print(files, soft_wrap=True)
     if not found.streamed:
         console.print("model.stream=true is not possible with these methods")

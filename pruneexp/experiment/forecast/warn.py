@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 
-from pruneexp.criterion.shelf import shelf_folder
+from pruneexp.criterion.spill import spill_folder
 from pruneexp.experiment.forecast.figures import Forecast
 from pruneexp.experiment.forecast.table import size
 
@@ -14,12 +14,12 @@ logger = logging.getLogger("pruneexp")
 
 def warn_of_files(found: Forecast) -> None:
     """Logs one line where the disk may have no room for what lies in files of TMPDIR for a while."""
-    if found.files and found.files > (free := shutil.disk_usage(shelf_folder()).free):
+    if found.files and found.files > (free := shutil.disk_usage(spill_folder()).free):
         logger.warning(
             "up to %s will lie in files of %s for a while, %s are free; what would help: TMPDIR on another disk, a "
             "smaller criterion.levels or search.offspring",
             size(found.files),
-            shelf_folder(),
+            spill_folder(),
             size(free),
         )
 

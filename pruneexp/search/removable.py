@@ -83,7 +83,7 @@ class Gone:
     layers: set[int] = field(default_factory=set)
 
 
-class Grain:
+class Removable:
     """What may leave in one search. `layers`: only there; the layers beside them stay whole.
 
     Raises:
@@ -154,7 +154,7 @@ class Grain:
                 stay |= {stays.name, *(site.name for site in self.inside[stays.layer] if kind == "block")}
         return [(BLOCK if s.kind == "block" else SUBLAYER, s) for s in composites if s.name not in stay]
 
-    def rescored(self, scores: Scores) -> Grain:
+    def rescored(self, scores: Scores) -> Removable:
         """With other scores of units, to the same effect on what may leave."""
         other = copy(self)
         other.scores = {**self.scores, **scores}
@@ -226,4 +226,4 @@ def within_reach(
 ) -> None:
     """Raises ConfigError, naming the largest ratio, where all that may leave is less than the budget."""
     equal = {site.name: torch.zeros(site.units) for site in sites}
-    require(budget, Grain(equal, sites, budget, granularity, min_units, multiple, layers).most)
+    require(budget, Removable(equal, sites, budget, granularity, min_units, multiple, layers).most)

@@ -18,17 +18,17 @@ _held: dict[int, int] = {}  # bytes of the tensors that are kept in memory, by t
 
 
 def held_bytes() -> int:
-    """Of the tensors that `shelved` has left in memory and that are still there."""
+    """Of the tensors that `spilled` has left in memory and that are still there."""
     return sum(_held.values())
 
 
-def shelf_folder() -> Path:
+def spill_folder() -> Path:
     """Where the files lie: TMPDIR, else /var/tmp, which unlike /tmp is on a disk wherever there is one."""
     named = os.environ.get("TMPDIR")
     return Path(named or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir()))
 
 
-def shelved(tensor: Tensor, limit: float) -> Tensor:
+def spilled(tensor: Tensor, limit: float) -> Tensor:
     """`tensor` itself while such tensors take at most `limit` bytes together; else its equal on the CPU, mapped from a
     file without a name: its pages are read when they are looked at, and the system may let go of them at any time.
 
@@ -43,7 +43,7 @@ def shelved(tensor: Tensor, limit: float) -> Tensor:
         _held[number] = size
         weakref.finalize(tensor, _held.pop, number, None)
         return tensor
-    folder = shelf_folder()
+    folder = spill_folder()
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="pruneexp-") as file:
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

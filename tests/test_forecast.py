@@ -478,7 +478,7 @@ def test_too_little_memory_is_said_before_a_weight_is_loaded(
     stream: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "STREAMED_SHARD_BYTES", 0)  # which outweighs so small a model
-    monkeypatch.setattr(experiments, "available_memory", lambda device: 100_000)
+    monkeypatch.setattr(preflight, "available_memory", lambda device: 100_000)
     code, _, err = cli("run.dir=run", f"model.stream={stream}", "run.save=false")
     assert code == 0 and err.count("\n") == 1
     assert err.startswith("WARNING: about ") and "of memory will be needed (" in err and "97.7 KiB are free" in err
@@ -486,7 +486,7 @@ def test_too_little_memory_is_said_before_a_weight_is_loaded(
     assert "a smaller model.batch_size" in err
     log = Path("run/log.txt").read_text()
     assert log.index("of memory will be needed") < log.index("dense/params")
-    monkeypatch.setattr(experiments, "available_memory", lambda device: 2**40)
+    monkeypatch.setattr(preflight, "available_memory", lambda device: 2**40)
     assert cli("run.dir=run", "run.overwrite=true", "run.save=false")[2] == ""
 
 

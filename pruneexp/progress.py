@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -35,12 +36,32 @@ def progress(iterable: Iterable[T], stage: str, total: int | None = None, unit: 
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     stage += _part.get()
-    if not sys.stderr.isatty():
+    notebook = _in_notebook()
+    if not notebook and not sys.stderr.isatty():
         return _lines(iterable, stage, total, unit)
+    # leave=False: the bar makes room when it is done; what took how long is in the summary of the run.
+    bar, shape = _notebook_bar() if notebook else (_bar(), _shape())
+    return iter(bar(iterable, stage, total, leave=False, delay=BAR_AFTER, unit=f" {unit}", **shape))
+
+
+def _in_notebook() -> bool:
+    """Whether stderr is shown in a notebook's cell, which is no terminal and yet looked at."""
+    return "ipykernel" in sys.modules
+
+
+def _bar() -> Any:
     from tqdm import tqdm
 
-    # leave=False: the bar makes room when it is done; what took how long is in the summary of the run.
-    return iter(tqdm(iterable, stage, total, leave=False, delay=BAR_AFTER, unit=f" {unit}", **_shape()))
+    return tqdm
+
+
+def _notebook_bar() -> tuple[Any, dict[str, Any]]:
+    """A widget as wide as the cell, or where there are none (ipywidgets), a line of text that fits it."""
+    if find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm
+
+        return tqdm, {"ncols": "100%"}
+    return _bar(), {"ncols": 80}
 
 
 def _shape() -> dict[str, Any]:
@@ -58,7 +79,8 @@ def waiting(stage: str) -> Iterator[None]:
     where stderr is a file or a pipe, as long as lines are apart."""
     stderr = sys.stderr  # also where it is redirected inside
     timer = threading.Timer(
-        BAR_AFTER if stderr.isatty() else LINE_EVERY, lambda: print(f"{stage} ...", file=stderr, flush=True)
+        BAR_AFTER if stderr.isatty() or _in_notebook() else LINE_EVERY,
+        lambda: print(f"{stage} ...", file=stderr, flush=True),
     )
     timer.daemon = True
     timer.start()

@@ -93,3 +93,14 @@ def test_an_error_in_the_work_comes_through(monkeypatch):
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (93.4, "1:33"), (3605, "1:00:05")])
 def test_clock(seconds, text):
     assert module._clock(seconds) == text
+
+
+def test_a_notebooks_cell_has_a_bar_that_fits(monkeypatch, capsys):
+    """A cell's stderr is no terminal, and yet somebody looks at it."""
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    monkeypatch.setattr(module, "find_spec", lambda name: None)  # without widgets, a line of text
+    monkeypatch.setattr(module, "BAR_AFTER", 0.0)
+    assert list(progress(range(3), "calibrate", 3, "blocks")) == [0, 1, 2]
+    shown = capsys.readouterr().err.split("\r")
+    assert any(line.startswith("calibrate: ") and "0/3" in line for line in shown)
+    assert max(len(line.rstrip("\n")) for line in shown) <= 80

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import copy
 import difflib
-import logging
 import math
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from pruneexp.dataset.offline import hub
+from pruneexp.evaluator.harness_world import SEEDS, quiet, seeded
 from pruneexp.evaluator.task_files import TASKS, TaskRows
-from pruneexp.progress import BAR_AFTER, waiting
+from pruneexp.progress import waiting
 from pruneexp.types import ConfigError, RunError
 
-SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
 TASKS_KEY = "evaluator.zeroshot.tasks"
 
 
@@ -64,8 +59,8 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
     asks_hub = any(name not in rows for name in names)
     with (
         hub() if asks_hub else nullcontext("") as unreachable,
-        _quiet(),
-        _seeded(),
+        quiet(),
+        seeded(),
         waiting("loading the evaluation tasks"),
     ):
         known = [_definitions(name) for name in names if name in TASKS]
@@ -155,7 +150,7 @@ def answer(
         # As the harness does: a definition that says 0 cannot have examples.
         task.set_config(key="num_fewshot", value=own or 0 if shots is None or own == 0 else shots)
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
-    with _quiet(), _seeded(model.devices), waiting(f"evaluating {loaded.name}"):
+    with quiet(), seeded(model.devices), waiting(f"evaluating {loaded.name}"):
         # A copy: the harness gives a tokenizer without a padding token one, which must not be saved with the model.
         tokenizer = copy.deepcopy(model.tokenizer)
         wrapper: Any = huggingface.HFLM  # its decorator hides its parameters from type checkers
@@ -262,46 +257,3 @@ def _figures(results: Mapping[str, Any]) -> dict[str, float]:
     """{"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": ...} -> {"acc": 0.5}."""
     split = {key: key.rsplit(",", 1) for key, value in results.items() if isinstance(value, (int, float))}
     return {_named(*parts): float(results[key]) for key, parts in split.items() if len(parts) == 2}
-
-
-@contextmanager
-def _seeded(devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """The harness's random numbers inside; those of the run go on afterwards as if nothing had been drawn."""
-    import numpy
-
-    plain, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
-        random.seed(SEEDS["random"])
-        numpy.random.seed(SEEDS["numpy"])
-        torch.manual_seed(SEEDS["torch"])
-        try:
-            yield
-        finally:
-            random.setstate(plain)
-            numpy.random.set_state(arrays)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No advice of the harness's about itself, and its bars as ours: on a terminal, after a while, gone when done."""
-    from datasets.utils import logging as datasets_logging
-    from tqdm import tqdm
-
-    logger = logging.getLogger("lm_eval")
-    level, init = logger.level, tqdm.__init__
-
-    def shown_late(self: Any, *args: Any, **kwargs: Any) -> None:
-        late = {"leave": False, "delay": BAR_AFTER, "disable": not sys.stderr.isatty()}
-        init(self, *args, **{**kwargs, **late})
-
-    bars = datasets_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    datasets_logging.disable_progress_bar()
-    tqdm.__init__ = shown_late  # the harness's bars take no setting but the class
-    try:
-        yield
-    finally:
-        tqdm.__init__ = init
-        logger.setLevel(level)
-        if bars:
-            datasets_logging.enable_progress_bar()

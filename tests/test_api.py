@@ -175,6 +175,7 @@ def test_the_callers_world_is_untouched(model: Any, tokenizer: Any, tokens: torc
     assert (logger.level, list(logger.handlers), messages.get_verbosity(), logging.getLogger().level) == world
 
 
+@pytest.mark.slow
 def test_twice_in_a_row_from_threads_and_at_the_same_time(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
     plans, errors = [], []
 
@@ -194,6 +195,7 @@ def test_twice_in_a_row_from_threads_and_at_the_same_time(model: Any, tokenizer:
     assert not errors and len(plans) == 4 and all(plan == plans[0] for plan in plans)
 
 
+@pytest.mark.slow
 def test_sweeps_give_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     typed = ["evaluator=[size]", "dataset.samples=4", "sweep.dir=sweep"]
     found = pruneexp.run(["--multirun", "sparsity.ratio=0.2,0.4", *typed])

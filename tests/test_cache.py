@@ -266,6 +266,7 @@ def test_eight_jobs_at_once_give_what_they_give_one_by_one(tmp_path: Path) -> No
     assert sum("cache: scores from" in path.read_text() for path in tmp_path.glob("p*/log.txt")) == 7
 
 
+@pytest.mark.slow
 def test_no_cache_keeps_nothing(tmp_path: Path) -> None:
     with NoCache().held([KEY]) as entries:
         entries.put(KEY, torch.ones(1))

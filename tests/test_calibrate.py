@@ -316,6 +316,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
 @pytest.mark.parametrize("case", BROKEN)
 def test_numbers_that_are_none_end_the_run_and_name_the_layer(

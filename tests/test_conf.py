@@ -76,6 +76,7 @@ def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]
             yield from targets(value, f"{key}.{name}".lstrip("."))
 
 
+@pytest.mark.slow
 @each("group, option", OPTIONS)
 def test_every_option_builds_and_names_the_fields_of_its_class(group: str, option: str) -> None:
     job = composer().job(overrides(group, option))

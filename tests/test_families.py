@@ -176,6 +176,7 @@ def test_its_weights_by_role_are_what_leaves(name: str, loaded: Made) -> None:
     assert kv - model.kv_elements == sum(plan.removed(site) * site.cost.kv for site in sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW_FIRST)
 @each("granularity", [*GRANULARITIES, "experts"])
 def test_masked_is_shrunk_is_saved(

@@ -41,6 +41,7 @@ def closure() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_file_that_decides_changes_the_key(copied: Path) -> None:
     names = closure()
     assert {"pruneexp.evidence.solve", "pruneexp.surgery.mask", "pruneexp.model.sites"} <= names

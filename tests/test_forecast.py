@@ -179,6 +179,7 @@ def test_a_gram_takes_2_c2_a_token(foretold: Any) -> None:
     assert obs.work.float64 == pytest.approx(gram + 4 * sum(removal_flops(c, 64) for c in (64, 172)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("effort", "batch_size"), [(4, 10), (10, 1), (30, 1)])
 def test_readers_that_probes_ask_for_are_counted(
     effort: int, batch_size: int, foretold: Any, monkeypatch: pytest.MonkeyPatch
@@ -364,6 +365,7 @@ def test_what_cannot_be_streamed_has_no_such_forecast(overrides: str, foretold: 
     assert foretold(overrides)[1].streamed == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_hidden_states_that_jobs_of_a_sweep_share(stream: str, foretold: Any) -> None:
     typed = ["recipe=flap", "compensator=least_squares", f"model.stream={stream}"]

@@ -44,6 +44,7 @@ def test_every_recipe_gives_what_it_gave(model: str, tmp_path: Path) -> None:
     assert not different, "\n".join(different)
 
 
+@pytest.mark.slow
 def test_sweeps_compose_as_they_did() -> None:
     before = frozen("configs")
     assert set(golden.sweeps()) == set(before)

@@ -487,6 +487,7 @@ def test_tables_of_several_models_say_which(tmp_path: Path) -> None:
     assert all(float(row["95 % over seeds, ±"]) >= 0 for row in table)
 
 
+@pytest.mark.slow
 def test_crossed_choices_are_factors_and_an_unbalanced_design_says_so(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     cells = [(c, s) for c in ("flap", "wanda_sp", "magnitude") for s in ("uniform", "global")]
@@ -668,6 +669,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("usage: pruneexp-report FOLDER...") and "exit code: 0 done; 2" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
 def test_a_recipe_is_told_from_its_parts(recipe: str) -> None:
     found, choices = choices_of(config(f"recipe={recipe}"))

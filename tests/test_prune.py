@@ -93,6 +93,7 @@ def test_twice_is_the_same_to_the_bit(chosen: Method, tiny: Callable[..., Model]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("criterion", "search", "compensator"),
     [
@@ -130,6 +131,7 @@ STREAMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STREAMED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_is_in_memory(

@@ -72,6 +72,7 @@ def test_every_choice_that_the_readme_names_exists() -> None:
         assert named and named <= known, (group, named - known)
 
 
+@pytest.mark.slow
 def test_every_command_for_one_run_builds_and_names_a_dataset_for_a_model_of_ones_own() -> None:
     hydra, own = open_hydra(), 0
     for command in pruneexp_commands():
@@ -83,6 +84,7 @@ def test_every_command_for_one_run_builds_and_names_a_dataset_for_a_model_of_one
     assert own >= 8
 
 
+@pytest.mark.slow
 def test_every_command_for_many_runs_composes_its_jobs() -> None:
     sweeps = [command for command in pruneexp_commands() if swept(command)]
     sweeps = [command for command in sweeps if "hydra/sweeper=optuna" not in command]  # a plugin, apart

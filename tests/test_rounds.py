@@ -77,6 +77,7 @@ def test_one_round_is_one_shot_to_the_bit(
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [Linear, Cubic])
 @pytest.mark.parametrize("compensator", [NONE, BIAS, SEQUENTIAL_BIAS], ids=["none", "bias", "sequential"])
 @pytest.mark.parametrize(("criterion", "search"), [(FLAP, GLOBAL), (WANDA, UNIFORM)], ids=["flap", "wanda_sp"])

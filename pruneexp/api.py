@@ -6,7 +6,7 @@ import json
 import random
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -49,8 +49,12 @@ class Result:
         outcome = self._outcome
         if self.model is None or outcome is None:
             raise ConfigError(f"save({str(folder)!r}): this result holds no model; expected one of a run in memory")
-        target = Path(folder).expanduser()
-        save_checkpoint(outcome.model, outcome.plan, replace(outcome.card, metrics=outcome.metrics), target)
+        if any(tensor.is_meta for tensor in self.model.parameters()):
+            raise ConfigError(f"save({str(folder)!r}): has weights on the meta device; expected all in memory")
+        target = _folder(folder)
+        held = outcome.model
+        held.dtype = next((p.dtype for p in held.layers.parameters()), held.dtype)  # it may have been cast since
+        save_checkpoint(held, outcome.plan, replace(outcome.card, metrics=outcome.metrics), target)
         return target
 
 
@@ -64,9 +68,8 @@ def run(overrides: Sequence[str], config_dir: str | None = None) -> Any:
     from pruneexp.cli.sweep import multirun
     from pruneexp.experiment.run import run_experiment
 
-    if isinstance(overrides, str):
-        raise ConfigError(f"overrides={overrides!r}: expected a list, ['recipe=flap', 'sparsity.ratio=0.2']")
-    typed = [str(text) for text in overrides if text not in ("-m", "--multirun")]
+    overrides = _texts(overrides)
+    typed = [text for text in overrides if text not in ("-m", "--multirun")]
     with _undisturbed():
         hydra = open_hydra(config_dir)
         config = asked_for_one(hydra, typed, len(typed) < len(overrides))
@@ -105,8 +108,9 @@ def prune(
         if name not in PARTS:
             raise ConfigError(f"{name}={parts[name]!r}: unknown; expected one of {', '.join(PARTS)}")
     with _undisturbed():
-        typed = [f"recipe={recipe}", f"sparsity.ratio={ratio}", *overrides]
-        experiment = given_experiment((model, tokenizer, tokens), typed, folder, in_place, parts)
+        typed = [f"recipe={recipe}", f"sparsity.ratio={ratio}", *_texts(overrides)]
+        where = None if folder is None else _folder(folder)
+        experiment = given_experiment((model, tokenizer, tokens), typed, where, in_place, parts)
         return _result(run_experiment(experiment, recorded=folder is not None))
 
 
@@ -117,20 +121,37 @@ def apply(model: Any, plan: Plan | str | Path) -> Any:
     from pruneexp.surgery import check_plan, shrink_
 
     with _undisturbed():
-        read = plan if isinstance(plan, Plan) else _plan(Path(plan).expanduser())
+        read = plan if isinstance(plan, Plan) else _plan(_path(plan, "plan", "a Plan, or the path of a plan.json"))
         given = GivenModel(model, None, 1, in_place=False)
         given.check()
         check_plan(given.outline(), read)
         copied = given.load()
         shrink_(copied, read)
-        return copied.module
+        return copied.module.eval()  # new parts, too
 
 
 def _result(outcome: Any) -> Result:
     model = outcome.model
     if model is None or model.streamed:
         return Result(None, None if model is None else model.tokenizer, outcome.plan, outcome.metrics, outcome.folder)
-    return Result(model.module, model.tokenizer, outcome.plan, outcome.metrics, outcome.folder, outcome)
+    return Result(model.module.eval(), model.tokenizer, outcome.plan, outcome.metrics, outcome.folder, outcome)
+
+
+def _texts(overrides: Any) -> list[str]:
+    if isinstance(overrides, (str, bytes, Mapping)) or not isinstance(overrides, Iterable):
+        raise ConfigError(f"overrides={overrides!r}: expected a list, ['recipe=flap', 'sparsity.ratio=0.2']")
+    return [str(text) for text in overrides]
+
+
+def _folder(given: Any) -> Path:
+    return _path(given, "folder", "the path of a folder")
+
+
+def _path(given: Any, what: str, expected: str) -> Path:
+    try:
+        return Path(given).expanduser()
+    except (TypeError, RuntimeError):  # no path; a home that is not known
+        raise ConfigError(f"{what}={given!r}: expected {expected}") from None
 
 
 def _read(folder: Path) -> Result:
@@ -164,7 +185,7 @@ def _undisturbed() -> Iterator[None]:
         messages = sys.modules.get("transformers.utils.logging")
         said = None if messages is None else (messages.get_verbosity(), messages.is_progress_bar_enabled())
         try:
-            with torch.random.fork_rng(list(gpus)):
+            with torch.inference_mode(False), torch.random.fork_rng(list(gpus)):
                 Singleton._instances = {k: one if k is Plugins else deepcopy(one) for k, one in ours.items()}
                 yield
         finally:

@@ -11,6 +11,7 @@ from hydra.types import RunMode
 
 from pruneexp.cli.build import PROTOCOLS, build, check_together, satisfying
 from pruneexp.cli.compose import compose_raw, composed, open_hydra
+from pruneexp.cli.single import check_unswept
 from pruneexp.dataset.given import GivenTokens, as_windows
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model.given import GivenModel, check_module
@@ -22,7 +23,7 @@ GIVEN = ("model", "run.dir", "run.dry", "hydra")  # decided by what is given
 def given_experiment(
     given: tuple[Any, Any, Any],
     overrides: Sequence[str],
-    folder: str | Path | None,
+    folder: Path | None,
     in_place: bool,
     parts: Mapping[str, Any],
 ) -> Experiment:
@@ -35,11 +36,16 @@ def given_experiment(
         key = text.lstrip("+~").partition("=")[0]
         if key in GIVEN or key.split(".")[0] in ("model", "hydra") and key != "model.batch_size":
             raise ConfigError(f"{text}: the model is given, and `folder` says where the run goes; expected other keys")
-    typed = [f"run.dir='{folder}'"] if folder is not None else []
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ConfigError(f"tokenizer: is a {type(tokenizer).__name__}; expected one of transformers, or None")
+    typed: list[str] = []
     if not any(text.startswith("dataset=") for text in overrides):
         typed += ["dataset=tokens", "dataset.calibration=given"]
     config = compose_raw(open_hydra(), ["evaluator=[size]", "cache=off", *typed, *overrides], RunMode.RUN)
     run = composed(config)
+    check_unswept(run)
+    settings = {**run.config["run"], "dir": None if folder is None else str(folder)}
+    run = replace(run, config={**run.config, "run": settings})  # not typed: a path may be any text
     experiment = build(run)
     source = GivenModel(module, tokenizer, experiment.model.batch_size, in_place)
     described = {"model": _said(source), "dataset": {**run.config["dataset"], "given": list(windows_NT.shape)}}

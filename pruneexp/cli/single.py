@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pruneexp.cli.build import build
-from pruneexp.cli.compose import check_dataset, compose_raw, composed
+from pruneexp.cli.compose import Composed, check_dataset, compose_raw, composed
 from pruneexp.experiment.settings import Experiment
 from pruneexp.types import ConfigError
 
@@ -35,9 +35,14 @@ def single_experiment(hydra: Hydra, config: DictConfig) -> Experiment:
     """Built and checked, before a weight is loaded. Raises ConfigError."""
     run = composed(config)
     check_dataset(hydra, run)
-    for key, value in run.config["sweep"].items():
-        if value is not None:
-            raise ConfigError(f"sweep.{key}={value!r}: expected null in a single run; add --multirun")
+    check_unswept(run)
     experiment = build(run)
     experiment.check()
     return experiment
+
+
+def check_unswept(run: Composed) -> None:
+    """Raises ConfigError for settings that only sweeps have."""
+    for key, value in run.config["sweep"].items():
+        if value is not None:
+            raise ConfigError(f"sweep.{key}={value!r}: expected null in a single run; add --multirun")

@@ -45,10 +45,12 @@ def as_windows(tokens: Any) -> Tensor:
     expected = "expected token windows, integers [N, T] with T >= 2"
     try:
         found = torch.as_tensor(tokens)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ConfigError(f"tokens: a {type(tokens).__name__}; {expected}") from None
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise ConfigError(f"tokens: of type {str(found.dtype).removeprefix('torch.')}; {expected}")
+    if found.is_quantized or found.is_nested or found.is_meta or found.layout != torch.strided:
+        raise ConfigError(f"tokens: quantised, nested, sparse or on the meta device; {expected}")
     if found.ndim != 2 or found.shape[0] < 1 or found.shape[1] < 2:
         raise ConfigError(f"tokens: of shape {list(found.shape)}; {expected}")
     return found.detach().to("cpu", torch.int64)

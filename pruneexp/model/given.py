@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pruneexp.model import modeling_pruned
 from pruneexp.model.checks import check_counts
@@ -23,6 +24,7 @@ from pruneexp.model.weights import check_finite
 from pruneexp.types import ConfigError
 
 PLACEMENT = "accelerate."  # package of the hooks that only bring inputs to their device
+LINEARS = ("torch", "transformers", "transformers_modules", "pruneexp")  # whose linear layers are plain ones
 OBSERVERS = "transformers."  # and of those that only look
 
 
@@ -72,7 +74,12 @@ class GivenModel:
             meta[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         for buffer in self.module.buffers():
             meta[id(buffer)] = torch.empty_like(buffer, device="meta")
-        return self._model(copy.deepcopy(self.module, meta))
+        try:
+            copied = copy.deepcopy(self.module, meta)
+        except Exception as error:  # tensors that are computed, or what else somebody hung on it
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(f"model: cannot be copied ({why}); expected a model as transformers loads it") from error
+        return self._model(copied)
 
     def load(self, tokenizer: Any = None) -> Model:
         """The model, ready to run: evaluation mode, no gradients. Raises RunError for weights that are not finite."""
@@ -96,6 +103,9 @@ class GivenModel:
         family = family_of(config)
         if config.tie_word_embeddings and not _tied(module):
             config.tie_word_embeddings = module.config.tie_word_embeddings = False
+        elif not config.tie_word_embeddings and _tied(module):
+            config.tie_word_embeddings = module.config.tie_word_embeddings = True
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
         layers_path = f"{module.base_model_prefix}.{family.layers}"
         layers = module.get_submodule(layers_path)
         for layer in layers:
@@ -151,15 +161,28 @@ def _problems(module: Any) -> Iterator[tuple[str, str]]:
         yield "is quantised", "the full-precision model that it was made from"
     if any(p.is_meta for p in module.parameters()):
         yield "has weights on the meta device, or offloaded", "a model that is in memory with all its weights"
+    if part := next(_changed_parts(module), None):
+        yield f"has a part of somebody else's: {part}", "the parts that transformers makes, adapters merged"
     if any(part.training for part in module.modules()):
         yield "is in training mode", "model.eval()"
     if hook := next(_foreign_hooks(module), None):
         yield f"has a hook of somebody else's on {hook}", "a model without hooks (accelerate's placement may stay)"
 
 
+def _changed_parts(module: nn.Module) -> Iterator[str]:
+    """Linear layers that compute something else, parametrised weights, a `forward` put on one part."""
+    for name, part in module.named_modules():
+        kind, own = type(part), part.__dict__.get("forward")
+        placed = hasattr(part, "_hf_hook") or getattr(own, "__func__", None) is kind.forward  # where a hook was
+        linear = isinstance(part, nn.Linear) and kind.__module__.partition(".")[0] not in LINEARS
+        if linear or hasattr(part, "base_layer") or parametrize.is_parametrized(part) or (own and not placed):
+            yield f"{kind.__name__} at {name or 'the top'}"
+
+
 def _foreign_hooks(module: nn.Module) -> Iterator[str]:
     for name, part in module.named_modules():
-        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values(), *part._backward_hooks.values()]
+        backward = [*part._backward_hooks.values(), *part._backward_pre_hooks.values()]
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values(), *backward]
         for hook in hooks:
             home = getattr(hook, "__module__", None) or ""
             if not home.startswith((PLACEMENT, OBSERVERS, "pruneexp.")):

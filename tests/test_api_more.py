@@ -1,0 +1,159 @@
+"""Python's door, knocked on in odd ways: every mistake one line, and results as plain transformers has them."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pruneexp
+from tests.tiny_families import tiny_model
+
+pytestmark = pytest.mark.usefixtures("modules_cache")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("mistral_sliding").float()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0))
+
+
+def reloaded(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def test_results_are_in_evaluation_mode_whatever_was_replaced(tokens: torch.Tensor) -> None:
+    result: Any
+    for name, recipe in (("mistral_sliding", "shortgpt"), ("stablelm_2_12b", "flap")):
+        given = tiny_model(name)
+        result = pruneexp.prune(given, None, tokens, recipe=recipe, ratio=0.3)
+        assert not any(part.training for part in result.model.modules()), name
+        assert not any(part.training for part in pruneexp.apply(given, result.plan).modules()), name
+        again = pruneexp.prune(result.model, None, tokens, ratio=0.3)
+        assert again.metrics["pruned/params"] < result.metrics["pruned/params"]
+
+
+def test_parts_that_compute_something_else_are_refused(model: Any, tokens: torch.Tensor) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+    from torch.nn.utils import parametrizations
+
+    class Doubled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    parametrised, adapted, subclassed, patched, hooked, computed = (deepcopy(model) for _ in range(6))
+    parametrizations.weight_norm(parametrised.model.layers[0].mlp.down_proj)
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)
+    subclassed.model.layers[0].mlp.up_proj = Doubled(48, 24, bias=False)
+    forward = patched.model.layers[0].forward
+    patched.model.layers[0].forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    hooked.model.layers[0].register_full_backward_pre_hook(lambda *_: None)
+    weight = computed.lm_head.weight
+    del computed.lm_head._parameters["weight"]
+    computed.lm_head.weight = weight * 1.0
+    for wrong, message in (
+        (parametrised, "has a part of somebody else's: ParametrizedLinear at model.layers.0.mlp.down_proj"),
+        (adapted, "has a part of somebody else's: Linear at model.layers.0.self_attn.q_proj"),
+        (subclassed, "has a part of somebody else's: Doubled at model.layers.0.mlp.up_proj"),
+        (patched, "has a part of somebody else's: MistralDecoderLayer at model.layers.0"),
+        (hooked, "has a hook of somebody else's on model.layers.0"),
+        (computed, "cannot be copied"),
+    ):
+        with pytest.raises(pruneexp.ConfigError, match=f"model: {message}") as caught:
+            pruneexp.prune(wrong.eval(), None, tokens)
+        assert "\n" not in str(caught.value)
+
+
+def test_placement_of_accelerate_may_stay_and_prunes_again(model: Any, tokens: torch.Tensor) -> None:
+    from accelerate import dispatch_model
+
+    plan = pruneexp.prune(model, None, tokens).plan
+    names = (
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{i}" for i in range(3)),
+    )
+    placed = dispatch_model(model, dict.fromkeys(names, "cpu"), main_device=torch.device("cpu"), force_hooks=True)
+    result = pruneexp.prune(placed, None, tokens)
+    assert result.plan == plan and hasattr(placed, "_hf_hook")
+    assert pruneexp.prune(result.model, None, tokens).metrics["pruned/params"] < result.metrics["pruned/params"]
+
+
+def test_a_head_that_was_tied_by_hand_is_tied_when_read(model: Any, tokens: torch.Tensor) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+    result = pruneexp.prune(model, None, tokens)
+    result.save("tied")
+    assert not model.config.tie_word_embeddings, "the caller's config stays"
+    read = reloaded("tied")
+    assert read.lm_head.weight is read.model.embed_tokens.weight
+    assert torch.equal(read(tokens).logits, result.model(tokens).logits)
+
+
+def test_what_was_done_to_a_result_is_saved(model: Any, tokens: torch.Tensor) -> None:
+    result = pruneexp.prune(model, None, tokens)
+    result.model.to(torch.bfloat16)
+    result.save("nested/cast")
+    assert json.loads(Path("nested", "cast", "config.json").read_text())["dtype"] == "bfloat16"
+    assert reloaded("nested/cast").dtype == torch.bfloat16
+    with pytest.raises(pruneexp.ConfigError, match="folder=None"):
+        result.save(None)  # type: ignore[arg-type]
+    result.model.to("meta")
+    with pytest.raises(pruneexp.ConfigError, match="meta device"):
+        result.save("meta")
+    assert not Path("meta").exists()
+
+
+def test_folders_are_any_text_and_home_is_home(
+    model: Any, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    typed = ["run.save=false"]
+    for folder in ("it's", "a ${b}", 'c "d", \\e', "~/run"):
+        result: Any = pruneexp.prune(model, None, tokens, folder=folder, overrides=typed)
+        assert result.folder == Path(folder).expanduser() and (result.folder / "metrics.json").is_file(), folder
+    assert Path("home", "run").is_dir() and not Path("~").exists()
+
+
+def test_odd_arguments_are_one_line(model: Any, tokens: torch.Tensor) -> None:
+    for odd in (tokens.to("meta"), tokens.to_sparse(), torch.nested.nested_tensor([tokens[0], tokens[1, :5]])):
+        with pytest.raises(pruneexp.ConfigError, match="tokens: .*expected token windows"):
+            pruneexp.prune(model, None, odd)
+    for odd in ("search.effort=3", None, 3):
+        with pytest.raises(pruneexp.ConfigError, match="overrides=.*expected a list"):
+            pruneexp.prune(model, None, tokens, overrides=odd)  # type: ignore[arg-type]
+        with pytest.raises(pruneexp.ConfigError, match="overrides=.*expected a list"):
+            pruneexp.run(odd)  # type: ignore[arg-type]
+    with pytest.raises(pruneexp.ConfigError, match="3: expected key=value"):
+        pruneexp.prune(model, None, tokens, overrides=[3])  # type: ignore[list-item]
+    with pytest.raises(pruneexp.ConfigError, match="sweep.dir='x': expected null"):
+        pruneexp.prune(model, None, tokens, overrides=["sweep.dir=x"])
+    with pytest.raises(pruneexp.ConfigError, match="tokenizer: is a str"):
+        pruneexp.prune(model, "gpt2", tokens)
+    for odd in (None, 3, {}):
+        with pytest.raises(pruneexp.ConfigError, match="plan=.*expected a Plan"):
+            pruneexp.apply(model, odd)  # type: ignore[arg-type]
+
+
+def test_inside_inference_mode_it_is_the_same(model: Any, tokens: torch.Tensor) -> None:
+    plans = [pruneexp.prune(model, None, tokens, recipe=recipe).plan for recipe in ("flap", "llm_pruner")]
+    with torch.inference_mode():
+        assert [pruneexp.prune(model, None, tokens, recipe=each).plan for each in ("flap", "llm_pruner")] == plans
+        assert torch.is_inference_mode_enabled()

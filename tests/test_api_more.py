@@ -91,7 +91,8 @@ def test_placement_of_accelerate_may_stay_and_prunes_again(model: Any, tokens: t
         "lm_head",
         *(f"model.layers.{i}" for i in range(3)),
     )
-    placed = dispatch_model(model, dict.fromkeys(names, "cpu"), main_device=torch.device("cpu"), force_hooks=True)
+    home: Any = "cpu"  # as a torch.device it would be taken for another place
+    placed = dispatch_model(model, dict.fromkeys(names, "cpu"), main_device=home, force_hooks=True)
     result = pruneexp.prune(placed, None, tokens)
     assert result.plan == plan and hasattr(placed, "_hf_hook")
     assert pruneexp.prune(result.model, None, tokens).metrics["pruned/params"] < result.metrics["pruned/params"]

@@ -46,16 +46,16 @@ def called(what):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def watched(base, what, how="__call__"):
+def watched(base, what):
     def method(self, *args):
         called(what)
-        return getattr(base, how)(self, *args)
+        return base.__call__(self, *args)
 
-    return dataclass(frozen=True)(type("Watched", (base,), {how: method}))
+    return dataclass(frozen=True)(type("Watched", (base,), {"__call__": method}))
 
 
 Flap, WandaSp = watched(Flap, "score"), watched(WandaSp, "score")
-Bias, LeastSquares = watched(Bias, "fit"), watched(LeastSquares, "fit", "in_place")
+Bias, LeastSquares = watched(Bias, "fit"), watched(LeastSquares, "fit")
 """
 TARGETS = {
     "criterion": {"flap": "Flap", "wanda_sp": "WandaSp"},

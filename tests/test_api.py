@@ -309,6 +309,7 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         ({"overrides": ["evaluator=[perplexity]"]}, "dataset.evaluation=null"),
         ({"criterio": object()}, "criterio=.*: unknown; expected one of criterion"),
         ({"criterion": object()}, "criterion: object has no evidence, sequential"),
+        ({"criterion": nn.Linear}, r"criterion: got the class Linear; expected an object of it, Linear\(...\)"),
     ):
         with pytest.raises(pruneexp.ConfigError, match=message):
             pruneexp.prune(model, tokenizer, tokens, **settings)

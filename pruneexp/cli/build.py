@@ -250,6 +250,8 @@ class Builder:
 
 def satisfying(part: Any, protocol: type | None, key: str) -> Any:
     """The part, where it has every member of the protocol. Raises ConfigError, saying `key`, where it has not."""
+    if isinstance(part, type):
+        raise ConfigError(f"{key}: got the class {part.__name__}; expected an object of it, {part.__name__}(...)")
     optional = {} if protocol is None else DEFAULTS.get(protocol, {})
     absent = [name for name in _members(protocol) if name not in optional and not hasattr(part, name)]
     if absent:

@@ -149,8 +149,10 @@ def _folder(given: Any) -> Path:
 
 def _path(given: Any, what: str, expected: str) -> Path:
     try:
+        if given == "":
+            raise TypeError
         return Path(given).expanduser()
-    except (TypeError, RuntimeError):  # no path; a home that is not known
+    except (TypeError, RuntimeError):  # no path, or none that is named; a home that is not known
         raise ConfigError(f"{what}={given!r}: expected {expected}") from None
 
 

@@ -1,4 +1,4 @@
-"""What runs gave before the code was moved: plans, metrics and composed configs, and how they are made.
+"""What every recipe gives on the embedded models: plans, metrics, and composed configs of the sweeps.
 
 `python -m tests.golden FOLDER` writes them to FOLDER; without FOLDER, where the tests read them: only when an answer is
 meant to change. Two commits on one machine give the same metrics, bit for bit, where two such folders are the same.

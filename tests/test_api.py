@@ -306,6 +306,10 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         ({"ratio": 2}, "sparsity.ratio=2"),
         ({"overrides": ["model=hf"]}, "model=hf: the model is given"),
         ({"overrides": ["run.dir=x"]}, "run.dir=x: .*`folder` says"),
+        ({"overrides": ["run={dry:true}"]}, "run={dry:true}: .*`folder` says"),
+        ({"overrides": ["dataset.samples=4"]}, "dataset.samples=4: calibration windows are given"),
+        ({"overrides": ["tracker=wandb"]}, "tracker=wandb: .*expected folder='PATH'"),
+        ({"folder": ""}, "folder='': expected the path of a folder"),
         ({"overrides": ["evaluator=[perplexity]"]}, "dataset.evaluation=null"),
         ({"criterio": object()}, "criterio=.*: unknown; expected one of criterion"),
         ({"criterion": object()}, "criterion: object has no evidence, sequential"),
@@ -322,6 +326,36 @@ def test_other_windows_are_evaluated_where_a_dataset_is_named(
     asked = ["dataset=embedded", "dataset.evaluation_samples=8", "evaluator=[perplexity]"]
     result = pruneexp.prune(model, tokenizer, tokens, overrides=asked)
     assert 1 < result.metrics["dense/ppl/embedded@128"] < result.metrics["pruned/ppl/embedded@128"]
+
+
+def test_a_text_of_ones_own_is_evaluated_and_nothing_else_asked_of_it(
+    model: Any, tokenizer: Any, tokens: torch.Tensor
+) -> None:
+    Path("test.txt").write_text("the dog sees the cat . " * 400)
+    asked = ["dataset=text", "dataset.evaluation=test.txt", "dataset.length=32", "evaluator=[perplexity]"]
+    result = pruneexp.prune(model, tokenizer, tokens, overrides=asked)
+    assert result.metrics["pruned/ppl/test@32"] > 1
+
+
+def test_weights_are_hashed_where_somebody_asks(
+    model: Any, tokenizer: Any, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[GivenModel] = []
+    first = GivenModel.fingerprint
+    monkeypatch.setattr(GivenModel, "fingerprint", lambda self: hashed.append(self) or first(self))
+    pruneexp.prune(model, tokenizer, tokens)
+    assert not hashed
+    pruneexp.prune(model, tokenizer, tokens, overrides=["cache=on", "cache.dir=kept"])
+    assert len(hashed) == 1 and list(Path("kept").glob("*.safetensors"))
+
+
+def test_a_head_that_holds_nan_is_named(model: Any, tokens: torch.Tensor) -> None:
+    from copy import deepcopy
+
+    broken = deepcopy(model)
+    broken.lm_head.weight.data[3, 3] = float("nan")  # tied: the embedding, too
+    with pytest.raises(pruneexp.RunError, match="embed_tokens.weight: weights hold NaN or Inf"):
+        pruneexp.prune(broken, None, tokens)
 
 
 @pytest.mark.slow

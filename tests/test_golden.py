@@ -1,4 +1,4 @@
-"""Runs give today what they gave before: plans and configs exactly, metrics to rounding."""
+"""Runs give what they gave when the answers were frozen: plans and configs exactly, metrics to rounding."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 TERMINATED = 128 + signal.SIGTERM  # what a shell gives for a process that SIGTERM ended
@@ -42,6 +42,17 @@ def run_command(name: str, command: Callable[[], int]) -> int:
             return _ended(name, 2, str(error))
         reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         return _ended(name, 1, f"failed: {reason}")
+
+
+def run_small_command(
+    name: str, help_text: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None
+) -> int:
+    """As `run_command`, for a command that reads its own arguments: `argv`, or those typed. Prints the help where they
+    ask for it."""
+    typed = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & {*typed}:
+        return run_command(name, lambda: print(help_text) or 0)
+    return run_command(name, lambda: command(typed))
 
 
 def _terminated(signum: int, frame: Any) -> NoReturn:

@@ -17,7 +17,8 @@ from pruneexp.experiment.settings import Experiment
 from pruneexp.model.given import GivenModel, check_module
 from pruneexp.types import ConfigError
 
-GIVEN = ("model", "run.dir", "run.dry", "hydra")  # decided by what is given
+GIVEN = ("model", "run", "run.dir", "run.dry", "hydra")  # decided by what is given
+DRAWN = ("dataset.calibration", "dataset.samples", "dataset.seed")  # of windows that are given
 
 
 def given_experiment(
@@ -36,11 +37,16 @@ def given_experiment(
         key = text.lstrip("+~").partition("=")[0]
         if key in GIVEN or key.split(".")[0] in ("model", "hydra") and key != "model.batch_size":
             raise ConfigError(f"{text}: the model is given, and `folder` says where the run goes; expected other keys")
+        if key in DRAWN:
+            raise ConfigError(f"{text}: calibration windows are given, as `tokens`; expected other keys")
+        if folder is None and key == "tracker" and not text.endswith("=local"):
+            raise ConfigError(f"{text}: a tracker reports a run's folder; expected folder='PATH' with it")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ConfigError(f"tokenizer: is a {type(tokenizer).__name__}; expected one of transformers, or None")
-    typed: list[str] = []
-    if not any(text.startswith("dataset=") for text in overrides):
-        typed += ["dataset=tokens", "dataset.calibration=given"]
+    named = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("dataset=")), None)
+    typed = ["dataset=tokens"] if named is None else []
+    if named in (None, "tokens", "text"):
+        typed.append("dataset.calibration=given")  # which would be missing
     config = compose_raw(open_hydra(), ["evaluator=[size]", "cache=off", *typed, *overrides], RunMode.RUN)
     run = composed(config)
     check_unswept(run)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pruneexp.cli.exit_codes import run_command
+from pruneexp.cli.exit_codes import run_small_command
 
 if TYPE_CHECKING:
     from pruneexp.report.folders import Found
@@ -53,14 +53,10 @@ class Request:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Gives the exit code: 0 done, 2 a request that cannot work, 1 a report that failed."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command("pruneexp-report", lambda: _command(argv))
+    return run_small_command("pruneexp-report", HELP, _command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:
-    if "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0
     asked = request(argv)
     found = write_report(asked)
     for one in (*found.skipped, *found.repeats):

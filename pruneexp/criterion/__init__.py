@@ -13,7 +13,7 @@ from pruneexp.criterion.propagation import LlmBip
 from pruneexp.criterion.sensitivity import MiniLlm
 from pruneexp.criterion.taylor import Taylor
 from pruneexp.criterion.weights import Magnitude, Random
-from pruneexp.types.defaults import CRITERION, filled
+from pruneexp.types.defaults import CRITERION, fill_in
 
 __all__ = [
     "BlockInfluence",
@@ -30,18 +30,4 @@ __all__ = [
     "WandaSp",
 ]
 
-for _criterion in (
-    BlockInfluence,
-    Flap,
-    FlapOfficial,
-    Ifso,
-    LlmBip,
-    LossDrop,
-    Magnitude,
-    MiniLlm,
-    Obs,
-    Random,
-    Taylor,
-    WandaSp,
-):
-    filled(_criterion, CRITERION)
+fill_in(globals(), __all__, CRITERION)

@@ -20,7 +20,7 @@ from pruneexp.dataset.windows import (
     windows_of,
     with_bos,
 )
-from pruneexp.types.defaults import DATASET, filled
+from pruneexp.types.defaults import DATASET, fill_in
 
 __all__ = [
     "Embedded",
@@ -42,5 +42,4 @@ __all__ = [
     "with_bos",
 ]
 
-for _dataset in (Embedded, HubText, Text, Tokens):
-    filled(_dataset, DATASET)
+fill_in(globals(), __all__, DATASET)

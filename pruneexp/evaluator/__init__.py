@@ -12,9 +12,8 @@ from pruneexp.evaluator.perplexity import Perplexity
 from pruneexp.evaluator.questions import Questions
 from pruneexp.evaluator.size import Size
 from pruneexp.evaluator.zeroshot import Zeroshot
-from pruneexp.types.defaults import EVALUATOR, filled
+from pruneexp.types.defaults import EVALUATOR, fill_in
 
 __all__ = ["Generation", "Latency", "Perplexity", "Questions", "Size", "Zeroshot"]
 
-for _evaluator in (Generation, Latency, Perplexity, Questions, Size, Zeroshot):
-    filled(_evaluator, EVALUATOR)
+fill_in(globals(), __all__, EVALUATOR)

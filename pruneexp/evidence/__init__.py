@@ -6,7 +6,7 @@ from pruneexp.evidence.gram import Gram, WantedOutput, others
 from pruneexp.evidence.influence import BatchDerivatives, GateDerivatives, Influence
 from pruneexp.evidence.statistics import AbsoluteMoments, InputMoments, Moments, RunningFluctuation
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
-from pruneexp.types.defaults import EVIDENCE, filled
+from pruneexp.types.defaults import EVIDENCE, fill_in
 
 __all__ = [
     "AbsoluteMoments",
@@ -27,20 +27,4 @@ __all__ = [
     "others",
 ]
 
-for _kind in (
-    AbsoluteMoments,
-    BatchDerivatives,
-    BlockChange,
-    DirectionalGradient,
-    Gradient,
-    Gram,
-    Influence,
-    InputMoments,
-    LossWithout,
-    Moments,
-    PerSampleGradient,
-    Perturbation,
-    RunningFluctuation,
-    WantedOutput,
-):
-    filled(_kind, EVIDENCE)
+fill_in(globals(), __all__, EVIDENCE)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.cache import NoCache
 from pruneexp.dataset import fingerprint
 from pruneexp.experiment.settings import Experiment
 from pruneexp.fingerprint import NOT_HASHED, identity
@@ -27,9 +28,10 @@ class Identity:
     run: str
 
 
-def identify(experiment: Experiment, model: Model, tokens_NT: Tensor) -> Identity:
-    """Of a run whose model is loaded."""
-    weights, tokens = experiment.model.fingerprint(), fingerprint(tokens_NT)
+def identify(experiment: Experiment, model: Model, tokens_NT: Tensor, recorded: bool) -> Identity:
+    """Of a run whose model is loaded. Where neither a record nor the cache asks, weights are not looked through."""
+    asked = recorded or not isinstance(experiment.cache, NoCache)
+    weights, tokens = experiment.model.fingerprint() if asked else {"files": {}}, fingerprint(tokens_NT)
     windows = {"calibration_windows": list(tokens_NT.shape), "calibration_tokens_sha256": tokens}
     gpus = sorted({torch.cuda.get_device_name(device) for device in model.devices if device.type == "cuda"})
     how = {"dtype": str(model.dtype), "device": gpus or "cpu", "batch_size": model.batch_size}

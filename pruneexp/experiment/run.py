@@ -91,7 +91,7 @@ def _pruned(
     record = Record(rng=torch.Generator().manual_seed(experiment.seed))
     with record.clock("load"):
         model = experiment.model.load(inputs.tokenizer)
-    known = identify(experiment, model, tokens_NT)
+    known = identify(experiment, model, tokens_NT, recorded=folder is not None)
     if folder is not None:
         local.environment(known.weights, known.data)
     tell_of_bos(experiment, model, tokens_NT, partial(bos_worth, experiment.cache, known.basis))
@@ -103,18 +103,18 @@ def _pruned(
     delivery, record.notes = prepare_delivery(experiment, model, folder, tokens_NT, known.run)
     if delivery.streamed is not None:
         record.shrunk = delivery.streamed.layer
+    pruned = prune_in_rounds_(model, tokens_NT, experiment.method, record)
+    trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
+    adapter = None
+    if experiment.recovery.trains:
+        with record.clock("recover"):
+            recovered = experiment.recovery(model, tokens_NT, record.meter, experiment.seed)
+        adapter = recovered.adapter
+        record.metrics |= recovered.metrics
+    card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
+    with record.clock("save"):
+        record.metrics |= deliver(delivery, model, adapter, experiment.model.path)
     try:
-        pruned = prune_in_rounds_(model, tokens_NT, experiment.method, record)
-        trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
-        adapter = None
-        if experiment.recovery.trains:
-            with record.clock("recover"):
-                recovered = experiment.recovery(model, tokens_NT, record.meter, experiment.seed)
-            adapter = recovered.adapter
-            record.metrics |= recovered.metrics
-        card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
-        with record.clock("save"):
-            record.metrics |= deliver(delivery, model, adapter, experiment.model.path)
         with record.clock("evaluate_pruned"):
             record.metrics |= measured(evaluators, model, "pruned", lambda e, n, measure: measure(), folder, trackers)
     finally:

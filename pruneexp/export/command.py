@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pruneexp.cli.exit_codes import run_command
+from pruneexp.cli.exit_codes import run_small_command
 from pruneexp.export.request import Request
 from pruneexp.export.write import export
 
@@ -51,14 +50,10 @@ WITH_FORMAT = {"multiple": ("padded", "gguf", "vllm"), "dtype": ("gguf",)}  # ke
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Gives the exit code: 0 done, 2 a request that cannot work, 1 an export that failed."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    return run_command("pruneexp-export", lambda: _command(argv))
+    return run_small_command("pruneexp-export", HELP, _command, argv)
 
 
 def _command(argv: Sequence[str]) -> int:
-    if "-h" in argv or "--help" in argv:
-        print(HELP)
-        return 0
     record = export(request(argv))
     print(f"format: {record['form']} ({record['why']})")
     for note in record.get("notes", ()):

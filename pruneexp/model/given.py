@@ -85,10 +85,8 @@ class GivenModel:
         """The model, ready to run: evaluation mode, no gradients. Raises RunError for weights that are not finite."""
         module = self.module if self.in_place else copy.deepcopy(self.module)
         module.requires_grad_(False)
-        model = self._model(module)
-        for index, layer in enumerate(model.layers):
-            check_finite(layer, f"{model.layers_path}.{index}.")
-        return model
+        check_finite(module, "")
+        return self._model(module)
 
     def fingerprint(self) -> dict[str, Any]:
         """SHA-256 over config, names and contents of all tensors."""

@@ -11,7 +11,7 @@ from pruneexp.search.policy import PolicyGradient
 from pruneexp.search.removable import block_scores, expert_scores
 from pruneexp.search.serve_safe import ServeSafe
 from pruneexp.search.uniform import Uniform
-from pruneexp.types.defaults import SEARCH, filled
+from pruneexp.types.defaults import SEARCH, fill_in
 
 __all__ = [
     "KIND",
@@ -33,18 +33,4 @@ __all__ = [
     "scored_as",
 ]
 
-for _search in (
-    AlAm,
-    AlAmOfficial,
-    AlMm,
-    Evolutionary,
-    Global,
-    Greedy,
-    Layerwise,
-    PolicyGradient,
-    ServeSafe,
-    UlMm,
-    UlUm,
-    Uniform,
-):
-    filled(_search, SEARCH)
+fill_in(globals(), __all__, SEARCH)

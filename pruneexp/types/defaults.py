@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pruneexp.types.nouns import ConfigError
@@ -71,6 +71,14 @@ def filled(part: Any, defaults: Defaults) -> Any:
             cannot = f"{kind.__name__} has no {name} and cannot be given one"
             raise ConfigError(f"{cannot}; expected a class with it") from None
     return part
+
+
+def fill_in(package: Mapping[str, Any], names: Sequence[str], defaults: Defaults) -> None:
+    """The classes among a package's names, with what they leave out."""
+    for name in names:
+        kind = package[name]
+        if isinstance(kind, type) and not getattr(kind, "_is_protocol", False):
+            filled(kind, defaults)
 
 
 def evidence_kinds(wanted: Any) -> tuple[Any, ...]:

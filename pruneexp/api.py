@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +78,8 @@ def run(overrides: Sequence[str], config_dir: str | None = None) -> Any:
         ended = multirun(hydra, typed)
     if ended.failed:
         raise RunError(f"sweep in {ended.folder}: failed: {', '.join(ended.failed)}")
-    return [_read(job) for job in ended.jobs]
+    forecasts = {job: Result(None, None, None, metrics, None) for job, metrics in ended.forecasts.items()}
+    return [forecasts.get(job) or _read(job) for job in ended.jobs]
 
 
 def prune(
@@ -94,8 +95,8 @@ def prune(
 ) -> Result:
     """Prunes a model that is in memory by what it computes for `tokens`, integers [N, T], used exactly as they are.
 
-    `model`: a transformers PreTrainedModel in evaluation mode. It stays as it was, and the Result has another one;
-    `in_place` spends it instead. `overrides`: as for `run`, after the recipe ("search.effort=10"); the evaluator is
+    `model`: a transformers PreTrainedModel in evaluation mode. It stays as it was, and the Result has another one, whose
+    parameters require gradients where its own do; `in_place` spends it instead. `overrides`: as for `run`, after the recipe ("search.effort=10"); the evaluator is
     `size` unless they say otherwise, the cache off. `folder`: where a run folder is written; None: nothing is. `parts`:
     a criterion, search or compensator as an object, in place of the recipe's.
 
@@ -107,11 +108,11 @@ def prune(
     for name in parts:
         if name not in PARTS:
             raise ConfigError(f"{name}={parts[name]!r}: unknown; expected one of {', '.join(PARTS)}")
-    with _undisturbed():
+    with _undisturbed(), _flags_kept(model) as flags:
         typed = [f"recipe={recipe}", f"sparsity.ratio={ratio}", *_texts(overrides)]
         where = None if folder is None else _folder(folder)
         experiment = given_experiment((model, tokenizer, tokens), typed, where, in_place, parts)
-        return _result(run_experiment(experiment, recorded=folder is not None))
+        return _result(run_experiment(experiment, recorded=folder is not None), flags)
 
 
 def apply(model: Any, plan: Plan | str | Path) -> Any:
@@ -120,21 +121,49 @@ def apply(model: Any, plan: Plan | str | Path) -> Any:
     from pruneexp.model.given import GivenModel
     from pruneexp.surgery import check_plan, shrink_
 
-    with _undisturbed():
+    with _undisturbed(), _flags_kept(model) as flags:
         read = plan if isinstance(plan, Plan) else _plan(_path(plan, "plan", "a Plan, or the path of a plan.json"))
         given = GivenModel(model, None, 1, in_place=False)
         given.check()
         check_plan(given.outline(), read)
         copied = given.load()
         shrink_(copied, read)
-        return copied.module.eval()  # new parts, too
+        return _handed_out(copied, flags)
 
 
-def _result(outcome: Any) -> Result:
+def _result(outcome: Any, flags: Mapping[str, bool] | None = None) -> Result:
+    """`flags`: as `_handed_out` takes them."""
     model = outcome.model
     if model is None or model.streamed:
         return Result(None, None if model is None else model.tokenizer, outcome.plan, outcome.metrics, outcome.folder)
-    return Result(model.module.eval(), model.tokenizer, outcome.plan, outcome.metrics, outcome.folder, outcome)
+    module = _handed_out(model, flags or {})
+    return Result(module, model.tokenizer, outcome.plan, outcome.metrics, outcome.folder, outcome)
+
+
+def _handed_out(model: Any, flags: Mapping[str, bool]) -> Any:
+    """A pruned model's module, new parts too in evaluation mode. `flags`: which of the parameters that it came from
+    required gradients; one that has no counterpart (a new bias, a split expert) does where any did."""
+    from pruneexp.surgery.forms import fits_config
+
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(flags.get(_original_name(model, name), any(flags.values())))
+    if not fits_config(model):
+        model.module.save_pretrained = _not_saved
+    return model.module.eval()
+
+
+def _original_name(model: Any, name: str) -> str:
+    """A parameter's before layers left."""
+    prefix = f"{model.layers_path}."
+    if not name.startswith(prefix):
+        return name
+    index, _, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{model.origin[int(index)]}.{rest}"
+
+
+def _not_saved(folder: Any, *args: Any, **kwargs: Any) -> None:
+    """What a pruned model has in the place of `save_pretrained`, which would write what cannot be loaded."""
+    raise ConfigError(f"save_pretrained({str(folder)!r}): its config cannot say its widths; expected Result.save(folder)")
 
 
 def _texts(overrides: Any) -> list[str]:
@@ -172,8 +201,22 @@ def _plan(file: Path) -> Plan:
 
 
 @contextmanager
+def _flags_kept(model: Any) -> Iterator[dict[str, bool]]:
+    """Which of a model's parameters require gradients, by name; they do again where what is done inside fails."""
+    parameters = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        yield flags
+    except BaseException:
+        for name, flag in flags.items():
+            parameters[name].requires_grad_(flag)
+        raise
+
+
+@contextmanager
 def _undisturbed() -> Iterator[None]:
-    """One call at a time, after which Hydra, random numbers and transformers' messages are the caller's again."""
+    """One call at a time, outside the caller's autocast and inference mode; Hydra, random numbers and transformers'
+    messages are the caller's again afterwards."""
     import numpy
     import torch
     from hydra.core.global_hydra import GlobalHydra
@@ -187,7 +230,10 @@ def _undisturbed() -> Iterator[None]:
         messages = sys.modules.get("transformers.utils.logging")
         said = None if messages is None else (messages.get_verbosity(), messages.is_progress_bar_enabled())
         try:
-            with torch.inference_mode(False), torch.random.fork_rng(list(gpus)):
+            plain = (torch.inference_mode(False), *(torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")))
+            with ExitStack() as contexts:
+                for context in (*plain, torch.random.fork_rng(list(gpus))):
+                    contexts.enter_context(context)
                 Singleton._instances = {k: one if k is Plugins else deepcopy(one) for k, one in ours.items()}
                 yield
         finally:

@@ -158,3 +158,54 @@ def test_inside_inference_mode_it_is_the_same(model: Any, tokens: torch.Tensor) 
     with torch.inference_mode():
         assert [pruneexp.prune(model, None, tokens, recipe=each).plan for each in ("flap", "llm_pruner")] == plans
         assert torch.is_inference_mode_enabled()
+
+
+def test_gradients_are_required_where_they_were(model: Any, tokens: torch.Tensor) -> None:
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    result = pruneexp.prune(model, None, tokens, recipe="wanda_sp", ratio=0.3)
+    for pruned in (result.model, pruneexp.apply(model, result.plan)):  # type: ignore[arg-type]
+        assert {name: p.requires_grad for name, p in pruned.named_parameters()} == before
+    fewer = pruneexp.prune(model, None, tokens, recipe="shortgpt", ratio=0.3)
+    kept = [i for i in range(3) if f"model.layers.{i}" not in fewer.plan.sites]  # type: ignore[union-attr]
+    assert len(kept) < 3
+    for layer, index in zip(fewer.model.model.layers, kept, strict=True):
+        assert [p.requires_grad for p in layer.mlp.parameters()] == [index != 1] * 3
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(pruneexp.RunError, match="NaN or Inf"):
+        pruneexp.prune(model, None, tokens, in_place=True)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_save_pretrained_of_what_no_config_says_is_one_line(model: Any, tokens: torch.Tensor) -> None:
+    result = pruneexp.prune(model, None, tokens)
+    for pruned in (result.model, pruneexp.apply(model, result.plan), deepcopy(result.model)):  # type: ignore[arg-type]
+        with pytest.raises(pruneexp.ConfigError, match="save_pretrained.'uneven'.: .*expected Result.save"):
+            pruned.save_pretrained("uneven")
+    assert not Path("uneven").exists()
+    result.save("saved")
+    assert torch.equal(reloaded("saved")(tokens).logits, result.model(tokens).logits)
+    fewer = pruneexp.prune(model, None, tokens, recipe="shortgpt", ratio=0.3)
+    fewer.model.save_pretrained("fewer")  # a stock config can say how many layers there are
+    assert torch.equal(reloaded("fewer")(tokens).logits, fewer.model(tokens).logits)
+
+
+def test_a_dry_multirun_gives_a_forecast_for_each_job() -> None:
+    typed = ["dataset.samples=4", "dataset.length=32", "evaluator=[size]", "run.dry=true"]
+    one = pruneexp.run([*typed, "sparsity.ratio=0.2"])
+    jobs = pruneexp.run([*typed, "sparsity.ratio=0.2,0.3", "--multirun"])
+    assert len(jobs) == 2 and one.metrics.keys() == jobs[0].metrics.keys() == jobs[1].metrics.keys()
+    assert all(job.model is job.plan is job.folder is None for job in jobs)
+    assert one.metrics and not list(Path.cwd().rglob("metrics.json"))
+
+
+def test_inside_autocast_it_is_the_same(model: Any, tokens: torch.Tensor) -> None:
+    alone: Any = pruneexp.prune(model, None, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside: Any = pruneexp.prune(model, None, tokens)
+        assert torch.is_autocast_enabled("cpu")
+    assert inside.plan == alone.plan
+    for one, other in zip(inside.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(one, other)

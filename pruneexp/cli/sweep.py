@@ -11,7 +11,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -40,11 +40,13 @@ SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one pr
 
 @dataclass(frozen=True)
 class Ended:
-    """A multirun that has ended. `jobs`: the folders of those that are known; `failed`: names among them."""
+    """A multirun that has ended. `jobs`: the folders of those that are known; `failed`: names among them; `forecasts`:
+    what jobs that were not run would take, by folder."""
 
     folder: Path
     jobs: tuple[Path, ...]
     failed: tuple[str, ...]
+    forecasts: Mapping[Path, Mapping[str, float]] = field(default_factory=dict)
 
 
 def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
@@ -59,7 +61,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
 
         shared = DenseStates(SHARED_BYTES)
     if jobs and all(job.config["run"]["dry"] for job in jobs):
-        return Ended(folder, (), tuple(_forecast(jobs, shared)))
+        return _forecast(folder, jobs, shared)
     _make(folder)
     before = _statuses(folder)
     try:
@@ -134,12 +136,12 @@ def labels(jobs: Sequence[Composed]) -> list[str]:
     return [" ".join([text for text in of_job if text not in shared] or of_job) for of_job in typed]
 
 
-def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> list[str]:
-    """What each job of a sweep would take; nothing is written. Gives those that cannot run."""
+def _forecast(folder: Path, jobs: Sequence[Composed], shared: DenseStates | None) -> Ended:
+    """What each job of a sweep would take; nothing is written. `failed`: those that cannot run."""
     from pruneexp.cli.build import build
     from pruneexp.experiment.run import run_experiment
 
-    failed = []
+    failed, forecasts = [], {}
     for number, (job, label) in enumerate(zip(jobs, labels(jobs), strict=True)):
         done = _done(job)
         print(f"job {number}: {label}{': done already' if done else ''}")
@@ -148,11 +150,11 @@ def _forecast(jobs: Sequence[Composed], shared: DenseStates | None) -> list[str]
         try:
             experiment = build(job)
             experiment.check()
-            run_experiment(experiment, shared)
+            forecasts[Path(experiment.run.dir)] = run_experiment(experiment, shared).metrics
         except (ConfigError, RunError) as error:
             failed.append(f"job {number}")
             print(f"pruneexp: job {number} cannot run: {error}", file=sys.stderr)
-    return failed
+    return Ended(folder, tuple(Path(job.config["run"]["dir"]) for job in jobs), tuple(failed), forecasts)
 
 
 def _runs_here(node: DictConfig) -> bool:

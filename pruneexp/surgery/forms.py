@@ -53,6 +53,13 @@ def save_form(model: Model) -> Form:
     )
 
 
+def fits_config(model: Model) -> bool:
+    """Whether the config that transformers' own `save_pretrained` writes is that of the model as it stands."""
+    before = original_structure(model)
+    alike = all(layer_structure(layer, model.family, model.config) == before for layer in model.layers)
+    return alike and not model.mixture
+
+
 def remote_code_form(model: Model, why: str) -> Form:
     """The modeling file beside the weights, even where a stock architecture could hold them."""
     return _remote_code(model, [layer_structure(layer, model.family, model.config) for layer in model.layers], why)

@@ -163,7 +163,9 @@ def _original_name(model: Any, name: str) -> str:
 
 def _not_saved(folder: Any, *args: Any, **kwargs: Any) -> None:
     """What a pruned model has in the place of `save_pretrained`, which would write what cannot be loaded."""
-    raise ConfigError(f"save_pretrained({str(folder)!r}): its config cannot say its widths; expected Result.save(folder)")
+    raise ConfigError(
+        f"save_pretrained({str(folder)!r}): its config cannot say its widths; expected Result.save(folder)"
+    )
 
 
 def _texts(overrides: Any) -> list[str]:

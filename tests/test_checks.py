@@ -68,6 +68,11 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "noise": (lambda whole: bytes(range(256)) * 8, "it is no safetensors file"),
     "a web page": (lambda whole: b"<!doctype html><p>not found</p>", "it is no safetensors file"),
     "header no JSON": (lambda whole: whole[:8] + b"{" * 64 + whole[72:], "its header is damaged: ..."),
+    "header of other shapes": (
+        lambda whole: whole.replace(b"[64]", b"[65]", 1),
+        "its header is damaged: model.layers.0.input_layernorm.weight has 256 bytes, its shape is of 260",
+    ),
+    "header of less": (lambda whole: whole + b"0000", "its header is damaged: it speaks of ..."),
     "header of other things": (lambda whole: header({"a": 3}), "its header is damaged: ..."),
     "a Git LFS pointer": (
         lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n",

@@ -153,7 +153,7 @@ def test_an_abandoned_walk_lets_go_of_what_it_read(streamed: Model, tokens_NT: t
     assert held() == before and all(p.is_meta for p in streamed.layers.parameters())
     with streamed.loaded(2) as layer:
         name = "model.layers.2.mlp.down_proj.weight"
-        file = streamed.checkpoint.folder / streamed.checkpoint._files[name]  # type: ignore[union-attr]
+        file = streamed.checkpoint._places[name][0]  # type: ignore[union-attr]
         assert torch.equal(layer.state_dict()["mlp.down_proj.weight"], load_file(file)[name])
 
 

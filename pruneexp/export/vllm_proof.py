@@ -42,7 +42,6 @@ def read_back(parts: Iterable[dict[str, Tensor]], folder: Path) -> dict[str, Any
             if not torch.equal(files[name], tensor):
                 raise RunError(f"tensor {name} is not the model's; nothing was kept")
             count += 1
-        files.close()
     return {"prove": "read_back", "served": False, "tensors_equal": count}
 
 
@@ -108,7 +107,6 @@ def _check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> Non
     missing = [name for name in expected if name not in files]
     extra = files.names_beside(name for name in expected if name in files)
     misshapen = [name for name, shape in expected.items() if name in files and files.shape(name) != shape]
-    files.close()
     for what, names in (("lacks", missing), ("does not know", extra), ("wants another shape of", misshapen)):
         if names:
             raise _broken(f"it {what} {names[0]}")
@@ -176,7 +174,6 @@ def own_model(folder: Path, like: Model) -> Model:
     for name, tensor in module.state_dict().items():
         if name not in tied and tensor.numel():
             tensor.copy_(torch.zeros(()) if name.endswith(".bias") and name not in files else files[name])
-    files.close()
     module.eval().requires_grad_(False)
     stock = modeling_pruned.stock_config(pruned)
     return Model(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pruneexp.model import checks, modeling_pruned
-from pruneexp.types import ConfigError
+from pruneexp.model.refusal import refused
 
 
 def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pruned.Family]:
@@ -20,9 +20,9 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
     import transformers
 
     if not all(hasattr(transformers, name) for name in names):
-        raise ConfigError(
-            f"model.path={str(folder)!r}: model_type {model_type!r} needs transformers >= {family.since}; "
-            f"{transformers.__version__} is installed"
+        raise refused(
+            folder,
+            f"model_type {model_type!r} needs transformers >= {family.since}; {transformers.__version__} is installed",
         )
     if model_type in modeling_pruned.FAMILIES:
         model_class, config_class = (getattr(transformers, name) for name in names)
@@ -35,13 +35,11 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
         family = modeling_pruned.family_of(stock)
     except Exception as error:  # each config class checks itself in its own way
         reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"model.path={str(folder)!r}: config.json does not describe a {model_type} model ({reason})"
-        ) from error
+        raise refused(folder, f"config.json does not describe a {model_type} model ({reason})") from error
     checks.check_counts(stock, str(folder))
     for name, value in family.impossible:
         if getattr(stock, name) == value:
-            raise ConfigError(f"model.path={str(folder)!r}: a {model_type} model with {name}={value} is not supported")
+            raise refused(folder, f"a {model_type} model with {name}={value} is not supported")
     return model_class, config, family
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from pruneexp.fingerprint import FileState, file_state
-from pruneexp.model.tensor_file import Place, pieces, places, read_tensor, why_unreadable
+from pruneexp.model.refusal import refused
+from pruneexp.model.tensor_file import Place, pieces, places, read_tensor
 from pruneexp.types import ConfigError
 
 INDEX = "model.safetensors.index.json"
@@ -27,17 +28,19 @@ class Checkpoint:
     base model (BLOOM's, OPT's) leave it out. `stored_as`: parts of names, and what they may be called instead.
 
     Raises:
-        ConfigError: the folder holds no safetensors, or its index points to a file that is not there.
+        ConfigError: the folder holds no safetensors, one that is not whole, or its index points to one that is not
+            there.
     """
 
     def __init__(self, folder: Path, base_prefix: str = "", stored_as: Sequence[tuple[str, str]] = ()):
         self.folder, self.base_prefix, self.stored_as = folder, base_prefix, stored_as
-        self._files: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
-        self._places: dict[str, dict[str, Place]] = {}
-        for file in safetensors_files(folder):
-            for name in self._handle(file).keys():
-                self._files[name] = file
+        self._places: dict[str, tuple[Path, Place]] = {}
+        for name in safetensors_files(folder):
+            file = folder / name
+            try:
+                self._places |= {tensor: (file, place) for tensor, place in places(file).items()}
+            except ValueError as error:
+                raise refused(folder, f"{name} cannot be read ({error})") from error
 
     def __contains__(self, name: str) -> bool:
         return self._spelling(name) is not None
@@ -48,62 +51,37 @@ class Checkpoint:
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor's elements in order, flat, a few MiB at a time."""
         file, place = self._place(name)
-        for piece in pieces(place):
-            yield read_tensor(file, piece)
+        return (read_tensor(file, piece) for piece in pieces(place))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that is there, from its file's header."""
-        return tuple(self._header(name).get_shape())
+        return self._place(name)[1].shape
 
     def dtype(self, name: str) -> str:
-        """Of a tensor that is there, as safetensors calls it: "BF16"."""
-        return self._header(name).get_dtype()
+        """As safetensors calls it: "BF16"."""
+        return self._place(name)[1].kind
 
     def dtypes(self) -> dict[str, str]:
         """Of every tensor, by its name in the files, as safetensors calls it: "BF16"."""
-        return {name: self._handle(file).get_slice(name).get_dtype() for name, file in self._files.items()}
+        return {name: place.kind for name, (_, place) in self._places.items()}
 
     def names_beside(self, expected: Iterable[str]) -> list[str]:
         """Tensors of the checkpoint that go by none of the expected names."""
-        return sorted(set(self._files) - {self._spelling(name) for name in expected})
-
-    def _header(self, name: str) -> Any:
-        spelling = self._spelling(name)
-        assert spelling is not None, name
-        return self._handle(self._files[spelling]).get_slice(spelling)
+        return sorted(set(self._places) - {self._spelling(name) for name in expected})
 
     def _place(self, name: str) -> tuple[Path, Place]:
         """The file that holds a tensor, and where in it."""
         spelling = self._spelling(name)
         if spelling is None:
             raise ConfigError(f"model.path={str(self.folder)!r}: the checkpoint lacks tensor {name!r}")
-        file = self._files[spelling]
-        if file not in self._places:
-            self._places[file] = places(self.folder / file)
-        return self.folder / file, self._places[file][spelling]
+        return self._places[spelling]
 
     def _spelling(self, name: str) -> str | None:
         prefix = f"{self.base_prefix}."
-        for each in dict.fromkeys((name, stored_name(name, self.stored_as))):
+        for each in (name, stored_name(name, self.stored_as)):
             for spelling in (each, each.removeprefix(prefix), prefix + each):
-                if spelling in self._files:
+                if spelling in self._places:
                     return spelling
         return None
-
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            from safetensors import safe_open
-
-            try:
-                self._open[file] = safe_open(str(self.folder / file), framework="pt")
-            except Exception as error:  # safetensors raises its own untyped errors for a damaged file
-                why = why_unreadable(self.folder / file, error)
-                raise ConfigError(f"model.path={str(self.folder)!r}: {file} cannot be read ({why})") from error
-        return self._open[file]
-
-    def close(self) -> None:
-        """Lets go of the files; tensors can be read as before."""
-        self._open.clear()
 
 
 def stored_name(name: str, stored_as: Sequence[tuple[str, str]]) -> str:
@@ -124,19 +102,20 @@ def safetensors_files(folder: Path) -> list[str]:
                 raise ValueError("it names no files")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"model.path={str(folder)!r}: {INDEX} is no index of tensors ({reason})") from None
+            raise refused(folder, f"{INDEX} is no index of tensors ({reason})") from None
         missing = [f for f in files if not (folder / f).is_file()]
         if missing:
-            raise ConfigError(f"model.path={str(folder)!r}: {INDEX} points to {missing[0]}, which is not there")
+            raise refused(folder, f"{INDEX} points to {missing[0]}, which is not there")
         return files
     pickled = _pickled(folder)
     if pickled:
-        raise ConfigError(
-            f"model.path={str(folder)!r}: holds pickled weights ({pickled[0]}), which can run code when loaded; "
+        raise refused(
+            folder,
+            f"holds pickled weights ({pickled[0]}), which can run code when loaded; "
             'expected safetensors; to convert them: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER')\""
+            f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER')\"",
         )
-    raise ConfigError(f"model.path={str(folder)!r}: holds no weights; expected {SINGLE} or {INDEX}")
+    raise refused(folder, f"holds no weights; expected {SINGLE} or {INDEX}")
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruneexp.model import modeling_pruned
+from pruneexp.model.refusal import refused
 from pruneexp.types import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def check_hub_id(path: str, is_file: bool) -> None:
     if is_file or not HUB_ID.fullmatch(path) or "--" in path or ".." in path or path.endswith((".git", ".gguf")):
         what = "is a file" if is_file else "no such file" if path.endswith(".gguf") else "no such folder"
         expected = "a folder with config.json and *.safetensors, a GGUF file (*.gguf), or a Hub id, owner/name"
-        raise ConfigError(f"model.path={path!r}: {what}; expected {expected}")
+        raise refused(path, f"{what}; expected {expected}")
 
 
 def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, Any]:
@@ -49,29 +50,25 @@ def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, A
     if not file.is_file():
         a_run = (folder / "model" / "config.json").is_file()  # its own folder in the place of the checkpoint's
         near = f"; did you mean {path.rstrip('/')}/model?" if a_run else ""
-        raise ConfigError(f"model.path={path!r}: holds no model; expected a folder with config.json{near}")
+        raise refused(path, f"holds no model; expected a folder with config.json{near}")
     try:
         config = json.loads(file.read_text())
     except ValueError as error:  # no JSON, or no text at all
-        raise ConfigError(f"model.path={path!r}: config.json is not JSON ({error})") from None
+        raise refused(path, f"config.json is not JSON ({error})") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"model.path={path!r}: config.json holds a {type(config).__name__}; expected an object")
+        raise refused(path, f"config.json holds a {type(config).__name__}; expected an object")
     model_type = str(config.get("model_type"))
     if model_type.removeprefix("pruned_") not in modeling_pruned.FAMILIES:
         families = ", ".join(sorted(modeling_pruned.FAMILIES))
         if config.get("model_type") is None:
-            raise ConfigError(f"model.path={path!r}: config.json names no model_type; expected one of {families}")
+            raise refused(path, f"config.json names no model_type; expected one of {families}")
         hint = ""
         if "auto_map" in config and not trust_remote_code:
             hint = "; it brings its own code, which only model.trust_remote_code=true would run"
-        raise ConfigError(
-            f"model.path={path!r}: model_type {model_type!r} is not supported; expected one of {families}{hint}"
-        )
+        raise refused(path, f"model_type {model_type!r} is not supported; expected one of {families}{hint}")
     if config.get("quantization_config"):
         how = _quantised_how(config["quantization_config"])
-        raise ConfigError(
-            f"model.path={path!r}: is quantised{how}; expected the full-precision checkpoint that it was made from"
-        )
+        raise refused(path, f"is quantised{how}; expected the full-precision checkpoint that it was made from")
     return config
 
 
@@ -93,14 +90,11 @@ def check_counts(config: Any, path: str) -> None:
     for name in COUNTS:
         value = getattr(config, name, None)
         if isinstance(value, int) and value < 1:
-            raise ConfigError(
-                f"model.path={path!r}: config.json says {called.get(name, name)}={value}; expected an integer >= 1"
-            )
+            raise refused(path, f"config.json says {called.get(name, name)}={value}; expected an integer >= 1")
     heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
-        raise ConfigError(
-            f"model.path={path!r}: config.json says num_attention_heads={heads}, which is no multiple of "
-            f"num_key_value_heads={shared}"
+        raise refused(
+            path, f"config.json says num_attention_heads={heads}, which is no multiple of num_key_value_heads={shared}"
         )
 
 
@@ -116,9 +110,9 @@ def building(path: str, model_type: str) -> Iterator[None]:
         import transformers
 
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"model.path={path!r}: transformers {transformers.__version__} cannot make a {model_type} model of this "
-            f"config.json ({reason})"
+        raise refused(
+            path,
+            f"transformers {transformers.__version__} cannot make a {model_type} model of this config.json ({reason})",
         ) from error
 
 
@@ -140,7 +134,7 @@ def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
         if names
     ]
     if problems:
-        raise ConfigError(f"model.path={path!r}: the checkpoint does not fit its config: it {' and '.join(problems)}")
+        raise refused(path, f"the checkpoint does not fit its config: it {' and '.join(problems)}")
 
 
 def check_precision(stored: Mapping[str, str], needless: Collection[str], path: str) -> None:
@@ -151,9 +145,10 @@ def check_precision(stored: Mapping[str, str], needless: Collection[str], path: 
     """
     for name, kind in stored.items():
         if kind not in FLOATS and name not in needless:
-            raise ConfigError(
-                f"model.path={path!r}: {name} is stored as {kind}: the checkpoint is quantised; expected the "
-                f"full-precision checkpoint that it was made from ({', '.join(FLOATS)})"
+            raise refused(
+                path,
+                f"{name} is stored as {kind}: the checkpoint is quantised; expected the "
+                f"full-precision checkpoint that it was made from ({', '.join(FLOATS)})",
             )
 
 

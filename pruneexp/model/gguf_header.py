@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pruneexp.fingerprint import FileState, file_state
-from pruneexp.types import ConfigError
+from pruneexp.model.refusal import refused
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -34,7 +34,7 @@ def gguf_header(file: Path, path: str) -> Header:
         why = error.strerror or str(error)
     except (ValueError, KeyError, OverflowError, struct.error) as error:
         why = str(error) if isinstance(error, ValueError) else "its header is damaged"
-    raise ConfigError(f"model.path={path!r}: cannot be read ({why})")
+    raise refused(path, f"cannot be read ({why})")
 
 
 def float32_tensor(file: Path, header: Header, name: str) -> tuple[float, ...] | None:

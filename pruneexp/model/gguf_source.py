@@ -20,6 +20,7 @@ from pruneexp.files import give_usual_mode
 from pruneexp.fingerprint import file_state
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
 from pruneexp.model.gguf_words import restore_split_
+from pruneexp.model.refusal import refused
 from pruneexp.progress import waiting
 from pruneexp.types import ConfigError, RunError
 
@@ -49,21 +50,18 @@ def check_gguf(file: Path, path: str, stream: bool) -> None:
             "model.path the checkpoint that it was made from"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"model.path={path!r}: needs the package gguf: pip install 'pruneexp[gguf]'")
+        raise refused(path, "needs the package gguf: pip install 'pruneexp[gguf]'")
     header = gguf_header(file, path)
     architecture = header.values.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise ConfigError(
-            f"model.path={path!r}: holds a model of architecture {architecture!r}; expected one of "
-            f"{', '.join(ARCHITECTURES)}"
+        raise refused(
+            path, f"holds a model of architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}"
         )
     parts = header.values.get("split.count", 1)
     if parts > 1:
-        raise ConfigError(
-            f"model.path={path!r}: is one of {parts} files; expected the whole model in one: llama-gguf-split --merge"
-        )
+        raise refused(path, f"is one of {parts} files; expected the whole model in one: llama-gguf-split --merge")
     if architecture == "llama" and header.values.get("llama.expert_count", 0):
-        raise ConfigError(f"model.path={path!r}: a mixture of experts, which transformers does not read from GGUF")
+        raise refused(path, "a mixture of experts, which transformers does not read from GGUF")
     _rope(file, header, path)
 
 
@@ -122,7 +120,7 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
                 restore_split_(tokenizer, header.values["tokenizer.ggml.pre"], path)
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers fills them at random
-        raise ConfigError(f"model.path={path!r}: holds no weights for {', '.join(lacking[:3])}")
+        raise refused(path, f"holds no weights for {', '.join(lacking[:3])}")
     config = model.config
     for name in ("quantization_config", "_model_name_or_path"):  # it is dense now; a title is no model's id
         config.__dict__.pop(name, None)
@@ -168,8 +166,8 @@ def _reading(path: str) -> Iterator[None]:
             yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"model.path={path!r}: transformers {metadata.version('transformers')} cannot dequantise it ({reason})"
+        raise refused(
+            path, f"transformers {metadata.version('transformers')} cannot dequantise it ({reason})"
         ) from error
 
 
@@ -188,9 +186,10 @@ def _rope(file: Path, header: Header, path: str) -> dict[str, Any]:
         if found is not None:
             return found
     what = ", ".join([*tensors, *([f"rope.scaling.type={kind}"] if kind != "none" else [])])
-    raise ConfigError(
-        f"model.path={path!r}: stretches rotary positions ({what}) in a way that transformers does not read from GGUF; "
-        "expected the checkpoint that it was made from"
+    raise refused(
+        path,
+        f"stretches rotary positions ({what}) in a way that transformers does not read from GGUF; "
+        "expected the checkpoint that it was made from",
     )
 
 

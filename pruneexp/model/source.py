@@ -21,6 +21,7 @@ from pruneexp.model.checkpoint import Checkpoint, fingerprints, holds_weights
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
+from pruneexp.model.refusal import refused
 from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
@@ -87,7 +88,7 @@ class ModelSource:
             return
         self.read_config(folder)
         if weights or holds_weights(folder):
-            Checkpoint(folder).close()  # reads the files' headers: what is damaged or cut short is found here
+            Checkpoint(folder)  # reads the files' headers: what is damaged or cut short is found here
 
     def local_folder(self) -> Path | None:
         """The checkpoint's folder where it is there: None for a Hub id, and for a GGUF file that no run has read."""
@@ -238,9 +239,7 @@ class ModelSource:
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(patterns)))
         except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(
-                f"model.path={self.path!r}: no such folder, and not had from the Hub ({reason})"
-            ) from error
+            raise refused(self.path, f"no such folder, and not had from the Hub ({reason})") from error
 
 
 @lru_cache(maxsize=1)
@@ -257,7 +256,6 @@ def _outline(source: ModelSource, folder: Path, weights: bool, files: tuple[File
         outline.sites()
     if checkpoint is not None:
         checks.check_tensors(module, checkpoint, source.path)
-        checkpoint.close()
     return outline
 
 

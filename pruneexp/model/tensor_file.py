@@ -19,63 +19,77 @@ from torch import Tensor
 from pruneexp.types import RunError
 
 PIECE = 2**20  # elements
-
+HEADER_LIMIT = 100_000_000  # bytes, as safetensors has it
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in its file: the byte at which it starts, its type and shape."""
+    """Where a tensor lies in its file: the byte at which it starts, its type as safetensors calls it, its shape."""
 
     start: int
-    dtype: torch.dtype
+    kind: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Bytes."""
-        return prod(self.shape) * self.dtype.itemsize
+        """Bytes, of a type in `DTYPES`."""
+        return prod(self.shape) * DTYPES[self.kind].itemsize
 
 
 def places(file: Path) -> dict[str, Place]:
-    """Every tensor of the file by name, from its header. Raises RunError for a type that is not computed with here."""
-    with open(file, "rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-    found = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise RunError(f"{file}: {name} is of type {entry['dtype']}; expected one of {', '.join(DTYPES)}")
-        start = 8 + size + entry["data_offsets"][0]
-        found[name] = Place(start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    return found
+    """Every tensor of the file by name, from its header. Raises ValueError, saying why, where the file is not whole."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = opened.read(min(length, HEADER_LIMIT))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    if size == 0:
+        raise ValueError("it is empty")
+    if header[:24].startswith(b"https://git-lfs"):  # "version " are the eight bytes before
+        raise ValueError("it is a Git LFS pointer in the place of the weights, which `git lfs pull` fetches")
+    if not header.startswith(b"{"):
+        raise ValueError("it is no safetensors file")
+    if len(header) < length:
+        raise ValueError(f"it is cut short: {size:,} bytes, not even its whole header")
+    tensors, whole = {}, 8 + length
+    try:
+        for name, entry in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            tensors[name] = place = Place(start, entry["dtype"], tuple(entry["shape"]))
+            if place.kind in DTYPES and place.size != end - start:
+                raise ValueError(f"{name} has {end - start:,} bytes, its shape is of {place.size:,}")
+            whole = max(whole, end)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"its header is damaged: {error}") from error
+    if size < whole:
+        raise ValueError(f"it is cut short: {size:,} of {whole:,} bytes")
+    if size > whole:
+        raise ValueError(f"its header is damaged: it speaks of {whole:,} of {size:,} bytes")
+    return tensors
 
 
 def pieces(place: Place) -> Iterator[Place]:
     """The same elements, flat, `PIECE` of them at a time."""
     count = prod(place.shape)
     for start in range(0, count, PIECE):
-        yield Place(place.start + start * place.dtype.itemsize, place.dtype, (min(PIECE, count - start),))
+        yield Place(place.start + start * DTYPES[place.kind].itemsize, place.kind, (min(PIECE, count - start),))
 
 
 def read_tensor(file: Path, place: Place) -> Tensor:
-    """One tensor. May be called on any thread. Raises RunError where the file ends before it or cannot be read."""
-    count = prod(place.shape)
-    tensor = torch.empty(count, dtype=place.dtype)
-    if count:
+    """One tensor. May be called on any thread. Raises RunError where the file ends before it, cannot be read, or has it
+    in a type that is not computed with here."""
+    if place.kind not in DTYPES:
+        raise RunError(f"{file}: holds a tensor of type {place.kind}; expected one of {', '.join(DTYPES)}")
+    tensor = torch.empty(prod(place.shape), dtype=DTYPES[place.kind])
+    if tensor.numel():
         buffer = memoryview(tensor.view(torch.uint8).numpy().data)
         try:
             with open(file, "rb", buffering=0) as opened:
@@ -88,28 +102,3 @@ def read_tensor(file: Path, place: Place) -> Tensor:
         except OSError as error:
             raise RunError(f"{file}: cannot be read ({error.strerror or error})") from error
     return tensor.view(place.shape)
-
-
-def why_unreadable(file: Path, error: Exception) -> str:
-    """What is wrong with a file that safetensors does not open: `error` is what it said."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            start = opened.read(min(length, 100_000_000))
-    except OSError as unread:
-        return unread.strerror or str(unread)
-    if size == 0:
-        return "it is empty"
-    if start[:24].startswith(b"https://git-lfs"):  # "version " are the eight bytes before
-        return "it is a Git LFS pointer in the place of the weights, which `git lfs pull` fetches"
-    if not start.startswith(b"{"):
-        return "it is no safetensors file"
-    if len(start) < length:
-        return f"it is cut short: {size:,} bytes, not even its whole header"
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(start).items() if name != "__metadata__"]
-        whole = 8 + length + max(ends, default=0)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return f"its header is damaged: {error}"
-    return f"it is cut short: {size:,} of {whole:,} bytes" if size < whole else str(error)

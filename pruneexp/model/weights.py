@@ -66,7 +66,6 @@ def load_outside_(
         module.tie_weights()
     check_finite(module, "")
     module.set_submodule(layers_path, layers)
-    checkpoint.close()
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class Result:
 
 
 def run(overrides: Sequence[str], config_dir: str | None = None) -> Any:
-    """What `pruneexp OVERRIDES` does: a Result, or for `--multirun` and sweeps a list of them, without models.
+    """What `pruneexp OVERRIDES` does: a Result, or for `--multirun` and sweeps one for each job, without models.
 
     Raises ConfigError where the command would end with exit code 2, RunError where with 1.
     """
@@ -95,10 +95,10 @@ def prune(
 ) -> Result:
     """Prunes a model that is in memory by what it computes for `tokens`, integers [N, T], used exactly as they are.
 
-    `model`: a transformers PreTrainedModel in evaluation mode. It stays as it was, and the Result has another one, whose
-    parameters require gradients where its own do; `in_place` spends it instead. `overrides`: as for `run`, after the recipe ("search.effort=10"); the evaluator is
-    `size` unless they say otherwise, the cache off. `folder`: where a run folder is written; None: nothing is. `parts`:
-    a criterion, search or compensator as an object, in place of the recipe's.
+    `model`: a transformers PreTrainedModel in evaluation mode. It stays as it was, and the Result has another one, with
+    gradients required where its own are; `in_place` spends it instead. `overrides`: as for `run`, after the recipe
+    ("search.effort=10"); the evaluator is `size` unless they say otherwise, the cache off. `folder`: where a run folder
+    is written; None: nothing is. `parts`: a criterion, search or compensator as an object, in place of the recipe's.
 
     Raises ConfigError for what cannot work, before anything is changed, and RunError for a run that failed.
     """

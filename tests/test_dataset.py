@@ -254,7 +254,8 @@ def test_token_files_that_are_no_arrays(tmp_path):
 
 
 def test_embedded_windows_begin_with_stories(byte_tokenizer):
-    from pruneexp.embedded.language import CALIBRATION, stories, windows
+    from pruneexp.embedded.language import CALIBRATION, stories
+    from tests.embedded_process import windows
 
     dataset = Embedded(samples=3, length=40, seed=5, evaluation_samples=4, bos=False)
     found = dataset.calibration(byte_tokenizer)

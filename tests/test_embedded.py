@@ -8,25 +8,24 @@ import math
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pruneexp import embedded
-from pruneexp.embedded import lexicon
+from pruneexp.embedded import FOLDER as ROOT
+from pruneexp.embedded import language, lexicon
 from pruneexp.embedded.language import CALIBRATION, EVALUATION, KINDS, TRAINING, Process, piece, split
+from tests import embedded_process
 
-ROOT = Path(embedded.__file__).parent
 MEGABYTES = {"llama": 4, "opt": 3, "bloom": 3}
 # seeds that neither training nor its own evaluation used
 WINDOWS, QUESTIONS = EVALUATION[100], EVALUATION[101]
 
 
 @pytest.fixture(scope="module")
-def sample() -> list[embedded.Story]:
-    return list(itertools.islice(embedded.stories(CALIBRATION[5]), 1500))
+def sample() -> list[language.Story]:
+    return list(itertools.islice(language.stories(CALIBRATION[5]), 1500))
 
 
 @pytest.fixture(scope="module", params=sorted(MEGABYTES))
@@ -48,7 +47,8 @@ def tokenizer() -> Any:
 
 @pytest.mark.slow
 def test_importing_stays_light() -> None:
-    code = "import sys, pruneexp.embedded as e; e.text(1, 1); print({'torch', 'transformers'} & {*sys.modules})"
+    code = "import sys; from pruneexp.embedded.language import text; text(1, 1)"
+    code += "; print({'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 
@@ -72,18 +72,18 @@ def test_a_word_has_one_class() -> None:
 
 
 def test_deterministic() -> None:
-    assert embedded.text(7, 3) == embedded.text(7, 3) != embedded.text(8, 3)
-    assert embedded.questions(EVALUATION[3], 12) == embedded.questions(EVALUATION[3], 12)
-    assert embedded.text(7, 3) == "".join(s.text for s in itertools.islice(embedded.stories(7), 3))
+    assert language.text(7, 3) == language.text(7, 3) != language.text(8, 3)
+    assert language.questions(EVALUATION[3], 12) == language.questions(EVALUATION[3], 12)
+    assert language.text(7, 3) == "".join(s.text for s in itertools.islice(language.stories(7), 3))
 
 
 def test_the_stream_is_the_same_everywhere() -> None:
-    assert embedded.text(EVALUATION[0], 1).startswith(
+    assert language.text(EVALUATION[0], 1).startswith(
         "Rosa Page put the blue doll in the broad field. Yesterday the small bears near the goats were happy."
     )
 
 
-def test_text_alone_gives_the_probabilities(sample: list[embedded.Story]) -> None:
+def test_text_alone_gives_the_probabilities(sample: list[language.Story]) -> None:
     """A state replayed from the bare text finds every word's nats; every distribution sums to 1."""
     process = Process()
     for story in sample[:200]:
@@ -100,7 +100,7 @@ def test_process_refuses_what_cannot_come() -> None:
         Process().advance("barn")
 
 
-def test_information_averages_to_the_entropy(sample: list[embedded.Story]) -> None:
+def test_information_averages_to_the_entropy(sample: list[language.Story]) -> None:
     """mean(-ln p(word)) and mean(entropy of the distribution) have the same expectation."""
     process, gaps = Process(), []
     for story in sample[:600]:
@@ -113,7 +113,7 @@ def test_information_averages_to_the_entropy(sample: list[embedded.Story]) -> No
     assert abs(np.mean(gaps)) < 4 * standard_error
 
 
-def test_frequencies_agree_with_probabilities(sample: list[embedded.Story]) -> None:
+def test_frequencies_agree_with_probabilities(sample: list[language.Story]) -> None:
     """Counted apart from the sampler: how often each word comes against the sum of its probabilities."""
     process = Process()
     count: dict[str, float] = defaultdict(float)
@@ -131,7 +131,7 @@ def test_frequencies_agree_with_probabilities(sample: list[embedded.Story]) -> N
     assert len(z) > 200 and max(map(abs, z)) < 5 and 0.8 < np.std(z) < 1.2
 
 
-def test_facts_come_back_often(sample: list[embedded.Story]) -> None:
+def test_facts_come_back_often(sample: list[language.Story]) -> None:
     """A model that cannot recall loses: recall, agreement and sums are a real share, and certain."""
     kinds = Counter(kind for story in sample for kind in story.kinds)
     certain = kinds["recall"] + kinds["agreement"] + kinds["count"]
@@ -140,12 +140,12 @@ def test_facts_come_back_often(sample: list[embedded.Story]) -> None:
 
 
 def test_windows(tokenizer: Any) -> None:
-    tokens, nats = embedded.windows(tokenizer, CALIBRATION[0], 6, 200)
+    tokens, nats = embedded_process.windows(tokenizer, CALIBRATION[0], 6, 200)
     assert tokens.dtype == np.int64 and nats.dtype == np.float64 and tokens.shape == nats.shape == (6, 200)
-    again, _ = embedded.windows(tokenizer, CALIBRATION[0], 6, 200)
+    again, _ = embedded_process.windows(tokenizer, CALIBRATION[0], 6, 200)
     assert (tokens == again).all()
     process = Process()
-    first = next(embedded.stories(CALIBRATION[0]))
+    first = next(language.stories(CALIBRATION[0]))
     assert tokenizer.decode(tokens[0]).startswith(first.text[:100])
     for row, information in zip(tokens, nats, strict=True):
         process = Process()
@@ -164,9 +164,9 @@ class _Letters:
 
 def test_nats_of_a_word_in_several_tokens() -> None:
     """They sum to the word's, and each is the token's own conditional probability."""
-    story = next(embedded.stories(CALIBRATION[9]))
+    story = next(language.stories(CALIBRATION[9]))
     length = len(story.text)
-    tokens, nats = embedded.windows(_Letters(), CALIBRATION[9], 1, length)
+    tokens, nats = embedded_process.windows(_Letters(), CALIBRATION[9], 1, length)
     assert "".join(map(chr, tokens[0])) == story.text
     assert math.isclose(nats.sum(), sum(story.nats), rel_tol=1e-9)
     first = Process().step.probs
@@ -180,10 +180,10 @@ def test_a_tokenizer_that_joins_words_is_refused() -> None:
             return [len(text)]
 
     with pytest.raises(ValueError, match="no exact nats"):
-        embedded.windows(Joined(), CALIBRATION[0], 1, 32)
+        embedded_process.windows(Joined(), CALIBRATION[0], 1, 32)
 
 
-def test_tokenizer(tokenizer: Any, sample: list[embedded.Story]) -> None:
+def test_tokenizer(tokenizer: Any, sample: list[language.Story]) -> None:
     """Lossless, one token a word, no special token added, specials at 0, 1, 2."""
     vocabulary = {piece(word, i == 0) for story in sample for i, word in enumerate(story.words)}
     assert all(len(tokenizer.encode(word)) == 1 for word in vocabulary)
@@ -198,7 +198,7 @@ def test_tokenizer(tokenizer: Any, sample: list[embedded.Story]) -> None:
 
 def test_questions() -> None:
     """The context is a story's prefix, the right choice its only continuation; kinds and answers balance."""
-    asked = embedded.questions(QUESTIONS, 400)
+    asked = language.questions(QUESTIONS, 400)
     assert set(Counter(q.answer for q in asked).values()) == {100}
     assert Counter(q.kind for q in asked) == dict.fromkeys(KINDS, 40)
     assert max(Counter((q.kind, q.answer) for q in asked).values()) == 10
@@ -218,7 +218,7 @@ def test_questions() -> None:
 
 def test_wrong_choices_are_near() -> None:
     """Names, foods and numbers of the same story, or half of the right answer."""
-    asked = [q for q in embedded.questions(QUESTIONS, 200) if q.kind not in ("agreement", "pronoun", "count")]
+    asked = [q for q in language.questions(QUESTIONS, 200) if q.kind not in ("agreement", "pronoun", "count")]
     for question in asked:
         words = set(question.choices[question.answer].split())
         wrong = [choice for i, choice in enumerate(question.choices) if i != question.answer]
@@ -241,17 +241,13 @@ def test_committed_files(checkpoint: tuple[str, Any, Any]) -> None:
 
 @pytest.mark.slow
 def test_perplexity_is_near_the_process(checkpoint: tuple[str, Any, Any]) -> None:
-    from pruneexp.embedded import measure
-
     _, model, tokenizer = checkpoint
-    tokens, nats = embedded.windows(tokenizer, WINDOWS, 80, 128)
-    best, found = measure.best_perplexity(nats), measure.perplexity(model, tokens)
+    tokens, nats = embedded_process.windows(tokenizer, WINDOWS, 80, 128)
+    best, found = embedded_process.best_perplexity(nats), embedded_process.perplexity(model, tokens)
     assert 0.97 * best < found < 1.10 * best
 
 
 @pytest.mark.slow
 def test_questions_are_answered(checkpoint: tuple[str, Any, Any]) -> None:
-    from pruneexp.embedded import measure
-
     _, model, tokenizer = checkpoint
-    assert measure.accuracy(model, tokenizer, embedded.questions(QUESTIONS, 120, limit=90)) > 0.85
+    assert embedded_process.accuracy(model, tokenizer, language.questions(QUESTIONS, 120, limit=90)) > 0.85

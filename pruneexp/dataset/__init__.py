@@ -4,6 +4,8 @@ Every dataset has the same face (`WindowSource`): `calibration(tokenizer)` draws
 tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecutive, non-overlapping windows.
 """
 
+# ruff: noqa: F401
+
 from pruneexp.dataset.embedded import Embedded
 from pruneexp.dataset.files import Text, Tokens, text, tokens
 from pruneexp.dataset.hub import HubText
@@ -20,26 +22,8 @@ from pruneexp.dataset.windows import (
     windows_of,
     with_bos,
 )
-from pruneexp.types.defaults import DATASET, fill_in
+from pruneexp.types import filled
+from pruneexp.types.defaults import DATASET
 
-__all__ = [
-    "Embedded",
-    "HubText",
-    "Text",
-    "Tokens",
-    "WindowSource",
-    "bos_token",
-    "check_takes_bos",
-    "check_vocabulary",
-    "encode",
-    "evaluation_windows",
-    "fingerprint",
-    "overlap",
-    "takes_bos",
-    "text",
-    "tokens",
-    "windows_of",
-    "with_bos",
-]
-
-fill_in(globals(), __all__, DATASET)
+for _kind in (Embedded, HubText, Text, Tokens):
+    filled(_kind, DATASET)

@@ -69,7 +69,7 @@ class Embedded:
 
 @lru_cache(maxsize=8)
 def _windows(tokenizer: Any, seed: int, samples: int, length: int, bos: int | None) -> Tensor:
-    """The ids of `pruneexp.embedded.windows`, for any tokenizer: it need not keep words apart."""
+    """For any tokenizer: it need not keep words apart."""
     from pruneexp.embedded.language import texts
 
     source, windows_NT = texts(seed), torch.empty(samples, length, dtype=torch.int64)

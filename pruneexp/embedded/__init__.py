@@ -6,31 +6,4 @@ transformers.
 
 from pathlib import Path
 
-from pruneexp.embedded.language import (
-    CALIBRATION,
-    EVALUATION,
-    TRAINING,
-    Process,
-    Question,
-    Story,
-    questions,
-    stories,
-    text,
-    windows,
-)
-
 FOLDER = Path(__file__).parent
-
-__all__ = [
-    "CALIBRATION",
-    "EVALUATION",
-    "FOLDER",
-    "TRAINING",
-    "Process",
-    "Question",
-    "Story",
-    "questions",
-    "stories",
-    "text",
-    "windows",
-]

@@ -1,4 +1,4 @@
-"""Text in the embedded language: stories, token windows with their exact information, and questions.
+"""Text in the embedded language: stories with their exact information, and questions.
 
 Seeds are split so that nothing evaluated was ever trained or calibrated on: `TRAINING`, `CALIBRATION` and
 `EVALUATION` are disjoint ranges, one random stream per seed. Nats are -ln p of the true process, given
@@ -12,9 +12,6 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from pruneexp.embedded import grammar, lexicon
 from pruneexp.embedded.grammar import Ask, Step
@@ -76,7 +73,7 @@ def split(text: str) -> list[str]:
     return [word for word in text.split(" ") if word]
 
 
-def _information(p: float) -> float:
+def information(p: float) -> float:
     return -math.log(p) + 0.0  # no minus zero
 
 
@@ -91,15 +88,15 @@ def _draw(probs: Mapping[str, float], uniform: float) -> str:
 Telling = list[tuple[Step, str]]  # a story: every word, and the distribution it was drawn from
 
 
-def _pieces(told: Telling) -> list[str]:
+def pieces(told: Telling) -> list[str]:
     return [piece(word, i == 0) for i, (_, word) in enumerate(told)]
 
 
 def _text(told: Telling) -> str:
-    return "".join(_pieces(told))
+    return "".join(pieces(told))
 
 
-def _tellings(seed: int) -> Iterator[Telling]:
+def tellings(seed: int) -> Iterator[Telling]:
     if seed < 0:
         raise ValueError(f"seed={seed}: expected 0 or more")
     uniform = random.Random(seed).random  # its stream is the same in every Python version
@@ -117,89 +114,24 @@ def _tellings(seed: int) -> Iterator[Telling]:
 
 def stories(seed: int) -> Iterator[Story]:
     """An endless stream of independent stories."""
-    for told in _tellings(seed):
+    for told in tellings(seed):
         words = tuple(word for _, word in told)
         yield Story(
             text=_text(told),
             words=words,
-            nats=tuple(_information(step.probs[word]) for step, word in told),
+            nats=tuple(information(step.probs[word]) for step, word in told),
             kinds=tuple(step.kind for step, _ in told),
         )
 
 
 def texts(seed: int) -> Iterator[str]:
     """The texts of the same stories."""
-    return map(_text, _tellings(seed))
+    return map(_text, tellings(seed))
 
 
 def text(seed: int, stories: int) -> str:
     """That many stories, each closed by a newline."""
     return "".join(itertools.islice(texts(seed), stories))
-
-
-class _Coder:
-    """Word to token ids and token nats, for any tokenizer that never joins two words in one token."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: dict[str, tuple[int, ...]] = {}
-
-    def ids(self, chunk: str) -> tuple[int, ...]:
-        if chunk not in self._ids:
-            self._ids[chunk] = tuple(self._tokenizer.encode(chunk, add_special_tokens=False))
-        return self._ids[chunk]
-
-    def _nats(self, probs: Mapping[str, float], word: str, first: bool) -> list[float]:
-        """-ln p of each of the word's tokens, and last what only the token after the word reveals.
-
-        A token's p is the mass of the words still possible after it, over the mass before it. What is left:
-        the word may begin longer ones.
-        """
-        ids = self.ids(piece(word, first))
-        if len(probs) == 1:
-            return [0.0] * (len(ids) + 1)
-        spelled = [(self.ids(piece(other, first)), p) for other, p in probs.items()]
-        if all(len(other) == 1 for other, _ in spelled):
-            return [_information(probs[word]), 0.0]
-        mass = [sum(p for other, p in spelled if other[:n] == ids[:n]) for n in range(len(ids) + 1)]
-        return [_information(b / a) for a, b in itertools.pairwise([*mass, probs[word]])]
-
-    def check(self, first: Telling, second: Telling) -> None:
-        """Word by word must be the tokenizer's own way with a text, also where a story follows a story."""
-        for words in (_pieces(first)[:40], _pieces(first)[-40:] + _pieces(second)[:40]):
-            whole = list(self._tokenizer.encode("".join(words), add_special_tokens=False))
-            if whole != [token for word in words for token in self.ids(word)]:
-                raise ValueError("this tokenizer joins or changes words: its tokens have no exact nats")
-
-    def story(self, told: Telling) -> tuple[list[int], list[float]]:
-        tokens: list[int] = []
-        nats: list[float] = []
-        carried = 0.0
-        for i, (step, word) in enumerate(told):
-            tokens += self.ids(piece(word, i == 0))
-            head, *tail, rest = self._nats(step.probs, word, i == 0)
-            nats += [head + carried, *tail]
-            carried = rest
-        return tokens, nats
-
-
-def windows(tokenizer: Any, seed: int, samples: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token windows int64 [N, T] and each token's nats float64 [N, T].
-
-    Every window begins at a story's beginning; further stories follow where the story is shorter than the
-    window. Any tokenizer will do that never joins two words in one token.
-    """
-    coder, source = _Coder(tokenizer), _tellings(seed)
-    coder.check(*itertools.islice(_tellings(seed), 2))
-    tokens, nats = np.zeros((samples, length), np.int64), np.zeros((samples, length))
-    for row in range(samples):
-        ids: list[int] = []
-        information: list[float] = []
-        while len(ids) < length:
-            more_ids, more_nats = coder.story(next(source))
-            ids, information = ids + more_ids, information + more_nats
-        tokens[row], nats[row] = ids[:length], information[:length]
-    return tokens, nats
 
 
 KINDS = ("thing", "place", "visit", "object", "owner", "family", "food", "count", "agreement", "pronoun")
@@ -231,7 +163,7 @@ def questions(seed: int, n: int, limit: int = 200) -> list[Question]:
 
     A context has at most `limit` words. All choices have the same number of words, and of tokens.
     """
-    source, rng = _tellings(seed), random.Random(f"questions {seed}")
+    source, rng = tellings(seed), random.Random(f"questions {seed}")
     asked: list[Question] = []
     while len(asked) < n:
         told, kind = next(source), KINDS[len(asked) % len(KINDS)]

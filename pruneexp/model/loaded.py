@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,14 +115,17 @@ class Model:
         """All prunable sites, in layer order."""
         return tuple(site for index in range(len(self.layers)) for site in self.layer_sites(index))
 
+    def _layer(self, index: int) -> tuple[nn.Module, int, Family, Any, str]:
+        """Decoder layer `index` as the functions of `sites` take it."""
+        return self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}"
+
     def layer_sites(self, index: int) -> tuple[Site, ...]:
-        return layer_sites(self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}")
+        return layer_sites(*self._layer(index))
 
     def whole_experts(self, index: int) -> tuple[Site, ...]:
         """The experts of decoder layer `index` as one site whose units they are; none where its FFN is no mixture.
         Raises ConfigError where they differ in width."""
-        prefix = f"{self.layers_path}.{index}"
-        site = experts_site(self.layers[index], index, self.family, self.config, prefix)
+        site = experts_site(*self._layer(index))
         return () if site is None else (site,)
 
     def experts_origin(self, index: int) -> tuple[int, ...]:
@@ -138,17 +141,15 @@ class Model:
     def whole_block(self, index: int, kinds: Collection[str] = ("block",)) -> Block:
         """Decoder layer `index` as sites of one unit, without its tensors: those of `kinds`, "attention" and "mlp"
         being whole sublayers."""
-        prefix = f"{self.layers_path}.{index}"
         sites = [as_whole(site) for site in self.layer_sites(index) if site.kind in kinds]
         if "block" in kinds:
-            sites.append(block_site(self.layers[index], index, self.family, self.config, prefix))
-        return Block(prefix, index, tuple(sites), {})
+            sites.append(block_site(*self._layer(index)))
+        return Block(f"{self.layers_path}.{index}", index, tuple(sites), {})
 
     def block(self, index: int, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Block:
         """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`. `read`: what stands for a
         parameter of a site, of its shape."""
-        prefix = f"{self.layers_path}.{index}"
-        return decoder_layer_block(self.layers[index], index, self.family, self.config, prefix, read)
+        return decoder_layer_block(*self._layer(index), read)
 
     @contextmanager
     def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
@@ -196,17 +197,18 @@ class Model:
     def enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[Call]]:
         """Hidden states [B, T, D] in front of the first decoder layer, and what each layer is called with."""
         calls: list[Call] = []
-        first: list[Tensor] = []
+        entered: list[Tensor] = []  # one and the same, as layers hand it on
 
         def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not first:
-                first.append(hidden)
+            entered.append(hidden)
             calls.append(Call(args, kwargs))
-            return self._as_output(hidden)
+            return self.as_output(hidden)
 
-        with self._replaced([record] * len(self.layers)):
+        with ExitStack() as stand_ins:
+            for layer in self.layers:
+                stand_ins.enter_context(forward_replaced(layer, record))
             self.module.base_model(input_ids=tokens_BT.to(self.device), use_cache=False)
-        return first[0], calls
+        return entered[0], calls
 
     @torch.no_grad()
     def run_layer(self, layer: nn.Module, hidden_BTD: Tensor, call: Call) -> Tensor:
@@ -218,14 +220,10 @@ class Model:
     @torch.no_grad()
     def leave(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] from the hidden states behind the last decoder layer: final norm, head, caps."""
-
-        def skip(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return self._as_output(hidden)
-
-        def last(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return self._as_output(hidden_BTD)
-
-        with self._replaced([skip] * (len(self.layers) - 1) + [last]):
+        output = self.as_output(hidden_BTD)
+        with ExitStack() as stand_ins:
+            for layer in self.layers:
+                stand_ins.enter_context(forward_replaced(layer, lambda *args, **kwargs: output))
             return self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
@@ -233,10 +231,9 @@ class Model:
         """Nats of every predicted token, float64 [N, T-1] on the CPU. Streamed: one walk through the blocks."""
         batches = tokens_NT.split(batch_size)
         if not self.streamed:
-            shown = progress(batches, stage, len(batches), "batches")
-            return torch.cat(
-                [next_token_losses(self.module(b.to(self.device), use_cache=False).logits, b) for b in shown]
-            )
+            logits = (self.module(b.to(self.device), use_cache=False).logits for b in batches)
+            shown = progress(zip(logits, batches, strict=True), stage, len(batches), "batches")
+            return torch.cat([next_token_losses(of_batch, batch) for of_batch, batch in shown])
         entered = [self.enter(b) for b in batches]
         hidden, calls = [h for h, _ in entered], [c for _, c in entered]
         for index in progress(range(len(self.layers)), stage, len(self.layers), "blocks"):
@@ -257,24 +254,22 @@ class Model:
 
     def mean_loss(self, tokens_BT: Tensor) -> Tensor:
         """Mean next-token loss in nats, differentiable; of a model in memory."""
-        logits = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits[:, :-1].flatten(0, 1)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return nn.functional.cross_entropy(logits, tokens_BT[:, 1:].to(logits.device).flatten())
+        logits = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+        return _cross_entropy(logits, tokens_BT, "mean")
 
-    def _as_output(self, hidden: Tensor) -> Any:
+    def as_output(self, hidden: Tensor) -> Any:
+        """What a decoder layer returns that computed these hidden states."""
         return (hidden, None) if self.family.returns_tuple else hidden
 
-    @contextmanager
-    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Puts other functions in the place of the decoder layers' forward."""
-        layers: Any = self.layers
-        try:
-            for layer, forward in zip(layers, forwards, strict=True):
-                layer.forward = forward
-            yield
-        finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `module` computes another function."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
 
 
 def select_layers_(config: Any, kept: Sequence[int]) -> None:
@@ -292,8 +287,10 @@ def select_layers_(config: Any, kept: Sequence[int]) -> None:
 
 def next_token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     """Nats of every predicted token, float64 [B, T-1] on the CPU."""
-    targets = tokens_BT[:, 1:].to(logits_BTV.device)
+    return _cross_entropy(logits_BTV, tokens_BT, "none").view(tokens_BT[:, 1:].shape).double().cpu()
+
+
+def _cross_entropy(logits_BTV: Tensor, tokens_BT: Tensor, reduction: str) -> Tensor:
     logits = logits_BTV[:, :-1].flatten(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
-    return losses.view(targets.shape).double().cpu()
+    return nn.functional.cross_entropy(logits, tokens_BT[:, 1:].to(logits.device).flatten(), reduction=reduction)

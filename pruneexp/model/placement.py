@@ -26,14 +26,13 @@ def placed(
 ) -> tuple[torch.device, ...]:
     """The device of every decoder layer, in order: each device holds the share of all bytes that it has of the free
     memory, to the nearest layer. The first holds what is outside the layers, too."""
-    whole, found, number = outside_bytes + sum(layer_bytes), [], 0
-    before = outside_bytes
+    whole, before, number, placement = outside_bytes + sum(layer_bytes), outside_bytes, 0, []
     for size in layer_bytes:
         while number + 1 < len(devices) and (before + size / 2) * sum(free) > whole * sum(free[: number + 1]):
             number += 1
-        found.append(devices[number])
+        placement.append(devices[number])
         before += size
-    return tuple(found)
+    return tuple(placement)
 
 
 def connect_(module: nn.Module, layers: nn.ModuleList, placement: Sequence[torch.device], home: torch.device) -> None:
@@ -53,9 +52,11 @@ def _bringing(device: torch.device) -> Callable[..., Any]:
     moved = WeakTensorKeyDictionary()  # masks and rotations: each once, however many layers are called with it
 
     def known(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return _mapped(known, value)
-        if value.device == device:
+        if type(value) in (tuple, list):  # whatever else holds tensors, a KV cache, say, is left as it is
+            return type(value)(known(each) for each in value)
+        if isinstance(value, Mapping):
+            return {key: known(each) for key, each in value.items()}
+        if not isinstance(value, Tensor) or value.device == device:
             return value
         if value not in moved:
             moved[value] = value.to(device)
@@ -68,10 +69,3 @@ def _bringing(device: torch.device) -> Callable[..., Any]:
         return tuple(hidden(each) for each in args[:1]) + known(args[1:]), known(kwargs)
 
     return bring
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with what is in its tuples, lists and dicts changed; a KV cache, say, is left as it is."""
-    if type(value) in (tuple, list):
-        return type(value)(change(each) for each in value)
-    return {key: change(each) for key, each in value.items()} if isinstance(value, Mapping) else value

@@ -35,15 +35,16 @@ def load_into_(
         kind = dtype if tensor.is_floating_point() else None
         loaded = tensors.pop(prefix + name).to(device=device, dtype=kind)
         if loaded.shape != tensor.shape:
-            raise RunError(
-                f"{prefix}{name}: the checkpoint holds shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}"
-            )
-        owner_path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_path)
-        if leaf in owner._parameters:
-            setattr(owner, leaf, nn.Parameter(loaded, requires_grad=False))
-        else:
-            setattr(owner, leaf, loaded)
+            shapes = f"shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}"
+            raise RunError(f"{prefix}{name}: the checkpoint holds {shapes}")
+        set_tensor_(module, name, loaded)
+
+
+def set_tensor_(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Gives `module` another tensor for the parameter or buffer called so."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in owner._parameters else tensor)
 
 
 def load_outside_(

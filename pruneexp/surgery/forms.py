@@ -12,14 +12,7 @@ import torch
 from torch import nn
 
 from pruneexp.model import Model, layer_structure, modeling_pruned, select_layers_
-from pruneexp.model.modeling_pruned import (
-    AUTO_CLASSES,
-    FAMILIES,
-    LayerStructure,
-    head_layout,
-    head_size,
-    split_experts_,
-)
+from pruneexp.model.modeling_pruned import FAMILIES, Family, LayerStructure, family_of, head_layout, head_size
 
 logger = logging.getLogger("pruneexp")
 
@@ -82,12 +75,22 @@ def _unchanged(model: Model) -> Form:
 
 def original_structure(model: Model) -> LayerStructure:
     """What a stock decoder layer of the model's config looks like."""
-    config = model.config
+    return layer_structure(_stock_layer(model.config, model.family), model.family, model.config)
+
+
+def _stock_layer(config: Any, family: Family) -> nn.Module:
+    """A decoder layer as a stock config describes it, without weights."""
+    one = deepcopy(config)
+    select_layers_(one, [0])
     with torch.device("meta"):
-        one = deepcopy(config)
-        select_layers_(one, [0])
-        stock = stock_class(one.model_type)._from_config(one)
-    return layer_structure(stock.base_model.get_submodule(model.family.layers)[0], model.family, config)
+        return stock_class(one.model_type)._from_config(one).base_model.get_submodule(family.layers)[0]
+
+
+def stock_layers(model: Model) -> nn.ModuleList:
+    """All decoder layers as the stock class has them, without weights."""
+    with torch.device("meta"):
+        stock = stock_class(model.config.model_type)._from_config(model.config, dtype=model.dtype)
+    return stock.base_model.get_submodule(model.family.layers)
 
 
 def stock_class(model_type: str) -> Any:
@@ -103,12 +106,9 @@ def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructu
     config, heads = model.config, structure.num_attention_heads
     if heads == 0 or structure.intermediate_size == 0:
         return None
-    biases_kept = (structure.attention_output_bias, structure.mlp_output_bias) == (
-        before.attention_output_bias,
-        before.mlp_output_bias,
-    )
     if config.model_type not in ("llama", "mistral"):
-        return _uniform_own(model, structure, layer)
+        return _uniform_own(model, structure, before, layer)
+    biases_kept = not _other_biases(structure, before)
     if getattr(config, "sliding_window", None) is not None and not biases_kept:
         return None  # only Mistral has the window, and it has no biases
     return _uniform_llama(model, structure, biases_kept)
@@ -146,14 +146,17 @@ STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / head
 }
 
 
-def _uniform_own(model: Model, structure: LayerStructure, layer: nn.Module) -> Form | None:
+def _values(model: Model) -> dict[str, Any]:
+    """What the model's config says, but for the class and the code that it belongs to."""
+    return {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
+
+
+def _uniform_own(model: Model, structure: LayerStructure, before: LayerStructure, layer: nn.Module) -> Form | None:
     """The model's own stock class with other widths, where its config takes them and builds what they say."""
     widths = STOCK_WIDTHS.get(model.config.model_type)
     if widths is None:
         return None
-    before = original_structure(model)
-    values = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
-    linears: list[str] = []
+    values, linears = _values(model), []
     for what, key in asdict(widths).items():
         if getattr(structure, what) == getattr(before, what):
             continue
@@ -167,11 +170,7 @@ def _uniform_own(model: Model, structure: LayerStructure, layer: nn.Module) -> F
             linears += [writer.path for writer in writers]
     try:
         config = type(model.config)(**values)
-        family = modeling_pruned.family_of(config)
-        with torch.device("meta"):
-            one = deepcopy(config)
-            select_layers_(one, [0])
-            stock = stock_class(one.model_type)._from_config(one).base_model.get_submodule(family.layers)[0]
+        stock = _stock_layer(config, family_of(config))
     except Exception as error:  # each config class checks itself in its own way
         logger.debug("%s: no stock config of these widths (%s)", model.config.model_type, error)
         return None
@@ -198,7 +197,7 @@ def _uniform_mixture(model: Model, structures: list[LayerStructure]) -> Form | N
     said = all(len(values) == 1 and 0 not in values for values in (experts, widths)) and len(heads) == 1 >= len(ffns)
     if not said or (0, 0) in heads or 0 in ffns or any(map(_other_biases, structures, before)):
         return None
-    values = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
+    values = _values(model)
     ((values["num_attention_heads"], values["num_key_value_heads"]),) = heads
     width = "moe_intermediate_size" if "moe_intermediate_size" in values else "intermediate_size"
     (values["num_local_experts"],), (values[width],) = experts, widths
@@ -220,18 +219,16 @@ def _other_biases(one: LayerStructure, other: LayerStructure) -> bool:
 
 def _stock_structures(model: Model) -> list[LayerStructure]:
     """What a mixture's stock decoder layers look like: some may be no mixtures."""
-    with torch.device("meta"):
-        layers = stock_class(model.config.model_type)._from_config(model.config).base_model.layers
+    layers = stock_layers(model)
     for layer in layers:
-        split_experts_(layer, model.family)
+        modeling_pruned.split_experts_(layer, model.family)
     return [layer_structure(layer, model.family, model.config) for layer in layers]
 
 
 def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -> Form:
     """LLaMA with other widths. Where the heads do not divide the hidden size, LLaMA's config refuses them; Mistral
     (no biases) and Granite (biases; its multipliers set to 1) compute the same and accept them."""
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    values |= {
+    values = _values(model) | {
         "num_attention_heads": structure.num_attention_heads,
         "num_key_value_heads": structure.num_key_value_heads,
         "intermediate_size": structure.intermediate_size,
@@ -263,9 +260,8 @@ def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -
 
 
 def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Form:
-    stock = model.family.stock
-    config_class = modeling_pruned.__getattr__(f"Pruned{stock}Config")
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
+    stock = f"Pruned{model.family.stock}"
+    values = _values(model)
     layout = head_layout(model.family, model.config)
     per_layer = {index: structure.to_config(layout) for index, structure in enumerate(structures)}
     named = {name for layer in per_layer.values() for name in layer}
@@ -276,12 +272,12 @@ def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Fo
             layer.pop("num_key_value_heads")
     if not hasattr(model.config, "head_dim"):  # else readers would divide the hidden size by a layer's number of heads
         values["head_dim"] = head_size(model.config)
-    config = config_class(**values, per_layer_config=per_layer)
-    name = f"Pruned{stock}ForCausalLM"
-    config.architectures = [name]
-    file = REMOTE_CODE.stem
-    config.auto_map = {"AutoConfig": f"{file}.Pruned{stock}Config"}
-    for auto_class, suffix in AUTO_CLASSES.items():
-        if getattr(modeling_pruned, f"Pruned{stock}{suffix}", None) is not None:
-            config.auto_map[auto_class] = f"{file}.Pruned{stock}{suffix}"
+    config = modeling_pruned.__getattr__(f"{stock}Config")(**values, per_layer_config=per_layer)
+    config.architectures = [f"{stock}ForCausalLM"]
+    classes = {"AutoConfig": "Config", **modeling_pruned.AUTO_CLASSES}
+    config.auto_map = {
+        auto_class: f"{REMOTE_CODE.stem}.{stock}{suffix}"
+        for auto_class, suffix in classes.items()
+        if getattr(modeling_pruned, stock + suffix, None) is not None
+    }
     return Form("remote_code", why, config)

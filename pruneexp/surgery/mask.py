@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Model
+from pruneexp.model.loaded import forward_replaced
 from pruneexp.model.modeling_pruned import router_of
 from pruneexp.model.sites import experts_name, site_parts, unit_rows
 from pruneexp.types import Plan, Site
@@ -38,35 +39,26 @@ def masked(model: Model, plan: Plan, readers: Readers | None = None) -> Iterator
 def masked_layer(model: Model, index: int, plan: Plan, readers: Readers | None = None) -> Iterator[nn.Module]:
     """`masked` for decoder layer `index` alone."""
     layer, readers, device = model.layers[index], readers or {}, model.layer_device(index)
-    handles: list[Any] = []
-    silenced: list[nn.Module] = []
     name = f"{model.layers_path}.{index}"
-    try:
+    with ExitStack() as changes:
         if name in plan.sites and not plan.sites[name].kept:
-            layer.forward = _skip(model)
-            silenced.append(layer)
+            changes.enter_context(forward_replaced(layer, lambda hidden, *args, **kwargs: model.as_output(hidden)))
+            yield layer
+            return
         experts = plan.sites.get(experts_name(model.family, name))
-        if experts is not None and not silenced and len(experts.kept) < experts.units:
+        if experts is not None and len(experts.kept) < experts.units:
             router = router_of(layer, model.family)
-            router.forward = _fewer_experts(router, experts.kept)
-            silenced.append(router)
-        for site in () if layer in silenced else model.layer_sites(index):
+            changes.enter_context(forward_replaced(router, _fewer_experts(router, experts.kept)))
+        for site in model.layer_sites(index):
+            reader = layer.get_submodule(site_parts(model.family, site)[1])
             if site.name in readers:
-                reader = layer.get_submodule(site_parts(model.family, site)[1])
-                reader.forward = _replacement(site, plan, *readers[site.name], device=device)
-                silenced.append(reader)
+                instead = _replacement(site, plan, *readers[site.name], device=device)
+                changes.enter_context(forward_replaced(reader, instead))
             elif plan.removed(site):
-                reader = layer.get_submodule(site_parts(model.family, site)[1])
-                handles.append(reader.register_forward_pre_hook(_zeroing(site, plan, device)))
+                changes.enter_context(reader.register_forward_pre_hook(_zeroing(site, plan, device)))
             for norm, forward in _fewer_heads(model, layer, site, plan):
-                norm.forward = forward
-                silenced.append(norm)
+                changes.enter_context(forward_replaced(norm, forward))
         yield layer
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in silenced:
-            module.__dict__.pop("forward", None)
 
 
 def _zeroing(site: Site, plan: Plan, device: torch.device) -> Any:
@@ -123,10 +115,3 @@ def _fewer_experts(router: Any, kept: Sequence[int]) -> Any:
         return all_logits, weights, rows[chosen]
 
     return routed
-
-
-def _skip(model: Model) -> Any:
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden, None) if model.family.returns_tuple else hidden
-
-    return forward

@@ -23,7 +23,8 @@ from pruneexp.model.modeling_pruned import (
     split_parts,
 )
 from pruneexp.model.sites import head_norm_rows
-from pruneexp.surgery.forms import Form, original_structure, stock_class, uniform_form
+from pruneexp.model.weights import set_tensor_
+from pruneexp.surgery.forms import Form, original_structure, stock_layers, uniform_form
 from pruneexp.types import ConfigError
 
 
@@ -74,10 +75,8 @@ def padding(model: Model, multiple: int = 1) -> Padding:
                 return Padding(one, replace(form, why=why), params)
     kind = model.config.model_type
     if biased != before:
-        raise ConfigError(
-            f"format=padded: no stock class computes {kind} with the biases that pruning added behind its sublayers; "
-            "expected format=remote_code"
-        )
+        biases = f"no stock class computes {kind} with the biases that pruning added behind its sublayers"
+        raise ConfigError(f"format=padded: {biases}; expected format=remote_code")
     raise ConfigError(
         f"format=padded: {kind}'s config cannot say {rounded} FFN channels; expected format=remote_code, "
         f"or multiple=N that divides {before.intermediate_size}"
@@ -102,13 +101,6 @@ def pad_(model: Model, padding: Padding) -> None:
         model.layers[index] = padded_layer(model, index, padding.structure, fresh[index])
 
 
-def stock_layers(model: Model) -> nn.ModuleList:
-    """Decoder layers as the stock class has them, without weights."""
-    with torch.device("meta"):
-        stock = stock_class(model.config.model_type)._from_config(model.config, dtype=model.dtype)
-    return stock.base_model.get_submodule(model.family.layers)
-
-
 @torch.no_grad()
 def padded_layer(model: Model, index: int, structure: LayerStructure, layer: Any) -> nn.Module:
     """Gives the stock `layer` the widths of `structure` and the weights of decoder layer `index`, zeros beyond them."""
@@ -117,11 +109,11 @@ def padded_layer(model: Model, index: int, structure: LayerStructure, layer: Any
     own, device = old.state_dict(), model.module.get_input_embeddings().weight.device
     for name, tensor in layer.state_dict().items():
         if name in own and own[name].shape == tensor.shape:
-            _set(layer, name, own[name])
+            set_tensor_(layer, name, own[name])
         else:  # a norm that is gone had nothing to normalise: any weight will do
             scales = name.endswith("weight") and ("norm" in name or name.startswith("ln_"))
             fill = 1.0 - family.norm_offset if scales else 0.0
-            _set(layer, name, torch.full(tensor.shape, fill, dtype=model.dtype, device=device))
+            set_tensor_(layer, name, torch.full(tensor.shape, fill, dtype=model.dtype, device=device))
     if not isinstance(old.get_submodule(family.attention), RemovedAttention):
         _pad_attention_(model, old, layer)
     for writer in family.mlp_writers:
@@ -175,8 +167,7 @@ def _units(to_rows: Tensor, writer: Writer, rows: dict[str, int], shared: tuple[
 
 
 def _pad_reader_(old: Any, layer: Any, path: str, columns: Tensor | None) -> None:
-    source, target = old.get_submodule(path), layer.get_submodule(path)
-    count = _channels(old, path)
+    source, target, count = old.get_submodule(path), layer.get_submodule(path), _channels(old, path)
     if count in (0, _channels(layer, path)):  # `padded_layer` has set it
         return
     matrix = as_matrix(target, torch.zeros_like(target.weight))
@@ -204,11 +195,3 @@ def _pad_joint_norm_(model: Model, old: Any, layer: Any, norm: Writer, units: in
 
 def _channels(layer: Any, path: str) -> int:
     return linear_sizes(layer.get_submodule(path))[0]
-
-
-def _set(layer: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = layer.get_submodule(path)
-    if leaf in owner._parameters:
-        tensor = nn.Parameter(tensor, requires_grad=False)
-    setattr(owner, leaf, tensor)

@@ -22,6 +22,7 @@ from pruneexp.model.modeling_pruned import (
     split_parts,
 )
 from pruneexp.model.sites import experts_name, head_norm_rows, layer_structure, site_parts, unit_rows
+from pruneexp.model.weights import set_tensor_
 from pruneexp.surgery.mask import Readers
 from pruneexp.types import ConfigError, Plan, RunError, Site
 
@@ -102,11 +103,9 @@ def _set_(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     parameters = dict(layer.named_parameters())
     for name, tensor in tensors.items():
         if name in parameters:  # a removed sublayer's writers are gone
-            owner_path, _, leaf = name.rpartition(".")
-            owner = layer.get_submodule(owner_path)
-            if leaf == "weight" and tensor.ndim == 2:
-                tensor = as_matrix(owner, tensor).contiguous()
-            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+            if tensor.ndim == 2:
+                tensor = as_matrix(layer.get_submodule(name.rpartition(".")[0]), tensor).contiguous()
+            set_tensor_(layer, name, tensor)
 
 
 def remove_blocks_(model: Model, plan: Plan) -> None:
@@ -128,9 +127,8 @@ def _structure_after(model: Model, layer: nn.Module, sites: list[Site], plan: Pl
         kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
         bias = readers[site.name][1] is not None if site.name in readers else None
         if site.kind == "attention":
-            layout = head_layout(model.family, model.config)
+            layout, before = head_layout(model.family, model.config), structure.kept_heads
             group = layout.group
-            before = structure.kept_heads
             structure = replace(
                 structure,
                 num_attention_heads=len(kept) * group,

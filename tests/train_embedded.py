@@ -1,4 +1,4 @@
-"""Trains the tokenizer and the embedded models: `python -m pruneexp.embedded.train --family all`.
+"""Trains the tokenizer and the embedded models: `python -m tests.train_embedded --family all`.
 
 Step i draws its windows from training seed i + 1 (the tokenizer has seed 0). With `--steps` a run is fixed,
 up to the machine's arithmetic; `--minutes` runs the same schedule by the clock.
@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pruneexp.embedded import language, measure
+from pruneexp.embedded import FOLDER, language
+from tests import embedded_process as process
 
 FAMILIES = ("llama", "opt", "bloom")
 SPECIAL: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -110,7 +111,7 @@ def _batch(tokenizer: Any, step: int, progress: float) -> tuple[torch.Tensor, to
     """Windows [N, T] and the true process's nats [N, T-1] of the tokens they predict."""
     lengths, budget = (EARLY_LENGTHS, EARLY_TOKENS) if progress < LATE else (LATE_LENGTHS, LATE_TOKENS)
     length = lengths[step % len(lengths)]
-    tokens, nats = language.windows(tokenizer, language.TRAINING[1 + step], budget // length, length)
+    tokens, nats = process.windows(tokenizer, language.TRAINING[1 + step], budget // length, length)
     if step % 8 == 0:  # a leading <s> is known too, should someone put one
         tokens[:, 1:], nats[:, 2:] = tokens[:, :-1].copy(), nats[:, 1:-1].copy()
         nats[:, 1] = nats[:, 0]
@@ -184,14 +185,14 @@ def evaluate(folder: Path) -> Record:
     model, tokenizer = stored(folder), AutoTokenizer.from_pretrained(folder)
     figures: dict[str, float] = {}
     for length in (128, 256):
-        tokens, nats = language.windows(tokenizer, language.EVALUATION[0], EVALUATION_WINDOWS, length)
-        figures[f"perplexity@{length}"] = measure.perplexity(model, tokens)
-        figures[f"process_perplexity@{length}"] = measure.best_perplexity(nats)
+        tokens, nats = process.windows(tokenizer, language.EVALUATION[0], EVALUATION_WINDOWS, length)
+        figures[f"perplexity@{length}"] = process.perplexity(model, tokens)
+        figures[f"process_perplexity@{length}"] = process.best_perplexity(nats)
     asked = language.questions(language.EVALUATION[1], EVALUATION_QUESTIONS)
-    figures["question_accuracy"] = measure.accuracy(model, tokenizer, asked)
+    figures["question_accuracy"] = process.accuracy(model, tokenizer, asked)
     for kind in language.KINDS:
         mine = [question for question in asked if question.kind == kind]
-        figures[f"question_accuracy/{kind}"] = measure.accuracy(model, tokenizer, mine)
+        figures[f"question_accuracy/{kind}"] = process.accuracy(model, tokenizer, mine)
     protocol = (
         f"float16 weights computed in float32; {EVALUATION_WINDOWS} windows per length, each from a story's "
         f"beginning, first token not predicted; {EVALUATION_QUESTIONS} questions, chance 0.25"
@@ -203,7 +204,7 @@ def evaluate(folder: Path) -> Record:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=[*FAMILIES, "all"], default="all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="holds one folder per family")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="holds one folder per family")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")

@@ -13,7 +13,6 @@ from pruneexp.cli.exit_codes import run_command
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
-    from omegaconf import DictConfig
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -87,7 +86,11 @@ def _command(arguments: argparse.Namespace) -> int:
 
     config = asked_for_one(hydra, overrides, arguments.multirun)
     if config is not None:
-        return _single(hydra, config)
+        from pruneexp.cli.single import single_experiment
+        from pruneexp.experiment.run import run_experiment
+
+        run_experiment(single_experiment(hydra, config))
+        return 0
     from pruneexp.cli.sweep import multirun
 
     return 1 if multirun(hydra, overrides).failed else 0
@@ -105,14 +108,6 @@ def _show(hydra: Hydra, arguments: argparse.Namespace) -> int:
             hydra.show_info(arguments.info, "config", arguments.overrides)
     except Exception as error:
         raise explained(error, hydra, arguments.overrides) from error
-    return 0
-
-
-def _single(hydra: Hydra, config: DictConfig) -> int:
-    from pruneexp.cli.single import single_experiment
-    from pruneexp.experiment.run import run_experiment
-
-    run_experiment(single_experiment(hydra, config))
     return 0
 
 

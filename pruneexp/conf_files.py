@@ -94,11 +94,8 @@ def inherited(path: Path) -> list[Path]:
 
 def option_file(folders: Iterable[Path], group: str, choice: str) -> Path | None:
     """The file behind `group=choice`, from the first of the `folders` that has it."""
-    for folder in folders:
-        path = folder / group / f"{choice}.yaml"
-        if path.is_file():
-            return path
-    return None
+    paths = (folder / group / f"{choice}.yaml" for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def did_you_mean(word: str, known: Iterable[str], template: str = "{}") -> str:

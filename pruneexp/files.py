@@ -37,10 +37,10 @@ def written_aside(path: Path) -> Iterator[Path]:
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object that a file holds; None where it is missing, damaged or no object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def files_in(folder: Path) -> list[str]:
@@ -113,9 +113,8 @@ def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> Non
     if isinstance(listed, list):  # older ones list nothing
         foreign = [name for name in files_in(out) if name not in (record, *listed)]
         if foreign:
-            raise ConfigError(
-                f"{where}: holds {', '.join(foreign)}, which no {what} wrote; expected a folder of its own"
-            )
+            nobodys = f"{', '.join(foreign)}, which no {what} wrote"
+            raise ConfigError(f"{where}: holds {nobodys}; expected a folder of its own")
 
 
 def replace_folder(aside: Path, out: Path) -> None:

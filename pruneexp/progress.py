@@ -40,7 +40,7 @@ def progress(iterable: Iterable[T], stage: str, total: int | None = None, unit: 
     if not notebook and not sys.stderr.isatty():
         return _lines(iterable, stage, total, unit)
     # leave=False: the bar makes room when it is done; what took how long is in the summary of the run.
-    bar, shape = _notebook_bar() if notebook else (_bar(), _shape())
+    bar, shape = _bar(notebook)
     return iter(bar(iterable, stage, total, leave=False, delay=BAR_AFTER, unit=f" {unit}", **shape))
 
 
@@ -49,28 +49,21 @@ def _in_notebook() -> bool:
     return "ipykernel" in sys.modules
 
 
-def _bar() -> Any:
+def _bar(notebook: bool) -> tuple[Any, dict[str, Any]]:
+    """What draws it, and how wide: as the terminal, or as a notebook's cell (there a widget or, where there are none, a
+    line of text that fits)."""
     from tqdm import tqdm
 
-    return tqdm
+    if notebook and find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm as widget
 
-
-def _notebook_bar() -> tuple[Any, dict[str, Any]]:
-    """A widget as wide as the cell, or where there are none (ipywidgets), a line of text that fits it."""
-    if find_spec("ipywidgets") is not None:
-        from tqdm.notebook import tqdm
-
-        return tqdm, {"ncols": "100%"}
-    return _bar(), {"ncols": 80}
-
-
-def _shape() -> dict[str, Any]:
+        return widget, {"ncols": "100%"}
     try:
-        sized = all(os.get_terminal_size(sys.stderr.fileno()))
+        sized = not notebook and all(os.get_terminal_size(sys.stderr.fileno()))
     except (AttributeError, OSError, ValueError):
         sized = False
     # Terminals inside containers and job runners may say 0 x 0, where tqdm would draw nothing.
-    return {"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 24}
+    return tqdm, {"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 24}
 
 
 @contextmanager

@@ -140,10 +140,8 @@ class Lora:
         if not there & set(self.targets):
             raise ConfigError(f"recovery.targets={list(self.targets)!r}: expected some of {', '.join(sorted(there))}")
         if family.experts is not None and not self.merge:
-            raise ConfigError(
-                "recovery.merge=False: expected true for a mixture of experts, whose stock class has no linear layers "
-                "to put an adapter on"
-            )
+            mixture = "a mixture of experts, whose stock class has no linear layers to put an adapter on"
+            raise ConfigError(f"recovery.merge=False: expected true for {mixture}")
         if self.samples is not None and self.samples > windows:
             raise ConfigError(f"recovery.samples={self.samples}: expected at most {windows}, the calibration windows")
 
@@ -174,7 +172,7 @@ class Lora:
 
     def _linears(self, model: Model) -> dict[str, nn.Linear]:
         """The layers to adapt, by their path; sublayers that are gone have none."""
-        found: dict[str, nn.Linear] = {}
+        linears: dict[str, nn.Linear] = {}
         for index, layer in enumerate(model.layers):
             for site in model.layer_sites(index):
                 writers, reader = site_parts(model.family, site)
@@ -183,20 +181,14 @@ class Lora:
                 for path in (path for path, own in roles.items() if set(own) & set(self.targets)):
                     linear = layer.get_submodule(path)
                     assert isinstance(linear, nn.Linear)
-                    found[f"{model.layers_path}.{index}.{path}"] = linear
-        return found
+                    linears[f"{model.layers_path}.{index}.{path}"] = linear
+        return linears
 
     def _wrapped(self, model: Model, names: list[str]) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.r,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=names,
-            bias="none",
-        )
+        sizes: dict[str, Any] = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=names, bias="none", **sizes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks it
             tuned = get_peft_model(model.module, config).eval()
@@ -210,8 +202,7 @@ class Lora:
         steps = self.steps or self.epochs * math.ceil(len(windows) / self.batch)
         parameters = [p for p in tuned.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=0.0)
-        losses = []
-        batches = _batches(windows, self.batch, steps, torch.Generator().manual_seed(seed))
+        losses, batches = [], _batches(windows, self.batch, steps, torch.Generator().manual_seed(seed))
         for step, batch in enumerate(progress(batches, "recover", steps, "steps")):
             losses.append(0.0)
             for part in batch.split(model.batch_size):

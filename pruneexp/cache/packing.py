@@ -39,12 +39,9 @@ def _outline(value: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = own.clone() if shared else own
         return {"tensor": name, "device": str(value.device)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
-        kind = type(value)
-        return {
-            "class": [kind.__module__, kind.__qualname__],
-            "fields": {name: _outline(field, tensors) for name, field in fields.items()},
-        }
+        kind, names = type(value), [each.name for each in dataclasses.fields(value) if each.init]
+        fields = {name: _outline(getattr(value, name), tensors) for name in names}
+        return {"class": [kind.__module__, kind.__qualname__], "fields": fields}
     if isinstance(value, Mapping):
         return {"items": [[_outline(key, tensors), _outline(each, tensors)] for key, each in value.items()]}
     if isinstance(value, (tuple, list)):

@@ -8,14 +8,14 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
-from pruneexp.files import save_tensors, written_aside
+from pruneexp.files import existing, save_tensors, written_aside
 from pruneexp.types import ConfigError
 
 logger = logging.getLogger("pruneexp")
@@ -86,7 +86,7 @@ class Cache:
 
     def check(self) -> None:
         """Raises ConfigError where the folder cannot be one."""
-        above = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        above = existing(self.folder)
         if not above.is_dir():
             raise ConfigError(f"cache.dir={str(self.folder)!r}: {str(above)!r} is a file; expected a folder")
 
@@ -146,15 +146,13 @@ class Cache:
         for path in self.folder.glob(".*.tmp"):
             if time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink(missing_ok=True)
-        found = []
+        entries = []
         for path in self.folder.glob("*.safetensors"):
-            try:
+            with suppress(FileNotFoundError):
                 state = path.stat()
-            except FileNotFoundError:
-                continue
-            found.append((state.st_mtime_ns, state.st_size, path))
-        over = sum(each[1] for each in found) + size - self.limit * 2**30
-        for _, freed, path in sorted(found):
+                entries.append((state.st_mtime_ns, state.st_size, path))
+        over = sum(each[1] for each in entries) + size - self.limit * 2**30
+        for _, freed, path in sorted(entries):
             if over <= 0:
                 return
             path.unlink(missing_ok=True)

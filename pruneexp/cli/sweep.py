@@ -150,7 +150,7 @@ def _forecast(folder: Path, jobs: Sequence[Composed], shared: DenseStates | None
         try:
             experiment = build(job)
             experiment.check()
-            forecasts[Path(experiment.run.dir)] = run_experiment(experiment, shared).metrics
+            forecasts[Path(job.config["run"]["dir"])] = run_experiment(experiment, shared).metrics
         except (ConfigError, RunError) as error:
             failed.append(f"job {number}")
             print(f"pruneexp: job {number} cannot run: {error}", file=sys.stderr)

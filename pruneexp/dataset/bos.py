@@ -34,7 +34,8 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     Never raises."""
     evaluators = config.get("evaluator")
     if isinstance(evaluators, Mapping):
-        config = {**config, "evaluator": {name: node for name, node in evaluators.items() if _chosen(node)}}
+        chosen = {k: v for k, v in evaluators.items() if not (isinstance(v, Mapping) and set(v) == {"bos"})}
+        config = {**config, "evaluator": chosen}
     known = {key: node for key, node in bos_nodes(config) if "bos" in node}
     needed = AUTO in [node["bos"] for node in known.values()] and _needs(config.get("model"))
     decided = {
@@ -51,10 +52,6 @@ def check_asked(config: Mapping[str, Any]) -> None:
     for key, value in config.get(ASKED, {}).items():
         if value != AUTO and not isinstance(value, bool):
             raise ConfigError(f"{key}={value!r}: expected auto, true or false")
-
-
-def _chosen(node: Any) -> bool:
-    return not isinstance(node, Mapping) or set(node) != {"bos"}
 
 
 def _as_they_are(node: Mapping[str, Any]) -> bool:
@@ -76,7 +73,10 @@ def _needs(model: Any) -> bool:
         if local.is_dir():
             kind = _model_type((local / "config.json").read_text())
         elif local.is_file():
-            kind = _architecture(local)
+            from pruneexp.model.gguf_header import gguf_header
+
+            architecture = str(gguf_header(local, path).values["general.architecture"])
+            kind = GGUF_FAMILIES.get(architecture, architecture)
         else:
             kind = _on_hub(path, None if revision is None else str(revision))
     except Exception:
@@ -87,14 +87,6 @@ def _needs(model: Any) -> bool:
 
 def _model_type(config: str) -> str:
     return str(json.loads(config).get("model_type"))
-
-
-def _architecture(file: Path) -> str:
-    """The model_type of the model in a GGUF file."""
-    from pruneexp.model.gguf_header import gguf_header
-
-    name = str(gguf_header(file, str(file)).values["general.architecture"])
-    return GGUF_FAMILIES.get(name, name)
 
 
 @lru_cache(maxsize=256)

@@ -51,26 +51,43 @@ def _stem(path: str | None, otherwise: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", Path(path).stem if path else otherwise) or otherwise
 
 
-def _file(part: str, path: str | None, expected: str) -> Path:
-    if path is None:
-        raise ConfigError(f"dataset.{part}=null: expected {expected}")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        found = "this is a directory" if file.is_dir() else "no such file"
-        raise ConfigError(f"dataset.{part}={path}: {found}; expected {expected}")
-    return file
+@dataclass(frozen=True)
+class _Files:
+    """What datasets of the user's own files share. `name` is the evaluation file's stem unless given."""
 
+    calibration_file: str | None
+    evaluation_file: str | None
+    name: str
 
-def _record(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    file = Path(path).expanduser()
-    return {"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    def _path(self, part: str) -> str | None:
+        return self.calibration_file if part == "calibration" else self.evaluation_file
+
+    def key(self, part: str) -> str:
+        return f"dataset.{part}={self._path(part)}"
+
+    def _file(self, part: str, expected: str) -> Path:
+        path = self._path(part)
+        if path is None:
+            raise ConfigError(f"dataset.{part}=null: expected {expected}")
+        file = Path(path).expanduser()
+        if not file.is_file():
+            what = "this is a directory" if file.is_dir() else "no such file"
+            raise ConfigError(f"dataset.{part}={path}: {what}; expected {expected}")
+        return file
+
+    def _records(self) -> dict[str, dict[str, str] | None]:
+        """The files that are given, by what identifies them."""
+        records: dict[str, dict[str, str] | None] = {"calibration": None, "evaluation": None}
+        for part in records:
+            if (path := self._path(part)) is not None:
+                file = Path(path).expanduser()
+                records[part] = {"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        return records
 
 
 @dataclass(frozen=True)
-class Text:
-    """Plain text. `name` is the evaluation file's stem unless given.
+class Text(_Files):
+    """Plain text.
 
     Each file is read as UTF-8, unchanged, and tokenised whole, without special tokens. Calibration: `samples` windows
     of `length` tokens, at uniformly random starts or the first consecutive ones. Evaluation: consecutive windows of the
@@ -78,9 +95,6 @@ class Text:
     of text less.
     """
 
-    calibration_file: str | None
-    evaluation_file: str | None
-    name: str
     samples: int
     length: int
     seed: int
@@ -98,34 +112,19 @@ class Text:
                 _read(Path(self._state(part)[0]), self.key(part))
 
     def calibration(self, tokenizer: Any) -> Tensor:
-        drawn = (self.samples, self.length, self.seed, self.sampling)
-        return _text_windows(
-            self._state("calibration"), tokenizer, drawn, self.key("calibration"), begin_with(tokenizer, self.bos)
-        )
+        drawn, bos = (self.samples, self.length, self.seed, self.sampling), begin_with(tokenizer, self.bos)
+        return _text_windows(self._state("calibration"), tokenizer, drawn, self.key("calibration"), bos)
 
     def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
         width, key = length or self.length, self.key("evaluation")
         return _text_windows(self._state("evaluation"), tokenizer, width, key, begin_with(tokenizer, self.bos))
 
-    def key(self, part: str) -> str:
-        return f"dataset.{part}={self.calibration_file if part == 'calibration' else self.evaluation_file}"
-
     def description(self) -> Mapping[str, Any]:
-        return {
-            "kind": "text",
-            "calibration": _record(self.calibration_file),
-            "evaluation": _record(self.evaluation_file),
-            "special_tokens": False,
-            "sampling": self.sampling,
-            "samples": self.samples,
-            "length": self.length,
-            "seed": self.seed,
-            "bos": self.bos,
-        }
+        drawing = {name: getattr(self, name) for name in ("sampling", "samples", "length", "seed", "bos")}
+        return {"kind": "text", **self._records(), "special_tokens": False, **drawing}
 
     def _state(self, part: str) -> FileState:
-        path = self.calibration_file if part == "calibration" else self.evaluation_file
-        return file_state(_file(part, path, TEXT))
+        return file_state(self._file(part, TEXT))
 
 
 @lru_cache(maxsize=8)
@@ -151,16 +150,13 @@ def _read(file: Path, key: str) -> str:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(_Files):
     """Token windows from `.npy` files, int [N, T]: all of them, exactly as they are, in order. Needs no tokenizer.
 
     Evaluation windows that are wider than the `length` asked for are cut, row by row, into consecutive windows of that
     length (a partial one at a row's end is dropped). `length` is that default; None: as wide as the file's.
     """
 
-    calibration_file: str | None
-    evaluation_file: str | None
-    name: str
     length: int | None
 
     contiguous: ClassVar[bool] = False
@@ -185,27 +181,18 @@ class Tokens:
             raise ConfigError(f"{self.key('evaluation')}: {found}; expected at least the evaluation length, {length}")
         return torch.cat([cut(row_T, length, self.key("evaluation")) for row_T in windows_NT])
 
-    def key(self, part: str) -> str:
-        return f"dataset.{part}={self.calibration_file if part == 'calibration' else self.evaluation_file}"
-
     def description(self) -> Mapping[str, Any]:
-        return {
-            "kind": "tokens",
-            "calibration": _record(self.calibration_file),
-            "evaluation": _record(self.evaluation_file),
-            "sampling": "all windows, in order",
-        }
+        return {"kind": "tokens", **self._records(), "sampling": "all windows, in order"}
 
     def _load(self, part: str) -> Tensor:
-        path = self.calibration_file if part == "calibration" else self.evaluation_file
-        file = _file(part, path, NPY)
+        file = self._file(part, NPY)
         try:
             array = np.load(file, allow_pickle=False)
         except (ValueError, EOFError, OSError):
             array = None
         problem = _problem(array)
         if problem or not isinstance(array, np.ndarray):
-            raise ConfigError(f"dataset.{part}={path}: {problem}; expected {NPY}")
+            raise ConfigError(f"{self.key(part)}: {problem}; expected {NPY}")
         return torch.from_numpy(array.astype(np.int64))
 
 

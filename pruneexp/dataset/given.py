@@ -44,13 +44,13 @@ def as_windows(tokens: Any) -> Tensor:
     """What was given as int64 [N, T] on the CPU. Raises ConfigError where it is no such windows."""
     expected = "expected token windows, integers [N, T] with T >= 2"
     try:
-        found = torch.as_tensor(tokens)
+        windows = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ConfigError(f"tokens: a {type(tokens).__name__}; {expected}") from None
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise ConfigError(f"tokens: of type {str(found.dtype).removeprefix('torch.')}; {expected}")
-    if found.is_quantized or found.is_nested or found.is_meta or found.layout != torch.strided:
+    if windows.is_floating_point() or windows.is_complex() or windows.dtype == torch.bool:
+        raise ConfigError(f"tokens: of type {str(windows.dtype).removeprefix('torch.')}; {expected}")
+    if windows.is_quantized or windows.is_nested or windows.is_meta or windows.layout != torch.strided:
         raise ConfigError(f"tokens: quantised, nested, sparse or on the meta device; {expected}")
-    if found.ndim != 2 or found.shape[0] < 1 or found.shape[1] < 2:
-        raise ConfigError(f"tokens: of shape {list(found.shape)}; {expected}")
-    return found.detach().to("cpu", torch.int64)
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ConfigError(f"tokens: of shape {list(windows.shape)}; {expected}")
+    return windows.detach().to("cpu", torch.int64)

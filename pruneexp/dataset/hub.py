@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.offline import hub
-from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, generator, windows_of
+from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, windows_of
 from pruneexp.types import ConfigError, RunError
 
 SPLIT = re.compile(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?")
@@ -83,55 +83,19 @@ class HubText:
     def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
         return _windows(self, "evaluation", length, tokenizer, self._rows(self.evaluation_split))
 
-    def calibration_of(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> Tensor:
-        """The calibration windows of these documents."""
-        key, bos = self.key("calibration"), begin_with(tokenizer, self.bos)
-        if self.calibration_join is None:
-            return document_windows(
-                lambda row: encode(tokenizer, document(row, self.fields), self.special_tokens),
-                rows,
-                (self.samples, self.length, self.seed, self.sampling),
-                key,
-                bos,
-            )
-        stream_M = encode(tokenizer, joined(rows, self.fields, self.calibration_join), self.special_tokens)
-
-        def drawn(text_M: Tensor, width: int) -> Tensor:
-            return draw(text_M, self.samples, width, self.seed, self.sampling, key)
-
-        return windows_of(stream_M, self.length, bos, drawn)
-
-    def evaluation_of(self, tokenizer: Any, rows: Sequence[Mapping[str, Any]], length: int | None) -> Tensor:
-        """The evaluation windows of these documents."""
-        stream_M = encode(tokenizer, joined(rows, self.fields, self.evaluation_join), self.special_tokens)
-        bos, key = begin_with(tokenizer, self.bos), self.key("evaluation")
-        windows_NT = windows_of(stream_M, length or self.length, bos, lambda text_M, width: cut(text_M, width, key))
-        return windows_NT[: self.evaluation_windows]
-
     def key(self, part: str) -> str:
         split = self.calibration_split if part == "calibration" else self.evaluation_split
         return f"dataset.{part}_split={split} (of {self.path})"
 
     def description(self) -> Mapping[str, Any]:
+        as_they_are = ("path", "config", "revision", "data_files", "special_tokens", "bos", "sampling", "samples")
+        evaluation = {"split": self.evaluation_split, "join": self.evaluation_join, "windows": self.evaluation_windows}
         return {
             "kind": "hub",
-            "path": self.path,
-            "config": self.config,
-            "revision": self.revision,
-            "data_files": self.data_files,
+            **{name: getattr(self, name) for name in (*as_they_are, "length", "seed")},
             "fields": list(self.fields),
             "calibration": {"split": self.calibration_split, "join": self.calibration_join},
-            "evaluation": {
-                "split": self.evaluation_split,
-                "join": self.evaluation_join,
-                "windows": self.evaluation_windows,
-            },
-            "special_tokens": self.special_tokens,
-            "bos": self.bos,
-            "sampling": self.sampling,
-            "samples": self.samples,
-            "length": self.length,
-            "seed": self.seed,
+            "evaluation": evaluation,
         }
 
     def _rows(self, split: str) -> Sequence[Mapping[str, Any]]:
@@ -173,9 +137,23 @@ def _windows(
 
 @lru_cache(maxsize=4)
 def _made(source: HubText, part: str, length: int | None, tokenizer: Any, documents: _Documents) -> Tensor:
-    if part == "calibration":
-        return source.calibration_of(tokenizer, documents.rows)
-    return source.evaluation_of(tokenizer, documents.rows, length)
+    key, bos, rows = source.key(part), begin_with(tokenizer, source.bos), documents.rows
+
+    def encoded(text: str) -> Tensor:
+        return encode(tokenizer, text, source.special_tokens)
+
+    def cut_up(text_M: Tensor, width: int) -> Tensor:
+        return cut(text_M, width, key)
+
+    def drawn(text_M: Tensor, width: int) -> Tensor:
+        return draw(text_M, source.samples, width, source.seed, source.sampling, key)
+
+    if part == "evaluation":
+        stream_M = encoded(joined(rows, source.fields, source.evaluation_join))
+        return windows_of(stream_M, length or source.length, bos, cut_up)[: source.evaluation_windows]
+    if source.calibration_join is None:
+        return _document_windows(source, encoded, rows, key, bos)
+    return windows_of(encoded(joined(rows, source.fields, source.calibration_join)), source.length, bos, drawn)
 
 
 def document(row: Mapping[str, Any], fields: Sequence[str]) -> str:
@@ -191,30 +169,23 @@ def joined(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], join: str) 
     return join.join(document(row, fields) for row in rows)
 
 
-def document_windows(
-    encode_row: Callable[[Mapping[str, Any]], Tensor],
-    rows: Sequence[Mapping[str, Any]],
-    drawing: tuple[int, int, int, str],
-    key: str,
-    bos: int | None,
+def _document_windows(
+    source: HubText, encoded: Callable[[str], Tensor], rows: Sequence[Mapping[str, Any]], key: str, bos: int | None
 ) -> Tensor:
-    """Windows [N, T], each from a document of its own. `drawing`: samples, length, seed, sampling; `bos`: as
-    `windows_of` takes it."""
-    samples, length, seed, sampling = drawing
-    rng, windows = generator(seed), []
-    order = range(len(rows)) if sampling == "consecutive" else torch.randperm(len(rows), generator=rng).tolist()
+    """Windows [N, T], each from a document of its own. `bos`: as `windows_of` takes it."""
+    rng, consecutive, windows = torch.Generator().manual_seed(source.seed), source.sampling == "consecutive", []
 
     def one(text_M: Tensor, width: int) -> Tensor:
         """[1, T]; [0, T] of a document that is too short."""
         starts = len(text_M) - width + 1
         if starts < 1:
             return text_M.new_empty(0, width)
-        start = 0 if sampling == "consecutive" else int(torch.randint(starts, (), generator=rng))
+        start = 0 if consecutive else int(torch.randint(starts, (), generator=rng))
         return text_M[None, start : start + width]
 
-    for index in order:
-        windows += windows_of(encode_row(rows[index]), length, bos, one)
-        if len(windows) == samples:
+    for index in range(len(rows)) if consecutive else torch.randperm(len(rows), generator=rng).tolist():
+        windows += windows_of(encoded(document(rows[index], source.fields)), source.length, bos, one)
+        if len(windows) == source.samples:
             return torch.stack(windows)
-    found = f"{len(windows)} of {len(rows)} documents have {length} tokens or more"
-    raise ConfigError(f"{key}: {found}; expected at least dataset.samples={samples}")
+    there = f"{len(windows)} of {len(rows)} documents have {source.length} tokens or more"
+    raise ConfigError(f"{key}: {there}; expected at least dataset.samples={source.samples}")

@@ -6,10 +6,10 @@ import socket
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPException
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 PATIENCE = 3.0  # seconds for one of the hub's addresses to take a connection; how slow it is then does not matter
 PROXYS_PATIENCE = 10.0  # seconds for a proxy, which answers once it has reached the hub, or given up
@@ -47,21 +47,13 @@ def unreachable(url: str) -> str:
             socket.create_connection((host, port), PATIENCE).close()
         elif (parts.scheme, proxy.scheme) == ("https", "http"):
             through = f" through the proxy {proxy.hostname}"
-            _tunnel(proxy, host, port)
+            known = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()
+            headers = {"Proxy-Authorization": f"Basic {b64encode(known).decode()}"} if proxy.username else {}
+            with closing(HTTPConnection(proxy.hostname or "", proxy.port or 80, timeout=PROXYS_PATIENCE)) as connection:
+                connection.set_tunnel(host, port, headers)
+                connection.connect()
     except ValueError:  # an address that cannot be read
         return ""
     except (OSError, HTTPException) as error:
         return f"{url} cannot be reached{through}: {getattr(error, 'strerror', None) or error}"
     return ""
-
-
-def _tunnel(proxy: SplitResult, host: str, port: int) -> None:
-    """Has the proxy connect to the host. Raises OSError or HTTPException where it does not."""
-    known = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()
-    headers = {"Proxy-Authorization": f"Basic {b64encode(known).decode()}"} if proxy.username else {}
-    connection = HTTPConnection(proxy.hostname or "", proxy.port or 80, timeout=PROXYS_PATIENCE)
-    connection.set_tunnel(host, port, headers)
-    try:
-        connection.connect()
-    finally:
-        connection.close()

@@ -101,8 +101,8 @@ def check_takes_bos(bos: bool, dataset: WindowSource) -> None:
 
 def evaluation_windows(dataset: WindowSource, tokenizer: Any, length: int | None, bos: bool) -> Tensor:
     """The dataset's evaluation windows [N, T] as an evaluator wants them: its `bos` decides, not the dataset's."""
-    asked: Any = replace(dataset, bos=bos) if takes_bos(dataset) else dataset  # type: ignore[type-var]
-    return asked.evaluation(tokenizer, length)
+    source: Any = replace(dataset, bos=bos) if takes_bos(dataset) else dataset  # type: ignore[type-var]
+    return source.evaluation(tokenizer, length)
 
 
 def bos_token(tokenizer: Any, key: str) -> int:
@@ -118,10 +118,6 @@ def begin_with(tokenizer: Any, bos: bool) -> int | None:
     return bos_token(tokenizer, "dataset.bos") if bos and tokenizer is not None else None
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def draw(stream_M: Tensor, samples: int, length: int, seed: int, sampling: str, key: str) -> Tensor:
     """Calibration windows [N, T] of a stream.
 
@@ -135,7 +131,7 @@ def draw(stream_M: Tensor, samples: int, length: int, seed: int, sampling: str, 
             raise ConfigError(f"{key}: {found}; expected at least dataset.samples={samples} for consecutive windows")
         return windows_NT[:samples].clone()
     _check_length(stream_M, length, key)
-    starts_N = torch.randint(len(stream_M) - length + 1, (samples,), generator=generator(seed))
+    starts_N = torch.randint(len(stream_M) - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))
     return stream_M.unfold(0, length, 1).index_select(0, starts_N)
 
 
@@ -176,9 +172,7 @@ def overlap(calibration_NT: Tensor, evaluation_NT: Tensor, n: int = 32) -> float
     n = min(n, calibration_NT.shape[1], evaluation_NT.shape[1])
     if not len(calibration_NT) or not len(evaluation_NT):
         return 0.0
-    seen, asked = np.unique(_run_hashes(calibration_NT, n)), _run_hashes(evaluation_NT, n)
-    nearest = seen[np.searchsorted(seen, asked).clip(max=len(seen) - 1)]
-    return float((nearest == asked).any(axis=1).mean())
+    return float(np.isin(_run_hashes(evaluation_NT, n), _run_hashes(calibration_NT, n)).any(axis=1).mean())
 
 
 def _run_hashes(tokens_NT: Tensor, n: int) -> np.ndarray:

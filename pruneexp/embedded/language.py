@@ -88,12 +88,12 @@ def _draw(probs: Mapping[str, float], uniform: float) -> str:
 Telling = list[tuple[Step, str]]  # a story: every word, and the distribution it was drawn from
 
 
-def pieces(told: Telling) -> list[str]:
-    return [piece(word, i == 0) for i, (_, word) in enumerate(told)]
+def pieces(telling: Telling) -> list[str]:
+    return [piece(word, i == 0) for i, (_, word) in enumerate(telling)]
 
 
-def _text(told: Telling) -> str:
-    return "".join(pieces(told))
+def _text(telling: Telling) -> str:
+    return "".join(pieces(telling))
 
 
 def tellings(seed: int) -> Iterator[Telling]:
@@ -102,25 +102,25 @@ def tellings(seed: int) -> Iterator[Telling]:
     uniform = random.Random(seed).random  # its stream is the same in every Python version
     process = Process()
     while True:
-        told: Telling = []
+        telling: Telling = []
         ended = False
         while not ended:
             step = process.step
             word = _draw(step.probs, uniform())
-            told.append((step, word))
+            telling.append((step, word))
             ended = process.advance(word)
-        yield told
+        yield telling
 
 
 def stories(seed: int) -> Iterator[Story]:
     """An endless stream of independent stories."""
-    for told in tellings(seed):
-        words = tuple(word for _, word in told)
+    for telling in tellings(seed):
+        words = tuple(word for _, word in telling)
         yield Story(
-            text=_text(told),
+            text=_text(telling),
             words=words,
-            nats=tuple(information(step.probs[word]) for step, word in told),
-            kinds=tuple(step.kind for step, _ in told),
+            nats=tuple(information(step.probs[word]) for step, word in telling),
+            kinds=tuple(step.kind for step, _ in telling),
         )
 
 
@@ -137,9 +137,9 @@ def text(seed: int, stories: int) -> str:
 KINDS = ("thing", "place", "visit", "object", "owner", "family", "food", "count", "agreement", "pronoun")
 
 
-def _askable(told: Telling, kind: str, limit: int) -> Iterator[int]:
+def _askable(telling: Telling, kind: str, limit: int) -> Iterator[int]:
     """Where the story, within its first `limit` words, gives the answer to a question of that kind."""
-    for i, (step, word) in enumerate(told[:limit]):
+    for i, (step, word) in enumerate(telling[:limit]):
         if step.ask and step.ask.kind == kind and step.ask.answer[0] == word:
             yield i
 
@@ -164,17 +164,17 @@ def questions(seed: int, n: int, limit: int = 200) -> list[Question]:
     A context has at most `limit` words. All choices have the same number of words, and of tokens.
     """
     source, rng = tellings(seed), random.Random(f"questions {seed}")
-    asked: list[Question] = []
-    while len(asked) < n:
-        told, kind = next(source), KINDS[len(asked) % len(KINDS)]
-        places = list(_askable(told, kind, limit))
+    drawn: list[Question] = []
+    while len(drawn) < n:
+        telling, kind = next(source), KINDS[len(drawn) % len(KINDS)]
+        places = list(_askable(telling, kind, limit))
         if not places:
             continue
         at = places[int(rng.random() * len(places))]
-        ask = told[at][0].ask
+        ask = telling[at][0].ask
         assert ask is not None
         wrong = _wrong(ask, rng)
-        answer = (len(asked) // len(KINDS) + len(asked) % len(KINDS)) % 4
+        answer = (len(drawn) // len(KINDS) + len(drawn) % len(KINDS)) % 4
         a, b, c, d = (*wrong[:answer], " ".join(ask.answer), *wrong[answer:])
-        asked.append(Question(_text(told[:at]), (a, b, c, d), answer, kind))
-    return asked
+        drawn.append(Question(_text(telling[:at]), (a, b, c, d), answer, kind))
+    return drawn

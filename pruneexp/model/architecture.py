@@ -31,7 +31,7 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
         model_class, config_class = (modeling_pruned.__getattr__(name) for name in own)
     try:
         config = config_class.from_pretrained(folder)
-        stock = modeling_pruned.stock_config(config) if model_type.startswith("pruned_") else config
+        stock = stock_of(config)
         family = modeling_pruned.family_of(stock)
     except Exception as error:  # each config class checks itself in its own way
         reason = " ".join(str(error).split())
@@ -41,6 +41,11 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
         if getattr(stock, name) == value:
             raise refused(folder, f"a {model_type} model with {name}={value} is not supported")
     return model_class, config, family
+
+
+def stock_of(config: Any) -> Any:
+    """The config of the stock architecture: a pruned model's, without its structure."""
+    return modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config
 
 
 def skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dtype: torch.dtype) -> Any:

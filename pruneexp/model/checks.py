@@ -21,15 +21,9 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "bitsandbytes": "bitsandbytes"}
 COUNTS = (  # config attributes that count something; absent or None where an architecture has none
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
 
 
 def check_hub_id(path: str, is_file: bool) -> None:

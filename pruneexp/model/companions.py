@@ -18,20 +18,10 @@ CARD = "README.md"
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = (
-    "tokenizer*.json",
-    "tokenizer.model*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.spm",
-    "tekken.json",
-    "*.jinja",
-    "chat_template.json",
+    "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "*.tiktoken", "*.spm", "tekken.json", "*.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja",
-)
+)  # fmt: skip
 PROCESSOR = ("*processor_config.json",)
 LEGAL = tuple(
     "".join(f"[{letter.upper()}{letter.lower()}]" if letter.isalpha() else letter for letter in word) + "*"
@@ -94,16 +84,16 @@ def _adapted(source: Path, tokenizer: Any, folder: Path) -> bool:
     """Makes the tokenizer's files in `folder` those of a checkpoint with another config.json than `source` has, as far
     as they must be; whether they are this tokenizer then."""
     file = folder / TOKENIZER_CONFIG
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     own = type(tokenizer).__name__
     named = {"tokenizer_class": "PreTrainedTokenizerFast" if own == "TokenizersBackend" else own}  # 4.x's name of it
-    told = {key: value for key, value in said.items() if key != "auto_map"}  # of code that does not travel
-    if not said.get("tokenizer_class") and _model_type(folder) != _model_type(source):
-        told |= named  # it went by the model's type
+    settings = {key: value for key, value in before.items() if key != "auto_map"}  # of code that does not travel
+    if not before.get("tokenizer_class") and _model_type(folder) != _model_type(source):
+        settings |= named  # it went by the model's type
     for changes in ({}, named):
-        told |= changes
-        if told != said:
-            file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        settings |= changes
+        if settings != before:
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if _reads_as(folder, tokenizer):
             return True
     return False

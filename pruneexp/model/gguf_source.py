@@ -18,6 +18,7 @@ from typing import Any
 
 from pruneexp.files import give_usual_mode
 from pruneexp.fingerprint import file_state
+from pruneexp.model.companions import TOKENIZER_CONFIG
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
 from pruneexp.model.gguf_words import restore_split_
 from pruneexp.model.refusal import refused
@@ -30,9 +31,7 @@ SUFFIX = ".gguf"
 CONVERSION = 3  # to be raised where this module makes another checkpoint of the same file
 RECORD = "gguf.json"  # beside the weights: the file that they were dequantised from
 # llama.cpp's names of the architectures that both transformers reads from GGUF files and a family here covers
-ARCHITECTURES = (
-    *("bloom", "falcon", "gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3", "qwen3moe", "stablelm"),
-)
+ARCHITECTURES = "bloom falcon gemma2 gemma3 gpt2 llama phi3 qwen2 qwen3 qwen3moe stablelm".split()
 STORED = {"auto": "bfloat16", "float64": "float32"}  # model.dtype -> what is kept, where that is another
 WIDE_SCALES = (("gemma2", 46), ("gemma3", 62))  # layers of those of 27B, which scale queries by hidden size / heads
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -105,20 +104,22 @@ def convert(file: Path, path: str, dtype: str) -> Path:
 
 def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     header = gguf_header(file, path)
+    settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    if hasattr(transformers, "GgufConfig"):  # versions that can leave weights quantised
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _reading(path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=getattr(torch, dtype), output_loading_info=True, **_dense()
-        )
-        model, found = loaded
+        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **settings)
+        model, loading = loaded
         tokenizer = None
         if "tokenizer.ggml.model" in header.values:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             if header.values["tokenizer.ggml.model"] == "gpt2" and "tokenizer.ggml.pre" in header.values:
                 restore_split_(tokenizer, header.values["tokenizer.ggml.pre"], path)
-    lacking = sorted(found["missing_keys"])
+    lacking = sorted(loading["missing_keys"])
     if lacking:  # transformers fills them at random
         raise refused(path, f"holds no weights for {', '.join(lacking[:3])}")
     config = model.config
@@ -136,26 +137,14 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
         give_usual_mode(weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        _name_class(folder / "tokenizer_config.json")
+        settings = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":  # of no model's own: as transformers 4 calls it
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "README.md").write_text(_card(header.values, file))
     made = f"dequantised by transformers {metadata.version('transformers')}, gguf {metadata.version('gguf')}"
     record = {"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file), "made": made}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _name_class(file: Path) -> None:
-    """Gives a tokenizer of no model's own the class name that transformers 4 knows, too."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        file.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
-
-
-def _dense() -> dict[str, Any]:
-    """Settings that keep transformers from leaving weights quantised: versions that can know them."""
-    import transformers
-
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 @contextmanager
@@ -166,9 +155,8 @@ def _reading(path: str) -> Iterator[None]:
             yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise refused(
-            path, f"transformers {metadata.version('transformers')} cannot dequantise it ({reason})"
-        ) from error
+        cannot = f"transformers {metadata.version('transformers')} cannot dequantise it"
+        raise refused(path, f"{cannot} ({reason})") from error
 
 
 def _rope(file: Path, header: Header, path: str) -> dict[str, Any]:
@@ -182,9 +170,9 @@ def _rope(file: Path, header: Header, path: str) -> dict[str, Any]:
         return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1.0 else {}
     if (tensors, kind, architecture) == (["rope_freqs.weight"], "none", "llama"):
         factors = float32_tensor(file, header, tensors[0])
-        found = None if factors is None else _llama3(factors, values.get("llama.rope.freq_base", 1e4))
-        if found is not None:
-            return found
+        parameters = None if factors is None else _llama3(factors, values.get("llama.rope.freq_base", 1e4))
+        if parameters is not None:
+            return parameters
     what = ", ".join([*tensors, *([f"rope.scaling.type={kind}"] if kind != "none" else [])])
     raise refused(
         path,
@@ -202,7 +190,7 @@ def _llama3(factors: Sequence[float], base: float) -> dict[str, Any] | None:
         turns = LLAMA3["original_max_position_embeddings"] * base ** (-index / len(factors)) / (2 * math.pi)
         share = min(max((turns - low) / (high - low), 0.0), 1.0)
         expected.append(1 / ((1 - share) / largest + share))
-    if any(abs(found - wanted) > 1e-3 * wanted for found, wanted in zip(factors, expected, strict=True)):
+    if any(abs(factor - wanted) > 1e-3 * wanted for factor, wanted in zip(factors, expected, strict=True)):
         return None
     return {} if largest == 1.0 else {"rope_type": "llama3", "factor": largest, **LLAMA3}
 
@@ -224,15 +212,15 @@ def _special_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of generation: where it begins, what pads, and where it stops: at the end of the text, and of a turn."""
     ids = {name: values.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")}
     stops = list(dict.fromkeys(ids[name] for name in ("eos", "eot") if ids[name] is not None))
-    found = {"bos_token_id": ids["bos"], "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None)}
-    return {**found, "pad_token_id": ids["padding"]}
+    stop = stops if len(stops) > 1 else next(iter(stops), None)
+    return {"bos_token_id": ids["bos"], "eos_token_id": stop, "pad_token_id": ids["padding"]}
 
 
 def _card(values: Mapping[str, Any], file: Path) -> str:
     """A model card with what the file says of where it comes from."""
     address = values.get("general.base_model.0.repo_url") or values.get("general.repo_url") or ""
-    found = {"base_model": address.removeprefix("https://huggingface.co/"), "license": values.get("general.license")}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in found.items() if value]
+    facts = {"base_model": address.removeprefix("https://huggingface.co/"), "license": values.get("general.license")}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items() if value]
     return "\n".join(["---", *lines, "---", "", f"The model in {file.name}, dequantised.", ""])
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pruneexp.model import modeling_pruned
+from pruneexp.model.architecture import stock_of
 from pruneexp.model.checks import check_counts
 from pruneexp.model.loaded import Model
-from pruneexp.model.modeling_pruned import Experts, Family, experts_of, family_of, split_experts_, stock_config
+from pruneexp.model.modeling_pruned import Experts, Family, experts_of, family_of, split_experts_
 from pruneexp.model.placement import connect_
 from pruneexp.model.source import DTYPES, Described
 from pruneexp.model.weights import check_finite
@@ -54,7 +55,7 @@ class GivenModel:
 
     @property
     def dtype(self) -> str:
-        return next((name for name, kind in DTYPES.items() if kind == self.module.dtype), str(self.module.dtype))
+        return str(self.module.dtype).removeprefix("torch.")
 
     def check(self, weights: bool = True) -> None:
         """Raises ConfigError where the module cannot be pruned."""
@@ -64,7 +65,7 @@ class GivenModel:
         """It lies in memory."""
 
     def describe(self) -> Described:
-        config = _stock(self.module.config)
+        config = stock_of(self.module.config)
         limit, family = getattr(config, "max_position_embeddings", None), family_of(config)
         return Described(self.tokens_of, config.vocab_size, limit, family.learned_positions, family)
 
@@ -98,20 +99,22 @@ class GivenModel:
         return {"name": self.name, "path": self.path, "files": {"given": {"sha256": digest.hexdigest()}}}
 
     def _model(self, module: Any) -> Model:
-        config = _stock(module.config)
+        config = stock_of(module.config)
         family = family_of(config)
-        if config.tie_word_embeddings and not _tied(module):
-            config.tie_word_embeddings = module.config.tie_word_embeddings = False
-        elif not config.tie_word_embeddings and _tied(module):
-            config.tie_word_embeddings = module.config.tie_word_embeddings = True
-            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
+        head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        if bool(config.tie_word_embeddings) != tied:
+            config.tie_word_embeddings = module.config.tie_word_embeddings = tied
+            if tied:
+                module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
         layers_path = f"{module.base_model_prefix}.{family.layers}"
         layers = module.get_submodule(layers_path)
         for layer in layers:
             _split_experts_(layer, family)
-        home = next(module.get_input_embeddings().parameters()).device
+        home = next(embedding.parameters()).device
         placement = [next((p.device for p in layer.parameters()), home) for layer in layers]
-        _take_off_placement_(module)
+        if hooks := sys.modules.get("accelerate.hooks"):  # theirs would bring inputs to where layers were before
+            hooks.remove_hook_from_module(module, recurse=True)
         if {home} != {home, *placement}:
             connect_(module, layers, placement, home)
         return Model(
@@ -129,10 +132,11 @@ class GivenModel:
 
 def check_module(module: Any) -> None:
     """Raises ConfigError, naming what was found and what was expected, for what cannot be pruned as it is."""
-    for found, expected in _problems(module):
-        raise ConfigError(f"model: {found}; expected {expected}")
-    check_counts(_stock(module.config), "model")
-    family = family_of(_stock(module.config))
+    if problem := next(_problems(module), None):
+        raise ConfigError(f"model: {problem[0]}; expected {problem[1]}")
+    config = stock_of(module.config)
+    check_counts(config, "model")
+    family = family_of(config)
     for name, value in family.impossible:
         if getattr(module.config, name) == value:
             raise ConfigError(f"model: {name}={value} is not supported; expected another model")
@@ -186,22 +190,6 @@ def _foreign_hooks(module: nn.Module) -> Iterator[str]:
             home = getattr(hook, "__module__", None) or ""
             if not home.startswith((PLACEMENT, OBSERVERS, "pruneexp.")):
                 yield name or "the model"
-
-
-def _stock(config: Any) -> Any:
-    return stock_config(config) if config.model_type.startswith("pruned_") else config
-
-
-def _tied(module: Any) -> bool:
-    """Whether the head is the embedding."""
-    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
-    return head is not None and head.weight is embedding.weight
-
-
-def _take_off_placement_(module: nn.Module) -> None:
-    """Takes accelerate's hooks off, which would bring layers' inputs to where these were before."""
-    if hooks := sys.modules.get("accelerate.hooks"):  # whoever put some there has it
-        hooks.remove_hook_from_module(module, recurse=True)
 
 
 def _split_experts_(layer: nn.Module, family: Family) -> None:

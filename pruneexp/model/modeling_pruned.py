@@ -138,23 +138,17 @@ PHI3 = replace(
     mlp_writers=(Writer("mlp.gate_up_proj", ("gate", "up"), by_part=True),),
     reads_config=True,
 )
+_QK_LAYERNORMS = (Writer("self_attn.q_layernorm", ("query",)), Writer("self_attn.k_layernorm", ("key",)))
 STABLELM = replace(
     LLAMA,
     stock="StableLm",
     pruned_since="5.14",
     variants=(
         ({"use_parallel_residual": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
-        (
-            {"qk_layernorm": True},
-            {
-                "head_norms": (
-                    Writer("self_attn.q_layernorm", ("query",)),
-                    Writer("self_attn.k_layernorm", ("key",)),
-                )
-            },
-        ),
+        ({"qk_layernorm": True}, {"head_norms": _QK_LAYERNORMS}),
     ),
 )
+_NORMALISED_BEHIND = {"attention_norm": None, "mlp_norm": None, "adds_up": False}
 OPT = replace(
     LLAMA,
     stock="OPT",
@@ -167,7 +161,7 @@ OPT = replace(
     mlp_norm="final_layer_norm",
     key_value_heads=None,
     learned_positions=True,
-    variants=(({"do_layer_norm_before": False}, {"attention_norm": None, "mlp_norm": None, "adds_up": False}),),
+    variants=(({"do_layer_norm_before": False}, _NORMALISED_BEHIND),),
 )
 BLOOM = Family(
     stock="Bloom",
@@ -184,13 +178,12 @@ BLOOM = Family(
     adds_residual=True,
     returns_tuple=True,
     alibi=True,
-    variants=(
-        (
-            {"apply_residual_connection_post_layernorm": True},
-            {"attention_norm": None, "mlp_norm": None, "adds_up": False},
-        ),
-    ),
+    variants=(({"apply_residual_connection_post_layernorm": True}, _NORMALISED_BEHIND),),
 )
+_MULTI_QUERY = {
+    "attention_writers": (Writer("self_attention.query_key_value", _QKV, by_part=True),),
+    "key_value_heads": 1,
+}
 FALCON = replace(
     BLOOM,
     stock="Falcon",
@@ -200,13 +193,7 @@ FALCON = replace(
     variants=(
         ({"alibi": True}, {"alibi": True}),
         ({"parallel_attn": True}, {"mlp_norm": "input_layernorm", "side_by_side": True}),
-        (
-            {"multi_query": True, "new_decoder_architecture": False},
-            {
-                "attention_writers": (Writer("self_attention.query_key_value", _QKV, by_part=True),),
-                "key_value_heads": 1,
-            },
-        ),
+        ({"multi_query": True, "new_decoder_architecture": False}, _MULTI_QUERY),
         ({"new_decoder_architecture": True}, {"key_value_heads": "num_kv_heads", "side_by_side": True}),
         (
             {"new_decoder_architecture": True, "num_ln_in_parallel_attn": (None, 2)},
@@ -278,8 +265,7 @@ def family_of(config: Any) -> Family:
 
 def _key_value_heads(family: Family, config: Any) -> int:
     named = family.key_value_heads
-    found = getattr(config, named) if isinstance(named, str) else named
-    return found or config.num_attention_heads
+    return (getattr(config, named) if isinstance(named, str) else named) or config.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -552,8 +538,7 @@ def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, l
     A sublayer that keeps no unit leaves only its reader's bias; its norms go too, where they serve nothing else.
     """
     heads, kv_heads = structure.num_attention_heads, structure.num_key_value_heads
-    attention_bias = structure.attention_output_bias
-    _resize_(layer, family.attention_reader, inputs=heads * layout.size, bias=attention_bias)
+    _resize_(layer, family.attention_reader, inputs=heads * layout.size, bias=structure.attention_output_bias)
     if structure.expert_sizes is not None:
         _resize_experts_(layer, family, structure)
     else:
@@ -575,9 +560,9 @@ def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, l
 
 def _tell_heads_(attention: Any, family: Family, heads: int, kv_heads: int, size: int) -> None:
     """Sets the attributes by which attention modules know how many heads they have."""
-    told = {"num_heads": heads, "num_key_value_heads": kv_heads, "num_kv_heads": kv_heads}
-    told |= {"num_key_value_groups": heads // kv_heads, "split_size": heads * size}
-    for name, number in told.items():
+    counts = {"num_heads": heads, "num_key_value_heads": kv_heads, "num_kv_heads": kv_heads}
+    counts |= {"num_key_value_groups": heads // kv_heads, "split_size": heads * size}
+    for name, number in counts.items():
         if hasattr(attention, name):
             setattr(attention, name, number)
     if family.reads_config:
@@ -609,8 +594,8 @@ def number_caches_(layers: nn.ModuleList, family: Family, configs: tuple[Any, ..
     """
     if configs[0]._attn_implementation in SERVERS:
         return True
-    found = [layer.get_submodule(family.attention) for layer in layers]
-    present = [not isinstance(attention, RemovedAttention) for attention in found]
+    attentions = [layer.get_submodule(family.attention) for layer in layers]
+    present = [not isinstance(attention, RemovedAttention) for attention in attentions]
     if not any(present):
         return False
     kinds = list(getattr(configs[0], "layer_types", None) or ["full_attention"] * len(layers))
@@ -619,7 +604,7 @@ def number_caches_(layers: nn.ModuleList, family: Family, configs: tuple[Any, ..
         if not present[index]:
             kinds[index] = kinds[index + 1 if index < last else last]
     places = {kind: iter([i for i, other in enumerate(kinds) if other == kind]) for kind in kinds}
-    for attention, here, kind in zip(found, present, kinds, strict=True):
+    for attention, here, kind in zip(attentions, present, kinds, strict=True):
         if here:
             attention.layer_idx = next(places[kind])  # pyright: ignore[reportArgumentType]
     for config in configs:

@@ -26,22 +26,21 @@ from pruneexp.model.modeling_pruned import (
 )
 from pruneexp.types import Block, ConfigError, Cost, Site, SiteWeights
 
+_UNKNOWN = Cost(0, 0, 0)  # a site's, until it is counted
+
 
 def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStructure:
     """The layer's widths, as it stands."""
-    reader = _linear(layer, family.attention_reader)
-    layout = head_layout(family, config)
-    heads = linear_sizes(reader)[0] // layout.size
-    experts = experts_of(layer, family)
-    downs = [_linear(layer, path) for path in _readers(layer, family)]
-    sizes = tuple(linear_sizes(down)[0] for down in downs)
-    biases = tuple(down.bias is not None for down in downs)
+    layout, experts, readers = head_layout(family, config), experts_of(layer, family), _readers(layer, family)
+    heads = inputs_of(layer, family.attention_reader) // layout.size
+    sizes = tuple(inputs_of(layer, path) for path in readers)
+    biases = tuple(_linear(layer, path).bias is not None for path in readers)
     origin = None if experts is None else experts.origin
     return LayerStructure(
         num_attention_heads=heads,
         num_key_value_heads=layout.key_value_heads(heads),
         intermediate_size=sum(sizes),
-        attention_output_bias=reader.bias is not None,
+        attention_output_bias=_linear(layer, family.attention_reader).bias is not None,
         mlp_output_bias=any(biases),
         kept_heads=slope_heads(layer.get_submodule(family.attention), family),
         expert_sizes=None if experts is None else sizes,
@@ -67,16 +66,15 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
     layout = head_layout(family, config)
     if not isinstance(layer.get_submodule(family.attention), RemovedAttention):
         width = layout.group * layout.size
-        units = linear_sizes(_linear(layer, family.attention_reader))[0] // width
+        units = inputs_of(layer, family.attention_reader) // width
+        site = Site(f"{prefix}.{family.attention}", "attention", index, units, width, _UNKNOWN)
+        cost = _unit_cost(layer, family, site, layout.rows)
         kv = 0 if layout.shared else 2 * layout.size
-        site = Site(f"{prefix}.{family.attention}", "attention", index, units, width, Cost(0, 0, 0))
-        cost = _unit_cost(layer, family, site, layout.rows, kv=kv, context_macs=2 * width)
-        sites.append(replace(site, cost=cost))
+        sites.append(replace(site, cost=replace(cost, kv=kv, context_macs=2 * width)))
     if experts_of(layer, family) is not None:
         return (*sites, *_expert_sites(layer, index, family, prefix))
-    channels = linear_sizes(_linear(layer, family.mlp_reader))[0]
-    if channels:
-        site = Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, Cost(0, 0, 0))
+    if channels := inputs_of(layer, family.mlp_reader):
+        site = Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, _UNKNOWN)
         sites.append(replace(site, cost=_unit_cost(layer, family, site, FFN_ROWS)))
     return tuple(sites)
 
@@ -86,9 +84,9 @@ def _expert_sites(layer: nn.Module, index: int, family: Family, prefix: str) -> 
     average, were they chosen equally often."""
     cost: Cost | None = None  # of a channel, the same in all of them
     for number, reader in enumerate(_readers(layer, family)):
-        if channels := linear_sizes(_linear(layer, reader))[0]:
+        if channels := inputs_of(layer, reader):
             name = f"{prefix}.{expert_path(family, family.mlp, number)}"
-            site = Site(name, "mlp", index, channels, 1, Cost(0, 0, 0), number)
+            site = Site(name, "mlp", index, channels, 1, _UNKNOWN, number)
             if cost is None:
                 cost, run = _unit_cost(layer, family, site, FFN_ROWS), router_of(layer, family).top_k
                 cost = replace(cost, macs=round(cost.macs * run / len(experts_of(layer, family))))
@@ -115,9 +113,8 @@ def experts_site(layer: nn.Module, index: int, family: Family, config: Any, pref
     router = router_of(layer, family)
     held = {sum(p.numel() for p in expert.parameters()) for expert in experts}
     if len(held) > 1:
-        raise ConfigError(
-            f"search.granularity: expected no experts where they differ in width (those of layer {index} do)"
-        )
+        differ = f"where they differ in width (those of layer {index} do)"
+        raise ConfigError(f"search.granularity: expected no experts {differ}")
     cost = Cost(held.pop() + config.hidden_size, config.hidden_size, 0)
     return Site(experts_name(family, prefix), "experts", index, len(experts), 0, cost, least=router.top_k)
 
@@ -161,14 +158,14 @@ def as_whole(site: Site) -> Site:
 
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
-    """The writers and the reader's path of a site. A writer that serves all units alike is none."""
-    writers, reader = _writers(family, site.kind), family.mlp_reader
+    """The in-projections and the path of the out-projection of a site. What serves all units alike is none."""
     if site.kind == "attention":
-        return writers, family.attention_reader
+        own = (w for w in family.attention_writers if not set(w.roles) <= set(family.shared_roles))
+        return tuple(own), family.attention_reader
     if site.expert is None:
-        return writers, reader
-    own = tuple(replace(writer, path=expert_path(family, writer.path, site.expert)) for writer in writers)
-    return own, expert_path(family, reader, site.expert)
+        return family.mlp_writers, family.mlp_reader
+    own = (replace(writer, path=expert_path(family, writer.path, site.expert)) for writer in family.mlp_writers)
+    return tuple(own), expert_path(family, family.mlp_reader, site.expert)
 
 
 def unit_rows(family: Family, site: Site, config: Any) -> dict[str, int]:
@@ -192,17 +189,12 @@ def head_norm_rows(layer: nn.Module, norm: Writer) -> dict[str, Tensor]:
     return {f"norms.{{}}.{leaf}": torch.cat([getattr(one, leaf) for one in module.norms]) for leaf in leaves}
 
 
-def _writers(family: Family, kind: str) -> tuple[Writer, ...]:
-    writers = family.attention_writers if kind == "attention" else family.mlp_writers
-    return tuple(w for w in writers if not set(w.roles) <= set(family.shared_roles))
-
-
 def shared_rows(layer: nn.Module, family: Family) -> int:
     """Rows of the attention's writers that belong to no unit."""
     if not family.shared_roles or isinstance(layer.get_submodule(family.attention), RemovedAttention):
         return 0
     rows = sum(linear_sizes(layer.get_submodule(w.path))[1] for w in family.attention_writers)
-    return rows - linear_sizes(layer.get_submodule(family.attention_reader))[0]
+    return rows - inputs_of(layer, family.attention_reader)
 
 
 def _linear(layer: nn.Module, path: str) -> Any:
@@ -210,9 +202,13 @@ def _linear(layer: nn.Module, path: str) -> Any:
     return layer.get_submodule(path)
 
 
-def _unit_cost(
-    layer: nn.Module, family: Family, site: Site, rows: dict[str, int], kv: int = 0, context_macs: int = 0
-) -> Cost:
+def inputs_of(layer: nn.Module, path: str) -> int:
+    """Of a linear layer."""
+    return linear_sizes(layer.get_submodule(path))[0]
+
+
+def _unit_cost(layer: nn.Module, family: Family, site: Site, rows: dict[str, int]) -> Cost:
+    """Parameters and multiply-accumulates."""
     writers, reader = site_parts(family, site)
     macs, vectors = site.width * linear_sizes(_linear(layer, reader))[1], 0
     for writer in writers:
@@ -223,7 +219,7 @@ def _unit_cost(
     for norm in family.head_norms if site.kind == "attention" else ():
         if norm.roles[0] not in family.shared_roles:
             vectors += rows[norm.roles[0]] * len(head_norm_rows(layer, norm))
-    return Cost(params=macs + vectors, macs=macs, kv=kv, context_macs=context_macs)
+    return Cost(params=macs + vectors, macs=macs, kv=0)
 
 
 def _site_weights(

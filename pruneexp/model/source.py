@@ -16,7 +16,7 @@ import torch
 
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.model import checks, companions, modeling_pruned
-from pruneexp.model.architecture import model_class_of, skeleton
+from pruneexp.model.architecture import model_class_of, skeleton, stock_of
 from pruneexp.model.checkpoint import Checkpoint, fingerprints, holds_weights
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
@@ -114,13 +114,8 @@ class ModelSource:
         folder = self.folder(weights=False)
         config = self.stock_config(folder)
         family = modeling_pruned.FAMILIES[config.model_type]
-        return Described(
-            self.tokenizer(folder),
-            config.vocab_size,
-            getattr(config, "max_position_embeddings", None),
-            family.learned_positions,
-            family,
-        )
+        limit = getattr(config, "max_position_embeddings", None)
+        return Described(self.tokenizer(folder), config.vocab_size, limit, family.learned_positions, family)
 
     def outline(self) -> Model:
         """The model's structure, from the config alone: every tensor on the meta device. Where weights lie in the
@@ -142,7 +137,7 @@ class ModelSource:
     def stock_config(self, folder: Path) -> Any:
         """The config of the stock architecture: a pruned checkpoint's, without its structure."""
         _, config, _ = model_class_of(folder, self.read_config(folder)["model_type"])
-        return modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config
+        return stock_of(config)
 
     def tokenizer(self, folder: Path) -> Any:
         """The folder's tokenizer, None where it has none: one object as long as no file there changes, so that what was
@@ -154,8 +149,8 @@ class ModelSource:
         of files over 256 MiB the header, the size and the time of the last change alone; and of the GGUF file that they
         were dequantised from."""
         folder = self.folder()
-        found = {"name": self.name, "path": self.path, "revision": self.revision, "files": fingerprints(folder)}
-        return {**found, "gguf": json.loads((folder / RECORD).read_text())} if (folder / RECORD).is_file() else found
+        known = {"name": self.name, "path": self.path, "revision": self.revision, "files": fingerprints(folder)}
+        return {**known, "gguf": json.loads((folder / RECORD).read_text())} if (folder / RECORD).is_file() else known
 
     def load(self, tokenizer: Any = None) -> Model:
         """The model, ready to run: evaluation mode, no gradients. `tokenizer`: the one of `describe`, if at hand."""
@@ -215,7 +210,7 @@ class ModelSource:
             module,
             tokenizer,
             family,
-            modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config,
+            stock_of(config),
             name=self.name,
             device=home,
             dtype=dtype,

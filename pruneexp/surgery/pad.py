@@ -18,11 +18,10 @@ from pruneexp.model.modeling_pruned import (
     Writer,
     as_matrix,
     head_layout,
-    linear_sizes,
     resize_layer_,
     split_parts,
 )
-from pruneexp.model.sites import head_norm_rows
+from pruneexp.model.sites import head_norm_rows, inputs_of
 from pruneexp.model.weights import set_tensor_
 from pruneexp.surgery.forms import Form, original_structure, stock_layers, uniform_form
 from pruneexp.types import ConfigError
@@ -58,9 +57,8 @@ def padding(model: Model, multiple: int = 1) -> Padding:
         mlp_output_bias=any(s.mlp_output_bias for s in structures),
     )
     fresh = stock_layers(model)
-    for channels in dict.fromkeys((rounded, before.intermediate_size)):
-        if channels < widest or channels % multiple:
-            continue
+    widths = [n for n in dict.fromkeys((rounded, before.intermediate_size)) if n >= widest and n % multiple == 0]
+    for channels in widths:
         for wide in dict.fromkeys((heads, before.num_attention_heads)):
             kv_heads = layout.key_value_heads(wide)
             one = replace(biased, num_attention_heads=wide, num_key_value_heads=kv_heads, intermediate_size=channels)
@@ -117,14 +115,14 @@ def padded_layer(model: Model, index: int, structure: LayerStructure, layer: Any
     if not isinstance(old.get_submodule(family.attention), RemovedAttention):
         _pad_attention_(model, old, layer)
     for writer in family.mlp_writers:
-        _pad_writer_(model, old, layer, writer, FFN_ROWS, _channels(old, family.mlp_reader), slots=None)
+        _pad_writer_(model, old, layer, writer, FFN_ROWS, inputs_of(old, family.mlp_reader), slots=None)
     _pad_reader_(old, layer, family.mlp_reader, columns=None)
     return layer
 
 
 def _pad_attention_(model: Model, old: Any, layer: Any) -> None:
     family, layout = model.family, head_layout(model.family, model.config)
-    units = _channels(old, family.attention_reader) // (layout.group * layout.size)
+    units = inputs_of(old, family.attention_reader) // (layout.group * layout.size)
     kept_heads = layer_structure(old, family, model.config).kept_heads
     slots = None if kept_heads is None else torch.tensor(kept_heads[:: layout.group]) // layout.group
     for writer in family.attention_writers:
@@ -154,21 +152,16 @@ def _pad_writer_(
         into.data = to_rows
         if parameter.ndim == 2:
             from_rows, to_rows = as_matrix(source, parameter), as_matrix(target, to_rows)
-        wide = _units(to_rows, writer, rows, shared)
-        found = split_parts(from_rows, writer, units, rows, shared)
+        common = sum(rows[role] for role in writer.roles if role in shared)
+        wide = (to_rows.shape[0] - common) // (sum(rows[role] for role in writer.roles) - common)
+        parts = split_parts(from_rows, writer, units, rows, shared)
         for role, part in split_parts(to_rows, writer, wide, rows, shared).items():
-            part[slice(None) if role in shared else places.to(part.device)] = found[role]
-
-
-def _units(to_rows: Tensor, writer: Writer, rows: dict[str, int], shared: tuple[str, ...]) -> int:
-    common = sum(rows[role] for role in writer.roles if role in shared)
-    own = sum(rows[role] for role in writer.roles if role not in shared)
-    return (to_rows.shape[0] - common) // own
+            part[slice(None) if role in shared else places.to(part.device)] = parts[role]
 
 
 def _pad_reader_(old: Any, layer: Any, path: str, columns: Tensor | None) -> None:
-    source, target, count = old.get_submodule(path), layer.get_submodule(path), _channels(old, path)
-    if count in (0, _channels(layer, path)):  # `padded_layer` has set it
+    source, target, count = old.get_submodule(path), layer.get_submodule(path), inputs_of(old, path)
+    if count in (0, inputs_of(layer, path)):  # `padded_layer` has set it
         return
     matrix = as_matrix(target, torch.zeros_like(target.weight))
     places = torch.arange(count) if columns is None else columns
@@ -191,7 +184,3 @@ def _pad_joint_norm_(model: Model, old: Any, layer: Any, norm: Writer, units: in
     _pad_writer_(model, old, layer, norm, rows, units, slots=None)
     target.weight.data = target.weight.data / factor
     assert len(head_norm_rows(layer, norm)) == 1, "a bias would have to stay as it is"
-
-
-def _channels(layer: Any, path: str) -> int:
-    return linear_sizes(layer.get_submodule(path))[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pruneexp.files import save_tensors
 from pruneexp.model import Checkpoint, Model, layer_structure
-from pruneexp.model.checkpoint import safetensors_files, stored_name
+from pruneexp.model.checkpoint import INDEX, SINGLE, safetensors_files, stored_name
 from pruneexp.model.companions import carry
 from pruneexp.model.modeling_pruned import head_layout, number_caches_, resize_layer_
 from pruneexp.model.tensor_file import places
@@ -48,14 +48,20 @@ def save(model: Model, folder: Path, form: Form | None = None, complete: Complet
     with _writing(folder, aside):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        writer = ShardWriter(aside, model.family.stored_as)
-        for name, tensor in _tensors(model, form):
-            writer.add({name: tensor})
-        writer.close()
-        write_description(model, form, aside)
-        complete(form, aside)
+        _finish(ShardWriter(aside, model.family.stored_as), _tensors(model, form), model, form, complete)
         aside.rename(folder)
     return form
+
+
+def _finish(
+    writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]], model: Model, form: Form, complete: Complete
+) -> None:
+    """Writes these tensors and what lies beside the weights."""
+    for name, tensor in tensors:
+        writer.add({name: tensor})
+    writer.close()
+    write_description(model, form, writer.folder)
+    complete(form, writer.folder)
 
 
 def write_description(model: Model, form: Form, folder: Path) -> None:
@@ -154,17 +160,12 @@ class StreamedSave:
     def finish(self, complete: Complete = _as_it_is) -> Form:
         """Writes the rest and puts the checkpoint in its place; the model streams from it from here on."""
         form = save_form(self.model)
-        if self.finished:
-            with _writing(self.folder, self.aside):
+        with _writing(self.folder, self.aside):
+            if self.finished:
                 complete(form, self.folder)
-        else:
-            with _writing(self.folder, self.aside):
-                for name, tensor in _tensors(self.model, form):
-                    if not tensor.is_meta:
-                        self.writer.add({name: tensor})
-                self.writer.close()
-                write_description(self.model, form, self.aside)
-                complete(form, self.aside)
+            else:
+                tensors = ((name, tensor) for name, tensor in _tensors(self.model, form) if not tensor.is_meta)
+                _finish(self.writer, tensors, self.model, form, complete)
                 self.aside.rename(self.folder)
         family = self.model.family
         self.model.checkpoint = Checkpoint(self.folder, self.model.module.base_model_prefix, family.stored_as)
@@ -241,14 +242,10 @@ class ShardWriter:
         """Names the shards as transformers expects them."""
         self.flush()
         count = len(self.shards)
-        names = (
-            ["model.safetensors"]
-            if count == 1
-            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        )
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
         for index, name in enumerate(names):
             self.file(index).rename(self.folder / name)
         if count > 1:
             weight_map = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
             index_json = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1))
+            (self.folder / INDEX).write_text(json.dumps(index_json, indent=1))

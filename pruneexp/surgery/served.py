@@ -1,9 +1,10 @@
-"""Whether vLLM serves a checkpoint as it is written, through transformers' own classes, and what to type where not."""
+"""Which other software reads a checkpoint as it is written, and what to tell its user where one does not."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pruneexp.model.loaded import PER_LAYER
 from pruneexp.model.modeling_pruned import FAMILIES
 
 # Its way through transformers wants attention behind transformers' interface (BLOOM and Falcon have their own), takes
@@ -20,3 +21,24 @@ def vllm_note(config: Any) -> str:
     if FAMILIES[kind].experts:
         return f"vLLM serves no {kind} whose experts differ; expected a run with search=uniform search.alike=true"
     return f"vLLM serves no {kind} whose layers differ; expected pruneexp-export RUN_FOLDER format=padded out=PATH"
+
+
+def broken_period(config: Any) -> str:
+    """The attribute of a stock config with one value a layer that is not what the config's class gives by itself for so
+    many layers; "" where all are. Software that assumes the period then computes another model, in silence."""
+    named = [name for name in PER_LAYER if getattr(config, name, None)]
+    if not named:
+        return ""
+    values = {name: value for name, value in config.to_dict().items() if name not in PER_LAYER}
+    usual = type(config)(**values)
+    return next((name for name in named if list(getattr(config, name)) != list(getattr(usual, name) or ())), "")
+
+
+def period_warning(config: Any) -> str:
+    """What to tell whoever gets the checkpoint; "" where there is nothing to tell."""
+    if not (name := broken_period(config)):
+        return ""
+    return (
+        f"no GGUF file of it: the model's {name} do not repeat with {config.model_type}'s period, which llama.cpp's "
+        f"converter assumes (its file would be another model, without an error); transformers and vLLM read {name}"
+    )

@@ -50,7 +50,7 @@ def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStruc
 
 
 def _readers(layer: nn.Module, family: Family) -> list[str]:
-    """Paths of the FFN's reader, or of each expert's."""
+    """Paths of the FFN's out-projection, or of each expert's."""
     experts = experts_of(layer, family)
     if experts is None:
         return [family.mlp_reader]
@@ -169,7 +169,7 @@ def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
 
 
 def unit_rows(family: Family, site: Site, config: Any) -> dict[str, int]:
-    """Rows of one of the site's units in each part of its writers."""
+    """Rows of one of the site's units in each part of its in-projections."""
     return head_layout(family, config).rows if site.kind == "attention" else FFN_ROWS
 
 
@@ -190,7 +190,7 @@ def head_norm_rows(layer: nn.Module, norm: Writer) -> dict[str, Tensor]:
 
 
 def shared_rows(layer: nn.Module, family: Family) -> int:
-    """Rows of the attention's writers that belong to no unit."""
+    """Rows of the attention's in-projections that belong to no unit."""
     if not family.shared_roles or isinstance(layer.get_submodule(family.attention), RemovedAttention):
         return 0
     rows = sum(linear_sizes(layer.get_submodule(w.path))[1] for w in family.attention_writers)

@@ -117,7 +117,7 @@ def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructu
 @dataclass(frozen=True)
 class StockWidths:
     """What a stock config can say of all layers: config keys, None where it cannot. A bias flag gives one to the
-    sublayer's writers, too."""
+    sublayer's in-projections, too."""
 
     intermediate_size: str = "intermediate_size"
     num_attention_heads: str | None = None
@@ -213,7 +213,7 @@ def _uniform_mixture(model: Model, structures: list[LayerStructure]) -> Form | N
 
 
 def _other_biases(one: LayerStructure, other: LayerStructure) -> bool:
-    """Whether the readers differ in whether they own a bias."""
+    """Whether the out-projections differ in whether they own a bias."""
     return (one.attention_output_bias, one.mlp_output_bias) != (other.attention_output_bias, other.mlp_output_bias)
 
 

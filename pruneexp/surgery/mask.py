@@ -22,12 +22,13 @@ Readers = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> weight [O
 
 @contextmanager
 def masked(model: Model, plan: Plan, readers: Readers | None = None) -> Iterator[Model]:
-    """Runs `model` as if `plan`'s units were gone: what they hand to the reader is zeroed.
+    """Runs `model` as if `plan`'s units were gone: what they hand to the out-projection is
+    zeroed.
 
     A whole expert's tokens go to the experts that stay, as they will once it is gone.
 
-    Where `readers` names a site, its reader is replaced by that weight and bias on the kept channels (a compensated
-    candidate). No weight is copied or written; on exit the model is as before.
+    Where `readers` names a site, its out-projection is replaced by that weight and bias on the kept channels (a
+    compensated candidate). No weight is copied or written; on exit the model is as before.
     """
     with ExitStack() as layers:
         for index in range(len(model.layers)):

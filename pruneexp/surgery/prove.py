@@ -73,7 +73,7 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense
         dtype = str(model.dtype).removeprefix("torch.")
         command = [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), tokens_file, out_file, scratch, dtype]
         command += ["", "", ""] if dense is None else [str(dense.folder), str(POSITIONS), str(dense.trust_remote_code)]
-        with waiting("proving the checkpoint in a clean process"):
+        with waiting("verifying the checkpoint in a clean process"):
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

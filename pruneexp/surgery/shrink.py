@@ -54,14 +54,15 @@ def shrink_(model: Model, plan: Plan, readers: Readers | None = None) -> None:
 
 
 def shrink_layer_(model: Model, index: int, plan: Plan, readers: Readers | None = None) -> None:
-    """Shrinks decoder layer `index`: writers lose the rows, the reader the columns of the units that `plan` drops.
+    """Shrinks decoder layer `index`: in-projections lose the rows, the out-projection the columns of the units that
+    `plan` drops.
 
-    `readers` (site name -> weight [O, K], bias [O] or None) replaces readers, as a compensator returned them.
+    `readers` (site name -> weight [O, K], bias [O] or None) replaces out-projections, as a compensator returned them.
     Of a mixture, whole experts leave with their rows of the router. Sites that keep all units are left untouched, to
     the bit.
 
     Raises:
-        RunError: a replacement reader with NaN or Inf; the message names the site.
+        RunError: a replacement with NaN or Inf; the message names the site.
     """
     layer, readers = model.layers[index], readers or {}
     _narrow_(model, index, plan, readers)
@@ -86,11 +87,11 @@ def _narrow_(model: Model, index: int, plan: Plan, readers: Readers) -> None:
 
 
 def replace_readers_(model: Model, index: int, readers: Readers) -> None:
-    """Gives decoder layer `index` other readers, as wide as they are, by site name. Raises RunError as
+    """Gives decoder layer `index` other out-projections, as wide as they are, by site name. Raises RunError as
     `shrink_layer_`."""
     layer = model.layers[index]
     sites = [site for site in model.layer_sites(index) if site.name in readers]
-    structure = _structure_after(model, layer, sites, Plan({}), readers)  # a reader may get a bias
+    structure = _structure_after(model, layer, sites, Plan({}), readers)  # one may get a bias
     resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
     for site in sites:
         path = site_parts(model.family, site)[1]
@@ -102,7 +103,7 @@ def _set_(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Gives the layer new parameters by name, as far as it still has them."""
     parameters = dict(layer.named_parameters())
     for name, tensor in tensors.items():
-        if name in parameters:  # a removed sublayer's writers are gone
+        if name in parameters:  # a removed sublayer's in-projections are gone
             if tensor.ndim == 2:
                 tensor = as_matrix(layer.get_submodule(name.rpartition(".")[0]), tensor).contiguous()
             set_tensor_(layer, name, tensor)
@@ -164,7 +165,7 @@ def _with_expert(structure: LayerStructure, expert: int, channels: int, bias: bo
 def _kept_tensors(
     model: Model, layer: nn.Module, site: Site, plan: Plan, reader: tuple[Tensor, Tensor | None] | None
 ) -> dict[str, Tensor]:
-    """New tensors of the site's writers and reader, by parameter name below the layer."""
+    """New tensors of the site's projections, by parameter name below the layer."""
     kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
     device = model.layer_device(site.layer)
     units = torch.as_tensor(kept, dtype=torch.int64, device=device)
@@ -191,11 +192,11 @@ def _kept_tensors(
 
 
 def _fitted(site: Site, reader: tuple[Tensor, Tensor | None], like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A compensator's answer, of the kind and on the device of the reader that it replaces. Raises RunError."""
+    """A compensator's answer, of the kind and on the device of what it replaces. Raises RunError."""
     weight, bias = reader[0].to(like), None if reader[1] is None else reader[1].to(like)
     for tensor in (weight, bias):
         if tensor is not None and not torch.isfinite(tensor).all():
-            raise RunError(f"{site.name}: the compensated reader holds NaN or Inf")
+            raise RunError(f"{site.name}: the compensated out-projection holds NaN or Inf")
     return weight, bias
 
 

@@ -22,11 +22,7 @@ DRAWN = ("dataset.calibration", "dataset.samples", "dataset.seed")  # of windows
 
 
 def given_experiment(
-    given: tuple[Any, Any, Any],
-    overrides: Sequence[str],
-    folder: Path | None,
-    in_place: bool,
-    parts: Mapping[str, Any],
+    given: tuple[Any, Any, Any], overrides: Sequence[str], folder: Path | None, in_place: bool, parts: Mapping[str, Any]
 ) -> Experiment:
     """`given`: model, tokenizer, tokens. `parts`: objects in place of what the overrides choose, by group. Raises
     ConfigError, the model untouched."""

@@ -8,13 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pruneexp.export.folders import (
-    RECORD,
-    check_out,
-    check_space,
-    checkpoint_folder,
-    stored_source,
-)
+from pruneexp.export.folders import RECORD, check_out, check_space, checkpoint_folder, stored_source
 from pruneexp.export.request import Request
 from pruneexp.export.single_file import GGUF_FILE, place_file
 

@@ -15,12 +15,7 @@ from pruneexp.report.methods import GROUPS, Described, departures, describe
 from pruneexp.report.page import Folded, Report, Section
 from pruneexp.report.points import SHARE, accuracies, is_mean, kept_shares, machine, perplexities
 from pruneexp.report.published import tables as published_tables
-from pruneexp.report.sections import (
-    effects_section,
-    pareto_section,
-    published_section,
-    widths_section,
-)
+from pruneexp.report.sections import effects_section, pareto_section, published_section, widths_section
 from pruneexp.report.tables import Cell, Table, count, number, ratio, table
 
 UNITS = {SHARE: "share", "memory/peak_bytes": "bytes", "passes/forward": "count", "passes/backward": "count"}

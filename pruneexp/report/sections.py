@@ -7,12 +7,7 @@ from typing import Any
 
 from pruneexp.report.against_share import file_name, named, only_of
 from pruneexp.report.comparison import NOT_STATED, Aspect, Comparison
-from pruneexp.report.figures import (
-    Style,
-    effects_figure,
-    pareto_figure,
-    widths_figure,
-)
+from pruneexp.report.figures import Style, effects_figure, pareto_figure, widths_figure
 from pruneexp.report.methods import Described
 from pruneexp.report.page import Section
 from pruneexp.report.points import (

@@ -37,7 +37,7 @@ Folders of runs that failed, are not finished, or were edited are listed in the 
 exit code: 0 done; 2 a request that cannot work; 1 a report that failed (nothing is left at PATH)"""
 
 CHOICES = {"versions": ("same", "any"), "overwrite": ("true", "false")}
-KEYS = ("out", "versions", "overwrite")
+KEYS = ("out", *CHOICES)
 RECORD = "report.json"
 
 

@@ -42,6 +42,7 @@ def read_arguments(
 def made_aside(out: Path) -> Iterator[Path]:
     """Where to make what is then moved to `out`: nothing is left there. Raises RunError where it cannot be written."""
     aside = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         yield aside
     except OSError as error:

@@ -137,8 +137,8 @@ def is_ours(text: str) -> bool:
 
 
 def loading(written: Written) -> str:
-    told = LOADERS[written.form].format(architecture=written.architecture, since=written.since)
-    return f"{LOADING}\n\n{told}{PADDED if written.padded else ''}"
+    how = LOADERS[written.form].format(architecture=written.architecture, since=written.since)
+    return f"{LOADING}\n\n{how}{PADDED if written.padded else ''}"
 
 
 def _library(written: Written) -> str:
@@ -166,15 +166,13 @@ def _figures(metrics: Mapping[str, float]) -> list[str]:
         side, _, name = key.partition("/")
         dense = metrics.get(f"dense/{name}")
         if side == "pruned" and dense is not None and not name.startswith("params") and not name.endswith("/iqr"):
-            group = "accuracy" if "acc" in name.split("/")[0] else ""
-            rows.append(
-                (f"`{name}`", figure_text(name, dense), figure_text(name, pruned), change_text(group, dense, pruned))
-            )
+            change = change_text("accuracy" if "acc" in name.split("/")[0] else "", dense, pruned)
+            rows.append((f"`{name}`", figure_text(name, dense), figure_text(name, pruned), change))
     if not rows:
         return []
-    first = {row[0].strip("`").partition("/")[0] for row in rows}
-    told = "".join(f"\n- {what}" for prefix, what in METRICS.items() if any(one.startswith(prefix) for one in first))
-    return [f"## Figures\n\n{_table(('figure', 'dense', 'pruned', 'change'), rows)}{told and told + chr(10)}"]
+    measured = [what for prefix, what in METRICS.items() if any(row[0].startswith(f"`{prefix}") for row in rows)]
+    legend = "".join(f"\n- {what}" for what in measured) + "\n" * bool(measured)
+    return [f"## Figures\n\n{_table(('figure', 'dense', 'pruned', 'change'), rows)}{legend}"]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -209,9 +207,8 @@ def _without_folders(override: str) -> str:
     if plain and os.path.exists(os.path.expanduser(plain)):
         return key + equals + Path(plain).name
     # whatever begins like a path, also within a list: its last part
-    return (
-        key + equals + re.sub(r"(?<![\w.:/}-])(?:~[^/\s]*|\.{1,2})?/[^\s,'\"\])}]*", lambda m: Path(m[0]).name, value)
-    )
+    paths = r"(?<![\w.:/}-])(?:~[^/\s]*|\.{1,2})?/[^\s,'\"\])}]*"
+    return key + equals + re.sub(paths, lambda match: Path(match[0]).name, value)
 
 
 def base_model(path: str, folder: Path | None) -> str:
@@ -242,8 +239,8 @@ def base_model(path: str, folder: Path | None) -> str:
 
 def license_of(folder: Path | None) -> dict[str, Any]:
     """What the card of the model in `folder` says of its license."""
-    found = front_matter(_read(folder / "README.md")) if folder is not None else {}
-    return {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), (str, list))}
+    metadata = front_matter(_read(folder / "README.md")) if folder is not None else {}
+    return {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), (str, list))}
 
 
 def front_matter(text: str) -> dict[str, Any]:

@@ -94,22 +94,12 @@ class VllmExporter:
 
     def config(self, model: Model) -> dict[str, Any]:
         """config.json: LLaMA's keys that DeciLM reads, and what each layer has."""
-        own = model.config
-        blocks = [
-            {
-                "attention": {
-                    "no_op": layer.heads == 0,
-                    "n_heads_in_group": layer.heads // layer.kv_heads if layer.heads else None,
-                    "replace_with_linear": False,
-                },
-                "ffn": {
-                    "no_op": layer.channels == 0,
-                    "intermediate_size": layer.channels or None,
-                    "replace_with_linear": False,
-                },
-            }
-            for layer in self.layers
-        ]
+        own, blocks = model.config, []
+        for layer in self.layers:
+            group, width = layer.heads // layer.kv_heads if layer.heads else None, layer.channels or None
+            attention = {"no_op": group is None, "n_heads_in_group": group, "replace_with_linear": False}
+            ffn = {"no_op": width is None, "intermediate_size": width, "replace_with_linear": False}
+            blocks.append({"attention": attention, "ffn": ffn})
         kept = ("hidden_size", "vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         return {

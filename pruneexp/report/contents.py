@@ -78,13 +78,14 @@ def _runs(runs: Runs, found: Found) -> Section:
     measured = [f"{side}/{name}" for name in names for side in ("dense", "pruned")]
     there = {key for one in runs for key in one.run.metrics}
     metrics = [key for key in (SHARE, "pruned/params", *measured, *LATER) if key in there]
+    units = {key: UNITS.get(key, "accuracy" if "/acc" in key else "") for key in metrics}
     columns: dict[str, Show] = {
         "run": lambda one: Cell(one.run.name, mark="flag" if one.run.hash in found.conflicts else ""),
         **({"model": lambda one: one.context} if several else {}),
         "method": lambda one: one.method,
         "ratio asked": lambda one: ratio(one.ratio),
         **{key: _setting(key) for key in keys},
-        **{key: lambda one, key=key: number(one.run.metrics.get(key), _unit(key)) for key in metrics},
+        **{key: lambda one, key=key: number(one.run.metrics.get(key), units[key]) for key in metrics},
     }
     if found.conflicts:
         remark = Cell("same config, another result", mark="flag")
@@ -106,10 +107,6 @@ def _runs(runs: Runs, found: Found) -> Section:
 
 def _setting(key: str, absent: str = "-") -> Show:
     return lambda one: str(one.run.flat.get(key, absent))
-
-
-def _unit(metric: str) -> str:
-    return UNITS.get(metric, "accuracy" if "/acc" in metric else "")
 
 
 def _all_metrics(runs: Runs) -> Table:

@@ -6,7 +6,6 @@ where they differ in ratio and seed alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -61,26 +60,24 @@ Runs = Sequence[Described]
 @cache
 def options(group: str) -> dict[str, dict[str, Any]]:
     """Settings of every option of a group, flat, those it inherits among them."""
-    found = {}
+    by_name = {}
     for path in sorted((conf_folder() / group).glob("*.yaml")):
         merged: dict[str, Any] = {}
         for file in reversed(inherited(path)):
             merged |= yaml.load(file.read_text(encoding="utf-8"), YamlLoader) or {}
-        merged.pop("defaults", None)
-        found[path.stem] = settings(merged)
-    return found
+        by_name[path.stem] = settings({key: value for key, value in merged.items() if key != "defaults"})
+    return by_name
 
 
 @cache
 def _recipes() -> dict[str, dict[str, str]]:
     """Recipe -> the option of each group that it chooses."""
-    found = {}
+    recipes, prefix = {}, "override /"
     for path in sorted((conf_folder() / "recipe").glob("*.yaml")):
         lines = yaml.load(path.read_text(encoding="utf-8"), YamlLoader).get("defaults", ())
         overrides = {key: value for line in lines if isinstance(line, dict) for key, value in line.items()}
-        prefix = "override /"
-        found[path.stem] = {key.removeprefix(prefix): value for key, value in overrides.items() if prefix in key}
-    return found
+        recipes[path.stem] = {key.removeprefix(prefix): value for key, value in overrides.items() if prefix in key}
+    return recipes
 
 
 def choice(group: str, config: Mapping[str, Any], preferred: str | None = None) -> Choice:
@@ -90,22 +87,22 @@ def choice(group: str, config: Mapping[str, Any], preferred: str | None = None) 
     if not isinstance(node, Mapping):
         return Choice("none", {})
     given = settings(node)
-    near = [
-        Choice(name, {key: value for key, value in given.items() if not _stands(key, value, option)})
-        for name, option in options(group).items()
-        if option.get("_target_") == given.get("_target_")
-    ]
+    same_class = [n for n, option in options(group).items() if option.get("_target_") == given.get("_target_")]
+    near = {name: _departing(name, given, options(group)[name]) for name in same_class}
     if not near:
         return Choice(str(given.get("_target_", "none")).rpartition(".")[2], {})
-    best = min(near, key=lambda found: len(found.departures))
-    wanted = [found for found in near if found.name == preferred]
-    return wanted[0] if wanted and best.departures else best
+    best = min(near.values(), key=lambda choice: len(choice.departures))
+    return near.get(str(preferred), best) if best.departures else best
 
 
-def _stands(key: str, value: Any, option: Mapping[str, Any]) -> bool:
-    """Whether the option leaves the setting at this value, or to the user or another key."""
-    expected = option.get(key)
-    return key == "ratio" or _is_seed(key) or expected in (AUTO, "???", value) or "${" in str(expected)
+def _departing(name: str, given: Mapping[str, Any], option: Mapping[str, Any]) -> Choice:
+    """The option, and the settings at another value than it has, but for those it leaves to the user or another key."""
+    departures = {}
+    for key, value in given.items():
+        expected = option.get(key)
+        if not (key == "ratio" or _is_seed(key) or expected in (AUTO, "???", value) or "${" in str(expected)):
+            departures[key] = value
+    return Choice(name, departures)
 
 
 def _recorded(group: str, config: Mapping[str, Any], name: str | None) -> Choice:
@@ -113,7 +110,7 @@ def _recorded(group: str, config: Mapping[str, Any], name: str | None) -> Choice
     node, option = config.get(group), options(group).get(str(name))
     if name is None or option is None or not isinstance(node, Mapping):  # of a folder of one's own
         return choice(group, config) if name is None else Choice(name, {})
-    return Choice(name, {key: value for key, value in settings(node).items() if not _stands(key, value, option)})
+    return _departing(name, settings(node), option)
 
 
 def choices_of(
@@ -123,19 +120,18 @@ def choices_of(
     `recorded`: what environment.json says was chosen; runs of older versions have none, and are told by their
     settings."""
     if recorded:
-        found = {group: _recorded(group, config, recorded.get(group)) for group in GROUPS}
+        choices = {group: _recorded(group, config, recorded.get(group)) for group in GROUPS}
         recipe = recorded.get("recipe")
         chosen = _recipes().get(str(recipe), {})
         swapped = [group for group in RECIPE if chosen.get(group, recorded.get(group)) != recorded.get(group)]
-        return (None if swapped else recipe), found
-    best: tuple[str | None, dict[str, Choice]] = (None, {group: choice(group, config) for group in GROUPS})
-    fewest = math.inf
+        return (None if swapped else recipe), choices
+    near: list[tuple[str | None, dict[str, Choice]]] = []
     for recipe, chosen in _recipes().items():
-        found = {group: choice(group, config, chosen.get(group)) for group in GROUPS}
-        departures = sum(len(found[group].departures) for group in RECIPE)
-        if departures < fewest and all(found[group].name == chosen.get(group) for group in RECIPE):
-            best, fewest = (recipe, found), departures
-    return best
+        choices = {group: choice(group, config, chosen.get(group)) for group in GROUPS}
+        if all(choices[group].name == chosen.get(group) for group in RECIPE):
+            near.append((recipe, choices))
+    none_near = (None, {group: choice(group, config) for group in GROUPS})
+    return min(near, key=lambda pair: sum(len(pair[1][group].departures) for group in RECIPE), default=none_near)
 
 
 def model_names(config: Mapping[str, Any]) -> set[str]:

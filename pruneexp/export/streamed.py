@@ -25,8 +25,7 @@ def wants_streaming(model: Model) -> bool:
 
 
 def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | None) -> None:
-    """Writes a streamed model in `form`, padded where that is asked for: what lies outside the decoder layers, then layer
-    by layer."""
+    """Writes a streamed model in `form`, padded where asked: what lies outside the layers, then layer by layer."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, model.family.stored_as, shard_bytes=STREAMED_SHARD_BYTES)
     tied = set(model.module.all_tied_weights_keys) if model.config.tie_word_embeddings else set()

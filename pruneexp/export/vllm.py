@@ -19,19 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pruneexp.export import vllm_proof
+from pruneexp.export import llama_like, vllm_proof
 from pruneexp.export.checkpoint import layers_text
 from pruneexp.export.folders import stored_source
-from pruneexp.export.llama_like import (
-    LlamaLayer,
-    adds_something,
-    check_llama_like,
-    context_length,
-    layer_tensors,
-    rounded_note,
-    rounded_up,
-    window_note,
-)
+from pruneexp.export.llama_like import LlamaLayer
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.companions import carry
 from pruneexp.model.modeling_pruned import head_size
@@ -52,11 +43,11 @@ def vllm_exporter(model: Model, multiple: int = 1) -> VllmExporter:
 
     Raises ConfigError where vLLM's class cannot hold the model.
     """
-    check_llama_like(model, "vllm")
+    llama_like.check_llama_like(model, "vllm")
     heads = _query_heads(model)
     layers = tuple(_layers(model, heads, multiple))
-    rounded = rounded_note(model, layers, multiple)
-    names = {name for layer in layers for name in layer_tensors(model, layer)}
+    rounded = llama_like.rounded_note(model, layers, multiple)
+    names = {name for layer in layers for name in llama_like.layer_tensors(model, layer)}
     flags = {flag: any(f"{path}.bias" in names for path in paths) for flag, paths in vllm_proof.BIASES.items()}
     exporter = VllmExporter(layers, heads, flags, 0, rounded)
     size = sum(tensor.numel() for part in exporter.tensors(model) for tensor in part.values())
@@ -90,7 +81,7 @@ class VllmExporter:
         shutil.copyfile(CODE, folder / CODE.name)
         carry(model.source_folder, model.tokenizer, None, folder)
         vllm_proof.check_loader_rules(folder)
-        return [*window_note(model), NOT_SERVED]
+        return [*llama_like.window_note(model), NOT_SERVED]
 
     def config(self, model: Model) -> dict[str, Any]:
         """config.json: LLaMA's keys that DeciLM reads, and what each layer has."""
@@ -112,7 +103,7 @@ class VllmExporter:
             "num_key_value_heads": max(layer.kv_heads for layer in self.layers),
             "head_dim": head_size(own),
             "intermediate_size": max(layer.channels for layer in self.layers),
-            "max_position_embeddings": context_length(model),
+            "max_position_embeddings": llama_like.context_length(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             **{name: getattr(own, name) for name in kept},
             **{name: getattr(own, name, None) for name in tokens},
@@ -131,7 +122,7 @@ class VllmExporter:
         yield outside
         for place, layer in enumerate(self.layers):
             with model.loaded(layer.index):
-                tensors = layer_tensors(model, layer)
+                tensors = llama_like.layer_tensors(model, layer)
                 for path in (path for flag, paths in vllm_proof.BIASES.items() if self.flags[flag] for path in paths):
                     if (weight := tensors.get(f"{path}.weight")) is not None:
                         tensors.setdefault(f"{path}.bias", weight.new_zeros(len(weight)))
@@ -164,10 +155,10 @@ def _query_heads(model: Model) -> int:
 def _layers(model: Model, heads: int, multiple: int) -> Iterator[LlamaLayer]:
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
     group = next(s.num_attention_heads // s.num_key_value_heads for s in structures if s.num_attention_heads)
-    kept = [index for index in range(len(model.layers)) if adds_something(model, index)]
+    kept = [index for index in range(len(model.layers)) if llama_like.adds_something(model, index)]
     for index in kept:
         own = structures[index]
         attention = own.num_attention_heads or own.attention_output_bias or index == kept[0]
         channels = own.intermediate_size or (ZERO_CHANNELS if own.mlp_output_bias else 0)
         kv_heads = heads // group if attention else 0
-        yield LlamaLayer(index, heads if attention else 0, kv_heads, rounded_up(channels, multiple))
+        yield LlamaLayer(index, heads if attention else 0, kv_heads, llama_like.rounded_up(channels, multiple))

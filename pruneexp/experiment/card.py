@@ -110,6 +110,9 @@ def card_text(card: Card, written: Written) -> str:
     name = card.base_model.rpartition("/")[2]
     linked = f"[{name}](https://huggingface.co/{card.base_model})" if "/" in card.base_model else name
     recipe = "" if card.recipe == "custom" else f" (recipe `{card.recipe}`)"
+    tags = [TAG, "pruned", "structured-pruning", *([card.recipe] if recipe else [])]
+    metadata = {"base_model": card.base_model, **card.license, "library_name": _library(written)}
+    metadata |= {"pipeline_tag": "text-generation", "tags": tags}
     parts = [
         f"# {name}, pruned\n\n{linked}, made smaller by pruneexp {__version__}{recipe}: whole attention "
         "heads, FFN channels or layers have left it, and what remains is an ordinary, smaller model.\n",
@@ -120,7 +123,8 @@ def card_text(card: Card, written: Written) -> str:
         *([_adapting(card, written)] if written.form not in LIBRARIES and card.targets else []),
         "## Uploading it\n\n```sh\nhf upload YOUR_NAME/MODEL_NAME path/to/this/folder\n```\n",
     ]
-    return f"---\n{_metadata(card, written)}---\n\n" + "\n".join(parts)
+    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n" + "\n".join(parts)
 
 
 def reworded(text: str, written: Written) -> str:
@@ -143,13 +147,6 @@ def loading(written: Written) -> str:
 
 def _library(written: Written) -> str:
     return LIBRARIES.get(written.form, "transformers")
-
-
-def _metadata(card: Card, written: Written) -> str:
-    data = {"base_model": card.base_model, **card.license, "library_name": _library(written)}
-    recipe = [] if card.recipe == "custom" else [card.recipe]
-    data |= {"pipeline_tag": "text-generation", "tags": [TAG, "pruned", "structured-pruning", *recipe]}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def _removed(card: Card) -> list[str]:

@@ -228,11 +228,11 @@ def test_prompts_begin_with_the_token(own: bool) -> None:
         first = [BOS] if own or begins else []  # a tokenizer's own is there without it, too
         prompts = [row.tolist() for ids in heard.shown for row in ids if ids.shape[1] > 1]
         assert prompts == [[*first, *b"ab"], [*first, *b"cde"]]
-        assert f"distinct_1/prompts@+4{'+bos' if own else ''}[2]" in named
+        assert f"distinct_1/prompts@+4{'+bos' if own else ''}[2]" in named.figures
     heard = Heard()
     named = Generation(prompts=None, batch_size=2, bos=own, **common)(heard, byte_tokenizer(True))  # type: ignore[arg-type]
     assert heard.shown[0].shape == (2, 4) and (heard.shown[0][:, 0] == BOS).all() == own
-    assert f"distinct_1/text@4+4{'+bos' if own else ''}[2]" in named
+    assert f"distinct_1/text@4+4{'+bos' if own else ''}[2]" in named.figures
 
 
 def test_questions_begin_with_the_token() -> None:

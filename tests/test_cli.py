@@ -159,6 +159,11 @@ MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line n
     ("hydra.run.dir=x", "hydra.run.dir=x", ["run.dir", "sweep.dir"]),
     ("hydra.mode=foo", "hydra.mode=foo", ["RUN", "MULTIRUN"]),
     ("+sweep=flap_ration", "sweep=flap_ration", ["grid", "sweep=flap_ratios"]),
+    (
+        "model.stream=true compensator=least_squares compensator.target=pruned compensator.sequential=false",
+        "compensator.sequential=False",
+        ["model.stream=true", "expected true"],
+    ),
     ("evaluator=[latency] model.stream=true", "model.stream=True", ["evaluator=latency", "model.stream=false"]),
     (
         "model.stream=true compensator=least_squares compensator.sequential=false compensator.target=pruned",
@@ -486,6 +491,12 @@ def test_a_method_of_ones_own(cli: Cli, runs: list[Experiment], tmp_path: Path) 
         "# mine\n_target_: mine_for_test.Mine\npower: ???  # of the score\nsequential: false\n"
     )
     own = ("--config-dir", "own", "criterion=mine")
+    (tmp_path / "own" / "model").mkdir()
+    (tmp_path / "own" / "model" / "other.yaml").write_text("# no model\n_target_: mine_for_test.NoCriterion\n")
+    assert (
+        "model._target_: NoCriterion has no name, path"
+        in cli("--config-dir", "own", "model=other", "dataset=embedded", "evaluator=[size]").err
+    )
     assert cli(*own).err == "pruneexp: criterion.power is missing: expected of the score\n"
     assert cli(*own, "criterion.power=x").err == "pruneexp: criterion.power='x': expected an integer\n"
     assert cli("--config-dir", "own", "criterion=mines").err.endswith("did you mean criterion=mine?\n")

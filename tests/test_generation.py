@@ -126,25 +126,23 @@ def test_figures_by_hand():
     assert [common_prefix(*pair) for pair in (([1], [1, 2]), ([], [1]), ([2], [1]))] == [1, 0, 0]
 
 
-def test_names_and_the_first_model_as_reference(llama):
+def test_names_and_the_dense_model_as_reference(llama):
     evaluator = a_generation()
     dense = evaluator(llama, llama.tokenizer)
     names = {"distinct_1", "distinct_2", "distinct_3", "seq_rep_4"}
-    assert set(dense) == {f"{name}/embedded@12+10[5]" for name in names}
-    assert evaluator.files("generation", "dense") == {}
-    again = evaluator(llama, llama.tokenizer)
+    assert set(dense.figures) == {f"{name}/embedded@12+10[5]" for name in names}
+    assert dense.files == {} and evaluator(llama, llama.tokenizer) == dense  # nothing is held between calls
     agreed = {"exact_match/embedded@12+10[5]": 1.0, "common_prefix/embedded@12+10[5]": 10.0}
-    assert again == dense | agreed
+    assert evaluator.against(dense, dense, llama.tokenizer).figures == agreed
     head = llama.module.get_output_embeddings().weight
     try:
         head.data.neg_()
-        other = evaluator(llama, llama.tokenizer)
+        other = evaluator.against(dense, evaluator(llama, llama.tokenizer), llama.tokenizer).figures
     finally:
         head.data.neg_()
     assert other["exact_match/embedded@12+10[5]"] == 0 and other["common_prefix/embedded@12+10[5]"] < 1
-    assert evaluator(llama, llama.tokenizer) == again  # held against the first, not the last
     sampled = a_generation(temperature=0.5, samples=2)(llama, llama.tokenizer)
-    assert "distinct_2/embedded@12+10t0.5[2]" in sampled
+    assert "distinct_2/embedded@12+10t0.5[2]" in sampled.figures
 
 
 def test_a_table_that_any_text_fits():
@@ -169,9 +167,8 @@ def test_tokens_need_no_tokenizer(llama, tmp_path):
     evaluator.check()
     evaluator.prepare(None, llama.vocab_size)
     first = evaluator(llama, None)
-    assert "distinct_1/windows@12+10[3]" in first
-    evaluator(llama, None)
-    assert "| 0 1 2 3 4 5 6 7 8 9 10 11 |" in evaluator.files("generation", "pruned")["generation.md"]
+    assert "distinct_1/windows@12+10[3]" in first.figures
+    assert "| 0 1 2 3 4 5 6 7 8 9 10 11 |" in evaluator.against(first, first, None).files["md"]
     with pytest.raises(ConfigError, match=r"windows.npy: token id 59 .* vocabulary \(59\)|token id 40 .* \(40\)"):
         a_generation(dataset=evaluator.dataset, prompt_tokens=20).prepare(None, 40)
 

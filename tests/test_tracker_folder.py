@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pruneexp.files import write_atomic
@@ -208,15 +210,40 @@ def test_a_killed_run_counts_as_interrupted(tmp_path):
     assert status_of(tmp_path) == "done"
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to tell processes apart")
 def test_a_process_number_used_again_is_not_the_run(tmp_path):
     run = LocalRun(False)
     run.start(record(tmp_path))
     status = json.loads((tmp_path / "status.json").read_text())
-    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": "another boot:1"}))
+    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": 1.0}))
     assert status_of(tmp_path) == "interrupted"
+    for early in (None, "a boot:123"):  # older versions wrote other marks, or none
+        write_atomic(tmp_path / "status.json", json.dumps({**status, "process": early}))
+        assert status_of(tmp_path) == "running"
     write_atomic(tmp_path / "status.json", json.dumps({**status, "host": "elsewhere", "pid": 1}))
     assert status_of(tmp_path) == "running"
+    run.fail("over")
+
+
+def test_a_process_is_known_after_the_clock_was_set(tmp_path, monkeypatch):
+    run = LocalRun(False)
+    run.start(record(tmp_path))
+    made, booted = psutil.Process.create_time, psutil.boot_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: made(self) + 3600)
+    monkeypatch.setattr(psutil, "boot_time", lambda: booted() + 3600)
+    assert status_of(tmp_path) == "running"
+    run.fail("over")
+
+
+def test_a_process_that_nobody_has_waited_for_is_no_run(tmp_path):
+    run = LocalRun(False)
+    run.start(record(tmp_path))
+    status = json.loads((tmp_path / "status.json").read_text())
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None and ended.stdout.read() == b""  # its end
+        while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        write_atomic(tmp_path / "status.json", json.dumps({**status, "pid": ended.pid, "process": None}))
+        assert status_of(tmp_path) == "interrupted"
     run.fail("over")
 
 
@@ -226,7 +253,7 @@ def test_a_run_that_died_before_its_metrics_were_written_is_interrupted(tmp_path
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["status"] == "done" and "host" not in status
     assert status_of(tmp_path) == "running"  # this process still lives, and may be about to write them
-    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": "another boot:1"}))
+    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": 1.0}))
     assert status_of(tmp_path) == "interrupted"
 
 
@@ -234,7 +261,7 @@ def test_a_run_that_died_before_its_metrics_were_written_is_interrupted(tmp_path
 def test_a_run_whose_metrics_are_damaged_makes_room_for_the_next(tmp_path, damaged):
     finished(tmp_path)
     status = json.loads((tmp_path / "status.json").read_text())
-    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": "another boot:1"}))
+    write_atomic(tmp_path / "status.json", json.dumps({**status, "process": 1.0}))
     (tmp_path / "metrics.json").write_bytes(damaged)
     assert status_of(tmp_path) == "interrupted"
     finished(tmp_path)

@@ -174,7 +174,7 @@ def test_names_say_which_items(data, llama, monkeypatch):
         if name != "boolq":
             monkeypatch.setitem(TASKS, name, replace(TASKS[name], items=whole[name]))
     evaluator = a_zeroshot(data, *PUBLISHED)
-    figures = evaluator(llama, llama.tokenizer)
+    figures = evaluator(llama, llama.tokenizer).figures
     norm = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa")
     named = {f"acc/{name}@0shot" for name in PUBLISHED[1:]} | {f"acc_norm/{name}@0shot" for name in norm}
     means = {f"{kind}/mean7@0shot[{sum(whole.values())}]" for kind in ("acc", "acc_norm_or_acc")}
@@ -185,18 +185,16 @@ def test_names_say_which_items(data, llama, monkeypatch):
     assert figures[f"acc_norm_or_acc/mean7@0shot[{sum(whole.values())}]"] == pytest.approx(sum(best) / 7, rel=1e-12)
 
     monkeypatch.setitem(TASKS, "boolq", replace(TASKS["boolq"], items=2))
-    assert "acc/boolq@0shot" in a_zeroshot(data, "boolq")(llama, llama.tokenizer)
-    limited = a_zeroshot(data, "boolq", "piqa", limit=2)(llama, llama.tokenizer)
+    assert "acc/boolq@0shot" in a_zeroshot(data, "boolq")(llama, llama.tokenizer).figures
+    limited = a_zeroshot(data, "boolq", "piqa", limit=2)(llama, llama.tokenizer).figures
     assert set(limited) == {"acc/boolq@0shot", "acc/piqa@0shot[2]", "acc_norm/piqa@0shot[2]"}
 
 
 def test_the_record_of_a_model(data, llama):
     evaluator = a_zeroshot(data, "piqa", "lambada_openai", num_fewshot=1)
-    assert evaluator.files("mine", "dense") == {}
-    figures = evaluator(llama, llama.tokenizer)
-    ((name, content),) = evaluator.files("mine", "pruned").items()
-    record = json.loads(content)
-    assert name == "mine_pruned.json" and set(record["tasks"]) == {"piqa", "lambada_openai"}
+    found = evaluator(llama, llama.tokenizer)
+    figures, record = found.figures, json.loads(found.files["json"])
+    assert set(found.files) == {"json"} and set(record["tasks"]) == {"piqa", "lambada_openai"}
     piqa = record["tasks"]["piqa"]
     assert len(piqa["scores"]["acc"]) == 3 and sum(piqa["scores"]["acc"]) / 3 == figures["acc/piqa@1shot[3]"]
     assert {Path(file).name for file in piqa["data"]} == {
@@ -205,9 +203,7 @@ def test_the_record_of_a_model(data, llama):
     share = piqa["figures"]["acc"]
     assert piqa["standard_errors"]["acc"] == pytest.approx(math.sqrt(share * (1 - share) / 2))
     assert piqa["version"] == 1.0 and piqa["num_fewshot"] == 1 and len(piqa["requests_sha256"]) == 64
-    again = json.loads(evaluator.files("mine", "pruned")["mine_pruned.json"])
-    assert again == record
-    assert a_zeroshot(data, "piqa")(llama, llama.tokenizer) and "perplexity/lambada_openai@1shot[2]" in figures
+    assert evaluator(llama, llama.tokenizer) == found and "perplexity/lambada_openai@1shot[2]" in figures
 
 
 def test_nothing_of_the_run_is_touched(data, llama):
@@ -273,10 +269,10 @@ def test_jobs_of_a_process_share_tasks_that_are_asked_alike(data, tmp_path, llam
         loads.append(tuple(names))
         return load_tasks(names, rows)
 
-    def figures(folder: Path, **changes: Any) -> tuple[dict[str, float], Any, Any]:
+    def figures(folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
         evaluator = a_zeroshot(folder, "piqa", "boolq", **changes)
         found = evaluator(llama, llama.tokenizer)
-        return found, evaluator.measured_on(llama.tokenizer), evaluator.files("zeroshot", "dense")
+        return found.figures, evaluator.measured_on(llama.tokenizer), found.files
 
     monkeypatch.setattr(zeroshot, "load_tasks", counted)
     zeroshot._asked.cache_clear()
@@ -320,13 +316,13 @@ def test_groups_and_filters(few_definitions, llama):
     (few_definitions / "written.yaml").write_text(WRITTEN)
     evaluator = a_zeroshot(None, "both", "written", num_fewshot=None, limit=3)
     evaluator.prepare(llama.tokenizer, llama.vocab_size)
-    figures = evaluator(llama, llama.tokenizer)
+    figures = dict(evaluator(llama, llama.tokenizer).figures)
     one, two = figures["acc/one@0shot"], figures["acc/two@0shot[3]"]
     assert figures.pop("acc/both@0shot[5]") == pytest.approx((2 * one + 3 * two) / 5)
     assert figures.keys() == {
         "acc/one@0shot", "acc/two@0shot[3]", "exact_match/written@1shot/plain", "exact_match/written@1shot/small"
     }  # fmt: skip
-    assert evaluator(llama, llama.tokenizer).keys() >= figures.keys()
+    assert evaluator(llama, llama.tokenizer).figures.keys() >= figures.keys()
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from pruneexp.cli.explain import missing_key
 from pruneexp.cli.targets import Parameters, located, signature
 from pruneexp.conf_files import did_you_mean, one_line
 from pruneexp.dataset.bos import check_asked, resolved
-from pruneexp.evidence import Gram
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import value_before
+from pruneexp.model import ModelSource
 from pruneexp.search import scored_as
 from pruneexp.types import ConfigError, defaults, filled
 
@@ -32,7 +32,7 @@ DEFAULTS: dict[type, Mapping[str, Any]] = {
     types.Tracker: defaults.TRACKER,
 }
 PROTOCOLS: dict[str, type | None] = {
-    "model": None,
+    "model": ModelSource,
     "dataset": types.Dataset,
     "criterion": types.Criterion,
     "sparsity": types.Sparsity,
@@ -56,7 +56,7 @@ def build(composed: Composed) -> Experiment:
     run = builder.call(RunSettings, config["run"], "run")
     parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
     evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}
-    if getattr(parts["model"], "stream", False) and not _typed(composed, "evaluator"):
+    if parts["model"].stream and not _typed(composed, "evaluator"):
         # The default list is for a model in memory; what was typed is checked below instead.
         evaluators = {name: each for name, each in evaluators.items() if each.streams}
     experiment = Experiment(**parts, evaluators=evaluators, run=run, seed=seed, config=config, job=composed.job)
@@ -73,7 +73,7 @@ def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
     _check_granularity(experiment)
     _check_rounds(experiment)
-    half = getattr(experiment.model, "dtype", "auto") in ("float16", "bfloat16")
+    half = experiment.model.dtype in ("float16", "bfloat16")
     if half and any(kind.wide for kind in types.evidence_kinds(experiment.criterion.evidence)):
         chosen = experiment.job["choices"]["criterion"]
         raise ConfigError(
@@ -81,43 +81,32 @@ def check_together(experiment: Experiment) -> None:
             "expected float32 or float64, or criterion.hessian=exact"
         )
     _check_quantity(experiment)
-    if getattr(experiment.model, "stream", False):
-        for kind in types.evidence_kinds(experiment.criterion.evidence):
-            if kind.source in ("gradient", "influence"):
-                chosen = experiment.job["choices"]["criterion"]
-                raise ConfigError(
-                    f"model.stream=True: criterion={chosen} needs backward passes through the whole model; "
-                    "expected model.stream=false, or a criterion that only needs forward passes"
-                )
-            if kind.source == "probe":
-                chosen = experiment.job["choices"]["criterion"]
-                raise ConfigError(
-                    f"model.stream=True: criterion={chosen} measures the loss of many structures; "
-                    "expected model.stream=false, or a criterion that goes block by block"
-                )
-        compensator = experiment.compensator
-        if not compensator.sequential and compensator.evidence is Gram:
-            raise ConfigError(
-                "compensator.sequential=False: with model.stream=true, the covariances of all layers would be held at "
-                "once; expected true"
-            )
-        if experiment.search.probes:
-            chosen = experiment.job["choices"]["search"]
-            raise ConfigError(
-                f"model.stream=True: search={chosen} measures the loss of many structures; "
-                "expected model.stream=false, or a search that goes by scores"
-            )
-        if experiment.recovery.trains:
-            raise ConfigError(
-                f"model.stream=True: recovery={experiment.job['choices']['recovery']} needs backward passes "
-                "through the whole model; expected model.stream=false, or recovery=none"
-            )
-        held = [name for name, each in experiment.evaluators.items() if not each.streams]
-        if held:
-            raise ConfigError(
-                f"model.stream=True: evaluator={','.join(held)} needs the whole model in memory; "
-                "expected model.stream=false, or only evaluators that can stream"
-            )
+    if experiment.model.stream:
+        _check_streamed(experiment)
+
+
+def _check_streamed(experiment: Experiment) -> None:
+    """Raises ConfigError where a part needs more than one layer of the model at a time."""
+    sources = {kind.source for kind in types.evidence_kinds(experiment.criterion.evidence)}
+    backward, losses = "needs backward passes through the whole model", "measures the loss of many structures"
+    held = [name for name, each in experiment.evaluators.items() if not each.streams]
+    for found, group, why, instead in (
+        (sources & {"gradient", "influence"}, "criterion", backward, "a criterion that only needs forward passes"),
+        ("probe" in sources, "criterion", losses, "a criterion that goes block by block"),
+        (experiment.search.probes, "search", losses, "a search that goes by scores"),
+        (experiment.recovery.trains, "recovery", backward, "recovery=none"),
+        (held, "evaluator", "needs the whole model in memory", "only evaluators that can stream"),
+    ):
+        if found:
+            chosen = ",".join(held) if found is held else experiment.job["choices"][group]
+            instead = f"expected model.stream=false, or {instead}"
+            raise ConfigError(f"model.stream=True: {group}={chosen} {why}; {instead}")
+    compensator = experiment.compensator
+    if not compensator.sequential and any(kind.fits for kind in types.evidence_kinds(compensator.evidence)):
+        raise ConfigError(
+            "compensator.sequential=False: with model.stream=true, the covariances of all layers would be held at "
+            "once; expected true"
+        )
 
 
 def _check_granularity(experiment: Experiment) -> None:
@@ -144,7 +133,7 @@ def _check_rounds(experiment: Experiment) -> None:
     rounds = len(experiment.sparsity.shares())
     if rounds == 1:
         return
-    if getattr(experiment.model, "stream", False):
+    if experiment.model.stream:
         raise ConfigError(
             f"sparsity.rounds={rounds}: with model.stream=true a model is written out once, as it is pruned; "
             "expected model.stream=false, or sparsity=one_shot"

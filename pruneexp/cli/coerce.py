@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -12,6 +12,15 @@ from pruneexp.conf_files import did_you_mean
 from pruneexp.types import ConfigError
 
 NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path", type(None): "null"}
+LISTS = (list, tuple)
+SCALARS: dict[Any, tuple[tuple[type, ...], Callable[[Any], Any]]] = {  # what is taken, and what becomes of it
+    type(None): ((type(None),), lambda value: value),
+    bool: ((bool,), bool),
+    int: ((int,), int),
+    float: ((float, int), float),
+    str: ((str, int), str),  # a name such as 2024 arrives as an int; a float would not come back as it was typed
+    Path: ((str, int), lambda value: Path(str(value))),
+}
 
 
 class Mismatch(Exception):
@@ -35,62 +44,71 @@ def coerced(value: Any, annotation: Any, key: str, typed: str | None = None) -> 
 
 def takes_text(annotation: Any) -> bool:
     """Whether text is asked for, and no whole number."""
-    options = (
-        typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    )
+    kind, arguments = _parts(annotation)
+    options = arguments if kind is Union else (annotation,)
     return str in options and int not in options
 
 
 def described(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
+    kind, arguments = _parts(annotation)
+    if kind is Union:
         return " or ".join(described(argument) for argument in arguments)
-    if origin is Literal:
+    if kind is Literal:
         return "one of " + ", ".join(str(argument) for argument in arguments)
-    if origin in (list, tuple, set, frozenset) or (origin is not None and issubclass(origin, Sequence)):
+    if kind in NAMES:
+        return NAMES[kind]
+    if _is(kind, Sequence):
         return f"a list of {described(arguments[0])}" if arguments else "a list"
-    if annotation in (list, tuple):
-        return "a list"
-    if annotation is dict or (origin is not None and issubclass(origin, Mapping)):
+    if _is(kind, Mapping):
         return "keys with values" + (f" ({described(arguments[1])})" if arguments else "")
-    return NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What it is, without what it is of, and what that is."""
+    kind = typing.get_origin(annotation) or annotation
+    return Union if kind is types.UnionType else kind, typing.get_args(annotation)
+
+
+def _is(kind: Any, base: type) -> bool:
+    """Whether it is one of Python's own kinds of `base`, rather than somebody's class."""
+    return isinstance(kind, type) and issubclass(kind, base) and kind.__module__ in ("builtins", "collections.abc")
 
 
 def _literals(annotation: Any) -> tuple[Any, ...]:
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Literal:
-        return arguments
-    return tuple(option for argument in arguments for option in _literals(argument))
+    kind, arguments = _parts(annotation)
+    return arguments if kind is Literal else tuple(option for each in arguments for option in _literals(each))
 
 
 def _match(value: Any, annotation: Any) -> Any:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in SCALARS:
-        return SCALARS[annotation](value)
-    if origin in (Union, types.UnionType):
+    kind, arguments = _parts(annotation)
+    if kind in SCALARS:
+        accepted, convert = SCALARS[kind]
+        return convert(_one_of(accepted, value))
+    if kind is Union:
         return _match_any(value, arguments)
-    if origin is Literal:
+    if kind is Literal:
         # `True == 1`: the type has to agree too.
         if not any(value == option and type(value) is type(option) for option in arguments):
             raise Mismatch
         return value
-    if origin is tuple or annotation is tuple:
-        return _match_tuple(_a_list(value), arguments)
-    if annotation is list or (origin is not None and isinstance(origin, type) and issubclass(origin, Sequence)):
-        return [_match(item, arguments[0]) if arguments else item for item in _a_list(value)]
-    if annotation is dict or (origin is not None and isinstance(origin, type) and issubclass(origin, Mapping)):
-        if not isinstance(value, Mapping):
+    if kind is tuple:
+        items = _one_of(LISTS, value)
+        wanted = arguments[:1] * len(items) if arguments[1:] == (...,) else arguments or (Any,) * len(items)
+        if len(items) != len(wanted):
             raise Mismatch
-        return {key: _match(item, arguments[1]) if arguments else item for key, item in value.items()}
+        return tuple(map(_match, items, wanted))
+    if _is(kind, Sequence):
+        return [_match(item, *arguments or (Any,)) for item in _one_of(LISTS, value)]
+    if _is(kind, Mapping):
+        of = arguments[1] if arguments else Any
+        return {key: _match(item, of) for key, item in _one_of((dict,), value).items()}
     return value
 
 
 def _match_any(value: Any, annotations: Sequence[Any]) -> Any:
     # Exact types before conversions: 3 for `float | int` stays an int.
-    for annotation in annotations:
-        if annotation is type(value):
-            return value
-    for annotation in annotations:
+    for annotation in sorted(annotations, key=lambda each: each is not type(value)):
         try:
             return _match(value, annotation)
         except Mismatch:
@@ -98,56 +116,7 @@ def _match_any(value: Any, annotations: Sequence[Any]) -> Any:
     raise Mismatch
 
 
-def _match_tuple(items: list[Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not arguments:
-        return tuple(items)
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_match(item, arguments[0]) for item in items)
-    if len(items) != len(arguments):
-        raise Mismatch
-    return tuple(_match(item, argument) for item, argument in zip(items, arguments, strict=True))
-
-
-def _a_list(value: Any) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise Mismatch
-    return list(value)
-
-
-def _none(value: Any) -> None:
-    if value is not None:
-        raise Mismatch
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
+def _one_of(kinds: tuple[type, ...], value: Any) -> Any:
+    if type(value) not in kinds:  # `True` is an int to `isinstance`
         raise Mismatch
     return value
-
-
-def _int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise Mismatch
-    return value
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Mismatch
-    return float(value)
-
-
-def _str(value: Any) -> str:
-    # A name such as 2024 arrives as an int; a float would not come back as it was typed.
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise Mismatch
-    return value
-
-
-def _path(value: Any) -> Path:
-    return Path(_str(value))
-
-
-SCALARS = {type(None): _none, None: _none, bool: _bool, int: _int, float: _float, str: _str, Path: _path}

@@ -1,9 +1,9 @@
 """What a model is worth and what it costs: figures whose names carry their protocol.
 
-An evaluator is called with a model and its tokenizer, dense and pruned alike. Before any weight is loaded the runner
-reads `streams` (False: not possible with model.stream=true) and calls `check` (files), `prepare` (windows) and
-`longest` (tokens of the longest text that the model will see). `files` gives what an evaluator saw of the last model,
-item by item, for the run folder's samples/.
+An evaluator is called with a model and its tokenizer, dense and pruned alike, and gives figures, and files for the run
+folder's samples/ where it has any. Before any weight is loaded the runner reads `streams` (False: not possible with
+model.stream=true) and calls `check` (files), `prepare` (windows) and `longest` (tokens of the longest text that the
+model will see).
 """
 
 from pruneexp.evaluator.generation import Generation

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,8 +23,9 @@ from pruneexp.dataset import (
     windows_of,
 )
 from pruneexp.evaluator.latency import last_logits_only
+from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, Measured
 
 Tokens = list[int]
 PROMPTS = "a UTF-8 text file, one prompt a line"
@@ -47,8 +47,8 @@ class Generation:
     - "distinct_1", "distinct_2", "distinct_3": different n-grams / all n-grams of all continuations (Li et al. 2016)
     - "seq_rep_4": 1 - different 4-grams / all 4-grams within a continuation, mean over continuations (Welleck et al.
       2020); 0 is no repetition
-    - "exact_match": share of prompts whose continuation is, token by token, that of the first model the evaluator was
-      called with (the dense one); "common_prefix": tokens until the two part, mean over prompts. Not of that first one
+    - "exact_match": share of prompts whose continuation is, token by token, the dense model's; "common_prefix": tokens
+      until the two part, mean over prompts. Of the pruned model only
 
     Named "<figure>/<dataset>@<prompt tokens>+<new tokens>", "t<temperature>" and "+bos" where they apply, then
     "[<prompts>]": "distinct_2/embedded@32+64[16]"; with a file of prompts "distinct_2/<file's stem>@+64[16]". Needs no
@@ -99,40 +99,21 @@ class Generation:
         """Tokens of the longest prompt and its continuation."""
         return max(len(prompt_T) for prompt_T in self._prompts(tokenizer)) + self.new_tokens
 
-    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+    def __call__(self, model: Any, tokenizer: Any) -> Measured:
         if model.streamed:
             raise ConfigError("evaluator.generation: not possible with model.stream=true")
         written = self._write(model, self._prompts(tokenizer))
-        figures = text_figures(written)
-        if self._seen:
-            figures |= agreement(self._seen[0], written)
-        self._seen[1:] = [written]
-        return {f"{name}/{self._protocol()}": value for name, value in figures.items()}
+        return Measured(self._named(text_figures(written), len(written)), seen=written)
 
-    def files(self, name: str, when: str) -> Mapping[str, str]:
-        """The samples side by side, once a second model has written: {"<name>.md": ...}."""
-        if len(self._seen) < 2:
-            return {}
-        tokenizer, prompts = self._made[0]
-        return {f"{name}.md": side_by_side(tokenizer, [prompt_T.tolist() for prompt_T in prompts], *self._seen)}
+    def against(self, dense: Measured, pruned: Measured, tokenizer: Any) -> Measured:
+        """How far both wrote the same, and the texts side by side."""
+        prompts = [prompt_T.tolist() for prompt_T in self._prompts(tokenizer)]
+        table = side_by_side(tokenizer, prompts, dense.seen, pruned.seen)
+        return Measured(self._named(agreement(dense.seen, pruned.seen), len(prompts)), {"md": table})
 
-    @cached_property
-    def _seen(self) -> list[list[Tokens]]:
-        """What the first model wrote, and what the last one did."""
-        return []
-
-    @cached_property
-    def _made(self) -> list[tuple[Any, list[Tensor]]]:
-        """The tokenizer and its prompts, once made."""
-        return []
-
+    @once_per_tokenizer
     def _prompts(self, tokenizer: Any) -> list[Tensor]:
         """int64 [T] each."""
-        if not self._made or self._made[0][0] is not tokenizer:
-            self._made[:] = [(tokenizer, self._make(tokenizer))]
-        return self._made[0][1]
-
-    def _make(self, tokenizer: Any) -> list[Tensor]:
         if self.prompts is not None:
             if tokenizer is None:
                 raise ConfigError(
@@ -188,13 +169,15 @@ class Generation:
             return lambda logits_BV, step: logits_BV.argmax(-1)
         return lambda logits_BV, step: drawn(logits_BV.double() / self.temperature, uniform_BS[:, step])
 
-    def _protocol(self) -> str:
+    def _named(self, figures: dict[str, float], prompts: int) -> dict[str, float]:
+        """Figures by names that carry the protocol."""
         source, prompt = self.dataset.name, str(self.prompt_tokens)
         if self.prompts is not None:
             source, prompt = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(self.prompts).stem) or "prompts", ""
         drawn_at = f"t{self.temperature:g}" if self.temperature else ""
         begun = "+bos" if self.bos else ""
-        return f"{source}@{prompt}+{self.new_tokens}{drawn_at}{begun}[{len(self._made[0][1])}]"
+        protocol = f"{source}@{prompt}+{self.new_tokens}{drawn_at}{begun}[{prompts}]"
+        return {f"{name}/{protocol}": value for name, value in figures.items()}
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from pruneexp.dataset import (
     fingerprint,
     with_bos,
 )
+from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.model.half import overflow_hint
 from pruneexp.types import ConfigError, RunError
 
@@ -109,18 +109,9 @@ class Perplexity:
         scored = losses_NT[0].sum() + losses_NT[1:, -self.stride :].sum()
         return float(scored / (losses_NT.shape[1] + (len(losses_NT) - 1) * self.stride))
 
-    @cached_property
-    def _made(self) -> list[tuple[Any, Tensor]]:
-        """The tokenizer and its windows, once made: dense and pruned model get the same ones, tokenised once."""
-        return []
-
+    @once_per_tokenizer
     def windows(self, tokenizer: Any) -> Tensor:
         """int64 [N, T]."""
-        if not self._made or self._made[0][0] is not tokenizer:
-            self._made[:] = [(tokenizer, self._make(tokenizer))]
-        return self._made[0][1]
-
-    def _make(self, tokenizer: Any) -> Tensor:
         bos = bos_token(tokenizer, "evaluator.*.bos") if self.bos else None
         windows_NT = evaluation_windows(self.dataset, tokenizer, self.length, self.bos)
         text_NT = windows_NT if bos is None else windows_NT[:, 1:]

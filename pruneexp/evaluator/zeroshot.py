@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from pruneexp.dataset import bos_token
 from pruneexp.evaluator.harness import Answered, Loaded, answer, begins, identified, load_tasks
 from pruneexp.evaluator.task_files import TaskRows, check_known, read_task
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, Measured
 
 PUBLISHED = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
@@ -72,19 +72,25 @@ class Zeroshot:
             bos_token(tokenizer, "evaluator.zeroshot.bos")
         _ = self._asked
 
-    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+    def __call__(self, model: Any, tokenizer: Any) -> Measured:
+        """The figures, and a file of what every item scored."""
         if model.streamed:
             raise ConfigError("evaluator.zeroshot: not possible with model.stream=true")
         found: dict[str, Answered] = {}
         for loaded in self._asked.loaded:
             found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size, self.bos)
-        self._last[:] = [found]
         figures = {
             self._name(metric, task, answered): value
             for task, answered in found.items()
             for metric, value in answered.figures.items()
         }
-        return {**figures, **self._means(found)}
+        record = {
+            "lm_eval": metadata.version("lm_eval"),
+            "batch_size": self.batch_size,
+            "bos": self.bos,
+            "tasks": {task: self._record(task, answered) for task, answered in found.items()},
+        }
+        return Measured({**figures, **self._means(found)}, {"json": json.dumps(record) + "\n"})
 
     def lacks_bos(self, tokenizer: Any, token: int) -> bool:
         """Whether prompts begin with another token."""
@@ -100,18 +106,6 @@ class Zeroshot:
             return None
         return _digest([(metadata.version("lm_eval"), inputs, backend.to_str(), self.bos)])
 
-    def files(self, name: str, when: str) -> Mapping[str, str]:
-        """What the last call saw, item by item: {"<name>_<when>.json": ...}; nothing where there was none."""
-        if not self._last:
-            return {}
-        record = {
-            "lm_eval": metadata.version("lm_eval"),
-            "batch_size": self.batch_size,
-            "bos": self.bos,
-            "tasks": {task: self._record(task, answered) for task, answered in self._last[0].items()},
-        }
-        return {f"{name}_{when}.json": json.dumps(record) + "\n"}
-
     @cached_property
     def _rows(self) -> dict[str, TaskRows]:
         if self.data is None:
@@ -122,11 +116,6 @@ class Zeroshot:
     def _asked(self) -> _Asked:
         sources = _digest([(task, rows.sources) for task, rows in self._rows.items()])
         return _asked(_Request(tuple(self.tasks), self.num_fewshot, self.limit, sources, self._rows))
-
-    @cached_property
-    def _last(self) -> list[dict[str, Answered]]:
-        """What the last model answered."""
-        return []
 
     def _partial(self, task: str, answered: Answered) -> bool:
         rows = self._rows.get(task)

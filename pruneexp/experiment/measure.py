@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pruneexp.cache import Cache, NoCache
@@ -11,42 +12,51 @@ from pruneexp.files import write_atomic
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.tracker import Trackers
-from pruneexp.types import Evaluator
+from pruneexp.types import Evaluator, Measured
 
-Measured = tuple[dict[str, float], dict[str, str]]  # figures; contents of files by name
+Known = Callable[[Evaluator, str, Callable[[], Measured]], Measured]
+
+
+def anew(evaluator: Evaluator, name: str, compute: Callable[[], Measured]) -> Measured:
+    """What `compute` measures."""
+    return compute()
 
 
 def measured(
     evaluators: Mapping[str, Evaluator],
     model: Model,
-    when: str,
-    known: Callable[[Evaluator, str, Callable[[], Measured]], Measured],
     folder: Path | None,
     trackers: Trackers,
-) -> dict[str, float]:
-    """Every evaluator's figures of the model as it is `when` ("dense", "pruned"), which their names begin with.
-    `known`: gives what was measured before, or measures. Files go to samples/ in `folder`; None: nowhere."""
-    found: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
+    when: str,
+    known: Known = anew,
+    dense: Mapping[str, Measured] = MappingProxyType({}),
+) -> tuple[dict[str, float], dict[str, Measured]]:
+    """Figures of the model as it is `when` ("dense", "pruned"), which their names begin with, and what
+    each found. `known`: gives what was measured before, or measures. `dense`: what each found before pruning. Files go
+    to samples/ in `folder`; None: nowhere."""
+    figures: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
+    found = {}
     for name, evaluator in evaluators.items():
-        figures, files = known(evaluator, name, lambda e=evaluator, n=name: _figures(model, e, n, when))
-        found |= figures
+        one = found[name] = known(evaluator, name, lambda e=evaluator: _measured(e(model, model.tokenizer)))
+        compared = evaluator.against(dense[name], one, model.tokenizer) if name in dense else Measured({})
+        figures |= {**one.figures, **compared.figures}
         if folder is not None:
-            _write(files, folder / "samples")
-    named = {f"{when}/{key}": value for key, value in found.items()}
+            _write(folder / "samples", f"{name}_{when}", one.files)
+            _write(folder / "samples", name, compared.files)
+    named = {f"{when}/{key}": value for key, value in figures.items()}
     trackers.log(named)
-    return named
+    return named, found
 
 
-def _write(files: Mapping[str, str], folder: Path) -> None:
-    for name, content in files.items():
+def _measured(found: Measured | Mapping[str, float]) -> Measured:
+    """Figures alone are all that there is."""
+    return found if isinstance(found, Measured) else Measured(found)
+
+
+def _write(folder: Path, stem: str, files: Mapping[str, str]) -> None:
+    for ending, content in files.items():
         folder.mkdir(exist_ok=True)
-        write_atomic(folder / name, content)
-
-
-def _figures(model: Model, evaluator: Evaluator, name: str, when: str) -> Measured:
-    """What the evaluator measures, and the files that it wants kept, by name."""
-    found = evaluator(model, model.tokenizer)
-    return found, dict(evaluator.files(name, when))
+        write_atomic(folder / f"{stem}.{ending}", content)
 
 
 def kept(cache: Cache | NoCache, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:

@@ -86,18 +86,18 @@ def _pruned(
     shared: DenseStates | None,
 ) -> Outcome:
     """The algorithm box, with everything that it takes at hand."""
-    tokens_NT, evaluators = inputs.tokens_NT, experiment.evaluators
     torch.manual_seed(experiment.seed)
-    record = Record(rng=torch.Generator().manual_seed(experiment.seed))
+    tokens_NT, record = inputs.tokens_NT, Record(rng=torch.Generator().manual_seed(experiment.seed))
     with record.clock("load"):
         model = experiment.model.load(inputs.tokenizer)
+    measure = partial(measured, experiment.evaluators, model, folder, trackers)
     known = identify(experiment, model, tokens_NT, recorded=folder is not None)
     if folder is not None:
         local.environment(known.weights, known.data)
     tell_of_bos(experiment, model, tokens_NT, partial(bos_worth, experiment.cache, known.basis))
     with record.clock("evaluate_dense"):
-        kept_figures = partial(dense_figures, experiment.cache, known.basis, model)
-        record.metrics |= measured(evaluators, model, "dense", kept_figures, folder, trackers)
+        figures, dense = measure("dense", partial(dense_figures, experiment.cache, known.basis, model))
+        record.metrics |= figures
     counted = _counted(experiment, model)
     record.results = Results(experiment.cache, {**known.basis, "tokens": known.tokens}, shared)
     delivery, record.notes = prepare_delivery(experiment, model, folder, tokens_NT, known.run)
@@ -116,7 +116,7 @@ def _pruned(
         record.metrics |= deliver(delivery, model, adapter, experiment.model.path)
     try:
         with record.clock("evaluate_pruned"):
-            record.metrics |= measured(evaluators, model, "pruned", lambda e, n, measure: measure(), folder, trackers)
+            record.metrics |= measure("pruned", dense=dense)[0]
     finally:
         delivery.clear()
     record.metrics |= _shares(experiment, record.metrics, counted, _counted(experiment, model))

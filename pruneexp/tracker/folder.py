@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pruneexp.files import check_writable, read_object
 from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_checkpoint
 from pruneexp.types import ConfigError, RunError
@@ -123,7 +125,7 @@ def new_status() -> dict[str, Any]:
         "ended": None,
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "process": _process(os.getpid()),
+        "process": _started(os.getpid()),
     }
 
 
@@ -160,25 +162,17 @@ def _read_status(folder: Path) -> dict[str, Any]:
 def _alive(status: dict[str, Any]) -> bool:
     if status.get("host", socket.gethostname()) != socket.gethostname():
         return True
-    pid = status.get("pid")
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    now = _process(pid)
+    pid, recorded = status.get("pid"), status.get("process")
+    started = _started(pid) if isinstance(pid, int) and pid > 0 else None
     # Numbers are used again, in containers nearly always: the start time tells one process from the next.
-    return now is None or status.get("process") in (None, now)
+    return started is not None and (not isinstance(recorded, float) or abs(started - recorded) < 0.1)
 
 
-def _process(pid: int) -> str | None:
-    """Boot and start time (clock ticks) of a process, "" for one that has ended; None where the system has no /proc."""
+def _started(pid: int) -> float | None:
+    """Seconds from the system's start to the process's, whatever becomes of the clock; None: it has ended."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        process = psutil.Process(pid)
+        ended = process.status() == psutil.STATUS_ZOMBIE
+        return None if ended else process.create_time() - psutil.boot_time()
+    except psutil.NoSuchProcess:
         return None
-    return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pruneexp.types.nouns import ConfigError
+from pruneexp.types.nouns import ConfigError, Measured
 
 Defaults = Mapping[str, Any]
 
@@ -17,8 +17,8 @@ def _none_lost(*_: Any) -> int:
     return 0
 
 
-def _no_files(*_: Any) -> Mapping[str, str]:
-    return {}
+def _not_compared(*_: Any) -> Measured:
+    return Measured({})
 
 
 def _does_not_lack(*_: Any) -> bool:
@@ -43,7 +43,7 @@ EVALUATOR: Defaults = {
     "prepare": _nothing,
     "longest": _nothing,  # None: not known
     "windows": _nothing,  # None: it reads none
-    "files": _no_files,
+    "against": _not_compared,
     "measured_on": _nothing,
     "lacks_bos": _does_not_lack,
     "bos": False,

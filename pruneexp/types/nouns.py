@@ -234,6 +234,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What an evaluator found of one model. `files`: what goes into the run folder's samples/: the ending of a name
+    ("json") and the contents. `seen`: what a comparison of the dense and the pruned model needs. The cache can keep
+    numbers, text, tensors, lists and mappings."""
+
+    figures: Mapping[str, float]
+    files: Mapping[str, str] = field(default_factory=dict)
+    seen: Any = None
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run as trackers know it when it starts."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pruneexp.types.nouns import Block, Budget, Candidate, Plan, RunRecord, Scores, Site
+from pruneexp.types.nouns import Block, Budget, Candidate, Measured, Plan, RunRecord, Scores, Site
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -154,16 +154,17 @@ class Recovery(Protocol):
 
 
 class Evaluator(Protocol):
-    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}.
+    """Figures of a model, each name carrying its protocol: {"ppl/wikitext2@2048": 5.47}; in a Measured where there are
+    files beside them. It holds no state between calls.
 
     Called with the dense model, then with the pruned one. `streams`: it can do without the whole model in memory.
     `check()`, `prepare(tokenizer, vocabulary)` and `longest(tokenizer)`, the most tokens that the model will see at
     once, say what can be told before a weight is loaded. `windows(tokenizer)`: those it reads, of its `dataset`,
     `length` tokens each, `batch_size` at a time, or its `prompts`. `bos`: a beginning-of-sequence token is put in
-    front; `lacks_bos(tokenizer, token)`: what it reads is without one. `files(name, when)`: what it saw of the last
-    model ("dense", "pruned"), as the contents of files in the run folder's samples/ that begin with its `name`.
-    `measured_on(tokenizer)`: what identifies its inputs (None: nothing does), of one whose figures are the same each
-    time: the dense model's are then kept.
+    front; `lacks_bos(tokenizer, token)`: what it reads is without one. `against(dense, pruned, tokenizer)`: figures of
+    the pruned model that say how far it is from the dense one, and files of both. `measured_on(tokenizer)`: what
+    identifies its inputs (None: nothing does), of one whose figures are the same each time: what it found of the dense
+    model, files included, is then kept.
     """
 
     streams: bool
@@ -183,11 +184,11 @@ class Evaluator(Protocol):
 
     def lacks_bos(self, tokenizer: Any, token: int, /) -> bool: ...
 
-    def files(self, name: str, when: str, /) -> Mapping[str, str]: ...
+    def against(self, dense: Measured, pruned: Measured, tokenizer: Any, /) -> Measured: ...
 
     def measured_on(self, tokenizer: Any, /) -> Any: ...
 
-    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]: ...
+    def __call__(self, model: Any, tokenizer: Any) -> Measured | Mapping[str, float]: ...
 
 
 class Dataset(Protocol):

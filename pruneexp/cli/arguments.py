@@ -1,13 +1,17 @@
-"""What the small commands share: folders and key=value on the command line."""
+"""What the small commands share: folders and key=value on the command line, and how they write."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from pruneexp.cli.explain import known_keys
 from pruneexp.conf_files import did_you_mean
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, RunError
 
 
 def read_arguments(
@@ -32,3 +36,17 @@ def read_arguments(
             raise ConfigError(f"{text}: expected {', '.join(others)} or {last}{near}")
         values[key] = value
     return folders, values
+
+
+@contextmanager
+def made_aside(out: Path) -> Iterator[Path]:
+    """Where to make what is then moved to `out`: nothing is left there. Raises RunError where it cannot be written."""
+    aside = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+    except OSError as error:
+        raise RunError(f"out={str(out)!r}: cannot be written ({error.strerror or error})") from error
+    finally:
+        for left in (aside, aside.with_name(f"{aside.name}.partial")):
+            shutil.rmtree(left, ignore_errors=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import version as hydra_version
@@ -36,21 +36,8 @@ from pruneexp.fingerprint import ASKED
 from pruneexp.types import ConfigError
 
 CONFIG_NAME = "config"
-SECTIONS = (
-    "model",
-    "dataset",
-    "criterion",
-    "sparsity",
-    "search",
-    "compensator",
-    "recovery",
-    "evaluator",
-    "tracker",
-    "cache",
-    "seed",
-    "run",
-    "sweep",
-)
+SECTIONS = ("model", "dataset", "criterion", "sparsity", "search", "compensator", "recovery", "evaluator", "tracker")
+SECTIONS += ("cache", "seed", "run", "sweep")
 SWEEP_KEYS = ("sweep.dir", "sweep.objective")
 
 
@@ -75,13 +62,6 @@ def open_hydra(config_dir: str | None = None) -> Hydra:
             raise ConfigError(f"--config-dir {config_dir}: no such folder; expected one with configs of your own")
         path = f"file://{os.path.abspath(config_dir)}"
         search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
-    _offer_sweeps()
-    hydra_version.setbase("1.3")
-    GlobalHydra.instance().clear()
-    return Hydra.create_main_hydra2("pruneexp", search_path)
-
-
-def _offer_sweeps() -> None:
     # The group is called `sweep` and its folder `sweeps/`, so Hydra is handed the files instead of finding them.
     for name, path in sweep_files().items():
         try:
@@ -89,12 +69,14 @@ def _offer_sweeps() -> None:
         except Exception as error:
             raise ConfigError(f"sweeps/{path.name}: not YAML: {' '.join(str(error).split())}") from error
         ConfigStore.instance().store(name, node, group="sweep", package="_global_", provider="sweeps")
+    hydra_version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2("pruneexp", search_path)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed:
     """The config of a single run. Raises ConfigError."""
-    hydra = open_hydra(config_dir)
-    return composed(compose_raw(hydra, overrides, RunMode.RUN))
+    return composed(compose_raw(open_hydra(config_dir), overrides, RunMode.RUN))
 
 
 def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode) -> DictConfig:
@@ -105,18 +87,13 @@ def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode) -> DictCo
             CONFIG_NAME, list(overrides), mode, with_log_configuration=False, validate_sweep_overrides=False
         )
         if mode == RunMode.RUN and config.hydra.mode != RunMode.MULTIRUN:
-            _no_sweeps(overrides)
+            parsed = OverridesParser.create().parse_overrides(list(overrides))
+            if swept := [str(override.input_line) for override in parsed if override.is_sweep_override()]:
+                key, _, value = swept[0].partition("=")
+                raise ConfigError(f"{swept[0]}: several values need --multirun; a list is written {key}=[{value}]")
     except Exception as error:
         raise explained(error, hydra, overrides) from error
     return config
-
-
-def _no_sweeps(overrides: Sequence[str]) -> None:
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.is_sweep_override():
-            text = str(override.input_line)
-            key, _, value = text.partition("=")
-            raise ConfigError(f"{text}: several values need --multirun; a list is written {key}=[{value}]")
 
 
 def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Composed:
@@ -137,29 +114,23 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     if "${hydra:" in str(unresolved):
         HydraConfig.instance().set_config(OmegaConf.create({"hydra": node}))
     try:
-        container = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
+        container = cast(dict[str, Any], OmegaConf.to_container(plain, resolve=True, throw_on_missing=True))
     except Exception as error:
         raise explained(error, None, job["overrides"]) from error
-    assert isinstance(container, dict)
     for section in ("run", "sweep"):
         if not isinstance(container.get(section), dict):
             raise ConfigError(f"{section}={container.get(section)!r}: expected its keys, as {section}.dir=...")
     if "hydra" in container["sweep"]:
         raise ConfigError(f"sweep={job['sweep']}: expected '# @package _global_' as the first line of the sweep's file")
     known_keys([f"sweep.{key}" for key in container["sweep"]], SWEEP_KEYS)
-    return Composed(resolved({str(key): value for key, value in container.items()}), job, folders)
+    return Composed(resolved(container), job, folders)
 
 
 def unswept(config: DictConfig, overrides: Sequence[str]) -> Composed:
     """What all jobs of a multirun have, unresolved. `overrides`: of them all, with what is swept over."""
-    node = {str(key): value for key, value in config.items() if key != "hydra"}
-    whole = OmegaConf.to_container(OmegaConf.create(node), resolve=False)
-    assert isinstance(whole, dict)
-    return Composed(
-        {str(key): value for key, value in whole.items()},
-        {**_job(config.hydra), "overrides": list(overrides)},
-        _folders(config.hydra),
-    )
+    node = OmegaConf.create({str(key): value for key, value in config.items() if key != "hydra"})
+    job = {**_job(config.hydra), "overrides": list(overrides)}
+    return Composed(cast(dict[str, Any], OmegaConf.to_container(node, resolve=False)), job, _folders(config.hydra))
 
 
 def check_dataset(hydra: Hydra, run: Composed) -> None:
@@ -240,8 +211,7 @@ def _folders(hydra_node: DictConfig) -> tuple[Path, ...]:
 
 
 def _job(hydra_node: DictConfig) -> dict[str, Any]:
-    choices = OmegaConf.to_container(hydra_node.runtime.choices)
+    choices = cast(dict[str, Any], OmegaConf.to_container(hydra_node.runtime.choices))
+    own = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
     overrides = OmegaConf.to_container(hydra_node.overrides.task)
-    assert isinstance(choices, dict) and isinstance(overrides, list)
-    own = {str(group): choice for group, choice in choices.items() if not str(group).startswith("hydra")}
     return {"recipe": own.get("recipe") or "custom", "sweep": own.get("sweep"), "overrides": overrides, "choices": own}

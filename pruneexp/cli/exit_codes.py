@@ -36,10 +36,8 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     except Exception as error:
         from pruneexp.types import ConfigError, ConfigErrors, RunError
 
-        if isinstance(error, ConfigErrors):
-            return _ended(name, 2, *error.lines)
         if isinstance(error, ConfigError):
-            return _ended(name, 2, str(error))
+            return _ended(name, 2, *(error.lines if isinstance(error, ConfigErrors) else [str(error)]))
         reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         return _ended(name, 1, f"failed: {reason}")
 
@@ -50,9 +48,8 @@ def run_small_command(
     """As `run_command`, for a command that reads its own arguments: `argv`, or those typed. Prints the help where they
     ask for it."""
     typed = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help"} & {*typed}:
-        return run_command(name, lambda: print(help_text) or 0)
-    return run_command(name, lambda: command(typed))
+    wants_help = bool({"-h", "--help"} & {*typed})
+    return run_command(name, lambda: (print(help_text) or 0) if wants_help else command(typed))
 
 
 def _terminated(signum: int, frame: Any) -> NoReturn:

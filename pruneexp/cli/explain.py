@@ -56,8 +56,7 @@ def _first_sentence(error: BaseException) -> str:
 def _parsed(hydra: Hydra, overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     """The overrides that can be read, and a message for each one that cannot."""
     parser = OverridesParser.create(config_loader=hydra.config_loader)
-    parsed: list[Override] = []
-    unreadable = []
+    parsed, unreadable = [], []
     for text in overrides:
         try:
             parsed += parser.parse_overrides([text])
@@ -101,11 +100,10 @@ def _unknown_choice(override: Override, hydra: Hydra) -> Iterator[str]:
     if "." in group or override.is_delete() or last not in loader.list_groups(parent):
         return
     options = loader.get_group_options(group, ObjectType.CONFIG)
+    value = override.value()
+    chosen = value if isinstance(value, list) else [value]
     if override.is_sweep_override():
         chosen = _values(override) if override.is_discrete_sweep() else []
-    else:
-        value = override.value()
-        chosen = value if isinstance(value, list) else [value]
     for choice in chosen:
         if str(choice) not in options:
             plugin = " (is its plug-in installed?)" if group.startswith("hydra/") else ""

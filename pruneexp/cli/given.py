@@ -22,11 +22,7 @@ DRAWN = ("dataset.calibration", "dataset.samples", "dataset.seed")  # of windows
 
 
 def given_experiment(
-    given: tuple[Any, Any, Any],
-    overrides: Sequence[str],
-    folder: Path | None,
-    in_place: bool,
-    parts: Mapping[str, Any],
+    given: tuple[Any, Any, Any], overrides: Sequence[str], folder: Path | None, in_place: bool, parts: Mapping[str, Any]
 ) -> Experiment:
     """`given`: model, tokenizer, tokens. `parts`: objects in place of what the overrides choose, by group. Raises
     ConfigError, the model untouched."""
@@ -54,35 +50,31 @@ def given_experiment(
     run = replace(run, config={**run.config, "run": settings})  # not typed: a path may be any text
     experiment = build(run)
     source = GivenModel(module, tokenizer, experiment.model.batch_size, in_place)
-    described = {"model": _said(source), "dataset": {**run.config["dataset"], "given": list(windows_NT.shape)}}
-    job, replaced = {**run.job, "choices": {**run.job["choices"], "model": source.name}}, {}
+    replaced: dict[str, Any] = {"model": source, "dataset": GivenTokens(windows_NT)}
+    described = {"model": _described(source), "dataset": {**run.config["dataset"], "given": list(windows_NT.shape)}}
+    choices = {**run.job["choices"], "model": source.name}
     for group, part in parts.items():
         replaced[group] = satisfying(part, PROTOCOLS[group], group)
-        kind = type(part)
-        described[group] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", "given": repr(part)}
-        job["choices"][group] = kind.__name__
-    experiment = replace(
-        experiment,
-        model=source,
-        dataset=GivenTokens(windows_NT),
-        config={**run.config, **described},
-        job=job,
-        **replaced,
-    )
+        described[group] = {"_target_": _class_of(part), "given": repr(part)}
+        choices[group] = type(part).__name__
+    config, job = {**run.config, **described}, {**run.job, "choices": choices}
+    experiment = replace(experiment, config=config, job=job, **replaced)
     check_together(experiment)
     experiment.check(recorded=folder is not None)
     return experiment
 
 
-def _said(source: GivenModel) -> dict[str, Any]:
+def _described(source: GivenModel) -> dict[str, Any]:
     """What config.yaml says of the model."""
-    kind = type(source.module)
+    own = {name: getattr(source, name) for name in ("name", "path", "dtype")}
     return {
-        "_target_": f"{kind.__module__}.{kind.__qualname__}",
-        "name": source.name,
-        "path": source.path,
-        "dtype": source.dtype,
+        "_target_": _class_of(source.module),
+        **own,
         "stream": False,
         "batch_size": source.batch_size,
         "given": True,
     }
+
+
+def _class_of(part: Any) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"

@@ -76,8 +76,5 @@ def _keys(config: dict[str, Any]) -> Iterator[str]:
             continue
         for key, default in value.items() if isinstance(value, dict) else [(None, value)]:
             name = section if key is None else f"{section}.{key}"
-            yield f"  {f'{name}={_shown(default)}':<21} {comments[name]}".rstrip()
-
-
-def _shown(value: Any) -> str:
-    return yaml.safe_dump(value).removesuffix("...\n").strip()
+            shown = yaml.safe_dump(default).removesuffix("...\n").strip()
+            yield f"  {f'{name}={shown}':<21} {comments[name]}".rstrip()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ Folders of runs that failed, are not finished, or were edited are listed in the 
 exit code: 0 done; 2 a request that cannot work; 1 a report that failed (nothing is left at PATH)"""
 
 CHOICES = {"versions": ("same", "any"), "overwrite": ("true", "false")}
-KEYS = ("out", "versions", "overwrite")
+KEYS = ("out", *CHOICES)
 RECORD = "report.json"
 
 
@@ -89,9 +87,10 @@ def write_report(asked: Request) -> Found:
         ConfigError: what is asked for cannot be; nothing has been written then.
         RunError: it could not be written; nothing is left of it.
     """
+    from pruneexp.cli.arguments import made_aside
     from pruneexp.files import replace_folder
     from pruneexp.report.folders import find
-    from pruneexp.types import ConfigError, RunError
+    from pruneexp.types import ConfigError
 
     found = find(asked.folders, asked.versions)
     if not found.runs:
@@ -104,16 +103,9 @@ def write_report(asked: Request) -> Found:
     from pruneexp.report.contents import report
 
     made = report(found, asked.folders)
-    out = asked.out.absolute()
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+    with made_aside(asked.out) as aside:
         _write(made, found, aside)
-        replace_folder(aside, out)
-    except OSError as error:
-        raise RunError(f"out={str(asked.out)!r}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        replace_folder(aside, asked.out.absolute())
     return found
 
 

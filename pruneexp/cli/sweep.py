@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
     from pruneexp.calibrate import DenseStates
+    from pruneexp.experiment.run import Outcome
 
 SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one process share
 
@@ -84,10 +85,8 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     ours = [Path(job.config["run"]["dir"]) for job in jobs]  # where they are known: another sweep may write here, too
     ran = [job for job in ran if not ours or job in ours]
     failed = sorted({job.name for job in ours or ran if status_of(job) != "done"})
-    print(
-        f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran"
-        + (f", failed: {', '.join(failed)}" if failed else "")
-    )
+    failures = f", failed: {', '.join(failed)}" if failed else ""
+    print(f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran{failures}")
     print(f"all its jobs are in {summary}")
     if ran:
         hand_over(config, folder, _sweep_name(config) or folder.name)
@@ -111,7 +110,8 @@ def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list
         except ConfigError as error:
             mistakes[one_line(error)] += 1
     if mistakes:
-        raise ConfigErrors([_of_jobs(line, count, len(listed)) for line, count in mistakes.items()])
+        some = {line: f" ({count} of {len(listed)} jobs)" for line, count in mistakes.items() if count < len(listed)}
+        raise ConfigErrors([f"{line}{some.get(line, '')}" for line in mistakes])
     return jobs, by_sites
 
 
@@ -124,10 +124,6 @@ def _make(folder: Path) -> None:
         raise ConfigError(f"{where}: {error.strerror or error}; expected a folder that can be made") from error
 
 
-def _of_jobs(line: str, count: int, all_jobs: int) -> str:
-    return line if count == all_jobs else f"{line} ({count} of {all_jobs} jobs)"
-
-
 def labels(jobs: Sequence[Composed]) -> list[str]:
     """What tells each job from the others: those of its overrides that not every job has. A job that differs in
     nothing shows all of them."""
@@ -138,19 +134,13 @@ def labels(jobs: Sequence[Composed]) -> list[str]:
 
 def _forecast(folder: Path, jobs: Sequence[Composed], shared: DenseStates | None) -> Ended:
     """What each job of a sweep would take; nothing is written. `failed`: those that cannot run."""
-    from pruneexp.cli.build import build
-    from pruneexp.experiment.run import run_experiment
-
     failed, forecasts = [], {}
     for number, (job, label) in enumerate(zip(jobs, labels(jobs), strict=True)):
         done = _done(job)
         print(f"job {number}: {label}{': done already' if done else ''}")
-        if done:
-            continue
         try:
-            experiment = build(job)
-            experiment.check()
-            forecasts[Path(job.config["run"]["dir"])] = run_experiment(experiment, shared).metrics
+            if not done:
+                forecasts[Path(job.config["run"]["dir"])] = _run(job, shared).metrics
         except (ConfigError, RunError) as error:
             failed.append(f"job {number}")
             print(f"pruneexp: job {number} cannot run: {error}", file=sys.stderr)
@@ -211,47 +201,46 @@ def as_job(run: Composed, folder: Path) -> Composed:
     if settings["dir"] is not None:
         raise ConfigError(f"run.dir={settings['dir']!r}: expected null in a multirun: its jobs lie in sweep.dir/<hash>")
     settings["dir"] = str(folder / config_hash(run.config))
-    asked = _asked(run)
-    if "save" not in asked:
-        settings["save"] = False
-    if "prove" not in asked:
-        settings["prove"] = "off"
+    typed = _typed(run)
+    settings |= {key: value for key, value in (("save", False), ("prove", "off")) if key not in typed}
     sweep = {**run.config["sweep"], "dir": str(folder)}
     job = {**run.job, "sweep": run.job["sweep"] or folder.name}
     return Composed({**run.config, "run": settings, "sweep": sweep}, job, run.folders)
 
 
-def _asked(run: Composed) -> set[str]:
+def _typed(run: Composed) -> set[str]:
     """Keys of `run` that were typed, swept over, or set by the sweep's file."""
-    typed = {text.lstrip("+~").partition("=")[0] for text in run.job["overrides"]}
-    asked = {key.removeprefix("run.") for key in typed if key.startswith("run.")}
+    keys = {text.lstrip("+~").partition("=")[0] for text in run.job["overrides"]}
     name = run.job["sweep"]
     path = None if name is None else sweep_files().get(name) or option_file(run.folders, "sweep", name)
     content = yaml.safe_load(path.read_text()) if path is not None else {}
-    return asked | set(content.get("run") or {})
+    return {key.removeprefix("run.") for key in keys if key.startswith("run.")} | set(content.get("run") or {})
 
 
 def _run_recorded(job: Composed, number: str, label: str, shared: DenseStates | None = None) -> dict[str, float] | None:
     """The job's metrics, those on disk where it is done already; None for a failure, which is recorded."""
-    from pruneexp.cli.build import build
-    from pruneexp.experiment.run import run_experiment
-
     folder = Path(job.config["run"]["dir"])
-    line = f"job {number}: {label} -> {folder}"
-    if _done(job):
-        print(f"{line}: done already", file=sys.stderr)
+    done = _done(job)
+    print(f"job {number}: {label} -> {folder}{': done already' if done else ''}", file=sys.stderr)
+    if done:
         return json.loads((folder / "metrics.json").read_text())
-    print(line, file=sys.stderr)
     try:
-        experiment = build(job)
-        experiment.check()
-        return run_experiment(experiment, shared).metrics
+        return _run(job, shared).metrics
     except Exception as error:
         expected = isinstance(error, (ConfigError, RunError))
         reason = str(error) if expected else f"{type(error).__name__}: {one_line(error)}"
         print(f"pruneexp: job {number} failed: {reason}", file=sys.stderr)
         _record_failure(job, folder, reason)
         return None
+
+
+def _run(job: Composed, shared: DenseStates | None) -> Outcome:
+    from pruneexp.cli.build import build
+    from pruneexp.experiment.run import run_experiment
+
+    experiment = build(job)
+    experiment.check()
+    return run_experiment(experiment, shared)
 
 
 def _done(job: Composed) -> bool:

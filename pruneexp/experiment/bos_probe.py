@@ -21,12 +21,11 @@ WINDOWS, LENGTH = 4, 128  # of the calibration text, on which it is measured
 
 def check_bos(experiment: Experiment, tokenizer: Any) -> None:
     """Raises ConfigError, naming the key, where a token is asked for that the tokenizer does not have."""
-    asked: dict[str, Any] = {"dataset": experiment.dataset}
-    asked |= {f"evaluator.{name}": each for name, each in experiment.evaluators.items()}
-    for key, part in asked.items():
-        bos = (takes_bos(part) and part.bos) if key == "dataset" else part.bos
+    dataset: Any = experiment.dataset
+    asked = {f"evaluator.{name}.bos": each.bos for name, each in experiment.evaluators.items()}
+    for key, bos in ({"dataset.bos": takes_bos(dataset) and dataset.bos} | asked).items():
         if tokenizer is not None and bos:  # where there is none, whoever needs one says so
-            bos_token(tokenizer, f"{key}.bos")
+            bos_token(tokenizer, key)
 
 
 def tell_of_bos(
@@ -52,9 +51,7 @@ def tell_of_bos(
         begun_NT = begun(tokens_NT, token, model.max_length)
         worth = known(fingerprint(begun_NT), lambda: worth_of(model, begun_NT))
         if worth > WORTH_SAYING:
-            gains = (
-                f"a beginning-of-sequence token in front of a window is worth {worth:.2f} nats a token to this model"
-            )
+            gains = f"a beginning-of-sequence token before a window is worth {worth:.2f} nats a token to this model"
             logger.warning("%s, and is not used; what puts it there: %s", gains, _mended(lacking))
 
 

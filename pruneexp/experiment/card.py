@@ -110,6 +110,9 @@ def card_text(card: Card, written: Written) -> str:
     name = card.base_model.rpartition("/")[2]
     linked = f"[{name}](https://huggingface.co/{card.base_model})" if "/" in card.base_model else name
     recipe = "" if card.recipe == "custom" else f" (recipe `{card.recipe}`)"
+    tags = [TAG, "pruned", "structured-pruning", *([card.recipe] if recipe else [])]
+    metadata = {"base_model": card.base_model, **card.license, "library_name": _library(written)}
+    metadata |= {"pipeline_tag": "text-generation", "tags": tags}
     parts = [
         f"# {name}, pruned\n\n{linked}, made smaller by pruneexp {__version__}{recipe}: whole attention "
         "heads, FFN channels or layers have left it, and what remains is an ordinary, smaller model.\n",
@@ -120,7 +123,8 @@ def card_text(card: Card, written: Written) -> str:
         *([_adapting(card, written)] if written.form not in LIBRARIES and card.targets else []),
         "## Uploading it\n\n```sh\nhf upload YOUR_NAME/MODEL_NAME path/to/this/folder\n```\n",
     ]
-    return f"---\n{_metadata(card, written)}---\n\n" + "\n".join(parts)
+    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n" + "\n".join(parts)
 
 
 def reworded(text: str, written: Written) -> str:
@@ -137,19 +141,12 @@ def is_ours(text: str) -> bool:
 
 
 def loading(written: Written) -> str:
-    told = LOADERS[written.form].format(architecture=written.architecture, since=written.since)
-    return f"{LOADING}\n\n{told}{PADDED if written.padded else ''}"
+    how = LOADERS[written.form].format(architecture=written.architecture, since=written.since)
+    return f"{LOADING}\n\n{how}{PADDED if written.padded else ''}"
 
 
 def _library(written: Written) -> str:
     return LIBRARIES.get(written.form, "transformers")
-
-
-def _metadata(card: Card, written: Written) -> str:
-    data = {"base_model": card.base_model, **card.license, "library_name": _library(written)}
-    recipe = [] if card.recipe == "custom" else [card.recipe]
-    data |= {"pipeline_tag": "text-generation", "tags": [TAG, "pruned", "structured-pruning", *recipe]}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def _removed(card: Card) -> list[str]:
@@ -166,15 +163,13 @@ def _figures(metrics: Mapping[str, float]) -> list[str]:
         side, _, name = key.partition("/")
         dense = metrics.get(f"dense/{name}")
         if side == "pruned" and dense is not None and not name.startswith("params") and not name.endswith("/iqr"):
-            group = "accuracy" if "acc" in name.split("/")[0] else ""
-            rows.append(
-                (f"`{name}`", figure_text(name, dense), figure_text(name, pruned), change_text(group, dense, pruned))
-            )
+            change = change_text("accuracy" if "acc" in name.split("/")[0] else "", dense, pruned)
+            rows.append((f"`{name}`", figure_text(name, dense), figure_text(name, pruned), change))
     if not rows:
         return []
-    first = {row[0].strip("`").partition("/")[0] for row in rows}
-    told = "".join(f"\n- {what}" for prefix, what in METRICS.items() if any(one.startswith(prefix) for one in first))
-    return [f"## Figures\n\n{_table(('figure', 'dense', 'pruned', 'change'), rows)}{told and told + chr(10)}"]
+    measured = [what for prefix, what in METRICS.items() if any(row[0].startswith(f"`{prefix}") for row in rows)]
+    legend = "".join(f"\n- {what}" for what in measured) + "\n" * bool(measured)
+    return [f"## Figures\n\n{_table(('figure', 'dense', 'pruned', 'change'), rows)}{legend}"]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -209,9 +204,8 @@ def _without_folders(override: str) -> str:
     if plain and os.path.exists(os.path.expanduser(plain)):
         return key + equals + Path(plain).name
     # whatever begins like a path, also within a list: its last part
-    return (
-        key + equals + re.sub(r"(?<![\w.:/}-])(?:~[^/\s]*|\.{1,2})?/[^\s,'\"\])}]*", lambda m: Path(m[0]).name, value)
-    )
+    paths = r"(?<![\w.:/}-])(?:~[^/\s]*|\.{1,2})?/[^\s,'\"\])}]*"
+    return key + equals + re.sub(paths, lambda match: Path(match[0]).name, value)
 
 
 def base_model(path: str, folder: Path | None) -> str:
@@ -242,8 +236,8 @@ def base_model(path: str, folder: Path | None) -> str:
 
 def license_of(folder: Path | None) -> dict[str, Any]:
     """What the card of the model in `folder` says of its license."""
-    found = front_matter(_read(folder / "README.md")) if folder is not None else {}
-    return {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), (str, list))}
+    metadata = front_matter(_read(folder / "README.md")) if folder is not None else {}
+    return {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), (str, list))}
 
 
 def front_matter(text: str) -> dict[str, Any]:

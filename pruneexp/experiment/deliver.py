@@ -88,10 +88,7 @@ def deliver(delivery: Delivery, model: Model, adapter: Adapter | None, path: str
     Raises RunError where the dense model was another than its source: so is everything that was measured."""
     if delivery.folder is None:
         return {}
-    if delivery.streamed is not None:
-        proof = _streamed_proof(delivery.streamed, delivery.folder, delivery)
-    else:
-        proof = _held_proof(delivery, delivery.folder, model, adapter)
+    proof = _proof(delivery, delivery.folder, model, adapter)
     write_atomic(delivery.folder / PROOF, json.dumps(proof, indent=1) + "\n")
     difference = proof.get("max_logit_difference")
     if difference is not None and difference > proof.get("tolerance", 1e-2):
@@ -100,10 +97,16 @@ def deliver(delivery: Delivery, model: Model, adapter: Adapter | None, path: str
     return {} if difference is None else {"proof/max_logit_difference": difference}
 
 
-def _held_proof(delivery: Delivery, folder: Path, model: Model, adapter: Adapter | None) -> dict[str, Any]:
-    target, dense = folder / "model", delivery.dense
-    _warn(save(model, target, complete=_completed(folder)))
-    proof = {**_begun(folder), "prove": delivery.prove}
+def _proof(delivery: Delivery, folder: Path, model: Model, adapter: Adapter | None) -> dict[str, Any]:
+    """Writes the checkpoint, of a streamed model what was written as it was pruned, and compares it."""
+    target, dense, streamed = folder / "model", delivery.dense, delivery.streamed
+    completed = _completed(folder)
+    _warn(save(model, target, complete=completed) if streamed is None else streamed.finish(completed))
+    proof: dict[str, Any] = read_object(folder / PROOF) or {}  # what there is to say of the checkpoint as written
+    if streamed is not None:
+        proof |= {"prove": "off", "source": {"compared": False, "why": str(dense)}}
+        return proof | streamed.prove() if delivery.prove != "off" else proof
+    proof["prove"] = delivery.prove
     if adapter is not None:
         adapter.save(target / ADAPTER, target)
         proof["adapter"] = f"model/{ADAPTER}: the evaluated model has it on top of the checkpoint, the proof has not"
@@ -115,14 +118,6 @@ def _held_proof(delivery: Delivery, folder: Path, model: Model, adapter: Adapter
     if isinstance(dense, str):
         proof["source"] = {"compared": False, "why": dense}
     return proof
-
-
-def _streamed_proof(streamed: StreamedSave, folder: Path, delivery: Delivery) -> dict[str, Any]:
-    """Of a model that was written as it was pruned."""
-    _warn(streamed.finish(_completed(folder)))
-    source = {"compared": False, "why": str(delivery.dense)}
-    proof = {**_begun(folder), "prove": "off", "source": source}
-    return proof | streamed.prove() if delivery.prove != "off" else proof
 
 
 def _warn(form: Form) -> None:
@@ -144,24 +139,11 @@ def _completed(run: Path) -> Callable[[Form, Path], None]:
     return complete
 
 
-def _begun(run: Path) -> dict[str, Any]:
-    """What proof.json says when the checkpoint has been written."""
-    return read_object(run / PROOF) or {}
-
-
 def card_of(path: str, model: Model, pruned: Pruned, job: Mapping[str, Any], adapter: bool) -> Card:
     """What the card of a pruned model says, but for figures. `path`: what the dense one was read from."""
-    own = {"license": "apache-2.0"} if path.startswith(EMBEDDED) else {}
-    return Card(
-        base_model(path, model.source_folder),
-        license_of(model.source_folder) or own,
-        job["recipe"],
-        job["overrides"],
-        linear_names(model.family),
-        adapter,
-        pruned.plan,
-        pruned.sites,
-    )
+    base, targets = base_model(path, model.source_folder), linear_names(model.family)
+    terms = license_of(model.source_folder) or ({"license": "apache-2.0"} if path.startswith(EMBEDDED) else {})
+    return Card(base, terms, job["recipe"], job["overrides"], targets, adapter, pruned.plan, pruned.sites)
 
 
 def write_card(card: Card, folder: Path) -> None:

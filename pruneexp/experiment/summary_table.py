@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pruneexp.tracker.structure import UNITS, widths
 from pruneexp.types import Plan, Site
@@ -26,7 +26,8 @@ GROUPS = {  # first part of a metric's name -> heading
     "passes": "passes",
     "seconds": "seconds",
 }
-COUNTED = {  # share removed of what the sparsity counts, where that is not the decoder's parameters
+COUNTED = {  # share removed of what the sparsity counts
+    "sparsity/decoder": "decoder parameters",
     "sparsity/prunable": "parameters that units hold",
     "sparsity/macs": "multiply-accumulates",
     "sparsity/bytes": "weights and KV cache, bytes",
@@ -54,45 +55,40 @@ def summary(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) -> 
 
 
 def _removed(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) -> list[Row]:
-    rows = []
-    found = widths(plan, sites)
-    for kind, layers in found.items():
-        units, kept = sum(w.units for w in layers), sum(w.kept for w in layers)
-        rows.append(Row("removed", UNITS.get(kind, kind), f"{units:,}", f"{kept:,}", _share(units - kept, units)))
-    for kind, layers in found.items():
+    rows: list[Row] = []
+
+    def counted(what: str, before: float, after: float) -> None:
+        rows.append(Row("removed", what, f"{before:,}", f"{after:,}", _share(before - after, before)))
+
+    by_kind = widths(plan, sites)
+    for kind, layers in by_kind.items():
+        counted(UNITS.get(kind, kind), sum(w.units for w in layers), sum(w.kept for w in layers))
+    for kind, layers in by_kind.items():
         empty = sum(1 for w in layers if not w.kept and not w.block_gone)
         if empty and kind in SUBLAYERS:
             rows.append(Row("removed", SUBLAYERS[kind], f"{len(layers)}", f"{len(layers) - empty}", f"-{empty}"))
-    blocks = max((sum(w.block_gone for w in layers) for layers in found.values()), default=0)
-    if blocks and "block" not in found:
-        layers = max(len(layers) for layers in found.values())
-        rows.append(Row("removed", UNITS["block"], f"{layers}", f"{layers - blocks}", _share(blocks, layers)))
+    gone = max((sum(w.block_gone for w in layers) for layers in by_kind.values()), default=0)
+    if gone and "block" not in by_kind:
+        count = max(map(len, by_kind.values()))
+        counted(UNITS["block"], count, count - gone)
     dense, pruned = metrics.get("dense/params"), metrics.get("pruned/params")
     if dense is not None and pruned is not None:
-        rows.append(Row("removed", "parameters", f"{dense:,}", f"{pruned:,}", _share(dense - pruned, dense)))
-    if "sparsity/decoder" in metrics:
-        rows.append(Row("removed", "decoder parameters", "", "", _share(metrics["sparsity/decoder"], 1)))
-    for key, what in COUNTED.items():
-        if key in metrics:
-            rows.append(Row("removed", what, "", "", _share(metrics[key], 1)))
-    return rows
+        counted("parameters", dense, pruned)
+    return rows + [Row("removed", what, "", "", _share(metrics[k], 1)) for k, what in COUNTED.items() if k in metrics]
 
 
 def _measured(metrics: Mapping[str, float]) -> list[Row]:
     rows = []
-    told = {"dense/params", "pruned/params", "sparsity/decoder", *COUNTED}
-    for key, value in metrics.items():
+    for key in metrics:
         side, _, name = key.partition("/")
-        if key in told or (side == "dense" and f"pruned/{name}" in metrics):
+        if key in ("dense/params", "pruned/params", *COUNTED) or (side == "dense" and f"pruned/{name}" in metrics):
             continue
-        if side == "pruned" or side == "dense":
-            dense = metrics.get(f"dense/{name}")
-            pruned = metrics.get(f"pruned/{name}")
-            group = metric_group(name)
-            change = "" if dense is None or pruned is None else change_text(group, dense, pruned)
-            rows.append(Row(group, _title(name), figure_text(name, dense), figure_text(name, pruned), change))
-        else:
-            rows.append(Row(metric_group(key), _title(key), "", figure_text(key, value), ""))
+        if side not in ("dense", "pruned"):
+            name = key
+        dense, pruned = metrics.get(f"dense/{name}"), metrics.get(key if name == key else f"pruned/{name}")
+        group = metric_group(name)
+        change = "" if dense is None or pruned is None else change_text(group, dense, pruned)
+        rows.append(Row(group, _title(name), figure_text(name, dense), figure_text(name, pruned), change))
     return rows
 
 
@@ -133,15 +129,16 @@ def figure_text(name: str, value: float | None) -> str:
 def summary_line(metrics: Mapping[str, float]) -> str:
     """What matters most of a job among many: the share removed, perplexities and accuracies, the time that it took.
     `summary.csv` has the rest."""
-    found = [f"{_share(metrics['sparsity/decoder'], 1)} decoder parameters"]
+    figures = []
     for key, value in metrics.items():
         side, _, name = key.partition("/")
         if side == "pruned" and metric_group(name) in ("perplexity", "accuracy"):
             dense = figure_text(name, metrics.get(f"dense/{name}"))
-            found.append(f"{name} {dense and dense + ' -> '}{figure_text(name, value)}")
-    more = len(found) - 1 - MOST_FIGURES
-    found = found[: 1 + MOST_FIGURES] + ([f"{more} more"] if more > 0 else [])
-    return f"{', '.join(found)}, {sum(v for key, v in metrics.items() if key.startswith('seconds/')):.1f} s"
+            figures.append(f"{name} {dense and dense + ' -> '}{figure_text(name, value)}")
+    more = [f"{len(figures) - MOST_FIGURES} more"] if len(figures) > MOST_FIGURES else []
+    seconds = sum(value for key, value in metrics.items() if key.startswith("seconds/"))
+    first = f"{_share(metrics['sparsity/decoder'], 1)} decoder parameters"
+    return f"{', '.join([first, *figures[:MOST_FIGURES], *more])}, {seconds:.1f} s"
 
 
 def summary_table(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site]) -> Table:
@@ -170,15 +167,9 @@ def print_summary(
     out = sys.stdout if file is None else file
     terminal = out.isatty()
     # Plain means plain: not even where FORCE_COLOR asks for escape codes in a file.
-    console = Console(
-        file=out,
-        force_terminal=terminal,
-        color_system="auto" if terminal else None,
-        width=None if terminal else 100,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
+    colours, width = ("auto", None) if terminal else (None, 100)
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(file=out, force_terminal=terminal, color_system=colours, width=width, **plain)
     console.print(summary_table(metrics, plan, sites))
     # soft_wrap: a long path stays one line, so that it can be copied.
     console.print(f"Everything is in {folder}", soft_wrap=True)

@@ -24,16 +24,10 @@ def card(source: Path, checkpoint: Path, folder: Path, form: str, padded: bool) 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     if not (checkpoint / "plan.json").is_file() and not config["model_type"].startswith("pruned_"):
         return text
-    path = str(checkpoint) if source == checkpoint else _pruned_model(source)
-    return card_text(
-        Card(
-            base_model(path, checkpoint),
-            license_of(checkpoint),
-            targets=linear_names(FAMILIES[config["model_type"].removeprefix("pruned_")]),
-            metrics=read_object(source / "metrics.json") or {},
-        ),
-        how,
-    )
+    base = base_model(str(checkpoint) if source == checkpoint else _pruned_model(source), checkpoint)
+    targets = linear_names(FAMILIES[config["model_type"].removeprefix("pruned_")])
+    metrics = read_object(source / "metrics.json") or {}
+    return card_text(Card(base, license_of(checkpoint), targets=targets, metrics=metrics), how)
 
 
 def _pruned_model(run: Path) -> str:

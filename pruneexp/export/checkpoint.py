@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ def checkpoint_exporter(model: Model, format: str, multiple: int) -> CheckpointE
     """The form, from the model's structure alone. Raises ConfigError where there is none of what was asked for."""
     size = model.dtype.itemsize
     if format == "padded":
-        found = padding(model, multiple)
-        return CheckpointExporter(found.form, found, found.params * size)
+        zeros = padding(model, multiple)
+        return CheckpointExporter(zeros.form, zeros, zeros.params * size)
     if format == "remote_code":
         return CheckpointExporter(remote_code_form(model, "asked for"), None, model.params * size)
     form = save_form(model)
@@ -115,12 +115,16 @@ def uneven(model: Model) -> str:
         "FFN channels": lambda s: s.intermediate_size,
         "biases": lambda s: (s.attention_output_bias, s.mlp_output_bias),
     }
-    found = []
+    differences = []
     for name, of in what.items():
         values = [of(structure) for structure in structures]
         usual = max(values, key=values.count)
-        odd = [index for index, value in enumerate(values) if value != usual]
-        if odd:
-            more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
-            found.append(f"{name} in layers {', '.join(map(str, odd[:8]))}{more}")
-    return f"widths differ between layers ({'; '.join(found)})" if found else ""
+        if odd := [index for index, value in enumerate(values) if value != usual]:
+            differences.append(f"{name} in {layers_text(odd)}")
+    return f"widths differ between layers ({'; '.join(differences)})" if differences else ""
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """ "layers 1, 4", of very many the first ones."""
+    more = f" and {len(layers) - 8} more" if len(layers) > 8 else ""
+    return f"layers {', '.join(map(str, layers[:8]))}{more}"

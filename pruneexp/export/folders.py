@@ -17,32 +17,26 @@ def checkpoint_folder(source: Path) -> Path:
     from pruneexp.tracker import status_of
     from pruneexp.types import ConfigError
 
-    where = repr(str(source))
-    if not source.is_dir():
-        found = "is a file" if source.exists() else "no such folder"
-        raise ConfigError(f"RUN_FOLDER={where}: {found}; expected a finished run's, or a checkpoint's")
     state = status_of(source)
-    if state == "absent":
-        if not (source / "config.json").is_file():
-            raise ConfigError(
-                f"RUN_FOLDER={where}: holds no run and no checkpoint; expected status.json or config.json"
-            )
-        folder = source
-    elif state != "done":
-        found = "is still running" if state == "running" else "failed" if state == "failed" else f"was {state}"
-        todo = "wait for its end" if state == "running" else "run it again"
-        raise ConfigError(f"RUN_FOLDER={where}: this run {found}; expected a finished one: {todo}")
+    folder = source if state == "absent" else source / "model"
+    written = (folder / "config.json").is_file()
+    if not source.is_dir():
+        wrong = "is a file" if source.exists() else "no such folder"
+        mistake = f"{wrong}; expected a finished run's, or a checkpoint's"
+    elif state == "absent" and not written:
+        mistake = "holds no run and no checkpoint; expected status.json or config.json"
+    elif state == "running":
+        mistake = "this run is still running; expected a finished one: wait for its end"
+    elif state not in ("absent", "done"):
+        ended = "failed" if state == "failed" else f"was {state}"
+        mistake = f"this run {ended}; expected a finished one: run it again"
+    elif not written:
+        mistake = "this run saved no checkpoint; run it again with run.save=true run.overwrite=true"
+    elif (folder / "adapter").exists():
+        mistake = "its model has an adapter that is not merged; expected a run with recovery.merge=true"
     else:
-        folder = source / "model"
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"RUN_FOLDER={where}: this run saved no checkpoint; run it again with run.save=true run.overwrite=true"
-            )
-    if (folder / "adapter").exists():
-        raise ConfigError(
-            f"RUN_FOLDER={where}: its model has an adapter that is not merged; expected a run with recovery.merge=true"
-        )
-    return folder
+        return folder
+    raise ConfigError(f"RUN_FOLDER={str(source)!r}: {mistake}")
 
 
 def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = False) -> ModelSource:
@@ -82,8 +76,7 @@ def check_space(out: Path, needed: int) -> None:
     """Raises ConfigError where the disk has no room for so many bytes."""
     from pruneexp.types import ConfigError
 
-    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.is_dir())).free
     if free < needed:
         raise ConfigError(
             f"out={str(out)!r}: the export takes {needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there"

@@ -56,15 +56,11 @@ class GgufExporter:
 
     def write(self, model: Model, folder: Path) -> list[str]:
         folder.mkdir(parents=True)
-        words = vocabulary(model.tokenizer, model.vocab_size, stop_tokens(model))
+        ends = getattr(model.module.generation_config, "eos_token_id", None)  # as the generation settings name them
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        words = vocabulary(model.tokenizer, model.vocab_size, ends)
         self.layout.write(model, words, folder / GGUF_FILE)
         return [*window_note(model), *words.notes]
 
     def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
         return prove_gguf(self.layout, checkpoint, how, stream, folder / GGUF_FILE)
-
-
-def stop_tokens(model: Model) -> list[int]:
-    """The tokens that end a text, as the model's generation settings name them."""
-    said = getattr(model.module.generation_config, "eos_token_id", None)
-    return [] if said is None else [said] if isinstance(said, int) else list(said)

@@ -22,15 +22,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from pruneexp.export import llama_like
 from pruneexp.export.gguf_vocabulary import Vocabulary
-from pruneexp.export.llama_like import (
-    LlamaLayer,
-    adds_something,
-    context_length,
-    layer_tensors,
-    rope_factors,
-    rounded_up,
-)
+from pruneexp.export.llama_like import LlamaLayer
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.modeling_pruned import head_size
 from pruneexp.types import RunError
@@ -81,13 +75,13 @@ class GgufLayout:
 
 def deci_layers(model: Model, multiple: int) -> Iterator[LlamaLayer]:
     """The layers that llama.cpp shall see. Of a model that has none left: one of zeros."""
-    kept = [index for index in range(len(model.layers)) if adds_something(model, index)] or [0]
+    kept = [index for index in range(len(model.layers)) if llama_like.adds_something(model, index)] or [0]
     for index in kept:
         own = layer_structure(model.layers[index], model.family, model.config)
         heads, kv_heads = own.num_attention_heads, own.num_key_value_heads
         if heads == 0 and (index == kept[0] or own.attention_output_bias):
             heads = kv_heads = 1
-        yield LlamaLayer(index, heads, kv_heads, rounded_up(max(1, own.intermediate_size), multiple))
+        yield LlamaLayer(index, heads, kv_heads, llama_like.rounded_up(max(1, own.intermediate_size), multiple))
 
 
 def tensors(model: Model, layers: Sequence[LlamaLayer]) -> Iterator[tuple[str, Tensor]]:
@@ -97,11 +91,11 @@ def tensors(model: Model, layers: Sequence[LlamaLayer]) -> Iterator[tuple[str, T
     yield "output_norm.weight", module.base_model.norm.weight
     if not model.config.tie_word_embeddings:
         yield "output.weight", module.get_output_embeddings().weight
-    if (factors := rope_factors(model)) is not None:
+    if (factors := llama_like.rope_factors(model)) is not None:
         yield "rope_freqs.weight", factors
     for place, layer in enumerate(layers):
         with model.loaded(layer.index):
-            for name, tensor in layer_tensors(model, layer).items():
+            for name, tensor in llama_like.layer_tensors(model, layer).items():
                 path, _, leaf = name.rpartition(".")
                 if path in ("self_attn.q_proj", "self_attn.k_proj"):
                     tensor = neighbouring(tensor, layer.heads if path.endswith("q_proj") else layer.kv_heads)
@@ -132,7 +126,7 @@ def add_description(writer: Any, model: Model, layout: GgufLayout) -> None:
     size = head_size(config)
     writer.add_file_type(FILE_TYPES[layout.dtype])
     writer.add_vocab_size(model.vocab_size)
-    writer.add_context_length(context_length(model))
+    writer.add_context_length(llama_like.context_length(model))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
     writer.add_head_count([layer.heads for layer in layers])

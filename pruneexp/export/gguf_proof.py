@@ -52,17 +52,15 @@ def read_back(layout: GgufLayout, model: Model, file: Path) -> dict[str, Any]:
     """Every tensor of the file against the model's, to the bit. Raises RunError, naming one that differs."""
     from gguf import GGUFReader
 
-    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    count = 0
+    left = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    count = len(left)
     for name, tensor in tensors(model, layout.layers):
-        expected = as_array(tensor, layout.dtype, name)
-        own = found.pop(name, None)
+        expected, own = as_array(tensor, layout.dtype, name), left.pop(name, None)
         same_shape = own is not None and tuple(own.shape[::-1].tolist()) == expected.shape
         if own is None or not same_shape or own.data.tobytes() != expected.tobytes():
             raise RunError(f"{file.name}: tensor {name} is not the model's; nothing was kept")
-        count += 1
-    if found:
-        raise RunError(f"{file.name}: holds tensor {next(iter(found))}, which the model has not; nothing was kept")
+    if left:
+        raise RunError(f"{file.name}: holds tensor {next(iter(left))}, which the model has not; nothing was kept")
     return {"prove": "read_back", "tensors_equal": count}
 
 
@@ -78,36 +76,38 @@ def _run(layout: GgufLayout, checkpoint: Path, file: Path, package: str) -> dict
         answer = run_file(package, file, tokens_BT, texts, words.plain)
     if isinstance(answer, str):
         return {"notes": [_not_run(answer)]}
-    _round_(model, layout.dtype)
+    with torch.no_grad():  # the model's matrices get the values that they have in the file
+        for parameter in model.module.parameters():
+            if parameter.ndim == 2:
+                parameter.data = parameter.data.to(layout.dtype).to(parameter.dtype)
     return _compared(model, tokens_BT, answer, layout.dtype) | _compared_words(model, texts, answer)
 
 
 def _compared(model: Model, tokens_BT: Tensor, answer: Answer, dtype: torch.dtype) -> dict[str, Any]:
     """Logits or, of a server, the log-probabilities of the likeliest tokens at every position, and greedy tokens."""
-    logits = logits_of(model, tokens_BT)
-    found = answer.tensors
-    if "logits" in found:
-        what, gap = "logit", found["logits"] - logits
+    logits, theirs = logits_of(model, tokens_BT), answer.tensors
+    if "logits" in theirs:
+        what, gap = "logit", theirs["logits"] - logits
     else:
         what = "log_probability"
-        gap = found["log_probabilities"] - logits.log_softmax(-1).gather(-1, found["likeliest"])
+        gap = theirs["log_probabilities"] - logits.log_softmax(-1).gather(-1, theirs["likeliest"])
     relative = (gap.square().mean() / logits.square().mean()).sqrt().item()
     difference = gap.abs().max().item()
     if dtype == torch.float32:
+        tolerance = {"tolerance": TOLERANCE}
         check_difference(difference, TOLERANCE)
-    elif not relative <= TOLERANCE_16_BIT:
-        raise RunError(
-            f"the export computes something else: logits differ by {relative:.3g} of their root mean square, more than "
-            f"{TOLERANCE_16_BIT:g}; nothing was kept"
-        )
-    tolerance = {"tolerance": TOLERANCE} if dtype == torch.float32 else {"relative_tolerance": TOLERANCE_16_BIT}
+    else:
+        tolerance = {"relative_tolerance": TOLERANCE_16_BIT}
+        if not relative <= TOLERANCE_16_BIT:
+            gap_text = f"logits differ by {relative:.3g} of their root mean square, more than {TOLERANCE_16_BIT:g}"
+            raise RunError(f"the export computes something else: {gap_text}; nothing was kept")
     return {
         "prove": "llama.cpp",
         **tolerance,
         "run_by": f"{answer.package} {answer.version}",
         f"max_{what}_difference": difference,
         f"relative_{what}_difference": relative,
-        "greedy_tokens_equal": torch.equal(found["generated"], greedy_tokens(model, tokens_BT).cpu()),
+        "greedy_tokens_equal": torch.equal(theirs["generated"], greedy_tokens(model, tokens_BT).cpu()),
         "windows": list(tokens_BT.shape),
     }
 
@@ -117,15 +117,5 @@ def _compared_words(model: Model, texts: tuple[str, ...], answer: Answer) -> dic
         return {}
     own = [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     different = sum(ours != theirs for ours, theirs in zip(own, answer.words, strict=True))
-    record: dict[str, Any] = {"prompt_tokens_equal": not different}
-    if different:
-        record["notes"] = [f"llama.cpp splits {different} of {len(texts)} texts into other tokens"]
-    return record
-
-
-@torch.no_grad()
-def _round_(model: Model, dtype: torch.dtype) -> None:
-    """Gives the model's matrices the values that they have in the file."""
-    for parameter in model.module.parameters():
-        if parameter.ndim == 2:
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    notes = {"notes": [f"llama.cpp splits {different} of {len(texts)} texts into other tokens"]} if different else {}
+    return {"prompt_tokens_equal": not different} | notes

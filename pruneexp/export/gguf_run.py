@@ -135,8 +135,8 @@ def run_file(package: str, file: Path, tokens_BT: Tensor, texts: Sequence[str], 
             return reason
         if done.returncode:
             raise RunError(f"llama.cpp does not run {file.name} ({reason}); nothing was kept")
-        told = json.loads(Path(out_file + ".json").read_text())
-        return Answer(package, told["version"], load_file(out_file), told["words"])
+        said = json.loads(Path(out_file + ".json").read_text())
+        return Answer(package, said["version"], load_file(out_file), said["words"])
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

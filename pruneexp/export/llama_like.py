@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from pruneexp.export.checkpoint import can_pad
 from pruneexp.model import Model, layer_structure
-from pruneexp.model.modeling_pruned import FFN_ROWS, Writer, head_layout, head_size, linear_sizes, split_parts
+from pruneexp.model.modeling_pruned import FFN_ROWS, Family, Writer, head_layout, head_size, linear_sizes, split_parts
 from pruneexp.surgery import broken_period, save_form
 from pruneexp.surgery.served import NOT_SERVED
 from pruneexp.types import ConfigError
 
 STOCKS = ("Llama", "Mistral", "Qwen2", "Phi3", "Granite", "SmolLM3")
 ROPES = ("default", "linear", "llama3")
+IN_PROJECTIONS = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
+IN_PROJECTIONS |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}  # by role, as a LLaMA calls them
 
 
 def check_llama_like(model: Model, format: str) -> None:
@@ -30,11 +32,10 @@ def check_llama_like(model: Model, format: str) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
     scale = getattr(config, "attention_multiplier", None) or head_size(config) ** -0.5
+    gate = getattr(config, "hidden_act", None)
     problems = {
         f"only {', '.join(stock.lower() for stock in STOCKS)} models are LLaMA-like": model.family.stock not in STOCKS,
-        f"its FFNs are gated by {getattr(config, 'hidden_act', None)}": (
-            getattr(config, "hidden_act", None) not in ("silu", "swish")
-        ),
+        f"its FFNs are gated by {gate}": gate not in ("silu", "swish"),
         f"its rotary positions are of type {rope.get('rope_type')}": rope.get("rope_type", "default") not in ROPES,
         "its rotary positions cover a part of each head": (rope.get("partial_rotary_factor") or 1.0) != 1.0,
         "some layers have no positions": not all(getattr(config, "no_rope_layers", None) or [1]),
@@ -42,10 +43,9 @@ def check_llama_like(model: Model, format: str) -> None:
         or not math.isclose(scale, head_size(config) ** -0.5, rel_tol=1e-6),
         "its head has a bias": getattr(model.module.get_output_embeddings(), "bias", None) is not None,
     }
-    for reason, there in problems.items():
-        if there:
-            kind = model.config.model_type
-            raise ConfigError(f"format={format}: {kind} is no LLaMA ({reason}); expected {other_formats(model)}")
+    if reason := next((reason for reason, there in problems.items() if there), None):
+        expected = f"expected {other_formats(model)}"
+        raise ConfigError(f"format={format}: {config.model_type} is no LLaMA ({reason}); {expected}")
 
 
 def other_formats(model: Model) -> str:
@@ -127,48 +127,40 @@ def layer_tensors(model: Model, layer: LlamaLayer) -> dict[str, Tensor]:
     like = next(module.parameters(), torch.empty(0, dtype=model.dtype, device=model.device))
     tensors: dict[str, Tensor] = {}
     if layer.heads:
-        rows = {"query": layer.heads, "key": layer.kv_heads, "value": layer.kv_heads}
-        shapes = {role: (count * layout.size, hidden) for role, count in rows.items()}
-        own_parts = {}
-        if own.num_attention_heads:
-            units = own.num_attention_heads // layout.group
-            own_parts = _parts(module, family.attention_writers, units, layout.rows, family.shared_roles)
-        names = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
-        tensors |= _named(names, own_parts, shapes, like)
+        heads = {"query": layer.heads, "key": layer.kv_heads, "value": layer.kv_heads}
+        shapes = {role: (count * layout.size, hidden) for role, count in heads.items()}
+        units = own.num_attention_heads // layout.group
+        tensors |= _in_projections(module, family, family.attention_writers, units, layout.rows, shapes, like)
         tensors |= _norm("input_layernorm", module, family.attention_norm, hidden, like)
-        tensors |= _reader("self_attn.o_proj", module, family.attention_reader, layer.heads * layout.size, like)
+        tensors |= _out_projection("self_attn.o_proj", module, family.attention_reader, layer.heads * layout.size, like)
     if layer.channels:
         shapes = {role: (layer.channels, hidden) for role in FFN_ROWS}
-        own_parts = {}
-        if own.intermediate_size:
-            parts = _parts(module, family.mlp_writers, own.intermediate_size, FFN_ROWS, ())
-            own_parts = {
-                role: {leaf: _filled_up(tensor, 0, layer.channels) for leaf, tensor in part.items()}
-                for role, part in parts.items()
-            }
-        tensors |= _named({"gate": "mlp.gate_proj", "up": "mlp.up_proj"}, own_parts, shapes, like)
+        tensors |= _in_projections(module, family, family.mlp_writers, own.intermediate_size, FFN_ROWS, shapes, like)
         tensors |= _norm("post_attention_layernorm", module, family.mlp_norm, hidden, like)
-        tensors |= _reader("mlp.down_proj", module, family.mlp_reader, layer.channels, like)
+        tensors |= _out_projection("mlp.down_proj", module, family.mlp_reader, layer.channels, like)
     return tensors
 
 
-Parts = dict[str, dict[str, Tensor]]  # role -> "weight" and, where there is one, "bias"
-
-
-def _parts(
-    module: nn.Module, writers: tuple[Writer, ...], units: int, rows: dict[str, int], shared: tuple[str, ...]
-) -> Parts:
-    parts: Parts = {}
-    for writer in writers:
+def _in_projections(
+    module: nn.Module,
+    family: Family,
+    writers: Sequence[Writer],
+    units: int,
+    rows: dict[str, int],
+    shapes: dict[str, tuple[int, int]],
+    like: Tensor,
+) -> dict[str, Tensor]:
+    """Those of a sublayer with so many units, `rows` a unit, by LLaMA's names; zeros up to `shapes`."""
+    parts: dict[str, dict[str, Tensor]] = {role: {} for role in shapes}  # "weight" and, where there is one, "bias"
+    for writer in writers if units else ():
         for leaf, parameter in module.get_submodule(writer.path).named_parameters():
-            for role, part in split_parts(parameter, writer, units, rows, shared).items():
-                parts.setdefault(role, {})[leaf] = part.flatten(0, 1)
-    return parts
-
-
-def _named(names: dict[str, str], parts: Parts, shapes: dict[str, tuple[int, int]], like: Tensor) -> dict[str, Tensor]:
-    found = {role: parts.get(role, {"weight": like.new_zeros(shapes[role])}) for role in names}
-    return {f"{names[role]}.{leaf}": tensor for role, own in found.items() for leaf, tensor in own.items()}
+            for role, part in split_parts(parameter, writer, units, rows, family.shared_roles).items():
+                parts[role][leaf] = _filled_up(part.flatten(0, 1), 0, shapes[role][0])
+    return {
+        f"{IN_PROJECTIONS[role]}.{leaf}": tensor
+        for role, part in parts.items()
+        for leaf, tensor in (part or {"weight": like.new_zeros(shapes[role])}).items()
+    }
 
 
 def _norm(name: str, module: nn.Module, path: str | None, hidden: int, like: Tensor) -> dict[str, Tensor]:
@@ -177,7 +169,7 @@ def _norm(name: str, module: nn.Module, path: str | None, hidden: int, like: Ten
     return {f"{name}.weight": like.new_ones(hidden) if weight is None else weight}
 
 
-def _reader(name: str, module: nn.Module, path: str, inputs: int, like: Tensor) -> dict[str, Tensor]:
+def _out_projection(name: str, module: nn.Module, path: str, inputs: int, like: Tensor) -> dict[str, Tensor]:
     linear: Any = module.get_submodule(path)
     had, outputs = linear_sizes(linear)
     weight = _filled_up(linear.weight, 1, inputs) if had else like.new_zeros(outputs, inputs)

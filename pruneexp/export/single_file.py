@@ -26,21 +26,16 @@ def check_file(out: Path, overwrite: bool) -> None:
     if not overwrite:
         there = out if out.exists() else record
         raise ConfigError(f"{where}: {there.name} exists; expected a new file, or overwrite=true")
-    if not _wrote(out, record):
+    earlier = read_object(record) or {}
+    size = out.stat().st_size if out.exists() else earlier.get("bytes")
+    if earlier.get("form") != "gguf" or "bytes" not in earlier or size != earlier["bytes"]:
         raise ConfigError(
             f"{where}: no export that {record.name} tells of; overwrite=true replaces earlier exports alone"
         )
 
 
-def _wrote(out: Path, record: Path) -> bool:
-    """Whether the record is an export's and the file still as long as it says (or gone)."""
-    told = read_object(record) or {}
-    same = told.get("form") == "gguf" and "bytes" in told
-    return same and (not out.exists() or out.stat().st_size == told["bytes"])
-
-
 def place_file(written: Path, out: Path, record: dict[str, object]) -> None:
     """Puts a finished file and its record in their places."""
-    told = {name: value for name, value in record.items() if name != "files"} | {"bytes": written.stat().st_size}
+    own = {name: value for name, value in record.items() if name != "files"} | {"bytes": written.stat().st_size}
     written.replace(out)
-    write_atomic(record_beside(out), json.dumps(told, indent=1) + "\n")
+    write_atomic(record_beside(out), json.dumps(own, indent=1) + "\n")

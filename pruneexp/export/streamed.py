@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,11 @@ def wants_streaming(model: Model) -> bool:
 
 
 def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | None) -> None:
-    """Writes a streamed model in `form`, padded where that is asked for."""
+    """Writes a streamed model in `form`, padded where asked: what lies outside the layers, then layer by layer."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, model.family.stored_as, shard_bytes=STREAMED_SHARD_BYTES)
-    for part in _parts(model, form, padding):
-        writer.add(part)
-    writer.close()
-    write_description(model, form, folder)
-
-
-def _parts(model: Model, form: Form, padding: Padding | None) -> Iterator[dict[str, Tensor]]:
-    """Every tensor to store by name: what lies outside the decoder layers, then layer by layer."""
     tied = set(model.module.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    yield {n: t for n, t in model.module.state_dict().items() if not t.is_meta and n not in tied}
+    writer.add({n: t for n, t in model.module.state_dict().items() if not t.is_meta and n not in tied})
     fresh = stock_layers(model) if padding is not None else None
     for index in progress(range(len(model.layers)), "export", len(model.layers), "blocks"):
         with model.loaded(index) as own:
@@ -50,8 +41,10 @@ def _parts(model: Model, form: Form, padding: Padding | None) -> Iterator[dict[s
                 linear = layer.get_submodule(path)
                 if linear.bias is None:
                     part[f"{path}.bias"] = torch.zeros(linear.out_features, dtype=model.dtype)
-            yield {f"{model.layers_path}.{index}.{name}": tensor for name, tensor in part.items()}
+            writer.add({f"{model.layers_path}.{index}.{name}": tensor for name, tensor in part.items()})
             layer.to("meta")  # a padded one holds weights of its own
+    writer.close()
+    write_description(model, form, folder)
 
 
 def prove_streamed(checkpoint: Path, tokens_BT: Tensor, folder: Path) -> dict[str, Any]:

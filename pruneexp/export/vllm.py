@@ -19,18 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
+from pruneexp.export import llama_like, vllm_proof
+from pruneexp.export.checkpoint import layers_text
 from pruneexp.export.folders import stored_source
-from pruneexp.export.llama_like import (
-    LlamaLayer,
-    adds_something,
-    check_llama_like,
-    context_length,
-    layer_tensors,
-    rounded_note,
-    rounded_up,
-    window_note,
-)
-from pruneexp.export.vllm_proof import BIASES, check_files, check_loader_rules, prove_by_own_modeling, read_back
+from pruneexp.export.llama_like import LlamaLayer
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.companions import carry
 from pruneexp.model.modeling_pruned import head_size
@@ -51,16 +43,12 @@ def vllm_exporter(model: Model, multiple: int = 1) -> VllmExporter:
 
     Raises ConfigError where vLLM's class cannot hold the model.
     """
-    check_llama_like(model, "vllm")
+    llama_like.check_llama_like(model, "vllm")
     heads = _query_heads(model)
     layers = tuple(_layers(model, heads, multiple))
-    rounded = rounded_note(model, layers, multiple)
-    found = {path: False for paths in BIASES.values() for path in paths}
-    for layer in layers:
-        for name in layer_tensors(model, layer):
-            if name.endswith(".bias"):
-                found[name.removesuffix(".bias")] = True
-    flags = {flag: any(found[path] for path in paths) for flag, paths in BIASES.items()}
+    rounded = llama_like.rounded_note(model, layers, multiple)
+    names = {name for layer in layers for name in llama_like.layer_tensors(model, layer)}
+    flags = {flag: any(f"{path}.bias" in names for path in paths) for flag, paths in vllm_proof.BIASES.items()}
     exporter = VllmExporter(layers, heads, flags, 0, rounded)
     size = sum(tensor.numel() for part in exporter.tensors(model) for tensor in part.values())
     return replace(exporter, bytes=size * model.dtype.itemsize)
@@ -92,27 +80,17 @@ class VllmExporter:
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(CODE, folder / CODE.name)
         carry(model.source_folder, model.tokenizer, None, folder)
-        check_loader_rules(folder)
-        return [*window_note(model), NOT_SERVED]
+        vllm_proof.check_loader_rules(folder)
+        return [*llama_like.window_note(model), NOT_SERVED]
 
     def config(self, model: Model) -> dict[str, Any]:
         """config.json: LLaMA's keys that DeciLM reads, and what each layer has."""
-        own = model.config
-        blocks = [
-            {
-                "attention": {
-                    "no_op": layer.heads == 0,
-                    "n_heads_in_group": layer.heads // layer.kv_heads if layer.heads else None,
-                    "replace_with_linear": False,
-                },
-                "ffn": {
-                    "no_op": layer.channels == 0,
-                    "intermediate_size": layer.channels or None,
-                    "replace_with_linear": False,
-                },
-            }
-            for layer in self.layers
-        ]
+        own, blocks = model.config, []
+        for layer in self.layers:
+            group, width = layer.heads // layer.kv_heads if layer.heads else None, layer.channels or None
+            attention = {"no_op": group is None, "n_heads_in_group": group, "replace_with_linear": False}
+            ffn = {"no_op": width is None, "intermediate_size": width, "replace_with_linear": False}
+            blocks.append({"attention": attention, "ffn": ffn})
         kept = ("hidden_size", "vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         return {
@@ -125,7 +103,7 @@ class VllmExporter:
             "num_key_value_heads": max(layer.kv_heads for layer in self.layers),
             "head_dim": head_size(own),
             "intermediate_size": max(layer.channels for layer in self.layers),
-            "max_position_embeddings": context_length(model),
+            "max_position_embeddings": llama_like.context_length(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             **{name: getattr(own, name) for name in kept},
             **{name: getattr(own, name, None) for name in tokens},
@@ -144,17 +122,19 @@ class VllmExporter:
         yield outside
         for place, layer in enumerate(self.layers):
             with model.loaded(layer.index):
-                found = layer_tensors(model, layer)
-                for path in (path for flag, paths in BIASES.items() if self.flags[flag] for path in paths):
-                    if (weight := found.get(f"{path}.weight")) is not None:
-                        found.setdefault(f"{path}.bias", weight.new_zeros(len(weight)))
-                yield {f"model.layers.{place}.{name}": tensor for name, tensor in found.items()}
+                tensors = llama_like.layer_tensors(model, layer)
+                for path in (path for flag, paths in vllm_proof.BIASES.items() if self.flags[flag] for path in paths):
+                    if (weight := tensors.get(f"{path}.weight")) is not None:
+                        tensors.setdefault(f"{path}.bias", weight.new_zeros(len(weight)))
+                yield {f"model.layers.{place}.{name}": tensor for name, tensor in tensors.items()}
 
     def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
-        check_files(how, folder)
+        vllm_proof.check_loader_rules(folder)
+        if how == "process":
+            vllm_proof.check_config_class(folder)
         if stream:
-            return read_back(self.tensors(stored_source(checkpoint, stream=True).load()), folder)
-        return prove_by_own_modeling(checkpoint, folder)
+            return vllm_proof.read_back(self.tensors(stored_source(checkpoint, stream=True).load()), folder)
+        return vllm_proof.prove_by_own_modeling(checkpoint, folder)
 
 
 def _query_heads(model: Model) -> int:
@@ -164,31 +144,21 @@ def _query_heads(model: Model) -> int:
     if not counts:
         raise ConfigError(f"format=vllm: no layer has attention; expected one that has, or {INSTEAD}")
     usual = max(set(counts), key=lambda count: (counts.count(count), count))
-    odd = [i for i, s in enumerate(structures) if s.num_attention_heads not in (0, usual)]
-    if odd:
-        more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
+    if odd := [i for i, s in enumerate(structures) if s.num_attention_heads not in (0, usual)]:
         raise ConfigError(
-            f"format=vllm: query heads differ between layers ({usual} in most, others in layers "
-            f"{', '.join(map(str, odd[:8]))}{more}); expected a run with search=serve_safe, or {INSTEAD}"
+            f"format=vllm: query heads differ between layers ({usual} in most, others in {layers_text(odd)}); "
+            f"expected a run with search=serve_safe, or {INSTEAD}"
         )
     return usual
 
 
 def _layers(model: Model, heads: int, multiple: int) -> Iterator[LlamaLayer]:
-    group = _group(model)
-    kept = [index for index in range(len(model.layers)) if adds_something(model, index)]
+    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    group = next(s.num_attention_heads // s.num_key_value_heads for s in structures if s.num_attention_heads)
+    kept = [index for index in range(len(model.layers)) if llama_like.adds_something(model, index)]
     for index in kept:
-        own = layer_structure(model.layers[index], model.family, model.config)
+        own = structures[index]
         attention = own.num_attention_heads or own.attention_output_bias or index == kept[0]
         channels = own.intermediate_size or (ZERO_CHANNELS if own.mlp_output_bias else 0)
         kv_heads = heads // group if attention else 0
-        yield LlamaLayer(index, heads if attention else 0, kv_heads, rounded_up(channels, multiple))
-
-
-def _group(model: Model) -> int:
-    """Query heads of a key/value head, in every layer that has attention."""
-    for layer in model.layers:
-        own = layer_structure(layer, model.family, model.config)
-        if own.num_attention_heads:
-            return own.num_attention_heads // own.num_key_value_heads
-    raise AssertionError("refused before")
+        yield LlamaLayer(index, heads if attention else 0, kv_heads, llama_like.rounded_up(channels, multiple))

@@ -26,13 +26,6 @@ BIASES = {  # flag of the config -> the linear layers that have a bias then
 }
 
 
-def check_files(how: str, folder: Path) -> None:
-    """The loader's rules; `how` "process": the config as transformers reads it, too. Raises RunError."""
-    check_loader_rules(folder)
-    if how == "process":
-        _check_config_class(folder)
-
-
 def read_back(parts: Iterable[dict[str, Tensor]], folder: Path) -> dict[str, Any]:
     """Every tensor of the files against those that were to be written, to the bit. Raises RunError, naming one that
     differs."""
@@ -83,11 +76,8 @@ def check_loader_rules(folder: Path) -> None:
                 raise _broken(f"n_heads_in_group={group} in layer {index}: no divisor of num_attention_heads")
             queries, keys = config["num_attention_heads"] * size, config["num_attention_heads"] // group * size
             rows |= {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
-            rows |= {
-                "self_attn.k_proj": (keys, hidden),
-                "self_attn.v_proj": (keys, hidden),
-                "input_layernorm": (hidden,),
-            }
+            rows |= {"self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden)}
+            rows |= {"input_layernorm": (hidden,)}
         if not block["ffn"]["no_op"]:
             width = block["ffn"].get("intermediate_size")
             if "ffn_mult" in block["ffn"] or not isinstance(width, int) or width < 1:
@@ -128,8 +118,8 @@ print(json.dumps([config.num_attention_heads, config.head_dim, config.rope_param
 """
 
 
-def _check_config_class(folder: Path) -> None:
-    """The config as transformers hands it to vLLM, from a process without this package."""
+def check_config_class(folder: Path) -> None:
+    """The config as transformers hands it to vLLM, from a process without this package. Raises RunError."""
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
             [sys.executable, "-I", "-c", READ_CONFIG, str(folder.resolve())],
@@ -176,13 +166,5 @@ def own_model(folder: Path, like: Model) -> Model:
             tensor.copy_(torch.zeros(()) if name.endswith(".bias") and name not in files else files[name])
     module.eval().requires_grad_(False)
     stock = modeling_pruned.stock_config(pruned)
-    return Model(
-        module,
-        None,
-        modeling_pruned.family_of(stock),
-        stock,
-        name="reloaded",
-        device=torch.device("cpu"),
-        dtype=like.dtype,
-        batch_size=1,
-    )
+    family, cpu = modeling_pruned.family_of(stock), torch.device("cpu")
+    return Model(module, None, family, stock, name="reloaded", device=cpu, dtype=like.dtype, batch_size=1)

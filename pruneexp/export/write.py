@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pruneexp.export.folders import (
-    RECORD,
-    check_out,
-    check_space,
-    checkpoint_folder,
-    stored_source,
-)
+from pruneexp.export.folders import RECORD, check_out, check_space, checkpoint_folder, stored_source
 from pruneexp.export.request import Request
 from pruneexp.export.single_file import GGUF_FILE, place_file
 
@@ -53,6 +45,7 @@ def export(asked: Request) -> dict[str, Any]:
         ConfigError: what is asked for cannot be; nothing has been written then, and no weight loaded.
         RunError: it could not be written, did not reload or is another model; nothing is left of it.
     """
+    from pruneexp.cli.arguments import made_aside
     from pruneexp.export.streamed import wants_streaming
     from pruneexp.files import replace_folder
 
@@ -64,21 +57,12 @@ def export(asked: Request) -> dict[str, Any]:
     exporter = chosen(outline, asked)
     check_space(asked.out, exporter.bytes)
     stream = wants_streaming(outline) if asked.stream is None else asked.stream
-    out = asked.out.absolute()
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with made_aside(asked.out) as aside:
         record = _written(asked, checkpoint, stream, exporter, aside)
         if asked.single_file:
-            place_file(aside / GGUF_FILE, out, record)
+            place_file(aside / GGUF_FILE, asked.out.absolute(), record)
         else:
-            replace_folder(aside, out)
-    except OSError as error:
-        from pruneexp.types import RunError
-
-        raise RunError(f"out={str(asked.out)!r}: cannot be written ({error.strerror or error})") from error
-    finally:
-        for left in (aside, aside.with_name(f"{aside.name}.partial")):
-            shutil.rmtree(left, ignore_errors=True)
+            replace_folder(aside, asked.out.absolute())
     return record
 
 

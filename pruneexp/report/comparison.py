@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from pruneexp.report.methods import Described, departures, model_names
+from pruneexp.report.methods import Described, Runs, departures, model_names
 from pruneexp.report.points import SHARE, by_seed, distinct
-from pruneexp.report.published import Claim, Published, Table
+from pruneexp.report.published import Published, Table
 from pruneexp.report.statistics import Interval, interval
 
 NOMINAL = 0.005 + 1e-9  # between the ratio that a paper prints and the one that a run asked for
@@ -39,32 +39,25 @@ class Comparison:
     ratio: float  # that our runs asked for
     share: float  # that left
     within: bool
-    aspects: tuple[Aspect, ...]
+    aspects: Sequence[Aspect]
 
 
-def comparisons(runs: Sequence[Described], tables: Sequence[Table]) -> list[Comparison]:
+def comparisons(runs: Runs, tables: Sequence[Table]) -> list[Comparison]:
     """Every published figure that some of the runs reproduce, by model and ratio."""
     figures = [figure for table in tables for figure in table.figures]
     groups: dict[tuple[int, str, str, float], list[Described]] = {}
     for one in runs:
         matched = [(number, figure) for number, figure in enumerate(figures) if matches(one, figure)]
         for number, figure in matched:
-            if figure.ratio == 0:  # the dense model is the same one under every method
-                groups.setdefault((number, one.context, "dense", 0.0), []).append(one)
-            elif figure.ratio == _nearest(one.ratio, [f for _, f in matched if _key(f) == _key(figure)]):
-                groups.setdefault((number, one.context, one.method, one.ratio), []).append(one)
-    ordered = sorted(groups.items(), key=lambda item: item[0][0])  # as the tables have them; stable
-    found = [_compared(figures[number], method, members) for (number, _, method, _), members in ordered]
-    return sorted(found, key=lambda one: (one.published.model, one.published.ratio, one.published.metric))
-
-
-def _nearest(asked: float, figures: Sequence[Published]) -> float:
-    """The one ratio of these figures that a run is held against: figures of two ratios never share a run."""
-    return min((figure.ratio for figure in figures), key=lambda ratio: (abs(ratio - asked), ratio))
-
-
-def _key(figure: Published) -> str:
-    return f"{'pruned' if figure.ratio else 'dense'}/{figure.metric}"
+            # Figures of two ratios never share a run: the nearest has it.
+            ratios = [f.ratio for _, f in matched if f.metric == figure.metric and (f.ratio > 0) == (figure.ratio > 0)]
+            if figure.ratio == min(ratios, key=lambda ratio: (abs(ratio - one.ratio), ratio)):
+                # The dense model is the same one under every method.
+                method, ratio = (one.method, one.ratio) if figure.ratio else ("dense", 0.0)
+                groups.setdefault((number, one.context, method, ratio), []).append(one)
+    in_order = sorted(groups.items(), key=lambda item: item[0][0])  # as the tables have them; stable
+    compared = [_compared(figures[number], method, members) for (number, _, method, _), members in in_order]
+    return sorted(compared, key=lambda one: (one.published.model, one.published.ratio, one.published.metric))
 
 
 def matches(one: Described, figure: Published) -> bool:
@@ -72,9 +65,7 @@ def matches(one: Described, figure: Published) -> bool:
     20 % are 20.3 %), recovery and such settings as make the method."""
     if figure.model not in model_names(one.run.config) or measured(one, figure) is None:
         return False
-    if figure.ratio == 0:
-        return True
-    return (
+    return figure.ratio == 0 or (
         one.recipe in figure.recipes
         and abs(one.ratio - figure.ratio) <= NOMINAL
         and one.choices["recovery"].name == figure.recovery
@@ -86,9 +77,8 @@ def measured(one: Described, figure: Published) -> float | None:
     """Ours, as metrics.json has it; of a mean over tasks the mean of ours on the same tasks, each scored as the paper
     scores it. None where the run did not measure it."""
     side = "pruned" if figure.ratio else "dense"
-    values = [one.run.metrics.get(f"{side}/{metric}") for metric in figure.mean_of or (figure.metric,)]
-    known = [value for value in values if value is not None]
-    return fmean(known) if len(known) == len(values) else None
+    keys = [f"{side}/{metric}" for metric in figure.mean_of or (figure.metric,)]
+    return fmean(one.run.metrics[key] for key in keys) if set(keys) <= set(one.run.metrics) else None
 
 
 def _compared(figure: Published, method: str, members: Sequence[Described]) -> Comparison:
@@ -99,70 +89,66 @@ def _compared(figure: Published, method: str, members: Sequence[Described]) -> C
     if figure.unit == "perplexity":
         log = interval(by_seed([math.log(value) for value in values], seeds))
         mean = math.exp(log.mean)
-        half = None if log.half is None else mean * math.expm1(log.half)
-        ours = Interval(mean, half, log.n)
+        ours = Interval(mean, None if log.half is None else mean * math.expm1(log.half), log.n)
     else:
         ours = interval(by_seed([100 * value if figure.unit == "percent" else value for value in values], seeds))
-    shares = [one.run.metrics.get(SHARE, 0.0) if figure.ratio else 0.0 for one in members]
+    share = fmean(one.run.metrics.get(SHARE, 0.0) if figure.ratio else 0.0 for one in members)
     within = abs(ours.mean - figure.value) <= figure.tolerance
     asked = members[0].ratio if figure.ratio else 0.0
-    aspects = tuple(_aspects(figure, members[0]))
-    return Comparison(figure, tuple(members), method, ours, asked, fmean(shares), within, aspects)
+    return Comparison(figure, tuple(members), method, ours, asked, share, within, _aspects(figure, members[0]))
 
 
 def _aspects(figure: Published, one: Described) -> list[Aspect]:
     config, protocol = one.run.config, figure.protocol
-    found = []
-    evaluator = _evaluator(config, figure.metric)
+    evaluator, aspects = _evaluator(config, figure.metric), []
     if evaluator:
         data = evaluator.get("dataset") or {}
-        window = evaluator.get("length") or data.get("length")
-        found.append(_aspect("window, tokens", protocol.get("window") or _window(figure.metric), window))
-        found.append(_aspect("beginning-of-sequence token before each window", protocol.get("bos"), evaluator["bos"]))
-        found.append(_told("split", protocol.get("split"), data.get("evaluation_split")))
-        found.append(_told("text", protocol.get("text"), _join(data)))
+        length, join = figure.metric.rpartition("@")[2], data.get("evaluation_join")
+        window = protocol.get("window") or (int(length) if length.isdecimal() else None)
+        joined = None if join is None else f"documents joined by {join!r}".replace("'", '"')
+        bos = "beginning-of-sequence token before each window"
+        aspects += _aspect("window, tokens", window, evaluator.get("length") or data.get("length"))
+        aspects += _aspect(bos, protocol.get("bos"), evaluator["bos"])
+        aspects += _text("split", protocol.get("split"), data.get("evaluation_split"))
+        aspects += _text("text", protocol.get("text"), joined)
         if limit := data.get("evaluation_windows"):
-            found.append(Aspect("windows", NOT_STATED, f"the first {limit} at most", None))
+            aspects.append(Aspect("windows", NOT_STATED, f"the first {limit} at most", None))
     elif figure.unit == "percent":
-        found.append(_told("harness", protocol.get("harness"), _harness(one)))
-        found.append(_told("score", protocol.get("score"), _scores(figure)))
+        version = one.run.environment["versions"].get("lm_eval")
+        score = f"mean of {', '.join(figure.mean_of)}" if figure.mean_of else figure.metric.partition("/")[0]
+        aspects += _text("harness", protocol.get("harness"), f"lm_eval {version}" if version else None)
+        aspects += _text("score", protocol.get("score"), score)
     if figure.ratio:
-        found += _calibration(figure, one)
-        asked = f"{one.ratio:g} of {config.get('sparsity', {}).get('of')}; {one.run.metrics.get(SHARE, 0):.4f} left"
-        found.append(Aspect("share removed", f"{figure.ratio:g}, nominal", asked, None))
+        theirs, data = figure.calibration or {}, config.get("dataset") or {}
+        aspects += _aspect("calibration data", theirs.get("dataset"), one.choices["dataset"].name)
+        aspects += _aspect("calibration windows", theirs.get("samples"), data.get("samples"))
+        aspects += _aspect("their length, tokens", theirs.get("length"), data.get("length"))
+        share = f"{one.ratio:g} of {config.get('sparsity', {}).get('of')}; {one.run.metrics.get(SHARE, 0):.4f} left"
+        aspects.append(Aspect("share removed", f"{figure.ratio:g}, nominal", share, None))
         set_apart = ", ".join(f"{key}={value}" for key, value in departures(one).items() if "dataset." not in key)
         if set_apart:
-            found.append(Aspect("settings that are not the recipe's", "-", set_apart, True))
-    found.append(_told("checkpoint", protocol.get("checkpoint"), config["model"].get("path")))
-    found.append(_told("hardware", protocol.get("hardware"), None))
-    notes = [str(text) for text in (protocol.get("note"), figure.note) if text]
-    found += [Aspect("note", text, "", None) for text in notes]
+            aspects.append(Aspect("settings that are not the recipe's", "-", set_apart, True))
+    aspects += _text("checkpoint", protocol.get("checkpoint"), config["model"].get("path"))
+    aspects += _text("hardware", protocol.get("hardware"), None)
     read = f"{figure.source.read_in} ({figure.certainty.replace('_', ' ')})"
-    found += [Aspect("paper", figure.source.paper, "", None), Aspect("read in", read, "", None)]
-    return [aspect for aspect in found if aspect.published or aspect.ours]
+    remarks = [("note", protocol.get("note")), ("note", figure.note), ("paper", figure.source.paper), ("read in", read)]
+    return aspects + [Aspect(what, str(text), "", None) for what, text in remarks if text]
 
 
-def _aspect(what: str, published: Any, ours: Any) -> Aspect:
+def _aspect(what: str, published: Any, ours: Any) -> list[Aspect]:
     differs = None if published is None or ours is None else published != ours
-    return Aspect(what, _word(published), _word(ours), differs)
+    return [Aspect(what, _word(published), _word(ours), differs)]
 
 
-def _told(what: str, published: Any, ours: Any) -> Aspect:
-    """Free text on one side: a reader compares."""
-    if published is None and ours is None:
-        return Aspect(what, "", "", None)
-    return Aspect(what, _word(published), _word(ours), None)
+def _text(what: str, published: Any, ours: Any) -> list[Aspect]:
+    """Free text on one side, which a reader compares; nothing where there is none on either."""
+    return [] if published is None and ours is None else [Aspect(what, _word(published), _word(ours), None)]
 
 
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return NOT_STATED if value is None else str(value)
-
-
-def _window(metric: str) -> int | None:
-    length = metric.rpartition("@")[2]
-    return int(length) if length.isdecimal() else None
 
 
 def _evaluator(config: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
@@ -176,46 +162,19 @@ def _evaluator(config: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
     return {}
 
 
-def _join(data: Mapping[str, Any]) -> str | None:
-    join = data.get("evaluation_join")
-    return None if join is None else f"documents joined by {join!r}".replace("'", '"')
-
-
-def _scores(figure: Published) -> str:
-    """What ours is: "acc", or "mean of acc/boolq@0shot, acc_norm/hellaswag@0shot"."""
-    return f"mean of {', '.join(figure.mean_of)}" if figure.mean_of else figure.metric.partition("/")[0]
-
-
-def _harness(one: Described) -> str | None:
-    version = one.run.environment["versions"].get("lm_eval")
-    return f"lm_eval {version}" if version else None
-
-
-def _calibration(figure: Published, one: Described) -> list[Aspect]:
-    theirs, data = figure.calibration or {}, one.run.config.get("dataset") or {}
-    ours = {"dataset": one.choices["dataset"].name, "samples": data.get("samples"), "length": data.get("length")}
-    names = {"dataset": "calibration data", "samples": "calibration windows", "length": "their length, tokens"}
-    return [_aspect(what, theirs.get(key), ours[key]) for key, what in names.items()]
-
-
-def unpublished(runs: Sequence[Described], tables: Sequence[Table]) -> list[str]:
+def unpublished(runs: Runs, tables: Sequence[Table]) -> list[str]:
     """A line for every model, and every recipe, of which no figure is known."""
     figures = [figure for table in tables for figure in table.figures]
     models = {figure.model for figure in figures}
     recipes = {recipe for figure in figures for recipe in figure.recipes}
-    lines = []
-    unknown = {one.context: None for one in runs if not models & model_names(one.run.config)}
-    if unknown:
-        lines.append(f"No published figure is known of {', '.join(unknown)}.")
+    unknown = dict.fromkeys(one.context for one in runs if not models & model_names(one.run.config))
+    lines = [f"No published figure is known of {', '.join(unknown)}."] if unknown else []
     for recipe in dict.fromkeys(one.recipe for one in runs):
         if recipe is not None and recipe not in recipes:
             about = [table for table in tables if recipe in table.recipes]
             why = "; ".join(f"{table.source.paper}: {table.missing or table.title}" for table in about)
             lines.append(f"No published figure is known of recipe {recipe}{f' ({why})' if why else ''}.")
-            lines += [_claimed(claim) for table in about for claim in table.claims]
+            for claim in (claim for table in about for claim in table.claims):
+                value = "" if claim.value is None else f": {claim.value:g} {claim.unit}"
+                lines.append(f"The paper's claim: {claim.what}{value} ({claim.certainty.replace('_', ' ')}).")
     return lines
-
-
-def _claimed(claim: Claim) -> str:
-    value = "" if claim.value is None else f": {claim.value:g} {claim.unit}"
-    return f"The paper's claim: {claim.what}{value} ({claim.certainty.replace('_', ' ')})."

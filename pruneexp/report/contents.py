@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +11,24 @@ from pruneexp.report.against_share import accuracy_section, perplexity_section
 from pruneexp.report.comparison import comparisons, unpublished
 from pruneexp.report.figures import styles
 from pruneexp.report.folders import Found
-from pruneexp.report.methods import GROUPS, Described, departures, describe
+from pruneexp.report.methods import GROUPS, Runs, departures, describe
 from pruneexp.report.page import Folded, Report, Section
 from pruneexp.report.points import SHARE, accuracies, is_mean, kept_shares, machine, perplexities
 from pruneexp.report.published import tables as published_tables
-from pruneexp.report.sections import (
-    effects_section,
-    pareto_section,
-    published_section,
-    widths_section,
-)
+from pruneexp.report.sections import effects_section, pareto_section, published_section, widths_section
 from pruneexp.report.tables import Cell, Table, count, number, ratio, table
 
 UNITS = {SHARE: "share", "memory/peak_bytes": "bytes", "passes/forward": "count", "passes/backward": "count"}
-LATER = (
-    "seconds/calibrate",
-    "seconds/search",
-    "seconds/shrink",
-    "passes/forward",
-    "passes/backward",
-    "memory/peak_bytes",
-)
+LATER = ("seconds/calibrate", "seconds/search", "seconds/shrink")
+LATER += ("passes/forward", "passes/backward", "memory/peak_bytes")
 Show = Callable[[Any], Any]  # of a run, what a column has
 FEW = 3  # folders that the title names
 
 
 def report(found: Found, folders: Sequence[Path]) -> Report:
     """From runs to content. There is at least one run."""
-    runs = sorted(
-        describe(found.runs), key=lambda one: (one.context, one.method, one.ratio, str(one.seed), one.run.name)
-    )
+    described = describe(found.runs)
+    runs = sorted(described, key=lambda one: (one.context, one.method, one.ratio, str(one.seed), one.run.name))
     counted = [one for one in runs if one.run.hash not in found.conflicts]
     conflicting = [one for one in runs if one.run.hash in found.conflicts]
     papers = published_tables()
@@ -61,15 +49,13 @@ def report(found: Found, folders: Sequence[Path]) -> Report:
     notes = unpublished(counted, papers)
     if not compared:
         notes.append("None of these runs has the model, method, ratio and metric of a published figure.")
-    tables = [table for section in shown for table in section.tables]
+    tables = [*(table for section in shown for table in section.tables), _all_metrics(runs), _kept(runs)]
     names = " and ".join(folder.resolve().name or "/" for folder in folders[:FEW])
     more = f" and {len(folders) - FEW} more" if len(folders) > FEW else ""
-    tables += [_all_metrics(runs), _kept(runs)]
-    title = f"Pruning runs: {names}{more}"
-    return Report(title, _header(runs, found), tuple(shown), tuple(notes), tuple(tables))
+    return Report(f"Pruning runs: {names}{more}", _header(runs, found), shown, notes, tables)
 
 
-def _header(runs: Sequence[Described], found: Found) -> tuple[str, ...]:
+def _header(runs: Runs, found: Found) -> list[str]:
     models = ", ".join(dict.fromkeys(one.context for one in runs))
     ended = sorted(str(one.run.status.get("ended") or "")[:10] for one in runs)
     when = f"{ended[0]} to {ended[-1]}" if ended[0] != ended[-1] else ended[0]
@@ -81,61 +67,49 @@ def _header(runs: Sequence[Described], found: Found) -> tuple[str, ...]:
         lines.append(f"{count(left, 'more folder')} with a run left out, for the reasons below.")
     if found.conflicts:
         lines.append(f"{count(len(found.conflicts), 'config')} with more than one result: see Runs.")
-    return tuple(lines)
+    return lines
 
 
-def _runs(runs: Sequence[Described], found: Found) -> Section:
+def _runs(runs: Runs, found: Found) -> Section:
     # What a choice brings along is told by the method's name.
     keys = list(dict.fromkeys(key for one in runs for key in one.settings))
     several = len({one.context for one in runs}) > 1
-    measured = [f"{side}/{name}" for name in _measured(runs) for side in ("dense", "pruned")]
+    names = perplexities(runs) + ([name for name in accuracies(runs) if is_mean(name)] or accuracies(runs))
+    measured = [f"{side}/{name}" for name in names for side in ("dense", "pruned")]
     there = {key for one in runs for key in one.run.metrics}
     metrics = [key for key in (SHARE, "pruned/params", *measured, *LATER) if key in there]
+    units = {key: UNITS.get(key, "accuracy" if "/acc" in key else "") for key in metrics}
     columns: dict[str, Show] = {
         "run": lambda one: Cell(one.run.name, mark="flag" if one.run.hash in found.conflicts else ""),
         **({"model": lambda one: one.context} if several else {}),
         "method": lambda one: one.method,
         "ratio asked": lambda one: ratio(one.ratio),
         **{key: _setting(key) for key in keys},
-        **{key: lambda one, key=key: number(one.run.metrics.get(key), _unit(key)) for key in metrics},
+        **{key: lambda one, key=key: number(one.run.metrics.get(key), units[key]) for key in metrics},
     }
     if found.conflicts:
         remark = Cell("same config, another result", mark="flag")
         columns["remark"] = lambda one: remark if one.run.hash in found.conflicts else ""
-    lines = []
-    if shared := _shared(runs):
-        lines.append(f"In all of them: {shared}.")
+    # The choices that are the same in all runs, and the settings in which they all depart from them alike.
+    settings = [{group: one.choices[group].name for group in GROUPS} | departures(one) for one in runs]
+    alike = [
+        f"{k}={value}" for k, value in settings[0].items() if all(k in one and one[k] == value for one in settings)
+    ]
+    lines = [f"In all of them: {', '.join(alike)}."] if alike else []
     for hashed, why in found.conflicts.items():
         names = " and ".join(one.run.name for one in runs if one.run.hash == hashed)
         lines.append(
             f"Same config ({hashed}), another result: {names}: {why}. They are shown one by one and counted in no mean."
         )
     shown = table("runs", "Every finished run; all its metrics are in metrics.csv", runs, columns)
-    return Section("runs", "Runs", tuple(lines), (shown,))
+    return Section("runs", "Runs", lines, (shown,))
 
 
 def _setting(key: str, absent: str = "-") -> Show:
     return lambda one: str(one.run.flat.get(key, absent))
 
 
-def _measured(runs: Sequence[Described]) -> list[str]:
-    """Perplexities, then accuracies: means over tasks where there are any."""
-    found = accuracies(runs)
-    return perplexities(runs) + ([name for name in found if is_mean(name)] or found)
-
-
-def _unit(metric: str) -> str:
-    return UNITS.get(metric, "accuracy" if "/acc" in metric else "")
-
-
-def _shared(runs: Sequence[Described]) -> str:
-    """The choices that are the same in all runs, and the settings in which they all depart from them alike."""
-    told = [{group: one.choices[group].name for group in GROUPS} | departures(one) for one in runs]
-    same = {key: value for key, value in told[0].items() if all(key in one and one[key] == value for one in told)}
-    return ", ".join(f"{key}={value}" for key, value in same.items())
-
-
-def _all_metrics(runs: Sequence[Described]) -> Table:
+def _all_metrics(runs: Runs) -> Table:
     columns: dict[str, Show] = {
         "run": lambda one: one.run.name,
         "hash": lambda one: one.run.hash,
@@ -148,7 +122,7 @@ def _all_metrics(runs: Sequence[Described]) -> Table:
     return table("metrics", "Every metric of every run", runs, columns)
 
 
-def _kept(runs: Sequence[Described]) -> Table:
+def _kept(runs: Runs) -> Table:
     rows = tuple(
         (Cell(one.run.name), Cell(one.method), ratio(one.ratio), Cell(kind), number(layer), number(share))
         for one in runs
@@ -168,16 +142,18 @@ def _left_out(found: Found) -> Section | None:
     return Section("left-out", "Folders left out", (), (shown,)) if left else None
 
 
-def _configs(runs: Sequence[Described]) -> Section:
+def _configs(runs: Runs) -> Section:
+    import yaml
+
     keys = differing([one.run.flat for one in runs])
     columns: dict[str, Show] = {"run": lambda one: one.run.name, **{key: _setting(key) for key in keys}}
     shown = table("configs", "Every key that is not the same in all runs", runs, columns)
-    folded = tuple(Folded(f"{one.run.name} ({one.method}, {one.ratio:g})", _yaml(one.run.config)) for one in runs)
+    folded = [
+        Folded(
+            f"{one.run.name} ({one.method}, {one.ratio:g})",
+            yaml.safe_dump(dict(one.run.config), sort_keys=False, allow_unicode=True),
+        )
+        for one in runs
+    ]
     tables = (shown,) if len(runs) > 1 else ()
-    return Section("configs", "Configs", (), tables, (), folded, "The complete config of each run")
-
-
-def _yaml(config: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    return Section("configs", "Configs", (), tables, folded=folded, fold="The complete config of each run")

@@ -10,8 +10,9 @@ from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from pruneexp.report.methods import Described
+from pruneexp.report.methods import Runs
 from pruneexp.report.points import Ablation, Cost, Priced, kept_shares
+from pruneexp.report.statistics import grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,19 +43,18 @@ class Picture:
 
 
 Style = dict[str, Any]
+Looks = Mapping[str, Style]  # by method
 WHOLE: Style = {"clip_on": False, "zorder": 3, "in_layout": False}  # of marks: not cut by the frame, nor under an axis
+
+
+def look(k: int) -> Style:
+    """The k-th way to tell marks apart, without lines."""
+    return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": "none"}
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
     """One look a method, the same in every figure of a report."""
-    return {
-        method: {
-            "color": COLOURS[k % len(COLOURS)],
-            "marker": MARKERS[k % len(MARKERS)],
-            "linestyle": DASHES[k // len(COLOURS) % len(DASHES)],
-        }
-        for k, method in enumerate(methods)
-    }
+    return {m: look(k) | {"linestyle": DASHES[k // len(COLOURS) % len(DASHES)]} for k, m in enumerate(methods)}
 
 
 def new_figure(height: float, rows: int) -> tuple[Figure, Axes]:
@@ -65,18 +65,13 @@ def new_figure(height: float, rows: int) -> tuple[Figure, Axes]:
     # Figure and canvas by hand: pyplot would keep global state and may look for a screen.
     figure = Figure(figsize=(WIDTH, height + 0.19 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, _plain(figure.subplots())
-
-
-def _plain(axes: Axes) -> Axes:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color(FAINT)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=9)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=INK, fontsize=10)
-    return axes
+    return figure, axes
 
 
 def wrapped(label: str, characters: int) -> str:
@@ -117,25 +112,21 @@ def log_scale(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def pareto_figure(name: str, metric: str, cost: Cost, found: Sequence[Priced], looks: Mapping[str, Style]) -> Picture:
+def pareto_figure(name: str, metric: str, cost: Cost, prices: Sequence[Priced], looks: Looks) -> Picture:
     """Perplexity against a measured cost; what no other point beats is filled, and joined."""
-    front = sorted((one for one in found if one.on_front), key=lambda one: one.cost)
-    methods = list(dict.fromkeys(one.method for one in found))
+    front = sorted((one for one in prices if one.on_front), key=lambda one: one.cost)
+    methods = grouped(prices, lambda one: one.method)
     figure, axes = new_figure(2.9, legend_rows([*methods, "front"]))
     steps: Style = {"where": "post", "color": INK, "linewidth": 1, "label": "front"}
     axes.step([one.cost for one in front], [one.ppl for one in front], **steps)
-    for method in methods:
-        look = {**looks.get(method, {"color": INK, "marker": "*"}), "linestyle": "none"}
-        here = [one for one in found if one.method == method]
-        label: str | None = method
-        for on_front in (True, False):
-            x = [one.cost for one in here if one.on_front == on_front]
-            y = [one.ppl for one in here if one.on_front == on_front]
-            if x:
-                face = look["color"] if on_front else "none"
-                axes.plot(x, y, markersize=7, markerfacecolor=face, label=label, **look, **WHOLE)
-                label = None
-    log_scale(axes, [one.ppl for one in found])
+    for method, here in methods.items():
+        style = {**looks.get(method, {"color": INK, "marker": "*"}), "linestyle": "none", "label": method}
+        for on_front, marks in sorted(grouped(here, lambda one: one.on_front).items(), reverse=True):
+            face = style["color"] if on_front else "none"
+            x, y = [one.cost for one in marks], [one.ppl for one in marks]
+            axes.plot(x, y, markersize=7, markerfacecolor=face, **style, **WHOLE)
+            style["label"] = None
+    log_scale(axes, [one.ppl for one in prices])
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(cost.label)
     axes.set_ylabel(upright(metric))
@@ -146,58 +137,48 @@ def pareto_figure(name: str, metric: str, cost: Cost, found: Sequence[Priced], l
     return Picture(name, caption, f"on the front: {told}", figure)
 
 
-def widths_figure(name: str, kind: str, rows: Sequence[tuple[str, Sequence[Described]]]) -> Picture | None:
+def widths_figure(name: str, kind: str, rows: Mapping[str, Runs]) -> Picture | None:
     """Share of its units that each layer keeps: a row a method and ratio (mean over its runs), a column a layer. None
     where no plan names such units."""
-    table: list[list[float]] = []
-    names: list[str] = []
-    shares = [(label, [kept_shares(one.run.plan) for one in members]) for label, members in rows]
-    layers = 1 + max((layer for _, of in shares for one in of for found in one.values() for layer in found), default=0)
-    for label, of in shares:
-        if any(kind in one for one in of):
-            table.append([sum(one.get(kind, {}).get(k, 1.0) for one in of) / len(of) for k in range(layers)])
-            names.append(label)
+    shares = {label: [kept_shares(one.run.plan) for one in members] for label, members in rows.items()}
+    plans = [plan for of_row in shares.values() for plan in of_row]
+    layers = 1 + max((layer for plan in plans for of_kind in plan.values() for layer in of_kind), default=0)
+    table = {
+        label: [sum(plan.get(kind, {}).get(k, 1.0) for plan in of_row) / len(of_row) for k in range(layers)]
+        for label, of_row in shares.items()
+        if any(kind in plan for plan in of_row)
+    }
     if not table:
         return None
-    labels = [wrapped(label, 46) for label in names]
+    labels = [wrapped(label, 46) for label in table]
     lines = max(label.count("\n") + 1 for label in labels)
     longest = max(len(line) for label in labels for line in label.split("\n"))
     figure, axes = new_figure(1.2 + (0.1 + 0.14 * lines) * len(table), 0)
     figure.set_figwidth(max(WIDTH, 2.2 + 0.075 * longest + 0.13 * layers))
-    image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    image = axes.imshow(list(table.values()), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(labels)), labels)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if layers <= 16 * step)
     axes.set_xticks(range(0, layers, step))
     axes.set_xlabel("layer")
     axes.set_title(f"{KIND_NAMES.get(kind, kind)} kept", fontsize=10, color=INK, loc="left")
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
     bar.ax.tick_params(colors=INK, labelsize=9)
     bar.outline.set_visible(False)
-    told = "; ".join(
-        f"{row} {' '.join(f'{100 * v:.0f}' for v in found)}" for row, found in zip(names, table, strict=True)
-    )
+    told = "; ".join(f"{label} {' '.join(f'{100 * v:.0f}' for v in row)}" for label, row in table.items())
     return Picture(name, f"Share of {KIND_NAMES.get(kind, kind)} kept in each layer.", f"per cent: {told}", figure)
 
 
 def effects_figure(name: str, found: Ablation) -> Picture:
     """Main effects: mean rise in log perplexity at each level, bars of one standard deviation over the runs there."""
-    factors = list(dict.fromkeys(effect.factor for effect in found.effects))
+    factors = grouped(found.effects, lambda effect: effect.factor)
     figure, axes = new_figure(0.9 + 0.26 * (len(found.effects) + len(factors)), 0)
     place, ticks, labels = 0.0, [], []
-    for k, factor in enumerate(factors):
-        levels = [effect for effect in found.effects if effect.factor == factor]
+    for k, (factor, levels) in enumerate(factors.items()):
         places = [place + j for j in range(len(levels))]
-        look: Style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": "none"}
-        axes.errorbar(
-            [effect.mean for effect in levels],
-            places,
-            xerr=[effect.spread or 0 for effect in levels],
-            capsize=3,
-            **look,
-        )
+        bars = [effect.spread or 0 for effect in levels]
+        axes.errorbar([effect.mean for effect in levels], places, xerr=bars, capsize=3, **look(k))
         ticks += places
         first = wrapped(f"{factor} = {levels[0].level}", 34)
         labels += [first, *(wrapped(effect.level, 34) for effect in levels[1:])]

@@ -8,13 +8,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pruneexp.fingerprint import __version__, comparable, config_hash, settings
 from pruneexp.progress import progress
+from pruneexp.report.statistics import grouped
 from pruneexp.tracker import status_of
 from pruneexp.types import ConfigError, Plan
 
@@ -54,9 +55,9 @@ class Skipped:
 class Found:
     """`repeats`: runs whose config and results another run has; `conflicts`: runs by config hash, with what differs."""
 
-    runs: tuple[Run, ...]
-    skipped: tuple[Skipped, ...]
-    repeats: tuple[Skipped, ...]
+    runs: Sequence[Run]
+    skipped: Sequence[Skipped]
+    repeats: Sequence[Skipped]
     conflicts: Mapping[str, str]
 
 
@@ -69,8 +70,8 @@ def find(folders: Sequence[Path], versions: str) -> Found:
     versions of pruneexp, "any" takes them. Raises ConfigError for a folder that is not there."""
     for folder in folders:
         if not folder.is_dir():
-            found = "is a file" if folder.exists() else "no such folder"
-            raise ConfigError(f"FOLDER={str(folder)!r}: {found}; expected a run's, a sweep's, or one that holds such")
+            wrong = "is a file" if folder.exists() else "no such folder"
+            raise ConfigError(f"FOLDER={str(folder)!r}: {wrong}; expected a run's, a sweep's, or one that holds such")
     runs: list[Run] = []
     skipped: list[Skipped] = []
     for path, name in progress(list(_run_folders(folders)), "read", unit="runs"):
@@ -79,7 +80,7 @@ def find(folders: Sequence[Path], versions: str) -> Found:
         except _Unusable as reason:
             skipped.append(Skipped(name, " ".join(str(reason).split())))
     kept, repeats, conflicts = _told_apart(runs)
-    return Found(tuple(kept), tuple(skipped), tuple(repeats), conflicts)
+    return Found(kept, skipped, repeats, conflicts)
 
 
 def _run_folders(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
@@ -89,16 +90,12 @@ def _run_folders(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     for top in folders:
         for path, below, _ in os.walk(top, followlinks=True):
             folder = Path(path)
-            if folder.resolve() in seen:
-                below.clear()
-                continue
+            again, run = folder.resolve() in seen, status_of(folder) != "absent"
             seen.add(folder.resolve())
-            if status_of(folder) == "absent":
-                below[:] = sorted(name for name in below if not name.startswith("."))
-                continue
-            below.clear()
-            inside = folder.relative_to(top)
-            yield folder, str(inside) if inside.parts and len(folders) == 1 else str(folder)
+            below[:] = [] if again or run else sorted(name for name in below if not name.startswith("."))
+            if run and not again:
+                inside = folder.relative_to(top)
+                yield folder, str(inside) if inside.parts and len(folders) == 1 else str(folder)
 
 
 def _read(folder: Path, name: str, versions: str) -> Run:
@@ -107,11 +104,10 @@ def _read(folder: Path, name: str, versions: str) -> Run:
     version = environment["versions"].get("pruneexp")
     if versions == "same" and version != __version__:
         raise _Unusable(f"of pruneexp {version}, this is {__version__}; versions=any takes it")
-    metrics = _metrics(_json(folder, "metrics.json"))
-    hashed = config_hash(config)
-    plan = _plan(folder)
-    _check_untouched(folder, hashed, config, metrics, plan, status)
-    return Run(folder, name, hashed, config, environment, status, comparable(metrics, config), plan)
+    metrics = _metrics(folder)
+    run = Run(folder, name, config_hash(config), config, environment, status, metrics, _plan(folder))
+    _check_untouched(run)
+    return replace(run, metrics=comparable(metrics, config))
 
 
 def _status(folder: Path) -> Mapping[str, Any]:
@@ -119,12 +115,11 @@ def _status(folder: Path) -> Mapping[str, Any]:
     status = _json(folder, "status.json") if (folder / "status.json").is_file() else {}
     if state == "failed":
         raise _Unusable(f"failed: {status.get('reason') or 'no reason given'}")
-    if (folder / "metrics.json").exists():
-        return status  # finished; whoever reads it says what is wrong with it
-    if state == "running":
-        raise _Unusable(f"still running, as process {status.get('pid')} on {status.get('host')}")
-    if state == "interrupted":
-        raise _Unusable("half finished: its process is gone and it wrote no metrics.json")
+    if not (folder / "metrics.json").exists():  # where it is, whoever reads it says what is wrong with it
+        if state == "running":
+            raise _Unusable(f"still running, as process {status.get('pid')} on {status.get('host')}")
+        if state == "interrupted":
+            raise _Unusable("half finished: its process is gone and it wrote no metrics.json")
     return status
 
 
@@ -148,13 +143,13 @@ def _json(folder: Path, name: str) -> Mapping[str, Any]:
 
 
 def _environment(folder: Path) -> Mapping[str, Any]:
-    found = _json(folder, "environment.json")
-    model = found.get("model")
+    environment = _json(folder, "environment.json")
+    model = environment.get("model")
     files = model.get("files", {}) if isinstance(model, dict) else None
     prints = isinstance(files, dict) and all(isinstance(file, dict) for file in files.values())
-    if not isinstance(found.get("versions"), dict) or not prints:
+    if not isinstance(environment.get("versions"), dict) or not prints:
         raise _Unusable("environment.json: expected versions, and fingerprints of the model's files")
-    return found
+    return environment
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -175,13 +170,14 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def _metrics(data: Mapping[str, Any]) -> Mapping[str, float]:
-    for key, value in data.items():
+def _metrics(folder: Path) -> Mapping[str, float]:
+    metrics = _json(folder, "metrics.json")
+    for key, value in metrics.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise _Unusable(f"metrics.json: {key}={value!r}: expected a finite number")
         if value <= 0 and re.match("(dense|pruned)/(ppl/|params|bytes|latency/.*_s@[^/]*$)", key):
             raise _Unusable(f"metrics.json: {key}={value!r}: expected a positive number")
-    return data
+    return metrics
 
 
 def _plan(folder: Path) -> Plan:
@@ -195,17 +191,11 @@ def _plan(folder: Path) -> Plan:
     return plan
 
 
-def _check_untouched(
-    folder: Path,
-    hashed: str,
-    config: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    plan: Plan,
-    status: Mapping[str, Any],
-) -> None:
+def _check_untouched(run: Run) -> None:
     """Raises _Unusable where the files of a run contradict each other, as they do when one was edited."""
-    if re.fullmatch(r"[0-9a-f]{12}", folder.name) and folder.name != hashed:
-        raise _Unusable(f"edited: config.yaml has the hash {hashed}, which is not the folder's name")
+    folder, metrics = run.folder, run.metrics
+    if re.fullmatch(r"[0-9a-f]{12}", folder.name) and folder.name != run.hash:
+        raise _Unusable(f"edited: config.yaml has the hash {run.hash}, which is not the folder's name")
     for share, count in REDUNDANT.items():
         dense, pruned = metrics.get(f"dense/{count}"), metrics.get(f"pruned/{count}")
         if share in metrics and dense and pruned is not None and abs(1 - pruned / dense - metrics[share]) > SAME:
@@ -214,13 +204,13 @@ def _check_untouched(
         if key in metrics and _apart(metrics[key], logged) > LOGGED:
             raise _Unusable(f"edited: metrics.json has {key}={metrics[key]:g}, log.txt {logged:g}")
     for key in ("ratio", "of"):
-        asked = config["sparsity"].get(key)
-        met = plan.budget.get(key, asked)
+        asked = run.config["sparsity"].get(key)
+        met = run.plan.budget.get(key, asked)
         numbers = isinstance(met, float) and isinstance(asked, float)
         if met != asked and not (numbers and _apart(met, asked) <= SAME):
             raise _Unusable(f"edited: config.yaml has sparsity.{key}={asked}, plan.json met {met}")
     written = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
-    if status.get("plan_sha256", written) != written:
+    if run.status.get("plan_sha256", written) != written:
         raise _Unusable("edited: plan.json is not the plan whose SHA-256 status.json has")
     delivered = folder / "model" / "plan.json"
     if delivered.is_file() and delivered.read_bytes() != (folder / "plan.json").read_bytes():
@@ -233,43 +223,34 @@ def _logged(folder: Path) -> dict[str, float]:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
-    found = (re.fullmatch(r"\S+ \S+ INFO (\S+/\S+) = (-?\d[\d.e+-]*)", line) for line in lines)
-    return {match[1]: float(match[2]) for match in found if match}
+    matches = (re.fullmatch(r"\S+ \S+ INFO (\S+/\S+) = (-?\d[\d.e+-]*)", line) for line in lines)
+    return {match[1]: float(match[2]) for match in matches if match}
 
 
 def _told_apart(runs: Sequence[Run]) -> tuple[list[Run], list[Skipped], dict[str, str]]:
     """Runs of one config: the first stands for those with the same results; with other results, all stay."""
-    by_hash: dict[str, list[Run]] = {}
-    for run in runs:
-        by_hash.setdefault(run.hash, []).append(run)
-    kept: list[Run] = []
-    repeats: list[Skipped] = []
+    repeats: dict[int, Skipped] = {}
     conflicts: dict[str, str] = {}
-    for hashed, same in by_hash.items():
-        differences = [difference(same[0], other) for other in same[1:]]
-        if any(differences):
-            kept += same
-            conflicts[hashed] = next(text for text in differences if text)
+    for hashed, (first, *others) in grouped(runs, lambda run: run.hash).items():
+        if differences := [text for other in others if (text := difference(first, other))]:
+            conflicts[hashed] = differences[0]
         else:
-            kept.append(same[0])
-            repeats += [Skipped(run.name, f"the same config and results as {same[0].name}") for run in same[1:]]
-    order = {id(run): index for index, run in enumerate(runs)}
-    return sorted(kept, key=lambda run: order[id(run)]), repeats, conflicts
+            repeats |= {id(run): Skipped(run.name, f"the same config and results as {first.name}") for run in others}
+    return [run for run in runs if id(run) not in repeats], list(repeats.values()), conflicts
 
 
 def difference(one: Run, other: Run) -> str:
     """The figure in which two runs differ most, and what else differs; "" where the results are the same."""
-    keys = sorted(set(one.metrics) | set(other.metrics))
-    keys = [key for key in keys if not key.startswith(NOT_COMPARED)]
-    apart = {key: _apart(one.metrics.get(key), other.metrics.get(key)) for key in keys}
+    keys = sorted({*one.metrics, *other.metrics})
+    apart = {k: _apart(one.metrics.get(k), other.metrics.get(k)) for k in keys if not k.startswith(NOT_COMPARED)}
     worst = max(apart, key=lambda key: apart[key], default="")
     if not worst or apart[worst] <= SAME:
         return ""
     values = " and ".join(f"{run.metrics[worst]:g}" if worst in run.metrics else "none" for run in (one, other))
     parts = ("model", "data", "versions", "git", "platform", "cpu", "cpus", "threads", "gpus")
     also = [part for part in parts if one.environment.get(part) != other.environment.get(part)]
-    why = f"; their environments differ in {', '.join(also)}" if also else "; their environments are the same"
-    return f"{worst} is {values}{why}"
+    why = f"differ in {', '.join(also)}" if also else "are the same"
+    return f"{worst} is {values}; their environments {why}"
 
 
 def _apart(one: float | None, other: float | None) -> float:

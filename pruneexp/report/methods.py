@@ -6,8 +6,7 @@ where they differ in ratio and seed alone.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
@@ -19,7 +18,7 @@ from pruneexp.conf_files import YamlLoader, conf_folder, inherited
 from pruneexp.dataset.bos import AUTO
 from pruneexp.fingerprint import differing, settings
 from pruneexp.report.folders import Run
-from pruneexp.report.statistics import crossed
+from pruneexp.report.statistics import crossed, grouped
 
 RECIPE = ("criterion", "sparsity", "search", "compensator")  # what a recipe chooses
 REST = ("recovery", "dataset")
@@ -55,29 +54,30 @@ class Described:
     settings: Mapping[str, Any]
 
 
+Runs = Sequence[Described]
+
+
 @cache
 def options(group: str) -> dict[str, dict[str, Any]]:
     """Settings of every option of a group, flat, those it inherits among them."""
-    found = {}
+    by_name = {}
     for path in sorted((conf_folder() / group).glob("*.yaml")):
         merged: dict[str, Any] = {}
         for file in reversed(inherited(path)):
             merged |= yaml.load(file.read_text(encoding="utf-8"), YamlLoader) or {}
-        merged.pop("defaults", None)
-        found[path.stem] = settings(merged)
-    return found
+        by_name[path.stem] = settings({key: value for key, value in merged.items() if key != "defaults"})
+    return by_name
 
 
 @cache
 def _recipes() -> dict[str, dict[str, str]]:
     """Recipe -> the option of each group that it chooses."""
-    found = {}
+    recipes, prefix = {}, "override /"
     for path in sorted((conf_folder() / "recipe").glob("*.yaml")):
         lines = yaml.load(path.read_text(encoding="utf-8"), YamlLoader).get("defaults", ())
         overrides = {key: value for line in lines if isinstance(line, dict) for key, value in line.items()}
-        prefix = "override /"
-        found[path.stem] = {key.removeprefix(prefix): value for key, value in overrides.items() if prefix in key}
-    return found
+        recipes[path.stem] = {key.removeprefix(prefix): value for key, value in overrides.items() if prefix in key}
+    return recipes
 
 
 def choice(group: str, config: Mapping[str, Any], preferred: str | None = None) -> Choice:
@@ -87,23 +87,22 @@ def choice(group: str, config: Mapping[str, Any], preferred: str | None = None) 
     if not isinstance(node, Mapping):
         return Choice("none", {})
     given = settings(node)
-    near = [
-        Choice(name, {key: value for key, value in given.items() if not _stands(key, value, option)})
-        for name, option in options(group).items()
-        if option.get("_target_") == given.get("_target_")
-    ]
+    same_class = [n for n, option in options(group).items() if option.get("_target_") == given.get("_target_")]
+    near = {name: _departing(name, given, options(group)[name]) for name in same_class}
     if not near:
         return Choice(str(given.get("_target_", "none")).rpartition(".")[2], {})
-    best = min(near, key=lambda found: len(found.departures))
-    wanted = [found for found in near if found.name == preferred]
-    return wanted[0] if wanted and best.departures else best
+    best = min(near.values(), key=lambda choice: len(choice.departures))
+    return near.get(str(preferred), best) if best.departures else best
 
 
-def _stands(key: str, value: Any, option: Mapping[str, Any]) -> bool:
-    """Whether the option leaves the setting at this value, or to the user or another key."""
-    expected = option.get(key)
-    open_ended = expected == AUTO or key == "ratio" or _is_seed(key) or "${" in str(expected) or expected == "???"
-    return open_ended or expected == value
+def _departing(name: str, given: Mapping[str, Any], option: Mapping[str, Any]) -> Choice:
+    """The option, and the settings at another value than it has, but for those it leaves to the user or another key."""
+    departures = {}
+    for key, value in given.items():
+        expected = option.get(key)
+        if not (key == "ratio" or _is_seed(key) or expected in (AUTO, "???", value) or "${" in str(expected)):
+            departures[key] = value
+    return Choice(name, departures)
 
 
 def _recorded(group: str, config: Mapping[str, Any], name: str | None) -> Choice:
@@ -111,7 +110,7 @@ def _recorded(group: str, config: Mapping[str, Any], name: str | None) -> Choice
     node, option = config.get(group), options(group).get(str(name))
     if name is None or option is None or not isinstance(node, Mapping):  # of a folder of one's own
         return choice(group, config) if name is None else Choice(name, {})
-    return Choice(name, {key: value for key, value in settings(node).items() if not _stands(key, value, option)})
+    return _departing(name, settings(node), option)
 
 
 def choices_of(
@@ -121,19 +120,18 @@ def choices_of(
     `recorded`: what environment.json says was chosen; runs of older versions have none, and are told by their
     settings."""
     if recorded:
-        found = {group: _recorded(group, config, recorded.get(group)) for group in GROUPS}
+        choices = {group: _recorded(group, config, recorded.get(group)) for group in GROUPS}
         recipe = recorded.get("recipe")
         chosen = _recipes().get(str(recipe), {})
         swapped = [group for group in RECIPE if chosen.get(group, recorded.get(group)) != recorded.get(group)]
-        return (None if swapped else recipe), found
-    best: tuple[str | None, dict[str, Choice]] = (None, {group: choice(group, config) for group in GROUPS})
-    fewest = math.inf
+        return (None if swapped else recipe), choices
+    near: list[tuple[str | None, dict[str, Choice]]] = []
     for recipe, chosen in _recipes().items():
-        found = {group: choice(group, config, chosen.get(group)) for group in GROUPS}
-        departures = sum(len(found[group].departures) for group in RECIPE)
-        if departures < fewest and all(found[group].name == chosen.get(group) for group in RECIPE):
-            best, fewest = (recipe, found), departures
-    return best
+        choices = {group: choice(group, config, chosen.get(group)) for group in GROUPS}
+        if all(choices[group].name == chosen.get(group) for group in RECIPE):
+            near.append((recipe, choices))
+    none_near = (None, {group: choice(group, config) for group in GROUPS})
+    return min(near, key=lambda pair: sum(len(pair[1][group].departures) for group in RECIPE), default=none_near)
 
 
 def model_names(config: Mapping[str, Any]) -> set[str]:
@@ -148,23 +146,24 @@ def _is_seed(key: str) -> bool:
 
 def describe(runs: Sequence[Run]) -> list[Described]:
     """The runs, each told from the others."""
-    by_context: dict[str, list[Run]] = {}
-    for run, context in zip(runs, _contexts(runs), strict=True):
-        by_context.setdefault(context, []).append(run)
-    found = {id(one.run): one for name, members in by_context.items() for one in _describe(name, members)}
-    return [found[id(run)] for run in runs]
+    contexts = _contexts(runs)
+    by_context = grouped(range(len(runs)), lambda index: contexts[index])
+    described = {}
+    for context, members in by_context.items():
+        described |= dict(zip(members, _describe(context, [runs[index] for index in members]), strict=True))
+    return [described[index] for index in range(len(runs))]
 
 
 def _contexts(runs: Sequence[Run]) -> list[str]:
     """The model of each run: its name, and what else tells it from another of that name."""
     nodes = [settings({"model": run.config["model"]}) | _weights(run) for run in runs]
     names = [_short(str(run.config["model"].get("name"))) for run in runs]
-    found = []
+    contexts = []
     for node, name in zip(nodes, names, strict=True):
         same = [other for other, other_name in zip(nodes, names, strict=True) if other_name == name]
         keys = [key for key in differing(same) if key not in HOW]
-        found.append(" ".join([name, *(f"{key.removeprefix('model.')}={node.get(key)}" for key in keys)]))
-    return found
+        contexts.append(" ".join([name, *(f"{key.removeprefix('model.')}={node.get(key)}" for key in keys)]))
+    return contexts
 
 
 def _short(name: str) -> str:
@@ -182,7 +181,10 @@ def _weights(run: Run) -> dict[str, str]:
 def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
     made_of = [choices_of(run.config, run.environment.get("choices")) for run in runs]
     recipes, choices = [recipe for recipe, _ in made_of], [of_run for _, of_run in made_of]
-    flat = [_method_settings(run.config) for run in runs]
+    flat = []  # what may tell methods apart: not the model, the ratio, the seeds, or how the result is evaluated
+    for run in runs:
+        whole = settings({key: run.config[key] for key in GROUPS if key in run.config})
+        flat.append({key: value for key, value in whole.items() if key != RATIO and not _is_seed(key)})
     heads, by_recipe = _heads(choices, recipes), _by_recipe(choices, recipes)
     extra = _extra([tuple(one.name for one in of_run.values()) for of_run in choices], flat)
     keys = list(dict.fromkeys(key for found in extra for key in found))
@@ -192,50 +194,38 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
     ratios = [float(run.flat.get(RATIO) or 0.0) for run in runs]
     drawn = {key for key in differing([run.flat for run in runs]) if _is_seed(key)}
     described = []
-    for index, run in enumerate(runs):
-        head = {key: value for key, value in heads[index].items() if key in several}
-        factors = head | {key: str(extra[index].get(key, "-")) for key in keys}
-        parts = [value for key, value in head.items() if key in ("recipe", *RECIPE)]
-        base = (by_recipe[index] or parts) + [f"{key}={value}" for key, value in head.items() if key in REST]
-        told = [f"{short[key]}={value}" for key, value in extra[index].items()]
-        # Parts that all runs share, and that no recipe's name sums up, tell nothing beside settings that differ.
-        words = [*(base or _fallback(recipes[index], choices[index], bool(told))), *told]
+    for run, recipe, of_run, head, near, own, ratio in zip(
+        runs, recipes, choices, heads, by_recipe, extra, ratios, strict=True
+    ):
+        head = {key: value for key, value in head.items() if key in several}
+        factors = head | {key: str(own.get(key, "-")) for key in keys}
         if len(set(ratios)) > 1:
-            factors[RATIO] = f"{ratios[index]:g}"
+            factors[RATIO] = f"{ratio:g}"
+        parts = [value for key, value in head.items() if key in ("recipe", *RECIPE)]
+        base = (near or parts) + [f"{key}={value}" for key, value in head.items() if key in REST]
+        if not base and recipe is not None:
+            base = [recipe]
+        elif not base and not own:  # parts that all runs share tell nothing beside settings that differ
+            base = [of_run[group].name for group in RECIPE]
+        method = " ".join([*base, *(f"{short[key]}={value}" for key, value in own.items())])
         seeds = sorted(key for key in run.flat if _is_seed(key) and not key.startswith("evaluator."))
         seed = tuple((key, run.flat[key]) for key in seeds)
-        described.append(
-            Described(
-                run=run,
-                recipe=recipes[index],
-                choices=choices[index],
-                context=context,
-                method=" ".join(words),
-                ratio=ratios[index],
-                seed=seed,
-                factors=factors,
-                settings=extra[index] | {key: value for key, value in seed if key in drawn},
-            )
-        )
+        shown = own | {key: value for key, value in seed if key in drawn}
+        described.append(Described(run, recipe, of_run, context, method, ratio, seed, factors, shown))
     return described
-
-
-def _method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What may tell methods apart: not the model, the ratio, the seeds, or how the result is evaluated."""
-    found = settings({key: config[key] for key in GROUPS if key in config})
-    return {key: value for key, value in found.items() if key != RATIO and not _is_seed(key)}
 
 
 def _heads(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[dict[str, str]]:
     """The option names that tell methods apart: of the recipe where every run has one, and they are not just a crossing
     of its parts; else of each group."""
     parts = _parts(choices)
-    by_recipe = None not in recipes and not (crossed(parts) and _several_places(parts))
-    found = []
+    several = sum(len(set(place)) > 1 for place in zip(*parts, strict=True)) > 1
+    by_recipe = None not in recipes and not (crossed(parts) and several)
+    heads = []
     for of_run, recipe in zip(choices, recipes, strict=True):
         names = {"recipe": str(recipe)} if by_recipe else {group: of_run[group].name for group in RECIPE}
-        found.append(names | {group: of_run[group].name for group in REST})
-    return found
+        heads.append(names | {group: of_run[group].name for group in REST})
+    return heads
 
 
 def _by_recipe(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[list[str]]:
@@ -244,38 +234,25 @@ def _by_recipe(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | 
     that is near to none, and for all runs where their parts are just a crossing."""
     parts = _parts(choices)
     beside = [] if crossed(parts) else sorted({recipe for recipe in recipes if recipe is not None})
-    found = []
+    words = []
     for names, own in zip(parts, recipes, strict=True):
-        of_run = dict(zip(RECIPE, names, strict=True))
-        swaps = {recipe: set(of_run.items()) - set(_recipes()[recipe].items()) for recipe in beside}
+        of_run = set(zip(RECIPE, names, strict=True))
+        swaps = {recipe: of_run - set(_recipes()[recipe].items()) for recipe in beside}
         near = [[recipe, f"{group}={name}"] for recipe, swap in swaps.items() if len(swap) == 1 for group, name in swap]
-        near = [words for words in near if not words[1].startswith("criterion=")]
-        found.append([own] if own in beside else next(iter(near), []))
-    return found
+        near = [pair for pair in near if not pair[1].startswith("criterion=")]
+        words.append([own] if own in beside else next(iter(near), []))
+    return words
 
 
 def _parts(choices: Sequence[Mapping[str, Choice]]) -> list[tuple[str, ...]]:
     return [tuple(of_run[group].name for group in RECIPE) for of_run in choices]
 
 
-def _several_places(parts: Sequence[tuple[Hashable, ...]]) -> bool:
-    return sum(len(set(place)) > 1 for place in zip(*parts, strict=True)) > 1
-
-
 def _extra(names: Sequence[tuple[str, ...]], flat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Settings in which each run differs from runs of the same options."""
-    by_names: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for name, setting in zip(names, flat, strict=True):
-        by_names.setdefault(name, []).append(setting)
-    keys = {name: differing(same) for name, same in by_names.items()}
+    of_names = grouped(zip(names, flat, strict=True), lambda pair: pair[0])
+    keys = {name: differing([setting for _, setting in same]) for name, same in of_names.items()}
     return [{key: setting.get(key) for key in keys[name]} for name, setting in zip(names, flat, strict=True)]
-
-
-def _fallback(recipe: str | None, choices: Mapping[str, Choice], told: bool) -> list[str]:
-    """What to call the method where only one is there; `told`: settings follow."""
-    if recipe is not None:
-        return [recipe]
-    return [] if told else [choices[group].name for group in RECIPE]
 
 
 def departures(described: Described) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,10 @@ class Section:
 
     anchor: str
     title: str
-    lines: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    folded: tuple[Folded, ...] = ()
+    lines: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+    folded: Sequence[Folded] = ()
     fold: str = ""
 
 
@@ -39,10 +40,10 @@ class Report:
     end of the page."""
 
     title: str
-    lines: tuple[str, ...]
-    sections: tuple[Section, ...]
-    notes: tuple[str, ...]
-    tables: tuple[Table, ...]
+    lines: Sequence[str]
+    sections: Sequence[Section]
+    notes: Sequence[str]
+    tables: Sequence[Table]
 
     @property
     def pictures(self) -> list[Picture]:
@@ -58,18 +59,11 @@ def page(report: Report) -> str:
 
 
 def _inline(picture: Picture) -> str:
-    return _inline_svg(picture.svg, f"{picture.caption} {picture.told}", f"{picture.name}-")
-
-
-def _inline_svg(svg: str, label: str, prefix: str) -> str:
     """The figure as part of a page: no header, no reference outside, identifiers of its own, the page's ink and ground.
-    `label` is what screen readers say."""
-    text = svg[svg.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    Its label is what screen readers say."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", picture.svg[picture.svg.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    text = re.sub(r'href="#', f'href="#{prefix}', text)
-    text = re.sub(r"url\(#", f"url(#{prefix}", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{picture.name}-", text)
     # matplotlib writes colours into every element, where no style sheet reaches them; a variable is reached.
     for colour, variable in ((INK, "ink"), (FAINT, "faint"), (GRID, "grid"), ("#ffffff", "ground")):
         text = text.replace(colour, f"var(--{variable})")
@@ -77,5 +71,5 @@ def _inline_svg(svg: str, label: str, prefix: str) -> str:
     text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
     own = float(width[1]) * 4 / 3 if width else WIDTH * 96  # pixels
     size = f"width:100%;min-width:{0.8 * own:.0f}px;max-width:{1.35 * own:.0f}px"
-    label = html.escape(label, quote=True)
+    label = html.escape(f"{picture.caption} {picture.told}", quote=True)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="{size}"', 1)

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pruneexp.report import figures
 from pruneexp.report.comparison import Comparison
-from pruneexp.report.figures import (
-    FAINT,
-    GRID,
-    INK,
-    WHOLE,
-    Picture,
-    Style,
-    legend,
-    legend_rows,
-    log_scale,
-    new_figure,
-    upright,
-)
-from pruneexp.report.methods import Described
+from pruneexp.report.figures import FAINT, GRID, INK, WHOLE, Looks, Picture, Style
+from pruneexp.report.methods import Runs
 from pruneexp.report.points import SHARE, Point
+from pruneexp.report.statistics import grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,55 +24,48 @@ def share_figure(
     metric: str,
     points: Sequence[Point],
     dense: Sequence[float],
-    conflicting: Sequence[Described],
+    conflicting: Runs,
     published: Sequence[Comparison],
-    looks: Mapping[str, Style],
+    looks: Looks,
 ) -> Picture:
     """A perplexity or accuracy against the real share removed, a line a method, with its seeds or their 95 %
     t-interval. Runs of one config with different results, and published figures, are marks on their own."""
-    methods = list(dict.fromkeys(point.method for point in points))
+    methods = grouped(points, lambda point: point.method)
     others = {"published, at its nominal ratio": published, "dense": dense, "same config, another result": conflicting}
-    figure, axes = new_figure(2.9, legend_rows([*methods, *(label for label, there in others.items() if there)]))
+    figure, axes = figures.new_figure(
+        2.9, figures.legend_rows([*methods, *(label for label, there in others.items() if there)])
+    )
     for k, value in enumerate(dense):
-        look: Style = {"color": FAINT, "linewidth": 1, "linestyle": (0, (3, 3))}
-        axes.axhline(value, label=None if k else "dense", **look)
-    for method in methods:
-        _line(axes, method, [point for point in points if point.method == method], looks[method])
+        axes.axhline(value, label=None if k else "dense", color=FAINT, linewidth=1, linestyle=(0, (3, 3)))
+    for method, line in methods.items():
+        _line(axes, method, sorted(line, key=lambda point: point.share), looks[method])
     odd = [(100 * one.run.metrics[SHARE], one.run.metrics[f"pruned/{metric}"]) for one in conflicting]
     if odd:
         axes.plot(*zip(*odd, strict=True), "x", color=INK, markersize=7, label="same config, another result", **WHOLE)
     theirs = [one.published.value / (100 if one.published.unit == "percent" else 1) for one in published]
     for k, (one, value) in enumerate(zip(published, theirs, strict=True)):
         # Below our marks, which it mostly surrounds, and in their colour.
-        look = {"linestyle": "none", "marker": "*", "markersize": 13, "markerfacecolor": "none"} | WHOLE
+        look: Style = {"linestyle": "none", "marker": "*", "markersize": 13, "markerfacecolor": "none"} | WHOLE
         look |= {"color": looks[one.method]["color"] if one.method in looks else INK, "zorder": 2.9}
         label = None if k else "published, at its nominal ratio"
         axes.plot([100 * one.published.ratio], [value], label=label, **look)
     seeds = [value for point in points for value in _seeds(point)]
     marks = [*dense, *(point.value for point in points), *seeds, *(value for _, value in odd), *theirs]
     if metric.startswith("ppl/"):
-        log_scale(axes, marks)
+        figures.log_scale(axes, marks)
     cut = _scaled_by(axes, marks, [bound for point in points for bound in _bar(point)])
     axes.set_xlim(left=0)
     axes.set_xlabel("share of the decoder's parameters removed, %")
-    axes.set_ylabel(upright(metric))
+    axes.set_ylabel(figures.upright(metric))
     axes.grid(axis="y", color=GRID, linewidth=0.6)
-    legend(figure, axes)
+    figures.legend(figure, axes)
     told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
     return Picture(name, f"{metric} against the share removed, {_caption(metric, points, cut)}.", told, figure)
 
 
-def _line(axes: Axes, label: str, points: Sequence[Point], look: Style) -> None:
-    line = sorted(points, key=lambda point: point.share)
-    axes.plot(
-        [100 * p.share for p in line],
-        [p.value for p in line],
-        label=label,
-        markersize=6,
-        linewidth=1.6,
-        **look,
-        **WHOLE,
-    )
+def _line(axes: Axes, label: str, line: Sequence[Point], look: Style) -> None:
+    x, y = [100 * point.share for point in line], [point.value for point in line]
+    axes.plot(x, y, label=label, markersize=6, linewidth=1.6, **look, **WHOLE)
     for point in line:
         x, seeds, bar = 100 * point.share, _seeds(point), _bar(point)
         small = {"color": look["color"], "marker": look["marker"], "markersize": 3, "alpha": 0.7} | WHOLE

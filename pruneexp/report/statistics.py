@@ -5,9 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import TypeVar
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """The items of each key; keys and items in the order in which they come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -80,32 +92,23 @@ def main_effects(
         seeds: the seed of each run. Where there are several, each with the same balanced design, an effect is worked
             out for each and its interval is the t-interval over them.
     """
-    found = []
-    total = fmean(responses)
-    by_seed = _by_seed(factors, seeds)
-    for factor, levels in factors.items():
-        for level in dict.fromkeys(levels):
-            here = [response for response, at in zip(responses, levels, strict=True) if at == level]
-            mean = fmean(here)
-            half = None
-            if by_seed is not None:
-                half = interval([_effect(levels, level, responses, runs) for runs in by_seed]).half
-            found.append(Effect(factor, level, len(here), mean, spread(here), mean - total, half))
-    return found
-
-
-def _by_seed(factors: Mapping[str, Sequence[str]], seeds: Sequence[Hashable]) -> list[list[int]] | None:
-    """The runs of each seed; None for a single seed, or where the seeds' designs are not the same, balanced one."""
-    runs = {seed: [index for index, at in enumerate(seeds) if at == seed] for seed in dict.fromkeys(seeds)}
+    effects = []
+    everyone = range(len(responses))
+    by_seed = list(grouped(everyone, lambda run: seeds[run]).values())
     cells = list(zip(*factors.values(), strict=True))
-    designs = [sorted(cells[index] for index in indices) for indices in runs.values()]
-    same = all(design == designs[0] for design in designs)
-    return list(runs.values()) if len(runs) > 1 and same and balanced(designs[0]) else None
-
-
-def _effect(levels: Sequence[str], level: str, responses: Sequence[float], runs: Sequence[int]) -> float:
-    here = [responses[index] for index in runs if levels[index] == level]
-    return fmean(here) - fmean(responses[index] for index in runs)
+    designs = [sorted(cells[run] for run in runs) for runs in by_seed]
+    repeated = len(by_seed) > 1 and all(design == designs[0] for design in designs) and balanced(designs[0])
+    for factor, levels in factors.items():
+        for level, here in grouped(everyone, lambda run, levels=levels: levels[run]).items():
+            values = [responses[run] for run in here]
+            of_seeds = [
+                fmean(responses[run] for run in runs if levels[run] == level) - fmean(responses[run] for run in runs)
+                for runs in (by_seed if repeated else ())
+            ]
+            half = interval(of_seeds).half if repeated else None
+            mean = fmean(values)
+            effects.append(Effect(factor, level, len(here), mean, spread(values), mean - fmean(responses), half))
+    return effects
 
 
 def crossed(groups: Sequence[tuple[Hashable, ...]]) -> bool:

@@ -23,25 +23,19 @@ def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
     has none; what a job lacks is ""."""
     jobs = sorted(path.parent for path in folder.glob("*/status.json"))
     configs = [_object(job / "config.yaml") for job in jobs]
-    found = [settings(config) for config in configs]
-    keys = differing(found)
+    flat = [settings(config) for config in configs]
+    keys = differing(flat)
     metrics = [comparable(_metrics(job), config) for job, config in zip(jobs, configs, strict=True)]
-    figures = sorted({key for measured in metrics for key in measured})
-    told = {"reason": [str(_object(job / "status.json").get("reason") or "") for job in jobs]}
+    columns: dict[str, list[Any]] = {"job": [job.name for job in jobs], "status": [status_of(job) for job in jobs]}
+    reasons = [str(_object(job / "status.json").get("reason") or "") for job in jobs]
+    if any(reasons):
+        columns["reason"] = reasons
     if any(key.endswith("._target_") for key in keys):
-        told["recipe"] = [_recipe(job, config) for job, config in zip(jobs, configs, strict=True)]
-    told = {name: values for name, values in told.items() if len(set(values)) > 1 or (name == "reason" and any(values))}
-    rows = [
-        [
-            job.name,
-            status_of(job),
-            *(values[index] for values in told.values()),
-            *(found[index].get(key, "") for key in keys),
-            *(metrics[index].get(key, "") for key in figures),
-        ]
-        for index, job in enumerate(jobs)
-    ]
-    return ["job", "status", *told, *keys, *figures], rows
+        recipes = [_recipe(job, config) for job, config in zip(jobs, configs, strict=True)]
+        columns |= {"recipe": recipes} if len(set(recipes)) > 1 else {}
+    columns |= {key: [of_job.get(key, "") for of_job in flat] for key in keys}
+    columns |= {key: [of_job.get(key, "") for of_job in metrics] for key in sorted(set().union(*metrics))}
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def write_summary(folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,14 +42,12 @@ class Table:
 
 def table(name: str, title: str, items: Iterable[T], columns: Mapping[str, Callable[[T], Any]]) -> Table:
     """A row an item. A column is its heading and what it shows of an item: a cell, a number (or None), or text."""
-    rows = tuple(tuple(_cell(show(item)) for show in columns.values()) for item in items)
+
+    def cell(shown: Any) -> Cell:
+        return shown if isinstance(shown, Cell) else Cell(shown) if isinstance(shown, str) else number(shown)
+
+    rows = tuple(tuple(cell(show(item)) for show in columns.values()) for item in items)
     return Table(name, title, tuple(columns), rows)
-
-
-def _cell(shown: Any) -> Cell:
-    if isinstance(shown, Cell):
-        return shown
-    return Cell(shown) if isinstance(shown, str) else number(shown)
 
 
 def number(value: float | None, unit: str = "") -> Cell:
@@ -57,7 +55,9 @@ def number(value: float | None, unit: str = "") -> Cell:
     if value is None:
         return Cell("")
     if unit == "bytes":
-        return Cell(_bytes(value), value)
+        units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+        large = next((f"{value / size:,.2f} {name}" for name, size in units if value >= size), f"{value:,.0f} B")
+        return Cell(large, value)
     if unit == "share":
         return Cell(f"{100 * value:.2f} %", value)
     if unit == "accuracy":
@@ -77,11 +77,6 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _bytes(value: float) -> str:
-    units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-    return next((f"{value / size:,.2f} {unit}" for unit, size in units if value >= size), f"{value:,.0f} B")
-
-
 def as_csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -91,36 +86,26 @@ def as_csv(table: Table) -> str:
     return text.getvalue()
 
 
+MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "*": r"\*", "_": r"\_", "<": "&lt;", "\n": " "})
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " "}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "×": r"$\times$"}
+)
+
+
 def as_markdown(table: Table) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
     rule = ["---:" if table.numeric(k) else "---" for k in range(len(table.header))]
-    rows = [line([_markdown(cell.text) for cell in row]) for row in table.rows]
-    return "\n".join([line([_markdown(name) for name in table.header]), line(rule), *rows]) + "\n"
-
-
-def _markdown(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-    return escaped.replace("*", "\\*").replace("_", "\\_")
+    rows = [[cell.text.translate(MARKDOWN) for cell in row] for row in table.rows]
+    lines = [[name.translate(MARKDOWN) for name in table.header], rule, *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def as_latex(table: Table) -> str:
     columns = "".join("r" if table.numeric(k) else "l" for k in range(len(table.header)))
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(cells) + r" \\"
-
-    rows = [line([_latex(cell.text) for cell in row]) for row in table.rows]
-    head = line([_latex(name) for name in table.header])
-    body = "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *rows, r"\hline"])
-    return body + "\n\\end{tabular}\n"
-
-
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
-SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ", "±": r"$\pm$", "×": r"$\times$"}
-
-
-def _latex(text: str) -> str:
-    return "".join(SPECIAL.get(character, character) for character in text)
+    head, *rows = (
+        " & ".join(text.translate(LATEX) for text in line) + r" \\"
+        for line in (table.header, *([cell.text for cell in row] for row in table.rows))
+    )
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *rows, r"\hline", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"

@@ -10,22 +10,10 @@ from pruneexp.files import read_object
 
 PROOF = "proof.json"  # its `files`: the list
 ALWAYS = ("adapter/adapter_*", ".*.tmp")  # what comes when the list is written, and what a killed run leaves
-CHECKPOINT_FILES = (  # what runs wrote there before they listed it
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "plan.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "modeling_*.py",
-    "configuration_*.py",
-)
+# What runs wrote there before they listed it.
+CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "plan.json")
+CHECKPOINT_FILES += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*")
+CHECKPOINT_FILES += ("merges.txt", "*.model", "modeling_*.py", "configuration_*.py")
 
 
 def checkpoint_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -40,14 +28,9 @@ def checkpoint_files(folder: Path) -> tuple[list[str], list[str]]:
         if path.is_dir() and not path.is_symlink() and (any(path.iterdir()) or path == model / "adapter"):
             continue
         name = path.relative_to(model).as_posix()
-        known = name in listed if isinstance(listed, list) else _was_written(name)
+        known = name in listed if isinstance(listed, list) else "/" not in name and _fits(name, CHECKPOINT_FILES)
         (own if known or _fits(name, ALWAYS) else foreign).append(name)
     return own, foreign
-
-
-def _was_written(name: str) -> bool:
-    """Whether runs that kept no list wrote a file of that name."""
-    return "/" not in name and _fits(name, CHECKPOINT_FILES)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

@@ -17,19 +17,8 @@ import torch
 
 from pruneexp.fingerprint import __version__
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "hydra-core",
-    "omegaconf",
-    "lm_eval",
-    "accelerate",
-    "numpy",
-    "wandb",
-)
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "omegaconf", "lm_eval")
+PACKAGES += ("accelerate", "numpy", "wandb")
 
 
 def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,8 +37,8 @@ def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
         if torch.cuda.is_available()
         else [],
         "cuda": torch.version.cuda,
-        "git": _revision(),
-        "command": _command(sys.argv),
+        "git": _revision(Path(__file__).resolve().parent),
+        "command": _command(),
         "model": dict(model),
         "data": dict(data),
     }
@@ -67,17 +56,11 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-@cache
-def _revision() -> dict[str, Any] | None:
-    return git_revision(Path(__file__).resolve().parent)
-
-
-def _command(argv: Sequence[str]) -> list[str]:
+def _command() -> list[str]:
     """As it would be typed: where the program is installed says nothing."""
-    program = Path(argv[0])
-    if program.name == "__main__.py":
-        return ["python", "-m", program.parent.name, *argv[1:]]
-    return [program.name, *argv[1:]]
+    program = Path(sys.argv[0])
+    named = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return [*named, *sys.argv[1:]]
 
 
 def _cpu() -> str | None:
@@ -106,16 +89,13 @@ def git_revision(package: Path) -> dict[str, Any] | None:
     return None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
+_revision = cache(git_revision)
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # only looks: other git commands are never in its way
     try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=folder,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # only looks: other git commands are never in its way
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -142,5 +122,5 @@ def memory_metrics(devices: Sequence[torch.device]) -> dict[str, int]:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     gpus = [device for device in devices if device.type == "cuda"]
-    found = {f"memory/{device}/peak_bytes": torch.cuda.max_memory_allocated(device) for device in gpus}
-    return {"memory/peak_bytes": max(peak, sum(found.values())), **found}
+    peaks = {f"memory/{device}/peak_bytes": torch.cuda.max_memory_allocated(device) for device in gpus}
+    return {"memory/peak_bytes": max(peak, sum(peaks.values())), **peaks}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,8 @@ from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_che
 from pruneexp.types import ConfigError, RunError
 
 # metrics.json first: without it, what is left of a half-cleared folder is no finished run.
-FILES = (
-    "metrics.json",
-    "status.json",
-    "plan.json",
-    "proof.json",
-    "scores.safetensors",
-    "structure.png",
-    "environment.json",
-    "config.yaml",
-    "log.txt",
-)
+FILES = ("metrics.json", "status.json", "plan.json", PROOF, "scores.safetensors", "structure.png", "environment.json")
+FILES += ("config.yaml", "log.txt")
 NOTES = "resume"  # folder of a streamed run's notes of how far it has come, until it is done
 UNFINISHED = (NOTES, "model.partial", "streamed", "streamed.partial")  # folders of a run that has not ended
 FOLDERS = ("model", "samples", *UNFINISHED)
@@ -44,26 +35,19 @@ def run_folder(settings_dir: str | None, recipe: str, name: str | None, now: dat
         raise ConfigError(f"run.name={name!r}: expected a plain name, used as the end of a folder's name")
     stem = now.strftime("%Y-%m-%d_%H-%M-%S") + (f"_{name}" if name else "")
     parent = Path("outputs") / recipe
+    folder = parent / stem
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for folder in _numbered(parent / stem):
+        for number in count(2):
             try:
                 # mkdir is the test and the claim in one step: two runs that start together get two folders.
                 folder.mkdir()
-                return folder
+                break
             except FileExistsError:
-                continue
+                folder = parent / f"{stem}-{number}"
     except OSError as error:
         raise RunError(f"run.dir={str(parent / stem)!r}: cannot create it: {error.strerror or error}") from error
-    raise AssertionError("unreachable: there are always more numbers")
-
-
-def _numbered(folder: Path) -> Iterator[Path]:
-    yield folder
-    number = 2
-    while True:
-        yield folder.with_name(f"{folder.name}-{number}")
-        number += 1
+    return folder
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -106,7 +90,7 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
                 (folder / name).unlink(missing_ok=True)
             for aside in folder.glob(f".{name}.*.tmp"):
                 aside.unlink(missing_ok=True)
-        _clear(folder / "samples", SAMPLE_FILES)
+        _clear_samples(folder / "samples")
         if overwrite or not (folder / NOTES).is_dir():
             clear_unfinished(folder)
         (folder / "status.json").unlink(missing_ok=True)  # last: until then, what is left is known to be a run's
@@ -114,15 +98,13 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
         raise RunError(f"run.dir={str(folder)!r}: cannot write there: {error.strerror or error}") from error
 
 
-def _clear(folder: Path, patterns: Sequence[str]) -> None:
-    """Removes the files that fit, and the folder where nothing else is in it."""
-    if not folder.is_dir() or folder.is_symlink():
-        return
-    for pattern in patterns:
-        for file in folder.glob(pattern):
+def _clear_samples(folder: Path) -> None:
+    """Removes what a run writes there, and the folder where nothing else is in it."""
+    if folder.is_dir() and not folder.is_symlink():
+        for file in (file for pattern in SAMPLE_FILES for file in folder.glob(pattern)):
             file.unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -157,13 +139,12 @@ def status_of(folder: Path) -> str:
 
     A run that is still marked running on another host counts as running: its process cannot be asked from here. One
     whose metrics.json is damaged counts as interrupted: there is nothing to take its figures from."""
-    finished = _is_finished(folder)
-    status = _read_status(folder)
-    said = status.get("status")
-    if said is None:
+    finished, status = _is_finished(folder), _read_status(folder)
+    state = status.get("status")
+    if state is None:
         return "done" if finished else "absent"
-    if said == "failed" or (said == "done" and finished):
-        return said
+    if state == "failed" or (state == "done" and finished):
+        return state
     return "running" if _alive(status) else "interrupted"
 
 

@@ -93,15 +93,23 @@ class LocalRun:
         claimed or the run is done; never raises, so that the reason reaches the user."""
         if self._folder is None:
             return
+        # To the file alone: what reaches the screen is the one line that the caller prints.
+        text = f"failed: {reason}" + (f"\n{trace}" if trace else "")
+        for handler in self._handlers[:1]:
+            handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), None))
         try:
-            self._log_failure(reason, trace)
             self._end("failed", reason)
         except RunError as error:
             print(f"pruneexp: {error}", file=sys.stderr)
         self._folder = None
 
     def _end(self, status: str, reason: str | None) -> None:
-        self._close_log()
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        if self._handlers:
+            logger.setLevel(self._level)
+        self._handlers = []
         self._status = {**self._status, "status": status, "reason": reason, "ended": timestamp()}
         # The machine's name is for whoever finds the run running. The process stays: should it die before metrics.json
         # is written, that is how one tells.
@@ -121,22 +129,6 @@ class LocalRun:
         self._handlers = [file, screen]
         for handler in self._handlers:
             logger.addHandler(handler)
-
-    def _log_failure(self, reason: str, trace: str) -> None:
-        # To the file alone: what reaches the screen is the one line that the caller prints.
-        record = logger.makeRecord(
-            logger.name, logging.ERROR, "", 0, "failed: %s%s", (reason, f"\n{trace}" if trace else ""), None
-        )
-        for handler in self._handlers[:1]:
-            handler.handle(record)
-
-    def _close_log(self) -> None:
-        for handler in self._handlers:
-            logger.removeHandler(handler)
-            handler.close()
-        if self._handlers:
-            logger.setLevel(self._level)
-        self._handlers = []
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         self._write(name, json.dumps(content, indent=1) + "\n")

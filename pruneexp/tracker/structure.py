@@ -38,19 +38,18 @@ def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
     removed = {name for name, site in plan.sites.items() if site.kind == "block" and not site.kept}
     experts = {name: site for name, site in plan.sites.items() if site.kind == "experts"}
     inner = [site for site in sites if site.kind != "block"]
-    found: dict[str, dict[int, Width]] = {}
+    by_kind: dict[str, dict[int, Width]] = {}
     for site in sorted(inner or sites, key=lambda site: site.layer):
-        layers = found.setdefault(site.kind, {})
+        layers = by_kind.setdefault(site.kind, {})
         # A layer may hold several sites of a kind (experts): their units are counted together.
         before = layers.get(site.layer, Width(site.layer, 0, 0, 0, 0, False))
         gone = any(site.name == block or site.name.startswith(f"{block}.") for block in removed)
         mixture = experts.get(site.name.rpartition(".")[0]) if site.expert is not None else None
-        left = mixture is None or site.expert in mixture.kept
+        kept = 0 if gone else site.units - plan.removed(site)
         if mixture is not None:
-            kept = 0 if gone else len(mixture.kept)
-            whole = Width(site.layer, kept, mixture.units, 0, 0, gone)
-            found.setdefault("experts", {})[site.layer] = whole
-        kept = 0 if gone or not left else site.units - plan.removed(site)
+            whole = Width(site.layer, 0 if gone else len(mixture.kept), mixture.units, 0, 0, gone)
+            by_kind.setdefault("experts", {})[site.layer] = whole
+            kept = kept if site.expert in mixture.kept else 0
         layers[site.layer] = Width(
             layer=site.layer,
             kept=before.kept + kept,
@@ -59,14 +58,14 @@ def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
             params=before.params + site.units * site.cost.params,
             block_gone=gone,
         )
-    return {kind: list(layers.values()) for kind, layers in found.items()}
+    return {kind: list(layers.values()) for kind, layers in by_kind.items()}
 
 
 def removed_share(plan: Plan, sites: Sequence[Site]) -> float:
     """Share of the prunable parameters (those that units carry) that leaves."""
-    found = [width for layers in widths(plan, sites).values() for width in layers]
-    total = sum(width.params for width in found)
-    return 1 - sum(width.kept_params for width in found) / total if total else 0.0
+    everything = [width for layers in widths(plan, sites).values() for width in layers]
+    total = sum(width.params for width in everything)
+    return 1 - sum(width.kept_params for width in everything) / total if total else 0.0
 
 
 def structure_figure(plan: Plan, sites: Sequence[Site], path: Path) -> None:

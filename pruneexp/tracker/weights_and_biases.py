@@ -66,67 +66,61 @@ class Wandb:
         """Opens the W&B run, its files in the run folder."""
         # Absolute: W&B writes from a process of its own, which keeps the directory it was started in.
         self._live.run, self._live.folder, self._live.warned = None, record.folder.resolve(), False
-        mode = self.mode if self.mode or _environment_decides() else "offline"
-        self._attempt_start(mode, record)
-        if self._live.run is None and mode != "offline":
-            # A server out of reach costs the upload alone: offline, the files are there for `wandb sync`.
-            self._attempt_start("offline", record)
+        decided = self.mode is not None or _environment_decides()
+        # A server out of reach costs the upload alone: offline, the files are there for `wandb sync`.
+        for mode in dict.fromkeys((self.mode if decided else "offline", "offline")):
+            try:
+                self._live.run = run = self._init(mode, record)
+                where = f"{Path(run.dir).parent}, for `wandb sync`" if run.offline else run.url or "disabled"
+                logger.info("Weights & Biases: %s", where)
+            except Exception as error:
+                self._warn("start", error)
+            if self._live.run is not None:
+                return
 
-    def _attempt_start(self, mode: str | None, record: RunRecord) -> None:
-        try:
-            self._live.run = self._init(mode, record)
-            self._say_where()
-        except Exception as error:
-            self._warn("start", error)
-
-    def _init(self, mode: str | None, record: RunRecord) -> Any:
+    def _init(self, mode: Any, record: RunRecord) -> Any:
         import wandb
 
         settings = {"init_timeout": INIT_SECONDS, "login_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
         known = set(wandb.Settings.model_fields)  # finish_timeout is younger than the oldest W&B that works
-        options: dict[str, Any] = {
-            name: value
-            for name, value in settings.items()
-            if name in known and f"WANDB_{name.upper()}" not in os.environ
+        own: dict[str, Any] = {
+            k: v for k, v in settings.items() if k in known and f"WANDB_{k.upper()}" not in os.environ
         }
-        options["silent"] = mode == "offline"
-        arguments: dict[str, Any] = {
-            "project": self.project,
-            "entity": self.entity,
-            "mode": mode,  # None: wandb reads the environment and its own files
-            "tags": list(self.tags),
-            "config": _config(record),
-            "group": record.group,
-            "id": _own_id(record),
-            "name": record.name or os.environ.get("WANDB_NAME") or _name(record),
-            "job_type": record.job_type,
-            "dir": str(self._live.folder),
+        # What of the config has names: the recipe, the choice of each group.
+        named = {name: record.job[name] for name in ("recipe", "choices") if name in record.job}
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode=mode,  # None: wandb reads the environment and its own files
+            tags=list(self.tags),
+            config={**record.config, **named},
+            group=record.group,
+            id=_own_id(record),
+            name=record.name or os.environ.get("WANDB_NAME") or _name(record),
+            job_type=record.job_type,
+            dir=str(self._live.folder),
             # A run that is still open in this process is the caller's own, or another job's: never write into it.
-            "reinit": "create_new",
-            "settings": wandb.Settings(**options),
-        }
-        return wandb.init(**arguments)
-
-    def _say_where(self) -> None:
-        run = self._live.run
-        where = f"{Path(run.dir).parent}, for `wandb sync`" if run.offline else run.url or "disabled"
-        logger.info("Weights & Biases: %s", where)
+            reinit="create_new",
+            settings=wandb.Settings(**own, silent=mode == "offline"),
+        )
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self._attempt("log metrics", lambda run: run.log(dict(metrics)))
 
     def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None:
         """The plan.json and structure.png of the run folder, which the local run has written, and the scores."""
-        self._attempt("store the plan", self._log_plan)
+        plans = [self._live.folder / "plan.json"]
+        self._attempt("store the plan", lambda run: self._log_artifact(run, "plan", plans))
         self._attempt("draw the structure", self._log_structure)
         self._attempt("draw the scores", lambda run: run.log(_histograms(scores, sites)))
 
-    def _log_plan(self, run: Any) -> None:
+    def _log_artifact(self, run: Any, kind: str, files: Sequence[Path]) -> None:
         import wandb
 
-        artifact = wandb.Artifact(f"plan-{run.id}", type="plan")
-        # immutable: W&B refers to the file where it lies instead of copying it to the user's home first.
-        artifact.add_file(str(self._live.folder / "plan.json"), policy="immutable")
+        artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+        for file in files:
+            # immutable: W&B refers to the file where it lies instead of copying it to the user's home first.
+            artifact.add_file(str(file), policy="immutable")
         run.log_artifact(artifact)
 
     def _log_structure(self, run: Any) -> None:
@@ -136,18 +130,9 @@ class Wandb:
         if picture.exists():
             run.log({"structure": wandb.Image(str(picture))})
 
-    def _log_samples(self, run: Any) -> None:
-        import wandb
-
-        files = sorted((self._live.folder / "samples").glob("*"))
-        if files:
-            artifact = wandb.Artifact(f"samples-{run.id}", type="samples")
-            for file in files:
-                artifact.add_file(str(file), policy="immutable")
-            run.log_artifact(artifact)
-
     def finish(self, metrics: Mapping[str, float]) -> None:
-        self._attempt("store the samples", self._log_samples)
+        if samples := sorted((self._live.folder / "samples").glob("*")):
+            self._attempt("store the samples", lambda run: self._log_artifact(run, "samples", samples))
         self._attempt("store the metrics", lambda run: run.summary.update(dict(metrics)))
         self._close(exit_code=0)
 
@@ -190,12 +175,6 @@ class Wandb:
         self._live.warned = True
 
 
-def _config(record: RunRecord) -> dict[str, Any]:
-    """The composed config, and what of it has names: the recipe, the choice of each group."""
-    named = {name: record.job[name] for name in ("recipe", "choices") if name in record.job}
-    return {**record.config, **named}
-
-
 def _own_id(record: RunRecord) -> str | None:
     """The run's id, None: what the environment says, or a new one. WANDB_RUN_ID names one run: a sweep's jobs and its
     summary each get one made of it, except those of a sweep that is W&B's own, which starts a process a run."""
@@ -209,10 +188,10 @@ def _name(record: RunRecord) -> str | None:
     """What tells the run from others: recipe, model, ratio, and what else was typed about the method and the data."""
     model, sparsity = (record.config.get(section) or {} for section in ("model", "sparsity"))
     parts = [record.job.get("recipe"), model.get("name"), sparsity.get("ratio")]
-    told = ("model", "recipe", "evaluator", "tracker", "cache", "run", "sweep", "hydra")
+    elsewhere = ("model", "recipe", "evaluator", "tracker", "cache", "run", "sweep", "hydra")
     for text in record.job.get("overrides", ()):
         key = text.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0].partition("/")[0] not in told and key != "sparsity.ratio":
+        if key.partition(".")[0].partition("/")[0] not in elsewhere and key != "sparsity.ratio":
             parts.append(text)
     return " ".join(str(part) for part in parts if part is not None)[:LONGEST_NAME] or None
 
@@ -221,9 +200,8 @@ def _environment_decides() -> bool:
     """Whether the user has told W&B anything: a mode, a key or token, or a login for the server in use."""
     if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return True
-    servers = _servers()
-    named = os.environ.get("NETRC")
-    for path in [named] if named else [os.path.expanduser("~/.netrc"), os.path.expanduser("~/_netrc")]:
+    servers, named = _servers(), os.environ.get("NETRC")
+    for path in [named] if named else map(os.path.expanduser, ("~/.netrc", "~/_netrc")):
         try:
             logins = netrc.netrc(path)
         except (OSError, netrc.NetrcParseError):
@@ -234,8 +212,7 @@ def _environment_decides() -> bool:
 
 def _servers() -> set[str]:
     """Hosts that a login may be for: the one in use, and the old name of the public one."""
-    named = os.environ.get("WANDB_BASE_URL")
-    if named:
+    if named := os.environ.get("WANDB_BASE_URL"):
         return {urlsplit(named).netloc}
     try:
         import wandb
@@ -260,14 +237,14 @@ def _histograms(scores: Scores, sites: Sequence[Site]) -> dict[str, Any]:
         finite = score_U[torch.isfinite(score_U)].detach().to("cpu", torch.float64)
         if finite.numel():
             values.setdefault(kinds.get(name, "other"), []).append(finite)
-    shown = {}
+    histograms = {}
     for kind, parts in values.items():
         scores_N = torch.cat(parts)
         positive_N = scores_N[scores_N > 0]
         in_log = bool(positive_N.numel()) and bool((scores_N >= 0).all())
         name, drawn_N = (f"log10_scores/{kind}", positive_N.log10()) if in_log else (f"scores/{kind}", scores_N)
-        shown[name] = wandb.Histogram(drawn_N.tolist(), num_bins=HISTOGRAM_BINS)
-    return shown
+        histograms[name] = wandb.Histogram(drawn_N.tolist(), num_bins=HISTOGRAM_BINS)
+    return histograms
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:

@@ -11,6 +11,7 @@ in our naming, unit); a row is a method at a ratio. Tables whose figures were no
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -95,10 +96,9 @@ def read_table(path: Path) -> Table:
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         return _table(path.stem, data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name}: {type(error).__name__}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path.name}: {kind}{error}") from error
 
 
 def _table(name: str, data: Mapping[str, Any]) -> Table:
@@ -109,24 +109,16 @@ def _table(name: str, data: Mapping[str, Any]) -> Table:
     if bool(data.get("rows")) == bool(data.get("missing")):
         raise ValueError("expected rows, or `missing` that says why there are none")
     figures = tuple(_figures(data, source)) if data.get("rows") else ()
-    seen: set[tuple[Any, ...]] = set()
-    for figure in figures:
-        key = (figure.model, figure.metric, figure.method, figure.ratio)
-        if key in seen:
-            raise ValueError(f"{key}: given twice")
-        seen.add(key)
+    keys = Counter((figure.model, figure.metric, figure.method, figure.ratio) for figure in figures)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(f"{twice[0]}: given twice")
     recipes = {recipe for figure in figures for recipe in figure.recipes} | set(data.get("recipes", ()))
-    claims = tuple(_claim(claim) for claim in data.get("claims", ()))
-    named = tuple(sorted(recipes - {"dense"}))
-    return Table(name, str(data["title"]), source, certainty, named, figures, str(data.get("missing", "")), claims)
-
-
-def _claim(data: Mapping[str, Any]) -> Claim:
-    _known("claim", data, {"what", "value", "unit", "certainty"})
-    value = data.get("value")
-    return Claim(
-        str(data["what"]), None if value is None else float(value), data.get("unit", ""), _certain(data["certainty"])
-    )
+    named, missing, claims = tuple(sorted(recipes - {"dense"})), str(data.get("missing", "")), []
+    for claim in data.get("claims", ()):
+        _known("claim", claim, {"what", "value", "unit", "certainty"})
+        value = None if claim.get("value") is None else float(claim["value"])
+        claims.append(Claim(str(claim["what"]), value, claim.get("unit", ""), _certain(claim["certainty"])))
+    return Table(name, str(data["title"]), source, certainty, named, figures, missing, tuple(claims))
 
 
 def _figures(data: Mapping[str, Any], source: Source) -> Iterator[Published]:
@@ -141,11 +133,10 @@ def _figures(data: Mapping[str, Any], source: Source) -> Iterator[Published]:
         method, ratio = methods[row["method"]], float(row["ratio"])
         if not 0 <= ratio < 1 or (ratio == 0) != ("dense" in method.get("recipes", ())):
             raise ValueError(f"{where}: expected a ratio in [0, 1), 0 for the dense model alone")
-        values = _values(where, row["values"], columns)
-        _check_means(where, values, columns)
-        for name, value in values.items():
+        for name, value in _values(where, row["values"], columns).items():
             column = columns[name]
             unit = str(column.get("unit") or data.get("unit") or "perplexity")
+            tolerance = data["tolerance"]["points"] if unit == "percent" else data["tolerance"]["relative"] * value
             yield Published(
                 source=source,
                 model=str(column.get("model") or data["model"]),
@@ -155,7 +146,7 @@ def _figures(data: Mapping[str, Any], source: Source) -> Iterator[Published]:
                 method=str(row["method"]),
                 ratio=ratio,
                 value=value,
-                tolerance=_tolerance(data["tolerance"], unit, value),
+                tolerance=float(tolerance),
                 certainty=_certain(column.get("certainty") or data["certainty"]),
                 recipes=tuple(method.get("recipes", ())),
                 settings=dict(method.get("settings") or {}),
@@ -167,6 +158,7 @@ def _figures(data: Mapping[str, Any], source: Source) -> Iterator[Published]:
 
 
 def _values(where: str, values: Any, columns: Mapping[str, Any]) -> dict[str, float]:
+    """A row's figures by column. Raises ValueError where they do not fit, or a mean is not that of its columns."""
     if isinstance(values, list):
         if len(values) != len(columns):
             raise ValueError(f"{where}: {len(values)} values for {len(columns)} columns")
@@ -175,19 +167,12 @@ def _values(where: str, values: Any, columns: Mapping[str, Any]) -> dict[str, fl
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{where}, {name}: {value!r}: expected a positive number")
-    return {name: float(value) for name, value in values.items()}
-
-
-def _check_means(where: str, values: Mapping[str, float], columns: Mapping[str, Any]) -> None:
     for name, column in columns.items():
         if parts := column.get("mean_of"):
             mean = sum(values[part] for part in parts) / len(parts)
             if abs(mean - values[name]) > ROUNDING:
-                raise ValueError(f"{where}: {name} is {values[name]}, the mean of its columns {mean:.3f}")
-
-
-def _tolerance(given: Mapping[str, float], unit: str, value: float) -> float:
-    return float(given["points"]) if unit == "percent" else float(given["relative"]) * value
+                raise ValueError(f"{where}: {name} is {float(values[name])}, the mean of its columns {mean:.3f}")
+    return {name: float(value) for name, value in values.items()}
 
 
 def _certain(word: str) -> str:

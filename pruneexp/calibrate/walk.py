@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.meter import Meter
-from pruneexp.calibrate.whole_model import WholeModelEvidence
+from pruneexp.calibrate.whole_model import evidence_ahead
 from pruneexp.model import Call, Model
 from pruneexp.model.half import overflow_hint
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.types import Block, ConfigError, RunError, Site, updated_
+from pruneexp.types import Block, ConfigError, RunError, Site, collected_by, updated_
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,17 @@ def walk(
     """
     total, bookmark = len(model.layers), bookmark or Bookmark()
     indices = range(bookmark.index, total)
-    ahead = WholeModelEvidence(model, tokens_NT, kinds if indices else (), meter, whole)
+    ahead = evidence_ahead(model, tokens_NT, kinds if indices else (), meter, whole)
     if bookmark.index:
         meter.forward = bookmark.forward
-    kinds = [kind for kind in kinds if kind.source in ("reader", "writer", "block")]
+    kinds = collected_by("walk", kinds)
     if not kinds or tokens_NT is None:
         for index in progress(indices, stage, len(indices), "blocks"):
             with model.loaded(index, index + 1) as layer:
                 block, shown = model.block(index), model.whole_block(index, whole) if whole else None
-                yield Visit(index, layer, block, ahead.of(block, shown), shown)
+                yield Visit(
+                    index, layer, block, {kind: share(block, shown or block) for kind, share in ahead.items()}, shown
+                )
                 del block, shown  # views of weights, before the next block's come
             bookmark.reached(index + 1, total, (), meter.forward)
         return
@@ -92,7 +94,8 @@ def walk(
                 dense_states.put(index, read, output)
             meter.forward += 1 / total
             before = _fingerprint(layer)
-            yield Visit(index, layer, block, evidence | ahead.of(block, shown), shown)
+            evidence |= {kind: share(block, shown or block) for kind, share in ahead.items()}
+            yield Visit(index, layer, block, evidence, shown)
             del evidence  # the caller decides how long it lives
             touched = _fingerprint(layer) != before
             if touched and read_only:

@@ -9,6 +9,7 @@ from typing import Any
 from pruneexp.calibrate import require_sums
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.modeling_pruned import LayerStructure
+from pruneexp.pruning.method import walks_by_sites
 from pruneexp.types import (
     Budget,
     Compensator,
@@ -123,7 +124,7 @@ def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator:
         ConfigError: the search cannot remove so much, even if compensation added no bias (the largest ratio it names
             leaves room for all of them); or the compensator cannot walk through such a model.
     """
-    if not _blocks_alone(search) and any(kind.source == "wanted" for kind in evidence_kinds(compensator.evidence)):
+    if not _blocks_alone(search) and walks_by_sites(compensator):
         require_sums(model)
     budget, sites = whole_budget(model, search, sparsity, sparsity.ratio), searched_sites(model, search)
     biases = budget.added_params(biases_added(model, sparsity, compensator, sites))

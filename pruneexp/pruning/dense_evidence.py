@@ -16,10 +16,9 @@ from pruneexp.calibrate import DenseStates, Meter, walk
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.pruning.notes import Notes
-from pruneexp.types import Criterion, RemovalPath, RunError, Score, Site, evidence_kinds, unit_scores
+from pruneexp.types import Criterion, RemovalPath, RunError, Score, Site, collected_by, evidence_kinds, unit_scores
 
 SMALL = 64  # bytes a channel
-WALKED = ("reader", "writer", "block")  # sources of evidence that one shared pass through the blocks collects
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Results:
                     evidence = own if each is kind else evidence
         assert evidence is not None
         scores, forward, backward = scored
-        walked = tokens_NT is not None and any(each.source in WALKED for each in distinct(_kinds(criterion), kind))
+        walked = tokens_NT is not None and bool(collected_by("walk", distinct(_kinds(criterion), kind)))
         meter.forward += forward + walked
         meter.backward += backward
         return scores, evidence
@@ -120,7 +119,7 @@ def _collected(
         for kind, own in zip(kept, evidence, strict=True):
             own.update(visit.of(kind))
         del visit  # holds the block's weights: before the next ones come
-    if tokens_NT is not None and any(each.source in WALKED for each in kinds):
+    if tokens_NT is not None and collected_by("walk", kinds):
         meter.forward = max(0.0, round(meter.forward - 1, 9))
     return scores, evidence, meter
 

@@ -44,6 +44,7 @@ from pruneexp.types.protocols import (
     Sparsity,
     Tracker,
 )
+from pruneexp.types.sources import SOURCES, collected_by, source_of
 
 __all__ = [
     "Block",
@@ -65,6 +66,7 @@ __all__ = [
     "RemovalPath",
     "RunError",
     "RunRecord",
+    "SOURCES",
     "Score",
     "Scores",
     "Search",
@@ -73,8 +75,10 @@ __all__ = [
     "SiteWeights",
     "Sparsity",
     "Tracker",
+    "collected_by",
     "evidence_kinds",
     "filled",
+    "source_of",
     "unit_scores",
     "updated_",
     "updates_in_place",

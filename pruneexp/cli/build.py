@@ -83,13 +83,13 @@ def check_together(experiment: Experiment) -> None:
     _check_quantity(experiment)
     if getattr(experiment.model, "stream", False):
         for kind in types.evidence_kinds(experiment.criterion.evidence):
-            if kind.source in ("gradient", "influence"):
+            if types.source_of(kind).differentiates:
                 chosen = experiment.job["choices"]["criterion"]
                 raise ConfigError(
                     f"model.stream=True: criterion={chosen} needs backward passes through the whole model; "
                     "expected model.stream=false, or a criterion that only needs forward passes"
                 )
-            if kind.source == "probe":
+            if types.source_of(kind).probes:
                 chosen = experiment.job["choices"]["criterion"]
                 raise ConfigError(
                     f"model.stream=True: criterion={chosen} measures the loss of many structures; "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruneexp.cache import Cache, NoCache
 from pruneexp.cache.packing import bytes_of
-from pruneexp.calibrate import DenseStates, Meter, walk
+from pruneexp.calibrate import Bookmark, DenseStates, Meter, walk
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.pruning.notes import Notes
@@ -106,12 +106,10 @@ def _collected(
     wanted = None if criterion is None else criterion.evidence
     kinds = distinct(wanted, *kept)
     name = "_".join(["dense", *(["scores"] if criterion else []), *(["evidence"] if kept else [])])
-    note = notes.bookmark(name, lambda: (scores, evidence))
+    note = notes.bookmark(name, Bookmark(meter, "calibrate"), lambda: (scores, evidence))
     if note.found is not None:
         scores, evidence = note.found
-    walked = walk(
-        model, tokens_NT, kinds, meter, "calibrate", read_only=True, whole=whole, bookmark=note, dense_states=states
-    )
+    walked = walk(model, tokens_NT, kinds, note, read_only=True, whole=whole, dense_states=states)
     for visit in walked:
         if criterion is not None:
             found = checked(criterion(visit.whole or visit.block, visit.of(wanted)))

@@ -81,12 +81,10 @@ def _all_at_once(work: Pruning) -> Plan:
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.record.clock("shrink"):
         if by_site(compensator) and not blocks_alone:
-            note = work.record.notes.bookmark("shrink", lambda: None, writing=True)
-            _site_by_site(work, lambda visit: renamed, (), note)
+            _site_by_site(work, lambda visit: renamed, (), work.record.bookmark("shrink"))
         else:
             kinds = distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
-            note = work.record.notes.bookmark("shrink", lambda: None, writing=True)
-            for visit in walk(work.model, work.tokens_NT, kinds, work.record.meter, "shrink", bookmark=note):
+            for visit in walk(work.model, work.tokens_NT, kinds, work.record.bookmark("shrink")):
                 evidence = visit.of(compensator.evidence) if kinds else dense
                 _shrink(work, visit, renamed, evidence)
                 del visit, evidence
@@ -124,7 +122,7 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
     if work.tokens_NT is None:
         raise RunError("compensator.target='dense': expected calibration windows")
     plan, states = Plan({}), work.record.results.dense_states(work.model)
-    walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, work.record.meter, "shrink", note, states)
+    walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, note, states)
     for visit, site, collect in walked:
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
@@ -158,16 +156,14 @@ def _layer_by_layer(work: Pruning, sites: Sequence[Site]) -> Plan:
     sitewise = by_site(compensator)
     kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
     decided = _Decided(work)
-    note = work.record.notes.bookmark("shrink", decided.noted, writing=True)
+    note = work.record.bookmark("shrink" if sitewise else "calibrate and shrink", decided.noted)
     if note.found is not None:
         decided.go_on(note.found)
     with work.record.clock("calibrate"):
         if sitewise:
             _site_by_site(work, decided.at, kinds, note)
         else:
-            for visit in walk(
-                work.model, work.tokens_NT, kinds, work.record.meter, "calibrate and shrink", bookmark=note
-            ):
+            for visit in walk(work.model, work.tokens_NT, kinds, note):
                 plan = decided.at(visit)
                 evidence = visit.of(compensator.evidence) if compensator.sequential else dense
                 _shrink(work, visit, plan, evidence)

@@ -33,7 +33,7 @@ SOURCES: Mapping[str, Source] = {
 
 def source_of(kind: Any) -> Source:
     """Raises ConfigError for a kind of evidence whose source nothing feeds."""
-    name = getattr(kind, "source", None)
+    name: str = getattr(kind, "source", "")
     if name not in SOURCES:
         kind_name = getattr(kind, "__name__", type(kind).__name__)
         raise ConfigError(f"{kind_name}.source={name!r}: expected one of {', '.join(SOURCES)}")

@@ -178,14 +178,4 @@ def own_model(folder: Path, like: Model) -> Model:
             tensor.copy_(torch.zeros(()) if name.endswith(".bias") and name not in files else files[name])
     files.close()
     module.eval().requires_grad_(False)
-    stock = modeling_pruned.stock_config(pruned)
-    return Model(
-        module,
-        None,
-        modeling_pruned.family_of(stock),
-        stock,
-        name="reloaded",
-        device=torch.device("cpu"),
-        dtype=like.dtype,
-        batch_size=1,
-    )
+    return Model(module, None, name="reloaded", device=torch.device("cpu"), batch_size=1)

@@ -31,7 +31,7 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
         model_class, config_class = (modeling_pruned.__getattr__(name) for name in own)
     try:
         config = config_class.from_pretrained(folder)
-        stock = modeling_pruned.stock_config(config) if model_type.startswith("pruned_") else config
+        stock = unpruned_config(config)
         family = modeling_pruned.family_of(stock)
     except Exception as error:  # each config class checks itself in its own way
         reason = " ".join(str(error).split())
@@ -53,3 +53,8 @@ def skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dtyp
     for layer in module.base_model.get_submodule(family.layers):
         modeling_pruned.split_experts_(layer, family)
     return module
+
+
+def unpruned_config(config: Any) -> Any:
+    """The stock architecture's: itself, or a pruned one without its structure."""
+    return modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pruneexp.model import modeling_pruned
+from pruneexp.model.architecture import unpruned_config
 from pruneexp.model.checks import check_counts
 from pruneexp.model.loaded import Model
-from pruneexp.model.modeling_pruned import Experts, Family, experts_of, family_of, split_experts_, stock_config
+from pruneexp.model.modeling_pruned import Experts, Family, experts_of, family_of, split_experts_
 from pruneexp.model.placement import connect_
 from pruneexp.model.source import DTYPES, Described
 from pruneexp.model.weights import check_finite
@@ -63,7 +63,7 @@ class GivenModel:
         """It lies in memory."""
 
     def describe(self) -> Described:
-        config = _stock(self.module.config)
+        config = unpruned_config(self.module.config)
         limit, family = getattr(config, "max_position_embeddings", None), family_of(config)
         return Described(self.tokens_of, config.vocab_size, limit, family.learned_positions, family)
 
@@ -97,15 +97,14 @@ class GivenModel:
         return {"name": self.name, "path": self.path, "files": {"given": {"sha256": digest.hexdigest()}}}
 
     def _model(self, module: Any) -> Model:
-        config = _stock(module.config)
+        config = unpruned_config(module.config)
         family = family_of(config)
-        if config.tie_word_embeddings and not _tied(module):
-            config.tie_word_embeddings = module.config.tie_word_embeddings = False
-        elif not config.tie_word_embeddings and _tied(module):
-            config.tie_word_embeddings = module.config.tie_word_embeddings = True
-            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
-        layers_path = f"{module.base_model_prefix}.{family.layers}"
-        layers = module.get_submodule(layers_path)
+        tied = _tied(module)
+        if tied != bool(config.tie_word_embeddings):
+            module.config.tie_word_embeddings = tied
+            if tied:
+                module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
+        layers = module.get_submodule(f"{module.base_model_prefix}.{family.layers}")
         for layer in layers:
             _split_experts_(layer, family)
         home = next(module.get_input_embeddings().parameters()).device
@@ -116,11 +115,8 @@ class GivenModel:
         return Model(
             module,
             self.tokens_of,
-            family,
-            config,
             name=self.name,
             device=home,
-            dtype=Counter(p.dtype for p in layers.parameters()).most_common(1)[0][0],
             batch_size=self.batch_size,
             placement=placement,
         )
@@ -130,8 +126,8 @@ def check_module(module: Any) -> None:
     """Raises ConfigError, naming what was found and what was expected, for what cannot be pruned as it is."""
     for found, expected in _problems(module):
         raise ConfigError(f"model: {found}; expected {expected}")
-    check_counts(_stock(module.config), "model")
-    family = family_of(_stock(module.config))
+    check_counts(unpruned_config(module.config), "model")
+    family = family_of(unpruned_config(module.config))
     for name, value in family.impossible:
         if getattr(module.config, name) == value:
             raise ConfigError(f"model: {name}={value} is not supported; expected another model")
@@ -185,10 +181,6 @@ def _foreign_hooks(module: nn.Module) -> Iterator[str]:
             home = getattr(hook, "__module__", None) or ""
             if not home.startswith((PLACEMENT, OBSERVERS, "pruneexp.")):
                 yield name or "the model"
-
-
-def _stock(config: Any) -> Any:
-    return stock_config(config) if config.model_type.startswith("pruned_") else config
 
 
 def _tied(module: Any) -> bool:

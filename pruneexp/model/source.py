@@ -16,7 +16,7 @@ import torch
 
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.model import checks, companions, modeling_pruned
-from pruneexp.model.architecture import model_class_of, skeleton
+from pruneexp.model.architecture import model_class_of, skeleton, unpruned_config
 from pruneexp.model.checkpoint import Checkpoint, fingerprints, holds_weights
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
@@ -141,7 +141,7 @@ class ModelSource:
     def stock_config(self, folder: Path) -> Any:
         """The config of the stock architecture: a pruned checkpoint's, without its structure."""
         _, config, _ = model_class_of(folder, self.read_config(folder)["model_type"])
-        return modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config
+        return unpruned_config(config)
 
     def tokenizer(self, folder: Path) -> Any:
         """The folder's tokenizer, None where it has none: one object as long as no file there changes, so that what was
@@ -174,7 +174,7 @@ class ModelSource:
         mixed = checks.precisions(checkpoint.dtypes())
         if mixed:
             logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, dtype)
-        model = self._model(module, tokenizer, family, config, dtype, checkpoint if self.stream else None)
+        model = self._model(module, tokenizer, family, dtype, checkpoint if self.stream else None)
         load_outside_(module, config, layers_path, checkpoint, model.device, dtype)
         if not self.stream:
             layers = list(model.layers)
@@ -198,7 +198,6 @@ class ModelSource:
         module: Any,
         tokenizer: Any,
         family: modeling_pruned.Family,
-        config: Any,
         dtype: torch.dtype,
         checkpoint: Checkpoint | None,
     ) -> Model:
@@ -213,11 +212,8 @@ class ModelSource:
         return Model(
             module,
             tokenizer,
-            family,
-            modeling_pruned.stock_config(config) if config.model_type.startswith("pruned_") else config,
             name=self.name,
             device=home,
-            dtype=dtype,
             batch_size=self.batch_size,
             checkpoint=checkpoint,
             placement=placement,
@@ -253,7 +249,7 @@ def _outline(source: ModelSource, folder: Path, weights: bool, files: tuple[File
         settle_ties_(model_class, config, checkpoint)
     with checks.building(source.path, config_json["model_type"]):
         module = skeleton(model_class, config, family, dtype)
-        outline = source._model(module, None, family, config, dtype, None)
+        outline = source._model(module, None, family, dtype, None)
         outline.sites()
     if checkpoint is not None:
         checks.check_tensors(module, checkpoint, source.path)

@@ -10,16 +10,7 @@ from pruneexp.calibrate import require_sums
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.modeling_pruned import LayerStructure
 from pruneexp.pruning.method import walks_by_sites
-from pruneexp.types import (
-    Budget,
-    Compensator,
-    ConfigError,
-    Criterion,
-    Search,
-    Site,
-    Sparsity,
-    evidence_kinds,
-)
+from pruneexp.types import Budget, Compensator, ConfigError, Criterion, Search, Site, Sparsity, evidence_kinds
 
 COUNTS: dict[str, Any] = {"decoder": "params", "prunable": "params"}  # the others are called what they count
 

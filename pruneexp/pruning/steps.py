@@ -24,12 +24,7 @@ logger = logging.getLogger("pruneexp")
 
 
 def prune_(
-    model: Model,
-    tokens_NT: Tensor | None,
-    method: Method,
-    ratio: float,
-    record: Record,
-    original: int | None = None,
+    model: Model, tokens_NT: Tensor | None, method: Method, ratio: float, record: Record, original: int | None = None
 ) -> Pruned:
     """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
 
@@ -210,11 +205,7 @@ def _shrink(work: Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]
 
 
 def _readers(
-    work: Pruning,
-    weights: Mapping[str, SiteWeights],
-    sites: Sequence[Site],
-    plan: Plan,
-    evidence: Mapping[str, Any],
+    work: Pruning, weights: Mapping[str, SiteWeights], sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
     compensator = work.method.compensator

@@ -10,21 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import (
-    planned,
-    raw,
-    require,
-    standardised,
-    z_scores,
-)
-from pruneexp.search.granularity import (
-    Granularity,
-    check_settings,
-    chosen_sites,
-    is_plain,
-    least_units,
-    removal_steps,
-)
+from pruneexp.search.common import planned, raw, require, standardised, z_scores
+from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain, least_units, removal_steps
 from pruneexp.search.ranking import ranked
 from pruneexp.search.removable import Gone, Item, Removable, bundled, losses_in_order, unit_order, within_reach
 from pruneexp.types import Budget, Oracle, Plan, Scores, Site

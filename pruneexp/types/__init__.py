@@ -30,6 +30,7 @@ from pruneexp.types.nouns import (
     Site,
     SitePlan,
     SiteWeights,
+    require_least,
     unit_scores,
 )
 from pruneexp.types.protocols import (
@@ -78,6 +79,7 @@ __all__ = [
     "collected_by",
     "evidence_kinds",
     "filled",
+    "require_least",
     "source_of",
     "unit_scores",
     "updated_",

@@ -90,7 +90,7 @@ def observe(
         if read is not None:
             attention_reader = layer.get_submodule(model.family.attention_reader)
             hooks.enter_context(attention_reader.register_forward_hook(partial(_note, read)))
-        if by_source["block"] and any(site.kind != "block" for site in judged.sites) and here.whole is not None:
+        if by_source["block"] and here.whole is not None and any(site.kind != "block" for site in judged.sites):
             hooks.enter_context(_between_sublayers(model, layer, middle))
         for number, (x_BTD, call) in enumerate(zip(windows.hidden, windows.calls, strict=True)):
             x_BTD = x_BTD.to(device)  # the layer before may lie on another

@@ -178,7 +178,7 @@ class _Parts:
         for number, x_BTD in enumerate(self.windows.hidden):
             kept_BTK = inputs.pop(number, None)
             if kept_BTK is None:
-                given[number] = self._attention(x_BTD, number)
+                given[number] = self._part(x_BTD, number, self.model.family.attention_reader, True)[1].view_as(x_BTD)
             else:
                 given[number] = self._read(self.model.family.attention_reader, kept_BTK)
             self._count(whole if kept_BTK is None else whole - before)
@@ -238,9 +238,6 @@ class _Parts:
     def _count(self, share: float) -> None:
         """Charges a share of a plain run of the layer for one batch."""
         self.meter.forward += share / len(self.windows.hidden) / len(self.model.layers)
-
-    def _attention(self, x_BTD: Tensor, number: int) -> Tensor:
-        return self._part(x_BTD, number, self.model.family.attention_reader, True)[1].view_as(x_BTD)
 
     def _on(self, x_BTD: Tensor, number: int, given_BTD: Tensor) -> Tensor:
         with self._attention_gives(given_BTD):

@@ -39,7 +39,7 @@ def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float)
 def searched_sites(model: Model, search: Search) -> list[Site]:
     """What a search may choose from: the sublayers, and whole blocks where these may leave; or blocks alone."""
     granularity = search.granularity
-    sites = [] if _blocks_alone(search) else as_searched(model, search, model.sites())
+    sites = [] if blocks_alone(search) else as_searched(model, search, model.sites())
     layers = range(len(model.layers)) if "blocks" in granularity else ()
     return sites + [site for index in layers for site in model.whole_block(index).sites]
 
@@ -52,7 +52,8 @@ def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Sit
     return [site for site in sites if site.expert is None] + whole
 
 
-def _blocks_alone(search: Search) -> bool:
+def blocks_alone(search: Search) -> bool:
+    """Whether whole blocks leave and nothing else, so that no reader is there to be compensated."""
     return set(search.granularity) == {"blocks"}
 
 
@@ -115,7 +116,7 @@ def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator:
         ConfigError: the search cannot remove so much, even if compensation added no bias (the largest ratio it names
             leaves room for all of them); or the compensator cannot walk through such a model.
     """
-    if not _blocks_alone(search) and walks_by_sites(compensator):
+    if not blocks_alone(search) and walks_by_sites(compensator):
         require_sums(model)
     budget, sites = whole_budget(model, search, sparsity, sparsity.ratio), searched_sites(model, search)
     biases = budget.added_params(biases_added(model, sparsity, compensator, sites))

@@ -12,7 +12,7 @@ from torch import Tensor
 from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
 from pruneexp.model import Model
 from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
-from pruneexp.pruning.budget import as_searched, budget_of, searched_sites, whole_budget
+from pruneexp.pruning.budget import as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_readers
 from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, judged_whole
 from pruneexp.pruning.record import Record
@@ -54,10 +54,8 @@ def prune_(
 def _all_at_once(work: Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    granularity = work.method.search.granularity
-    blocks_alone = set(granularity) == {"blocks"}  # nothing is left to compensate
-    shown = judged_whole(work.method)
-    dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
+    shown, compensates = judged_whole(work.method), not blocks_alone(work.method.search)
+    dense_kind = compensator.evidence if compensates and not compensator.sequential else None
     with work.record.clock("calibrate"):
         scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
         if lost := criterion.lost(scores):  # said of scores from the cache, too
@@ -66,8 +64,7 @@ def _all_at_once(work: Pruning) -> Plan:
     with work.record.clock("search"):
         sites = searched_sites(work.model, work.method.search)
         work.scores.update(expert_scores(work.scores, sites))
-        scores = work.scores
-        scores = block_scores(scores, sites) if blocks_alone and not shown else scores
+        scores = work.scores if compensates or shown else block_scores(work.scores, sites)
         plan = plan_all_layers(work, sites, scores)
     work.scores = without_readers(work.scores)
     del scores  # and with them the covariances of removal paths
@@ -75,10 +72,10 @@ def _all_at_once(work: Pruning) -> Plan:
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.record.clock("shrink"):
-        if by_site(compensator) and not blocks_alone:
+        if by_site(compensator) and compensates:
             _site_by_site(work, lambda visit: renamed, (), work.record.bookmark("shrink"))
         else:
-            kinds = distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
+            kinds = distinct(compensator.evidence if compensator.sequential and compensates else None)
             for visit in walk(work.model, work.tokens_NT, kinds, work.record.bookmark("shrink")):
                 evidence = visit.of(compensator.evidence) if kinds else dense
                 _shrink(work, visit, renamed, evidence)

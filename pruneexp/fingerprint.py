@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import re
@@ -164,7 +163,10 @@ def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 # Code
 
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_LONG = r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'
+_STRING = _LONG + "|" + _LONG.replace('"', "'") + r"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'"""
+_PIECE = re.compile(rf"(?:\A|(?<=:\n))\s*[rR]?{_LONG}|({_STRING})|#[^\n]*", re.DOTALL)  # docstring, string, comment
+_IMPORT = re.compile(r"^[ \t]*(?:from (pruneexp[\w.]*) import (\([^)]*\)|.*)|import (pruneexp[\w.]*))", re.MULTILINE)
 
 
 @cache
@@ -181,42 +183,33 @@ def code_version(*more: str) -> str:
 
 def import_closure(*names: str) -> set[str]:
     """These modules of ours (of packages, all in them), and what they import, and so on, as dotted names."""
+    files = (path.relative_to(ROOT.parent).with_suffix("") for path in ROOT.rglob("*.py"))
+    modules = {".".join(file.parts).removesuffix(".__init__") for file in files} - {"pruneexp"}
     found: set[str] = set()
     waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name in found:
+        while name not in modules and name:  # of what is imported from a module, the module
+            name = name.rpartition(".")[0]
+        if not name or name in found:
             continue
         found.add(name)
         waiting += _code(name)[1]
-        folder = ROOT / Path(*name.split(".")[1:])
-        waiting += [f"{name}.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"]
+        waiting += [each for each in modules if each.rpartition(".")[0] == name]
     return found
 
 
 @cache
 def _code(name: str) -> tuple[str, frozenset[str]]:
-    """The code of one of our modules without comments and docstrings, as a hash, and the modules of ours it imports."""
-    tree = ast.parse(_file(name).read_text(encoding="utf-8"))
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = {each for each in map(_module, imported) if each is not None}
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(ours)
-
-
-def _module(name: str) -> str | None:
-    """The module of ours that an import of `name` runs; None for what is not ours, and for the package itself."""
-    while name.startswith("pruneexp."):
-        if _file(name).is_file():
-            return name
-        name = name.rpartition(".")[0]
-    return None
+    """The code of one of our modules without comments, docstrings and empty lines, as a hash, and the dotted names of
+    ours that it imports. (By pattern: a syntax tree of all these modules takes half a second.)"""
+    text = _PIECE.sub(lambda piece: piece[1] or "", _file(name).read_text(encoding="utf-8"))
+    imported: set[str] = set()
+    for module, listed, alone in _IMPORT.findall(text):
+        own = (each.split()[0] for each in listed.strip("()").split(",") if each.strip())
+        imported |= {f"{module}.{each}" for each in own} if module else {alone}
+    lines = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+    return hashlib.sha256(lines.encode()).hexdigest(), frozenset(imported)
 
 
 def _file(name: str) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.calibrate import Meter, Probe, walk
+from pruneexp.calibrate import Bookmark, Meter, Probe, walk
 from pruneexp.evidence import Moments
 from pruneexp.model import Model, source
 from pruneexp.model.sites import site_parts
@@ -76,11 +76,11 @@ def half(sites: tuple[Site, ...]) -> Plan:
 def test_nothing_is_left_hanging(family: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model = tiny(family)
     before = hooks(model)
-    for visit in walk(model, tokens_NT, (Moments, AtBlock), Meter(), "test"):
+    for visit in walk(model, tokens_NT, (Moments, AtBlock), Bookmark(Meter(), "test")):
         assert hooks(model) == before, "while the caller has the block, it is the model's own"
         assert set(visit.evidence) == {Moments, AtBlock}
     assert hooks(model) == before
-    stopped = walk(model, tokens_NT, (Moments,), Meter(), "test")
+    stopped = walk(model, tokens_NT, (Moments,), Bookmark(Meter(), "test"))
     next(stopped)
     stopped.close()
     assert hooks(model) == before
@@ -94,7 +94,7 @@ def test_nothing_is_left_hanging_by_evidence_that_fails(tiny: Callable[..., Mode
     model = tiny("opt")
     before = hooks(model)
     with pytest.raises(RunError, match="no"):
-        next(walk(model, tokens_NT, (Failing,), Meter(), "test"))
+        next(walk(model, tokens_NT, (Failing,), Bookmark(Meter(), "test")))
     assert hooks(model) == before
 
 
@@ -103,7 +103,7 @@ def test_a_block_is_given_what_the_model_gives_it(family: str, tiny: Callable[..
     model = tiny(family)
     with torch.no_grad():
         states = model.module(tokens_NT, output_hidden_states=True).hidden_states
-    for visit in walk(model, tokens_NT, (AtBlock,), Meter(), "test", read_only=True):
+    for visit in walk(model, tokens_NT, (AtBlock,), Bookmark(Meter(), "test"), read_only=True):
         assert set(visit.of(AtBlock)) == {site.name for site in visit.block.sites}
         for seen in visit.of(AtBlock).values():
             assert [len(x) for x in seen.x] == [4, 4, 2]
@@ -124,7 +124,7 @@ def test_a_readers_input_is_handed_over_by_windows(
             reader.register_forward_pre_hook(lambda _m, args, name=site.name: read.update({name: args[0]}))
     with torch.no_grad():
         plain.module(tokens_NT)
-    for visit in walk(tiny(family, stream=stream), tokens_NT, (AtReader,), Meter(), "test", read_only=True):
+    for visit in walk(tiny(family, stream=stream), tokens_NT, (AtReader,), Bookmark(Meter(), "test"), read_only=True):
         for site in visit.block.sites:
             seen = visit.of(AtReader)[site.name]
             # OPT flattens the windows in front of its FFN
@@ -139,7 +139,7 @@ def test_an_untouched_walk_is_one_dense_pass(family: str, tiny: Callable[..., Mo
     for read_only in (False, True):
         model, meter = tiny(family), Meter()
         before = model.token_losses(tokens_NT, 4)
-        visits = walk(model, tokens_NT, (Moments,), meter, "test", read_only=read_only)
+        visits = walk(model, tokens_NT, (Moments,), Bookmark(meter, "test"), read_only=read_only)
         found.append({name: moments for visit in visits for name, moments in visit.of(Moments).items()})
         assert meter.forward == pytest.approx(1) and meter.backward == 0
         assert torch.equal(model.token_losses(tokens_NT, 4), before)
@@ -156,16 +156,20 @@ def test_a_pruning_walk_sees_what_the_shrunk_model_before_it_produces(
 ) -> None:
     model, meter, seen = tiny(family), Meter(), {}
     plan = half(model.sites())
-    for visit in walk(model, tokens_NT, (Moments,), meter, "test"):
+    for visit in walk(model, tokens_NT, (Moments,), Bookmark(meter, "test")):
         seen.update(visit.of(Moments))
         shrink_layer_(model, visit.index, plan)
     assert meter.forward == pytest.approx(1 + 2 / 3), "each block once, and again after it was pruned but for the last"
-    dense = {n: m for v in walk(tiny(family), tokens_NT, (Moments,), Meter(), "test") for n, m in v.of(Moments).items()}
+    dense = {
+        n: m
+        for v in walk(tiny(family), tokens_NT, (Moments,), Bookmark(Meter(), "test"))
+        for n, m in v.of(Moments).items()
+    }
     for index in range(3):
         scratch = tiny(family)
         for earlier in range(index):
             shrink_layer_(scratch, earlier, plan)
-        for visit in walk(scratch, tokens_NT, (Moments,), Meter(), "test", read_only=True):
+        for visit in walk(scratch, tokens_NT, (Moments,), Bookmark(Meter(), "test"), read_only=True):
             if visit.index == index:
                 for name, moments in visit.of(Moments).items():
                     assert torch.equal(moments.mean_C, seen[name].mean_C)
@@ -175,7 +179,7 @@ def test_a_pruning_walk_sees_what_the_shrunk_model_before_it_produces(
 
 def test_a_read_only_walk_notices_being_lied_to(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model = tiny("llama")
-    walking = walk(model, tokens_NT, (Moments,), Meter(), "test", read_only=True)
+    walking = walk(model, tokens_NT, (Moments,), Bookmark(Meter(), "test"), read_only=True)
     visit = next(walking)
     with torch.no_grad():
         visit.layer.mlp.down_proj.weight.mul_(2)  # type: ignore[union-attr, operator]
@@ -189,7 +193,7 @@ def test_without_evidence_or_tokens_blocks_are_opened_and_not_run(
 ) -> None:
     monkeypatch.setattr(Model, "run_layer", lambda *_: pytest.fail("a block was run"))
     meter = Meter()
-    visits = list(walk(tiny("llama"), None if kinds else tokens_NT, kinds, meter, "test"))
+    visits = list(walk(tiny("llama"), None if kinds else tokens_NT, kinds, Bookmark(meter, "test")))
     assert [visit.index for visit in visits] == [0, 1, 2] and meter.forward == 0
 
 
@@ -198,7 +202,7 @@ def test_streamed_evidence_is_that_in_memory(family: str, tiny: Callable[..., Mo
     held, streamed = (
         {
             n: m
-            for v in walk(tiny(family, stream=s), tokens_NT, (Moments,), Meter(), "test")
+            for v in walk(tiny(family, stream=s), tokens_NT, (Moments,), Bookmark(Meter(), "test"))
             for n, m in v.of(Moments).items()
         }
         for s in (False, True)
@@ -363,7 +367,7 @@ def blocks_held(model: Model) -> int:
 def test_a_streamed_walk_holds_one_block(family: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model = tiny(family, stream=True)
     assert blocks_held(model) == 0
-    for visit in walk(model, tokens_NT, (Moments,), Meter(), "test"):
+    for visit in walk(model, tokens_NT, (Moments,), Bookmark(Meter(), "test")):
         assert [not p.is_meta for p in visit.layer.parameters()].count(False) == 0
         assert blocks_held(model) == 1
         shrink_layer_(model, visit.index, half(visit.block.sites))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.cache import Cache, NoCache
-from pruneexp.calibrate import Meter, Probe, walk
+from pruneexp.calibrate import Bookmark, Meter, Probe, walk
 from pruneexp.compensator import NoCompensation
 from pruneexp.criterion import BlockInfluence, LossDrop, Random
 from pruneexp.evidence import BlockChange, LossWithout
@@ -115,7 +115,7 @@ def test_loss_drop_is_the_loss_of_the_model_without_the_block(
 ) -> None:
     model, meter = tiny(family), Meter()
     dense = model.token_losses(tokens_NT, 4).mean()
-    for visit in walk(model, tokens_NT, (LossWithout,), meter, "test", read_only=True, whole=["block"]):
+    for visit in walk(model, tokens_NT, (LossWithout,), Bookmark(meter, "test"), read_only=True, whole=["block"]):
         with masked(model, Plan({visit.block.name: SitePlan("block", 1, ())})):
             expected = model.token_losses(tokens_NT, 4).mean() - dense
         score = LossDrop()(visit.whole, visit.of(LossWithout))[visit.block.name]
@@ -140,7 +140,9 @@ def test_losses_that_are_not_finite_are_the_dearest(
 ) -> None:
     def scores(lost: Sequence[int]) -> list[float]:
         lose(monkeypatch, *lost)
-        visits = walk(tiny("llama"), tokens_NT, (LossWithout,), Meter(), "test", read_only=True, whole=["block"])
+        visits = walk(
+            tiny("llama"), tokens_NT, (LossWithout,), Bookmark(Meter(), "test"), read_only=True, whole=["block"]
+        )
         return [LossDrop()(visit.whole, visit.of(LossWithout))[visit.block.name].item() for visit in visits]
 
     assert max(scores([])) < 100

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pruneexp.calibrate import Meter, site_walk, walk, walk_sites
+from pruneexp.calibrate import Bookmark, Meter, site_walk, walk, walk_sites
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.model import Model, modeling_pruned, next_token_losses
@@ -77,7 +77,7 @@ def evidence(loaded: Made, tokens_NT: torch.Tensor) -> Callable[[str], dict[str,
     def collect(name: str) -> dict[str, Any]:
         if name not in made:
             found: dict[str, Any] = {"none": {}, "bias": {}, "least_squares": {}}
-            for visit in walk(loaded(name), tokens_NT, (Moments, Gram), Meter(), "test", read_only=True):
+            for visit in walk(loaded(name), tokens_NT, (Moments, Gram), Bookmark(Meter(), "test"), read_only=True):
                 found["bias"].update(visit.of(Moments))
                 found["least_squares"].update(visit.of(Gram))
             made[name] = found
@@ -305,7 +305,7 @@ def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
 ) -> None:
     """Parallel sublayers, and such as are scaled before they are added."""
     model = loaded(name)
-    for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
+    for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Bookmark(Meter(), "test")):
         seen = collect(torch.arange(site.channels))
         weights = model.block(visit.index).weights[site.name]
         given = seen.inputs.covariance_CC @ weights.reader.T  # covariance of the inputs and what the reader gives
@@ -320,7 +320,7 @@ def test_site_by_site_layers_run_on_from_what_their_readers_were_left(
     for kept in (site_walk.KEPT_BYTES, 0):
         monkeypatch.setattr(site_walk, "KEPT_BYTES", kept)
         model, seen = loaded(name), {}
-        for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Meter(), "test"):
+        for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Bookmark(Meter(), "test")):
             half = tuple(range(0, site.units, 2))
             seen[site.name] = collect(site.keep_C(half)).wanted_mean_O
             shrink_layer_(model, visit.index, Plan({site.name: SitePlan(site.kind, site.units, half)}))
@@ -332,7 +332,7 @@ def test_site_by_site_layers_run_on_from_what_their_readers_were_left(
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_site_by_site_needs_sums(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match="compensator.target='dense'"):
-        next(iter(walk_sites(loaded(name), tokens_NT, WantedOutput, (), Meter(), "test")))
+        next(iter(walk_sites(loaded(name), tokens_NT, WantedOutput, (), Bookmark(Meter(), "test"))))
 
 
 def test_norms_in_front_as_they_scale(loaded: Made) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import shutil
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,3 +88,18 @@ def test_somebody_elses_criterion_goes_by_its_file(tmp_path: Path, monkeypatch: 
     file.write_text("class Mine:\n    x = 1\n")
     assert fingerprint.version_of(Mine) != before
     assert fingerprint.version_of(Flap).split() == [f"{Flap.__module__}.Flap"], "ours are in code_version"
+
+
+@pytest.mark.slow
+def test_what_is_left_out_is_docstrings_and_comments() -> None:
+    for path in sorted(fingerprint.ROOT.rglob("*.py")):
+        text = path.read_text()
+        said = [piece[0] for piece in fingerprint._PIECE.finditer(text) if piece[1] is None]
+        tree = ast.parse(text)
+        documented = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+        docs = [doc for node in documented if (doc := ast.get_docstring(node, clean=False)) is not None]
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+        assert sorted(each for each in said if each.startswith("#")) == sorted(comments), path
+        found = [ast.literal_eval(each.strip()) for each in said if not each.startswith("#")]
+        assert sorted(found) == sorted(docs), path

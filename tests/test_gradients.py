@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter, gradient_evidence, walk
+from pruneexp.calibrate import Bookmark, Meter, gradient_evidence, walk
 from pruneexp.criterion import Taylor
 from pruneexp.evidence import Gradient, Moments, PerSampleGradient
 from pruneexp.model import Model
@@ -78,7 +78,7 @@ def test_squares_go_by_window(tiny: Callable[..., Model], tokens_NT: Tensor) -> 
 def test_the_walk_hands_gradients_out_beside_statistics(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model, meter = tiny("opt"), Meter()
     whole = gradient_evidence(model, tokens_NT, Gradient, Meter())
-    for visit in walk(model, tokens_NT, (Moments, Gradient), meter, "test", read_only=True):
+    for visit in walk(model, tokens_NT, (Moments, Gradient), Bookmark(meter, "test"), read_only=True):
         both = visit.of((Moments, Gradient))
         for site in visit.block.sites:
             moments, gradient = both[site.name]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pruneexp.calibrate import Meter, walk
+from pruneexp.calibrate import Bookmark, Meter, walk
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
 from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Obs, Taylor, WandaSp
 from pruneexp.evidence import InputMoments, Moments
@@ -108,7 +108,7 @@ def test_an_expert_is_judged_by_the_tokens_routed_to_it(made: Made, tokens_NT: t
     assert 2 < len(routed_ND) < len(hidden_ND)
     x_NC = torch.nn.functional.silu(routed_ND @ expert.w1.weight.T) * (routed_ND @ expert.w3.weight.T)
     model.batch_size = 2
-    visit = list(walk(model, tokens_NT, (Moments, InputMoments), Meter(), "test", read_only=True))[1]
+    visit = list(walk(model, tokens_NT, (Moments, InputMoments), Bookmark(Meter(), "test"), read_only=True))[1]
     seen, read = (visit.of(kind)["model.layers.1.mlp.experts.2"] for kind in (Moments, InputMoments))
     assert seen.n == read.n == len(routed_ND)
     torch.testing.assert_close(seen.mean_C, x_NC.mean(0))
@@ -131,7 +131,7 @@ def test_an_expert_is_judged_by_the_tokens_routed_to_it(made: Made, tokens_NT: t
 def test_an_expert_without_a_token_is_worth_nothing(criterion: Any, made: Made, tokens_NT: torch.Tensor) -> None:
     model = made("mixtral")
     idle(model)
-    for visit in walk(model, tokens_NT, (criterion.evidence,), Meter(), "test", read_only=True):
+    for visit in walk(model, tokens_NT, (criterion.evidence,), Bookmark(Meter(), "test"), read_only=True):
         for name, score in criterion(visit.block, visit.of(criterion.evidence)).items():
             score_U = unit_scores(score)
             assert score_U.isfinite().all()

@@ -328,7 +328,7 @@ def test_gates_keep_on_average_what_they_say_and_are_lowered_to_the_budget_once(
     sites = sites_for(model_sites(3, heads=3, channels=10), granularity)
     whole = sum(s.units * s.cost.params for s in sites if s.kind != "block")
     budget = Budget(0.4, whole)
-    gates = Gates(Removable(draws(sites), sites, budget, granularity, 0, 1))
+    gates = Gates(Removable(Global(0, granularity, "none", 1), draws(sites), sites, budget))
     draw = torch.Generator().manual_seed(0)
     s = 0.3 + 0.7 * torch.rand(len(gates.cost), generator=draw, dtype=torch.float64)
     all_open, expected = gates.kept(torch.ones_like(s)), gates.kept(s)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter, walk
+from pruneexp.calibrate import Bookmark, Meter, walk
 from pruneexp.cli.build import check_together
 from pruneexp.compensator import Bias, NoCompensation
 from pruneexp.criterion import BlockInfluence, Flap, LossDrop, Magnitude, Random
@@ -122,7 +122,9 @@ def test_sublayers_are_judged_by_the_loss_without_and_by_the_residual_stream(
     dense = model.token_losses(tokens_NT, 4).mean()
     stream: list[Tensor] = []
     shown = ["attention", "mlp", "block"]
-    for visit in walk(model, tokens_NT, (LossWithout, BlockChange), Meter(), "test", read_only=True, whole=shown):
+    for visit in walk(
+        model, tokens_NT, (LossWithout, BlockChange), Bookmark(Meter(), "test"), read_only=True, whole=shown
+    ):
         assert visit.whole is not None
         assert [site.units for site in visit.whole.sites] == [1, 1, 1]
         drops = LossDrop()(visit.whole, visit.of(LossWithout))

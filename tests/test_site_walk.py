@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pruneexp.cache import NoCache
-from pruneexp.calibrate import DenseStates, Meter, site_walk, walk_sites
+from pruneexp.calibrate import Bookmark, DenseStates, Meter, site_walk, walk_sites
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs, WandaSp, spill
 from pruneexp.evidence import Moments, WantedOutput
@@ -61,7 +61,7 @@ def reader_of(model, visit, site):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_untouched_model_wants_what_its_readers_give(family, tiny, tokens_NT):
     model, names = tiny(family), []
-    for visit, site, collect in walk_sites(model, tokens_NT, Raw, (), Meter(), "test"):
+    for visit, site, collect in walk_sites(model, tokens_NT, Raw, (), Bookmark(Meter(), "test")):
         x, y = collect(all_of(site)).seen()
         torch.testing.assert_close(y, reader_of(model, visit, site)(x), rtol=1e-9, atol=1e-9)
         names.append(site.name)
@@ -96,7 +96,7 @@ def test_what_is_counted_is_what_is_run(family, kinds, collected, kept, tiny, to
         layer.get_submodule(model.family.attention_writers[-1].path).register_forward_pre_hook(attended)
     last_hidden(model, tokens_NT)
     plain, found = found, 0
-    for _, site, collect in walk_sites(model, tokens_NT, Raw, kinds, meter, "test"):
+    for _, site, collect in walk_sites(model, tokens_NT, Raw, kinds, Bookmark(meter, "test")):
         if site.kind in collected:
             collect(all_of(site))
     assert meter.forward == pytest.approx(found / plain)
@@ -111,7 +111,7 @@ def test_a_reader_that_gives_what_is_wanted_restores_the_dense_hidden_states(fam
     for index, layer in enumerate(dense.layers):
         hidden = dense.run_layer(layer, hidden, calls[index])
         before.append(hidden)
-    for visit, site, collect in walk_sites(model, tokens_NT[:4], Raw, (), Meter(), "test"):
+    for visit, site, collect in walk_sites(model, tokens_NT[:4], Raw, (), Bookmark(Meter(), "test")):
         reader = reader_of(model, visit, site)
         if visit.index == 0:
             reader.weight.data.mul_(0.5)  # what leaves here is made up for in the next layer
@@ -217,7 +217,7 @@ def test_layers_run_on_from_kept_inputs_as_from_the_start(family, tiny, tokens_N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sublayers_that_lose_all_of_their_units_are_walked_on_from(family, kind, tiny, tokens_NT):
     model, wanted = tiny(family), {}
-    for visit, site, collect in walk_sites(model, tokens_NT, kind, (), Meter(), "test"):
+    for visit, site, collect in walk_sites(model, tokens_NT, kind, (), Bookmark(Meter(), "test")):
         if (visit.index, site.kind) in ((0, "attention"), (1, "mlp"), (2, "attention")):
             seen = collect(torch.arange(0))
             mean_O = seen.seen()[1].flatten(0, -2).mean(0) if kind is Raw else seen.wanted_mean_O
@@ -226,7 +226,7 @@ def test_sublayers_that_lose_all_of_their_units_are_walked_on_from(family, kind,
             wanted[site.name] = mean_O
     assert [[site.kind for site in model.layer_sites(layer)] for layer in range(3)] == [["mlp"], ["attention"], ["mlp"]]
     other = tiny(family)
-    for _, site, collect in walk_sites(other, tokens_NT, Raw, (), Meter(), "test"):
+    for _, site, collect in walk_sites(other, tokens_NT, Raw, (), Bookmark(Meter(), "test")):
         if site.name in wanted and site.layer == 0:
             torch.testing.assert_close(wanted[site.name], collect(all_of(site)).seen()[1].flatten(0, -2).mean(0))
 
@@ -256,7 +256,7 @@ def test_evidence_of_what_stays_is_a_part_of_that_of_everything(family, tiny, to
     found = []
     for kind, leaves_before in ((Raw, False), (WantedOutput, False), (WantedOutput, True)):
         model, seen = tiny(family), {}
-        for _, site, collect in walk_sites(model, tokens_NT, kind, (), Meter(), "test"):
+        for _, site, collect in walk_sites(model, tokens_NT, kind, (), Bookmark(Meter(), "test")):
             half = tuple(range(0, site.units, 2))
             plan, keep_C = Plan({site.name: SitePlan(site.kind, site.units, half)}), site.keep_C(half)
             if leaves_before:
@@ -319,7 +319,7 @@ def last_hidden(model, tokens_NT):
 
 def test_kinds_of_the_criterion_are_seen_on_the_pruned_stream(tiny, tokens_NT):
     model = tiny("llama")
-    for visit, site, _ in walk_sites(model, tokens_NT, Raw, (Moments,), Meter(), "test"):
+    for visit, site, _ in walk_sites(model, tokens_NT, Raw, (Moments,), Bookmark(Meter(), "test")):
         assert visit.of(Moments)[site.name].n == tokens_NT.numel()
 
 

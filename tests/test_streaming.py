@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from pruneexp.calibrate import Meter, walk, walk_sites
+from pruneexp.calibrate import Bookmark, Meter, walk, walk_sites
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.model import Checkpoint, Model, half
 from pruneexp.model.half import WideLinear
@@ -94,9 +94,11 @@ def test_one_layer_is_read_ahead(
 ) -> None:
     reads = Reads(monkeypatch)
     walked = (
-        (visit.index for visit in walk(streamed, tokens_NT, (Moments,), Meter(), "test"))
+        (visit.index for visit in walk(streamed, tokens_NT, (Moments,), Bookmark(Meter(), "test")))
         if run == "walk"
-        else (visit.index for visit, _, _ in walk_sites(streamed, tokens_NT, WantedOutput, (), Meter(), "test"))
+        else (
+            visit.index for visit, _, _ in walk_sites(streamed, tokens_NT, WantedOutput, (), Bookmark(Meter(), "test"))
+        )
     )
     for index in walked:
         settle()
@@ -127,7 +129,7 @@ def test_what_goes_wrong_ahead_is_raised_at_its_layer(
     Reads(monkeypatch, broken=3)
     seen = []
     with pytest.raises(RunError, match="layer 3 cannot be read"):
-        for visit in walk(streamed, tokens_NT, (Moments,), Meter(), "test"):
+        for visit in walk(streamed, tokens_NT, (Moments,), Bookmark(Meter(), "test")):
             settle()
             seen.append(visit.index)
     assert seen == [0, 1, 2]
@@ -143,7 +145,7 @@ def test_an_abandoned_walk_lets_go_of_what_it_read(streamed: Model, tokens_NT: t
         return len({tensor.data_ptr() for tensor in found if tensor.shape == shape})
 
     before = held()
-    walking = walk(streamed, tokens_NT, (Moments,), Meter(), "test")
+    walking = walk(streamed, tokens_NT, (Moments,), Bookmark(Meter(), "test"))
     visit = next(walking)
     settle()
     assert held() == before + 2, "the layer and the one behind it"

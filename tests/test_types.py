@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from pruneexp.calibrate.whole_model import COLLECTORS
 from pruneexp.search import Global
 from pruneexp.types import (
+    SOURCES,
     Block,
     Budget,
     Candidate,
     ColumnScores,
+    ConfigError,
     Evidence,
     Oracle,
     Plan,
@@ -25,6 +28,7 @@ from pruneexp.types import (
     Site,
     SitePlan,
     SiteWeights,
+    collected_by,
     evidence_kinds,
     unit_scores,
 )
@@ -246,3 +250,14 @@ def test_our_own_parts_have_every_member() -> None:
                 continue
             members = {*dir(kind), *getattr(kind, "__dataclass_fields__", ())}
             assert set(expected) <= members, kind
+
+
+def test_evidence_names_a_source_that_something_feeds():
+    class Wrong:
+        source = "readers"
+
+    with pytest.raises(ConfigError, match="Wrong.source='readers'.*reader, writer"):
+        evidence_kinds((Saliency, Wrong))
+    assert collected_by("whole_model", evidence_kinds((Saliency, SlopeGradient))) == (Saliency, SlopeGradient)
+    assert collected_by("walk", (Saliency,)) == ()
+    assert {name for name, source in SOURCES.items() if source.collector == "whole_model"} == set(COLLECTORS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter, Slopes, gradient_evidence, perturbed, walk
+from pruneexp.calibrate import Bookmark, Meter, Slopes, gradient_evidence, perturbed, walk
 from pruneexp.criterion import MiniLlm
 from pruneexp.evidence import DirectionalGradient, Gradient, InputMoments, Moments, Perturbation
 from pruneexp.model import Model
@@ -235,7 +235,7 @@ def test_writer_inputs_are_what_the_projections_read(
     with torch.no_grad():
         model.module(tokens_NT)
     handle.remove()
-    visit = next(walk(model, tokens_NT, (InputMoments,), Meter(), "test", read_only=True))
+    visit = next(walk(model, tokens_NT, (InputMoments,), Bookmark(Meter(), "test"), read_only=True))
     moments = visit.of(InputMoments)[visit.block.sites[0].name]
     torch.testing.assert_close(moments.mean_square_C, seen[0].flatten(0, 1).square().mean(0), rtol=1e-9, atol=0)
     assert moments.n == tokens_NT.numel()

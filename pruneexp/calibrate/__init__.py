@@ -5,9 +5,10 @@ from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.meter import Meter
+from pruneexp.calibrate.observe import Visit
 from pruneexp.calibrate.probe import Probe
 from pruneexp.calibrate.site_walk import KEPT_BYTES, passes_of_layer, require_sums, walk_sites
-from pruneexp.calibrate.walk import Visit, walk
+from pruneexp.calibrate.walk import walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
 
 __all__ = [

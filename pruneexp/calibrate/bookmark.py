@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pruneexp.calibrate.meter import Meter
+from pruneexp.progress import progress
 
 SHARE = 0.1  # of the time that walking takes, at most, goes into noting how far it has come
 
@@ -17,10 +20,13 @@ SHARE = 0.1  # of the time that walking takes, at most, goes into noting how far
 class Bookmark:
     """Where a walk through the blocks stands: what it has read, found and spent in front of block `index`.
 
-    `hidden`: hidden states in front of that block, batch by batch; of several models, one list each. `found`: what
-    the walk's caller had noted by then, None at the start.
+    `meter`: charged for what it spends. `stage`: what its progress is shown as. `hidden`: hidden states in front of
+    that block, batch by batch; of several models, one list each. `found`: what the walk's caller had noted by then,
+    None at the start.
     """
 
+    meter: Meter
+    stage: str
     index: int = 0
     hidden: list[list[Tensor]] = field(default_factory=list)
     found: Any = None
@@ -29,13 +35,20 @@ class Bookmark:
     _noted: float = field(default_factory=time.monotonic)
     _cost: float = 0.0  # seconds that the last note took
 
-    def reached(self, index: int, last: int, hidden: Sequence[list[Tensor]], forward: float) -> None:
+    def layers(self, total: int) -> Iterable[int]:
+        """The indices that are left of `total` layers, with a progress bar; the meter shows what was spent by then."""
+        if self.index:
+            self.meter.forward = self.forward
+        indices = range(self.index, total)
+        return progress(indices, self.stage, len(indices), "blocks")
+
+    def reached(self, index: int, last: int, hidden: Sequence[list[Tensor]]) -> None:
         """All before block `index` of `last` is done. Noted once that is cheap beside the time spent since."""
         done = index == last
         if self.note is None or not (done or self._cost <= SHARE * (time.monotonic() - self._noted)):
             return
         start = time.monotonic()
-        self.index, self.hidden, self.forward = index, [] if done else list(hidden), forward
+        self.index, self.hidden, self.forward = index, [] if done else list(hidden), self.meter.forward
         self.note(self)
         self.hidden = []
         self._noted = time.monotonic()

@@ -27,7 +27,8 @@ def gradient_evidence(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter) 
     if model.streamed:
         raise RunError("gradients need the whole model in memory: expected model.stream=false")
     evidence = {site.name: kind.empty(site) for site in model.sites()}
-    parameters = _site_parameters(model)
+    modules = [module for index in range(len(model.layers)) for _, module in site_modules(model, index)]
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())  # biases, too
     batches = tokens_NT.split(1 if kind.per_sample else model.batch_size)
     with differentiable(parameters), torch.enable_grad():
         for number, batch in enumerate(progress(batches, "gradients", len(batches), "batches")):
@@ -45,15 +46,13 @@ def gradient_evidence(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter) 
     return evidence
 
 
-def _site_parameters(model: Model) -> list[nn.Parameter]:
-    """Weights and biases of all writers and readers."""
-    found: dict[int, nn.Parameter] = {}
-    for index, layer in enumerate(model.layers):
-        for site in model.layer_sites(index):
-            writers, reader = site_parts(model.family, site)
-            for path in (*(writer.path for writer in writers), reader):
-                found.update({id(p): p for p in layer.get_submodule(path).parameters()})
-    return list(found.values())
+def site_modules(model: Model, index: int, writers: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The writers and readers (or these alone) of a layer's sites, by their paths in it; one of several roles once for
+    each."""
+    for site in model.layer_sites(index):
+        written, reader = site_parts(model.family, site)
+        for path in (*(writer.path for writer in written if writers), reader):
+            yield path, model.layers[index].get_submodule(path)
 
 
 @contextmanager

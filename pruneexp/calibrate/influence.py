@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pruneexp.calibrate.gradients import differentiable
+from pruneexp.calibrate.gradients import differentiable, site_modules
 from pruneexp.calibrate.meter import Meter
 from pruneexp.evidence import BatchDerivatives, Influence
 from pruneexp.model import Model
@@ -245,14 +245,9 @@ def _gated(model: Model, sites: Sequence[Site]) -> Iterator[Loss]:
 
 
 def _weights(model: Model, kind: Influence) -> list[nn.Parameter]:
-    found: dict[int, nn.Parameter] = {}
-    for site in model.sites():
-        writers, reader = site_parts(model.family, site)
-        for path in (*(w.path for w in writers if kind.weights == "coupled"), reader):
-            weight = model.layers[site.layer].get_submodule(path).weight
-            assert isinstance(weight, nn.Parameter)
-            found[id(weight)] = weight
-    return list(found.values())
+    coupled, layers = kind.weights == "coupled", range(len(model.layers))
+    weights = [m.get_parameter("weight") for index in layers for _, m in site_modules(model, index, coupled)]
+    return list({id(weight): weight for weight in weights}.values())
 
 
 def _survivors(model: Model, sites: Sequence[Site], weights: Sequence[Tensor]) -> Callable[[int, Tensors], None]:

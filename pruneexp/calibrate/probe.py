@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate.meter import Meter
-from pruneexp.model import Call, Model, next_token_losses
+from pruneexp.model import Model, next_token_losses
 from pruneexp.model.sites import experts_name
 from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
@@ -41,12 +41,30 @@ class Probe:
     @torch.no_grad()
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean next-token loss in nats of each candidate, float64 [len(candidates)]."""
-        batches = self.tokens_NT.split(self.model.batch_size)
+        model, batches = self.model, self.tokens_NT.split(self.model.batch_size)
         layers = [self._layer_keys(candidate) for candidate in candidates]
         sums, windows = torch.zeros(len(candidates), dtype=torch.float64), 0
+
+        def descend(index: int, hidden_BTD: Tensor, alike: list[int]) -> None:
+            """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
+            if index == len(model.layers):
+                sums[alike] += next_token_losses(model.leave(tokens_BT, hidden_BTD), tokens_BT).mean(1).sum()
+                return
+            variants: dict[Any, list[int]] = {}
+            for number in alike:
+                variants.setdefault(layers[number][index], []).append(number)
+            for same in variants.values():
+                first = candidates[same[0]]
+                with masked_layer(model, index, first.plan, first.readers) as layer:
+                    output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
+                spent = len(tokens_BT) / len(self.tokens_NT) / len(model.layers)
+                self.passes += spent
+                self.meter.forward += spent
+                descend(index + 1, output_BTD, same)
+
         for tokens_BT in batches if batch is None else batches[batch : batch + 1]:
-            hidden, calls = self.model.enter(tokens_BT)
-            self._descend(0, hidden, list(range(len(candidates))), candidates, layers, calls, tokens_BT, sums)
+            hidden, calls = model.enter(tokens_BT)
+            descend(0, hidden, list(range(len(candidates))))
             windows += len(tokens_BT)
             self._show()
         return sums / windows
@@ -55,34 +73,6 @@ class Probe:
         while self.effort and self._shown < min(99, 100 * self.passes / self.effort):
             self._shown += 1
             next(self._bar, None)
-
-    def _descend(
-        self,
-        index: int,
-        hidden_BTD: Tensor,
-        alike: list[int],
-        candidates: Sequence[Candidate],
-        layers: list[list[Any]],
-        calls: list[Call],
-        tokens_BT: Tensor,
-        sums: Tensor,
-    ) -> None:
-        """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
-        model = self.model
-        if index == len(model.layers):
-            sums[alike] += next_token_losses(model.leave(tokens_BT, hidden_BTD), tokens_BT).mean(1).sum()
-            return
-        variants: dict[Any, list[int]] = {}
-        for number in alike:
-            variants.setdefault(layers[number][index], []).append(number)
-        for same in variants.values():
-            first = candidates[same[0]]
-            with masked_layer(model, index, first.plan, first.readers) as layer:
-                output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
-            spent = len(tokens_BT) / len(self.tokens_NT) / len(model.layers)
-            self.passes += spent
-            self.meter.forward += spent
-            self._descend(index + 1, output_BTD, same, candidates, layers, calls, tokens_BT, sums)
 
     def _layer_keys(self, candidate: Candidate) -> list[Any]:
         """What tells a candidate's layers from another's: units kept, and the very tensors of its readers."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.meter import Meter
-from pruneexp.calibrate.walk import Visit, check_finite, enter_all, observe
+from pruneexp.calibrate.observe import Visit, Windows, check_finite, observe
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
-from pruneexp.progress import progress
 from pruneexp.types import Block, ConfigError, Cost, Site, updated_
 
 KEPT_BYTES = 2**28  # of readers' inputs that are held until the sublayer has been shrunk, rather than made once more
@@ -30,9 +28,7 @@ def walk_sites(
     tokens_NT: Tensor,
     kind: type,
     kinds: Sequence[type],
-    meter: Meter,
-    stage: str,
-    bookmark: Bookmark | None = None,
+    bookmark: Bookmark,
     dense_states: DenseStates | None = None,
 ) -> Iterator[tuple[Visit, Site, Collect]]:
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with
@@ -57,40 +53,34 @@ def walk_sites(
         RunError: NaN or Inf in weights or activations.
     """
     require_sums(model)
-    total, bookmark = len(model.layers), bookmark or Bookmark()
-    dense_states = DenseStates(0) if dense_states is None else dense_states
-    indices = range(bookmark.index, total)
-    if bookmark.index:
-        meter.forward = bookmark.forward
-    dense, calls = enter_all(model, tokens_NT) if indices else ([], [])
-    dense, hidden = bookmark.take_hidden(model.device) or (dense, list(dense))
-    for index in progress(indices, stage, len(indices), "blocks"):
+    total, meter = len(model.layers), bookmark.meter
+    windows = Windows.entering(model, tokens_NT) if bookmark.index < total else Windows([], [])
+    dense, windows.hidden = bookmark.take_hidden(model.device) or (windows.hidden, list(windows.hidden))
+    for index in bookmark.layers(total):
         with model.loaded(index, index + 1) as layer:
             block, device = model.block(index), model.layer_device(index)
-            dense, hidden = ([x_BTD.to(device) for x_BTD in each] for each in (dense, hidden))
-            seen = observe(model, layer, block, hidden, calls, kinds, [torch.empty(0)] * len(hidden)) if kinds else {}
-            bare = Visit(index, layer, Block(block.name, index, block.sites, {}), seen)
-            visit, sites = Visit(index, layer, block, seen), {site.kind: site for site in block.sites}
+            dense, windows.hidden = ([x_BTD.to(device) for x_BTD in each] for each in (dense, windows.hidden))
+            bare = Visit(index, layer, Block(block.name, index, block.sites, {}))
+            bare = replace(bare, evidence=observe(model, bare, windows, kinds, windows.unknown()) if kinds else {})
+            visit, sites = replace(bare, block=block), {site.kind: site for site in block.sites}
             cost = model.whole_block(index).sites[0].cost
             shares = sublayer_shares(cost, block.sites, model.config.hidden_size, tokens_NT.shape[1])
-            parts = _Parts(model, bare, [call[index] for call in calls], meter, shares)
-            given, known = parts.dense_(dense, hidden, dense_states)
+            parts = _Parts(model, bare, windows, meter, shares)
+            given, known = parts.dense_(dense, dense_states or DenseStates(0))
             if "attention" in sites:
-                collect = partial(parts.evidence, kind, sites["attention"], hidden, given, None, known)
-                yield visit, sites["attention"], collect
+                yield visit, sites["attention"], partial(parts.evidence, kind, sites["attention"], given, None, known)
                 visit = bare
-                del collect
             del known, block  # views of weights, which leave
-            parts.attention_(hidden, given)
+            parts.attention_(given)
             if "mlp" in sites:
-                wanted = ((d - x) / parts.scale - a for d, x, a in zip(dense, hidden, given, strict=True))
-                yield visit, sites["mlp"], partial(parts.evidence, kind, sites["mlp"], hidden, wanted, given, [])
+                wanted = ((d - x) / parts.scale - a for d, x, a in zip(dense, windows.hidden, given, strict=True))
+                yield visit, sites["mlp"], partial(parts.evidence, kind, sites["mlp"], wanted, given, [])
                 del wanted
             if index + 1 < total:
-                parts.on_(hidden, given)
+                parts.on_(given)
             meter.forward += (1 + bool(kinds)) / total
-            del visit, seen, parts, given  # views of weights, before the next block's come
-        bookmark.reached(index + 1, total, (dense, hidden), meter.forward)
+            del visit, bare, parts, given  # views of weights, before the next block's come
+        bookmark.reached(index + 1, total, (dense, windows.hidden))
 
 
 def sublayer_shares(
@@ -152,7 +142,7 @@ class _Parts:
 
     model: Model
     visit: Visit
-    calls: list[Call]  # of each batch
+    windows: Windows  # as the pruned layers before it leave them
     meter: Meter
     shares: dict[str, tuple[float, float]]  # as `sublayer_shares` has them
     inputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of shrunk readers, by kind of site and batch
@@ -163,14 +153,12 @@ class _Parts:
         named = self.model.family.residual_scale
         return 1.0 if named is None else getattr(self.model.config, named)
 
-    def dense_(
-        self, dense: list[Tensor], hidden: list[Tensor], states: DenseStates
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def dense_(self, dense: list[Tensor], states: DenseStates) -> tuple[list[Tensor], list[Tensor]]:
         """Puts the dense hidden states behind the layer into `dense`; returns what is wanted of attention's reader, and
         of the first layer what this reader gets, there also in the pruned model."""
         wanted, read, index = [], [], self.visit.index
         known, keeps = states.layers.get(index), states.keeps(self.model, index, dense)
-        for number, (d_BTD, x_BTD) in enumerate(zip(dense, hidden, strict=True)):
+        for number, (d_BTD, x_BTD) in enumerate(zip(dense, self.windows.hidden, strict=True)):
             if known is None:
                 got_BTC, given_BTD = self._part(d_BTD, number, self.model.family.attention_reader, True)
                 given_BTD = given_BTD.view_as(d_BTD)
@@ -184,20 +172,21 @@ class _Parts:
         first = [got for got, _ in read] if known is None else states.entered
         return wanted, first if index == 0 else []
 
-    def attention_(self, hidden: list[Tensor], given: list[Tensor]) -> None:
+    def attention_(self, given: list[Tensor]) -> None:
         """Puts into `given` what attention's reader gives."""
         inputs, (before, whole) = self.inputs.pop("attention", {}), self.shares["attention"]
-        for number, x_BTD in enumerate(hidden):
+        for number, x_BTD in enumerate(self.windows.hidden):
             kept_BTK = inputs.pop(number, None)
             if kept_BTK is None:
-                given[number] = self._attention(x_BTD, number)
+                given[number] = self._part(x_BTD, number, self.model.family.attention_reader, True)[1].view_as(x_BTD)
             else:
                 given[number] = self._read(self.model.family.attention_reader, kept_BTK)
-            self._count((whole if kept_BTK is None else whole - before) / len(hidden))
+            self._count(whole if kept_BTK is None else whole - before)
 
-    def on_(self, hidden: list[Tensor], given: list[Tensor]) -> None:
+    def on_(self, given: list[Tensor]) -> None:
         """Runs the layer from what attention's reader gives to the end, in place."""
         inputs, (before, whole) = self.inputs.pop("mlp", {}), self.shares["mlp"]
+        hidden = self.windows.hidden
         for number, (x_BTD, given_BTD) in enumerate(zip(hidden, given, strict=True)):
             kept_BTK = inputs.pop(number, None)
             if kept_BTK is None:
@@ -206,13 +195,12 @@ class _Parts:
                 added_BTD = self._read(self.model.family.mlp_reader, kept_BTK)
                 hidden[number] = x_BTD.add(given_BTD, alpha=self.scale).add_(added_BTD, alpha=self.scale)
                 check_finite(hidden[number], self.visit.block, number)
-            self._count((whole if kept_BTK is None else whole - before) / len(hidden))
+            self._count(whole if kept_BTK is None else whole - before)
 
     def evidence(
         self,
         kind: Any,
         site: Site,
-        hidden: list[Tensor],
         wanted: Iterable[Tensor],
         given: list[Tensor] | None,
         known: list[Tensor],
@@ -224,7 +212,7 @@ class _Parts:
         narrows, path = kind.of is not None, site_parts(self.model.family, site)[1]
         evidence = kind.of(site, keep_C) if narrows else kind.empty(site)
         held, inputs = 0, self.inputs.setdefault(site.kind, {})
-        for number, (x_BTD, wanted_BTD) in enumerate(zip(hidden, wanted, strict=True)):
+        for number, (x_BTD, wanted_BTD) in enumerate(zip(self.windows.hidden, wanted, strict=True)):
             if narrows and not len(keep_C):
                 input_BTC = x_BTD[..., :0]
             elif known:
@@ -233,7 +221,7 @@ class _Parts:
                 with nullcontext() if given is None else self._attention_gives(given[number]):
                     input_BTC = self._part(x_BTD, number, path, False)[0]
                 input_BTC = input_BTC.view(*x_BTD.shape[:2], -1)  # OPT flattens windows in front of its FFN
-                self._count(self.shares[site.kind][0] / len(hidden))
+                self._count(self.shares[site.kind][0])
             kept_BTK = input_BTC
             if input_BTC.shape[-1] != len(keep_C):
                 kept_BTK = input_BTC.index_select(-1, keep_C.to(input_BTC.device))
@@ -248,14 +236,12 @@ class _Parts:
         return self.model.run_layer(self.visit.layer.get_submodule(path), kept_BTK, Call((), {}))
 
     def _count(self, share: float) -> None:
-        self.meter.forward += share / len(self.model.layers)
-
-    def _attention(self, x_BTD: Tensor, number: int) -> Tensor:
-        return self._part(x_BTD, number, self.model.family.attention_reader, True)[1].view_as(x_BTD)
+        """Charges a share of a plain run of the layer for one batch."""
+        self.meter.forward += share / len(self.windows.hidden) / len(self.model.layers)
 
     def _on(self, x_BTD: Tensor, number: int, given_BTD: Tensor) -> Tensor:
         with self._attention_gives(given_BTD):
-            output_BTD = self.model.run_layer(self.visit.layer, x_BTD, self.calls[number])
+            output_BTD = self.model.run_layer(self.visit.layer, x_BTD, self.windows.calls[number][self.visit.index])
         check_finite(output_BTD, self.visit.block, number)
         return output_BTD
 
@@ -270,7 +256,7 @@ class _Parts:
         module = self.visit.layer.get_submodule(path)
         register = module.register_forward_hook if through else module.register_forward_pre_hook
         with register(stop), suppress(_Reached):
-            self.model.run_layer(self.visit.layer, x_BTD, self.calls[number])
+            self.model.run_layer(self.visit.layer, x_BTD, self.windows.calls[number][self.visit.index])
         return seen
 
     @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneexp.calibrate.gradients import site_modules
 from pruneexp.calibrate.meter import Meter
 from pruneexp.evidence import Perturbation
 from pruneexp.model import Model
@@ -129,10 +130,5 @@ class _Moved:
 
 def _weights(model: Model, index: int) -> Iterator[tuple[str, nn.Parameter]]:
     """The weights of a layer's writers and readers, by parameter name of the model."""
-    layer = model.layers[index]
-    for site in model.layer_sites(index):
-        writers, reader = site_parts(model.family, site)
-        for path in (*(writer.path for writer in writers), reader):
-            weight = layer.get_submodule(path).weight
-            assert isinstance(weight, nn.Parameter)
-            yield f"{model.layers_path}.{index}.{path}.weight", weight
+    for path, module in site_modules(model, index):
+        yield f"{model.layers_path}.{index}.{path}.weight", module.get_parameter("weight")

@@ -87,12 +87,13 @@ def check_together(experiment: Experiment) -> None:
 
 def _check_streamed(experiment: Experiment) -> None:
     """Raises ConfigError where a part needs more than one layer of the model at a time."""
-    sources = {kind.source for kind in types.evidence_kinds(experiment.criterion.evidence)}
+    sources = [types.source_of(kind) for kind in types.evidence_kinds(experiment.criterion.evidence)]
+    differentiates, probes = any(s.differentiates for s in sources), any(s.probes for s in sources)
     backward, losses = "needs backward passes through the whole model", "measures the loss of many structures"
     held = [name for name, each in experiment.evaluators.items() if not each.streams]
     for found, group, why, instead in (
-        (sources & {"gradient", "influence"}, "criterion", backward, "a criterion that only needs forward passes"),
-        ("probe" in sources, "criterion", losses, "a criterion that goes block by block"),
+        (differentiates, "criterion", backward, "a criterion that only needs forward passes"),
+        (probes, "criterion", losses, "a criterion that goes block by block"),
         (experiment.search.probes, "search", losses, "a search that goes by scores"),
         (experiment.recovery.trains, "recovery", backward, "recovery=none"),
         (held, "evaluator", "needs the whole model in memory", "only evaluators that can stream"),

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pruneexp.evidence import Moments, RunningFluctuation
-
-
-class _Mean(Protocol):
-    @property
-    def mean_C(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Bias:
     def __call__(
         self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Moments, keep_C: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        return _columns(weight_OC, keep_C), _with_means_O(weight_OC, bias_O, evidence, keep_C)
+        return _with_means(weight_OC, bias_O, evidence.mean_C, keep_C)
 
 
 @dataclass(frozen=True)
@@ -67,21 +62,21 @@ class BiasOfficial:
     def __call__(
         self, weight_OC: Tensor, bias_O: Tensor | None, evidence: RunningFluctuation, keep_C: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        return _columns(weight_OC, keep_C), _with_means_O(weight_OC, bias_O, evidence, keep_C)
+        return _with_means(weight_OC, bias_O, evidence.mean_C, keep_C)
+
+
+def _with_means(
+    weight_OC: Tensor, bias_O: Tensor | None, mean_C: Tensor, keep_C: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    if len(keep_C) == weight_OC.shape[1]:
+        return weight_OC, bias_O
+    gone_C = torch.ones(weight_OC.shape[1], dtype=torch.bool, device=weight_OC.device)
+    gone_C[keep_C.to(weight_OC.device)] = False
+    lost_O = weight_OC[:, gone_C].double() @ mean_C.to(weight_OC.device, torch.float64)[gone_C]
+    bias_O = lost_O if bias_O is None else bias_O.double() + lost_O
+    return _columns(weight_OC, keep_C), bias_O.to(weight_OC.dtype)
 
 
 def _columns(weight_OC: Tensor, keep_C: Tensor) -> Tensor:
     """The kept columns, contiguous; the weight itself where all are kept."""
-    if len(keep_C) == weight_OC.shape[1]:
-        return weight_OC
-    return weight_OC.index_select(1, keep_C.to(weight_OC.device))
-
-
-def _with_means_O(weight_OC: Tensor, bias_O: Tensor | None, evidence: _Mean, keep_C: Tensor) -> Tensor | None:
-    if len(keep_C) == weight_OC.shape[1]:
-        return bias_O
-    gone_C = torch.ones(weight_OC.shape[1], dtype=torch.bool, device=weight_OC.device)
-    gone_C[keep_C.to(weight_OC.device)] = False
-    mean_C = evidence.mean_C.to(weight_OC.device, torch.float64)
-    lost_O = weight_OC[:, gone_C].double() @ mean_C[gone_C]
-    return (lost_O if bias_O is None else bias_O.double() + lost_O).to(weight_OC.dtype)
+    return weight_OC if len(keep_C) == weight_OC.shape[1] else weight_OC.index_select(1, keep_C.to(weight_OC.device))

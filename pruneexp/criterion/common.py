@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pruneexp.evidence.statistics import wide
 from pruneexp.types import ColumnScores, Site
 
 Kind = TypeVar("Kind")
@@ -41,10 +42,6 @@ def powers_C(weight_OC: Tensor, p: int) -> Tensor:
         w_OC = wide(w_OC)
         total_C += (w_OC.abs() if p == 1 else w_OC.square()).sum(0)
     return total_C
-
-
-def wide(weight: Tensor) -> Tensor:
-    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 
 def wifn_C(reader_OC: Tensor, mean_square_C: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pruneexp.criterion.spill import spilled
 from pruneexp.evidence import Gram
 from pruneexp.evidence.solve import check_ridge, cholesky_, refitted_
-from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights
+from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights, require_least
 
 _COMPACT = 0.9  # the matrices are cut down to what is left once so much of them is
 
@@ -55,9 +55,7 @@ class Obs:
         check_ridge(self.ridge)
         if not self.memory >= 0:
             raise ConfigError(f"memory={self.memory!r}: expected a number of GiB >= 0")
-        for name, value in (("step", self.step), ("levels", self.levels)):
-            if value < 1:
-                raise ConfigError(f"{name}={value!r}: expected an integer >= 1")
+        require_least(self, 1, "step", "levels")
 
     def __call__(self, block: Block, evidence: Mapping[str, Gram]) -> dict[str, Score]:
         return {site.name: self._path(site, block.weights[site.name], evidence[site.name]) for site in block.sites}

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.evidence.statistics import _require_tokens, _wide
+from pruneexp.evidence.statistics import _require_tokens, wide
 from pruneexp.types import RunError, Site
 
 
@@ -29,7 +29,7 @@ class BlockChange:
         return cls(0, 0.0, 0.0)
 
     def update(self, x_BTD: Tensor, y_BTD: Tensor) -> BlockChange:
-        cosine_BT = torch.nn.functional.cosine_similarity(_wide(x_BTD), _wide(y_BTD), dim=-1).double().clamp(-1, 1)
+        cosine_BT = torch.nn.functional.cosine_similarity(wide(x_BTD), wide(y_BTD), dim=-1).double().clamp(-1, 1)
         angle = (cosine_BT.arccos() / torch.pi).sum().item()
         return self.merge(BlockChange(cosine_BT.numel(), cosine_BT.sum().item(), angle))
 

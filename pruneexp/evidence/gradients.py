@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pruneexp.evidence.statistics import _wide
+from pruneexp.evidence.statistics import wide
 from pruneexp.types import RunError, Site, SiteWeights
 
 
@@ -31,7 +31,7 @@ class Gradient:
         return cls(0, None)
 
     def update(self, gradients: SiteWeights, windows: int) -> Gradient:
-        return self.merge(Gradient(windows, mapped(lambda g: _wide(g) * windows, gradients)))
+        return self.merge(Gradient(windows, mapped(lambda g: wide(g) * windows, gradients)))
 
     def merge(self, other: Gradient) -> Gradient:
         return Gradient(self.n + other.n, _sum(self.total, other.total))
@@ -61,8 +61,8 @@ class PerSampleGradient:
     def update(self, gradients: SiteWeights, windows: int) -> PerSampleGradient:
         if windows != 1:
             raise ValueError(f"windows={windows}: expected one window at a time")
-        wide = mapped(_wide, gradients)
-        return self.merge(PerSampleGradient(1, wide, mapped(lambda g: g.square(), wide)))
+        own = mapped(wide, gradients)
+        return self.merge(PerSampleGradient(1, own, mapped(lambda g: g.square(), own)))
 
     def merge(self, other: PerSampleGradient) -> PerSampleGradient:
         total, square = _sum(self.total, other.total), _sum(self.total_square, other.total_square)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from pruneexp.types import ConfigError, RunError, Site
+from pruneexp.types import ConfigError, RunError, Site, require_least
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,8 @@ class Influence:
         if not (self.damping > 0 or (self.damping == 0 and self.inverse == "conjugate_gradient")):
             least = ">= 0" if self.inverse == "conjugate_gradient" else "> 0 with inverse=damping, which divides by it"
             raise ConfigError(f"damping={self.damping!r}: expected a number {least}")
-        for name in ("steps", "batches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer >= 1")
-        if self.windows is not None and self.windows < 1:
-            raise ConfigError(f"windows={self.windows!r}: expected an integer >= 1, or null for all")
+        require_least(self, 1, "steps", "batches")
+        require_least(self, 1, "windows", besides=", or null for all")
 
     @property
     def wide(self) -> bool:

@@ -34,13 +34,7 @@ def refitted_(
 
 
 def fitted_(
-    weight_OK: Tensor,
-    cov_KK: Tensor,
-    mean_K: Tensor,
-    cov_KO: Tensor,
-    wanted_O: Tensor,
-    strength: Tensor,
-    ridge: float,
+    weight_OK: Tensor, cov_KK: Tensor, mean_K: Tensor, cov_KO: Tensor, wanted_O: Tensor, strength: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """The least-squares weights from the kept inputs' covariance and mean, their covariance with the wanted output and
     its mean, float64, in the memory of the covariances: (S_y,keep + lambda W[:,keep]) (S_keep,keep + lambda I)^-1 with

@@ -22,7 +22,7 @@ _CPU_CHUNK = 2**20
 _DEVICE_CHUNK = 2**25
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Half precision as float32; float32 and float64 as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
@@ -64,7 +64,7 @@ class Moments:
     def update(self, x_BTC: Tensor) -> Moments:
         total = self
         for x_NC in _chunks_NC(x_BTC.detach()):
-            n, near_C = len(x_NC), x_NC.mean(0, dtype=_wide(x_NC[:0]).dtype)
+            n, near_C = len(x_NC), x_NC.mean(0, dtype=wide(x_NC[:0]).dtype)
             d_NC = x_NC - near_C  # half precision is promoted to float32 here
             rest_C = d_NC.sum(0).double()  # what rounding left of the mean: matters where it is large
             m2_C = _sum_squares_C(d_NC).double() - rest_C.square() / n
@@ -123,7 +123,7 @@ class AbsoluteMoments:
     def update(self, x_BTC: Tensor) -> AbsoluteMoments:
         total = self
         for x_NC in _chunks_NC(x_BTC.detach()):
-            total = total.merge(AbsoluteMoments(len(x_NC), _wide(x_NC).abs().sum(0).double()))
+            total = total.merge(AbsoluteMoments(len(x_NC), wide(x_NC).abs().sum(0).double()))
         return total
 
     def merge(self, other: AbsoluteMoments) -> AbsoluteMoments:
@@ -168,7 +168,7 @@ class RunningFluctuation:
     def update(self, x_BTC: Tensor) -> RunningFluctuation:
         n, device = self.n, x_BTC.device
         mean_C, fluctuation_C, scaler_C = (s.to(device) for s in (self.mean_C, self.fluctuation_C, self.scaler_C))
-        for x_TC in _wide(x_BTC.detach()):
+        for x_TC in wide(x_BTC.detach()):
             mean_C = mean_C * (n / (n + 1)) + x_TC.mean(0) / (n + 1)
             scaler_C = scaler_C * (n / (n + 1)) + torch.linalg.vector_norm(x_TC, dim=0) ** 2 / (n + 1)
             if n > 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.evidence.gradients import _over, _sum, mapped
-from pruneexp.types import ConfigError, RunError, Site, SiteWeights
+from pruneexp.types import ConfigError, RunError, Site, SiteWeights, require_least
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,10 @@ class Perturbation:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.directions < 1:
-            raise ConfigError(f"directions={self.directions!r}: expected an integer >= 1")
+        require_least(self, 1, "directions")
+        require_least(self, 1, "windows", besides=", or null for all")
         if not self.epsilon > 0:
             raise ConfigError(f"epsilon={self.epsilon!r}: expected a number > 0")
-        if self.windows is not None and self.windows < 1:
-            raise ConfigError(f"windows={self.windows!r}: expected an integer >= 1, or null for all")
 
     def empty(self, site: Site) -> DirectionalGradient:
         return DirectionalGradient(0, None, self.estimate == "divide")

@@ -165,6 +165,4 @@ def own_model(folder: Path, like: Model) -> Model:
         if name not in tied and tensor.numel():
             tensor.copy_(torch.zeros(()) if name.endswith(".bias") and name not in files else files[name])
     module.eval().requires_grad_(False)
-    stock = modeling_pruned.stock_config(pruned)
-    family, cpu = modeling_pruned.family_of(stock), torch.device("cpu")
-    return Model(module, None, family, stock, name="reloaded", device=cpu, dtype=like.dtype, batch_size=1)
+    return Model(module, None, name="reloaded", device=torch.device("cpu"), batch_size=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +106,7 @@ class GivenModel:
             config.tie_word_embeddings = module.config.tie_word_embeddings = tied
             if tied:
                 module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)
-        layers_path = f"{module.base_model_prefix}.{family.layers}"
-        layers = module.get_submodule(layers_path)
+        layers = module.get_submodule(f"{module.base_model_prefix}.{family.layers}")
         for layer in layers:
             _split_experts_(layer, family)
         home = next(embedding.parameters()).device
@@ -120,11 +118,8 @@ class GivenModel:
         return Model(
             module,
             self.tokens_of,
-            family,
-            config,
             name=self.name,
             device=home,
-            dtype=Counter(p.dtype for p in layers.parameters()).most_common(1)[0][0],
             batch_size=self.batch_size,
             placement=placement,
         )

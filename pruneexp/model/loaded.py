@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneexp.model.architecture import stock_of
 from pruneexp.model.checkpoint import Checkpoint
 from pruneexp.model.half import WideLinear, widening_pays
-from pruneexp.model.modeling_pruned import Family, experts_of
+from pruneexp.model.modeling_pruned import Family, experts_of, family_of
 from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
 from pruneexp.model.weights import check_finite, give_back_memory, load_into_, stored_tensors
 from pruneexp.progress import progress
@@ -36,29 +38,28 @@ class Model:
 
     Streamed, the decoder layers live on the meta device and hold weights only inside `loaded(index)`; everything
     else (embeddings, final norm, head) stays in memory. Spread over several devices (`placement`: each layer's),
-    everything else lies on `device`, and hooks bring a layer's inputs to it.
+    everything else lies on `device`, and hooks bring a layer's inputs to it. `dtype`: of most of the layers' tensors.
     """
 
     def __init__(
         self,
         module: Any,
         tokenizer: Any,
-        family: Family,
-        config: Any,
         *,
         name: str,
         device: torch.device,
-        dtype: torch.dtype,
         batch_size: int,
         checkpoint: Checkpoint | None = None,
         placement: Sequence[torch.device] | None = None,
     ):
-        self.module, self.tokenizer, self.family, self.config = module, tokenizer, family, config
-        self.name, self.device, self.dtype, self.batch_size = name, device, dtype, batch_size
-        self.checkpoint = checkpoint
+        self.module, self.tokenizer = module, tokenizer
+        self.name, self.device, self.batch_size, self.checkpoint = name, device, batch_size, checkpoint
+        self.config = stock_of(module.config)
+        self.family = family_of(self.config)
         self.source_folder: Path | None = None  # where it was read, with all that lies beside the weights
         self._ahead: tuple[int, Future] | None = None  # the layer that is being read, and its tensors by name
-        self.layers_path = f"{module.base_model_prefix}.{family.layers}"
+        self.layers_path = f"{module.base_model_prefix}.{self.family.layers}"
+        self.dtype = Counter(p.dtype for p in self.layers.parameters()).most_common(1)[0][0]
         self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
         self._placement = placement or [device] * len(self.layers)  # of the checkpoint's layers
 

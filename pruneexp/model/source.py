@@ -170,7 +170,7 @@ class ModelSource:
         mixed = checks.precisions(checkpoint.dtypes())
         if mixed:
             logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, dtype)
-        model = self._model(module, tokenizer, family, config, dtype, checkpoint if self.stream else None)
+        model = self._model(module, tokenizer, family, dtype, checkpoint if self.stream else None)
         load_outside_(module, config, layers_path, checkpoint, model.device, dtype)
         if not self.stream:
             layers = list(model.layers)
@@ -194,7 +194,6 @@ class ModelSource:
         module: Any,
         tokenizer: Any,
         family: modeling_pruned.Family,
-        config: Any,
         dtype: torch.dtype,
         checkpoint: Checkpoint | None,
     ) -> Model:
@@ -209,11 +208,8 @@ class ModelSource:
         return Model(
             module,
             tokenizer,
-            family,
-            stock_of(config),
             name=self.name,
             device=home,
-            dtype=dtype,
             batch_size=self.batch_size,
             checkpoint=checkpoint,
             placement=placement,
@@ -247,7 +243,7 @@ def _outline(source: ModelSource, folder: Path, weights: bool, files: tuple[File
         settle_ties_(model_class, config, checkpoint)
     with checks.building(source.path, config_json["model_type"]):
         module = skeleton(model_class, config, family, dtype)
-        outline = source._model(module, None, family, config, dtype, None)
+        outline = source._model(module, None, family, dtype, None)
         outline.sites()
     if checkpoint is not None:
         checks.check_tensors(module, checkpoint, source.path)

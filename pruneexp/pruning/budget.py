@@ -9,16 +9,8 @@ from typing import Any
 from pruneexp.calibrate import require_sums
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.modeling_pruned import LayerStructure
-from pruneexp.types import (
-    Budget,
-    Compensator,
-    ConfigError,
-    Criterion,
-    Search,
-    Site,
-    Sparsity,
-    evidence_kinds,
-)
+from pruneexp.pruning.method import walks_by_sites
+from pruneexp.types import Budget, Compensator, ConfigError, Criterion, Search, Site, Sparsity, evidence_kinds
 
 COUNTS: dict[str, Any] = {"decoder": "params", "prunable": "params"}  # the others are called what they count
 
@@ -47,7 +39,7 @@ def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float)
 def searched_sites(model: Model, search: Search) -> list[Site]:
     """What a search may choose from: the sublayers, and whole blocks where these may leave; or blocks alone."""
     granularity = search.granularity
-    sites = [] if _blocks_alone(search) else as_searched(model, search, model.sites())
+    sites = [] if blocks_alone(search) else as_searched(model, search, model.sites())
     layers = range(len(model.layers)) if "blocks" in granularity else ()
     return sites + [site for index in layers for site in model.whole_block(index).sites]
 
@@ -60,7 +52,8 @@ def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Sit
     return [site for site in sites if site.expert is None] + whole
 
 
-def _blocks_alone(search: Search) -> bool:
+def blocks_alone(search: Search) -> bool:
+    """Whether whole blocks leave and nothing else, so that no reader is there to be compensated."""
     return set(search.granularity) == {"blocks"}
 
 
@@ -123,7 +116,7 @@ def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator:
         ConfigError: the search cannot remove so much, even if compensation added no bias (the largest ratio it names
             leaves room for all of them); or the compensator cannot walk through such a model.
     """
-    if not _blocks_alone(search) and any(kind.source == "wanted" for kind in evidence_kinds(compensator.evidence)):
+    if not blocks_alone(search) and walks_by_sites(compensator):
         require_sums(model)
     budget, sites = whole_budget(model, search, sparsity, sparsity.ratio), searched_sites(model, search)
     biases = budget.added_params(biases_added(model, sparsity, compensator, sites))

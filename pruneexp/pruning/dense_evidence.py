@@ -12,14 +12,13 @@ from torch import Tensor
 
 from pruneexp.cache import Cache, NoCache
 from pruneexp.cache.packing import bytes_of
-from pruneexp.calibrate import DenseStates, Meter, walk
+from pruneexp.calibrate import Bookmark, DenseStates, Meter, walk
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.pruning.notes import Notes
-from pruneexp.types import Criterion, RemovalPath, RunError, Score, Site, evidence_kinds, unit_scores
+from pruneexp.types import Criterion, RemovalPath, RunError, Score, Site, collected_by, evidence_kinds, unit_scores
 
 SMALL = 64  # bytes a channel
-WALKED = ("reader", "writer", "block")  # sources of evidence that one shared pass through the blocks collects
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Results:
                     evidence = own if each is kind else evidence
         assert evidence is not None
         scores, forward, backward = scored
-        walked = tokens_NT is not None and any(each.source in WALKED for each in distinct(_kinds(criterion), kind))
+        walked = tokens_NT is not None and bool(collected_by("walk", distinct(_kinds(criterion), kind)))
         meter.forward += forward + walked
         meter.backward += backward
         return scores, evidence
@@ -107,12 +106,10 @@ def _collected(
     wanted = None if criterion is None else criterion.evidence
     kinds = distinct(wanted, *kept)
     name = "_".join(["dense", *(["scores"] if criterion else []), *(["evidence"] if kept else [])])
-    note = notes.bookmark(name, lambda: (scores, evidence))
+    note = notes.bookmark(name, Bookmark(meter, "calibrate"), lambda: (scores, evidence))
     if note.found is not None:
         scores, evidence = note.found
-    walked = walk(
-        model, tokens_NT, kinds, meter, "calibrate", read_only=True, whole=whole, bookmark=note, dense_states=states
-    )
+    walked = walk(model, tokens_NT, kinds, note, read_only=True, whole=whole, dense_states=states)
     for visit in walked:
         if criterion is not None:
             found = checked(criterion(visit.whole or visit.block, visit.of(wanted)))
@@ -120,7 +117,7 @@ def _collected(
         for kind, own in zip(kept, evidence, strict=True):
             own.update(visit.of(kind))
         del visit  # holds the block's weights: before the next ones come
-    if tokens_NT is not None and any(each.source in WALKED for each in kinds):
+    if tokens_NT is not None and collected_by("walk", kinds):
         meter.forward = max(0.0, round(meter.forward - 1, 9))
     return scores, evidence, meter
 

@@ -10,7 +10,18 @@ from torch import Tensor
 from pruneexp.model import Model
 from pruneexp.pruning.record import Record
 from pruneexp.search import KIND, scored_as
-from pruneexp.types import Compensator, Criterion, Plan, Score, Search, Site, Sparsity, evidence_kinds, filled
+from pruneexp.types import (
+    Compensator,
+    Criterion,
+    Plan,
+    Score,
+    Search,
+    Site,
+    Sparsity,
+    collected_by,
+    evidence_kinds,
+    filled,
+)
 from pruneexp.types.defaults import CRITERION, SEARCH
 
 
@@ -66,7 +77,7 @@ def judged_whole(method: Method) -> tuple[str, ...]:
 
 def walks_by_sites(compensator: Compensator) -> bool:
     """Whether its statistics are those of a walk sublayer by sublayer."""
-    return any(kind.source == "wanted" for kind in evidence_kinds(compensator.evidence))
+    return bool(collected_by("site_walk", evidence_kinds(compensator.evidence)))
 
 
 def by_site(compensator: Compensator) -> bool:

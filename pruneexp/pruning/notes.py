@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,10 +37,11 @@ class Notes:
     def __init__(self, folder: Path | None, writes: Writes | None = None):
         self.folder, self.writes = folder, writes
 
-    def bookmark(self, walk: str, found: Callable[[], Any], writing: bool = False) -> Bookmark:
-        """Where the walk called `walk` stands, or its start. `found`: what is to be noted of its findings."""
+    def bookmark(self, walk: str, at: Bookmark, found: Callable[[], Any], writing: bool = False) -> Bookmark:
+        """`at`, the start of the walk called `walk`, moved to where that stands. `found`: what is to be noted of its
+        findings."""
         if self.folder is None:
-            return Bookmark()
+            return at
         file, writes = self.folder / f"{walk}.safetensors", self.writes if writing else None
         noted = _read(file)
         if writes is not None and not writes.restore(None if noted is None else noted["writes"]):
@@ -57,10 +59,11 @@ class Notes:
                 logger.warning("no more notes of the walk %r: %s", walk, error)
                 at.note = None
 
+        at = replace(at, note=note)
         if noted is None:
-            return Bookmark(note=note)
+            return at
         logger.info("%s: goes on with block %d, where it stopped", walk, noted["index"])
-        return Bookmark(noted["index"], noted["hidden"], noted["found"], noted["forward"], note)
+        return replace(at, **{name: noted[name] for name in ("index", "hidden", "found", "forward")})
 
 
 def _write(file: Path, value: Mapping[str, Any], hidden: Sequence[Sequence[Tensor]]) -> None:

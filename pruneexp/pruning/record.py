@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from pruneexp.cache import NoCache
-from pruneexp.calibrate import Meter
+from pruneexp.calibrate import Bookmark, Meter
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.notes import Notes
 
@@ -31,6 +32,10 @@ class Record:
     results: Results = field(default_factory=lambda: Results(NoCache(), {}))
     notes: Notes = field(default_factory=lambda: Notes(None))
     shrunk: Callable[[int], None] = _nothing
+
+    def bookmark(self, stage: str, found: Callable[[], Any] = lambda: None) -> Bookmark:
+        """Where the walk that shrinks stands. `found`: what it is to go on from, besides."""
+        return self.notes.bookmark("shrink", Bookmark(self.meter, stage), found, writing=True)
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
 from pruneexp.model import Model
 from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
-from pruneexp.pruning.budget import as_searched, budget_of, searched_sites, whole_budget
+from pruneexp.pruning.budget import as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_readers
 from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, judged_whole
 from pruneexp.pruning.record import Record
@@ -24,12 +24,7 @@ logger = logging.getLogger("pruneexp")
 
 
 def prune_(
-    model: Model,
-    tokens_NT: Tensor | None,
-    method: Method,
-    ratio: float,
-    record: Record,
-    original: int | None = None,
+    model: Model, tokens_NT: Tensor | None, method: Method, ratio: float, record: Record, original: int | None = None
 ) -> Pruned:
     """Shrinks `model` in place by a share `ratio` and returns the plan, the scores and the sites it had.
 
@@ -59,10 +54,8 @@ def prune_(
 def _all_at_once(work: Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    granularity = work.method.search.granularity
-    blocks_alone = set(granularity) == {"blocks"}  # nothing is left to compensate
-    shown = judged_whole(work.method)
-    dense_kind = None if compensator.sequential or blocks_alone else compensator.evidence
+    shown, compensates = judged_whole(work.method), not blocks_alone(work.method.search)
+    dense_kind = compensator.evidence if compensates and not compensator.sequential else None
     with work.record.clock("calibrate"):
         scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
         if lost := criterion.lost(scores):  # said of scores from the cache, too
@@ -71,8 +64,7 @@ def _all_at_once(work: Pruning) -> Plan:
     with work.record.clock("search"):
         sites = searched_sites(work.model, work.method.search)
         work.scores.update(expert_scores(work.scores, sites))
-        scores = work.scores
-        scores = block_scores(scores, sites) if blocks_alone and not shown else scores
+        scores = work.scores if compensates or shown else block_scores(work.scores, sites)
         plan = plan_all_layers(work, sites, scores)
     work.scores = without_readers(work.scores)
     del scores  # and with them the covariances of removal paths
@@ -80,13 +72,11 @@ def _all_at_once(work: Pruning) -> Plan:
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.record.clock("shrink"):
-        if by_site(compensator) and not blocks_alone:
-            note = work.record.notes.bookmark("shrink", lambda: None, writing=True)
-            _site_by_site(work, lambda visit: renamed, (), note)
+        if by_site(compensator) and compensates:
+            _site_by_site(work, lambda visit: renamed, (), work.record.bookmark("shrink"))
         else:
-            kinds = distinct(compensator.evidence if compensator.sequential and not blocks_alone else None)
-            note = work.record.notes.bookmark("shrink", lambda: None, writing=True)
-            for visit in walk(work.model, work.tokens_NT, kinds, work.record.meter, "shrink", bookmark=note):
+            kinds = distinct(compensator.evidence if compensator.sequential and compensates else None)
+            for visit in walk(work.model, work.tokens_NT, kinds, work.record.bookmark("shrink")):
                 evidence = visit.of(compensator.evidence) if kinds else dense
                 _shrink(work, visit, renamed, evidence)
                 del visit, evidence
@@ -124,7 +114,7 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
     if work.tokens_NT is None:
         raise RunError("compensator.target='dense': expected calibration windows")
     plan, states = Plan({}), work.record.results.dense_states(work.model)
-    walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, work.record.meter, "shrink", note, states)
+    walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, note, states)
     for visit, site, collect in walked:
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
@@ -158,16 +148,14 @@ def _layer_by_layer(work: Pruning, sites: Sequence[Site]) -> Plan:
     sitewise = by_site(compensator)
     kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
     decided = _Decided(work)
-    note = work.record.notes.bookmark("shrink", decided.noted, writing=True)
+    note = work.record.bookmark("shrink" if sitewise else "calibrate and shrink", decided.noted)
     if note.found is not None:
         decided.go_on(note.found)
     with work.record.clock("calibrate"):
         if sitewise:
             _site_by_site(work, decided.at, kinds, note)
         else:
-            for visit in walk(
-                work.model, work.tokens_NT, kinds, work.record.meter, "calibrate and shrink", bookmark=note
-            ):
+            for visit in walk(work.model, work.tokens_NT, kinds, note):
                 plan = decided.at(visit)
                 evidence = visit.of(compensator.evidence) if compensator.sequential else dense
                 _shrink(work, visit, plan, evidence)
@@ -214,11 +202,7 @@ def _shrink(work: Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]
 
 
 def _readers(
-    work: Pruning,
-    weights: Mapping[str, SiteWeights],
-    sites: Sequence[Site],
-    plan: Plan,
-    evidence: Mapping[str, Any],
+    work: Pruning, weights: Mapping[str, SiteWeights], sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
     compensator = work.method.compensator

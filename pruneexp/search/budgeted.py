@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import (
-    planned,
-    raw,
-    require,
-    standardised,
-    z_scores,
-)
-from pruneexp.search.granularity import (
-    Granularity,
-    check_settings,
-    chosen_sites,
-    is_plain,
-    least_units,
-    removal_steps,
-)
+from pruneexp.search.common import planned, raw, require, standardised, z_scores
+from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain, least_units, removal_steps
 from pruneexp.search.ranking import ranked
 from pruneexp.search.removable import Gone, Item, Removable, bundled, losses_in_order, unit_order, within_reach
 from pruneexp.types import Budget, Oracle, Plan, Scores, Site
@@ -58,13 +45,13 @@ class Global:
     multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity, self.multiple)
+        check_settings(self)
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
         if not is_plain(self.granularity, self.multiple):
-            return self._mixed(Removable(scores, sites, budget, self.granularity, self.min_units, self.multiple))
+            return self._mixed(Removable(self, scores, sites, budget))
         chosen = chosen_sites(sites, self.granularity, budget)
         require(budget, removable(chosen, self.min_units, budget))
         values = self._comparable(scores, sites, budget)
@@ -90,16 +77,14 @@ class Global:
         return values
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
+        within_reach(self, sites, budget)
 
     def _mixed(self, removable: Removable) -> Plan:
         """Units in multiples, sublayers and blocks in one ranking."""
         require(removable.budget, removable.most)
-        values, added = (
-            self._of_units(removable),
-            bool(removable.composites) and self.normalise in ("none", "per_parameter"),
-        )
-        unit_values = {}
+        fine = {site.name: removable.scores[site.name] for site in removable.fine}
+        values = self._comparable(fine, removable.fine, removable.budget)
+        added, unit_values = bool(removable.composites) and self.normalise in ("none", "per_parameter"), {}
         for site in removable.fine:
             score = removable.scores[site.name]
             value_U = values[site.name][unit_order(score, site.units)]
@@ -108,11 +93,6 @@ class Global:
                 value_U = losses_in_order(score, site.units) / price
             unit_values[site.name] = bundled(value_U, removable.unit_steps[site.name])
         return ranked(removable, unit_values, _composite_values(removable, self.normalise))
-
-    def _of_units(self, removable: Removable) -> Mapping[str, Tensor]:
-        return self._comparable(
-            {site.name: removable.scores[site.name] for site in removable.fine}, removable.fine, removable.budget
-        )
 
 
 def _composite_values(removable: Removable, normalise: str) -> Callable[[Item, Gone], float]:

@@ -80,6 +80,11 @@ def removed(plan: Plan, sites: Sequence[Site], budget: Budget) -> int:
     return sum(plan.removed(site) * budget.price(site) for site in sites)
 
 
+def masks(plan: Plan, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Boolean masks [U] of the units that stay, by site."""
+    return {s.name: torch.isin(torch.arange(s.units), torch.tensor(plan.sites[s.name].kept).long()) for s in sites}
+
+
 def layer_budgets(budget: Budget, sites: Sequence[Site]) -> dict[int, Budget]:
     """The share of each layer, in proportion to what its units hold; in whole numbers, adding up to the budget's.
 

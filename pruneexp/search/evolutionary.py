@@ -16,7 +16,7 @@ from pruneexp.search.common import prunable, require
 from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain
 from pruneexp.search.levels import Levels, Structures, parabola
 from pruneexp.search.removable import Removable, within_reach
-from pruneexp.types import Budget, ConfigError, Oracle, Plan, RemovalPath, RunError, Scores, Site
+from pruneexp.types import Budget, ConfigError, Oracle, Plan, RemovalPath, RunError, Scores, Site, require_least
 
 log = logging.getLogger(__name__)
 
@@ -67,22 +67,20 @@ class Evolutionary:
     multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity, self.multiple)
+        check_settings(self)
         if "blocks" in self.granularity and len(self.granularity) > 1:
             raise ConfigError(
                 f"granularity={self.granularity!r}: expected blocks alone, or without them; search=evolutionary "
                 "chooses how much leaves each sublayer, search=global, greedy and policy_gradient mix blocks in"
             )
-        for name, value, least in (("rounds", self.rounds, 0), ("offspring", self.offspring, 1)):
-            if value < least:
-                raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
+        require_least(self, 0, "rounds")
+        require_least(self, 1, "offspring")
+        require_least(self, 0, "steps", besides=", or null for what `effort` pays for")
         for name, value in (("tokens", self.tokens), ("distance", self.distance)):
             if not 0 < value <= 1:
                 raise ConfigError(f"{name}={value!r}: expected a number in (0, 1]")
         if not (self.effort > 0 and math.isfinite(self.effort)):
             raise ConfigError(f"effort={self.effort!r}: expected a number above 0")
-        if self.steps is not None and self.steps < 0:
-            raise ConfigError(f"steps={self.steps!r}: expected null or an integer >= 0")
 
     def rebalanced(self, plan: Plan, scores: Scores, sites: Sequence[Site], budget: Budget) -> Plan:
         """The plan at a budget that differs a little (biases that nothing has to pay for), without a probe."""
@@ -93,7 +91,7 @@ class Evolutionary:
         """Those that it may choose from."""
         chosen = chosen_sites(sites, self.granularity, budget)
         plain = is_plain(self.granularity, self.multiple)
-        removable = None if plain else Removable(scores, sites, budget, self.granularity, self.min_units, self.multiple)
+        removable = None if plain else Removable(self, scores, sites, budget)
         return Structures(scores, sites, chosen, budget, self.min_units, removable)
 
     def __call__(
@@ -116,7 +114,7 @@ class Evolutionary:
         return self.effort
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
+        within_reach(self, sites, budget)
 
 
 @dataclass

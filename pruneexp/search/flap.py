@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.common import by_layer, in_order, planned, prunable, raw, require, standardised
-from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
+from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site, require_least
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class UlMm:
     heads: int
 
     def __post_init__(self) -> None:
-        _require_heads(self.heads)
+        require_least(self, 0, "heads", besides=", the heads (KV groups) to remove over all layers")
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
@@ -84,7 +84,7 @@ class AlMm:
     heads: int
 
     def __post_init__(self) -> None:
-        _require_heads(self.heads)
+        require_least(self, 0, "heads", besides=", the heads (KV groups) to remove over all layers")
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
@@ -211,8 +211,3 @@ def _channels(wanted: float, heads: int, sites: Sequence[Site], budget: Budget, 
         fits = f"at least {least * per}" if least <= there else "a lower sparsity.ratio"
         raise ConfigError(f"search.heads={asked}: expected {fits}, all FFN channels together are too few for the rest")
     return channels
-
-
-def _require_heads(heads: int) -> None:
-    if heads < 0:
-        raise ConfigError(f"heads={heads!r}: expected an integer >= 0, the heads (KV groups) to remove over all layers")

@@ -7,10 +7,10 @@ as many as a token is routed to.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from pruneexp.search.common import by_layer, in_order
-from pruneexp.types import Budget, ConfigError, Site
+from pruneexp.types import Budget, ConfigError, Site, require_least
 
 Granularity = list[Literal["heads", "channels", "blocks", "attention", "ffn", "experts"]]
 KIND = {
@@ -27,15 +27,27 @@ _AS_WHOLE = {"attention": "sublayer", "ffn": "sublayer", "blocks": "block"}  # w
 _FROM_UNITS = {**{name: {kind} for name, kind in KIND.items()}, "experts": {"mlp"}, "blocks": {"attention", "mlp"}}
 
 
-def check_settings(min_units: int, granularity: Granularity, multiple: int = 1) -> None:
-    if min_units < 0:
-        raise ConfigError(f"min_units={min_units!r}: expected an integer >= 0")
+class Amounts(Protocol):
+    """What a search's settings say of how much may leave."""
+
+    @property
+    def min_units(self) -> int: ...
+
+    @property
+    def granularity(self) -> Granularity: ...
+
+    @property
+    def multiple(self) -> int: ...
+
+
+def check_settings(method: Amounts) -> None:
+    granularity = method.granularity
+    require_least(method, 0, "min_units")
+    require_least(method, 1, "multiple", besides=", of which FFN widths are multiples")
     if not granularity or len(set(granularity)) < len(granularity):
         raise ConfigError(f"granularity={granularity!r}: expected one or more of {', '.join(KIND)}, each once")
     if {"channels", "experts"} <= set(granularity):
         raise ConfigError(f"granularity={granularity!r}: expected channels or experts, which hold them")
-    if multiple < 1:
-        raise ConfigError(f"multiple={multiple!r}: expected an integer >= 1, of which FFN widths are multiples")
 
 
 def is_plain(granularity: Granularity, multiple: int) -> bool:

@@ -13,7 +13,18 @@ from torch import Tensor
 from pruneexp.search.common import require
 from pruneexp.search.granularity import KIND, Granularity, check_settings, least_units, step_units
 from pruneexp.search.removable import BLOCK, SUBLAYER, UNIT, Gone, Removable, losses_in_order, unit_order, within_reach
-from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
+from pruneexp.types import (
+    Budget,
+    Candidate,
+    ConfigError,
+    Oracle,
+    Plan,
+    RunError,
+    Scores,
+    Site,
+    require_least,
+    unit_scores,
+)
 
 logger = logging.getLogger("pruneexp")
 
@@ -50,12 +61,9 @@ class Greedy:
     multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity, self.multiple)
-        for name in ("keep_first", "keep_last"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer >= 0, layers that stay whole")
-        if self.shortlist is not None and self.shortlist < 1:
-            raise ConfigError(f"shortlist={self.shortlist!r}: expected an integer >= 1, or null for all units")
+        check_settings(self)
+        require_least(self, 0, "keep_first", "keep_last", besides=", layers that stay whole")
+        require_least(self, 1, "shortlist", besides=", or null for all units")
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
@@ -63,7 +71,7 @@ class Greedy:
         if oracle is None:
             raise RunError("the greedy search measures losses: it needs a model in memory and calibration windows")
         inner = self._inner(sites, budget)
-        removable = Removable(scores, sites, budget, self.granularity, self.min_units, self.multiple, inner)
+        removable = Removable(self, scores, sites, budget, inner)
         require(budget, removable.most)
         rounds, by_score = _Rounds(self, removable, oracle), self.first == "scores"
         while choices := rounds.choices():
@@ -101,8 +109,7 @@ class Greedy:
         return sum(1 + depth * min(self.shortlist or count, count - gone) for gone in probed)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        layers = self._inner(sites, budget)
-        within_reach(sites, budget, self.granularity, self.min_units, self.multiple, layers)
+        within_reach(self, sites, budget, self._inner(sites, budget))
 
 
 class _Rounds:

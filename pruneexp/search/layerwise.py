@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from pruneexp.search.budgeted import Global, removable
-from pruneexp.search.common import by_layer, in_order, layer_budgets, planned, require
+from pruneexp.search.common import by_layer, layer_budgets, masks, planned, removed, require
 from pruneexp.search.granularity import Granularity, chosen_sites
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
@@ -57,17 +57,9 @@ class Layerwise:
                 within = replace(share, added=share.added + min(0.0, most - share.remove))
                 part = self._inside(scores, own, within, oracle, rng)
                 plan = plan.merged(part)
-                over -= sum(plan.removed(site) * budget.price(site) for site in own)
-        return planned(_masks(plan, chosen), sites, budget)
+                over -= removed(plan, own, budget)
+        return planned(masks(plan, chosen), sites, budget)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         if budget.layers is None:
             require(budget, removable(chosen_sites(sites, self.granularity, budget), self.min_units, budget))
-
-
-def _masks(plan: Plan, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
-    masks = {}
-    for site in in_order(sites):
-        masks[site.name] = torch.zeros(site.units, dtype=torch.bool)
-        masks[site.name][list(plan.sites[site.name].kept)] = True
-    return masks

@@ -52,15 +52,13 @@ class Structures:
         }
         self.cost = {site.name: size[site.name] * budget.price(site) for site in self.chosen}  # of a step
         self.size = {site.name: -(-site.units // size[site.name]) for site in self.chosen}  # steps of the whole site
-        composites = [] if removable is None else [site for _, site in removable.composites]
-        self.composites = bool(composites)
-        self.wholes = [
-            site for site in composites if removable is not None and site in removable.fine
-        ]  # may lose all at once
+        self.composites = removable is not None and bool(removable.composites)
+        self.wholes = [  # may lose all at once
+            site for _, site in (removable.composites if removable else ()) if removable and site in removable.fine
+        ]
         self.most = {site.name: len(self.steps[site.name]) - 1 for site in self.chosen}
         # a unit's place in the order in which units leave
         self.place = {site.name: unit_order(scores[site.name], site.units).argsort() for site in self.chosen}
-        able = [site for site in self.chosen if self.most[site.name] or removable is None]
         cheapest = min(self.cost[site.name] for site in self.chosen)
         self.cheap = [site for site in self.chosen if self.cost[site.name] == cheapest]
         self.dear = [site for site in self.chosen if self.cost[site.name] > cheapest]

@@ -12,12 +12,23 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.budgeted import Global
-from pruneexp.search.common import in_order, planned, prunable, removed, require
+from pruneexp.search.common import masks, planned, prunable, removed, require
 from pruneexp.search.gates import Gates, as_groups, projected
 from pruneexp.search.granularity import KIND, UNITS, Granularity, check_settings, is_nested, is_plain, step_units
 from pruneexp.search.ranking import ranked
 from pruneexp.search.removable import UNIT, Removable, bundled, unit_order, within_reach
-from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, unit_scores
+from pruneexp.types import (
+    Budget,
+    Candidate,
+    ConfigError,
+    Oracle,
+    Plan,
+    RunError,
+    Scores,
+    Site,
+    require_least,
+    unit_scores,
+)
 
 logger = logging.getLogger("pruneexp")
 
@@ -62,27 +73,25 @@ class PolicyGradient:
     multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity, self.multiple)
+        check_settings(self)
         if is_nested(self.granularity) and self.budgets != "joint":
             raise ConfigError(
                 f"budgets={self.budgets!r}: expected joint with granularity={self.granularity!r}, "
                 "some of which hold others and so share a budget"
             )
-        for name, least in (("samples", 2), ("memory", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer >= {least}")
+        require_least(self, 2, "samples")
+        require_least(self, 1, "memory")
+        require_least(self, 1, "steps", besides=", or null for what `passes` pays for")
         for name in ("rate", "passes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number > 0")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps={self.steps!r}: expected an integer >= 1, or null for what `passes` pays for")
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
         if oracle is None:
             raise RunError("the policy gradient measures losses: it needs a model in memory and calibration windows")
-        removable = Removable(scores, sites, budget, self.granularity, self.min_units, self.multiple)
+        removable = Removable(self, scores, sites, budget)
         require(budget, removable.most)
         if budget.ratio == 0:
             return planned({}, sites, budget)
@@ -91,9 +100,7 @@ class PolicyGradient:
         learned = gates.split(self._learned(self._started(gates, share, rng), gates, share, oracle, rng))
         if is_nested(self.granularity):
             return self._ranked(gates, learned)
-        stays = {
-            site.name: torch.full((1,), 2.0).double() for site in removable.wholes
-        }  # the best, which no gate closes
+        stays = {s.name: torch.tensor([2.0]).double() for s in removable.wholes}  # the best, which no gate closes
         known = {site.name: s_U for (_, site), s_U in zip(gates.items, learned, strict=True)}
         return self._planned({**scores, **stays, **known}, sites, removable.chosen, budget)
 
@@ -178,21 +185,15 @@ class PolicyGradient:
             wanted = left if name == names[-1] else budget.remove * prunable(own, budget) / whole
             if not own:
                 continue
-            most = Removable(scores, own, budget, [name], self.min_units, self.multiple).most
-            wanted = min(max(wanted, 0.0), float(most))
-            part = replace(budget, total=0, added=wanted)
             search = Global(self.min_units, [name], "none", self.multiple)
+            most = Removable(search, scores, own, budget).most
+            part = replace(budget, total=0, added=min(max(wanted, 0.0), float(most)))
             plan = plan.merged(search(scores, own, part, None, torch.Generator()))
             left -= removed(plan, own, budget)
-        if abs(left) > self._step_price(names[-1], chosen, budget) / 2 + 1e-3 and not is_plain(
-            self.granularity, self.multiple
-        ):
+        off = abs(left) > self._step_price(names[-1], chosen, budget) / 2 + 1e-3
+        if off and not is_plain(self.granularity, self.multiple):
             return together(scores, sites, budget, None, torch.Generator())  # what is left of one kind is too much
-        keep = {}
-        for site in in_order(chosen):
-            keep[site.name] = torch.zeros(site.units, dtype=torch.bool)
-            keep[site.name][list(plan.sites[site.name].kept)] = True
-        return planned(keep, sites, budget)
+        return planned(masks(plan, chosen), sites, budget)
 
     def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:
         """Plain passes over the calibration windows, at most: masks of one step may share layers."""
@@ -202,7 +203,7 @@ class PolicyGradient:
         return self.steps or max(1, round(self.passes * batches / self.samples))
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        within_reach(sites, budget, self.granularity, self.min_units, self.multiple)
+        within_reach(self, sites, budget)
 
     def _step_price(self, name: str, chosen: Sequence[Site], budget: Budget) -> int:
         units = name in UNITS.values()

@@ -20,7 +20,7 @@ from pruneexp.search.common import in_order, planned, require
 from pruneexp.search.granularity import (
     UNITS,
     WHOLE,
-    Granularity,
+    Amounts,
     check_multiple,
     chosen_sites,
     is_plain,
@@ -84,7 +84,7 @@ class Gone:
 
 
 class Removable:
-    """What may leave in one search. `layers`: only there; the layers beside them stay whole.
+    """What may leave in one search, by its settings. `layers`: only there; the layers beside them stay whole.
 
     Raises:
         RunError: scores are missing, of another length or not finite; the message names the site.
@@ -92,14 +92,13 @@ class Removable:
 
     def __init__(
         self,
+        method: Amounts,
         scores: Scores,
         sites: Sequence[Site],
         budget: Budget,
-        granularity: Granularity,
-        min_units: int,
-        multiple: int,
         layers: Collection[int] | None = None,
     ):
+        granularity, min_units, multiple = method.granularity, method.min_units, method.multiple
         check_multiple(sites, granularity, multiple)
         chosen = chosen_sites(sites, granularity, budget)
         self.sites, self.budget, self.scores, self.multiple = in_order(sites), budget, scores, multiple
@@ -216,14 +215,7 @@ class Removable:
         return self.plan(keep, gone.layers)
 
 
-def within_reach(
-    sites: Sequence[Site],
-    budget: Budget,
-    granularity: Granularity,
-    min_units: int,
-    multiple: int,
-    layers: Collection[int] | None = None,
-) -> None:
+def within_reach(method: Amounts, sites: Sequence[Site], budget: Budget, layers: Collection[int] | None = None) -> None:
     """Raises ConfigError, naming the largest ratio, where all that may leave is less than the budget."""
     equal = {site.name: torch.zeros(site.units) for site in sites}
-    require(budget, Removable(equal, sites, budget, granularity, min_units, multiple, layers).most)
+    require(budget, Removable(method, equal, sites, budget, layers).most)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from pruneexp.search.budgeted import Global, removable
-from pruneexp.search.common import checked, planned, prunable, require
+from pruneexp.search.common import checked, masks, planned, prunable, require
 from pruneexp.search.granularity import Granularity, check_multiple, check_settings, chosen_sites, step_units
 from pruneexp.search.removable import unit_order
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
@@ -32,7 +32,7 @@ class ServeSafe:
     multiple: int
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity, self.multiple)
+        check_settings(self)
         if not set(self.granularity) <= {"heads", "channels"}:
             raise ConfigError(
                 f"granularity={self.granularity!r}: expected heads, channels or both; "
@@ -53,10 +53,7 @@ class ServeSafe:
             rest = min(max(0.0, budget.remove - _leaving(heads, kept, budget)), most)
             within = replace(budget, added=budget.added + rest - budget.remove)
             ranking = Global(self.min_units, ["channels"], self.normalise, self.multiple)
-            plan = ranking(scores, channels, within, oracle, rng)
-            for site in channels:
-                keep[site.name] = torch.zeros(site.units, dtype=torch.bool)
-                keep[site.name][list(plan.sites[site.name].kept)] = True
+            keep |= masks(ranking(scores, channels, within, oracle, rng), channels)
         return planned(keep, sites, budget)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:

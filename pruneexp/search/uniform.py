@@ -46,7 +46,7 @@ class Uniform:
     alike: bool
 
     def __post_init__(self) -> None:
-        check_settings(self.min_units, self.granularity, self.multiple)
+        check_settings(self)
         if not set(self.granularity) <= {"heads", "channels", "experts"}:
             raise ConfigError(
                 f"granularity={self.granularity!r}: expected heads, channels or both (or experts for channels); "

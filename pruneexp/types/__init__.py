@@ -31,6 +31,7 @@ from pruneexp.types.nouns import (
     Site,
     SitePlan,
     SiteWeights,
+    require_least,
     unit_scores,
 )
 from pruneexp.types.protocols import (
@@ -45,6 +46,7 @@ from pruneexp.types.protocols import (
     Sparsity,
     Tracker,
 )
+from pruneexp.types.sources import SOURCES, collected_by, source_of
 
 __all__ = [
     "Block",
@@ -67,6 +69,7 @@ __all__ = [
     "RemovalPath",
     "RunError",
     "RunRecord",
+    "SOURCES",
     "Score",
     "Scores",
     "Search",
@@ -75,8 +78,11 @@ __all__ = [
     "SiteWeights",
     "Sparsity",
     "Tracker",
+    "collected_by",
     "evidence_kinds",
     "filled",
+    "require_least",
+    "source_of",
     "unit_scores",
     "updated_",
     "updates_in_place",

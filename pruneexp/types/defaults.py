@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pruneexp.types.nouns import ConfigError, Measured
+from pruneexp.types.sources import source_of
 
 Defaults = Mapping[str, Any]
 
@@ -82,10 +83,12 @@ def fill_in(package: Mapping[str, Any], names: Sequence[str], defaults: Defaults
 
 
 def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
-    """What a method's `evidence` names, as a tuple: nothing, one kind, or several."""
-    if wanted is None:
-        return ()
-    return tuple(filled(kind, EVIDENCE) for kind in (wanted if isinstance(wanted, tuple) else (wanted,)))
+    """What a method's `evidence` names, as a tuple: nothing, one kind, or several. Raises ConfigError for a kind whose
+    source nothing feeds."""
+    kinds = wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
+    for kind in kinds:
+        source_of(filled(kind, EVIDENCE))
+    return kinds
 
 
 def updates_in_place(kind: Any) -> bool:

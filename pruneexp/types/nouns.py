@@ -32,6 +32,14 @@ class RunError(RuntimeError):
     """A run that failed for a reason the user can act on. The message is one line. Exit code 1."""
 
 
+def require_least(part: Any, least: int, *names: str, besides: str = "") -> None:
+    """Raises ConfigError where a setting of one of these names, unless None, is below `least`; `besides` ends it."""
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value!r}: expected an integer >= {least}{besides}")
+
+
 @dataclass(frozen=True)
 class Cost:
     """What leaves the model with one unit."""

@@ -11,7 +11,7 @@ from pruneexp.model import Model
 from pruneexp.pruning.record import Record
 from pruneexp.search import KIND, scored_as
 from pruneexp.types import Compensator, Criterion, Plan, Score, Search, Site, Sparsity, evidence_kinds, filled
-from pruneexp.types.defaults import CRITERION, SEARCH
+from pruneexp.types.defaults import COMPENSATOR, CRITERION, SEARCH
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Method:
     def __post_init__(self) -> None:
         filled(self.criterion, CRITERION)
         filled(self.search, SEARCH)
+        filled(self.compensator, COMPENSATOR)
         evidence_kinds(self.criterion.evidence)
         evidence_kinds(self.compensator.evidence)
 

@@ -20,36 +20,27 @@ def print_forecast(
     found: Forecast,
     *,
     dtype: str,
-    multiplied: str,
-    speeds: tuple[float, float],
-    left_out: Sequence[str],
-    available: int | None,
+    available: int,
     file: TextIO | None = None,
 ) -> None:
-    """Structure, sizes, memory by stage, and time, on `file` (stdout). `multiplied`: the type in which matrices of
-    `dtype` are multiplied; `speeds`: operations per second in it and in float64; `left_out`: evaluators whose work is
-    not counted; `available`: bytes of memory."""
+    """Structure, sizes, memory by stage, and passes, on `file` (stdout). `available`: bytes of memory."""
     from rich.console import Console
 
     out = sys.stdout if file is None else file
     console = Console(file=out, width=None if out.isatty() else 110, highlight=False, markup=False, emoji=False)
     console.print(_sizes(found, dtype))
     console.print(_memory(found))
-    free = "" if available is None else f"; {size(available)} are free here"
-    console.print(f"memory at most: {size(found.peak.total)} ({found.peak.name}){free}", soft_wrap=True)
+    held = found.peak.parts.get("process", 0)
+    beside = f", of which this process holds {size(held)} already" if held else ""
+    free = f"{size(available)} are free here"
+    console.print(f"memory at most: {size(found.peak.total)} ({found.peak.name}){beside}; {free}", soft_wrap=True)
     if found.files:
         files = f"in files of {spill_folder()} for a while: {size(found.files)} beyond criterion.memory"
         console.print(files, soft_wrap=True)
     if not found.streamed:
         console.print("model.stream=true is not possible with these methods")
-    work, (speed, speed64) = found.work, speeds
-    console.print(f"passes over the calibration windows: {work.forward:.3g} forward, {work.backward:.3g} backward")
-    counted = f"{found.flops / 1e12:,.4g} Tflop in {multiplied} at {speed / 1e9:,.3g} Gflop/s measured here"
-    if work.float64:
-        counted += f", {work.float64 / 1e12:,.4g} Tflop in float64 at {speed64 / 1e9:,.3g} Gflop/s"
-    console.print(f"time at least: {duration(found.seconds(speed, speed64))} ({counted})", soft_wrap=True)
-    read = f"reading {size(found.read)} from disk" if found.streams else f"loading {size(found.shape.bytes)}"
-    console.print(f"not counted: {', '.join([read, *left_out])}", soft_wrap=True)
+    passes = found.passes
+    console.print(f"passes over the calibration windows: {passes.forward:.3g} forward, {passes.backward:.3g} backward")
 
 
 def _sizes(found: Forecast, dtype: str) -> Table:
@@ -103,7 +94,7 @@ def _table(*columns: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, safe_box=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, safe_box=True)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     return table
@@ -115,11 +106,3 @@ def size(value: float) -> str:
     unit, name = next((each for each in units if value >= each[0]), (1, "B"))
     digits = 0 if unit == 1 or value >= 100 * unit else 1 if value >= 10 * unit else 2
     return f"{value / unit:,.{digits}f} {name}"
-
-
-def duration(seconds: float) -> str:
-    """ "0.12 s", "5.3 min", "7.1 h"."""
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.2g} s"

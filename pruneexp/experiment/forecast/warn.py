@@ -24,25 +24,29 @@ def warn_of_files(found: Forecast) -> None:
         )
 
 
-def warn_of_memory(found: Forecast, available: int | None) -> None:
+def warn_of_memory(found: Forecast, available: int) -> None:
     """Logs one line, with what would help, where a run takes more memory than there is."""
-    peak = found.peak
-    if available is None or peak.total <= available:
+    peak = max(found.stages, key=lambda stage: stage.needed)
+    if peak.needed <= available:
         return
+
+    def weighs(part: str) -> bool:
+        return peak.parts.get(part, 0) > peak.needed / 10
+
     helps = []
-    if not found.streams and found.streamed and max(s.total for s in found.streamed) < peak.total:
+    if not found.streams and found.streamed and max(stage.needed for stage in found.streamed) < peak.needed:
         helps.append("model.stream=true")
-    if peak.parts.get("activations", 0) + peak.parts.get("gradients", 0) > peak.total / 10:
+    if weighs("activations"):
         helps.append("a smaller model.batch_size" if peak.name != "evaluate" else "a smaller batch_size of evaluators")
-    if peak.parts.get("hidden states", 0) > peak.total / 10:
+    if weighs("hidden states"):
         helps.append("fewer dataset.samples" if peak.name != "evaluate" else "fewer samples of evaluators")
-    if peak.parts.get("refits", 0) > peak.total / 10 or peak.files:
+    if weighs("kept") or peak.files:
         helps.append("a smaller criterion.memory")
     if peak.name == "prove":
         helps.append("run.prove=off")
     logger.warning(
         "about %s of memory will be needed (%s), %s are free%s",
-        size(peak.total),
+        size(peak.needed),
         peak.name,
         size(available),
         f"; what would help: {', '.join(helps)}" if helps else "",

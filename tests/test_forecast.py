@@ -40,7 +40,7 @@ from pruneexp.experiment.forecast import (
     size,
     warn_of_memory,
 )
-from pruneexp.experiment.forecast.memory import activations, held_bytes
+from pruneexp.experiment.forecast.memory import PARTS, activations, held_bytes
 from pruneexp.model import Model, ModelSource
 from pruneexp.pruning.budget import check_pruning
 from pruneexp.pruning.dense_evidence import Results
@@ -57,12 +57,15 @@ SEEN = Windows(count=10, length=24, batch_size=8)
 def foretold(build_from: Callable[..., Any]) -> Callable[..., tuple[Any, Forecast]]:
     """An experiment on a small LLaMA, and the forecast of its pruning."""
 
-    def make(*overrides: str, path: Path = PARITY, seen: Windows = SEEN, shared: int = 0) -> tuple[Any, Forecast]:
+    def make(
+        *overrides: str, path: Path = PARITY, seen: Windows = SEEN, how: Running | None = None, criterion: Any = None
+    ) -> tuple[Any, Forecast]:
         made = build_from("model=hf", f"model.path={path}", *DATA, "sparsity.ratio=0.25", *overrides)
         outline = made.model.outline()
         budget = check_pruning(outline, made.search, made.sparsity, made.compensator)
-        how = Running(made.model.stream, shared=shared)
-        return made, forecast(outline, made.method, made.recovery, budget, seen, [], how)
+        method = made.method if criterion is None else replace(made.method, criterion=criterion)
+        how = how or Running(made.model.stream)
+        return made, forecast(outline, method, made.recovery, budget, seen, [], how)
 
     return make
 
@@ -194,6 +197,46 @@ def test_activations_by_hand() -> None:
     assert activations(shape, seen, loss=True) == 30 * 1000 * (2 + 4 + 4)
 
 
+def test_stages_by_hand(foretold: Any) -> None:
+    """4 layers of 64 and 172 channels, hidden size 64, 256 words; `best` asks for 7 readers a site, 4 heads for 4."""
+    settings = ("recipe=best", "search.effort=2", "compensator.target=pruned")
+    how = Running(stream=False, process=1000, reached=5000)
+    _, found = foretold(*settings, how=how)
+    start, calibrate, search, shrink = found.held
+    weights, hidden, batch = 4 * found.shape.params, 10 * 24 * 64 * 4, 8 * 24
+    layer = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64)
+    grams = 8 * (64**2 + 64 + 172**2 + 172)
+    covariances, readers = 4 * 8 * (64**2 + 172**2), 4 * (4 * 64 + 7 * 172) * 64 * 4
+    ffn = batch * (3 * 172 + 3 * 64) * 4
+    read = batch * (172 + 3 * 64) * 4 + 8 * batch * 172
+    logits = batch * 256 * (4 + 4 + 4)
+    assert start.parts == {"process": 5000}
+    assert calibrate.total == 1000 + weights + hidden + grams + covariances + max(24 * 172**2, ffn, read)
+    assert search.total == 1000 + weights + covariances + readers + max(24 * 172**2, logits)
+    assert shrink.total == 1000 + weights + 2 * hidden + grams + layer + max(8 * 172 * 64, ffn, read)
+    assert all(set(stage.parts) <= set(PARTS) for stage in found.held)
+    assert found.peak == max(found.held, key=lambda stage: stage.total) and found.streamed == []
+
+
+def test_what_a_method_says_that_it_costs_is_heard(foretold: Any) -> None:
+    made, plain = foretold("recipe=flap", "search=evolutionary", "search.effort=2")
+
+    class Dear:
+        evidence, sequential = made.criterion.evidence, False
+
+        def working_bytes(self, site: Site, outputs: int) -> int:
+            return 10**9 * outputs
+
+        def kept_bytes(self, sites: Any, outputs: int, itemsize: int, refits: float) -> tuple[int, int]:
+            return 10**12 * len(sites), int(refits)
+
+    found = foretold("recipe=flap", "search=evolutionary", "search.effort=2", criterion=Dear())[1]
+    for before, after in zip(plain.held[:2], found.held[:2], strict=True):
+        more = {"solves": 64 * 10**9, "kept": 8 * 10**12, "activations": 0}
+        assert after.parts == {**before.parts, **more}
+    assert [stage.files for stage in found.held] == [0, 7, 0]
+
+
 def test_evidence_that_needs_real_tensors_is_no_reason_to_stop() -> None:
     class Stubborn:
         source = "reader"
@@ -304,14 +347,14 @@ def test_hidden_states_that_jobs_of_a_sweep_share(stream: str, foretold: Any) ->
     kept = [x_BTD for layer in shared.layers.values() for batch in layer for x_BTD in batch]
     held = sum(x_BTD.nbytes for x_BTD in [*kept, *shared.entered])
     for limit, more in ((held, held), (held - 1, 0)):
-        found = foretold(*typed, shared=limit)[1]
+        found = foretold(*typed, how=Running(stream == "true", shared=limit))[1]
         for stages in ("held", "streamed"):
             assert [(stage.name, stage.total) for stage in getattr(found, stages)] == [
                 (stage.name, stage.total + more) for stage in getattr(alone, stages)
             ]
     for without in ("compensator=bias", "compensator.target=pruned", "search=blocks criterion=block_influence"):
         settings = [*typed, *without.split()]
-        assert foretold(*settings, shared=held)[1].peak == foretold(*settings)[1].peak
+        assert foretold(*settings, how=Running(stream == "true", shared=held))[1].peak == foretold(*settings)[1].peak
 
 
 # Dry runs, and warnings of real ones

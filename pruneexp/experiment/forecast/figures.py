@@ -80,12 +80,11 @@ def forecast(
     shape = shape_of(model)
     left, decoder_left = params_left(model, method.search, method.sparsity, method.compensator, budget)
     trains = min(model.batch_size, recovery.batch) if recovery.trains else 0
-    ways = [replace(how, stream=False), *([replace(how, stream=True)] if _can_stream(method, recovery) else [])]
-    found = [Memory(method, shape, seen, measured, left, trains, way).stages() for way in ways]
-    if common := _in_common(method, shape, seen, how.shared):
-        found = [[stage.with_hidden_states(common) for stage in stages] for stages in found]
+    how = replace(how, shared=_in_common(method, shape, seen, how.shared))
+    held = Memory(method, shape, seen, measured, left, trains, replace(how, stream=False))
+    streamed = replace(held, how=replace(how, stream=True)).stages() if _can_stream(method, recovery) else []
     passes = passes_of(method, recovery, model, shape, budget, seen)
-    return Forecast(shape, left, decoder_left, passes, found[0], found[1] if found[1:] else [], how.stream)
+    return Forecast(shape, left, decoder_left, passes, held.stages(), streamed, how.stream)
 
 
 def _can_stream(method: Method, recovery: Recovery) -> bool:

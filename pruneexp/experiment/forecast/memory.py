@@ -18,7 +18,7 @@ solves         what a criterion or a compensator works in at its widest site (`w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,15 +52,12 @@ class Stage:
         """Beside what the process holds already."""
         return self.total - self.parts.get("process", 0)
 
-    def with_hidden_states(self, more: int) -> Stage:
-        return replace(self, parts={**self.parts, "hidden states": self.parts.get("hidden states", 0) + more})
-
 
 @dataclass(frozen=True)
 class Running:
     """How a run is run. `prove`: as `run.prove`, "" where no checkpoint is written; `shared`: bytes of the dense
-    model's hidden states that jobs of a sweep may keep for each other; `process`: bytes that this process holds
-    already, `reached`: that it has held at most."""
+    model's hidden states that jobs of a sweep keep for each other; `process`: bytes that this process holds already,
+    `reached`: that it has held at most."""
 
     stream: bool
     prove: str = ""
@@ -110,7 +107,7 @@ class Memory:
         weights = streamed if self.how.stream else shape.bytes
         work = {"activations": parts.get("activations", 0), "solves": parts.get("solves", 0)}
         less = min(work, key=work.__getitem__)  # a batch is through before anything is solved
-        always = {"process": self.how.process, "weights": weights, "hidden states": hidden}
+        always = {"process": self.how.process, "weights": weights, "hidden states": hidden + self.how.shared}
         return Stage(name, {**always, **parts, less: 0})
 
     def _hidden(self, tokens: int, times: int = 1) -> int:
@@ -160,23 +157,24 @@ class Memory:
 
     def _shrinking(self) -> Stage:
         """The second walk."""
-        compensator, shape = self.method.compensator, self.shape
-        kinds, copies = evidence_kinds(compensator.evidence), self._copies
+        compensator = self.method.compensator
+        kinds = evidence_kinds(compensator.evidence)
         if blocks_alone(self.method):
-            return self._stage("shrink", 0, copies=copies)
-        times, batch, held = 0, 0, 0
+            return self._stage("shrink", 0, copies=self._copies)
         if by_site(compensator):
             times, held = 3, self._fitted()
-            widest = max((site.channels for site in shape.sites), default=0)
-            copies -= shape.block_bytes - widest * shape.hidden * shape.itemsize  # the writers are let go by then
         elif compensator.sequential and kinds:
             times, held = 2, self._of_any_layer(kinds)
         else:
-            held = self._of_all(kinds)
-        if times:
-            batch = self._collecting(kinds)
-        parts = {"statistics": held, "solves": self._widest(compensator.working_bytes), "copies": copies}
-        return self._stage("shrink", self._hidden(self.seen.tokens, times), activations=batch, **parts)
+            times, held = 0, self._of_all(kinds)
+        return self._stage(
+            "shrink",
+            self._hidden(self.seen.tokens, times),
+            activations=self._collecting(kinds) if times else 0,
+            statistics=held,
+            solves=self._widest(compensator.working_bytes),
+            copies=self._copies,
+        )
 
     def _collecting(self, kinds: Sequence[Any]) -> int:
         """A batch in flight; or a reader's input and what second moments make of it, the writers' outputs being gone by
@@ -224,7 +222,7 @@ class Memory:
     def _widest_of(self, kinds: Sequence[Any]) -> int:
         return max((held_bytes(kind, [site], self.shape) for kind in kinds for site in self.shape.sites), default=0)
 
-    def _widest(self, bytes_of: Any) -> int:
+    def _widest(self, bytes_of: Callable[[Site, int], int]) -> int:
         return max((bytes_of(site, self.shape.hidden) for site in self.shape.sites), default=0)
 
 

@@ -185,8 +185,8 @@ def forecast_of(
     for evaluator in experiment.evaluators.values():
         windows_NT = evaluator.windows(tokenizer)
         if windows_NT is not None:
-            measured.append(Windows(*windows_NT.shape, evaluator.batch_size))
-    seen = Windows(*tokens_NT.shape, model.batch_size)
+            measured.append(Windows(len(windows_NT), windows_NT.shape[1], evaluator.batch_size))
+    seen = Windows(len(tokens_NT), tokens_NT.shape[1], model.batch_size)
     if tokenizer is not None and not experiment.model.stream:
         measured.append(bos_probe.measured_windows(seen))
     on_gpu = any(device.type == "cuda" for device in model.devices)

@@ -80,13 +80,12 @@ class Memory:
     how: Running
 
     def stages(self) -> list[Stage]:
-        """In their order; that the same name comes twice does no harm."""
+        """In their order. Of evaluators, the one that takes most."""
         shape, found = self.shape, []
         if self.how.reached > self.how.process:
             found.append(Stage("start", {"process": self.how.reached}))
-        for windows in self.measured:  # a streamed model runs all windows layer by layer
-            hidden = self._hidden(windows.tokens if self.how.stream else 0)
-            found.append(self._stage("evaluate", hidden, activations=activations(shape, windows, loss=True)))
+        if self.measured:
+            found.append(max(map(self._evaluating, self.measured), key=lambda stage: stage.total))
         if goes_layer_by_layer(self.method):
             found.append(self._calibrating(shrinks=True))
         else:
@@ -117,6 +116,11 @@ class Memory:
     def _copies(self) -> int:
         block = self.shape.block_bytes
         return STREAMED_SHARD_BYTES + 2 * block if self.how.stream else block
+
+    def _evaluating(self, windows: Windows) -> Stage:
+        """A streamed model runs all windows layer by layer."""
+        hidden = self._hidden(windows.tokens if self.how.stream else 0)
+        return self._stage("evaluate", hidden, activations=activations(self.shape, windows, loss=True))
 
     def _calibrating(self, shrinks: bool) -> Stage:
         """The first walk, or the only one, which `shrinks`."""

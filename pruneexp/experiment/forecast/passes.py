@@ -26,9 +26,6 @@ class Passes:
     def __add__(self, other: Passes) -> Passes:
         return Passes(self.forward + other.forward, self.backward + other.backward)
 
-    def times(self, count: int) -> Passes:
-        return Passes(count * self.forward, count * self.backward)
-
 
 def passes_of(method: Method, recovery: Recovery, model: Model, shape: Shape, budget: Budget, seen: Windows) -> Passes:
     """Of pruning, in all rounds, and of training after it. Layers and sites that keep all units are taken to be as much
@@ -39,7 +36,7 @@ def passes_of(method: Method, recovery: Recovery, model: Model, shape: Shape, bu
         one += Passes(spends(searched_sites(model, method.search), budget, seen.batches))
     trains = recovery.seen if recovery.trains else None
     trained = 0.0 if trains is None else trains(seen.count) / seen.count
-    return one.times(len(method.sparsity.shares())) + Passes(trained, trained)
+    return sum([one] * len(method.sparsity.shares()), Passes(trained, trained))
 
 
 def blocks_alone(method: Method) -> bool:

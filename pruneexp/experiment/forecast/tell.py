@@ -1,33 +1,28 @@
-"""A forecast for people."""
+"""A forecast for people: a table, and lines of the log where a run needs more than there is."""
 
 from __future__ import annotations
 
+import logging
+import shutil
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from pruneexp.criterion.spill import spill_folder
-from pruneexp.experiment.forecast.memory import PARTS, Stage
+from pruneexp.experiment.forecast.figures import Forecast
+from pruneexp.experiment.forecast.memory import PARTS
 from pruneexp.experiment.forecast.shape import Shape
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pruneexp.experiment.forecast.figures import Forecast
+logger = logging.getLogger("pruneexp")
 
 
-def print_forecast(
-    found: Forecast,
-    *,
-    dtype: str,
-    available: int,
-    file: TextIO | None = None,
-) -> None:
-    """Structure, sizes, memory by stage, and passes, on `file` (stdout). `available`: bytes of memory."""
+def print_forecast(found: Forecast, *, dtype: str, available: int) -> None:
+    """Structure, sizes, memory by stage, and passes. `available`: bytes of memory."""
     from rich.console import Console
 
-    out = sys.stdout if file is None else file
-    console = Console(file=out, width=None if out.isatty() else 110, highlight=False, markup=False, emoji=False)
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, emoji=False)
     console.print(_sizes(found, dtype))
     console.print(_memory(found))
     held = found.peak.parts.get("process", 0)
@@ -64,12 +59,11 @@ def _structure(shape: Shape) -> list[tuple[str, str]]:
         counts = [sum(s.units for s in shape.of_layer(i) if s.kind == kind) for i in range(len(shape.layers))]
         low, high = min(counts, default=0), max(counts, default=0)
         rows.append((unit, f"{low:,}" if low == high else f"{low:,} to {high:,}"))
-    units = sum(site.units for site in shape.sites)
-    return [*rows, ("sites", f"{len(shape.sites):,}"), ("units", f"{units:,}")]
+    return rows
 
 
 def _memory(found: Forecast) -> Table:
-    both = {"held": _widest(found.held), "streamed": _widest(found.streamed)}
+    both = {"held": found.held, "streamed": found.streamed}
     shown = [part for part in PARTS if any(stage.parts.get(part) for stages in both.values() for stage in stages)]
     table = _table("memory", *(part.replace(" ", "\n") for part in shown), "in all")
     for how, stages in both.items():
@@ -81,15 +75,6 @@ def _memory(found: Forecast) -> Table:
     return table
 
 
-def _widest(stages: Sequence[Stage]) -> list[Stage]:
-    """Of several stages of one name the one that takes most."""
-    found: dict[str, Stage] = {}
-    for stage in stages:
-        if stage.name not in found or stage.total > found[stage.name].total:
-            found[stage.name] = stage
-    return list(found.values())
-
-
 def _table(*columns: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -98,6 +83,47 @@ def _table(*columns: str) -> Table:
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     return table
+
+
+def warn_of_files(found: Forecast) -> None:
+    """Logs one line where the disk may have no room for what lies in files of TMPDIR for a while."""
+    if found.files and found.files > (free := shutil.disk_usage(spill_folder()).free):
+        logger.warning(
+            "up to %s will lie in files of %s for a while, %s are free; what would help: TMPDIR on another disk, a "
+            "smaller criterion.levels or search.offspring",
+            size(found.files),
+            spill_folder(),
+            size(free),
+        )
+
+
+def warn_of_memory(found: Forecast, available: int) -> None:
+    """Logs one line, with what would help, where a run takes more memory than there is."""
+    peak = max(found.stages, key=lambda stage: stage.needed)
+    if peak.needed <= available:
+        return
+
+    def weighs(part: str) -> bool:
+        return peak.parts.get(part, 0) > peak.needed / 10
+
+    helps = []
+    if not found.streams and found.streamed and max(stage.needed for stage in found.streamed) < peak.needed:
+        helps.append("model.stream=true")
+    if weighs("activations"):
+        helps.append("a smaller model.batch_size" if peak.name != "evaluate" else "a smaller batch_size of evaluators")
+    if weighs("hidden states"):
+        helps.append("fewer dataset.samples" if peak.name != "evaluate" else "fewer samples of evaluators")
+    if weighs("kept") or peak.files:
+        helps.append("a smaller criterion.memory")
+    if peak.name == "prove":
+        helps.append("run.prove=off")
+    logger.warning(
+        "about %s of memory will be needed (%s), %s are free%s",
+        size(peak.needed),
+        peak.name,
+        size(available),
+        f"; what would help: {', '.join(helps)}" if helps else "",
+    )
 
 
 def size(value: float) -> str:

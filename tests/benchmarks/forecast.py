@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--only", help="runs whose names begin so")
     parser.add_argument("settings", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     common = ["model=hf", f"model.path={asked.folder}", "dataset=text", "evaluator=[perplexity,size]"]
     common += [f"dataset.{split}={asked.text}" for split in ("calibration", "evaluation")]
     common += [f"dataset.samples={asked.samples}", f"dataset.length={asked.length}", "evaluator.perplexity.samples=16"]

@@ -165,8 +165,11 @@ class Memory:
         kinds = evidence_kinds(compensator.evidence)
         if blocks_alone(self.method):
             return self._stage("shrink", 0, copies=self._copies)
+        copies = self._copies
         if by_site(compensator):
             times, held = 3, self._fitted()
+            shape, widest = self.shape, max((site.channels for site in self.shape.sites), default=0)
+            copies -= shape.block_bytes - widest * shape.hidden * shape.itemsize  # the writers are let go by then
         elif compensator.sequential and kinds:
             times, held = 2, self._of_any_layer(kinds)
         else:
@@ -177,7 +180,7 @@ class Memory:
             activations=self._collecting(kinds) if times else 0,
             statistics=held,
             solves=self._widest(compensator.working_bytes),
-            copies=self._copies,
+            copies=copies,
         )
 
     def _collecting(self, kinds: Sequence[Any]) -> int:

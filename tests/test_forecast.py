@@ -333,7 +333,10 @@ def test_streamed_memory_does_not_grow_with_the_layers(foretold: Any, wider: Pat
     assert held[1] - held[0] == 4 * 18 * layer
 
 
-@pytest.mark.parametrize("overrides", ["recipe=llm_pruner", "recipe=sleb", "sparsity=cubic", "recovery=lora"])
+@pytest.mark.parametrize(
+    "overrides",
+    ["recipe=llm_pruner", "recipe=sleb", "sparsity=cubic", "recovery=lora", "compensator=least_squares_once"],
+)
 def test_what_cannot_be_streamed_has_no_such_forecast(overrides: str, foretold: Any) -> None:
     assert foretold(overrides)[1].streamed == []
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pruneexp.experiment.forecast.memory import Memory, Running, Stage
-from pruneexp.experiment.forecast.passes import Passes, blocks_alone, passes_of
+from pruneexp.experiment.forecast.passes import Passes, blocks_alone, dense_kinds, passes_of
 from pruneexp.experiment.forecast.shape import Shape, Windows, params_left, shape_of
 from pruneexp.model import Model
 from pruneexp.pruning import Method, by_site
@@ -89,8 +89,9 @@ def forecast(
 
 def _can_stream(method: Method, recovery: Recovery) -> bool:
     sources = {kind.source for kind in evidence_kinds(method.criterion.evidence)}
-    probes = method.search.probes or recovery.trains or len(method.sparsity.shares()) > 1
-    return not probes and not sources & {"gradient", "influence", "probe"}
+    whole = method.search.probes or recovery.trains or len(method.sparsity.shares()) > 1
+    at_once = any(kind.fits for kind in dense_kinds(method))  # the covariances of all layers
+    return not whole and not at_once and not sources & {"gradient", "influence", "probe"}
 
 
 def _in_common(method: Method, shape: Shape, seen: Windows, limit: int) -> int:

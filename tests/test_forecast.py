@@ -1,4 +1,4 @@
-"""What a run will take, against closed forms, counted operations, measured memory and what runs really spend."""
+"""What a run will take, against closed forms, measured memory and what runs really spend."""
 
 from __future__ import annotations
 
@@ -19,68 +19,61 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.cache import NoCache
 from pruneexp.calibrate import DenseStates, Meter
-from pruneexp.criterion import obs, spill
-from pruneexp.evidence import Gram, Moments, WantedOutput
-from pruneexp.evidence.solve import refitted_
+from pruneexp.criterion import spill
+from pruneexp.evidence import Gradient, Gram, Moments, PerSampleGradient, WantedOutput
 from pruneexp.experiment import preflight
 from pruneexp.experiment import run as experiments
 from pruneexp.experiment.forecast import (
-    Calibration,
     Forecast,
+    Running,
     Shape,
-    Work,
-    activations,
+    Windows,
     available_memory,
-    duration,
-    flops,
     forecast,
     machine,
-    matmul_speed,
     memory,
-    path_flops,
-    refit_flops,
-    removal_flops,
-    shape_of,
     size,
     warn_of_memory,
 )
-from pruneexp.experiment.forecast.memory import statistics_bytes
+from pruneexp.experiment.forecast.memory import PARTS, activations, held_bytes
 from pruneexp.model import Model, ModelSource
 from pruneexp.pruning.budget import check_pruning
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
-from pruneexp.types import Cost, Site
+from pruneexp.types import Cost, Site, evidence_kinds
 from tests.conftest import PARITY
 
 DATA = ["dataset=tokens", f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
-SEEN = Calibration(windows=10, length=24, batch_size=8)
+SEEN = Windows(count=10, length=24, batch_size=8)
 
 
 @pytest.fixture
 def foretold(build_from: Callable[..., Any]) -> Callable[..., tuple[Any, Forecast]]:
     """An experiment on a small LLaMA, and the forecast of its pruning."""
 
-    def make(*overrides: str, path: Path = PARITY, seen: Calibration = SEEN, shared: int = 0) -> tuple[Any, Forecast]:
+    def make(
+        *overrides: str, path: Path = PARITY, seen: Windows = SEEN, how: Running | None = None, criterion: Any = None
+    ) -> tuple[Any, Forecast]:
         made = build_from("model=hf", f"model.path={path}", *DATA, "sparsity.ratio=0.25", *overrides)
         outline = made.model.outline()
         budget = check_pruning(outline, made.search, made.sparsity, made.compensator)
-        how = {"stream": made.model.stream, "prove": "", "shared": shared}
-        return made, forecast(outline, made.method, made.recovery, budget, seen, [], **how)
+        method = made.method if criterion is None else replace(made.method, criterion=criterion)
+        how = how or Running(made.model.stream)
+        return made, forecast(outline, method, made.recovery, budget, seen, [], how)
 
     return make
 
 
-def pruned(made: Any, seen: Calibration = SEEN, results: Results | None = None) -> tuple[Model, Meter]:
+def pruned(made: Any, seen: Windows = SEEN, results: Results | None = None) -> tuple[Model, Meter]:
     """The model pruned on random windows, and what that spent."""
     generator = torch.Generator().manual_seed(0)
-    tokens_NT = torch.randint(3, 96, (seen.windows, seen.length), generator=generator)
+    tokens_NT = torch.randint(3, 96, (seen.count, seen.length), generator=generator)
     model, record = made.model.load(), Record(rng=generator)
     record.results = results or record.results
     prune_in_rounds_(model, tokens_NT, made.method, record)
@@ -116,8 +109,8 @@ PASSES = [
 def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> None:
     made, found = foretold(*overrides.split())
     _, meter = pruned(made)
-    assert found.work.forward == pytest.approx(meter.forward)
-    assert found.work.backward == pytest.approx(meter.backward)
+    assert found.passes.forward == pytest.approx(meter.forward)
+    assert found.passes.backward == pytest.approx(meter.backward)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +127,7 @@ def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> No
 def test_what_may_be_spent(overrides: str, least: float, foretold: Any) -> None:
     made, found = foretold(*overrides.split())
     _, meter = pruned(made)
-    assert least * found.work.forward <= meter.forward <= 1.05 * found.work.forward
+    assert least * found.passes.forward <= meter.forward <= 1.05 * found.passes.forward
 
 
 @pytest.mark.parametrize("settings", ["recovery.steps=3", "recovery.epochs=3", "recovery.samples=5 recovery.epochs=1"])
@@ -142,73 +135,10 @@ def test_what_recovery_sees(settings: str, foretold: Any) -> None:
     made, found = foretold("recipe=magnitude", "recovery=lora", "recovery.batch=4", *settings.split())
     model, _ = pruned(made)
     meter = Meter()
-    made.recovery(model, torch.randint(3, 96, (SEEN.windows, SEEN.length)), meter, 0)
-    assert found.work.forward == pytest.approx(meter.forward) and found.work.backward == pytest.approx(meter.backward)
-
-
-# Operations
-
-
-@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
-def test_operations_are_those_of_the_matrix_products(
-    family: str, tiny: Callable[..., Model], tokens_NT: torch.Tensor
-) -> None:
-    model = tiny(family)
-    model.module.set_attn_implementation("eager")  # the counter knows plain products best
-    shape, batch = shape_of(model), tokens_NT[:2]
-    with FlopCounterMode(display=False) as counter:
-        model.module(batch)
-    layers = flops(Work(forward=1), shape, Calibration(2, batch.shape[1], 2))
-    whole = flops(Work(forward=1, losses=1), shape, Calibration(2, batch.shape[1], 2))
-    rotations = counter.get_total_flops() - whole  # LLaMA's angles are a product too: one column
-    assert 0 <= rotations <= 2 * 4 * batch.numel()
-    assert whole - layers == 2 * 96 * 48 * batch.numel()
-    assert flops(Work(backward=1), shape, Calibration(1, 8, 1)) == 2 * flops(Work(1, 0, 1), shape, Calibration(1, 8, 1))
-
-
-def test_a_gram_takes_2_c2_a_token(foretold: Any) -> None:
-    """C is 64 (4 heads of 16) and 172; a fourth leaves; 4 layers, hidden size 64."""
-    _, found = foretold("recipe=flap", "compensator=least_squares", "compensator.target=pruned")
-    gram = 4 * SEEN.tokens * 2 * (64**2 + 172**2)
-    solves = 4 * sum(refit_flops(c, round(0.75 * c), 64) for c in (64, 172))
-    assert found.work.float64 == pytest.approx(gram + solves)
-    _, wanted = foretold("recipe=flap", "compensator=least_squares")
-    kept = 4 * SEEN.tokens * 2 * sum(0.75 * c * (0.75 * c + 64) for c in (64, 172))
-    assert wanted.work.float64 - found.work.float64 == pytest.approx(kept - gram)
-    _, obs = foretold("criterion=obs", "search=uniform", "compensator=none")
-    assert obs.work.float64 == pytest.approx(gram + 4 * sum(removal_flops(c, 64) for c in (64, 172)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("effort", "batch_size"), [(4, 10), (10, 1), (30, 1)])
-def test_readers_that_probes_ask_for_are_counted(
-    effort: int, batch_size: int, foretold: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """About: which ones is decided by the losses. At least one a sublayer, for the structures to start from."""
-    settings, seen = (f"model.batch_size={batch_size}",), replace(SEEN, batch_size=batch_size)
-    probing = (*settings, "search=evolutionary", f"search.effort={effort}", "compensator=none")
-    fitted: list[float] = []
-
-    def counted(weight_OC: Any, bias: Any, cov: Any, mean: Any, keep_C: Any, ridge: float) -> Any:
-        fitted.append(path_flops(weight_OC.shape[1], len(keep_C), len(weight_OC)))
-        return refitted_(weight_OC, bias, cov, mean, keep_C, ridge)
-
-    monkeypatch.setattr(obs, "refitted_", counted)
-    made, found = foretold("criterion=obs", *probing, seen=seen)
-    pruned(made)
-    _, without = foretold("criterion=obs", "search=uniform", "compensator=none", *settings, seen=seen)
-    _, unscored = foretold("criterion=flap", *probing, seen=seen)
-    probed = found.work.float64 - without.work.float64
-    assert len(fitted) >= 8 and 0.5 < probed / sum(fitted) < 2
-    assert unscored.work.float64 == 0
-
-
-def test_solves() -> None:
-    assert path_flops(300, 200, 50) == 200**3 / 3 + 2 * 200 * 100 * 50 + 2 * 200**2 * 50
-    assert refit_flops(300, 300, 0) == pytest.approx(300**3 / 3)
-    m = np.arange(1, 301, dtype=float)
-    downdates = (2 * m * (m + 50)).sum()
-    assert removal_flops(300, 50) == pytest.approx(300**3 + downdates, rel=0.01)
+    made.recovery(model, torch.randint(3, 96, (SEEN.count, SEEN.length)), meter, 0)
+    assert found.passes.forward == pytest.approx(meter.forward) and found.passes.backward == pytest.approx(
+        meter.backward
+    )
 
 
 # Parameters
@@ -247,22 +177,64 @@ def test_biases_that_nothing_pays_for_are_added(foretold: Any) -> None:
 
 def test_statistics_by_hand() -> None:
     site = Site("a", "mlp", 0, 30, 2, Cost(1, 1, 0))
-    shape = Shape((), (site,), 0, 0, hidden=7, vocabulary=3, scores=0, itemsize=2)
-    assert statistics_bytes(Moments, [site], shape) == 2 * 8 * 60
-    assert statistics_bytes(Gram, [site, site], shape) == 2 * (8 * 60**2 + 8 * 60)
-    assert statistics_bytes(WantedOutput, [site], shape) == 8 * 60**2 + 2 * 8 * 60 + 8 * 60 * 7
+    shape = Shape((), (site,), 0, hidden=7, vocabulary=3, scores=0, itemsize=2)
+    assert held_bytes(Moments, [site], shape) == 2 * 8 * 60
+    assert held_bytes(Gram, [site, site], shape) == 2 * (8 * 60**2 + 8 * 60)
+    assert held_bytes(WantedOutput, [site], shape) == 8 * 60**2 + 8 * 60 * 7
+    assert held_bytes(Gradient, [site], shape) == 30 * (2 + 4)
+    assert held_bytes(PerSampleGradient, [site], shape) == 30 * (2 + 4 + 4)
 
 
 def test_activations_by_hand() -> None:
     attention = Site("a", "attention", 0, 4, 16, Cost(0, 0, kv=16))
     ffn = Site("b", "mlp", 0, 200, 1, Cost(300, macs=3 * 10, kv=0))  # gate, up, down; hidden size 10
-    shape = Shape((), (attention, ffn), 0, 0, hidden=10, vocabulary=1000, scores=0, itemsize=2)
-    seen = Calibration(windows=5, length=6, batch_size=8)
+    shape = Shape((), (attention, ffn), 0, hidden=10, vocabulary=1000, scores=0, itemsize=2)
+    seen = Windows(count=5, length=6, batch_size=8)
     assert activations(shape, seen) == 30 * (3 * 200 + 3 * 10) * 2
     assert activations(replace(shape, sites=(attention,)), seen) == 30 * (3 * 64 + 2 * 64 + 30) * 2
     written_out = replace(shape, sites=(attention,), scores=4)
     assert activations(written_out, seen) - activations(replace(written_out, scores=0), seen) == 2 * 5 * 4 * 36 * 2
     assert activations(shape, seen, loss=True) == 30 * 1000 * (2 + 4 + 4)
+
+
+def test_stages_by_hand(foretold: Any) -> None:
+    """4 layers of 64 and 172 channels, hidden size 64, 256 words; `best` asks for 7 readers a site, 4 heads for 4."""
+    settings = ("recipe=best", "search.effort=2", "compensator.target=pruned")
+    how = Running(stream=False, process=1000, reached=5000)
+    _, found = foretold(*settings, how=how)
+    start, calibrate, search, shrink = found.held
+    weights, hidden, batch = 4 * found.shape.params, 10 * 24 * 64 * 4, 8 * 24
+    layer = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64)
+    grams = 8 * (64**2 + 64 + 172**2 + 172)
+    covariances, readers = 4 * 8 * (64**2 + 172**2), 4 * (4 * 64 + 7 * 172) * 64 * 4
+    ffn = batch * (3 * 172 + 3 * 64) * 4
+    read = batch * (172 + 3 * 64) * 4 + 8 * batch * 172
+    logits = batch * 256 * (4 + 4 + 4)
+    assert start.parts == {"process": 5000}
+    assert calibrate.total == 1000 + weights + hidden + grams + covariances + max(24 * 172**2, ffn, read)
+    assert search.total == 1000 + weights + covariances + readers + max(24 * 172**2, logits)
+    assert shrink.total == 1000 + weights + 2 * hidden + grams + layer + max(8 * 172 * 64, ffn, read)
+    assert all(set(stage.parts) <= set(PARTS) for stage in found.held)
+    assert found.peak == max(found.held, key=lambda stage: stage.total) and found.streamed == []
+
+
+def test_what_a_method_says_that_it_costs_is_heard(foretold: Any) -> None:
+    made, plain = foretold("recipe=flap", "search=evolutionary", "search.effort=2")
+
+    class Dear:
+        evidence, sequential = made.criterion.evidence, False
+
+        def working_bytes(self, site: Site, outputs: int) -> int:
+            return 10**9 * outputs
+
+        def kept_bytes(self, sites: Any, outputs: int, itemsize: int, refits: float) -> tuple[int, int]:
+            return 10**12 * len(sites), int(refits)
+
+    found = foretold("recipe=flap", "search=evolutionary", "search.effort=2", criterion=Dear())[1]
+    for before, after in zip(plain.held[:2], found.held[:2], strict=True):
+        more = {"solves": 64 * 10**9, "kept": 8 * 10**12, "activations": 0}
+        assert after.parts == {**before.parts, **more}
+    assert [stage.files for stage in found.held] == [0, 7, 0]
 
 
 def test_evidence_that_needs_real_tensors_is_no_reason_to_stop() -> None:
@@ -274,7 +246,8 @@ def test_evidence_that_needs_real_tensors_is_no_reason_to_stop() -> None:
             return torch.zeros(1).item()
 
     site = Site("a", "mlp", 0, 30, 2, Cost(1, 1, 0))
-    assert statistics_bytes(Stubborn, [site], Shape((), (site,), 0, 0, 7, 3, 0, 2)) == 0
+    (kind,) = evidence_kinds(Stubborn)
+    assert held_bytes(kind, [site], Shape((), (site,), 0, 7, 3, 0, 2)) == 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -339,7 +312,7 @@ def test_memory_is_what_a_run_holds(
     overrides: str, foretold: Any, wider: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spill, "SMALL", 0)  # what is small is not counted
-    seen = Calibration(windows=16, length=64, batch_size=8)
+    seen = Windows(count=16, length=64, batch_size=8)
     made, found = foretold(*overrides.split(), path=wider, seen=seen)
     with LiveBytes() as measured:
         pruned(made, seen)
@@ -360,7 +333,10 @@ def test_streamed_memory_does_not_grow_with_the_layers(foretold: Any, wider: Pat
     assert held[1] - held[0] == 4 * 18 * layer
 
 
-@pytest.mark.parametrize("overrides", ["recipe=llm_pruner", "recipe=sleb", "sparsity=cubic", "recovery=lora"])
+@pytest.mark.parametrize(
+    "overrides",
+    ["recipe=llm_pruner", "recipe=sleb", "sparsity=cubic", "recovery=lora", "compensator=least_squares_once"],
+)
 def test_what_cannot_be_streamed_has_no_such_forecast(overrides: str, foretold: Any) -> None:
     assert foretold(overrides)[1].streamed == []
 
@@ -374,14 +350,14 @@ def test_hidden_states_that_jobs_of_a_sweep_share(stream: str, foretold: Any) ->
     kept = [x_BTD for layer in shared.layers.values() for batch in layer for x_BTD in batch]
     held = sum(x_BTD.nbytes for x_BTD in [*kept, *shared.entered])
     for limit, more in ((held, held), (held - 1, 0)):
-        found = foretold(*typed, shared=limit)[1]
+        found = foretold(*typed, how=Running(stream == "true", shared=limit))[1]
         for stages in ("held", "streamed"):
             assert [(stage.name, stage.total) for stage in getattr(found, stages)] == [
                 (stage.name, stage.total + more) for stage in getattr(alone, stages)
             ]
     for without in ("compensator=bias", "compensator.target=pruned", "search=blocks criterion=block_influence"):
         settings = [*typed, *without.split()]
-        assert foretold(*settings, shared=held)[1].peak == foretold(*settings)[1].peak
+        assert foretold(*settings, how=Running(stream == "true", shared=held))[1].peak == foretold(*settings)[1].peak
 
 
 # Dry runs, and warnings of real ones
@@ -426,6 +402,8 @@ def test_a_model_of_70b_parameters_by_arithmetic(cli: Cli, tmp_path: Path, monke
     (tmp_path / "big" / "config.json").write_text(json.dumps(LLAMA_70B))
     np.save("calib.npy", np.full((128, 2048), 7))
     answers: list[dict[str, float]] = []
+    monkeypatch.setattr(preflight, "resident_memory", lambda: 0)
+    monkeypatch.setattr(preflight, "memory_metrics", lambda _: {"memory/peak_bytes": 0})
     dry = experiments.tell_forecast
     monkeypatch.setattr(experiments, "tell_forecast", lambda *given: answers.append(dry(*given)) or answers[0])
     with LiveBytes() as measured:
@@ -451,12 +429,8 @@ def test_a_model_of_70b_parameters_by_arithmetic(cli: Cli, tmp_path: Path, monke
     assert found["forecast/memory/streamed_bytes"] == 2 * (2 * layer + total - 80 * layer) + hidden + ffn + moments
     assert found["forecast/memory/held_bytes"] == 2 * total + hidden + ffn + moments
     assert first_after(out, "heads (KV groups) a layer") == "8" and first_after(out, "FFN channels a layer") == "28,672"
-    assert "held" in out and "streamed" in out and "time at least" in out and "…" not in out
-    assert found["forecast/passes/forward"] == 1 and found["forecast/seconds"] > 0
-    evaluated = (np.load(PARITY / "test.npy")).size
-    attention = 2048 * 2 * 8192  # macs of a token
-    calibrated = 128 * 2048 * 2 * 80 * (layer - 2 * 8192 + attention)
-    assert calibrated < found["forecast/flops"] < calibrated + 5 * evaluated * total
+    assert "held" in out and "streamed" in out and "…" not in out
+    assert found["forecast/passes/forward"] == 1 and found["forecast/passes/backward"] == 0
     assert measured.peak < 2**26
 
 
@@ -493,12 +467,12 @@ def test_too_little_memory_is_said_before_a_weight_is_loaded(
 
 
 def test_a_warning_names_what_weighs(foretold: Any, caplog: pytest.LogCaptureFixture) -> None:
-    many = Calibration(windows=10**6, length=64, batch_size=1)
+    many = Windows(count=10**6, length=64, batch_size=1)
     with caplog.at_level(logging.WARNING, "pruneexp"):
         warn_of_memory(foretold("model.stream=true", seen=many)[1], 2**20)
         warn_of_memory(foretold("recipe=llm_pruner", seen=replace(many, batch_size=10**4))[1], 2**20)
         warn_of_memory(foretold("recipe=best")[1], 2**20)
-        warn_of_memory(foretold()[1], None)
+        warn_of_memory(foretold()[1], 2**40)
     first, second, third = (record.getMessage() for record in caplog.records)
     assert "fewer dataset.samples" in first and "model.stream" not in first and "batch_size" not in first
     assert "a smaller model.batch_size" in second and "model.stream" not in second
@@ -554,8 +528,7 @@ def test_memory_within_control_groups(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "PROC", tmp_path)
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "groups")
     cpu = torch.device("cpu")
-    assert available_memory(cpu) is None
-    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=800 * 1024))
     assert available_memory(cpu) == 800 * 1024
     (tmp_path / "self").mkdir()
     (tmp_path / "self" / "cgroup").write_text("0::/job/step\n")
@@ -575,14 +548,6 @@ def test_memory_within_control_groups(tmp_path: Path, monkeypatch: pytest.Monkey
     assert available_memory(cpu) == 201000
 
 
-def test_a_machine_is_timed_shortly() -> None:
-    import time
-
-    start = time.perf_counter()
-    assert matmul_speed(torch.float32, torch.device("cpu")) > 1e8
-    assert time.perf_counter() - start < 2
-
-
 def test_figures_for_people() -> None:
     assert [size(v) for v in (0, 999, 1536, 20 * 2**20, 137 * 2**30)] == [
         "0 B",
@@ -590,11 +555,4 @@ def test_figures_for_people() -> None:
         "1.50 KiB",
         "20.0 MiB",
         "137 GiB",
-    ]
-    assert [duration(s) for s in (0.123, 90, 600, 10_000, 10**6)] == [
-        "0.12 s",
-        "90 s",
-        "10.0 min",
-        "2.8 h",
-        "11.6 days",
     ]

@@ -97,6 +97,13 @@ def test_methods_import_torch_and_nothing_else() -> None:
         assert "compensator" not in own or "compensator" in path.parts, f"{path}: a criterion needs no compensator"
 
 
+def test_a_forecast_knows_no_method() -> None:
+    """What one costs it says itself."""
+    for path in (PACKAGE / "experiment" / "forecast").glob("*.py"):
+        own = {name for name in imported(path) if name.startswith("pruneexp.") and name.split(".")[1] in METHODS}
+        assert own <= {"pruneexp.criterion.spill.spill_folder"}, path
+
+
 def test_hydra_stops_at_the_command_line() -> None:
     for path in FILES:
         if entry_of(dotted(path) + ".") not in ("cli", "api", "__main__"):

@@ -24,6 +24,7 @@ from pruneexp.search import scored_as
 from pruneexp.types import ConfigError, defaults, filled
 
 DEFAULTS: dict[type, Mapping[str, Any]] = {
+    types.Compensator: defaults.COMPENSATOR,
     types.Criterion: defaults.CRITERION,
     types.Dataset: defaults.DATASET,
     types.Evaluator: defaults.EVALUATOR,

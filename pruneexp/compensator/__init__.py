@@ -2,5 +2,8 @@
 
 from pruneexp.compensator.least_squares import LeastSquares
 from pruneexp.compensator.means import Bias, BiasOfficial, NoCompensation
+from pruneexp.types.defaults import COMPENSATOR, fill_in
 
 __all__ = ["Bias", "BiasOfficial", "LeastSquares", "NoCompensation"]
+
+fill_in(globals(), __all__, COMPENSATOR)

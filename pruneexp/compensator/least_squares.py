@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pruneexp.evidence import Gram, WantedOutput
 from pruneexp.evidence.solve import check_ridge, fitted_, refitted_
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, Site
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class LeastSquares:
     @property
     def evidence(self) -> type[Gram] | type[WantedOutput]:
         return WantedOutput if self.target == "dense" else Gram
+
+    def working_bytes(self, site: Site, outputs: int) -> int:
+        """What the channels that leave gave, 8 C O bytes; a `WantedOutput` has room for it."""
+        return 8 * site.channels * outputs if self.target == "pruned" else 0
 
     def __call__(
         self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput, keep_C: Tensor

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -56,6 +57,19 @@ class Obs:
         if not self.memory >= 0:
             raise ConfigError(f"memory={self.memory!r}: expected a number of GiB >= 0")
         require_least(self, 1, "step", "levels")
+
+    def working_bytes(self, site: Site, outputs: int) -> int:
+        """The covariance, its factor and what that is made of."""
+        return 24 * site.channels**2
+
+    def kept_bytes(self, sites: Sequence[Site], outputs: int, itemsize: int, refits: float) -> tuple[int, int]:
+        """Covariances, 8 C^2 bytes a site, and as many readers of C O numbers as are asked for, at most `levels`; what
+        is beyond `memory` lies in files."""
+        held = 8 * sum(site.channels**2 for site in sites)
+        levels = min(self.levels, math.ceil(refits))
+        held += sum(min(levels, site.units) * site.channels for site in sites) * outputs * itemsize
+        limit = int(self.memory * 2**30) if math.isfinite(self.memory) else held
+        return min(held, limit), max(0, held - limit)
 
     def __call__(self, block: Block, evidence: Mapping[str, Gram]) -> dict[str, Score]:
         return {site.name: self._path(site, block.weights[site.name], evidence[site.name]) for site in block.sites}

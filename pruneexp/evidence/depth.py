@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,6 +58,12 @@ class LossWithout:
 
     without: float | None
     whole: float | None
+
+    @staticmethod
+    def passes(windows: int, sites: Sequence[Site]) -> tuple[float, float]:
+        """The whole model, and without each site, which shares the layers in front of it."""
+        layers = 1 + max((site.layer for site in sites), default=0)
+        return 1 + sum((layers - site.layer) / layers for site in sites), 0.0
 
     @classmethod
     def empty(cls, site: Site) -> LossWithout:

@@ -6,7 +6,7 @@ Kept in float32 (float64 for float64 weights). Memory: as much as the site's wei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +25,15 @@ class Gradient:
 
     n: int  # windows
     total: SiteWeights | None  # n times the gradient of the mean loss
+
+    @staticmethod
+    def passes(windows: int, sites: Sequence[Site]) -> tuple[float, float]:
+        return 1.0, 1.0
+
+    @staticmethod
+    def held_bytes(site: Site, outputs: int, itemsize: int) -> int:
+        """A batch's gradients, and their sum."""
+        return site.units * site.cost.params * (itemsize + max(4, itemsize))
 
     @classmethod
     def empty(cls, site: Site) -> Gradient:
@@ -53,6 +62,15 @@ class PerSampleGradient:
     n: int  # windows
     total: SiteWeights | None
     total_square: SiteWeights | None
+
+    @staticmethod
+    def passes(windows: int, sites: Sequence[Site]) -> tuple[float, float]:
+        return 1.0, 1.0
+
+    @staticmethod
+    def held_bytes(site: Site, outputs: int, itemsize: int) -> int:
+        """A window's gradients, and both sums."""
+        return site.units * site.cost.params * (itemsize + 2 * max(4, itemsize))
 
     @classmethod
     def empty(cls, site: Site) -> PerSampleGradient:

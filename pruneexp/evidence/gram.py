@@ -125,6 +125,11 @@ class WantedOutput:
         """Of all channels, before any token."""
         return cls.of(site, torch.arange(site.channels))
 
+    @staticmethod
+    def held_bytes(site: Site, outputs: int, itemsize: int) -> int:
+        """8 C^2 and 8 C O bytes, if all channels stay."""
+        return 8 * site.channels * (site.channels + outputs)
+
     @classmethod
     def of(cls, site: Site, keep_C: Tensor) -> WantedOutput:
         """Of the channels `keep_C`, before any token."""

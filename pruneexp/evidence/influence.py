@@ -5,6 +5,7 @@ An `Influence` stands where a criterion names an evidence type: it says which de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -55,6 +56,19 @@ class Influence:
     def wide(self) -> bool:
         """Whether the rounding of half precision would hide what is measured."""
         return self.hessian == "finite_difference"
+
+    def passes(self, windows: int, sites: Sequence[Site]) -> tuple[float, float]:
+        """Along one direction two forward and two backward by finite differences, one and three exactly; together, two
+        directions and one for each step of conjugate gradients; apart, one and the steps for every unit."""
+        forward, backward = (1, 3) if self.hessian == "exact" else (2, 2)
+        solve = self.steps if self.inverse == "conjugate_gradient" else 0
+        products = 2 + solve if self.directions == "together" else sum(s.units for s in sites) * (1 + solve)
+        share = products * min(self.windows or windows, windows) / windows
+        return share * forward, share * backward
+
+    def held_bytes(self, site: Site, outputs: int, itemsize: int) -> int:
+        """Seven times the weights, five with inverse=damping: gradients, directions, and what the solve keeps."""
+        return (7 if self.inverse == "conjugate_gradient" else 5) * site.units * site.cost.params * max(4, itemsize)
 
     def empty(self, site: Site) -> GateDerivatives:
         return GateDerivatives(())

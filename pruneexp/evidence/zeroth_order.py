@@ -7,6 +7,7 @@ of the slopes measured along them. Directions are never stored; they are drawn a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -41,6 +42,14 @@ class Perturbation:
         require_least(self, 1, "windows", besides=", or null for all")
         if not self.epsilon > 0:
             raise ConfigError(f"epsilon={self.epsilon!r}: expected a number > 0")
+
+    def passes(self, windows: int, sites: Sequence[Site]) -> tuple[float, float]:
+        """The loss on both sides of every direction."""
+        return 2 * self.directions * min(self.windows or windows, windows) / windows, 0.0
+
+    def held_bytes(self, site: Site, outputs: int, itemsize: int) -> int:
+        """The sum in float32, and the new one beside it."""
+        return 2 * 4 * site.units * (site.cost.params if self.perturb == "weights" else 1)
 
     def empty(self, site: Site) -> DirectionalGradient:
         return DirectionalGradient(0, None, self.estimate == "divide")

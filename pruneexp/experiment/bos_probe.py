@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pruneexp.dataset import bos_token, fingerprint, takes_bos, windows_of
+from pruneexp.experiment.forecast import Windows
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
 
@@ -60,6 +62,11 @@ def begun(tokens_NT: Tensor, token: int, max_length: int | None) -> Tensor:
     text = min(LENGTH, tokens_NT.shape[1] - 1, (max_length or LENGTH + 1) - 1)
     rows = [windows_of(row_T, text + 1, token, lambda text_M, n: text_M[None, :n]) for row_T in tokens_NT[:WINDOWS]]
     return torch.cat(rows)
+
+
+def measured_windows(seen: Windows) -> Windows:
+    """Those on which it is measured, of the calibration windows `seen`, for forecasts."""
+    return replace(seen, count=min(WINDOWS, seen.count), length=min(LENGTH + 1, seen.length))
 
 
 def worth_of(model: Model, begun_NT: Tensor) -> float:

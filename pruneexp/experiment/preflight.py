@@ -13,15 +13,16 @@ from torch import Tensor
 
 from pruneexp.calibrate import DenseStates
 from pruneexp.dataset import check_vocabulary, overlap
-from pruneexp.experiment.bos_probe import check_bos
+from pruneexp.experiment import bos_probe
 from pruneexp.experiment.forecast import (
-    Calibration,
     Forecast,
+    Running,
+    Windows,
     available_memory,
     forecast,
-    matmul_speed,
     params_left,
     print_forecast,
+    resident_memory,
     size,
     warn_of_files,
     warn_of_memory,
@@ -29,9 +30,9 @@ from pruneexp.experiment.forecast import (
 from pruneexp.experiment.settings import Experiment
 from pruneexp.files import existing
 from pruneexp.model import Model
-from pruneexp.model.half import multiplied_in
 from pruneexp.progress import waiting
 from pruneexp.pruning.budget import check_mixture, check_pruning, searched_sites
+from pruneexp.tracker import memory_metrics
 from pruneexp.types import Budget, ConfigError, evidence_kinds, filled
 from pruneexp.types.defaults import DATASET
 
@@ -98,7 +99,7 @@ def check_room(experiment: Experiment) -> None:
     free = available_memory(torch.device("cpu"))
     for key, samples, length in asked:
         needed = 8 * samples * (length or 0)
-        if free is not None and needed > free:
+        if needed > free:
             raise ConfigError(
                 f"{key}={samples}: so many windows of {length} tokens take {size(needed)} of memory, {size(free)} are "
                 "free; expected fewer"
@@ -114,7 +115,7 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     drawn = dataset.length if dataset.samples is not None else None  # else as wide as they come
     if max_length is not None and drawn is not None and drawn > max_length:
         raise ConfigError(f"dataset.length={drawn}: expected at most {max_length}, the model's longest window")
-    check_bos(experiment, tokenizer)
+    bos_probe.check_bos(experiment, tokenizer)
     check_room(experiment)
     with waiting("tokenising the calibration text"):
         tokens_NT = dataset.calibration(tokenizer)
@@ -184,19 +185,16 @@ def forecast_of(
     for evaluator in experiment.evaluators.values():
         windows_NT = evaluator.windows(tokenizer)
         if windows_NT is not None:
-            count, length = windows_NT.shape
-            measured.append(Calibration(count, length, evaluator.batch_size))
-    return forecast(
-        model,
-        experiment.method,
-        experiment.recovery,
-        budget,
-        Calibration(len(tokens_NT), tokens_NT.shape[1], model.batch_size),
-        measured,
-        stream=experiment.model.stream,
-        prove=settings.prove if settings.save else "",
-        shared=to_share,
-    )
+            measured.append(Windows(len(windows_NT), windows_NT.shape[1], evaluator.batch_size))
+    seen = Windows(len(tokens_NT), tokens_NT.shape[1], model.batch_size)
+    if tokenizer is not None and not experiment.model.stream:
+        measured.append(bos_probe.measured_windows(seen))
+    on_gpu = any(device.type == "cuda" for device in model.devices)
+    held = 0 if on_gpu else resident_memory()
+    reached = 0 if on_gpu else memory_metrics(())["memory/peak_bytes"]
+    prove = settings.prove if settings.save else ""
+    how = Running(experiment.model.stream, prove, to_share, held, reached)
+    return forecast(model, experiment.method, experiment.recovery, budget, seen, measured, how)
 
 
 def warn(experiment: Experiment, inputs: Inputs) -> None:
@@ -222,18 +220,6 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
     print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
     print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
-    with waiting("timing a matrix product"):
-        multiplied = multiplied_in(model.dtype, model.device, experiment.model.stream)
-        speeds = matmul_speed(multiplied, model.device), matmul_speed(torch.float64, model.device)
-    left_out = [
-        n for n, each in experiment.evaluators.items() if each.windows(inputs.tokenizer) is None and n != "size"
-    ]
-    print_forecast(
-        expected,
-        dtype=str(model.dtype).removeprefix("torch."),
-        multiplied=str(multiplied).removeprefix("torch."),
-        speeds=speeds,
-        left_out=left_out,
-        available=available_memory(*model.devices),
-    )
-    return expected.metrics(*speeds)
+    dtype = str(model.dtype).removeprefix("torch.")
+    print_forecast(expected, dtype=dtype, available=available_memory(*model.devices))
+    return expected.metrics()

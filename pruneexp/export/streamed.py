@@ -20,8 +20,7 @@ from pruneexp.surgery.save import STREAMED_SHARD_BYTES, ShardWriter, write_descr
 def wants_streaming(model: Model) -> bool:
     """Whether holding the model takes more than half of the memory that is free: once as it is stored or, for the
     proof, twice in float32."""
-    free = available_memory(torch.device("cpu"))
-    return free is not None and model.params * max(model.dtype.itemsize, 2 * 4) > free / 2
+    return model.params * max(model.dtype.itemsize, 2 * 4) > available_memory(torch.device("cpu")) / 2
 
 
 def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | None) -> None:

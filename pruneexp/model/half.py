@@ -22,12 +22,6 @@ def widening_pays(hidden_BTD: Tensor) -> bool:
     return hidden_BTD.device.type == "cpu" and tokens >= LEAST_TOKENS and not _multiplied_natively(hidden_BTD.dtype)
 
 
-def multiplied_in(dtype: torch.dtype, device: torch.device, streamed: bool) -> torch.dtype:
-    """The type in which a model of `dtype` multiplies its calibration windows."""
-    widened = streamed and device.type == "cpu" and not _multiplied_natively(dtype)
-    return torch.float32 if widened else dtype
-
-
 def overflow_hint(dtype: torch.dtype) -> str:
     """What to say of NaN or Inf in a model of `dtype`, where that ends early."""
     return "; float16 ends at 65504: model.dtype=bfloat16 or float32 may help" if dtype == torch.float16 else ""

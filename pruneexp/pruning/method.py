@@ -22,7 +22,7 @@ from pruneexp.types import (
     evidence_kinds,
     filled,
 )
-from pruneexp.types.defaults import CRITERION, SEARCH
+from pruneexp.types.defaults import COMPENSATOR, CRITERION, SEARCH
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Method:
     def __post_init__(self) -> None:
         filled(self.criterion, CRITERION)
         filled(self.search, SEARCH)
+        filled(self.compensator, COMPENSATOR)
         evidence_kinds(self.criterion.evidence)
         evidence_kinds(self.compensator.evidence)
 

@@ -113,6 +113,12 @@ class Evolutionary:
         """Plain passes over the calibration windows, at most."""
         return self.effort
 
+    @property
+    def refits(self) -> float:
+        """About those of the structures to start from, and one more for every pass: a pass judges many structures, most
+        of which differ in few sites."""
+        return len(_HEAD_SHARES) + 1 + self.effort
+
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         within_reach(self, sites, budget)
 

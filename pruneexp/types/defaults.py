@@ -14,8 +14,12 @@ Defaults = Mapping[str, Any]
 def _nothing(*_: Any) -> None: ...
 
 
-def _none_lost(*_: Any) -> int:
+def _zero(*_: Any) -> int:
     return 0
+
+
+def _two_zeros(*_: Any) -> tuple[int, int]:
+    return 0, 0
 
 
 def _not_compared(*_: Any) -> Measured:
@@ -26,8 +30,22 @@ def _does_not_lack(*_: Any) -> bool:
     return False
 
 
-EVIDENCE: Defaults = {"by_window": False, "fits": False, "wide": False, "of": None}
-CRITERION: Defaults = {"judges": ("attention", "mlp"), "lost": _none_lost}
+EVIDENCE: Defaults = {
+    "by_window": False,
+    "per_sample": False,
+    "fits": False,
+    "wide": False,
+    "of": None,
+    "passes": _two_zeros,
+    "held_bytes": None,  # what `empty` lays out
+}
+CRITERION: Defaults = {
+    "judges": ("attention", "mlp"),
+    "lost": _zero,
+    "working_bytes": _zero,
+    "kept_bytes": _two_zeros,
+}
+COMPENSATOR: Defaults = {"working_bytes": _zero}
 SEARCH: Defaults = {
     "granularity": ("heads", "channels"),
     "heads": None,  # a count for all layers, in place of the ratio
@@ -35,6 +53,7 @@ SEARCH: Defaults = {
     "effort": None,
     "check": _nothing,
     "spends": None,
+    "refits": 0,
     "rebalanced": None,
 }
 RECOVERY: Defaults = {"seen": None, "batch": 0}

@@ -39,13 +39,21 @@ class Evidence(Protocol):
 
     `fits`: weights are fitted to it, as to second moments, which wants many tokens. `wide`: it takes differences that
     half precision would round away.
+
+    What it costs, for forecasts: `passes(windows, sites)`, the plain forward and backward passes over the calibration
+    windows that are made for it beside the walk, `sites` being all that the criterion judges; none for what a walk
+    collects. `held_bytes(site, outputs, itemsize)`, unless None: the bytes that it takes for a site, with what is made
+    of one batch, the reader's outputs being `outputs` and a weight taking `itemsize` bytes; None: what `empty` takes.
     """
 
     source: ClassVar[str]
     by_window: ClassVar[bool]
+    per_sample: ClassVar[bool]
     fits: ClassVar[bool]
     wide: ClassVar[bool]
     of: ClassVar[Any]
+    passes: ClassVar[Any]
+    held_bytes: ClassVar[Any]
 
     @classmethod
     def empty(cls, site: Site) -> Self: ...
@@ -60,13 +68,22 @@ class Criterion(Protocol):
     value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
     search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges`: what
     it can score: units of "attention" and "mlp", "sublayer", "block", as a whole. `lost(scores)`: how many of these
-    stand for a loss that was not finite; the log says so."""
+    stand for a loss that was not finite; the log says so.
+
+    What it costs, for forecasts: `working_bytes(site, outputs)`, the bytes that it works in at one site beside its
+    evidence, such as 24 C^2 for a covariance and two factors; `kept_bytes(sites, outputs, itemsize, refits)`, the bytes
+    of its scores of all `sites` until the search has ended, in memory and in files of TMPDIR, with `refits` fitted
+    readers of each (see `Search`)."""
 
     evidence: ClassVar[Any]
     sequential: bool
     judges: Any
 
     def lost(self, scores: Scores, /) -> int: ...
+
+    def working_bytes(self, site: Site, outputs: int, /) -> int: ...
+
+    def kept_bytes(self, sites: Sequence[Site], outputs: int, itemsize: int, refits: float, /) -> tuple[int, int]: ...
 
     def __call__(self, block: Block, evidence: Mapping[str, Any]) -> Scores: ...
 
@@ -93,8 +110,9 @@ class Search(Protocol):
     to remove in place of the ratio. `probes`: it cannot do without losses, and so needs the whole model in memory.
     `effort`: passes that it will spend, for a progress bar. `check(sites, budget)` raises ConfigError for a budget that
     it cannot meet, before there are scores. `spends(sites, budget, batches)`, unless None: the passes over the
-    calibration windows that its probes may cost, for forecasts. `rebalanced(plan, scores, sites, budget)`, unless None:
-    its plan at another budget, for nothing."""
+    calibration windows that its probes may cost, for forecasts; `refits`: about how many fitted readers of each site
+    its probes ask for. `rebalanced(plan, scores, sites, budget)`, unless None: its plan at another budget, for
+    nothing."""
 
     local: ClassVar[bool]
     granularity: Any
@@ -102,6 +120,7 @@ class Search(Protocol):
     probes: bool
     effort: float | None
     spends: Any
+    refits: Any
     rebalanced: Any
 
     def check(self, sites: Sequence[Site], budget: Budget, /) -> None: ...
@@ -125,11 +144,14 @@ class Sparsity(Protocol):
 
 class Compensator(Protocol):
     """The reader's weight and bias after units are gone. `sequential`: its evidence is collected on what the pruned
-    layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory."""
+    layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory.
+    `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that."""
 
     evidence: ClassVar[type | None]
     adds_bias: ClassVar[bool]
     sequential: bool
+
+    def working_bytes(self, site: Site, outputs: int, /) -> int: ...
 
     def __call__(
         self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Any, keep_C: Tensor

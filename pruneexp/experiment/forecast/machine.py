@@ -1,30 +1,28 @@
-"""What this machine has: memory that is free, and how fast it multiplies matrices."""
+"""What memory this machine has free, and what this process holds of it."""
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-SIZES = (64, 128, 256, 512, 1024)  # of the square matrices that are timed
 
 
-def available_memory(*devices: torch.device) -> int | None:
+def available_memory(*devices: torch.device) -> int:
     """Bytes that this process may still take: of the GPUs together, or of the machine's memory within the limits of its
-    control groups. None where the system does not tell."""
+    control groups."""
     if devices[0].type == "cuda":
         return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
-    found = list(_free_in_groups())
-    try:
-        lines = (PROC / "meminfo").read_text().splitlines()
-        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    except (OSError, StopIteration, ValueError):
-        pass
-    return min(found, default=None)
+    return min([psutil.virtual_memory().available, *_free_in_groups()])
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds."""
+    return psutil.Process().memory_info().rss
 
 
 def _free_in_groups() -> Iterator[int]:
@@ -61,22 +59,3 @@ def out_of_memory(error: BaseException) -> str:
         gpu = re.search(r"GPU (\d+)", text)
         return f"out of memory on {f'cuda:{gpu[1]}' if gpu else 'the GPU'}"
     return "out of memory" if isinstance(error, MemoryError) or "can't allocate memory" in text else ""
-
-
-def matmul_speed(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
-    """Operations per second (two for a multiply-accumulate) in a product of two square matrices: the best of a few,
-    of the largest of SIZES for which that takes about `seconds`."""
-    speed = 0.0
-    for size in SIZES:
-        if speed and 4 * 2.0 * size**3 / speed > seconds:
-            break
-        left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
-        best = float("inf")
-        for _ in range(4):  # the first of which warms up
-            start = time.perf_counter()
-            _ = left @ right
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-        speed = 2.0 * size**3 / best
-    return speed

@@ -1,25 +1,37 @@
-"""What a run holds in memory at its stages, by what it is: bytes beside those of Python and PyTorch themselves."""
+"""What a run holds in memory at its stages, by what it is.
+
+Each stage holds, in bytes,
+
+    process + weights + hidden states + statistics + kept + copies + the larger of activations and solves
+
+process        what Python, libraries and texts took before the model (0 where it lies on a GPU)
+weights        P e of P parameters of e bytes; streamed, two decoder layers and what is outside them
+hidden states  N D e for each copy of the N tokens' hidden states: 1 in a walk that only looks, 2 in one that shrinks,
+               3 in one that goes site by site
+statistics     what evidence says that it holds (`held_bytes`): of all sites where a later stage asks for it or whole
+               passes give it, of one layer where a walk does; and the inputs of readers that are fitted
+kept           what scores keep until the search has ended (`Criterion.kept_bytes`)
+copies         a decoder layer beside what it becomes; streamed, what waits to be written
+activations    of a batch in flight, as `activations` has them; of all layers where backward passes are made
+solves         what a criterion or a compensator works in at its widest site (`working_bytes`)
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pruneexp.calibrate import KEPT_BYTES
-from pruneexp.compensator import LeastSquares
-from pruneexp.criterion import Obs
-from pruneexp.evidence import Gram, WantedOutput
-from pruneexp.experiment.forecast.shape import Shape
-from pruneexp.experiment.forecast.work import WALKED, Calibration, blocks_alone, distinct
+from pruneexp.experiment.forecast.passes import blocks_alone, dense_kinds
+from pruneexp.experiment.forecast.shape import Shape, Windows
 from pruneexp.pruning import Method, by_site, goes_layer_by_layer
-from pruneexp.pruning.dense_evidence import empty_bytes
-from pruneexp.search import Evolutionary
+from pruneexp.pruning.dense_evidence import distinct, empty_bytes
 from pruneexp.surgery import STREAMED_SHARD_BYTES
-from pruneexp.types import Site, evidence_kinds, updates_in_place
+from pruneexp.types import Site, collected_by, evidence_kinds, updates_in_place
 
-PARTS = ("weights", "hidden states", "activations", "statistics", "refits", "gradients", "copies")
+PARTS = ("process", "weights", "hidden states", "activations", "statistics", "solves", "kept", "copies")
+CONVERTED = 2**22  # elements of a reader's input that second moments take in float64 at once
 
 
 @dataclass(frozen=True)
@@ -35,82 +47,199 @@ class Stage:
     def total(self) -> int:
         return sum(self.parts.values())
 
-    def with_hidden_states(self, more: int) -> Stage:
-        return replace(self, parts={**self.parts, "hidden states": self.parts.get("hidden states", 0) + more})
+    @property
+    def needed(self) -> int:
+        """Beside what the process holds already."""
+        return self.total - self.parts.get("process", 0)
 
 
-def stages(
-    method: Method,
-    shape: Shape,
-    seen: Calibration,
-    measured: Sequence[Calibration],
-    *,
-    left: int,
-    stream: bool,
-    trains: int,
-    prove: str,
-) -> list[Stage]:
-    """A run's stages. `measured`: the windows of each evaluator that has some. `left`: parameters of the pruned model;
-    `trains`: windows in a batch of training after pruning, 0 for none; `prove`: as `run.prove`, "" where no checkpoint
-    is written. Streamed: two decoder layers, what is outside them, and what waits to be written."""
-    if stream:
-        weights = 2 * shape.block_bytes + shape.outside * shape.itemsize
-        copies = STREAMED_SHARD_BYTES + 2 * shape.block_bytes
-    else:
-        weights, copies = shape.bytes, shape.block_bytes  # a layer beside what it becomes
-    found = []
-    for windows in measured:
-        held = windows.tokens if stream else 0  # a streamed model runs all windows layer by layer
-        found.append(_stage("evaluate", weights, shape, windows, hidden=held, loss=True))
-    if goes_layer_by_layer(method):
-        found.append(_calibrating(method, shape, seen, weights, copies))
-    else:
-        found.append(_calibrating(method, shape, seen, weights, 0))
-        found += _searching(method, shape, seen, weights)
-        found.append(_shrinking(method, shape, seen, weights, copies))
-    if trains:
-        batch = Calibration(trains, seen.length, trains)
-        kept = _saved(shape, batch)
-        found.append(_stage("recover", weights, shape, batch, loss=True, gradients=kept))
-    if prove in ("process", "in_place") and not stream:
-        found.append(Stage("prove", {"weights": left * shape.itemsize, "copies": shape.bytes}))  # the source comes, too
-    return found
+@dataclass(frozen=True)
+class Running:
+    """How a run is run. `prove`: as `run.prove`, "" where no checkpoint is written; `shared`: bytes of the dense
+    model's hidden states that jobs of a sweep keep for each other; `process`: bytes that this process holds already,
+    `reached`: that it has held at most."""
+
+    stream: bool
+    prove: str = ""
+    shared: int = 0
+    process: int = 0
+    reached: int = 0
 
 
-def _stage(
-    name: str,
-    weights: int,
-    shape: Shape,
-    seen: Calibration,
-    *,
-    hidden: int = 0,
-    loss: bool = False,
-    statistics: int = 0,
-    gradients: int = 0,
-    copies: int = 0,
-) -> Stage:
-    """`hidden`: tokens whose hidden states are held; `loss`: the batch goes through the head."""
-    return Stage(
-        name,
-        {
-            "weights": weights,
-            "hidden states": hidden * shape.hidden * shape.itemsize,
-            "activations": activations(shape, seen, loss),
-            "statistics": statistics,
-            "gradients": gradients,
-            "copies": copies,
-        },
-    )
+@dataclass(frozen=True)
+class Memory:
+    """Of which the stages are asked. `measured`: the windows of each evaluator that has some; `left`: parameters of the
+    pruned model; `trains`: windows in a batch of training after pruning, 0 for none."""
+
+    method: Method
+    shape: Shape
+    seen: Windows
+    measured: Sequence[Windows]
+    left: int
+    trains: int
+    how: Running
+
+    def stages(self) -> list[Stage]:
+        """In their order. Of evaluators, the one that takes most."""
+        shape, found = self.shape, []
+        if self.how.reached > self.how.process:
+            found.append(Stage("start", {"process": self.how.reached}))
+        if self.measured:
+            found.append(max(map(self._evaluating, self.measured), key=lambda stage: stage.total))
+        if goes_layer_by_layer(self.method):
+            found.append(self._calibrating(shrinks=True))
+        else:
+            found += [self._calibrating(shrinks=False), *self._searching(), self._shrinking()]
+        if self.trains:
+            batch = Windows(self.trains, self.seen.length, self.trains)
+            kept = activations(shape, batch, loss=True) + len(shape.layers) * activations(shape, batch)
+            found.append(self._stage("recover", 0, activations=kept))
+        if self.how.prove in ("process", "in_place") and not self.how.stream:  # the source comes, too
+            process = {"process": self.how.process}
+            found.append(Stage("prove", {**process, "weights": self.left * shape.itemsize, "copies": shape.bytes}))
+        return found
+
+    def _stage(self, name: str, hidden: int, **parts: int) -> Stage:
+        """`hidden`: bytes of hidden states."""
+        shape = self.shape
+        streamed = 2 * shape.block_bytes + shape.outside * shape.itemsize
+        weights = streamed if self.how.stream else shape.bytes
+        work = {"activations": parts.get("activations", 0), "solves": parts.get("solves", 0)}
+        less = min(work, key=work.__getitem__)  # a batch is through before anything is solved
+        always = {"process": self.how.process, "weights": weights, "hidden states": hidden + self.how.shared}
+        return Stage(name, {**always, **parts, less: 0})
+
+    def _hidden(self, tokens: int, times: int = 1) -> int:
+        return times * tokens * self.shape.hidden * self.shape.itemsize
+
+    @property
+    def _copies(self) -> int:
+        block = self.shape.block_bytes
+        return STREAMED_SHARD_BYTES + 2 * block if self.how.stream else block
+
+    def _evaluating(self, windows: Windows) -> Stage:
+        """A streamed model runs all windows layer by layer."""
+        hidden = self._hidden(windows.tokens if self.how.stream else 0)
+        return self._stage("evaluate", hidden, activations=activations(self.shape, windows, loss=True))
+
+    def _calibrating(self, shrinks: bool) -> Stage:
+        """The first walk, or the only one, which `shrinks`."""
+        criterion, compensator = self.method.criterion, self.method.compensator
+        sitewise = shrinks and by_site(compensator)
+        kinds, times, fitted, solves = distinct(criterion.evidence), 1, 0, self._widest(criterion.working_bytes)
+        if shrinks:
+            times = 3 if sitewise else 2
+            fitted = self._fitted() if sitewise else 0
+            solves = max(solves, self._widest(compensator.working_bytes))
+            if compensator.sequential and not sitewise:
+                kinds = distinct(criterion.evidence, compensator.evidence)
+        walked, ahead = collected_by("walk", kinds), collected_by("whole_model", kinds)
+        dense = dense_kinds(self.method)
+        kept, files = (0, 0) if shrinks else self._kept(0)
+        stage = self._stage(
+            "calibrate",
+            self._hidden(self.seen.tokens, times) if walked or dense or sitewise else 0,
+            activations=max(self._collecting((*walked, *dense)), self._passes(ahead)),
+            statistics=self._of_all(dense) + self._of_all(ahead) + self._of_any_layer(walked) + fitted,
+            solves=solves,
+            kept=kept,
+            copies=self._copies if shrinks else 0,
+        )
+        return replace(stage, files=files)
+
+    def _searching(self) -> list[Stage]:
+        """Probes of masked structures, or of structures whose readers are fitted anew."""
+        if not self.method.search.probes:
+            return []
+        kept, files = self._kept(self.method.search.refits)
+        held = self._of_all(dense_kinds(self.method))
+        solves = self._widest(self.method.criterion.working_bytes) if kept + files else 0
+        batch = activations(self.shape, self.seen, loss=True)
+        stage = self._stage("search", 0, activations=batch, statistics=held, solves=solves, kept=kept)
+        return [replace(stage, files=files)]
+
+    def _shrinking(self) -> Stage:
+        """The second walk."""
+        compensator = self.method.compensator
+        kinds = evidence_kinds(compensator.evidence)
+        if blocks_alone(self.method):
+            return self._stage("shrink", 0, copies=self._copies)
+        copies = self._copies
+        if by_site(compensator):
+            times, held = 3, self._fitted()
+            shape, widest = self.shape, max((site.channels for site in self.shape.sites), default=0)
+            copies -= shape.block_bytes - widest * shape.hidden * shape.itemsize  # the writers are let go by then
+        elif compensator.sequential and kinds:
+            times, held = 2, self._of_any_layer(kinds)
+        else:
+            times, held = 0, self._of_all(kinds)
+        return self._stage(
+            "shrink",
+            self._hidden(self.seen.tokens, times),
+            activations=self._collecting(kinds) if times else 0,
+            statistics=held,
+            solves=self._widest(compensator.working_bytes),
+            copies=copies,
+        )
+
+    def _collecting(self, kinds: Sequence[Any]) -> int:
+        """A batch in flight; or a reader's input and what second moments make of it, the writers' outputs being gone by
+        then. Nothing without kinds."""
+        if not kinds:
+            return 0
+        batch = min(self.seen.batch_size, self.seen.count) * self.seen.length
+        given = batch * max((site.channels for site in self.shape.sites), default=0)
+        read = self.shape.itemsize * (given + 3 * batch * self.shape.hidden) + 8 * min(CONVERTED, given)
+        return max(activations(self.shape, self.seen), read if any(kind.fits for kind in kinds) else 0)
+
+    def _passes(self, kinds: Sequence[Any]) -> int:
+        """Of whole passes to the loss, and of what waits for the way back."""
+        found = 0
+        for kind in kinds:
+            forward, backward = kind.passes(self.seen.count, self.shape.sites)
+            batch = replace(self.seen, batch_size=1) if kind.per_sample else self.seen
+            waiting = len(self.shape.layers) * activations(self.shape, batch) if backward else 0
+            found = max(found, activations(self.shape, batch, loss=True) + waiting if forward else 0)
+        return found
+
+    def _kept(self, refits: float) -> tuple[int, int]:
+        """What scores keep for the search, in memory and in files; a streamed model's searches need nothing of it."""
+        if self.how.stream:
+            return 0, 0
+        shape = self.shape
+        return self.method.criterion.kept_bytes(shape.sites, shape.hidden, shape.itemsize, refits)
+
+    def _fitted(self) -> int:
+        """Evidence of the site whose reader is fitted, and the readers' inputs that are held until the layer runs."""
+        widest = max((site.channels for site in self.shape.sites), default=0)
+        inputs = min(KEPT_BYTES, widest * self.seen.tokens * self.shape.itemsize)
+        return self._widest_of(evidence_kinds(self.method.compensator.evidence)) + inputs
+
+    def _of_all(self, kinds: Sequence[Any]) -> int:
+        return sum(held_bytes(kind, self.shape.sites, self.shape) for kind in kinds)
+
+    def _of_any_layer(self, kinds: Sequence[Any]) -> int:
+        """Evidence of the layer that has most, and the new value of the largest site's beside the old one, where it
+        does not grow in place."""
+        layers = (self.shape.of_layer(index) for index in range(len(self.shape.layers)))
+        sums = (sum(held_bytes(kind, sites, self.shape) for kind in kinds) for sites in layers)
+        return max(sums, default=0) + self._widest_of([kind for kind in kinds if not updates_in_place(kind)])
+
+    def _widest_of(self, kinds: Sequence[Any]) -> int:
+        return max((held_bytes(kind, [site], self.shape) for kind in kinds for site in self.shape.sites), default=0)
+
+    def _widest(self, bytes_of: Callable[[Site, int], int]) -> int:
+        return max((bytes_of(site, self.shape.hidden) for site in self.shape.sites), default=0)
 
 
-def activations(shape: Shape, seen: Calibration, loss: bool = False) -> int:
+def activations(shape: Shape, seen: Windows, loss: bool = False) -> int:
     """Of a batch in flight: the most that one sublayer holds at a time, or the logits and their losses.
 
     Attention: queries, keys and values, before and after their rotation, what heads give, three hidden states; T x T
     scores and their softmax where they are written out. FFN: its C channels once for every writer and once for what
     the reader gets, and as many hidden states. Logits: as they come, once more in float32 (float64
     for such a model), and their log-softmax."""
-    batch = min(seen.batch_size, seen.windows)
+    batch = min(seen.batch_size, seen.count)
     tokens, e, wide = batch * seen.length, shape.itemsize, max(4, shape.itemsize)
     peak = 0
     for site in shape.sites:
@@ -121,158 +250,15 @@ def activations(shape: Shape, seen: Calibration, loss: bool = False) -> int:
         else:
             writers = site.cost.macs // shape.hidden - 1
             peak = max(peak, ((writers + 1) * site.channels + 3 * shape.hidden) * tokens * e)
-    if loss:
-        peak = max(peak, tokens * shape.vocabulary * (e + 2 * wide))
-    return peak
+    return max(peak, tokens * shape.vocabulary * (e + 2 * wide)) if loss else peak
 
 
-def _saved(shape: Shape, batch: Calibration) -> int:
-    """Activations of all layers that wait for the backward pass."""
-    return len(shape.layers) * activations(shape, batch)
-
-
-def _calibrating(method: Method, shape: Shape, seen: Calibration, weights: int, copies: int) -> Stage:
-    """The first walk, or the only one. `copies`: of layers that are cut, and wait to be written."""
-    criterion, compensator = method.criterion, method.compensator
-    dense = () if compensator.sequential or blocks_alone(method) else evidence_kinds(compensator.evidence)
-    kinds, times, statistics = distinct(criterion.evidence), 1, 0
-    if goes_layer_by_layer(method):
-        times = 2
-        if by_site(compensator):
-            times, statistics = 3, 2 * _of_widest((compensator.evidence,), shape) + _inputs(shape, seen)
-        elif compensator.sequential:
-            kinds = distinct(criterion.evidence, compensator.evidence)
-        statistics += _scratch(shape) if isinstance(compensator, LeastSquares) else 0
-    files = 0
-    if isinstance(criterion, Obs):
-        paths = 0 if goes_layer_by_layer(method) else _paths(method, shape)
-        held = min(paths, _limit(criterion))
-        statistics, files = statistics + _scratch(shape) + held, paths - held
-    walked = any(kind.source in WALKED for kind in (*kinds, *dense))
-    statistics += sum(statistics_bytes(kind, shape.sites, shape) for kind in dense) + _of_any_layer(kinds, shape)
-    gradients, ahead = _derivatives(kinds, shape, seen)
-    stage = _stage(
-        "calibrate",
-        weights,
-        shape,
-        seen,
-        hidden=times * seen.tokens if walked else 0,
-        loss=ahead,
-        statistics=statistics,
-        gradients=gradients,
-        copies=copies,
-    )
-    return replace(stage, files=files)
-
-
-def _searching(method: Method, shape: Shape, seen: Calibration, weights: int) -> list[Stage]:
-    """Probes of masked structures, or of structures whose readers are fitted anew."""
-    if not method.search.probes:
-        return []
-    compensator = method.compensator
-    dense = () if compensator.sequential or blocks_alone(method) else evidence_kinds(compensator.evidence)
-    statistics = sum(statistics_bytes(kind, shape.sites, shape) for kind in dense)
-    stage = _stage("search", weights, shape, seen, loss=True, statistics=statistics)
-    criterion = method.criterion
-    if isinstance(criterion, Obs):
-        paths, readers, scratch = _paths(method, shape), 0, 0
-        if isinstance(method.search, Evolutionary):
-            # readers are kept at as many levels as were asked for: seldom more than one a pass, at least those that
-            # are judged together
-            together = max(criterion.levels, method.search.offspring + 1)
-            levels = min(together, math.ceil(method.search.effort or 0))
-            # a refit works on a copy of the covariance, and on what the solved columns would give
-            scratch = max((8 * site.channels * (site.channels + shape.hidden) for site in shape.sites), default=0)
-            wide = sum(min(levels, site.units) * site.channels for site in shape.sites)
-            readers = wide * shape.hidden * shape.itemsize
-        held = min(paths, _limit(criterion))
-        refits = min(readers, _limit(criterion) - held)
-        more = {"statistics": statistics + held + scratch, "refits": refits}
-        stage = Stage("search", {**stage.parts, **more}, files=paths + readers - held - refits)
-    return [stage]
-
-
-def _shrinking(method: Method, shape: Shape, seen: Calibration, weights: int, copies: int) -> Stage:
-    """The second walk. `copies`: of layers that are cut, and wait to be written."""
-    compensator = method.compensator
-    kinds, times = evidence_kinds(compensator.evidence), 0
-    if blocks_alone(method):
-        return Stage("shrink", {"weights": weights, "copies": copies})
-    statistics = 0
-    if by_site(compensator):
-        times, statistics = 3, _of_widest(kinds, shape) + _inputs(shape, seen)
-        widest = max((site.channels for site in shape.sites), default=0)
-        copies -= shape.block_bytes - widest * shape.hidden * shape.itemsize  # the writers have been let go by then
-    elif compensator.sequential and kinds:
-        times, statistics = 2, statistics + _of_any_layer(kinds, shape)
-    else:
-        statistics += sum(statistics_bytes(kind, shape.sites, shape) for kind in kinds)
-    if isinstance(compensator, LeastSquares) and Gram in kinds:  # what the solved columns would give
-        statistics += 8 * shape.hidden * max((site.channels for site in shape.sites), default=0)
-    hidden = times * seen.tokens
-    stage = _stage("shrink", weights, shape, seen, hidden=hidden, statistics=statistics, copies=copies)
-    return stage if hidden else Stage("shrink", {**stage.parts, "activations": 0})
-
-
-def _inputs(shape: Shape, seen: Calibration) -> int:
-    """Of readers that are fitted anew, held until the layer runs on."""
-    widest = max((site.channels for site in shape.sites), default=0)
-    return min(KEPT_BYTES, widest * seen.tokens * shape.itemsize)
-
-
-def statistics_bytes(kind: Any, sites: Sequence[Site], shape: Shape) -> int:
-    """Of one kind of evidence for these sites, as its own `empty` lays it out (0 where that needs real tensors); beside
-    wanted outputs, 8 C O."""
-    if kind.source not in (*WALKED, "wanted"):
-        return 0
-    outputs = shape.hidden if kind is WantedOutput else 0
+def held_bytes(kind: Any, sites: Sequence[Site], shape: Shape) -> int:
+    """Of one kind of evidence for these sites: as it says, else as its `empty` lays it out (0 where that needs real
+    tensors: a forecast must not stop a run)."""
+    if kind.held_bytes is not None:
+        return sum(kind.held_bytes(site, shape.hidden, shape.itemsize) for site in sites)
     try:
-        return sum(empty_bytes(kind, replace(site, name="", layer=0)) + 8 * site.channels * outputs for site in sites)
-    except Exception:  # evidence of somebody else's: a forecast must not stop a run
+        return sum(empty_bytes(kind, replace(site, name="", layer=0)) for site in sites)
+    except Exception:
         return 0
-
-
-def _of_any_layer(kinds: Sequence[Any], shape: Shape) -> int:
-    """Evidence of the layer that has most, and the new value of the largest site's beside the old one, where it does
-    not grow in place."""
-    by_layer: dict[int, list[Site]] = {}
-    for site in shape.sites:
-        by_layer.setdefault(site.layer, []).append(site)
-    sums = (sum(statistics_bytes(kind, sites, shape) for kind in kinds) for sites in by_layer.values())
-    return max(sums, default=0) + _of_widest([kind for kind in kinds if not updates_in_place(kind)], shape)
-
-
-def _of_widest(kinds: Sequence[Any], shape: Shape) -> int:
-    return max((statistics_bytes(kind, [site], shape) for kind in kinds for site in shape.sites), default=0)
-
-
-def _scratch(shape: Shape) -> int:
-    """What a solve works on: covariance, factor and what it is made of, 8 C^2 each, of the widest site."""
-    return 3 * _of_widest((Gram,), shape)
-
-
-def _limit(criterion: Obs) -> int:
-    """Bytes of covariances and fitted readers in memory."""
-    return int(criterion.memory * 2**30)
-
-
-def _paths(method: Method, shape: Shape) -> int:
-    """Covariances that removal paths keep while a search may ask for refitted readers."""
-    return statistics_bytes(Gram, shape.sites, shape) if isinstance(method.criterion, Obs) else 0
-
-
-def _derivatives(kinds: Sequence[Any], shape: Shape, seen: Calibration) -> tuple[int, bool]:
-    """Gradients of all sites' weights, those of a batch and their sums, and what waits for backward passes; and whether
-    whole passes to the loss are made."""
-    params = sum(site.units * site.cost.params for site in shape.sites)
-    wide, found, ahead = max(4, shape.itemsize), 0, False
-    for kind in kinds:
-        if kind.source == "gradient":
-            batch = Calibration(1, seen.length, 1) if kind.per_sample else seen
-            sums = 2 if kind.per_sample else 1
-            found = max(found, params * (shape.itemsize + sums * wide) + _saved(shape, batch))
-        elif kind.source == "influence":
-            times = 7 if kind.inverse == "conjugate_gradient" else 5
-            found = max(found, times * params * wide + _saved(shape, seen))
-        ahead = ahead or kind.source in ("gradient", "influence", "zeroth_order", "probe")
-    return found, ahead

@@ -10,13 +10,29 @@ from pruneexp.types import Budget, Compensator, Cost, Search, Site, Sparsity
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Windows of tokens and how they are run."""
+
+    count: int  # N
+    length: int  # T
+    batch_size: int
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.length
+
+    @property
+    def batches(self) -> int:
+        return -(-self.count // self.batch_size)
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a model. Parameters are counted once where they are tied."""
 
     layers: tuple[Cost, ...]  # of a whole decoder layer each: parameters, macs per token, KV elements per token
     sites: tuple[Site, ...]
     outside: int  # parameters outside the decoder layers: embeddings, positions, final norm, head
-    head: int  # multiply-accumulates of the output projection per token
     hidden: int  # D
     vocabulary: int  # V
     scores: int  # query heads whose attention scores are written out, T x T each; 0 where they are not
@@ -42,24 +58,17 @@ class Shape:
         """Of the largest decoder layer."""
         return max((layer.params for layer in self.layers), default=0) * self.itemsize
 
-    def forward_flops(self, length: int) -> float:
-        """Of the decoder layers per token, in windows of `length` tokens: two for a multiply-accumulate. Attention is
-        counted over all of the window, as it is computed, not over the half that a causal mask leaves."""
-        return 2.0 * sum(layer.macs + length * layer.context_macs for layer in self.layers)
-
     def of_layer(self, index: int) -> list[Site]:
         return [site for site in self.sites if site.layer == index]
 
 
 def shape_of(model: Model) -> Shape:
     """The sizes of a model whose tensors may all be on the meta device."""
-    head = model.module.get_output_embeddings()
     eager = getattr(model.module.config, "_attn_implementation", None) == "eager"
     return Shape(
         layers=tuple(model.whole_block(index).sites[0].cost for index in range(len(model.layers))),
         sites=model.sites(),
         outside=model.params - model.decoder_params,
-        head=0 if head is None else head.weight.numel(),
         hidden=model.config.hidden_size,
         vocabulary=model.vocab_size,
         scores=model.config.num_attention_heads if eager else 0,

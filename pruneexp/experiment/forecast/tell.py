@@ -1,0 +1,134 @@
+"""A forecast for people: a table, and lines of the log where a run needs more than there is."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from pruneexp.criterion.spill import spill_folder
+from pruneexp.experiment.forecast.figures import Forecast
+from pruneexp.experiment.forecast.memory import PARTS
+from pruneexp.experiment.forecast.shape import Shape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+logger = logging.getLogger("pruneexp")
+
+
+def print_forecast(found: Forecast, *, dtype: str, available: int) -> None:
+    """Structure, sizes, memory by stage, and passes. `available`: bytes of memory."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, emoji=False)
+    console.print(_sizes(found, dtype))
+    console.print(_memory(found))
+    held = found.peak.parts.get("process", 0)
+    beside = f", of which this process holds {size(held)} already" if held else ""
+    free = f"{size(available)} are free here"
+    console.print(f"memory at most: {size(found.peak.total)} ({found.peak.name}){beside}; {free}", soft_wrap=True)
+    if found.files:
+        files = f"in files of {spill_folder()} for a while: {size(found.files)} beyond criterion.memory"
+        console.print(files, soft_wrap=True)
+    if not found.streamed:
+        console.print("model.stream=true is not possible with these methods")
+    passes = found.passes
+    console.print(f"passes over the calibration windows: {passes.forward:.3g} forward, {passes.backward:.3g} backward")
+
+
+def _sizes(found: Forecast, dtype: str) -> Table:
+    table = _table("", "dense", "pruned", "change")
+    shape = found.shape
+    for what, value in _structure(shape):
+        table.add_row(what, value, "", "")
+    e = shape.itemsize
+    for what, dense, pruned in (
+        ("parameters", shape.params, found.params_left),
+        ("decoder parameters", shape.decoder, found.decoder_left),
+    ):
+        table.add_row(what, f"{dense:,}", f"{pruned:,}", f"{100 * (pruned / dense - 1):+.1f} %" if dense else "")
+    table.add_row(f"on disk, {dtype}", size(shape.params * e), size(found.params_left * e), "")
+    return table
+
+
+def _structure(shape: Shape) -> list[tuple[str, str]]:
+    rows = [("layers", f"{len(shape.layers)}"), ("hidden size", f"{shape.hidden:,}")]
+    for kind, unit in (("attention", "heads (KV groups) a layer"), ("mlp", "FFN channels a layer")):
+        counts = [sum(s.units for s in shape.of_layer(i) if s.kind == kind) for i in range(len(shape.layers))]
+        low, high = min(counts, default=0), max(counts, default=0)
+        rows.append((unit, f"{low:,}" if low == high else f"{low:,} to {high:,}"))
+    return rows
+
+
+def _memory(found: Forecast) -> Table:
+    both = {"held": found.held, "streamed": found.streamed}
+    shown = [part for part in PARTS if any(stage.parts.get(part) for stages in both.values() for stage in stages)]
+    table = _table("memory", *(part.replace(" ", "\n") for part in shown), "in all")
+    for how, stages in both.items():
+        if stages:
+            table.add_row(how)
+        for stage in stages:
+            parts = (stage.parts.get(part, 0) for part in shown)
+            table.add_row(f"  {stage.name}", *(size(part) if part else "" for part in parts), size(stage.total))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, safe_box=True)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def warn_of_files(found: Forecast) -> None:
+    """Logs one line where the disk may have no room for what lies in files of TMPDIR for a while."""
+    if found.files and found.files > (free := shutil.disk_usage(spill_folder()).free):
+        logger.warning(
+            "up to %s will lie in files of %s for a while, %s are free; what would help: TMPDIR on another disk, a "
+            "smaller criterion.levels or search.offspring",
+            size(found.files),
+            spill_folder(),
+            size(free),
+        )
+
+
+def warn_of_memory(found: Forecast, available: int) -> None:
+    """Logs one line, with what would help, where a run takes more memory than there is."""
+    peak = max(found.stages, key=lambda stage: stage.needed)
+    if peak.needed <= available:
+        return
+
+    def weighs(part: str) -> bool:
+        return peak.parts.get(part, 0) > peak.needed / 10
+
+    helps = []
+    if not found.streams and found.streamed and max(stage.needed for stage in found.streamed) < peak.needed:
+        helps.append("model.stream=true")
+    if weighs("activations"):
+        helps.append("a smaller model.batch_size" if peak.name != "evaluate" else "a smaller batch_size of evaluators")
+    if weighs("hidden states"):
+        helps.append("fewer dataset.samples" if peak.name != "evaluate" else "fewer samples of evaluators")
+    if weighs("kept") or peak.files:
+        helps.append("a smaller criterion.memory")
+    if peak.name == "prove":
+        helps.append("run.prove=off")
+    logger.warning(
+        "about %s of memory will be needed (%s), %s are free%s",
+        size(peak.needed),
+        peak.name,
+        size(available),
+        f"; what would help: {', '.join(helps)}" if helps else "",
+    )
+
+
+def size(value: float) -> str:
+    """ "13.5 GiB"."""
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+    unit, name = next((each for each in units if value >= each[0]), (1, "B"))
+    digits = 0 if unit == 1 or value >= 100 * unit else 1 if value >= 10 * unit else 2
+    return f"{value / unit:,.{digits}f} {name}"

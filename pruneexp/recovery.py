@@ -135,8 +135,8 @@ class Lora:
 
     def prepare(self, family: Family, windows: int) -> None:
         """What can be told once model and texts are known. Raises ConfigError."""
-        writers = (*family.attention_writers, *family.mlp_writers)
-        there = {*(role for writer in writers for role in writer.roles), "output", "down"}
+        in_projections = (*family.attention_in, *family.mlp_in)
+        there = {*(role for in_projection in in_projections for role in in_projection.roles), "output", "down"}
         if not there & set(self.targets):
             raise ConfigError(f"recovery.targets={list(self.targets)!r}: expected some of {', '.join(sorted(there))}")
         if family.experts is not None and not self.merge:
@@ -175,9 +175,9 @@ class Lora:
         linears: dict[str, nn.Linear] = {}
         for index, layer in enumerate(model.layers):
             for site in model.layer_sites(index):
-                writers, reader = site_parts(model.family, site)
-                roles = {writer.path: writer.roles for writer in writers}
-                roles[reader] = ("output" if site.kind == "attention" else "down",)
+                in_projections, out_projection = site_parts(model.family, site)
+                roles = {in_projection.path: in_projection.roles for in_projection in in_projections}
+                roles[out_projection] = ("output" if site.kind == "attention" else "down",)
                 for path in (path for path, own in roles.items() if set(own) & set(self.targets)):
                     linear = layer.get_submodule(path)
                     assert isinstance(linear, nn.Linear)

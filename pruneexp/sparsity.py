@@ -14,8 +14,9 @@ class OneShot:
     """Everything at once: a share `ratio` of what `of` counts.
 
     of=decoder: every parameter of the decoder blocks, norms and biases with them. of=prunable: only the parameters that
-    units hold (writers' rows, reader's columns), which is what the formulas of FLAP's released code count. of=macs:
-    multiply-accumulates of a token in the decoder blocks' matrices, and of its attention over `context` tokens.
+    units hold (in-projections' rows, out-projection's columns), which is what the formulas of FLAP's released code
+    count. of=macs: multiply-accumulates of a token in the decoder blocks' matrices, and of its attention over `context`
+    tokens.
     of=bytes: the decoder blocks' weights, and the KV cache of `context` tokens, both in the model's dtype. of=kv_cache:
     that cache alone, which only heads fill.
     """

@@ -38,16 +38,16 @@ Kept = Sequence[tuple[int, int]]  # units that stay: attention and FFN of each l
 
 def pruned_(model: Any, kept: Kept, biases: bool) -> None:
     """Random units stay, so many; `biases`: both readers of every layer get one, as a compensator's."""
-    rng, sites, readers = torch.Generator().manual_seed(3), {}, {}
+    rng, sites, out_projections = torch.Generator().manual_seed(3), {}, {}
     for index, counts in enumerate(kept):
         block = model.block(index)
         for site, count in zip(block.sites, counts, strict=True):
             units = torch.randperm(site.units, generator=rng)[:count].sort().values.tolist()
             sites[site.name] = SitePlan(site.kind, site.units, tuple(units))
             if biases:
-                weight = block.weights[site.name].reader[:, site.keep_C(units)] * 1.5
-                readers[site.name] = (weight, torch.randn(len(weight), generator=rng, dtype=weight.dtype))
-    shrink_(model, Plan(sites), readers)
+                weight = block.weights[site.name].out_projection[:, site.keep_C(units)] * 1.5
+                out_projections[site.name] = (weight, torch.randn(len(weight), generator=rng, dtype=weight.dtype))
+    shrink_(model, Plan(sites), out_projections)
 
 
 def pruned_folder(folder: Path, name: str, kept: Kept, biases: bool = False) -> Path:

@@ -71,8 +71,8 @@ def test_a_removal_path_refits_its_readers_as_before(cache: Cache, tiny: Callabl
     for name, path in paths.items():
         assert isinstance(path, RemovalPath)
         assert torch.equal(back[name].order_U, path.order_U)
-        weight, bias = path.readers[2]
-        again, its_bias = back[name].readers[2]
+        weight, bias = path.out_projections[2]
+        again, its_bias = back[name].out_projections[2]
         assert torch.equal(weight, again) and (bias is None) == (its_bias is None)
 
 

@@ -120,8 +120,8 @@ def test_a_readers_input_is_handed_over_by_windows(
     plain, read = tiny(family), {}
     for index, layer in enumerate(plain.layers):
         for site in plain.layer_sites(index):
-            reader = layer.get_submodule(site_parts(plain.family, site)[1])
-            reader.register_forward_pre_hook(lambda _m, args, name=site.name: read.update({name: args[0]}))
+            out_projection = layer.get_submodule(site_parts(plain.family, site)[1])
+            out_projection.register_forward_pre_hook(lambda _m, args, name=site.name: read.update({name: args[0]}))
     with torch.no_grad():
         plain.module(tokens_NT)
     for visit in walk(tiny(family, stream=stream), tokens_NT, (AtReader,), Bookmark(Meter(), "test"), read_only=True):
@@ -245,16 +245,19 @@ def test_a_probe_judges_the_shrunk_model_and_leaves_none_behind(
     model = tiny(family)
     before, weights = hooks(model), {k: v.clone() for k, v in model.module.state_dict().items()}
     plan = half(model.sites())
-    readers = {}
+    out_projections = {}
     for index in range(3):
         block = model.block(index)
         for site in block.sites:
             kept = site.keep_C(plan.sites[site.name].kept)
-            readers[site.name] = (block.weights[site.name].reader[:, kept] * 1.1, torch.ones(48, dtype=torch.float64))
-    found = Probe(model, tokens_NT, Meter()).losses([Candidate(plan), Candidate(plan, readers)])
+            out_projections[site.name] = (
+                block.weights[site.name].out_projection[:, kept] * 1.1,
+                torch.ones(48, dtype=torch.float64),
+            )
+    found = Probe(model, tokens_NT, Meter()).losses([Candidate(plan), Candidate(plan, out_projections)])
     assert hooks(model) == before
     assert all(torch.equal(v, weights[k]) for k, v in model.module.state_dict().items())
-    for replaced, loss in zip(({}, readers), found, strict=True):
+    for replaced, loss in zip(({}, out_projections), found, strict=True):
         shrunk = tiny(family)
         for index in range(3):
             shrink_layer_(shrunk, index, plan, replaced)

@@ -11,7 +11,7 @@ _, MLP = layer_sites(0)
 BIASES = [(Bias, Moments), (BiasOfficial, RunningFluctuation)]
 
 
-def reader(dtype: torch.dtype = torch.float64):
+def out_projection(dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(9, MLP.channels, generator=generator, dtype=torch.float64)
     return weight.to(dtype), torch.randn(9, generator=generator, dtype=torch.float64).to(dtype)
@@ -22,7 +22,7 @@ def test_removing_constant_channels_loses_nothing(compensator, evidence):
     x = activations(MLP, 5, 16)
     gone = [0, 7, 8, MLP.channels - 1]
     x[..., gone] = torch.tensor([2.0, -1.0, 0.0, 30.0], dtype=x.dtype)
-    weight, bias = reader()
+    weight, bias = out_projection()
     keep = torch.tensor([c for c in range(MLP.channels) if c not in gone])
     for old in (bias, None):
         pruned, added = compensator(False)(weight, old, evidence.empty(MLP).update(x), keep)
@@ -32,7 +32,7 @@ def test_removing_constant_channels_loses_nothing(compensator, evidence):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_bias_is_the_mean_of_what_leaves_rounded_once(dtype):
-    weight, bias = reader(dtype)
+    weight, bias = out_projection(dtype)
     x = activations(MLP, 5, 16)
     moments = Moments.empty(MLP).update(x)
     keep = torch.arange(0, MLP.channels, 3)
@@ -46,7 +46,7 @@ def test_bias_is_the_mean_of_what_leaves_rounded_once(dtype):
 @pytest.mark.parametrize(("compensator", "evidence"), [*BIASES, (NoCompensation, Moments)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_keep_all_is_the_identity(compensator, evidence, biased):
-    weight, bias = reader()
+    weight, bias = out_projection()
     bias = bias if biased else None
     seen = evidence.empty(MLP).update(activations(MLP, 2, 8))
     kept, same = compensator(False)(weight, bias, seen, torch.arange(MLP.channels))
@@ -55,7 +55,7 @@ def test_keep_all_is_the_identity(compensator, evidence, biased):
 
 @pytest.mark.parametrize(("compensator", "evidence"), BIASES)
 def test_a_reader_that_loses_everything_is_its_mean_output(compensator, evidence):
-    weight, bias = reader()
+    weight, bias = out_projection()
     x = activations(MLP, 4, 8)
     pruned, added = compensator(False)(weight, bias, evidence.empty(MLP).update(x), torch.tensor([], dtype=torch.int64))
     assert pruned.shape == (9, 0)
@@ -63,7 +63,7 @@ def test_a_reader_that_loses_everything_is_its_mean_output(compensator, evidence
 
 
 def test_no_compensation_leaves_the_bias_and_the_arguments_alone():
-    weight, bias = reader()
+    weight, bias = out_projection()
     before = weight.clone(), bias.clone()
     pruned, same = NoCompensation(False)(weight, bias, None, torch.tensor([1, 4]))
     assert torch.equal(pruned, weight[:, [1, 4]]) and same is bias

@@ -30,8 +30,8 @@ def summed_by_unit(site: Site, columns: list[float]) -> Tensor:
 
 def columns_of(block: Block, site: Site) -> list[tuple[Tensor, Tensor]]:
     """(weights of column j [O], what its channel carried [N]) for all j."""
-    reader, x = block.weights[site.name].reader.double(), X[site.name].reshape(-1, site.channels)
-    return [(reader[:, j], x[:, j]) for j in range(site.channels)]
+    out_projection, x = block.weights[site.name].out_projection.double(), X[site.name].reshape(-1, site.channels)
+    return [(out_projection[:, j], x[:, j]) for j in range(site.channels)]
 
 
 LOOPS = {
@@ -66,7 +66,7 @@ def test_flap_official_has_the_running_estimates_and_squares_attention(metric):
     evidence = seen(RunningFluctuation, torch.float32)
     scores = FlapOfficial(metric, False)(float32, evidence)
     for site in float32.sites:
-        w, e = float32.weights[site.name].reader, evidence[site.name]
+        w, e = float32.weights[site.name].out_projection, evidence[site.name]
         columns = {
             "WIFV": e.fluctuation_C * torch.sum(w.pow(2), dim=0),
             "IFV": e.fluctuation_C,
@@ -100,8 +100,8 @@ def test_magnitude_of_all_coupled_weights_is_the_mean_over_matrices(p):
     for site in BLOCK.sites:
         weights = BLOCK.weights[site.name]
         for u in range(site.units):
-            parts = [w[u] for w in weights.writers.values()]
-            parts.append(weights.reader[:, u * site.width : (u + 1) * site.width])
+            parts = [w[u] for w in weights.in_projections.values()]
+            parts.append(weights.out_projection[:, u * site.width : (u + 1) * site.width])
             expected = sum((part.abs() ** p).sum().item() for part in parts) / len(parts)
             assert scores[site.name][u].item() == pytest.approx(expected, rel=1e-10)
 
@@ -121,7 +121,7 @@ RANDOM_0 = [0.10729477126491793, 0.9349447156932376, 0.8677773860545764]
 
 @each("criterion", [*DATA_FREE, *FORWARD])
 def test_one_score_per_unit_and_weights_left_alone(criterion):
-    before = {name: w.reader.clone() for name, w in BLOCK.weights.items()}
+    before = {name: w.out_projection.clone() for name, w in BLOCK.weights.items()}
     evidence = {} if criterion.evidence is None else seen(criterion.evidence)
     scores = criterion(BLOCK, evidence)
     assert set(scores) == {site.name for site in BLOCK.sites}
@@ -130,7 +130,9 @@ def test_one_score_per_unit_and_weights_left_alone(criterion):
         assert torch.isfinite(unit_scores(scores[site.name])).all()
         if isinstance(scores[site.name], ColumnScores):
             assert scores[site.name].columns_C.shape == (site.channels,)
-    assert all(torch.equal(BLOCK.weights[name].reader, reader) for name, reader in before.items())
+    assert all(
+        torch.equal(BLOCK.weights[name].out_projection, out_projection) for name, out_projection in before.items()
+    )
 
 
 @each("criterion", [*DATA_FREE[1:], *FORWARD])
@@ -139,9 +141,9 @@ def test_a_unit_without_weights_or_signal_scores_lowest(criterion):
     evidence = {}
     for site in quiet.sites:
         first = slice(0, site.width)
-        quiet.weights[site.name].reader[:, first] = 0
-        for writer in quiet.weights[site.name].writers.values():
-            writer[0] = 0
+        quiet.weights[site.name].out_projection[:, first] = 0
+        for in_projection in quiet.weights[site.name].in_projections.values():
+            in_projection[0] = 0
         x = X[site.name].clone()
         x[..., first] = 0
         evidence[site.name] = None if criterion.evidence is None else criterion.evidence.empty(site).update(x)
@@ -159,8 +161,8 @@ def test_half_precision_weights_are_widened_first(criterion):
 
 
 def _widened(weights):
-    writers = {role: w.float() for role, w in weights.writers.items()}
-    return type(weights)(writers, {}, weights.reader.float(), None)
+    in_projections = {role: w.float() for role, w in weights.in_projections.items()}
+    return type(weights)(in_projections, {}, weights.out_projection.float(), None)
 
 
 def test_rows_in_chunks_make_no_difference(monkeypatch):

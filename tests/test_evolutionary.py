@@ -112,12 +112,12 @@ def test_units_leave_in_the_order_of_the_path_or_by_score():
 
 
 def test_candidates_carry_the_readers_of_their_level():
-    readers = {n: (torch.full((2, 40 - n), float(n)), None) for n in range(1, 41)}
-    scores = {**paths(), NAMES[1]: RemovalPath(torch.arange(40), torch.arange(40.0), readers)}
+    out_projections = {n: (torch.full((2, 40 - n), float(n)), None) for n in range(1, 41)}
+    scores = {**paths(), NAMES[1]: RemovalPath(torch.arange(40), torch.arange(40.0), out_projections)}
     structures = Structures(scores, SITES, SITES, Budget(0.2, params(SITES)), 1)
     found = structures.candidate(structures.balanced({name: 0 for name in NAMES}))
-    assert set(found.readers) == {NAMES[1]}
-    assert found.readers[NAMES[1]] is readers[found.plan.removed(SITES[1])]
+    assert set(found.out_projections) == {NAMES[1]}
+    assert found.out_projections[NAMES[1]] is out_projections[found.plan.removed(SITES[1])]
 
 
 def test_it_spends_its_effort_and_no_more():

@@ -28,7 +28,7 @@ Checkpoint = Callable[..., Path]
 
 def pruned_(model: Model, case: str, biases: bool) -> None:
     """Uneven widths with both sublayers of layer 1 emptied; "uniform": two thirds of every site; "whole": nothing."""
-    rng, sites, readers = torch.Generator().manual_seed(3), {}, {}
+    rng, sites, out_projections = torch.Generator().manual_seed(3), {}, {}
     for index in range(len(model.layers)):
         block = model.block(index)
         for site in block.sites:
@@ -37,10 +37,10 @@ def pruned_(model: Model, case: str, biases: bool) -> None:
             kept = torch.randperm(site.units, generator=rng)[:count].sort().values.tolist()
             sites[site.name] = SitePlan(site.kind, site.units, tuple(kept))
             if biases:
-                weight = block.weights[site.name].reader[:, site.keep_C(kept)] * 1.5
+                weight = block.weights[site.name].out_projection[:, site.keep_C(kept)] * 1.5
                 bias = torch.randn(len(weight), generator=rng, dtype=weight.dtype) * 0.1
-                readers[site.name] = (weight, bias)
-    shrink_(model, Plan(sites), readers)
+                out_projections[site.name] = (weight, bias)
+    shrink_(model, Plan(sites), out_projections)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_another_model_is_not_kept(
     def wrong(model: Model, padding: Any) -> None:
         pad_(model, padding)
         with torch.no_grad():
-            model.layers[0].get_submodule(model.family.mlp_reader).weight.mul_(1.5)
+            model.layers[0].get_submodule(model.family.mlp_out).weight.mul_(1.5)
 
     from pruneexp import surgery
 

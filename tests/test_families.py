@@ -110,16 +110,18 @@ def plan_for(model: Model, granularity: str) -> Plan:
     return Plan(sites)
 
 
-def readers_for(model: Model, plan: Plan, compensator: Any, evidence: dict[str, Any]) -> dict[str, Any]:
-    readers = {}
+def out_projections_for(model: Model, plan: Plan, compensator: Any, evidence: dict[str, Any]) -> dict[str, Any]:
+    out_projections = {}
     for index in range(len(model.layers)):
         block = model.block(index)
         for site in block.sites:
             if plan.removed(site):
                 weights, keep_C = block.weights[site.name], site.keep_C(plan.sites[site.name].kept)
                 found = evidence.get(site.name)
-                readers[site.name] = compensator(weights.reader, weights.reader_bias, found, keep_C)
-    return readers
+                out_projections[site.name] = compensator(
+                    weights.out_projection, weights.out_projection_bias, found, keep_C
+                )
+    return out_projections
 
 
 @torch.no_grad()
@@ -164,13 +166,15 @@ def test_its_weights_by_role_are_what_leaves(name: str, loaded: Made) -> None:
     block = model.block(1)
     for site in block.sites:
         weights = block.weights[site.name]
-        assert {len(w) for w in weights.writers.values()} == {site.units}
-        assert weights.reader.shape[1] == site.channels
-        matrices = sum(w.numel() for w in weights.writers.values()) + weights.reader.numel()
+        assert {len(w) for w in weights.in_projections.values()} == {site.units}
+        assert weights.out_projection.shape[1] == site.channels
+        matrices = sum(w.numel() for w in weights.in_projections.values()) + weights.out_projection.numel()
         share = 2 / 4 if site.expert is not None else 1  # of the tokens come by an expert
         assert matrices * share == site.units * site.cost.macs
         own = {p.untyped_storage().data_ptr() for p in model.layers[1].parameters()}
-        assert all(w.untyped_storage().data_ptr() in own for w in (*weights.writers.values(), weights.reader))
+        assert all(
+            w.untyped_storage().data_ptr() in own for w in (*weights.in_projections.values(), weights.out_projection)
+        )
     shrink_(model, plan)
     assert before - model.decoder_params == sum(plan.removed(site) * site.cost.params for site in sites)
     assert kv - model.kv_elements == sum(plan.removed(site) * site.cost.kv for site in sites)
@@ -194,12 +198,12 @@ def test_masked_is_shrunk_is_saved(
             continue  # nothing is left to compensate
         model = loaded(name)
         dense, plan = logits(model.module, tokens_NT), plan_for(model, granularity)
-        readers = readers_for(model, plan, method, evidence(name)[compensator])
-        with masked(model, plan, readers if compensator != "none" else {}):
+        out_projections = out_projections_for(model, plan, method, evidence(name)[compensator])
+        with masked(model, plan, out_projections if compensator != "none" else {}):
             expected = logits(model.module, tokens_NT)
         assert torch.equal(logits(model.module, tokens_NT), dense), "masking left something behind"
         assert not torch.allclose(expected, dense, atol=1e-3), "the plan changes nothing: the comparison would be empty"
-        shrink_(model, plan, readers)
+        shrink_(model, plan, out_projections)
         shrunk = logits(model.module, tokens_NT)
         close(shrunk, expected)
         form = save(model, tmp_path / compensator)
@@ -308,7 +312,9 @@ def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
     for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Bookmark(Meter(), "test")):
         seen = collect(torch.arange(site.channels))
         weights = model.block(visit.index).weights[site.name]
-        given = seen.inputs.covariance_CC @ weights.reader.T  # covariance of the inputs and what the reader gives
+        given = (
+            seen.inputs.covariance_CC @ weights.out_projection.T
+        )  # covariance of the inputs and what the reader gives
         torch.testing.assert_close(seen.covariance_KO, given, rtol=1e-5, atol=1e-6)
 
 
@@ -389,7 +395,7 @@ def test_a_shared_key_value_head_stays_while_any_head_does(name: str, loaded: Ma
     site = model.layer_sites(0)[0]
     assert site.units == 6 and site.cost.kv == 0
     assert model.whole_block(0).sites[0].cost.kv == 2 * site.width
-    assert list(model.block(0).weights[site.name].writers) == ["query"]
+    assert list(model.block(0).weights[site.name].in_projections) == ["query"]
     before = model.kv_elements
     shrink_(model, Plan({site.name: SitePlan("attention", 6, (4,))}))
     assert model.kv_elements == before

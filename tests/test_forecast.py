@@ -206,13 +206,13 @@ def test_stages_by_hand(foretold: Any) -> None:
     weights, hidden, batch = 4 * found.shape.params, 10 * 24 * 64 * 4, 8 * 24
     layer = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64)
     grams = 8 * (64**2 + 64 + 172**2 + 172)
-    covariances, readers = 4 * 8 * (64**2 + 172**2), 4 * (4 * 64 + 7 * 172) * 64 * 4
+    covariances, out_projections = 4 * 8 * (64**2 + 172**2), 4 * (4 * 64 + 7 * 172) * 64 * 4
     ffn = batch * (3 * 172 + 3 * 64) * 4
     read = batch * (172 + 3 * 64) * 4 + 8 * batch * 172
     logits = batch * 256 * (4 + 4 + 4)
     assert start.parts == {"process": 5000}
     assert calibrate.total == 1000 + weights + hidden + grams + covariances + max(24 * 172**2, ffn, read)
-    assert search.total == 1000 + weights + covariances + readers + max(24 * 172**2, logits)
+    assert search.total == 1000 + weights + covariances + out_projections + max(24 * 172**2, logits)
     assert shrink.total == 1000 + weights + 2 * hidden + grams + layer + max(8 * 172 * 64, ffn, read)
     assert all(set(stage.parts) <= set(PARTS) for stage in found.held)
     assert found.peak == max(found.held, key=lambda stage: stage.total) and found.streamed == []

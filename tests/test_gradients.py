@@ -43,10 +43,12 @@ def test_gradients_are_those_of_autograd_whatever_the_batches(
         expected = model.block(index, read=lambda p: p.grad)
         for site in expected.sites:
             mine, theirs = found[site.name].mean, expected.weights[site.name]
-            torch.testing.assert_close(mine.reader, theirs.reader, rtol=1e-3, atol=1e-7)  # norms in float32
-            assert set(mine.writers) == set(theirs.writers)
-            for role, gradient in mine.writers.items():
-                torch.testing.assert_close(gradient, theirs.writers[role], rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(
+                mine.out_projection, theirs.out_projection, rtol=1e-3, atol=1e-7
+            )  # norms in float32
+            assert set(mine.in_projections) == set(theirs.in_projections)
+            for role, gradient in mine.in_projections.items():
+                torch.testing.assert_close(gradient, theirs.in_projections[role], rtol=1e-3, atol=1e-7)
 
 
 def test_a_gradient_is_the_numerical_derivative(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
@@ -62,7 +64,9 @@ def test_a_gradient_is_the_numerical_derivative(tiny: Callable[..., Model], toke
                 losses.append(loss_of(model, tokens_NT).item())
                 weight[i, j] = before
         slope = (losses[0] - losses[1]) / (2 * eps)
-        assert found["model.decoder.layers.1.fc2"].mean.reader[i, j].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
+        assert found["model.decoder.layers.1.fc2"].mean.out_projection[i, j].item() == pytest.approx(
+            slope, rel=1e-4, abs=1e-9
+        )
 
 
 def test_squares_go_by_window(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
@@ -71,8 +75,8 @@ def test_squares_go_by_window(tiny: Callable[..., Model], tokens_NT: Tensor) -> 
     assert meter.backward == pytest.approx(1) and found.n == len(tokens_NT)
     weight = model.layers[0].self_attn.o_proj.weight.requires_grad_(True)
     each = torch.stack([torch.autograd.grad(loss_of(model, window[None]), weight)[0] for window in tokens_NT])
-    torch.testing.assert_close(found.mean_square.reader, each.square().mean(0), rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(found.mean.reader, each.mean(0), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(found.mean_square.out_projection, each.square().mean(0), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(found.mean.out_projection, each.mean(0), rtol=1e-3, atol=1e-7)
 
 
 def test_the_walk_hands_gradients_out_beside_statistics(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
@@ -83,7 +87,7 @@ def test_the_walk_hands_gradients_out_beside_statistics(tiny: Callable[..., Mode
         for site in visit.block.sites:
             moments, gradient = both[site.name]
             assert moments.n == tokens_NT.numel()
-            assert torch.equal(gradient.mean.reader, whole[site.name].mean.reader)
+            assert torch.equal(gradient.mean.out_projection, whole[site.name].mean.out_projection)
     assert meter.forward == pytest.approx(2) and meter.backward == pytest.approx(1)
 
 
@@ -93,9 +97,11 @@ def toy(group: int = 3, units: int = 2, rows: int = 4, hidden: int = 5) -> tuple
 
     def random() -> SiteWeights:
         shapes = {"query": group * rows, "key": rows, "value": rows}
-        writers = {k: torch.randn(units, n, hidden, generator=draw, dtype=torch.float64) for k, n in shapes.items()}
-        reader = torch.randn(hidden, units * group * rows, generator=draw, dtype=torch.float64)
-        return SiteWeights(writers, {}, reader, None)
+        in_projections = {
+            k: torch.randn(units, n, hidden, generator=draw, dtype=torch.float64) for k, n in shapes.items()
+        }
+        out_projection = torch.randn(hidden, units * group * rows, generator=draw, dtype=torch.float64)
+        return SiteWeights(in_projections, {}, out_projection, None)
 
     site = Site("model.layers.0.self_attn", "attention", 0, units, group * rows, Cost(1, 1, 1))
     windows = [random() for _ in range(3)]
@@ -126,10 +132,10 @@ def test_the_formula_row_by_row_with_a_groups_query_heads_on_its_own_keys(elemen
         for row in range(4):
             heads = [4 * head + row for head in range(3)]  # this row in each of the unit's three query heads
             parts = [
-                sum(importance(lambda s, u, r: s.writers["query"][u, r], unit, r) for r in heads),
-                importance(lambda s, u, r: s.writers["key"][u, r], unit, row),
-                importance(lambda s, u, r: s.writers["value"][u, r], unit, row),
-                sum(importance(lambda s, u, r: s.reader[:, 12 * u + r], unit, r) for r in heads),
+                sum(importance(lambda s, u, r: s.in_projections["query"][u, r], unit, r) for r in heads),
+                importance(lambda s, u, r: s.in_projections["key"][u, r], unit, row),
+                importance(lambda s, u, r: s.in_projections["value"][u, r], unit, row),
+                sum(importance(lambda s, u, r: s.out_projection[:, 12 * u + r], unit, r) for r in heads),
             ]
             values = torch.tensor(parts, dtype=torch.float64)
             reduced = {"sum": values.sum(), "mean": values.mean(), "max": values.max(), "prod": values.prod()}
@@ -142,8 +148,8 @@ def test_the_first_matrix_of_a_group_is_the_one_that_it_is_grown_from() -> None:
     """Query and gate, their rows as many as the other matrices'; where there is no gate, up."""
     g = torch.rand(2, 4, 5, dtype=torch.float64)
     for roles in (("query", "key", "value"), ("gate", "up"), ("up",)):
-        writers = {role: torch.full_like(g, float(n + 1)) for n, role in enumerate(roles)}
-        weights = SiteWeights(writers, {}, torch.full((5, 8), 9.0, dtype=torch.float64), None)
+        in_projections = {role: torch.full_like(g, float(n + 1)) for n, role in enumerate(roles)}
+        weights = SiteWeights(in_projections, {}, torch.full((5, 8), 9.0, dtype=torch.float64), None)
         seen = Gradient(1, SiteWeights(dict.fromkeys(roles, g), {}, torch.ones(5, 8, dtype=torch.float64), None))
         site = Site("toy", "mlp", 0, 2, 4, Cost(1, 1, 0))
         toy, found = Block("toy", 0, (site,), {site.name: weights}), {site.name: seen}
@@ -160,7 +166,7 @@ def test_removing_a_unit_changes_the_loss_by_the_signed_first_order_sum(
     found = gradient_evidence(model, tokens_NT, Gradient, Meter())["model.decoder.layers.2.fc2"].mean
     weight = model.layers[2].fc2.weight
     for j in (0, 17):
-        expected = (weight[:, j] * found.reader[:, j]).sum().item()
+        expected = (weight[:, j] * found.out_projection[:, j]).sum().item()
         column, losses = weight[:, j].clone(), []
         for step in (eps, -eps):
             with torch.no_grad():
@@ -188,7 +194,7 @@ def test_llm_pruner_runs_on_every_family(
 def test_half_precision_gradients_are_kept_in_float32() -> None:
     block, seen = toy()
     half = SiteWeights({}, {}, torch.ones(2, 2, dtype=torch.bfloat16), None)
-    assert Gradient.empty(block.sites[0]).update(half, 3).mean.reader.dtype == torch.float32
+    assert Gradient.empty(block.sites[0]).update(half, 3).mean.out_projection.dtype == torch.float32
     with pytest.raises(ValueError, match="one window at a time"):
         PerSampleGradient.empty(block.sites[0]).update(half, 3)
 

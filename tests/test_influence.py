@@ -43,15 +43,15 @@ def least_squares(width: int, outputs: int = 5, units: int = 8) -> tuple[Site, T
 
 def landscape(kind: Influence, width: int) -> tuple[Landscape, Site, Tensor, Tensor, Tensor]:
     """The squared error of one window of 300 tokens, over the 299 of an unbiased covariance."""
-    site, x, y, reader = least_squares(width)
-    reader.requires_grad_(True)
+    site, x, y, out_projection = least_squares(width)
+    out_projection.requires_grad_(True)
 
     def loss(gates_BU: Tensor, batch: Tensor) -> Tensor:
         gated = x * gates_BU[0].repeat_interleave(width)
-        return (gated @ reader.T - y).square().sum() / (len(x) - 1)
+        return (gated @ out_projection.T - y).square().sum() / (len(x) - 1)
 
-    made = Landscape(loss, [torch.zeros(1, 1)], [reader], site.units, kind, CPU, lambda *_: None)
-    return made, site, x, y, reader
+    made = Landscape(loss, [torch.zeros(1, 1)], [out_projection], site.units, kind, CPU, lambda *_: None)
+    return made, site, x, y, out_projection
 
 
 def survivors(width: int) -> Callable[[int, list[Tensor]], None]:
@@ -71,9 +71,9 @@ def scored(found: BatchDerivatives, site: Site, **settings: Any) -> Tensor:
 def test_on_least_squares_the_score_is_the_exact_cost_of_removal_the_survivors_fitted_anew(
     hessian: str, width: int
 ) -> None:
-    made, site, x, y, reader = landscape(replace(APART, hessian=hessian), width)
+    made, site, x, y, out_projection = landscape(replace(APART, hessian=hessian), width)
     score_U = scored(made.apart(survivors(width)), site, score="loss")
-    full, costs = (x @ reader.detach().T - y).square().sum(), []
+    full, costs = (x @ out_projection.detach().T - y).square().sum(), []
     for unit in range(site.units):
         keep_C = site.keep_C([u for u in range(site.units) if u != unit])
         fitted = torch.linalg.lstsq(x[:, keep_C], y).solution
@@ -81,7 +81,7 @@ def test_on_least_squares_the_score_is_the_exact_cost_of_removal_the_survivors_f
     expected = torch.stack(costs) / (len(x) - 1)
     torch.testing.assert_close(score_U, expected, rtol=1e-6, atol=1e-9)
 
-    weights = {site.name: SiteWeights({}, {}, reader.detach(), None)}
+    weights = {site.name: SiteWeights({}, {}, out_projection.detach(), None)}
     gram = Gram.empty(site).update(x[None])
     path = Obs(0.0, 1, 8, "none", False, 8.0)(Block("toy", 0, (site,), weights), {site.name: gram})[site.name]
     assert int(path.order_U[0]) == int(score_U.argmin())
@@ -90,9 +90,9 @@ def test_on_least_squares_the_score_is_the_exact_cost_of_removal_the_survivors_f
 
 def test_with_a_units_own_weights_free_nothing_is_lost() -> None:
     """Gates and a reader's columns say the same twice: H_mm = H_mw H_ww^-1 H_wm at a minimum."""
-    made, site, x, _, reader = landscape(replace(APART, directions="together"), 1)
+    made, site, x, _, out_projection = landscape(replace(APART, directions="together"), 1)
     found = made.together()
-    row_sums = (2 * (reader.T @ reader) * (x.T @ x) / (len(x) - 1)).sum(1)
+    row_sums = (2 * (out_projection.T @ out_projection) * (x.T @ x) / (len(x) - 1)).sum(1)
     torch.testing.assert_close(found.retraining_U, row_sums.detach(), rtol=1e-6, atol=1e-9)
     assert scored(found, site, score="retraining").tolist() == pytest.approx(found.retraining_U.abs().tolist())
 
@@ -120,10 +120,10 @@ def test_gates_have_the_gradient_of_their_columns(family: str, tiny: Callable[..
     windows = [gradient_evidence(model, window[None], Gradient, Meter()) for window in tokens_NT]
     for index in range(len(model.layers)):
         for site in model.block(index).sites:
-            reader = model.block(index).weights[site.name].reader
+            out_projection = model.block(index).weights[site.name].out_projection
 
-            def slope_U(gradient: Any, reader: Tensor = reader, site: Site = site) -> Tensor:
-                return (gradient[site.name].mean.reader * reader).sum(0).reshape(site.units, -1).sum(1)
+            def slope_U(gradient: Any, out_projection: Tensor = out_projection, site: Site = site) -> Tensor:
+                return (gradient[site.name].mean.out_projection * out_projection).sum(0).reshape(site.units, -1).sum(1)
 
             (part,) = found[site.name].parts
             torch.testing.assert_close(part.slope_U, slope_U(exact), rtol=1e-3, atol=1e-6)
@@ -166,16 +166,16 @@ def test_a_unit_apart_leaves_its_own_weights_alone(family: str, tiny: Callable[.
     site = sites[0]
     (part,) = found[site.name].parts
     layer = model.layers[0]
-    reader = layer.get_submodule(model.family.attention_reader)
-    column = reader.weight.data.clone()
+    out_projection = layer.get_submodule(model.family.attention_out)
+    column = out_projection.weight.data.clone()
     u: list[Tensor] = []
     for sign in (1, -1):  # the gradient of every weight, with the unit's columns scaled
-        reader.weight.data = column.clone()
-        reader.weight.data[:, : site.width] *= 1 + sign * 1e-4
+        out_projection.weight.data = column.clone()
+        out_projection.weight.data[:, : site.width] *= 1 + sign * 1e-4
         gradients = gradient_evidence(model, tokens, Gradient, Meter())
         for each in sites:
             g = gradients[each.name].mean
-            parts = [*g.writers.values(), g.reader.clone()]
+            parts = [*g.in_projections.values(), g.out_projection.clone()]
             if each is site:  # the unit's own rows and columns are not tuned
                 parts = [rows.clone() for rows in parts]
                 for rows in parts[:-1]:
@@ -183,7 +183,7 @@ def test_a_unit_apart_leaves_its_own_weights_alone(family: str, tiny: Callable[.
                 parts[-1][:, : site.width] = 0
             flat = torch.cat([rows.flatten() for rows in parts])
             u = [*u, flat]
-    reader.weight.data = column
+    out_projection.weight.data = column
     half = len(u) // 2
     expected = sum(((a - b) / 2e-4).square().sum() for a, b in zip(u[:half], u[half:], strict=True))
     assert part.retraining_U[0].item() == pytest.approx(float(expected), rel=2e-2)

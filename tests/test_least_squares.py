@@ -14,7 +14,7 @@ _, MLP = layer_sites(0)
 C = MLP.channels
 
 
-def reader(dtype: torch.dtype = torch.float64):
+def out_projection(dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(9, C, generator=generator, dtype=torch.float64)
     return weight.to(dtype), torch.randn(9, generator=generator, dtype=torch.float64).to(dtype)
@@ -33,7 +33,7 @@ def gram(x: torch.Tensor) -> Gram:
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_without_ridge_it_is_the_least_squares_solution_on_the_raw_data(biased):
-    weight, bias = reader()
+    weight, bias = out_projection()
     x, keep = mixed(), torch.arange(0, C, 3)
     pruned, added = LeastSquares(0.0, "pruned", True)(weight, bias if biased else None, gram(x), keep)
     flat = x.reshape(-1, C)
@@ -45,7 +45,7 @@ def test_without_ridge_it_is_the_least_squares_solution_on_the_raw_data(biased):
 
 
 def test_ridge_is_the_solution_of_its_own_objective():
-    weight, bias = reader()
+    weight, bias = out_projection()
     x, keep, ridge = mixed(), torch.arange(1, C, 2), 0.3
     pruned, added = LeastSquares(ridge, "pruned", True)(weight, bias, gram(x), keep)
     flat = x.reshape(-1, C)
@@ -59,7 +59,7 @@ def test_ridge_is_the_solution_of_its_own_objective():
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-2])
 def test_a_constant_channel_leaves_without_a_trace(ridge):
-    weight, bias = reader()
+    weight, bias = out_projection()
     x = mixed()
     x[..., 5] = 7.0
     keep = torch.tensor([c for c in range(C) if c != 5])
@@ -68,7 +68,7 @@ def test_a_constant_channel_leaves_without_a_trace(ridge):
 
 
 def test_a_duplicated_channel_leaves_without_a_trace():
-    weight, bias = reader()
+    weight, bias = out_projection()
     x = mixed()
     x[..., 11] = -2 * x[..., 30] + 1
     keep = torch.tensor([c for c in range(C) if c != 11])
@@ -78,14 +78,14 @@ def test_a_duplicated_channel_leaves_without_a_trace():
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_keep_all_is_the_identity(biased):
-    weight, bias = reader()
+    weight, bias = out_projection()
     bias = bias if biased else None
     kept, same = LeastSquares(0.1, "pruned", True)(weight, bias, gram(mixed()), torch.arange(C))
     assert kept is weight and same is bias
 
 
 def test_a_reader_that_loses_everything_is_its_mean_output():
-    weight, bias = reader()
+    weight, bias = out_projection()
     x = mixed()
     pruned, added = LeastSquares(0.0, "pruned", True)(weight, bias, gram(x), torch.tensor([], dtype=torch.int64))
     assert pruned.shape == (9, 0)
@@ -94,7 +94,7 @@ def test_a_reader_that_loses_everything_is_its_mean_output():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_rounded_once_and_leaves_weights_alone(dtype):
-    weight, bias = reader(dtype)
+    weight, bias = out_projection(dtype)
     before, seen, keep = (weight.clone(), bias.clone()), gram(mixed()), torch.arange(0, C, 2)
     pruned, added = LeastSquares(1e-3, "pruned", True)(weight, bias, seen.copy(), keep)
     exact, exact_bias = LeastSquares(1e-3, "pruned", True)(weight.double(), bias.double(), seen, keep)  # spent
@@ -103,7 +103,7 @@ def test_it_is_rounded_once_and_leaves_weights_alone(dtype):
 
 
 def test_a_singular_covariance_names_the_ridge():
-    weight, bias = reader()
+    weight, bias = out_projection()
     x = mixed()
     x[..., 4] = 1.0  # stays
     with pytest.raises(RunError, match=r"^ridge=0\.0: the inputs' covariance is singular"):
@@ -118,7 +118,7 @@ def test_a_ridge_that_cannot_be(ridge):
 
 
 def test_a_wanted_output_is_fitted_as_by_least_squares_on_the_raw_data():
-    weight, bias = reader()
+    weight, bias = out_projection()
     x, keep = mixed(), torch.arange(0, C, 3)
     y = torch.tanh(x) @ weight.T + mixed(1)[..., :9]
     seen = WantedOutput.empty(MLP)
@@ -148,7 +148,7 @@ def test_wanted_outputs_do_not_depend_on_chunks_and_merge():
 @pytest.mark.parametrize("ridge", [0.0, 1e-2])
 def test_wanted_outputs_of_the_kept_channels_fit_as_those_of_all(ridge):
     """The ridge goes by their variance alone."""
-    weight, bias = reader()
+    weight, bias = out_projection()
     x, keep = mixed(), torch.arange(1, C, 3)
     y = torch.tanh(x) @ weight.T + mixed(1)[..., :9]
     whole, kept = (WantedOutput.of(MLP, channels) for channels in (torch.arange(C), keep))
@@ -171,7 +171,7 @@ def test_wanted_outputs_of_the_kept_channels_fit_as_those_of_all(ridge):
 
 
 def test_a_reader_that_is_left_without_inputs_gives_the_wanted_mean():
-    weight, bias = reader()
+    weight, bias = out_projection()
     x, y = mixed(), mixed(1)[..., :9]
     seen = WantedOutput.of(MLP, torch.arange(0)).update(x, y)
     pruned, added = LeastSquares(1e-3, "dense", True)(weight, bias, seen, torch.arange(0))

@@ -413,30 +413,30 @@ def test_query_rows_of_a_group_are_those_of_its_heads(tiny: Callable[..., Model]
     model = tiny("llama")
     block, attention = model.block(1), model.layers[1].self_attn
     weights = block.weights["model.layers.1.self_attn"]
-    assert {role: tuple(w.shape) for role, w in weights.writers.items()} == {
+    assert {role: tuple(w.shape) for role, w in weights.in_projections.items()} == {
         "query": (3, 16, D),
         "key": (3, 8, D),
         "value": (3, 8, D),
     }
-    assert weights.writer_biases == {} and weights.reader_bias is None
+    assert weights.in_projection_biases == {} and weights.out_projection_bias is None
     for head in range(6):
         group, within = head // 2, head % 2  # as transformers repeats keys and values: head h reads KV head h // G
         rows = attention.q_proj.weight[head * HEAD : (head + 1) * HEAD]
-        assert torch.equal(weights.writers["query"][group, within * HEAD : (within + 1) * HEAD], rows)
+        assert torch.equal(weights.in_projections["query"][group, within * HEAD : (within + 1) * HEAD], rows)
     for group in range(3):
         rows = slice(group * HEAD, (group + 1) * HEAD)
-        assert torch.equal(weights.writers["key"][group], attention.k_proj.weight[rows])
-        assert torch.equal(weights.writers["value"][group], attention.v_proj.weight[rows])
-    assert torch.equal(weights.reader, attention.o_proj.weight)
+        assert torch.equal(weights.in_projections["key"][group], attention.k_proj.weight[rows])
+        assert torch.equal(weights.in_projections["value"][group], attention.v_proj.weight[rows])
+    assert torch.equal(weights.out_projection, attention.o_proj.weight)
     assert torch.equal(block.norms["model.layers.1.self_attn"], model.layers[1].input_layernorm.weight)
 
 
 def test_a_gated_ffn_by_role(tiny: Callable[..., Model]) -> None:
     model = tiny("llama")
     mlp, weights = model.layers[2].mlp, model.block(2).weights["model.layers.2.mlp"]
-    assert torch.equal(weights.writers["gate"], mlp.gate_proj.weight[:, None])
-    assert torch.equal(weights.writers["up"], mlp.up_proj.weight[:, None])
-    assert torch.equal(weights.reader, mlp.down_proj.weight)
+    assert torch.equal(weights.in_projections["gate"], mlp.gate_proj.weight[:, None])
+    assert torch.equal(weights.in_projections["up"], mlp.up_proj.weight[:, None])
+    assert torch.equal(weights.out_projection, mlp.down_proj.weight)
     norms = model.block(2).norms
     assert torch.equal(norms["model.layers.2.mlp"], model.layers[2].post_attention_layernorm.weight)
 
@@ -449,12 +449,16 @@ def test_opt_by_role(tiny: Callable[..., Model]) -> None:
         part = layer.self_attn.get_submodule(linear)
         for head in range(6):
             rows = slice(head * HEAD, (head + 1) * HEAD)
-            assert torch.equal(weights.writers[role][head], part.weight[rows])
-            assert torch.equal(weights.writer_biases[role][head], part.bias[rows])
-    assert weights.reader_bias is not None and torch.equal(weights.reader_bias, layer.self_attn.out_proj.bias)
+            assert torch.equal(weights.in_projections[role][head], part.weight[rows])
+            assert torch.equal(weights.in_projection_biases[role][head], part.bias[rows])
+    assert weights.out_projection_bias is not None and torch.equal(
+        weights.out_projection_bias, layer.self_attn.out_proj.bias
+    )
     ffn = block.weights["model.decoder.layers.0.fc2"]
-    assert list(ffn.writers) == ["up"] and torch.equal(ffn.writers["up"][:, 0], layer.fc1.weight)
-    assert torch.equal(ffn.writer_biases["up"][:, 0], layer.fc1.bias) and torch.equal(ffn.reader, layer.fc2.weight)
+    assert list(ffn.in_projections) == ["up"] and torch.equal(ffn.in_projections["up"][:, 0], layer.fc1.weight)
+    assert torch.equal(ffn.in_projection_biases["up"][:, 0], layer.fc1.bias) and torch.equal(
+        ffn.out_projection, layer.fc2.weight
+    )
     assert torch.equal(block.norms["model.decoder.layers.0.fc2"], layer.final_layer_norm.weight)
 
 
@@ -465,13 +469,13 @@ def test_blooms_fused_rows_are_interleaved_by_head(tiny: Callable[..., Model]) -
     for head in range(6):
         for number, role in enumerate(("query", "key", "value")):
             rows = slice((3 * head + number) * HEAD, (3 * head + number + 1) * HEAD)
-            assert torch.equal(weights.writers[role][head], fused.weight[rows])
-            assert torch.equal(weights.writer_biases[role][head], fused.bias[rows])
+            assert torch.equal(weights.in_projections[role][head], fused.weight[rows])
+            assert torch.equal(weights.in_projection_biases[role][head], fused.bias[rows])
     x_BTD = torch.randn(2, 5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     split = attention._reshape(fused(x_BTD))  # the module's own reading of the fused rows: [B, heads, T, head]
     for role, expected in zip(("query", "key", "value"), split, strict=True):
-        own = torch.einsum("btd,urd->butr", x_BTD, weights.writers[role])
-        own = own + weights.writer_biases[role][None, :, None]
+        own = torch.einsum("btd,urd->butr", x_BTD, weights.in_projections[role])
+        own = own + weights.in_projection_biases[role][None, :, None]
         torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -482,11 +486,11 @@ def test_weights_by_role_are_views_and_add_up(family: str, tiny: Callable[..., M
     block = model.block(0)
     for site in block.sites:
         weights = block.weights[site.name]
-        biases = [] if weights.reader_bias is None else [weights.reader_bias]
-        tensors = [*weights.writers.values(), *weights.writer_biases.values(), weights.reader]
+        biases = [] if weights.out_projection_bias is None else [weights.out_projection_bias]
+        tensors = [*weights.in_projections.values(), *weights.in_projection_biases.values(), weights.out_projection]
         assert all(t.untyped_storage().data_ptr() in own for t in [*tensors, *biases])
         assert sum(t.numel() for t in tensors) == site.units * site.cost.params
-        assert weights.reader.shape == (D, site.channels)
+        assert weights.out_projection.shape == (D, site.channels)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

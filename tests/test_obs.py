@@ -24,11 +24,11 @@ def mixed(site: Site, seed: int = 0) -> torch.Tensor:
 SEEN = {site.name: Gram.empty(site).update(mixed(site)) for site in (ATTENTION, MLP)}
 
 
-def lost(site: Site, reader: torch.Tensor, bias: torch.Tensor | None, keep_C: torch.Tensor) -> float:
+def lost(site: Site, out_projection: torch.Tensor, bias: torch.Tensor | None, keep_C: torch.Tensor) -> float:
     """Squared error per token of a reader on the kept channels, measured on the data (unbiased, as a variance)."""
     x = mixed(site).reshape(-1, site.channels)
     weights = BLOCK.weights[site.name]
-    error = x @ weights.reader.T - (x[:, keep_C] @ reader.T + (0 if bias is None else bias))
+    error = x @ weights.out_projection.T - (x[:, keep_C] @ out_projection.T + (0 if bias is None else bias))
     return float(error.square().sum() / (len(x) - 1))
 
 
@@ -40,10 +40,10 @@ def test_the_cost_is_the_increase_of_the_squared_error(site, step):
     assert (path.cost_U.diff() >= -1e-9).all()
     for removed in range(1, site.units + 1):
         keep_C = site.keep_C(sorted(path.order_U[removed:].tolist()))
-        own = BLOCK.weights[site.name].reader
+        own = BLOCK.weights[site.name].out_projection
         weight, bias = LeastSquares(0.0, "pruned", True)(own, None, SEEN[site.name].copy(), keep_C)
         assert lost(site, weight, bias, keep_C) == pytest.approx(float(path.cost_U[removed - 1]), rel=1e-6)
-        torch.testing.assert_close(path.readers[removed], (weight, bias))
+        torch.testing.assert_close(path.out_projections[removed], (weight, bias))
 
 
 @pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
@@ -54,9 +54,9 @@ def test_each_step_takes_the_unit_whose_removal_costs_least(site):
         costs = {}
         for unit in kept:
             keep_C = site.keep_C([u for u in kept if u != unit])
-            own = BLOCK.weights[site.name].reader
-            reader = LeastSquares(0.0, "pruned", True)(own, None, SEEN[site.name].copy(), keep_C)
-            costs[unit] = lost(site, *reader, keep_C)
+            own = BLOCK.weights[site.name].out_projection
+            out_projection = LeastSquares(0.0, "pruned", True)(own, None, SEEN[site.name].copy(), keep_C)
+            costs[unit] = lost(site, *out_projection, keep_C)
         assert int(path.order_U[removed]) == min(costs, key=costs.__getitem__)
         kept.remove(int(path.order_U[removed]))
 
@@ -66,7 +66,7 @@ def test_it_is_the_closed_form_of_a_single_weight():
     path = Obs(1e-2, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[MLP.name]
     cov = SEEN[MLP.name].covariance_CC
     inverse = torch.linalg.inv(cov + 1e-2 * cov.diagonal().mean() * torch.eye(MLP.channels, dtype=torch.float64))
-    cost = BLOCK.weights[MLP.name].reader.square().sum(0) / inverse.diagonal()
+    cost = BLOCK.weights[MLP.name].out_projection.square().sum(0) / inverse.diagonal()
     assert int(path.order_U[0]) == int(cost.argmin())
     assert float(path.cost_U[0]) == pytest.approx(float(cost.min()))
 
@@ -80,12 +80,16 @@ def test_output_scale_ends_at_one_and_changes_no_order():
 
 
 def test_levels_are_evenly_spaced_and_any_other_is_answered():
-    readers = Obs(1e-3, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[MLP.name].readers
-    assert list(readers) == [5, 10, 15, 20, 25, 30, 35, 40] and len(readers) == 8
-    assert readers[7][0].shape == (24, 33) and readers[40][0].shape == (24, 0) and 41 not in readers
-    assert readers[0] == (BLOCK.weights[MLP.name].reader, None)
+    out_projections = Obs(1e-3, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[MLP.name].out_projections
+    assert list(out_projections) == [5, 10, 15, 20, 25, 30, 35, 40] and len(out_projections) == 8
+    assert (
+        out_projections[7][0].shape == (24, 33)
+        and out_projections[40][0].shape == (24, 0)
+        and 41 not in out_projections
+    )
+    assert out_projections[0] == (BLOCK.weights[MLP.name].out_projection, None)
     with pytest.raises(KeyError):
-        readers[41]
+        out_projections[41]
 
 
 def test_duplicated_and_constant_channels_leave_first_and_free():
@@ -104,8 +108,8 @@ def test_a_thousand_channels_take_about_a_second():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 1024, generator=generator, dtype=torch.float64)
     site = Site("wide", "mlp", 0, 1024, 1, MLP.cost)
-    reader = torch.randn(256, 1024, generator=generator)
-    wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, reader, None)})
+    out_projection = torch.randn(256, 1024, generator=generator)
+    wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, out_projection, None)})
     gram = Gram.empty(site).update(x[None])
     start = time.process_time()
     Obs(1e-3, 4, 8, "none", False, 8.0)(wide, {"wide": gram})
@@ -156,12 +160,15 @@ def test_little_memory_changes_no_reader(small_counts):
     tight = Obs(1e-3, 1, 4, "none", False, 0.0)(BLOCK, SEEN)
     for site in (ATTENTION, MLP):
         assert torch.equal(ample[site.name].order_U, tight[site.name].order_U)
-        assert on_disk(tight[site.name].readers.cov_CC) and not on_disk(ample[site.name].readers.cov_CC)
+        assert on_disk(tight[site.name].out_projections.cov_CC) and not on_disk(ample[site.name].out_projections.cov_CC)
         for removed in range(1, site.units):
-            (weight, bias), (again, same) = tight[site.name].readers[removed], ample[site.name].readers[removed]
+            (weight, bias), (again, same) = (
+                tight[site.name].out_projections[removed],
+                ample[site.name].out_projections[removed],
+            )
             assert on_disk(weight) and not on_disk(again)
             assert torch.equal(weight, again) and torch.equal(bias, same)
-            assert tight[site.name].readers[removed][0] is weight  # probes tell readers apart by what they are
+            assert tight[site.name].out_projections[removed][0] is weight  # probes tell readers apart by what they are
 
 
 def test_a_full_disk_is_one_line(small_counts, monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from tests.conftest import FAMILIES
 
 def candidate(model, removed: dict[int, int], refit: int | None = None) -> Candidate:
     """Site number -> units that leave it; site number `refit` gets a reader of its own."""
-    sites, readers = model.sites(), {}
+    sites, out_projections = model.sites(), {}
     plan = Plan.keep_all(sites)
     for number, units in removed.items():
         site = sites[number]
@@ -23,8 +23,8 @@ def candidate(model, removed: dict[int, int], refit: int | None = None) -> Candi
         kept = site.width * len(plan.sites[site.name].kept)
         generator = torch.Generator().manual_seed(refit)
         weight = torch.randn(width, kept, generator=generator, dtype=model.dtype) / 10
-        readers[site.name] = weight, torch.ones(width, dtype=model.dtype)
-    return Candidate(plan, readers)
+        out_projections[site.name] = weight, torch.ones(width, dtype=model.dtype)
+    return Candidate(plan, out_projections)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +41,7 @@ def test_losses_are_those_of_the_masked_model(family, tiny, tokens_NT):
     for batch, tokens in ((None, tokens_NT), (0, tokens_NT[:4]), (2, tokens_NT[8:])):
         losses = probe.losses(candidates, batch)
         for each, loss in zip(candidates, losses, strict=True):
-            with masked(model, each.plan, each.readers):
+            with masked(model, each.plan, each.out_projections):
                 assert loss == pytest.approx(float(model.token_losses(tokens, 4).mean()), rel=1e-12)
     assert probe.batches == 3
 

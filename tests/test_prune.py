@@ -221,13 +221,13 @@ def test_a_bias_is_what_the_removed_channels_gave_on_average(
     read: dict[str, Tensor] = {}
     with torch.no_grad():
         for index, layer in enumerate(dense.layers):
-            for site, path in zip(dense.layer_sites(index), readers_of(dense), strict=True):
+            for site, path in zip(dense.layer_sites(index), out_projections_of(dense), strict=True):
                 layer.get_submodule(path).register_forward_pre_hook(
                     lambda _m, args, name=site.name: read.update({name: args[0].flatten(0, -2).mean(0)})
                 )
         dense.module(tokens_NT)
         for index, layer in enumerate(model.layers):
-            for site, path in zip(dense.layer_sites(index), readers_of(dense), strict=True):
+            for site, path in zip(dense.layer_sites(index), out_projections_of(dense), strict=True):
                 before, after = dense.layers[index].get_submodule(path), layer.get_submodule(path)
                 gone = torch.ones(site.channels, dtype=torch.bool)
                 gone[site.keep_C(pruned.plan.sites[site.name].kept)] = False
@@ -237,8 +237,8 @@ def test_a_bias_is_what_the_removed_channels_gave_on_average(
                 torch.testing.assert_close(after.bias, expected, rtol=1e-9, atol=1e-11)
 
 
-def readers_of(model: Model) -> tuple[str, str]:
-    return model.family.attention_reader, model.family.mlp_reader
+def out_projections_of(model: Model) -> tuple[str, str]:
+    return model.family.attention_out, model.family.mlp_out
 
 
 # The budget

@@ -105,13 +105,13 @@ def test_checkpoints_of_older_versions_hold_empty_weights(name: str, loaded: Loa
     family, count = model.family, len(tensors)
     for index in (0, 2):
         prefix = f"{model.layers_path}.{index}."
-        tensors[f"{prefix}{family.attention_reader}.weight"] = torch.empty(hidden, 0, dtype=torch.float64)
+        tensors[f"{prefix}{family.attention_out}.weight"] = torch.empty(hidden, 0, dtype=torch.float64)
     if not family.experts:
         for index in (1, 2):
             prefix = f"{model.layers_path}.{index}."
-            tensors[f"{prefix}{family.mlp_reader}.weight"] = torch.empty(hidden, 0, dtype=torch.float64)
-            for writer in family.mlp_writers:
-                tensors[f"{prefix}{writer.path}.weight"] = torch.empty(0, hidden, dtype=torch.float64)
+            tensors[f"{prefix}{family.mlp_out}.weight"] = torch.empty(hidden, 0, dtype=torch.float64)
+            for in_projection in family.mlp_in:
+                tensors[f"{prefix}{in_projection.path}.weight"] = torch.empty(0, hidden, dtype=torch.float64)
     assert len(tensors) > count
     save_file(tensors, folder / "model.safetensors")
     assert torch.equal(logits(loaded(name, folder).module), expected)

@@ -109,9 +109,11 @@ def test_weights_that_are_not_targets_stay_to_the_bit(
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     replace(LORA, targets=targets)(model, tokens_NT, Meter(), 0)
     table = model.family
-    writers = table.attention_writers if paths == ("attention",) else table.mlp_writers
-    reader = table.attention_reader if paths == ("attention",) else table.mlp_reader
-    chosen = [writer.path for writer in writers if set(writer.roles) & set(targets)] + [reader]
+    in_projections = table.attention_in if paths == ("attention",) else table.mlp_in
+    out_projection = table.attention_out if paths == ("attention",) else table.mlp_out
+    chosen = [in_projection.path for in_projection in in_projections if set(in_projection.roles) & set(targets)] + [
+        out_projection
+    ]
     after = model.module.state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     layers = range(len(model.layers))

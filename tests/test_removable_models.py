@@ -135,10 +135,10 @@ def test_sublayers_are_judged_by_the_loss_without_and_by_the_residual_stream(
             assert drops[site.name].item() == pytest.approx(rise.item(), abs=1e-12)
         influence = BlockInfluence("cosine")(visit.whole, visit.of(BlockChange))
         read: dict[str, Tensor] = {}
-        reader = visit.layer.get_submodule(model.family.mlp_reader)
+        out_projection = visit.layer.get_submodule(model.family.mlp_out)
         handles = [
             visit.layer.register_forward_pre_hook(lambda _m, args, read=read: read.update(x=args[0])),
-            reader.register_forward_hook(lambda _m, _a, output, read=read: read.update(f=output)),
+            out_projection.register_forward_hook(lambda _m, _a, output, read=read: read.update(f=output)),
             visit.layer.register_forward_hook(
                 lambda _m, _a, o, read=read: read.update(y=o[0] if isinstance(o, tuple) else o)
             ),
@@ -255,8 +255,8 @@ def test_every_combination_runs_or_is_refused_before_it_starts(
     touched = [site for site in pruned.sites if pruned.plan.removed(site)]
     assert touched or out
     owned = {layer: fresh.layers[layer] for layer in range(3)}
-    readers = {"attention": fresh.family.attention_reader, "mlp": fresh.family.mlp_reader}
-    bare = [site for site in touched if owned[site.layer].get_submodule(readers[site.kind]).bias is None]
+    out_projections = {"attention": fresh.family.attention_out, "mlp": fresh.family.mlp_out}
+    bare = [site for site in touched if owned[site.layer].get_submodule(out_projections[site.kind]).bias is None]
     biases = 48 * len(bare) if parts.compensator.adds_bias else 0
     norms = tokens_of_norms(fresh, pruned.plan)
     assert before - model.decoder_params == pruned.plan.budget["removed_params"] + norms - biases

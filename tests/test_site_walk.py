@@ -54,7 +54,7 @@ def all_of(site):
     return torch.arange(site.channels)
 
 
-def reader_of(model, visit, site):
+def out_projection_of(model, visit, site):
     return visit.layer.get_submodule(site_parts(model.family, site)[1])
 
 
@@ -63,7 +63,7 @@ def test_an_untouched_model_wants_what_its_readers_give(family, tiny, tokens_NT)
     model, names = tiny(family), []
     for visit, site, collect in walk_sites(model, tokens_NT, Raw, (), Bookmark(Meter(), "test")):
         x, y = collect(all_of(site)).seen()
-        torch.testing.assert_close(y, reader_of(model, visit, site)(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(y, out_projection_of(model, visit, site)(x), rtol=1e-9, atol=1e-9)
         names.append(site.name)
     assert names == [site.name for site in model.sites()]
 
@@ -93,7 +93,7 @@ def test_what_is_counted_is_what_is_run(family, kinds, collected, kept, tiny, to
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(linear)
-        layer.get_submodule(model.family.attention_writers[-1].path).register_forward_pre_hook(attended)
+        layer.get_submodule(model.family.attention_in[-1].path).register_forward_pre_hook(attended)
     last_hidden(model, tokens_NT)
     plain, found = found, 0
     for _, site, collect in walk_sites(model, tokens_NT, Raw, kinds, Bookmark(meter, "test")):
@@ -112,15 +112,15 @@ def test_a_reader_that_gives_what_is_wanted_restores_the_dense_hidden_states(fam
         hidden = dense.run_layer(layer, hidden, calls[index])
         before.append(hidden)
     for visit, site, collect in walk_sites(model, tokens_NT[:4], Raw, (), Bookmark(Meter(), "test")):
-        reader = reader_of(model, visit, site)
+        out_projection = out_projection_of(model, visit, site)
         if visit.index == 0:
-            reader.weight.data.mul_(0.5)  # what leaves here is made up for in the next layer
+            out_projection.weight.data.mul_(0.5)  # what leaves here is made up for in the next layer
         elif visit.index == 1 and site.kind == "mlp":
             _, wanted = collect(all_of(site)).seen()
-            reader.forward = lambda x, wanted=wanted: wanted.view(*x.shape[:-1], -1)
+            out_projection.forward = lambda x, wanted=wanted: wanted.view(*x.shape[:-1], -1)
         elif visit.index == 2 and site.kind == "attention":
             x, wanted = collect(all_of(site)).seen()
-            torch.testing.assert_close(wanted, reader(x), rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(wanted, out_projection(x), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,8 +221,8 @@ def test_sublayers_that_lose_all_of_their_units_are_walked_on_from(family, kind,
         if (visit.index, site.kind) in ((0, "attention"), (1, "mlp"), (2, "attention")):
             seen = collect(torch.arange(0))
             mean_O = seen.seen()[1].flatten(0, -2).mean(0) if kind is Raw else seen.wanted_mean_O
-            readers = {site.name: (mean_O.new_zeros(len(mean_O), 0), mean_O)}
-            shrink_layer_(model, visit.index, Plan({site.name: SitePlan(site.kind, site.units, ())}), readers)
+            out_projections = {site.name: (mean_O.new_zeros(len(mean_O), 0), mean_O)}
+            shrink_layer_(model, visit.index, Plan({site.name: SitePlan(site.kind, site.units, ())}), out_projections)
             wanted[site.name] = mean_O
     assert [[site.kind for site in model.layer_sites(layer)] for layer in range(3)] == [["mlp"], ["attention"], ["mlp"]]
     other = tiny(family)
@@ -325,20 +325,22 @@ def test_kinds_of_the_criterion_are_seen_on_the_pruned_stream(tiny, tokens_NT):
 
 def test_no_readers_are_held_once_the_search_is_over(tiny, tokens_NT):
     pruned = prune(tiny("llama"), tokens_NT, LEAST_SQUARES, 0.3)
-    assert all(not score.readers for score in pruned.scores.values())
+    assert all(not score.out_projections for score in pruned.scores.values())
 
 
 def test_a_streamed_model_is_pruned_as_one_in_memory(tiny, tokens_NT):
     plans, logits = [], []
     for stream in (False, True):
         model = tiny("llama", stream=stream)
-        readers = []
+        out_projections = []
 
-        def keep(index, model=model, readers=readers):
-            readers.extend(p.detach().clone() for n, p in model.layers[index].named_parameters() if "_proj" in n)
+        def keep(index, model=model, out_projections=out_projections):
+            out_projections.extend(
+                p.detach().clone() for n, p in model.layers[index].named_parameters() if "_proj" in n
+            )
 
         pruned = prune_(model, tokens_NT, LEAST_SQUARES, 0.3, Record(rng=torch.Generator().manual_seed(0), shrunk=keep))
         plans.append(pruned.plan.to_json())
-        logits.append(readers)
+        logits.append(out_projections)
     assert plans[0] == plans[1]
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))

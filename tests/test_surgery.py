@@ -35,18 +35,18 @@ def plan_for(model: Model, case: str) -> Plan:
     return Plan(sites)
 
 
-def readers_for(model: Model, plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def out_projections_for(model: Model, plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Compensated readers: other weights on the kept channels, and a bias."""
     rng = torch.Generator().manual_seed(4)
-    readers = {}
+    out_projections = {}
     for index in range(len(model.layers)):
         block = model.block(index)
         for site in block.sites:
             if plan.removed(site):
                 keep_C = site.keep_C(plan.sites[site.name].kept)
-                weight = block.weights[site.name].reader[:, keep_C] * 1.5
-                readers[site.name] = (weight, torch.randn(len(weight), generator=rng, dtype=weight.dtype))
-    return readers
+                weight = block.weights[site.name].out_projection[:, keep_C] * 1.5
+                out_projections[site.name] = (weight, torch.randn(len(weight), generator=rng, dtype=weight.dtype))
+    return out_projections
 
 
 def logits(model: Model, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -63,12 +63,12 @@ def test_masked_is_shrunk(
     model = tiny(family)
     dense = logits(model, tokens_NT)
     plan = plan_for(model, case)
-    readers = readers_for(model, plan) if compensated else {}
-    with masked(model, plan, readers):
+    out_projections = out_projections_for(model, plan) if compensated else {}
+    with masked(model, plan, out_projections):
         expected = logits(model, tokens_NT)
     assert torch.equal(logits(model, tokens_NT), dense), "masking left something behind"
     assert not torch.allclose(expected, dense, atol=1e-3), "the plan changes nothing: the comparison would be empty"
-    shrink_(model, plan, readers)
+    shrink_(model, plan, out_projections)
     torch.testing.assert_close(logits(model, tokens_NT), expected, rtol=1e-9, atol=1e-10)
 
 
@@ -115,7 +115,7 @@ def test_reloaded_in_place_and_streamed(
 ) -> None:
     model = tiny(family)
     plan = plan_for(model, case)
-    shrink_(model, plan, readers_for(model, plan))
+    shrink_(model, plan, out_projections_for(model, plan))
     save(model, tmp_path / "model")
     assert prove_in_place(model, tmp_path / "model", tokens_NT)["max_logit_difference"] == 0
     streamed = source(tmp_path / "model", stream=True).load()
@@ -146,7 +146,7 @@ def test_a_clean_process_reloads_it_without_this_package(
 ) -> None:
     model = tiny(family)
     plan = plan_for(model, "emptied")
-    shrink_(model, plan, readers_for(model, plan))
+    shrink_(model, plan, out_projections_for(model, plan))
     assert save(model, tmp_path / "model").kind == "remote_code"
     proof = prove_in_process(model, tmp_path / "model", tokens_NT)
     assert proof["max_logit_difference"] < 1e-5 and proof["greedy_tokens_equal"]
@@ -168,7 +168,7 @@ def test_uniform_widths_are_a_stock_architecture(
         s.name: SitePlan(s.kind, s.units, tuple(range(kept if s.kind == "attention" else 25))) for s in model.sites()
     }
     plan = Plan(sites)
-    shrink_(model, plan, readers_for(model, plan) if biases else {})
+    shrink_(model, plan, out_projections_for(model, plan) if biases else {})
     form = save(model, tmp_path / "model")
     assert form.kind == "stock"
     assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == [expected]
@@ -190,7 +190,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_relabelled(
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     model = source(tmp_path / "dense").load()
     plan = Plan({s.name: SitePlan(s.kind, s.units, tuple(range(3))) for s in model.sites()})  # 3 heads of 16 on 64
-    shrink_(model, plan, readers_for(model, plan) if biases else {})
+    shrink_(model, plan, out_projections_for(model, plan) if biases else {})
     form = save(model, tmp_path / "model")
     assert (form.kind, form.config.architectures) == ("stock", [expected])
     assert prove_in_process(model, tmp_path / "model", tokens_NT)["max_logit_difference"] < 1e-5
@@ -199,7 +199,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_relabelled(
 def test_opt_with_narrower_ffn_is_stock(tiny: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path) -> None:
     model = tiny("opt")
     plan = Plan({s.name: SitePlan(s.kind, s.units, tuple(range(25))) for s in model.sites() if s.kind == "mlp"})
-    shrink_(model, plan, readers_for(model, plan))
+    shrink_(model, plan, out_projections_for(model, plan))
     assert save(model, tmp_path / "model").kind == "stock"
     assert prove_in_place(model, tmp_path / "model", tokens_NT)["max_logit_difference"] == 0
 
@@ -235,8 +235,8 @@ def test_a_full_disk_leaves_nothing_behind(
 def test_a_reader_with_nan_is_refused(tiny: Callable[..., Model]) -> None:
     model = tiny("llama")
     plan = plan_for(model, "uneven")
-    readers = readers_for(model, plan)
-    name = next(iter(readers))
-    readers[name] = (readers[name][0] * float("nan"), readers[name][1])
+    out_projections = out_projections_for(model, plan)
+    name = next(iter(out_projections))
+    out_projections[name] = (out_projections[name][0] * float("nan"), out_projections[name][1])
     with pytest.raises(RunError, match=name):
-        shrink_(model, plan, readers)
+        shrink_(model, plan, out_projections)

@@ -94,10 +94,10 @@ class RemovalCost:
         return {site.name: self._path(site, block.weights[site.name]) for site in block.sites}
 
     def _path(self, site: Site, weights: SiteWeights) -> RemovalPath:
-        size_U = weights.reader.square().sum(0).reshape(site.units, -1).sum(1)
+        size_U = weights.out_projection.square().sum(0).reshape(site.units, -1).sum(1)
         cost, order = size_U.sort()
         kept = site.keep_C(sorted(order[1:].tolist()))
-        return RemovalPath(order, cost.cumsum(0), {1: (weights.reader[:, kept], None)})
+        return RemovalPath(order, cost.cumsum(0), {1: (weights.out_projection[:, kept], None)})
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Saliency:
         return cls(torch.zeros(site.channels, dtype=torch.float64))
 
     def update(self, weights: SiteWeights, gradients: SiteWeights) -> Saliency:
-        return Saliency(self.total_C + (weights.reader * gradients.reader).abs().sum(0))
+        return Saliency(self.total_C + (weights.out_projection * gradients.out_projection).abs().sum(0))
 
     def merge(self, other: Saliency) -> Saliency:
         return Saliency(self.total_C + other.total_C)
@@ -168,7 +168,7 @@ class SlopeGradient:
         return cls(0, torch.zeros(()))
 
     def update(self, direction: SiteWeights, slope: float) -> SlopeGradient:
-        return SlopeGradient(self.n + 1, self.sum_OC + slope * direction.reader)
+        return SlopeGradient(self.n + 1, self.sum_OC + slope * direction.out_projection)
 
     def merge(self, other: SlopeGradient) -> SlopeGradient:
         return SlopeGradient(self.n + other.n, self.sum_OC + other.sum_OC)
@@ -195,14 +195,14 @@ def test_gradient_and_zeroth_order_evidence_fit():
     site = toy.sites[1]
     weights = toy.weights[site.name]
     saliency = Saliency.empty(site).update(weights, weights).merge(Saliency.empty(site))
-    torch.testing.assert_close(saliency.total_C, weights.reader.square().sum(0))
+    torch.testing.assert_close(saliency.total_C, weights.out_projection.square().sum(0))
     estimate = SlopeGradient.empty(site)
     generator = torch.Generator().manual_seed(0)
     for _ in range(800):  # a linear loss <a, w>: the slope along z is <a, z>
-        z = torch.randn(weights.reader.shape, generator=generator, dtype=torch.float64)
+        z = torch.randn(weights.out_projection.shape, generator=generator, dtype=torch.float64)
         direction = SiteWeights({}, {}, z, None)
-        estimate = estimate.update(direction, float((weights.reader * z).sum()))
-    cosine = torch.cosine_similarity((estimate.sum_OC / estimate.n).flatten(), weights.reader.flatten(), dim=0)
+        estimate = estimate.update(direction, float((weights.out_projection * z).sum()))
+    cosine = torch.cosine_similarity((estimate.sum_OC / estimate.n).flatten(), weights.out_projection.flatten(), dim=0)
     assert cosine > 0.5
     evidence_kinds((Saliency, SlopeGradient))  # what a method names is filled in
     assert isinstance(saliency, Evidence) and isinstance(estimate, Evidence)

@@ -49,11 +49,13 @@ def test_a_slope_is_the_gradient_along_the_direction(
             for name, z in slopes._directions(block, number).items():
                 g, weights = exact[name].mean, block.weights[name]
                 if over == "gates":
-                    gates_U = (g.reader * weights.reader).sum(0).reshape(len(z), -1).sum(1)
+                    gates_U = (g.out_projection * weights.out_projection).sum(0).reshape(len(z), -1).sum(1)
                     expected += (gates_U * z).sum().item()
                 else:
-                    expected += (g.reader * z.reader).sum().item()
-                    expected += sum((g.writers[role] * z.writers[role]).sum().item() for role in g.writers)
+                    expected += (g.out_projection * z.out_projection).sum().item()
+                    expected += sum(
+                        (g.in_projections[role] * z.in_projections[role]).sum().item() for role in g.in_projections
+                    )
         assert slope == pytest.approx(expected, rel=1e-2, abs=2e-3)
 
 
@@ -82,12 +84,12 @@ def test_gates_in_half_precision_are_rounded_once_and_small_steps_refused(
 ) -> None:
     model, kind = tiny("llama", dtype="bfloat16"), replace(KIND, perturb="gates", epsilon=0.01)
     seen: list[Tensor] = []
-    reader = model.layers[0].get_submodule("self_attn.o_proj")
+    out_projection = model.layers[0].get_submodule("self_attn.o_proj")
     with torch.no_grad():
-        reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+        out_projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
         model.module(tokens_NT)
         with perturbed(model, kind, 0, 0.01):
-            reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+            out_projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
             model.module(tokens_NT)
     site = model.sites()[0]
     z_U = kind.draw(0, site.name, torch.Size([site.units]), model.device).double()
@@ -107,8 +109,8 @@ def test_a_streamed_model_gives_the_same_slopes(over: str, tiny: Callable[..., M
     assert meter.forward == pytest.approx(3 * 2 * 4 / 10)
     with model.loaded(1):
         found = streamed.of(model.block(1))["model.layers.1.mlp"]
-    reader = held.of(held.model.block(1))["model.layers.1.mlp"].total.reader
-    torch.testing.assert_close(found.total.reader, reader, rtol=1e-5, atol=1e-7)
+    out_projection = held.of(held.model.block(1))["model.layers.1.mlp"].total.out_projection
+    torch.testing.assert_close(found.total.out_projection, out_projection, rtol=1e-5, atol=1e-7)
 
 
 def quadratic(p: int = 6) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -185,7 +187,9 @@ def evidence_for(toy: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[
     found, made = {}, {}
     for site in toy.sites:
         weights = toy.weights[site.name]
-        g = SiteWeights({k: w.roll(1, -1) for k, w in weights.writers.items()}, {}, weights.reader.roll(1, 0), None)
+        g = SiteWeights(
+            {k: w.roll(1, -1) for k, w in weights.in_projections.items()}, {}, weights.out_projection.roll(1, 0), None
+        )
         x, inputs = activations(site, 3, 5), activations(toy.sites[0], 3, 5, seed=8)
         gradient = DirectionalGradient(2, g, False)
         moments = (Moments.empty(site).update(x), InputMoments.empty(site).update(inputs))
@@ -205,8 +209,13 @@ def test_the_formula_unit_by_unit(tokens: str, members: str) -> None:
         weights = toy.weights[site.name]
         for unit in range(site.units):
             columns = slice(unit * site.width, (unit + 1) * site.width)
-            parts = [(w[unit] * g.writers[role][unit] / 2).abs().mul(b).sum() for role, w in weights.writers.items()]
-            parts.append((weights.reader[:, columns] * g.reader[:, columns] / 2).abs().mul(a[columns]).sum())
+            parts = [
+                (w[unit] * g.in_projections[role][unit] / 2).abs().mul(b).sum()
+                for role, w in weights.in_projections.items()
+            ]
+            parts.append(
+                (weights.out_projection[:, columns] * g.out_projection[:, columns] / 2).abs().mul(a[columns]).sum()
+            )
             stacked = torch.stack(parts)
             reduced = {"sum": stacked.sum(), "max": stacked.max(), "mean": stacked.mean()}[members]
             torch.testing.assert_close(scores[site.name][unit], reduced, rtol=1e-10, atol=0)
@@ -220,7 +229,7 @@ def test_gates_with_the_exact_gradient_are_the_signed_sum_over_the_unit() -> Non
         exact = {site.name: (found[site.name][0], Gradient(2, g))}
         alone = replace(toy, sites=(site,))
         score_U = replace(CRITERION, perturb="gates", gradient="exact")(alone, exact)[site.name]
-        signed_U = (toy.weights[site.name].reader * g.reader / 2).sum(0).reshape(site.units, -1).sum(1)
+        signed_U = (toy.weights[site.name].out_projection * g.out_projection / 2).sum(0).reshape(site.units, -1).sum(1)
         rms_U = x.square().mean(0).reshape(site.units, -1).mean(1).sqrt()
         torch.testing.assert_close(score_U, signed_U.abs() * rms_U, rtol=1e-10, atol=0)
 
@@ -230,7 +239,7 @@ def test_writer_inputs_are_what_the_projections_read(
     family: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
     model, seen = tiny(family), []
-    path = model.family.attention_writers[0].path
+    path = model.family.attention_in[0].path
     handle = model.layers[0].get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model.module(tokens_NT)

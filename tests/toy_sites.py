@@ -36,8 +36,8 @@ def block(layer: int = 0, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
     sites = layer_sites(layer)
     weights = {}
     for site, roles in zip(sites, (("query", "key", "value"), ("gate", "up")), strict=True):
-        writers = {role: draw(site.units, site.width, HIDDEN) for role in roles}
-        weights[site.name] = SiteWeights(writers, {}, draw(HIDDEN, site.channels), None)
+        in_projections = {role: draw(site.units, site.width, HIDDEN) for role in roles}
+        weights[site.name] = SiteWeights(in_projections, {}, draw(HIDDEN, site.channels), None)
     return Block(f"model.layers.{layer}", layer, sites, weights)
 
 

@@ -13,9 +13,10 @@ from pruneexp.model import Model
 
 @dataclass
 class DenseStates:
-    """What walks over one model and one set of windows have in common: by layer and batch, what attention's reader
-    gives in the dense model and its hidden states behind the layer, where all of them take at most `limit` bytes. And
-    what the first of these readers gets, which is the same in every pruned model: nothing has left before it."""
+    """What walks over one model and one set of windows have in common: by layer and batch, what attention's
+    out-projection gives in the dense model and its hidden states behind the layer, where all of them take at most
+    `limit` bytes. And what the first of these out-projections gets, which is the same in every pruned model: nothing
+    has left before it."""
 
     limit: int
     basis: Any = None  # what identifies the model and the windows
@@ -29,7 +30,8 @@ class DenseStates:
         return self
 
     def put(self, index: int, read: Sequence[tuple[Tensor, Tensor]], after: Sequence[Tensor]) -> None:
-        """Layer `index`: by batch what attention's reader gets and gives, and the hidden states behind the layer."""
+        """Layer `index`: by batch what attention's out-projection gets and gives, and the hidden states behind the
+        layer."""
         self.layers[index] = [(given.view_as(x), x) for (_, given), x in zip(read, after, strict=True)]
         if index == 0:
             self.entered = [got for got, _ in read]

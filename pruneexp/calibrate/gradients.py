@@ -46,12 +46,12 @@ def gradient_evidence(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter) 
     return evidence
 
 
-def site_modules(model: Model, index: int, writers: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """The writers and readers (or these alone) of a layer's sites, by their paths in it; one of several roles once for
-    each."""
+def site_modules(model: Model, index: int, in_projections: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The in-projections and out-projections (or these alone) of a layer's sites, by their paths in it; one of several
+    roles once for each."""
     for site in model.layer_sites(index):
-        written, reader = site_parts(model.family, site)
-        for path in (*(writer.path for writer in written if writers), reader):
+        written, out_projection = site_parts(model.family, site)
+        for path in (*(in_projection.path for in_projection in written if in_projections), out_projection):
             yield path, model.layers[index].get_submodule(path)
 
 

@@ -223,7 +223,7 @@ def _gated(model: Model, sites: Sequence[Site]) -> Iterator[Loss]:
     """The model's loss as a function of gates on all units, window by window."""
     gates: list[Tensor] = []
 
-    def scale(start: int, site: Site, _reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def scale(start: int, site: Site, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         x, own_BU = args[0], gates[0][:, start : start + site.units].to(args[0])
         x_BTC = x.reshape(len(own_BU), -1, x.shape[-1])  # OPT flattens windows in front of its FFN
         return ((x_BTC * own_BU.repeat_interleave(site.width, 1)[:, None]).reshape(x.shape),)
@@ -238,8 +238,8 @@ def _gated(model: Model, sites: Sequence[Site]) -> Iterator[Loss]:
     with ExitStack() as hooks:
         start = 0
         for site in sites:
-            reader = model.layers[site.layer].get_submodule(site_parts(model.family, site)[1])
-            hooks.enter_context(reader.register_forward_pre_hook(partial(scale, start, site)))
+            out_projection = model.layers[site.layer].get_submodule(site_parts(model.family, site)[1])
+            hooks.enter_context(out_projection.register_forward_pre_hook(partial(scale, start, site)))
             start += site.units
         yield loss
 
@@ -259,8 +259,8 @@ def _survivors(model: Model, sites: Sequence[Site], weights: Sequence[Tensor]) -
         by_parameter = {id(w): each for w, each in zip(weights, tensors, strict=True)}
         block = model.block(site.layer, read=lambda p: by_parameter.get(id(p), torch.zeros(p.shape)))
         own = block.weights[site.name]
-        own.reader[:, unit * site.width : (unit + 1) * site.width] = 0
-        for rows_URD in own.writers.values():
+        own.out_projection[:, unit * site.width : (unit + 1) * site.width] = 0
+        for rows_URD in own.in_projections.values():
             rows_URD[unit] = 0
 
     return silence

@@ -67,7 +67,7 @@ def observe(
     read: list[tuple[Tensor, Tensor]] | None = None,
 ) -> dict[Any, dict[str, Any]]:
     """Runs the layer over all batches into `output` (which may be the windows' own states) and returns the evidence: of
-    source "block" that of the sites of `here.whole`. What attention's reader gets and gives is left in `read`.
+    source "block" that of the sites of `here.whole`. What attention's out-projection gets and gives is left in `read`.
 
     An expert's evidence is of the tokens that are routed to it; where these are fewer than two, zeros stand for the
     others, so that an expert which nothing needs carries nothing."""
@@ -82,14 +82,17 @@ def observe(
     _, length, width_D = windows.hidden[0].shape
     with ExitStack() as hooks:
         for site in block.sites:
-            writers, reader = site_parts(model.family, site)
-            for path, source, width in ((reader, "reader", site.channels), (writers[0].path, "writer", width_D)):
+            in_projections, out_projection = site_parts(model.family, site)
+            for path, source, width in (
+                (out_projection, "reader", site.channels),
+                (in_projections[0].path, "writer", width_D),
+            ):
                 if by_source[source]:
                     watches.append(_Watch(site, by_source[source], evidence, length, width))
                     hooks.enter_context(layer.get_submodule(path).register_forward_pre_hook(watches[-1].update))
         if read is not None:
-            attention_reader = layer.get_submodule(model.family.attention_reader)
-            hooks.enter_context(attention_reader.register_forward_hook(partial(_note, read)))
+            attention_out = layer.get_submodule(model.family.attention_out)
+            hooks.enter_context(attention_out.register_forward_hook(partial(_note, read)))
         if by_source["block"] and here.whole is not None and any(site.kind != "block" for site in judged.sites):
             hooks.enter_context(_between_sublayers(model, layer, middle))
         for number, (x_BTD, call) in enumerate(zip(windows.hidden, windows.calls, strict=True)):
@@ -139,7 +142,7 @@ def _no_middle(why: str) -> ConfigError:
 
 @dataclass
 class _Watch:
-    """What a site's reader or writer is given, as evidence of some kinds."""
+    """What a site's out-projection or in-projection is given, as evidence of some kinds."""
 
     site: Site
     kinds: Sequence[Any]

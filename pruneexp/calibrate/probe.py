@@ -55,7 +55,7 @@ class Probe:
                 variants.setdefault(layers[number][index], []).append(number)
             for same in variants.values():
                 first = candidates[same[0]]
-                with masked_layer(model, index, first.plan, first.readers) as layer:
+                with masked_layer(model, index, first.plan, first.out_projections) as layer:
                     output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
                 spent = len(tokens_BT) / len(self.tokens_NT) / len(model.layers)
                 self.passes += spent
@@ -75,7 +75,7 @@ class Probe:
             next(self._bar, None)
 
     def _layer_keys(self, candidate: Candidate) -> list[Any]:
-        """What tells a candidate's layers from another's: units kept, and the very tensors of its readers."""
+        """What tells a candidate's layers from another's: units kept, and the very tensors of its out-projections."""
         keys: list[list[Any]] = [[] for _ in self.model.layers]
         for index, own in enumerate(keys):
             block = candidate.plan.sites.get(f"{self.model.layers_path}.{index}")
@@ -85,6 +85,8 @@ class Probe:
             own.append(experts and experts.kept)
         for site in self.model.sites():
             plan = candidate.plan.sites.get(site.name)
-            reader = candidate.readers.get(site.name)
-            keys[site.layer].append((plan and plan.kept, reader and (id(reader[0]), id(reader[1]))))
+            out_projection = candidate.out_projections.get(site.name)
+            keys[site.layer].append(
+                (plan and plan.kept, out_projection and (id(out_projection[0]), id(out_projection[1])))
+            )
         return [tuple(own) for own in keys]

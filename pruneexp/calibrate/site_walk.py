@@ -18,7 +18,7 @@ from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
 from pruneexp.types import Block, ConfigError, Cost, Site, updated_
 
-KEPT_BYTES = 2**28  # of readers' inputs that are held until the sublayer has been shrunk, rather than made once more
+KEPT_BYTES = 2**28  # of out-projections' inputs, held until the sublayer has been shrunk, rather than made once more
 
 Collect = Callable[[Tensor], Any]
 
@@ -33,20 +33,21 @@ def walk_sites(
 ) -> Iterator[tuple[Visit, Site, Collect]]:
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with
     what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
-    the reader, before the walk goes on, or not at all. For kinds with `of(site, keep_C)` the others may have left
-    already, so that nothing need be run for them; kinds without are of everything.
+    the out-projection, before the walk goes on, or not at all. For kinds with `of(site, keep_C)` the others may have
+    left already, so that nothing need be run for them; kinds without are of everything.
 
-    Evidence is of the reader's input, the sublayers before it as the caller left them, and of the output with which the
-    hidden state behind the reader would be the dense model's. With d in front of the layer and d' behind it in the
-    dense model, x in front of it in the pruned one, a() what attention's reader gives, and r what outputs are
-    multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
+    Evidence is of the out-projection's input, the sublayers before it as the caller left them, and of the output with
+    which the hidden state behind the out-projection would be the dense model's. With d in front of the layer and d'
+    behind it in the dense model, x in front of it in the pruned one, a() what attention's out-projection gives, and r
+    what outputs are multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r
+    - a(x) for FFNs.
 
     The layer's visits hold its evidence of `kinds` on the pruned model's hidden states, as in `walk`, and the first one
     its weights, before anything left it. `bookmark` as there. Runs the dense layers and the pruned ones, these last
-    from the inputs of their readers that were kept: two plain passes; what is beyond `KEPT_BYTES` of a site's inputs is
-    made once more, less than one pass in all (`passes_of_layer`). One more with `kinds`. Holds three times the hidden
-    states, N x D each, beside them, and once more in the first layer. `dense_states`: of a walk over the same model and
-    windows, which then run through no dense layer again; the meter is charged for them as if they did.
+    from the inputs of their out-projections that were kept: two plain passes; what is beyond `KEPT_BYTES` of a site's
+    inputs is made once more, less than one pass in all (`passes_of_layer`). One more with `kinds`. Holds three times
+    the hidden states, N x D each, beside them, and once more in the first layer. `dense_states`: of a walk over the
+    same model and windows, which then run through no dense layer again; the meter is charged for them as if they did.
 
     Raises:
         ConfigError: as `require_sums`.
@@ -87,12 +88,12 @@ def sublayer_shares(
     layer: Cost, sites: Sequence[Site], hidden_size: int, length: int
 ) -> dict[str, tuple[float, float]]:
     """What attention and FFN take of a plain run of their layer, by multiply-accumulates in windows of `length` tokens:
-    up to the reader's input, and whole."""
+    up to the out-projection's input, and whole."""
     macs = max(1, layer.macs + length * layer.context_macs)
     ffn = sum(site.units * site.cost.macs for site in sites if site.kind == "mlp") / macs
-    readers = {site.kind: site.channels * hidden_size / macs for site in sites}
+    out_projections = {site.kind: site.channels * hidden_size / macs for site in sites}
     whole = {"attention": 1 - ffn, "mlp": ffn}
-    return {kind: (share - readers.get(kind, 0.0), share) for kind, share in whole.items()}
+    return {kind: (share - out_projections.get(kind, 0.0), share) for kind, share in whole.items()}
 
 
 def passes_of_layer(
@@ -106,9 +107,9 @@ def passes_of_layer(
     last: bool,
 ) -> float:
     """What `walk_sites` takes for a layer of which all evidence is collected, in plain runs of it: the dense one, each
-    sublayer up to its reader (in the `first` layer attention's comes with the dense one), and the rest of the pruned
-    one (of the `last` layer without its FFN), from the reader on where inputs were `kept` (a share of the windows, by
-    site)."""
+    sublayer up to its out-projection (in the `first` layer attention's comes with the dense one), and the rest of the
+    pruned one (of the `last` layer without its FFN), from the out-projection on where inputs were `kept` (a share of
+    the windows, by site)."""
     shares = sublayer_shares(layer, sites, hidden_size, length)
     runs = 1 + sum(shares[site.kind][0] for site in sites if not (first and site.kind == "attention"))
     held = {site.kind: kept(site) for site in sites}
@@ -120,10 +121,10 @@ def passes_of_layer(
 
 def require_sums(model: Model) -> None:
     """Raises ConfigError for normalisation behind the sublayers and for mixtures of experts, where hidden states are no
-    plain sums of what readers give."""
+    plain sums of what out-projections give."""
     if model.mixture:
         raise ConfigError(
-            "compensator.target='dense': a mixture of experts, whose router weighs readers' outputs; expected "
+            "compensator.target='dense': a mixture of experts, whose router weighs out-projections' outputs; expected "
             "compensator.target=pruned"
         )
     if not model.family.adds_up:
@@ -138,14 +139,15 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class _Parts:
-    """A decoder layer that is run in parts: up to a reader, and from what attention's reader gives to the end."""
+    """A decoder layer that is run in parts: up to an out-projection, and from what attention's out-projection gives to
+    the end."""
 
     model: Model
     visit: Visit
     windows: Windows  # as the pruned layers before it leave them
     meter: Meter
     shares: dict[str, tuple[float, float]]  # as `sublayer_shares` has them
-    inputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of shrunk readers, by kind of site and batch
+    inputs: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of shrunk out-projections, by kind and batch
 
     @property
     def scale(self) -> float:
@@ -154,13 +156,13 @@ class _Parts:
         return 1.0 if named is None else getattr(self.model.config, named)
 
     def dense_(self, dense: list[Tensor], states: DenseStates) -> tuple[list[Tensor], list[Tensor]]:
-        """Puts the dense hidden states behind the layer into `dense`; returns what is wanted of attention's reader, and
-        of the first layer what this reader gets, there also in the pruned model."""
+        """Puts the dense hidden states behind the layer into `dense`; returns what is wanted of attention's
+        out-projection, and of the first layer what this out-projection gets, there also in the pruned model."""
         wanted, read, index = [], [], self.visit.index
         known, keeps = states.layers.get(index), states.keeps(self.model, index, dense)
         for number, (d_BTD, x_BTD) in enumerate(zip(dense, self.windows.hidden, strict=True)):
             if known is None:
-                got_BTC, given_BTD = self._part(d_BTD, number, self.model.family.attention_reader, True)
+                got_BTC, given_BTD = self._part(d_BTD, number, self.model.family.attention_out, True)
                 given_BTD = given_BTD.view_as(d_BTD)
                 dense[number] = self._on(d_BTD, number, given_BTD)
                 read += [(got_BTC, given_BTD)] if keeps or index == 0 else []
@@ -173,18 +175,18 @@ class _Parts:
         return wanted, first if index == 0 else []
 
     def attention_(self, given: list[Tensor]) -> None:
-        """Puts into `given` what attention's reader gives."""
+        """Puts into `given` what attention's out-projection gives."""
         inputs, (before, whole) = self.inputs.pop("attention", {}), self.shares["attention"]
         for number, x_BTD in enumerate(self.windows.hidden):
             kept_BTK = inputs.pop(number, None)
             if kept_BTK is None:
-                given[number] = self._part(x_BTD, number, self.model.family.attention_reader, True)[1].view_as(x_BTD)
+                given[number] = self._part(x_BTD, number, self.model.family.attention_out, True)[1].view_as(x_BTD)
             else:
-                given[number] = self._read(self.model.family.attention_reader, kept_BTK)
+                given[number] = self._read(self.model.family.attention_out, kept_BTK)
             self._count(whole if kept_BTK is None else whole - before)
 
     def on_(self, given: list[Tensor]) -> None:
-        """Runs the layer from what attention's reader gives to the end, in place."""
+        """Runs the layer from what attention's out-projection gives to the end, in place."""
         inputs, (before, whole) = self.inputs.pop("mlp", {}), self.shares["mlp"]
         hidden = self.windows.hidden
         for number, (x_BTD, given_BTD) in enumerate(zip(hidden, given, strict=True)):
@@ -192,7 +194,7 @@ class _Parts:
             if kept_BTK is None:
                 hidden[number] = self._on(x_BTD, number, given_BTD)
             else:
-                added_BTD = self._read(self.model.family.mlp_reader, kept_BTK)
+                added_BTD = self._read(self.model.family.mlp_out, kept_BTK)
                 hidden[number] = x_BTD.add(given_BTD, alpha=self.scale).add_(added_BTD, alpha=self.scale)
                 check_finite(hidden[number], self.visit.block, number)
             self._count(whole if kept_BTK is None else whole - before)
@@ -206,9 +208,9 @@ class _Parts:
         known: list[Tensor],
         keep_C: Tensor,
     ) -> Any:
-        """Evidence of a reader's input, of the FFN's where attention's reader gives `given`, and of its wanted output.
-        The input is `known` already, or the layer is run up to it. The channels `keep_C` are held for the run of the
-        shrunk layer."""
+        """Evidence of an out-projection's input, of the FFN's where attention's out-projection gives `given`, and of
+        its wanted output. The input is `known` already, or the layer is run up to it. The channels `keep_C` are held
+        for the run of the shrunk layer."""
         narrows, path = kind.of is not None, site_parts(self.model.family, site)[1]
         evidence = kind.of(site, keep_C) if narrows else kind.empty(site)
         held, inputs = 0, self.inputs.setdefault(site.kind, {})
@@ -227,12 +229,12 @@ class _Parts:
                 kept_BTK = input_BTC.index_select(-1, keep_C.to(input_BTC.device))
             evidence = updated_(evidence, kept_BTK if narrows else input_BTC, wanted_BTD)
             held += kept_BTK.nbytes
-            if len(keep_C) and held <= KEPT_BYTES:  # a sublayer that loses all has no reader any more
+            if len(keep_C) and held <= KEPT_BYTES:  # a sublayer that loses all has no out-projection any more
                 inputs[number] = kept_BTK
         return evidence
 
     def _read(self, path: str, kept_BTK: Tensor) -> Tensor:
-        """What the reader at `path` gives, as the caller left it, for the inputs that it was left."""
+        """What the out-projection at `path` gives, as the caller left it, for the inputs that it was left."""
         return self.model.run_layer(self.visit.layer.get_submodule(path), kept_BTK, Call((), {}))
 
     def _count(self, share: float) -> None:
@@ -261,7 +263,7 @@ class _Parts:
 
     @contextmanager
     def _attention_gives(self, given_BTD: Tensor) -> Iterator[None]:
-        """In the place of attention, what its reader has given; the norm in front of it is left out."""
+        """In the place of attention, what its out-projection has given; the norm in front of it is left out."""
         family, layer = self.model.family, self.visit.layer
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

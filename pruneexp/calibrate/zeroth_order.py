@@ -92,8 +92,8 @@ def perturbed(model: Model, kind: Perturbation, number: int, step: float) -> Ite
                     z_U = kind.draw(number, site.name, torch.Size([site.units]), model.layer_device(index))
                     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
                     gates_C = (1 + step * z_U.to(wide)).repeat_interleave(site.width)
-                    reader = layer.get_submodule(site_parts(model.family, site)[1])
-                    hooks.enter_context(reader.register_forward_pre_hook(partial(_scaled, gates_C)))
+                    out_projection = layer.get_submodule(site_parts(model.family, site)[1])
+                    hooks.enter_context(out_projection.register_forward_pre_hook(partial(_scaled, gates_C)))
             else:
                 move = _Moved(model, kind, index, number, step)
                 hooks.enter_context(layer.register_forward_pre_hook(move.enter))
@@ -101,7 +101,7 @@ def perturbed(model: Model, kind: Perturbation, number: int, step: float) -> Ite
         yield model
 
 
-def _scaled(gates_C: Tensor, _reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+def _scaled(gates_C: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
     return ((args[0] * gates_C).to(args[0].dtype),)  # rounded once: in half precision 1 + step z would be 1
 
 
@@ -129,6 +129,6 @@ class _Moved:
 
 
 def _weights(model: Model, index: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """The weights of a layer's writers and readers, by parameter name of the model."""
+    """The weights of a layer's in-projections and out-projections, by parameter name of the model."""
     for path, module in site_modules(model, index):
         yield f"{model.layers_path}.{index}.{path}.weight", module.get_parameter("weight")

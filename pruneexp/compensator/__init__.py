@@ -1,4 +1,4 @@
-"""The reader's weight and bias after units are gone: what the removed channels gave, given by what stays."""
+"""The out-projection's weight and bias after units are gone: what the removed channels gave, given by what stays."""
 
 from pruneexp.compensator.least_squares import LeastSquares
 from pruneexp.compensator.means import Bias, BiasOfficial, NoCompensation

@@ -1,4 +1,4 @@
-"""The reader fitted anew, in closed form, on the inputs that stay."""
+"""The out-projection fitted anew, in closed form, on the inputs that stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruneexp.types import ConfigError, Site
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """The reader that comes nearest to a wanted output on the kept channels.
+    """The out-projection that comes nearest to a wanted output on the kept channels.
 
     Minimises, over W' [O,K] and b' [O],
 
@@ -23,13 +23,14 @@ class LeastSquares:
     in closed form: W' = W[:,keep] + (S_yx - W[:,keep] S_xx) (S_xx + lambda I)^-1 with the covariances S of y and
     x[keep], b' from the means. lambda is `ridge` times the mean variance of x (with target=dense: of
     x[keep], all that is seen there); it holds back the change alone, so that what nothing is told about keeps its
-    weights. Float64, Cholesky, rounded once to the reader's dtype. Where nothing leaves, weight and bias come back
-    untouched.
+    weights. Float64, Cholesky, rounded once to the out-projection's dtype. Where nothing leaves, weight and bias come
+    back untouched.
 
-    target=pruned: y = W x + b, what the unpruned reader gives on the same inputs; keeping everything is the identity.
-    target=dense: y is what makes the hidden state behind the reader the dense model's, so that the reader also makes up
-    for what was lost before it. The second walk then goes sublayer by sublayer, the dense model's hidden states beside
-    the pruned one's: two plain passes and less than one more. Sequential by nature.
+    target=pruned: y = W x + b, what the unpruned out-projection gives on the same inputs; keeping everything is the
+    identity.
+    target=dense: y is what makes the hidden state behind the out-projection the dense model's, so that the
+    out-projection also makes up for what was lost before it. The second walk then goes sublayer by sublayer, the dense
+    model's hidden states beside the pruned one's: two plain passes and less than one more. Sequential by nature.
 
     Raises:
         RunError: S_xx + lambda I is singular (a ridge of 0 and constant or dependent channels).

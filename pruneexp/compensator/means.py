@@ -31,8 +31,8 @@ class Bias:
     """Removed channels give their mean: bias += W[:, removed] @ mean[removed], the unpruned W: FLAP's
     baseline bias compensation (An et al., AAAI 2024).
 
-    Exact for channels that do not fluctuate. Float64 arithmetic, rounded once to the reader's dtype. Where nothing
-    leaves, weight and bias come back untouched.
+    Exact for channels that do not fluctuate. Float64 arithmetic, rounded once to the out-projection's dtype. Where
+    nothing leaves, weight and bias come back untouched.
     """
 
     evidence: ClassVar[type[Moments]] = Moments

@@ -1,8 +1,8 @@
 """Importance of every unit of every site, higher = keep: weights and evidence to scores.
 
-Criteria that judge a reader's channels answer with `ColumnScores`: a unit's score is the sum of its channels' (heads:
-W channels, FFN: one), and the channels stay at hand for searches that standardise by their spread. Scores are as the
-paper's formula has them, never standardised here: comparing sites is the search's business.
+Criteria that judge an out-projection's channels answer with `ColumnScores`: a unit's score is the sum of its channels'
+(heads: W channels, FFN: one), and the channels stay at hand for searches that standardise by their spread. Scores are
+as the paper's formula has them, never standardised here: comparing sites is the search's business.
 """
 
 from pruneexp.criterion.activations import Flap, FlapOfficial, WandaSp

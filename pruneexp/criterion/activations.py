@@ -1,4 +1,4 @@
-"""Importance from weights and what the reader is given: Wanda and FLAP."""
+"""Importance from weights and what the out-projection is given: Wanda and FLAP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruneexp.types import Block, ColumnScores, RunError, Score, Site, SiteWeigh
 
 @dataclass(frozen=True)
 class WandaSp:
-    """Wanda made structured: channel j = mean_i |W_ij| * sqrt(mean_t x_tj^2), W [O,C] the reader, x its input.
+    """Wanda made structured: channel j = mean_i |W_ij| * sqrt(mean_t x_tj^2), W [O,C] the out-projection, x its input.
 
     Element score of Wanda (Sun et al., ICLR 2024, eq. 1), averaged over the output rows i as FLAP's baseline wanda_sp
     does; a head is the `heads` = sum (FLAP) or mean (backprop-free pruning) of its channels. The released code takes
@@ -32,14 +32,14 @@ class WandaSp:
 
     def _score(self, site: Site, weights: SiteWeights, moments: Moments) -> ColumnScores:
         scale = {"sum": 1.0, "mean": 1 / site.width}[self.heads]
-        return of_columns(site, wifn_C(weights.reader, moments.mean_square_C) * scale)
+        return of_columns(site, wifn_C(weights.out_projection, moments.mean_square_C) * scale)
 
 
 @dataclass(frozen=True)
 class Flap:
     """FLAP's fluctuation metrics as the paper means them (An et al., AAAI 2024).
 
-    With W [O,C] the reader and x its input, channel j scores
+    With W [O,C] the out-projection and x its input, channel j scores
         WIFV  var_t(x_tj) * sum_i W_ij^2      IFV  var_t(x_tj)      WIFN  mean_i |W_ij| * sqrt(mean_t x_tj^2)
     var_t is the unbiased variance over all calibration tokens; heads add up their channels. The paper's metric is per
     channel; the released code estimates the variance otherwise and squares the metric of attention: `FlapOfficial`.
@@ -52,7 +52,9 @@ class Flap:
 
     def __call__(self, block: Block, evidence: Mapping[str, Moments]) -> dict[str, Score]:
         metric = _FLAP[self.metric]
-        return {s.name: of_columns(s, metric(block.weights[s.name].reader, evidence[s.name])) for s in block.sites}
+        return {
+            s.name: of_columns(s, metric(block.weights[s.name].out_projection, evidence[s.name])) for s in block.sites
+        }
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,23 @@ class FlapOfficial:
     sequential: bool
 
     def __call__(self, block: Block, evidence: Mapping[str, RunningFluctuation]) -> dict[str, Score]:
-        return {s.name: self._score(s, block.weights[s.name].reader, evidence[s.name]) for s in block.sites}
+        return {s.name: self._score(s, block.weights[s.name].out_projection, evidence[s.name]) for s in block.sites}
 
-    def _score(self, site: Site, reader_OC: Tensor, seen: RunningFluctuation) -> ColumnScores:
+    def _score(self, site: Site, weight_OC: Tensor, seen: RunningFluctuation) -> ColumnScores:
         if seen.n < 2 and self.metric != "WIFN":
             raise RunError(f"{seen.n} calibration windows: expected at least 2, the first of which does not count")
-        metric_C = _FLAP_OFFICIAL[self.metric](wide(reader_OC), seen)
+        metric_C = _FLAP_OFFICIAL[self.metric](wide(weight_OC), seen)
         return of_columns(site, metric_C**2 if site.kind == "attention" else metric_C)
 
 
 _FLAP: dict[str, Callable[[Tensor, Moments], Tensor]] = {
-    "WIFV": lambda reader_OC, moments: moments.variance_C * powers_C(reader_OC, 2),
-    "IFV": lambda reader_OC, moments: moments.variance_C,
-    "WIFN": lambda reader_OC, moments: wifn_C(reader_OC, moments.mean_square_C),
+    "WIFV": lambda weight_OC, moments: moments.variance_C * powers_C(weight_OC, 2),
+    "IFV": lambda weight_OC, moments: moments.variance_C,
+    "WIFN": lambda weight_OC, moments: wifn_C(weight_OC, moments.mean_square_C),
 }
 
 _FLAP_OFFICIAL: dict[str, Callable[[Tensor, RunningFluctuation], Tensor]] = {
-    "WIFV": lambda reader_OC, seen: seen.fluctuation_C * reader_OC.square().sum(0),
-    "IFV": lambda reader_OC, seen: seen.fluctuation_C,
-    "WIFN": lambda reader_OC, seen: (reader_OC.abs() * seen.scaler_C.sqrt()).mean(0),
+    "WIFV": lambda weight_OC, seen: seen.fluctuation_C * weight_OC.square().sum(0),
+    "IFV": lambda weight_OC, seen: seen.fluctuation_C,
+    "WIFN": lambda weight_OC, seen: (weight_OC.abs() * seen.scaler_C.sqrt()).mean(0),
 }

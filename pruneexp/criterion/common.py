@@ -44,9 +44,9 @@ def powers_C(weight_OC: Tensor, p: int) -> Tensor:
     return total_C
 
 
-def wifn_C(reader_OC: Tensor, mean_square_C: Tensor) -> Tensor:
+def wifn_C(weight_OC: Tensor, mean_square_C: Tensor) -> Tensor:
     # sqrt(mean_t x_tj^2) is the same for every row i, so that it leaves the mean
-    return powers_C(reader_OC, 1) / reader_OC.shape[0] * mean_square_C.sqrt()
+    return powers_C(weight_OC, 1) / weight_OC.shape[0] * mean_square_C.sqrt()
 
 
 def weighted_C(weight_OC: Tensor, rows_O: Tensor) -> Tensor:

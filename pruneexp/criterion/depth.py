@@ -42,7 +42,7 @@ class BlockInfluence:
 @dataclass(frozen=True)
 class LossDrop:
     """What the calibration loss rises by when a block is skipped: the metric of SLEB (Song et al., ICML 2024). Of a
-    whole sublayer: when only its reader's bias is left.
+    whole sublayer: when only its out-projection's bias is left.
 
     Of the whole model: the first round of SLEB. With `search=greedy` it is measured anew after every removal. Without a
     finite loss (an overflow of float16, say) a block is one of the dearest: a rise of `DEAREST`.

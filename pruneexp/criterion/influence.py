@@ -19,22 +19,22 @@ class Ifso:
     """Influence function based second-order pruning (Cheng et al., TPAMI 2024; released code, commit 945a019), made for
     convolutional networks that are pruned while they train.
 
-    Every unit has a gate m, at 1, on what it hands to its reader. With L*(m) = min_w L(m, w) and w at its minimum, a
-    unit c that leaves changes the loss, to second order, by
+    Every unit has a gate m, at 1, on what it hands to its out-projection. With L*(m) = min_w L(m, w) and w at its
+    minimum, a unit c that leaves changes the loss, to second order, by
 
         dL*_c = -dL/dm_c + [H_mm - Q]_cc / 2,    Q = H_mw (H_ww + lambda I)^-1 H_wm,   H the second derivatives of L
 
     score=retraining: mean over `batches` parts of the windows of |q_c|, q the row sums of Q (directions=together) or
     its diagonal (apart). The code's is together, with w all weights, finite differences (`step` = 1e-2), H_ww ~ 0 and
     lambda = 1e-4, the optimizer's weight decay (inverse=damping): four gradients for all units at once.
-    score=loss: dL*_c, mean over the parts. Apart, w is the survivors' weights alone, and for a linear reader under a
-    squared loss the score is the exact cost of removal, `Obs`'s; a conjugate gradient a unit, for small models or few
-    windows. Together, q stands for the diagonal of Q and the empirical Fisher matrix's for that of H_mm.
+    score=loss: dL*_c, mean over the parts. Apart, w is the survivors' weights alone, and for a linear out-projection
+    under a squared loss the score is the exact cost of removal, `Obs`'s; a conjugate gradient a unit, for small models
+    or few windows. Together, q stands for the diagonal of Q and the empirical Fisher matrix's for that of H_mm.
     scale: scores over the root of what the unit costs in parameters or multiply-accumulates (the code's: over the root
     of activations or operations saved).
 
     Departs: one shot, on a model that is not trained on (the code takes the smallest channel every 10 training steps);
-    w is the units' own matrices, or the readers; lambda is of no account to the ranking with inverse=damping.
+    w is the units' own matrices, or the out-projections; lambda is of no account to the ranking with inverse=damping.
     Passes and memory: `calibrate.influence_evidence`.
     """
 

@@ -20,9 +20,11 @@ _COMPACT = 0.9  # the matrices are cut down to what is left once so much of them
 
 @dataclass(frozen=True)
 class Obs:
-    """What the reader's output loses with a unit, its weights on the other units fitted anew: greedy, one by one.
+    """What the out-projection's output loses with a unit, its weights on the other units fitted anew: greedy, one by
+    one.
 
-    With W [O,C] the reader, H = S + lambda I its inputs' covariance and a unit's columns u, the least-squares loss
+    With W [O,C] the out-projection, H = S + lambda I its inputs' covariance and a unit's columns u, the least-squares
+    loss
 
         tr(d H d^T), d the change of W, d[:,u] = -W[:,u]    is least at    tr(W_u [(H^-1)_uu]^-1 W_u^T)
 
@@ -31,13 +33,13 @@ class Obs:
     is exact. lambda is `ridge` times the mean variance of the inputs.
 
     Answers with a `RemovalPath`: the order, the cumulative cost (the true increase of the squared error per token,
-    scale=output: over the variance of the reader's output) and readers fitted anew, as `LeastSquares` fits them, at
-    `levels` levels; a reader at any other level is worked out when it is asked for.
+    scale=output: over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares`
+    fits them, at `levels` levels; an out-projection at any other level is worked out when it is asked for.
 
-    While a search may ask for readers, the covariances of all sites (8 C^2 bytes each) and the readers asked for last
-    (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them in memory, the rest in files of
-    TMPDIR (or /var/tmp), which are mapped, read when needed, and gone with the search. Memory beside the model is then
-    at most `memory`, one layer's evidence, and 24 C^2 bytes for the site that is worked on.
+    While a search may ask for out-projections, the covariances of all sites (8 C^2 bytes each) and the out-projections
+    asked for last (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them in memory, the
+    rest in files of TMPDIR (or /var/tmp), which are mapped, read when needed, and gone with the search. Memory beside
+    the model is then at most `memory`, one layer's evidence, and 24 C^2 bytes for the site that is worked on.
 
     Raises:
         RunError: H is singular (a ridge of 0 and constant or dependent channels); no room on the disk.
@@ -63,8 +65,8 @@ class Obs:
         return 24 * site.channels**2
 
     def kept_bytes(self, sites: Sequence[Site], outputs: int, itemsize: int, refits: float) -> tuple[int, int]:
-        """Covariances, 8 C^2 bytes a site, and as many readers of C O numbers as are asked for, at most `levels`; what
-        is beyond `memory` lies in files."""
+        """Covariances, 8 C^2 bytes a site, and as many out-projections of C O numbers as are asked for, at most
+        `levels`; what is beyond `memory` lies in files."""
         held = 8 * sum(site.channels**2 for site in sites)
         levels = min(self.levels, math.ceil(refits))
         held += sum(min(levels, site.units) * site.channels for site in sites) * outputs * itemsize
@@ -75,15 +77,17 @@ class Obs:
         return {site.name: self._path(site, block.weights[site.name], evidence[site.name]) for site in block.sites}
 
     def _path(self, site: Site, weights: SiteWeights, gram: Gram) -> RemovalPath:
-        device = weights.reader.device
+        device = weights.out_projection.device
         cov_CC, mean_C = gram.covariance_CC.to(device), gram.mean_C.to(device)
-        order_U, cost_U = self._removal(site, weights.reader.double(), cov_CC)
+        order_U, cost_U = self._removal(site, weights.out_projection.double(), cov_CC)
         if self.scale == "output":
-            weight = weights.reader.double()
+            weight = weights.out_projection.double()
             cost_U = cost_U / ((weight @ cov_CC) * weight).sum().clamp_min(1e-300)
         limits = (self.ridge, self.levels, self.memory)
-        readers = Refits(site, weights.reader, weights.reader_bias, cov_CC, mean_C, order_U, *limits)
-        return RemovalPath(order_U.cpu(), cost_U.cpu(), readers)
+        out_projections = Refits(
+            site, weights.out_projection, weights.out_projection_bias, cov_CC, mean_C, order_U, *limits
+        )
+        return RemovalPath(order_U.cpu(), cost_U.cpu(), out_projections)
 
     def _removal(self, site: Site, weight_OC: Tensor, cov_CC: Tensor) -> tuple[Tensor, Tensor]:
         """The order in which units leave [U] and the cumulative cost [U]. Inputs that never change (an expert's without
@@ -155,9 +159,9 @@ class _RemainingUnits:
 
 @dataclass(frozen=True)
 class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
-    """Readers fitted anew once the first 1, 2, ... units of an order have left; each is worked out when it is asked
-    for. Iterates over `levels` levels, evenly spaced, and answers for every other one too. Covariance and readers are
-    held in memory as long as those of all sites are within `memory` GiB, else in files."""
+    """Out-projections fitted anew once the first 1, 2, ... units of an order have left; each is worked out when it is
+    asked for. Iterates over `levels` levels, evenly spaced, and answers for every other one too. Covariance and
+    out-projections are held in memory as long as those of all sites are within `memory` GiB, else in files."""
 
     site: Site
     weight_OC: Tensor

@@ -19,8 +19,8 @@ class LlmBip:
     """Block-wise importance propagation (Wu et al., 2024): a bound on what removing a channel changes in its block's
     output, up to constants of the block. From the paper's formula, not from its authors' code.
 
-    With a_j the size of what channel j carries over all tokens, W_D [D,F], W_O [D,C] the readers, W_U [F,D] the FFN's
-    writer and I the residual path, summed over the outputs i:
+    With a_j the size of what channel j carries over all tokens, W_D [D,F], W_O [D,C] the out-projections, W_U [F,D] the
+    FFN's in-projection and I the residual path, summed over the outputs i:
         FFN        s_j = a_j * sum_i |W_D|_ij
         attention  s_j = a_j * sum_i |W_O|_ij u_i,   u = 1^T (I + |W_D| |W_U|), by two products of vectors: O(D F)
     For a block without norms and with a 1-Lipschitz activation, s_j bounds the L1 norm of the true change, averaged
@@ -45,9 +45,13 @@ class LlmBip:
         path_D = self._path_D(block)
         scores: dict[str, Score] = {}
         for site in block.sites:
-            reader, seen = block.weights[site.name].reader, evidence[site.name]
+            out_projection, seen = block.weights[site.name].out_projection, evidence[site.name]
             carried_C = seen.mean_square_C.sqrt() if isinstance(seen, Moments) else seen.mean_C
-            reach_C = powers_C(reader, 1) if site.kind == "mlp" or path_D is None else weighted_C(reader, path_D)
+            reach_C = (
+                powers_C(out_projection, 1)
+                if site.kind == "mlp" or path_D is None
+                else weighted_C(out_projection, path_D)
+            )
             scores[site.name] = of_columns(site, carried_C.to(reach_C.device) * reach_C)
         return scores
 
@@ -58,12 +62,14 @@ class LlmBip:
 
     def _through_ffn_D(self, block: Block, site: Site) -> Tensor:
         ffn = block.weights[site.name]
-        through_D = self._through_D(ffn, powers_C(ffn.reader, 1))
+        through_D = self._through_D(ffn, powers_C(ffn.out_projection, 1))
         if self.norm == "scale" and site.name in block.norms:
             through_D = through_D * block.norms[site.name].abs()
         return through_D
 
     def _through_D(self, ffn: SiteWeights, down_F: Tensor) -> Tensor:
         roles = ("up", "gate") if self.gate == "up_plus_gate" else ("up",)
-        parts = [weighted_C(ffn.writers[role].flatten(0, 1), down_F) for role in roles if role in ffn.writers]
+        parts = [
+            weighted_C(ffn.in_projections[role].flatten(0, 1), down_F) for role in roles if role in ffn.in_projections
+        ]
         return torch.stack(parts).sum(0)

@@ -21,10 +21,10 @@ class MiniLlm:
 
     perturb=weights: element (i, j) of each of the unit's matrices gives |w_ij g_ij| a_j, added up over the unit's rows
     or columns, then reduced over the matrices by `members`.
-    perturb=gates: one gate a unit scales what it hands to its reader; the unit scores |dL/dgate| a, with a over its
-    channels. dL/dgate = sum w_ij g_ij over its reader columns: a signed sum with one estimate a unit, not a weight.
-    On a small trained LLaMA, 32 directions of it scored worse than 32 directions of weights. bfloat16 wants an epsilon
-    of 0.01 there: rounding hides a smaller one, which is refused.
+    perturb=gates: one gate a unit scales what it hands to its out-projection; the unit scores |dL/dgate| a, with a over
+    its channels. dL/dgate = sum w_ij g_ij over its out-projection columns: a signed sum with one estimate a unit, not a
+    weight. On a small trained LLaMA, 32 directions of it scored worse than 32 directions of weights. bfloat16 wants an
+    epsilon of 0.01 there: rounding hides a smaller one, which is refused.
     tokens: l2, a_j = sqrt(mean_t x_tj^2) as Wanda has it; mean, a_j = |mean_t x_tj|. The paper's reductions over tokens
     and matrices are not known; neither are epsilon and the number of directions.
 
@@ -68,10 +68,10 @@ class MiniLlm:
     ) -> Tensor:
         g, size_D, size_C = gradient.mean, self._size(inputs), self._size(moments)
         parts_U = []
-        for role, w_URD in weights.writers.items():
-            sensitivity_URD = (w_URD.to(g.writers[role]) * g.writers[role]).abs()
+        for role, w_URD in weights.in_projections.items():
+            sensitivity_URD = (w_URD.to(g.in_projections[role]) * g.in_projections[role]).abs()
             parts_U.append(sensitivity_URD.sum(1, dtype=torch.float64) @ size_D.to(w_URD.device))
-        columns_C = (weights.reader.to(g.reader) * g.reader).abs().sum(0, dtype=torch.float64)
+        columns_C = (weights.out_projection.to(g.out_projection) * g.out_projection).abs().sum(0, dtype=torch.float64)
         parts_U.append((columns_C * size_C.to(columns_C.device)).reshape(site.units, -1).sum(1))
         return MEMBERS[self.members](torch.stack(parts_U))
 
@@ -79,8 +79,8 @@ class MiniLlm:
         self, site: Site, weights: SiteWeights, moments: Moments, gradient: Gradient | DirectionalGradient
     ) -> Tensor:
         if isinstance(gradient, Gradient):
-            g = gradient.mean.reader
-            gates_U = (weights.reader.to(g) * g).sum(0, dtype=torch.float64).reshape(site.units, -1).sum(1)
+            g = gradient.mean.out_projection
+            gates_U = (weights.out_projection.to(g) * g).sum(0, dtype=torch.float64).reshape(site.units, -1).sum(1)
         else:
             gates_U = gradient.gates_U.double()
         size_UW = self._size(moments).to(gates_U.device).reshape(site.units, -1)

@@ -51,7 +51,7 @@ def spilled(tensor: Tensor, limit: float) -> Tensor:
             mapped = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
     except OSError as error:
         raise RunError(
-            f"{folder}: covariances and fitted readers cannot be written there ({error.strerror or error}); TMPDIR "
-            "names another folder, criterion.memory holds more in memory"
+            f"{folder}: covariances and fitted out-projections cannot be written there ({error.strerror or error}); "
+            "TMPDIR names another folder, criterion.memory holds more in memory"
         ) from error
     return mapped.view(tensor.shape)

@@ -19,17 +19,19 @@ class Taylor:
     """LLM-Pruner's importance (Ma et al., NeurIPS 2023; formulas of the released code, commit 128a07d).
 
     With weights w, g their gradient of the mean loss over all windows, and A the mean over windows of each window's
-    squared gradient, every row of a writer and every column of the reader scores, summed over its elements:
+    squared gradient, every row of an in-projection and every column of the out-projection scores, summed over its
+    elements:
         vectorize     |sum w g|            (the paper's Vector)
         param_first   sum |w g|            (Element^1)
         param_second  sum |w A w|          (Element^2)
         param_mix     sum |w g - w A w / 2|
     Coupled rows and columns are reduced by `members` over the matrices, then added up over the unit: sum, mean, max or
     prod of them, or the first or second alone. The first is the one that the code grows the group from: query (key
-    where queries are grouped), gate (up without one); the second the next of query, key, value, reader or of gate, up,
-    reader, where the code's is the next of its trace through the model. Biases are not counted.
-    With grouped queries a KV group's query rows and reader columns are folded onto its key and value rows; query head h
-    belongs to group h // G (as attention pairs them), not to h mod K, to which the released code's fold leads.
+    where queries are grouped), gate (up without one); the second the next of query, key, value, out-projection or of
+    gate, up, out-projection, where the code's is the next of its trace through the model. Biases are not counted.
+    With grouped queries a KV group's query rows and out-projection columns are folded onto its key and value rows;
+    query head h belongs to group h // G (as attention pairs them), not to h mod K, to which the released code's fold
+    leads.
     """
 
     sequential: ClassVar[bool] = False
@@ -47,11 +49,17 @@ class Taylor:
     def _score_U(self, weights: SiteWeights, seen: Gradient | PerSampleGradient) -> Tensor:
         gradient = seen.mean
         second = seen.mean_square if isinstance(seen, PerSampleGradient) else None
-        units = len(next(iter(weights.writers.values())))
+        units = len(next(iter(weights.in_projections.values())))
         parts_UR = []
-        for role, w_URD in weights.writers.items():
-            parts_UR.append(self._rows(w_URD, gradient.writers[role], None if second is None else second.writers[role]))
-        columns_C = self._rows(weights.reader.T, gradient.reader.T, None if second is None else second.reader.T)
+        for role, w_URD in weights.in_projections.items():
+            parts_UR.append(
+                self._rows(
+                    w_URD, gradient.in_projections[role], None if second is None else second.in_projections[role]
+                )
+            )
+        columns_C = self._rows(
+            weights.out_projection.T, gradient.out_projection.T, None if second is None else second.out_projection.T
+        )
         parts_UR.append(columns_C.reshape(units, -1))
         parts_UR.sort(key=lambda part: part.shape[1])  # stable: a group's key stands before its many query rows
         shortest = parts_UR[0].shape[1]

@@ -40,13 +40,15 @@ class Random:
 class Magnitude:
     """Size of a unit's weights.
 
-    members=reader: sum over the unit's channels j of (sum_i |W_ij|^p)^(1/p), W [O,C] the reader, p = `norm`; p = 2 is
-    FLAP's baseline mag_sp (released code, commit 3bb57db).
-    members=coupled: mean over the site's matrices of sum |w|^p over the unit's rows (writers) or columns (reader), no
+    members=reader: sum over the unit's channels j of (sum_i |W_ij|^p)^(1/p), W [O,C] the out-projection, p = `norm`; p
+    = 2 is FLAP's baseline mag_sp (released code, commit 3bb57db).
+    members=coupled: mean over the site's matrices of sum |w|^p over the unit's rows (in-projections) or columns
+    (out-projection), no
     root: the L1 and L2 baselines of LLM-Pruner (Ma et al., NeurIPS 2023), biases not counted.
 
     It may be worse than random: norms of FFN channels differ by 6 to 9 % in small trained models, what the channels
-    carry by 20 to 50 %, and the latter decides. The product of writer's and reader's norms does no better.
+    carry by 20 to 50 %, and the latter decides. The product of in-projection's and out-projection's norms does no
+    better.
     """
 
     evidence: ClassVar[None] = None
@@ -56,13 +58,13 @@ class Magnitude:
     norm: Literal[1, 2]
 
     def __call__(self, block: Block, evidence: Mapping[str, object]) -> dict[str, Score]:
-        score = {"reader": self._reader, "coupled": self._coupled}[self.members]
+        score = {"reader": self._of_out_projection, "coupled": self._coupled}[self.members]
         return {site.name: score(site, block.weights[site.name]) for site in block.sites}
 
-    def _reader(self, site: Site, weights: SiteWeights) -> ColumnScores:
-        return of_columns(site, powers_C(weights.reader, self.norm) ** (1 / self.norm))
+    def _of_out_projection(self, site: Site, weights: SiteWeights) -> ColumnScores:
+        return of_columns(site, powers_C(weights.out_projection, self.norm) ** (1 / self.norm))
 
     def _coupled(self, site: Site, weights: SiteWeights) -> Tensor:
-        rows = [powers_C(w_URD.reshape(site.units, -1).T, self.norm) for w_URD in weights.writers.values()]
-        columns_U = powers_C(weights.reader, self.norm).reshape(site.units, -1).sum(1)
+        rows = [powers_C(w_URD.reshape(site.units, -1).T, self.norm) for w_URD in weights.in_projections.values()]
+        columns_U = powers_C(weights.out_projection, self.norm).reshape(site.units, -1).sum(1)
         return torch.stack([*rows, columns_U]).mean(0)

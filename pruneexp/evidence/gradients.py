@@ -100,12 +100,15 @@ class PerSampleGradient:
 def mapped(function: Callable[..., Tensor], first: SiteWeights, *others: SiteWeights) -> SiteWeights:
     """`function` of the tensors that have the same place."""
     bias = None
-    if first.reader_bias is not None:
-        bias = function(first.reader_bias, *(o.reader_bias for o in others))
+    if first.out_projection_bias is not None:
+        bias = function(first.out_projection_bias, *(o.out_projection_bias for o in others))
     return SiteWeights(
-        {role: function(w, *(o.writers[role] for o in others)) for role, w in first.writers.items()},
-        {role: function(b, *(o.writer_biases[role] for o in others)) for role, b in first.writer_biases.items()},
-        function(first.reader, *(o.reader for o in others)),
+        {role: function(w, *(o.in_projections[role] for o in others)) for role, w in first.in_projections.items()},
+        {
+            role: function(b, *(o.in_projection_biases[role] for o in others))
+            for role, b in first.in_projection_biases.items()
+        },
+        function(first.out_projection, *(o.out_projection for o in others)),
         bias,
     )
 

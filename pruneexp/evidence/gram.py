@@ -1,4 +1,4 @@
-"""Second moments of a reader's input, alone or with the output that is wanted of it.
+"""Second moments of an out-projection's input, alone or with the output that is wanted of it.
 
 What has a `_` at the end of its name (`update_`, `covariance_`) works in the memory of the value, which is then spent:
 for whoever alone holds it, and cannot hold two.
@@ -43,7 +43,8 @@ def _rows(width: int) -> int:
 
 @dataclass(frozen=True)
 class Gram:
-    """Second moments of a reader's input: gram_CC = sum_t x_t x_t^T (not centred) and sum_C = sum_t x_t, float64.
+    """Second moments of an out-projection's input: gram_CC = sum_t x_t x_t^T (not centred) and sum_C = sum_t x_t,
+    float64.
 
     Products are formed and summed in float64, so the statistic is chunk-invariant up to float64 rounding. Memory: 8 C^2
     bytes; `update` holds the old and the new value for a moment, `update_` does not. C^2 flops a token: one triangle.
@@ -105,11 +106,12 @@ class Gram:
 
 @dataclass(frozen=True)
 class WantedOutput:
-    """The inputs that a reader is left with, beside the output that is wanted of it: sums, centred when they are read.
+    """The inputs that an out-projection is left with, beside the output that is wanted of it: sums, centred when they
+    are read.
 
-    `update(x_BTK, y_BTO)`: y is what the reader would have to give for the hidden state behind it to be the dense
-    model's, x what the layers before give it as they are: the channels `keep_C`, or all, of which these are taken.
-    inputs is the Gram of x, cross_KO = sum_t x_t y_t^T, wanted_O = sum_t y_t; all float64.
+    `update(x_BTK, y_BTO)`: y is what the out-projection would have to give for the hidden state behind it to be the
+    dense model's, x what the layers before give it as they are: the channels `keep_C`, or all, of which these are
+    taken. inputs is the Gram of x, cross_KO = sum_t x_t y_t^T, wanted_O = sum_t y_t; all float64.
     """
 
     source: ClassVar[str] = "wanted"
@@ -198,7 +200,7 @@ class WantedOutput:
 
 
 def _chunks_beside(x_NK: Tensor, y_NO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Runs of tokens of both; a reader may be left without inputs."""
+    """Runs of tokens of both; an out-projection may be left without inputs."""
     chunks = list(_chunks_NC(x_NK, _CHUNK)) if x_NK.numel() else [x_NK]
     return zip(chunks, y_NO.split(len(chunks[0])), strict=True)
 

@@ -16,12 +16,13 @@ from pruneexp.types import ConfigError, RunError, Site, require_least
 
 @dataclass(frozen=True)
 class Influence:
-    """What the loss L(m, w) does when gates m move (every unit has one, which scales what it hands to its reader, and
-    stands at 1) and the weights w answer: H_mw (H_ww + lambda I)^-1 H_wm, with H the second derivatives of L.
+    """What the loss L(m, w) does when gates m move (every unit has one, which scales what it hands to its
+    out-projection, and stands at 1) and the weights w answer: H_mw (H_ww + lambda I)^-1 H_wm, with H the second
+    derivatives of L.
 
     directions  together: the matrix times 1, all gates moved at once, the sums of its rows; apart: its diagonal, gate
                 by gate, where w is without the moved unit's own weights: those of the survivors
-    weights     w is all matrices of all sites (coupled), or the readers
+    weights     w is all matrices of all sites (coupled), or the out-projections
     hessian     by central differences of gradients, `step` the length of a step in all gates or weights; or by
                 differentiating twice (exact), to which, unlike to a step, a ReLU has no kink
     inverse     damping: u / lambda for (H_ww + lambda I)^-1 u, lambda = `damping`; conjugate_gradient: at most `steps`

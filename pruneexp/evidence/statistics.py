@@ -1,7 +1,7 @@
-"""What calibration collects at a reader's input.
+"""What calibration collects at an out-projection's input.
 
-`update(x_BTC)` receives the input of the site's reader (o_proj, down_proj, fc2), batch by batch. All are immutable:
-`update` and `merge` return new values.
+`update(x_BTC)` receives the input of the site's out-projection (o_proj, down_proj, fc2), batch by batch. All are
+immutable: `update` and `merge` return new values.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _sum_squares_C(d_NC: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and spread of each reader channel over all tokens.
+    """Mean and spread of each out-projection channel over all tokens.
 
     mean_C = sum_t x_t / n and m2_C = sum_t (x_t - mean)^2, float64 [C]. Chunk-invariant: chunks are centred on their
     own mean and joined by the pairwise update of Chan, Golub and LeVeque (1983). Inside a chunk (2^20 elements)
@@ -97,7 +97,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class InputMoments(Moments):
-    """`Moments` of what the site's writers read, [D]: source "writer"."""
+    """`Moments` of what the site's in-projections read, [D]: source "writer"."""
 
     source: ClassVar[str] = "writer"
 
@@ -108,8 +108,8 @@ class InputMoments(Moments):
 
 @dataclass(frozen=True)
 class AbsoluteMoments:
-    """Mean size of each reader channel over all tokens: sum_C = sum_t |x_t|, float64 [C], of sums within a chunk in
-    float32 (float64 for float64 input). Chunk-invariant up to that rounding."""
+    """Mean size of each out-projection channel over all tokens: sum_C = sum_t |x_t|, float64 [C], of sums within a
+    chunk in float32 (float64 for float64 input). Chunk-invariant up to that rounding."""
 
     source: ClassVar[str] = "reader"
 

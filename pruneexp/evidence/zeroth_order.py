@@ -22,8 +22,9 @@ from pruneexp.types import ConfigError, RunError, Site, SiteWeights, require_lea
 class Perturbation:
     """Simultaneous perturbation (SPSA): the loss at +epsilon z and at -epsilon z along random directions z.
 
-    perturb=weights: z has an entry for every weight of every writer and reader; gates: one for every unit, which scales
-    what the unit hands to its reader by 1 + epsilon z. distribution: gaussian (standard normal) or rademacher (+-1).
+    perturb=weights: z has an entry for every weight of every in-projection and out-projection; gates: one for every
+    unit, which scales what the unit hands to its out-projection by 1 + epsilon z. distribution: gaussian (standard
+    normal) or rademacher (+-1).
     windows: calibration windows on which one direction is measured, taken in turn; None: all of them.
     """
 
@@ -71,7 +72,7 @@ class DirectionalGradient:
     source: ClassVar[str] = "zeroth_order"
 
     n: int  # directions
-    total: SiteWeights | None  # of gates: in the place of the reader
+    total: SiteWeights | None  # of gates: in the place of the out-projection
     divide: bool
 
     def update(self, direction: SiteWeights | Tensor, slope: float) -> DirectionalGradient:
@@ -92,4 +93,4 @@ class DirectionalGradient:
         """The estimated dL/dgate, [U]. Raises RunError without directions."""
         if self.total is None:
             raise RunError("no direction gave a loss: expected at least 1")
-        return self.total.reader / self.n
+        return self.total.out_projection / self.n

@@ -182,7 +182,7 @@ def written(folder: Path) -> Written:
 
 def linear_names(family: Family) -> tuple[str, ...]:
     """What the linear layers of a decoder layer are called, for adapters; of a mixture, those of attention."""
-    paths = [*(writer.path for writer in family.attention_writers), family.attention_reader]
+    paths = [*(in_projection.path for in_projection in family.attention_in), family.attention_out]
     if family.experts is None:
-        paths += [*(writer.path for writer in family.mlp_writers), family.mlp_reader]
+        paths += [*(in_projection.path for in_projection in family.mlp_in), family.mlp_out]
     return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruneexp.export.checkpoint import can_pad
 from pruneexp.model import Model, layer_structure
-from pruneexp.model.modeling_pruned import FFN_ROWS, Family, Writer, head_layout, head_size, linear_sizes, split_parts
+from pruneexp.model.modeling_pruned import FFN_ROWS, Family, UnitRows, head_layout, head_size, linear_sizes, split_parts
 from pruneexp.surgery import broken_period, save_form
 from pruneexp.surgery.served import NOT_SERVED
 from pruneexp.types import ConfigError
@@ -130,21 +130,21 @@ def layer_tensors(model: Model, layer: LlamaLayer) -> dict[str, Tensor]:
         heads = {"query": layer.heads, "key": layer.kv_heads, "value": layer.kv_heads}
         shapes = {role: (count * layout.size, hidden) for role, count in heads.items()}
         units = own.num_attention_heads // layout.group
-        tensors |= _in_projections(module, family, family.attention_writers, units, layout.rows, shapes, like)
+        tensors |= _in_projections(module, family, family.attention_in, units, layout.rows, shapes, like)
         tensors |= _norm("input_layernorm", module, family.attention_norm, hidden, like)
-        tensors |= _out_projection("self_attn.o_proj", module, family.attention_reader, layer.heads * layout.size, like)
+        tensors |= _out_projection("self_attn.o_proj", module, family.attention_out, layer.heads * layout.size, like)
     if layer.channels:
         shapes = {role: (layer.channels, hidden) for role in FFN_ROWS}
-        tensors |= _in_projections(module, family, family.mlp_writers, own.intermediate_size, FFN_ROWS, shapes, like)
+        tensors |= _in_projections(module, family, family.mlp_in, own.intermediate_size, FFN_ROWS, shapes, like)
         tensors |= _norm("post_attention_layernorm", module, family.mlp_norm, hidden, like)
-        tensors |= _out_projection("mlp.down_proj", module, family.mlp_reader, layer.channels, like)
+        tensors |= _out_projection("mlp.down_proj", module, family.mlp_out, layer.channels, like)
     return tensors
 
 
 def _in_projections(
     module: nn.Module,
     family: Family,
-    writers: Sequence[Writer],
+    in_projections: Sequence[UnitRows],
     units: int,
     rows: dict[str, int],
     shapes: dict[str, tuple[int, int]],
@@ -152,9 +152,9 @@ def _in_projections(
 ) -> dict[str, Tensor]:
     """Those of a sublayer with so many units, `rows` a unit, by LLaMA's names; zeros up to `shapes`."""
     parts: dict[str, dict[str, Tensor]] = {role: {} for role in shapes}  # "weight" and, where there is one, "bias"
-    for writer in writers if units else ():
-        for leaf, parameter in module.get_submodule(writer.path).named_parameters():
-            for role, part in split_parts(parameter, writer, units, rows, family.shared_roles).items():
+    for in_projection in in_projections if units else ():
+        for leaf, parameter in module.get_submodule(in_projection.path).named_parameters():
+            for role, part in split_parts(parameter, in_projection, units, rows, family.shared_roles).items():
                 parts[role][leaf] = _filled_up(part.flatten(0, 1), 0, shapes[role][0])
     return {
         f"{IN_PROJECTIONS[role]}.{leaf}": tensor

@@ -6,8 +6,8 @@ the model in memory, so what was evaluated and what is reloaded are built by one
 
 A checkpoint's `config.json` keeps the *original* model's global values, its own `model_type` ("pruned_llama"), and the
 structure in the `per_layer_config` schema of transformers: head counts and FFN width of every layer, whether its two
-readers own a bias, and, where attention carries ALiBi slopes, which of the original heads are left. Of a mixture of
-experts: every expert's width and whether its reader owns a bias, and which of the original experts are left.
+out-projections own a bias, and, where attention carries ALiBi slopes, which of the original heads are left. Of a
+mixture of experts: every expert's width and whether its out-projection owns a bias, and which of the original experts are left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Writer:
+class UnitRows:
     """A linear layer (or a norm's weight) whose output rows belong to units; `roles` are the parts of the rows, in
     order: within each unit, or `by_part`: all units' rows of the first part, then all of the second, ..."""
 
@@ -46,18 +46,18 @@ class Family:
     stock: str  # prefix of the stock classes: Llama -> LlamaConfig, LlamaForCausalLM, LlamaModel
     layers: str  # the list of decoder layers, below the base model
     attention: str
-    attention_writers: tuple[Writer, ...]
-    attention_reader: str
+    attention_in: tuple[UnitRows, ...]
+    attention_out: str
     attention_norm: str | None  # in front of the sublayer; the same path twice: one norm in front of both
-    mlp: str  # the FFN's own module, or its reader where it has none
-    mlp_writers: tuple[Writer, ...]
-    mlp_reader: str
+    mlp: str  # the FFN's own module, or its out-projection where it has none
+    mlp_in: tuple[UnitRows, ...]
+    mlp_out: str
     mlp_norm: str | None
     experts: str | None = None  # below `mlp` where that is a mixture: the list of experts, FFNs made like `mlp`
     router: str = "gate"  # below `mlp`, beside the experts
     attention_post_norm: str | None = None  # of the sublayer's output alone, before it is added
     mlp_post_norm: str | None = None
-    head_norms: tuple[Writer, ...] = ()  # norms of queries and keys with a weight, or a module, of each head's own
+    head_norms: tuple[UnitRows, ...] = ()  # norms of queries and keys with a weight, or a module, of each head's own
     causal_lm: str | None = None  # the stock class, where it is not called ...ForCausalLM
     since: str = "4.46"  # the release of transformers that brought the stock classes
     pruned_since: str = "4.57"  # the one from which on the classes of this file are known to work
@@ -71,7 +71,7 @@ class Family:
     alibi: bool = False  # attention receives `alibi`, one slope a head
     learned_positions: bool = False  # positions are looked up in a table: beyond its end there is no answer
     norm_offset: float = 0.0  # what norms add to their weight
-    adds_up: bool = True  # a sublayer's reader gives what is added to the hidden states (times `residual_scale`)
+    adds_up: bool = True  # an out-projection gives what is added to the hidden states (times `residual_scale`)
     residual_scale: str | None = None  # config attribute
     needs_bos: bool = False  # trained so that text without a beginning-of-sequence token in front is foreign to it
     impossible: tuple[tuple[str, Any], ...] = ()  # config values for which this table is wrong
@@ -83,16 +83,16 @@ LLAMA = Family(
     stock="Llama",
     layers="layers",
     attention="self_attn",
-    attention_writers=(
-        Writer("self_attn.q_proj", ("query",)),
-        Writer("self_attn.k_proj", ("key",)),
-        Writer("self_attn.v_proj", ("value",)),
+    attention_in=(
+        UnitRows("self_attn.q_proj", ("query",)),
+        UnitRows("self_attn.k_proj", ("key",)),
+        UnitRows("self_attn.v_proj", ("value",)),
     ),
-    attention_reader="self_attn.o_proj",
+    attention_out="self_attn.o_proj",
     attention_norm="input_layernorm",
     mlp="mlp",
-    mlp_writers=(Writer("mlp.gate_proj", ("gate",)), Writer("mlp.up_proj", ("up",))),
-    mlp_reader="mlp.down_proj",
+    mlp_in=(UnitRows("mlp.gate_proj", ("gate",)), UnitRows("mlp.up_proj", ("up",))),
+    mlp_out="mlp.down_proj",
     mlp_norm="post_attention_layernorm",
 )
 MISTRAL = replace(LLAMA, stock="Mistral")
@@ -106,8 +106,8 @@ MIXTRAL = replace(
     since="5.0",
     pruned_since="5.14",
     stored_as=((".mlp.", ".block_sparse_moe."),),
-    mlp_writers=(Writer("mlp.w1", ("gate",)), Writer("mlp.w3", ("up",))),
-    mlp_reader="mlp.w2",
+    mlp_in=(UnitRows("mlp.w1", ("gate",)), UnitRows("mlp.w3", ("up",))),
+    mlp_out="mlp.w2",
     experts="experts",
 )
 SMOLLM3 = replace(LLAMA, stock="SmolLM3", since="4.53")
@@ -127,18 +127,18 @@ OLMO2 = replace(
     since="4.47",
     attention_norm=None,
     mlp_norm=None,
-    head_norms=(Writer("self_attn.q_norm", ("query",)), Writer("self_attn.k_norm", ("key",))),
+    head_norms=(UnitRows("self_attn.q_norm", ("query",)), UnitRows("self_attn.k_norm", ("key",))),
     norm_offset=0.0,
     needs_bos=False,
 )
 PHI3 = replace(
     LLAMA,
     stock="Phi3",
-    attention_writers=(Writer("self_attn.qkv_proj", _QKV, by_part=True),),
-    mlp_writers=(Writer("mlp.gate_up_proj", ("gate", "up"), by_part=True),),
+    attention_in=(UnitRows("self_attn.qkv_proj", _QKV, by_part=True),),
+    mlp_in=(UnitRows("mlp.gate_up_proj", ("gate", "up"), by_part=True),),
     reads_config=True,
 )
-_QK_LAYERNORMS = (Writer("self_attn.q_layernorm", ("query",)), Writer("self_attn.k_layernorm", ("key",)))
+_QK_LAYERNORMS = (UnitRows("self_attn.q_layernorm", ("query",)), UnitRows("self_attn.k_layernorm", ("key",)))
 STABLELM = replace(
     LLAMA,
     stock="StableLm",
@@ -153,11 +153,11 @@ OPT = replace(
     LLAMA,
     stock="OPT",
     layers="decoder.layers",
-    attention_reader="self_attn.out_proj",
+    attention_out="self_attn.out_proj",
     attention_norm="self_attn_layer_norm",
     mlp="fc2",
-    mlp_writers=(Writer("fc1", ("up",)),),
-    mlp_reader="fc2",
+    mlp_in=(UnitRows("fc1", ("up",)),),
+    mlp_out="fc2",
     mlp_norm="final_layer_norm",
     key_value_heads=None,
     learned_positions=True,
@@ -167,12 +167,12 @@ BLOOM = Family(
     stock="Bloom",
     layers="h",
     attention="self_attention",
-    attention_writers=(Writer("self_attention.query_key_value", _QKV),),
-    attention_reader="self_attention.dense",
+    attention_in=(UnitRows("self_attention.query_key_value", _QKV),),
+    attention_out="self_attention.dense",
     attention_norm="input_layernorm",
     mlp="mlp",
-    mlp_writers=(Writer("mlp.dense_h_to_4h", ("up",)),),
-    mlp_reader="mlp.dense_4h_to_h",
+    mlp_in=(UnitRows("mlp.dense_h_to_4h", ("up",)),),
+    mlp_out="mlp.dense_4h_to_h",
     mlp_norm="post_attention_layernorm",
     key_value_heads=None,
     adds_residual=True,
@@ -181,7 +181,7 @@ BLOOM = Family(
     variants=(({"apply_residual_connection_post_layernorm": True}, _NORMALISED_BEHIND),),
 )
 _MULTI_QUERY = {
-    "attention_writers": (Writer("self_attention.query_key_value", _QKV, by_part=True),),
+    "attention_in": (UnitRows("self_attention.query_key_value", _QKV, by_part=True),),
     "key_value_heads": 1,
 }
 FALCON = replace(
@@ -206,8 +206,8 @@ GPT_NEOX = replace(
     stock="GPTNeoX",
     layers="layers",
     attention="attention",
-    attention_writers=(Writer("attention.query_key_value", _QKV),),
-    attention_reader="attention.dense",
+    attention_in=(UnitRows("attention.query_key_value", _QKV),),
+    attention_out="attention.dense",
     stored_as=(("lm_head.", "embed_out."),),
     adds_residual=False,
     returns_tuple=False,
@@ -219,12 +219,12 @@ GPT2 = Family(
     causal_lm="GPT2LMHeadModel",
     layers="h",
     attention="attn",
-    attention_writers=(Writer("attn.c_attn", _QKV, by_part=True),),
-    attention_reader="attn.c_proj",
+    attention_in=(UnitRows("attn.c_attn", _QKV, by_part=True),),
+    attention_out="attn.c_proj",
     attention_norm="ln_1",
     mlp="mlp",
-    mlp_writers=(Writer("mlp.c_fc", ("up",)),),
-    mlp_reader="mlp.c_proj",
+    mlp_in=(UnitRows("mlp.c_fc", ("up",)),),
+    mlp_out="mlp.c_proj",
     mlp_norm="ln_2",
     key_value_heads=None,
     learned_positions=True,
@@ -299,20 +299,20 @@ FFN_ROWS = {"gate": 1, "up": 1}
 SERVERS = ("vllm", "sglang")  # attention implementations that keep caches of their own
 
 
-def split_parts(rows: Tensor, writer: Writer, units: int, sizes: dict[str, int], shared: tuple[str, ...]) -> Any:
-    """A writer's weight or bias [rows, ...] by role: views [U, R, ...]; of shared roles [1, R, ...]."""
-    if writer.by_part or len(writer.roles) == 1:
-        counts = [1 if role in shared else units for role in writer.roles]
-        parts = rows.split([n * sizes[role] for n, role in zip(counts, writer.roles, strict=True)])
+def split_parts(rows: Tensor, own: UnitRows, units: int, sizes: dict[str, int], shared: tuple[str, ...]) -> Any:
+    """An in-projection's weight or bias [rows, ...] by role: views [U, R, ...]; of shared roles [1, R, ...]."""
+    if own.by_part or len(own.roles) == 1:
+        counts = [1 if role in shared else units for role in own.roles]
+        parts = rows.split([n * sizes[role] for n, role in zip(counts, own.roles, strict=True)])
         parts = [part.unflatten(0, (n, -1)) if n else part for n, part in zip(counts, parts, strict=True)]
     else:
-        parts = rows.unflatten(0, (units, -1)).split([sizes[role] for role in writer.roles], dim=1)
-    return dict(zip(writer.roles, parts, strict=True))
+        parts = rows.unflatten(0, (units, -1)).split([sizes[role] for role in own.roles], dim=1)
+    return dict(zip(own.roles, parts, strict=True))
 
 
-def join_parts(parts: dict[str, Tensor], writer: Writer) -> Tensor:
+def join_parts(parts: dict[str, Tensor], in_projection: UnitRows) -> Tensor:
     """The inverse of `split_parts`."""
-    if writer.by_part or len(writer.roles) == 1:
+    if in_projection.by_part or len(in_projection.roles) == 1:
         return torch.cat([part.flatten(0, 1) for part in parts.values()])
     return torch.cat(list(parts.values()), dim=1).flatten(0, 1)
 
@@ -352,8 +352,8 @@ class LayerConfig:
 
 
 class OutputBias(nn.Module):
-    """A reader without inputs: all that it gives is its bias, zeros where it owns none. No linear layer, because
-    quantisers and kernels cannot do with an empty one."""
+    """An out-projection without inputs: all that it gives is its bias, zeros where it owns none. No linear layer,
+    because quantisers and kernels cannot do with an empty one."""
 
     def __init__(self, outputs: int, bias: nn.Parameter | None):
         super().__init__()
@@ -367,7 +367,7 @@ class OutputBias(nn.Module):
 
 
 class NoChannels(nn.Module):
-    """A writer without outputs."""
+    """An in-projection without outputs."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states[..., :0]
@@ -376,13 +376,13 @@ class NoChannels(nn.Module):
 class RemovedFFN(nn.Module):
     """An FFN (or an expert) that lost all its channels: what it still adds is its output bias, if it owns one."""
 
-    def __init__(self, reader_name: str, reader: nn.Module, adds_residual: bool):
+    def __init__(self, out_name: str, out_projection: nn.Module, adds_residual: bool):
         super().__init__()
-        self.reader_name, self.adds_residual = reader_name, adds_residual
-        self.add_module(reader_name, reader)
+        self.out_name, self.adds_residual = out_name, adds_residual
+        self.add_module(out_name, out_projection)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self.get_submodule(self.reader_name)(hidden_states[..., :0])
+        output = self.get_submodule(self.out_name)(hidden_states[..., :0])
         if self.adds_residual:
             output = output + (args[0] if args else kwargs["residual"])
         return output
@@ -411,7 +411,7 @@ class RemovedAttention(RemovedFFN):
 
 class Expert(nn.Module):
     """One FFN of a mixture: down(act(gate(x)) * up(x)), each layer called as in checkpoints. Uninitialised; `down`: a
-    weight [hidden, width] like its reader's."""
+    weight [hidden, width] like its out-projection's."""
 
     def __init__(self, names: tuple[str, str, str], down: Tensor, act_fn: nn.Module):
         super().__init__()
@@ -476,7 +476,7 @@ def split_experts_(layer: nn.Module, family: Family) -> None:
     if fused is None or isinstance(fused, Experts):
         return
     number = len(fused.down_proj)
-    paths = (*(writer.path for writer in family.mlp_writers), family.mlp_reader)
+    paths = (*(in_projection.path for in_projection in family.mlp_in), family.mlp_out)
     gate, up, down = (path.rpartition(".")[-1] for path in paths)
     experts = Experts(Expert((gate, up, down), fused.down_proj[0], fused.act_fn) for _ in range(number))
     setattr(layer.get_submodule(family.mlp), str(family.experts), experts.train(fused.training))
@@ -504,28 +504,28 @@ def _resize_experts_(layer: nn.Module, family: Family, structure: LayerStructure
         own = replace(
             family,
             mlp=expert_path(family, family.mlp, index),
-            mlp_writers=tuple(replace(w, path=expert_path(family, w.path, index)) for w in family.mlp_writers),
-            mlp_reader=expert_path(family, family.mlp_reader, index),
+            mlp_in=tuple(replace(w, path=expert_path(family, w.path, index)) for w in family.mlp_in),
+            mlp_out=expert_path(family, family.mlp_out, index),
         )
         _resize_ffn_(layer, own, size, bias)
 
 
 def _resize_ffn_(layer: nn.Module, family: Family, channels: int, bias: bool) -> None:
-    _resize_(layer, family.mlp_reader, inputs=channels, bias=bias)
+    _resize_(layer, family.mlp_out, inputs=channels, bias=bias)
     if channels:
-        for writer in family.mlp_writers:
-            _resize_(layer, writer.path, outputs=channels * len(writer.roles))
-    elif family.mlp == family.mlp_reader:  # no module of its own: the layer still calls its parts
-        for writer in family.mlp_writers:
-            layer.set_submodule(writer.path, NoChannels())
+        for in_projection in family.mlp_in:
+            _resize_(layer, in_projection.path, outputs=channels * len(in_projection.roles))
+    elif family.mlp == family.mlp_out:  # no module of its own: the layer still calls its parts
+        for in_projection in family.mlp_in:
+            layer.set_submodule(in_projection.path, NoChannels())
     else:
-        _remove_(layer, family.mlp, family.mlp_reader, RemovedFFN, family.adds_residual)
+        _remove_(layer, family.mlp, family.mlp_out, RemovedFFN, family.adds_residual)
 
 
-def _remove_(layer: nn.Module, path: str, reader_path: str, kind: type[RemovedFFN], adds_residual: bool) -> None:
+def _remove_(layer: nn.Module, path: str, out_path: str, kind: type[RemovedFFN], adds_residual: bool) -> None:
     """Puts what is left of a sublayer in its place."""
-    reader, name, old = layer.get_submodule(reader_path), reader_path.rpartition(".")[-1], layer.get_submodule(path)
-    left: Any = kind(name, reader, adds_residual).train(old.training)
+    out_projection, name, old = layer.get_submodule(out_path), out_path.rpartition(".")[-1], layer.get_submodule(path)
+    left: Any = kind(name, out_projection, adds_residual).train(old.training)
     if isinstance(left, RemovedAttention):
         for what in ("config", "layer_idx", "is_sliding"):  # the last for Gemma 3's layer in transformers 4
             setattr(left, what, getattr(old, what, None))
@@ -535,20 +535,21 @@ def _remove_(layer: nn.Module, path: str, reader_path: str, kind: type[RemovedFF
 def resize_layer_(layer: nn.Module, family: Family, structure: LayerStructure, layout: HeadLayout) -> None:
     """Gives the decoder layer `structure`'s widths. Resized weights are uninitialised: load them afterwards.
 
-    A sublayer that keeps no unit leaves only its reader's bias; its norms go too, where they serve nothing else.
+    A sublayer that keeps no unit leaves only its out-projection's bias; its norms go too, where they serve nothing
+    else.
     """
     heads, kv_heads = structure.num_attention_heads, structure.num_key_value_heads
-    _resize_(layer, family.attention_reader, inputs=heads * layout.size, bias=structure.attention_output_bias)
+    _resize_(layer, family.attention_out, inputs=heads * layout.size, bias=structure.attention_output_bias)
     if structure.expert_sizes is not None:
         _resize_experts_(layer, family, structure)
     else:
         _resize_ffn_(layer, family, structure.intermediate_size, structure.mlp_output_bias)
     if heads == 0:
-        _remove_(layer, family.attention, family.attention_reader, RemovedAttention, family.adds_residual)
+        _remove_(layer, family.attention, family.attention_out, RemovedAttention, family.adds_residual)
     else:
         counts = {"query": heads, "key": kv_heads, "value": kv_heads}
-        for writer in family.attention_writers:
-            _resize_(layer, writer.path, outputs=layout.size * sum(counts[role] for role in writer.roles))
+        for in_projection in family.attention_in:
+            _resize_(layer, in_projection.path, outputs=layout.size * sum(counts[role] for role in in_projection.roles))
         for norm in family.head_norms:
             _resize_norm_(layer.get_submodule(norm.path), counts[norm.roles[0]], layout.size)
         attention: Any = layer.get_submodule(family.attention)

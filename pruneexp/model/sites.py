@@ -14,7 +14,7 @@ from pruneexp.model.modeling_pruned import (
     Family,
     LayerStructure,
     RemovedAttention,
-    Writer,
+    UnitRows,
     as_matrix,
     expert_path,
     experts_of,
@@ -31,16 +31,16 @@ _UNKNOWN = Cost(0, 0, 0)  # a site's, until it is counted
 
 def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStructure:
     """The layer's widths, as it stands."""
-    layout, experts, readers = head_layout(family, config), experts_of(layer, family), _readers(layer, family)
-    heads = inputs_of(layer, family.attention_reader) // layout.size
-    sizes = tuple(inputs_of(layer, path) for path in readers)
-    biases = tuple(_linear(layer, path).bias is not None for path in readers)
+    layout, experts, out_projections = head_layout(family, config), experts_of(layer, family), _ffn_outs(layer, family)
+    heads = inputs_of(layer, family.attention_out) // layout.size
+    sizes = tuple(inputs_of(layer, path) for path in out_projections)
+    biases = tuple(_linear(layer, path).bias is not None for path in out_projections)
     origin = None if experts is None else experts.origin
     return LayerStructure(
         num_attention_heads=heads,
         num_key_value_heads=layout.key_value_heads(heads),
         intermediate_size=sum(sizes),
-        attention_output_bias=_linear(layer, family.attention_reader).bias is not None,
+        attention_output_bias=_linear(layer, family.attention_out).bias is not None,
         mlp_output_bias=any(biases),
         kept_heads=slope_heads(layer.get_submodule(family.attention), family),
         expert_sizes=None if experts is None else sizes,
@@ -49,12 +49,12 @@ def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStruc
     )
 
 
-def _readers(layer: nn.Module, family: Family) -> list[str]:
+def _ffn_outs(layer: nn.Module, family: Family) -> list[str]:
     """Paths of the FFN's out-projection, or of each expert's."""
     experts = experts_of(layer, family)
     if experts is None:
-        return [family.mlp_reader]
-    return [expert_path(family, family.mlp_reader, index) for index in range(len(experts))]
+        return [family.mlp_out]
+    return [expert_path(family, family.mlp_out, index) for index in range(len(experts))]
 
 
 def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> tuple[Site, ...]:
@@ -66,14 +66,14 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
     layout = head_layout(family, config)
     if not isinstance(layer.get_submodule(family.attention), RemovedAttention):
         width = layout.group * layout.size
-        units = inputs_of(layer, family.attention_reader) // width
+        units = inputs_of(layer, family.attention_out) // width
         site = Site(f"{prefix}.{family.attention}", "attention", index, units, width, _UNKNOWN)
         cost = _unit_cost(layer, family, site, layout.rows)
         kv = 0 if layout.shared else 2 * layout.size
         sites.append(replace(site, cost=replace(cost, kv=kv, context_macs=2 * width)))
     if experts_of(layer, family) is not None:
         return (*sites, *_expert_sites(layer, index, family, prefix))
-    if channels := inputs_of(layer, family.mlp_reader):
+    if channels := inputs_of(layer, family.mlp_out):
         site = Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, _UNKNOWN)
         sites.append(replace(site, cost=_unit_cost(layer, family, site, FFN_ROWS)))
     return tuple(sites)
@@ -83,8 +83,8 @@ def _expert_sites(layer: nn.Module, index: int, family: Family, prefix: str) -> 
     """Channels of each expert. Only some experts are run for a token: multiply-accumulates are those of a token on
     average, were they chosen equally often."""
     cost: Cost | None = None  # of a channel, the same in all of them
-    for number, reader in enumerate(_readers(layer, family)):
-        if channels := inputs_of(layer, reader):
+    for number, out_projection in enumerate(_ffn_outs(layer, family)):
+        if channels := inputs_of(layer, out_projection):
             name = f"{prefix}.{expert_path(family, family.mlp, number)}"
             site = Site(name, "mlp", index, channels, 1, _UNKNOWN, number)
             if cost is None:
@@ -157,15 +157,15 @@ def as_whole(site: Site) -> Site:
     return replace(site, units=1, width=site.channels, cost=cost)
 
 
-def site_parts(family: Family, site: Site) -> tuple[tuple[Writer, ...], str]:
+def site_parts(family: Family, site: Site) -> tuple[tuple[UnitRows, ...], str]:
     """The in-projections and the path of the out-projection of a site. What serves all units alike is none."""
     if site.kind == "attention":
-        own = (w for w in family.attention_writers if not set(w.roles) <= set(family.shared_roles))
-        return tuple(own), family.attention_reader
+        own = (w for w in family.attention_in if not set(w.roles) <= set(family.shared_roles))
+        return tuple(own), family.attention_out
     if site.expert is None:
-        return family.mlp_writers, family.mlp_reader
-    own = (replace(writer, path=expert_path(family, writer.path, site.expert)) for writer in family.mlp_writers)
-    return tuple(own), expert_path(family, family.mlp_reader, site.expert)
+        return family.mlp_in, family.mlp_out
+    own = (replace(rows, path=expert_path(family, rows.path, site.expert)) for rows in family.mlp_in)
+    return tuple(own), expert_path(family, family.mlp_out, site.expert)
 
 
 def unit_rows(family: Family, site: Site, config: Any) -> dict[str, int]:
@@ -179,7 +179,7 @@ def kv_elements(layer: nn.Module, family: Family, config: Any) -> int:
     return 2 * layout.size * layer_structure(layer, family, config).num_key_value_heads
 
 
-def head_norm_rows(layer: nn.Module, norm: Writer) -> dict[str, Tensor]:
+def head_norm_rows(layer: nn.Module, norm: UnitRows) -> dict[str, Tensor]:
     """Weights (and biases) of a norm of queries or keys by name below the norm, each [heads * size]: one norm over all
     of them, or a list of norms, one a head ("norms.{}.weight")."""
     module: Any = layer.get_submodule(norm.path)
@@ -193,8 +193,8 @@ def shared_rows(layer: nn.Module, family: Family) -> int:
     """Rows of the attention's in-projections that belong to no unit."""
     if not family.shared_roles or isinstance(layer.get_submodule(family.attention), RemovedAttention):
         return 0
-    rows = sum(linear_sizes(layer.get_submodule(w.path))[1] for w in family.attention_writers)
-    return rows - inputs_of(layer, family.attention_reader)
+    rows = sum(linear_sizes(layer.get_submodule(w.path))[1] for w in family.attention_in)
+    return rows - inputs_of(layer, family.attention_out)
 
 
 def _linear(layer: nn.Module, path: str) -> Any:
@@ -209,11 +209,11 @@ def inputs_of(layer: nn.Module, path: str) -> int:
 
 def _unit_cost(layer: nn.Module, family: Family, site: Site, rows: dict[str, int]) -> Cost:
     """Parameters and multiply-accumulates."""
-    writers, reader = site_parts(family, site)
-    macs, vectors = site.width * linear_sizes(_linear(layer, reader))[1], 0
-    for writer in writers:
-        linear = _linear(layer, writer.path)
-        own = sum(rows[role] for role in writer.roles if role not in family.shared_roles)
+    in_projections, out_projection = site_parts(family, site)
+    macs, vectors = site.width * linear_sizes(_linear(layer, out_projection))[1], 0
+    for in_projection in in_projections:
+        linear = _linear(layer, in_projection.path)
+        own = sum(rows[role] for role in in_projection.roles if role not in family.shared_roles)
         macs += own * linear_sizes(linear)[0]
         vectors += own * (linear.bias is not None)
     for norm in family.head_norms if site.kind == "attention" else ():
@@ -225,17 +225,17 @@ def _unit_cost(layer: nn.Module, family: Family, site: Site, rows: dict[str, int
 def _site_weights(
     layer: nn.Module, family: Family, site: Site, rows: dict[str, int], read: Callable[[Tensor], Tensor]
 ) -> SiteWeights:
-    writers, reader_path = site_parts(family, site)
+    in_projections, out_path = site_parts(family, site)
     weights, biases = {}, {}
-    for writer in writers:
-        linear = _linear(layer, writer.path)
+    for in_projection in in_projections:
+        linear = _linear(layer, in_projection.path)
         matrix = as_matrix(linear, read(linear.weight))
-        weights.update(split_parts(matrix, writer, site.units, rows, family.shared_roles))
+        weights.update(split_parts(matrix, in_projection, site.units, rows, family.shared_roles))
         if linear.bias is not None:
-            biases.update(split_parts(read(linear.bias), writer, site.units, rows, family.shared_roles))
+            biases.update(split_parts(read(linear.bias), in_projection, site.units, rows, family.shared_roles))
     for role in family.shared_roles:
         weights.pop(role, None)
         biases.pop(role, None)
-    reader = _linear(layer, reader_path)
-    bias = None if reader.bias is None else read(reader.bias)
-    return SiteWeights(weights, biases, as_matrix(reader, read(reader.weight)), bias)
+    out_projection = _linear(layer, out_path)
+    bias = None if out_projection.bias is None else read(out_projection.bias)
+    return SiteWeights(weights, biases, as_matrix(out_projection, read(out_projection.weight)), bias)

@@ -20,7 +20,7 @@ def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Si
     counts = COUNTS.get(sparsity.of, sparsity.of)
     budget = Budget(ratio, 0, 0, None, counts, sparsity.context, model.dtype.itemsize)
     total = sum(site.units * budget.price(site) for site in sites)
-    if sparsity.of in ("decoder", "bytes"):  # norms and readers' biases too
+    if sparsity.of in ("decoder", "bytes"):  # norms and out-projections' biases too
         params = sum(p.numel() for index in layers for p in model.layers[index].parameters())
         total += budget.added_params(params - sum(site.units * site.cost.params for site in sites))
     return replace(budget, total=total)
@@ -53,18 +53,18 @@ def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Sit
 
 
 def blocks_alone(search: Search) -> bool:
-    """Whether whole blocks leave and nothing else, so that no reader is there to be compensated."""
+    """Whether whole blocks leave and nothing else, so that no out-projection is there to be compensated."""
     return set(search.granularity) == {"blocks"}
 
 
 def biases_added(model: Model, sparsity: Sparsity, compensator: Compensator, sites: Sequence[Site]) -> int:
-    """Parameters of the biases that compensation gives to readers without one, were all `sites` to lose units. What
-    counts only units (of=prunable) does not count them."""
+    """Parameters of the biases that compensation gives to out-projections without one, were all `sites` to lose units.
+    What counts only units (of=prunable) does not count them."""
     return 0 if not compensator.adds_bias or sparsity.of == "prunable" else new_biases(model, sites)
 
 
 def new_biases(model: Model, sites: Sequence[Site]) -> int:
-    """Parameters of a bias for every reader of `sites` that has none."""
+    """Parameters of a bias for every out-projection of `sites` that has none."""
     sites = [site for site in sites if site.kind in ("attention", "mlp")]
     layers = {site.layer for site in sites}
     structures = {index: layer_structure(model.layers[index], model.family, model.config) for index in layers}
@@ -72,7 +72,7 @@ def new_biases(model: Model, sites: Sequence[Site]) -> int:
 
 
 def _has_bias(structure: LayerStructure, site: Site) -> bool:
-    """Whether the site's reader owns one."""
+    """Whether the site's out-projection owns one."""
     if site.kind == "attention":
         return structure.attention_output_bias
     return structure.mlp_output_bias if site.expert is None else (structure.expert_output_biases or ())[site.expert]

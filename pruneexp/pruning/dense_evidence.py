@@ -113,7 +113,7 @@ def _collected(
     for visit in walked:
         if criterion is not None:
             found = checked(criterion(visit.whole or visit.block, visit.of(wanted)))
-            scores.update(without_readers(found) if model.streamed else found)
+            scores.update(without_out_projections(found) if model.streamed else found)
         for kind, own in zip(kept, evidence, strict=True):
             own.update(visit.of(kind))
         del visit  # holds the block's weights: before the next ones come
@@ -127,7 +127,8 @@ def _kinds(criterion: Criterion | None) -> tuple[Any, ...]:
 
 
 def _is_small(kind: Any, model: Model) -> bool:
-    """Whether evidence of readers takes a few numbers a channel: no second moments of channels with each other."""
+    """Whether evidence of out-projections takes a few numbers a channel: no second moments of channels with each
+    other."""
     site = next(iter(model.sites()), None)
     if kind.source != "reader" or site is None:
         return False
@@ -149,14 +150,17 @@ def distinct(*wanted: Any) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(kind for each in wanted for kind in evidence_kinds(each)))
 
 
-def without_readers(scores: Mapping[str, Score]) -> dict[str, Score]:
+def without_out_projections(scores: Mapping[str, Score]) -> dict[str, Score]:
     """Removal paths without what only probes need: weights and covariances of whole blocks."""
-    return {n: replace(score, readers={}) if isinstance(score, RemovalPath) else score for n, score in scores.items()}
+    return {
+        n: replace(score, out_projections={}) if isinstance(score, RemovalPath) else score
+        for n, score in scores.items()
+    }
 
 
 def checked(scores: Mapping[str, Score]) -> dict[str, Score]:
-    """A criterion's answer, on the CPU, where searches work; readers of removal paths stay. Raises RunError where it is
-    none, or its scores are no numbers."""
+    """A criterion's answer, on the CPU, where searches work; out-projections of removal paths stay. Raises RunError
+    where it is none, or its scores are no numbers."""
     if not isinstance(scores, Mapping):
         raise RunError(f"the criterion gave {type(scores).__name__}, expected scores by site name")
     for name, score in scores.items():

@@ -13,11 +13,11 @@ from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
 from pruneexp.model import Model
 from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
 from pruneexp.pruning.budget import as_searched, blocks_alone, budget_of, searched_sites, whole_budget
-from pruneexp.pruning.dense_evidence import checked, distinct, without_readers
+from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
 from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, judged_whole
 from pruneexp.pruning.record import Record
 from pruneexp.search import block_scores, expert_scores
-from pruneexp.surgery import remove_blocks_, replace_readers_, shrink_layer_
+from pruneexp.surgery import remove_blocks_, replace_out_projections_, shrink_layer_
 from pruneexp.types import Criterion, Plan, RunError, Score, Search, Site, SiteWeights
 
 logger = logging.getLogger("pruneexp")
@@ -66,7 +66,7 @@ def _all_at_once(work: Pruning) -> Plan:
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores if compensates or shown else block_scores(work.scores, sites)
         plan = plan_all_layers(work, sites, scores)
-    work.scores = without_readers(work.scores)
+    work.scores = without_out_projections(work.scores)
     del scores  # and with them the covariances of removal paths
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
@@ -121,18 +121,18 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
         if plan.removed(site):
             keep_C = site.keep_C(plan.sites[site.name].kept)
-            reader = work.model.block(visit.index).weights[site.name]
-            weights = {site.name: replace(reader, writers={}, writer_biases={})}  # whose rows leave, and are not held
-            del reader
+            whole = work.model.block(visit.index).weights[site.name]  # whose rows leave, and are not held
+            weights = {site.name: replace(whole, in_projections={}, in_projection_biases={})}
+            del whole
             before = wanted.of is not None and len(keep_C) > 0  # evidence of what stays alone: nothing else need run
             if before:
                 shrink_layer_(work.model, visit.index, alone)
-            readers = _readers(work, weights, [site], plan, {site.name: collect(keep_C)})
+            out_projections = _compensated(work, weights, [site], plan, {site.name: collect(keep_C)})
             if before:
-                replace_readers_(work.model, visit.index, readers)
+                replace_out_projections_(work.model, visit.index, out_projections)
             else:
-                shrink_layer_(work.model, visit.index, alone, readers)
-            del weights, readers
+                shrink_layer_(work.model, visit.index, alone, out_projections)
+            del weights, out_projections
         if site is sites[-1]:
             work.record.shrunk(visit.index)
         del visit, collect
@@ -177,7 +177,7 @@ class _Decided:
         sites = as_searched(work.model, work.method.search, visit.block.sites)
         scores = checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
         scores = {**scores, **expert_scores(scores, sites)}
-        work.scores.update(without_readers(scores))
+        work.scores.update(without_out_projections(scores))
         budget = budget_of(work.model, work.method.sparsity, work.ratio, sites, [visit.index])
         layer_plan, self.carry = plan_within_budget(
             work, scores, sites, replace(budget, added=self.carry, layers=len(work.model.layers)), None
@@ -196,24 +196,25 @@ class _Decided:
 
 def _shrink(work: Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
     """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
-    readers = _readers(work, visit.block.weights, visit.block.sites, plan, evidence)
-    shrink_layer_(work.model, visit.index, plan, readers)
+    out_projections = _compensated(work, visit.block.weights, visit.block.sites, plan, evidence)
+    shrink_layer_(work.model, visit.index, plan, out_projections)
     work.record.shrunk(visit.index)
 
 
-def _readers(
+def _compensated(
     work: Pruning, weights: Mapping[str, SiteWeights], sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Compensated readers of the sites that lose units; evidence may be spent on it, a site's being used once."""
+    """Compensated out-projections of the sites that lose units; evidence may be spent on it, a site's being used
+    once."""
     compensator = work.method.compensator
-    readers = {}
+    out_projections = {}
     for site in sites:
         if plan.removed(site):
             own = weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
-            readers[site.name] = compensator(own.reader, own.reader_bias, found, keep_C)
-            shape, fits = tuple(readers[site.name][0].shape), (len(own.reader), len(keep_C))
+            out_projections[site.name] = compensator(own.out_projection, own.out_projection_bias, found, keep_C)
+            shape, fits = tuple(out_projections[site.name][0].shape), (len(own.out_projection), len(keep_C))
             if shape != fits:
                 raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")
-    return readers
+    return out_projections

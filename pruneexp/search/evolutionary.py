@@ -29,7 +29,7 @@ _HEAD_SHARES = (0.0, 0.5, 1.5, 1.0)  # of the uniform share: heads that leave, i
 class Evolutionary:
     """Levels of least calibration loss: how many units leave each site, which ones being the criterion's order.
 
-    A structure is judged with the readers of its removal paths, fitted anew, where the criterion gives any. All
+    A structure is judged with the out-projections of its removal paths, fitted anew, where the criterion gives any. All
     structures meet the budget to the nearest FFN channel (to `multiple` of them, of which FFN widths that shrink become
     multiples). With attention or ffn in `granularity`, a level may also be all units of such a site (`Removable` says
     what stays); blocks only leave alone. For `effort` plain passes over the calibration tokens:

@@ -21,8 +21,9 @@ _TURNS = 8
 
 
 class Structures:
-    """The structures that a search may choose from: for each site an order in which units leave, and the readers of a
-    removal path; how many leave is a choice of `Levels` that meets the budget to the nearest cheapest unit.
+    """The structures that a search may choose from: for each site an order in which units leave, and the
+    out-projections of a removal path; how many leave is a choice of `Levels` that meets the budget to the nearest
+    cheapest unit.
 
     A level counts `steps` of units; with whole sublayers the last one is all of them.
     """
@@ -87,13 +88,13 @@ class Structures:
         return planned(keep, self.sites, self.budget)
 
     def candidate(self, levels: Levels) -> Candidate:
-        """The structure with the readers of the removal paths, where there are any."""
-        readers = {}
+        """The structure with the out-projections of the removal paths, where there are any."""
+        out_projections = {}
         for name, level in self.units(levels).items():
             path = self.scores[name]
-            if level and isinstance(path, RemovalPath) and level in path.readers:
-                readers[name] = path.readers[level]
-        return Candidate(self.plan(levels), readers)
+            if level and isinstance(path, RemovalPath) and level in path.out_projections:
+                out_projections[name] = path.out_projections[level]
+        return Candidate(self.plan(levels), out_projections)
 
     def balanced(self, levels: Mapping[str, int]) -> Levels:
         """The nearest levels that meet the budget: the cheapest units make up for what is missing or too much, the

@@ -9,4 +9,4 @@ from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
 from pruneexp.surgery.prove_source import Dense, check_source, dense_logits
 from pruneexp.surgery.save import STREAMED_SHARD_BYTES, StreamedSave, save
 from pruneexp.surgery.served import broken_period, period_warning, vllm_note
-from pruneexp.surgery.shrink import check_plan, remove_blocks_, replace_readers_, shrink_, shrink_layer_
+from pruneexp.surgery.shrink import check_plan, remove_blocks_, replace_out_projections_, shrink_, shrink_layer_

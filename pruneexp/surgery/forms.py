@@ -166,8 +166,8 @@ def _uniform_own(model: Model, structure: LayerStructure, before: LayerStructure
         if what == "num_attention_heads":
             values["head_dim"] = head_size(model.config)
         elif what.endswith("_bias"):
-            writers = model.family.attention_writers if what.startswith("attention") else model.family.mlp_writers
-            linears += [writer.path for writer in writers]
+            in_projections = model.family.attention_in if what.startswith("attention") else model.family.mlp_in
+            linears += [in_projection.path for in_projection in in_projections]
     try:
         config = type(model.config)(**values)
         stock = _stock_layer(config, family_of(config))
@@ -238,9 +238,9 @@ def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -
     linears: list[str] = []
     if not biases_kept:
         values |= {"attention_bias": structure.attention_output_bias, "mlp_bias": structure.mlp_output_bias}
-        attention = [*model.family.attention_writers] if structure.attention_output_bias else []
-        mlp = [*model.family.mlp_writers] if structure.mlp_output_bias else []
-        linears = [writer.path for writer in attention + mlp]
+        attention = [*model.family.attention_in] if structure.attention_output_bias else []
+        mlp = [*model.family.mlp_in] if structure.mlp_output_bias else []
+        linears = [in_projection.path for in_projection in attention + mlp]
     if model.config.model_type == "mistral" and biases_kept:
         stock, why = "Mistral", "all layers have one width"
     elif divides:
@@ -270,7 +270,9 @@ def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Fo
     if getattr(model.config, "num_key_value_heads", None) is None:
         for layer in per_layer.values():
             layer.pop("num_key_value_heads")
-    if not hasattr(model.config, "head_dim"):  # else readers would divide the hidden size by a layer's number of heads
+    if not hasattr(
+        model.config, "head_dim"
+    ):  # else out-projections would divide the hidden size by a layer's number of heads
         values["head_dim"] = head_size(model.config)
     config = modeling_pruned.__getattr__(f"{stock}Config")(**values, per_layer_config=per_layer)
     config.architectures = [f"{stock}ForCausalLM"]

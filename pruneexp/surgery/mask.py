@@ -17,29 +17,31 @@ from pruneexp.model.modeling_pruned import router_of
 from pruneexp.model.sites import experts_name, site_parts, unit_rows
 from pruneexp.types import Plan, Site
 
-Readers = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> weight [O, K], bias [O]
+OutProjections = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> weight [O, K], bias [O]
 
 
 @contextmanager
-def masked(model: Model, plan: Plan, readers: Readers | None = None) -> Iterator[Model]:
+def masked(model: Model, plan: Plan, out_projections: OutProjections | None = None) -> Iterator[Model]:
     """Runs `model` as if `plan`'s units were gone: what they hand to the out-projection is
     zeroed.
 
     A whole expert's tokens go to the experts that stay, as they will once it is gone.
 
-    Where `readers` names a site, its out-projection is replaced by that weight and bias on the kept channels (a
+    Where `out_projections` names a site, its out-projection is replaced by that weight and bias on the kept channels (a
     compensated candidate). No weight is copied or written; on exit the model is as before.
     """
     with ExitStack() as layers:
         for index in range(len(model.layers)):
-            layers.enter_context(masked_layer(model, index, plan, readers))
+            layers.enter_context(masked_layer(model, index, plan, out_projections))
         yield model
 
 
 @contextmanager
-def masked_layer(model: Model, index: int, plan: Plan, readers: Readers | None = None) -> Iterator[nn.Module]:
+def masked_layer(
+    model: Model, index: int, plan: Plan, out_projections: OutProjections | None = None
+) -> Iterator[nn.Module]:
     """`masked` for decoder layer `index` alone."""
-    layer, readers, device = model.layers[index], readers or {}, model.layer_device(index)
+    layer, out_projections, device = model.layers[index], out_projections or {}, model.layer_device(index)
     name = f"{model.layers_path}.{index}"
     with ExitStack() as changes:
         if name in plan.sites and not plan.sites[name].kept:
@@ -51,12 +53,12 @@ def masked_layer(model: Model, index: int, plan: Plan, readers: Readers | None =
             router = router_of(layer, model.family)
             changes.enter_context(forward_replaced(router, _fewer_experts(router, experts.kept)))
         for site in model.layer_sites(index):
-            reader = layer.get_submodule(site_parts(model.family, site)[1])
-            if site.name in readers:
-                instead = _replacement(site, plan, *readers[site.name], device=device)
-                changes.enter_context(forward_replaced(reader, instead))
+            out_projection = layer.get_submodule(site_parts(model.family, site)[1])
+            if site.name in out_projections:
+                instead = _replacement(site, plan, *out_projections[site.name], device=device)
+                changes.enter_context(forward_replaced(out_projection, instead))
             elif plan.removed(site):
-                changes.enter_context(reader.register_forward_pre_hook(_zeroing(site, plan, device)))
+                changes.enter_context(out_projection.register_forward_pre_hook(_zeroing(site, plan, device)))
             for norm, forward in _fewer_heads(model, layer, site, plan):
                 changes.enter_context(forward_replaced(norm, forward))
         yield layer
@@ -66,7 +68,7 @@ def _zeroing(site: Site, plan: Plan, device: torch.device) -> Any:
     keep_C = torch.zeros(site.channels, dtype=torch.bool)
     keep_C[site.keep_C(plan.sites[site.name].kept)] = True
     keep_C = keep_C.to(device)
-    return lambda _reader, args: (args[0] * keep_C,)
+    return lambda _module, args: (args[0] * keep_C,)
 
 
 def _replacement(site: Site, plan: Plan, weight_OK: Tensor, bias_O: Tensor | None, device: torch.device) -> Any:
@@ -82,11 +84,11 @@ def _fewer_heads(model: Model, layer: nn.Module, site: Site, plan: Plan) -> Iter
     if site.kind != "attention" or not plan.removed(site) or not plan.sites[site.name].kept:
         return
     rows = unit_rows(model.family, site, model.config)
-    for writer in model.family.head_norms:
-        norm: Any = layer.get_submodule(writer.path)
-        if hasattr(norm, "norms") or writer.roles[0] in model.family.shared_roles:
+    for in_projection in model.family.head_norms:
+        norm: Any = layer.get_submodule(in_projection.path)
+        if hasattr(norm, "norms") or in_projection.roles[0] in model.family.shared_roles:
             continue
-        width = rows[writer.roles[0]]
+        width = rows[in_projection.roles[0]]
         keep = replace(site, width=width).keep_C(plan.sites[site.name].kept).to(model.layer_device(site.layer))
         yield norm, _narrowed(norm, keep)
 

@@ -15,7 +15,7 @@ from pruneexp.model.modeling_pruned import (
     FFN_ROWS,
     LayerStructure,
     RemovedAttention,
-    Writer,
+    UnitRows,
     as_matrix,
     head_layout,
     resize_layer_,
@@ -114,34 +114,34 @@ def padded_layer(model: Model, index: int, structure: LayerStructure, layer: Any
             set_tensor_(layer, name, torch.full(tensor.shape, fill, dtype=model.dtype, device=device))
     if not isinstance(old.get_submodule(family.attention), RemovedAttention):
         _pad_attention_(model, old, layer)
-    for writer in family.mlp_writers:
-        _pad_writer_(model, old, layer, writer, FFN_ROWS, inputs_of(old, family.mlp_reader), slots=None)
-    _pad_reader_(old, layer, family.mlp_reader, columns=None)
+    for in_projection in family.mlp_in:
+        _pad_in_projection_(model, old, layer, in_projection, FFN_ROWS, inputs_of(old, family.mlp_out), slots=None)
+    _pad_out_projection_(old, layer, family.mlp_out, columns=None)
     return layer
 
 
 def _pad_attention_(model: Model, old: Any, layer: Any) -> None:
     family, layout = model.family, head_layout(model.family, model.config)
-    units = inputs_of(old, family.attention_reader) // (layout.group * layout.size)
+    units = inputs_of(old, family.attention_out) // (layout.group * layout.size)
     kept_heads = layer_structure(old, family, model.config).kept_heads
     slots = None if kept_heads is None else torch.tensor(kept_heads[:: layout.group]) // layout.group
-    for writer in family.attention_writers:
-        _pad_writer_(model, old, layer, writer, layout.rows, units, slots)
+    for in_projection in family.attention_in:
+        _pad_in_projection_(model, old, layer, in_projection, layout.rows, units, slots)
     width = layout.group * layout.size
     columns = None if slots is None else (slots[:, None] * width + torch.arange(width)).flatten()
-    _pad_reader_(old, layer, family.attention_reader, columns)
+    _pad_out_projection_(old, layer, family.attention_out, columns)
     for norm in family.head_norms:
         if not hasattr(layer.get_submodule(norm.path), "norms"):
             _pad_joint_norm_(model, old, layer, norm, units)
 
 
-def _pad_writer_(
-    model: Model, old: Any, layer: Any, writer: Writer, rows: dict[str, int], units: int, slots: Tensor | None
+def _pad_in_projection_(
+    model: Model, old: Any, layer: Any, in_projection: UnitRows, rows: dict[str, int], units: int, slots: Tensor | None
 ) -> None:
     """Puts the rows of the units in their places (`slots`; None: the first ones), those of shared roles as they are."""
     if units == 0:
         return
-    source, target = old.get_submodule(writer.path), layer.get_submodule(writer.path)
+    source, target = old.get_submodule(in_projection.path), layer.get_submodule(in_projection.path)
     shared = model.family.shared_roles
     places = torch.arange(units) if slots is None else slots
     for leaf, parameter in source.named_parameters():
@@ -152,14 +152,14 @@ def _pad_writer_(
         into.data = to_rows
         if parameter.ndim == 2:
             from_rows, to_rows = as_matrix(source, parameter), as_matrix(target, to_rows)
-        common = sum(rows[role] for role in writer.roles if role in shared)
-        wide = (to_rows.shape[0] - common) // (sum(rows[role] for role in writer.roles) - common)
-        parts = split_parts(from_rows, writer, units, rows, shared)
-        for role, part in split_parts(to_rows, writer, wide, rows, shared).items():
+        common = sum(rows[role] for role in in_projection.roles if role in shared)
+        wide = (to_rows.shape[0] - common) // (sum(rows[role] for role in in_projection.roles) - common)
+        parts = split_parts(from_rows, in_projection, units, rows, shared)
+        for role, part in split_parts(to_rows, in_projection, wide, rows, shared).items():
             part[slice(None) if role in shared else places.to(part.device)] = parts[role]
 
 
-def _pad_reader_(old: Any, layer: Any, path: str, columns: Tensor | None) -> None:
+def _pad_out_projection_(old: Any, layer: Any, path: str, columns: Tensor | None) -> None:
     source, target, count = old.get_submodule(path), layer.get_submodule(path), inputs_of(old, path)
     if count in (0, inputs_of(layer, path)):  # `padded_layer` has set it
         return
@@ -169,7 +169,7 @@ def _pad_reader_(old: Any, layer: Any, path: str, columns: Tensor | None) -> Non
     target.weight.data = as_matrix(target, matrix).contiguous()
 
 
-def _pad_joint_norm_(model: Model, old: Any, layer: Any, norm: Writer, units: int) -> None:
+def _pad_joint_norm_(model: Model, old: Any, layer: Any, norm: UnitRows, units: int) -> None:
     """A root mean square over all heads' channels gets smaller with zeros among them: the rows in front of it grow by
     as much as makes up for it (so that its epsilon means the same), and its weight shrinks by that."""
     source, target = old.get_submodule(norm.path), layer.get_submodule(norm.path)
@@ -177,10 +177,10 @@ def _pad_joint_norm_(model: Model, old: Any, layer: Any, norm: Writer, units: in
     if had == has:
         return
     factor = (has / had) ** 0.5
-    writer = next(w for w in model.family.attention_writers if w.roles == norm.roles)
-    for parameter in layer.get_submodule(writer.path).parameters():
+    in_projection = next(w for w in model.family.attention_in if w.roles == norm.roles)
+    for parameter in layer.get_submodule(in_projection.path).parameters():
         parameter.data = parameter.data * factor
     rows = head_layout(model.family, model.config).rows
-    _pad_writer_(model, old, layer, norm, rows, units, slots=None)
+    _pad_in_projection_(model, old, layer, norm, rows, units, slots=None)
     target.weight.data = target.weight.data / factor
     assert len(head_norm_rows(layer, norm)) == 1, "a bias would have to stay as it is"

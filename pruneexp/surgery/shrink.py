@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pruneexp.model import Model, select_layers_
 from pruneexp.model.modeling_pruned import (
     LayerStructure,
-    Writer,
+    UnitRows,
     as_matrix,
     head_layout,
     join_parts,
@@ -23,7 +23,7 @@ from pruneexp.model.modeling_pruned import (
 )
 from pruneexp.model.sites import experts_name, head_norm_rows, layer_structure, site_parts, unit_rows
 from pruneexp.model.weights import set_tensor_
-from pruneexp.surgery.mask import Readers
+from pruneexp.surgery.mask import OutProjections
 from pruneexp.types import ConfigError, Plan, RunError, Site
 
 
@@ -46,57 +46,57 @@ def check_plan(model: Model, plan: Plan) -> None:
             raise ConfigError(f"plan: {name} keeps {list(own.kept)}; {expected}")
 
 
-def shrink_(model: Model, plan: Plan, readers: Readers | None = None) -> None:
-    """Shrinks every layer of a model in memory to `plan`; `readers` as for `shrink_layer_`."""
+def shrink_(model: Model, plan: Plan, out_projections: OutProjections | None = None) -> None:
+    """Shrinks every layer of a model in memory to `plan`; `out_projections` as for `shrink_layer_`."""
     for index in range(len(model.layers)):
-        shrink_layer_(model, index, plan, readers)
+        shrink_layer_(model, index, plan, out_projections)
     remove_blocks_(model, plan)
 
 
-def shrink_layer_(model: Model, index: int, plan: Plan, readers: Readers | None = None) -> None:
+def shrink_layer_(model: Model, index: int, plan: Plan, out_projections: OutProjections | None = None) -> None:
     """Shrinks decoder layer `index`: in-projections lose the rows, the out-projection the columns of the units that
     `plan` drops.
 
-    `readers` (site name -> weight [O, K], bias [O] or None) replaces out-projections, as a compensator returned them.
-    Of a mixture, whole experts leave with their rows of the router. Sites that keep all units are left untouched, to
-    the bit.
+    `out_projections` (site name -> weight [O, K], bias [O] or None) replaces out-projections, as a compensator returned
+    them. Of a mixture, whole experts leave with their rows of the router. Sites that keep all units are left untouched,
+    to the bit.
 
     Raises:
         RunError: a replacement with NaN or Inf; the message names the site.
     """
-    layer, readers = model.layers[index], readers or {}
-    _narrow_(model, index, plan, readers)
+    layer, out_projections = model.layers[index], out_projections or {}
+    _narrow_(model, index, plan, out_projections)
     experts = plan.sites.get(experts_name(model.family, f"{model.layers_path}.{index}"))
     if experts is not None and len(experts.kept) < experts.units:
         keep_experts_(layer, model.family, experts.kept)
 
 
-def _narrow_(model: Model, index: int, plan: Plan, readers: Readers) -> None:
+def _narrow_(model: Model, index: int, plan: Plan, out_projections: OutProjections) -> None:
     """Takes heads and channels out of a layer."""
     layer = model.layers[index]
-    sites = [site for site in model.layer_sites(index) if plan.removed(site) or site.name in readers]
+    sites = [site for site in model.layer_sites(index) if plan.removed(site) or site.name in out_projections]
     if not sites:
         return
     tensors = {}
     for site in sites:
-        tensors.update(_kept_tensors(model, layer, site, plan, readers.get(site.name)))
-    structure = _structure_after(model, layer, sites, plan, readers)
+        tensors.update(_kept_tensors(model, layer, site, plan, out_projections.get(site.name)))
+    structure = _structure_after(model, layer, sites, plan, out_projections)
     resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
     _set_(layer, tensors)
     number_caches_(model.layers, model.family, model.configs)
 
 
-def replace_readers_(model: Model, index: int, readers: Readers) -> None:
+def replace_out_projections_(model: Model, index: int, out_projections: OutProjections) -> None:
     """Gives decoder layer `index` other out-projections, as wide as they are, by site name. Raises RunError as
     `shrink_layer_`."""
     layer = model.layers[index]
-    sites = [site for site in model.layer_sites(index) if site.name in readers]
-    structure = _structure_after(model, layer, sites, Plan({}), readers)  # one may get a bias
+    sites = [site for site in model.layer_sites(index) if site.name in out_projections]
+    structure = _structure_after(model, layer, sites, Plan({}), out_projections)  # one may get a bias
     resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
     for site in sites:
         path = site_parts(model.family, site)[1]
         linear: Any = layer.get_submodule(path)
-        _set_(layer, _named(path, *_fitted(site, readers[site.name], linear.weight)))
+        _set_(layer, _named(path, *_fitted(site, out_projections[site.name], linear.weight)))
 
 
 def _set_(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -122,11 +122,13 @@ def remove_blocks_(model: Model, plan: Plan) -> None:
     number_caches_(model.layers, model.family, model.configs)
 
 
-def _structure_after(model: Model, layer: nn.Module, sites: list[Site], plan: Plan, readers: Readers) -> LayerStructure:
+def _structure_after(
+    model: Model, layer: nn.Module, sites: list[Site], plan: Plan, out_projections: OutProjections
+) -> LayerStructure:
     structure = layer_structure(layer, model.family, model.config)
     for site in sites:
         kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
-        bias = readers[site.name][1] is not None if site.name in readers else None
+        bias = out_projections[site.name][1] is not None if site.name in out_projections else None
         if site.kind == "attention":
             layout, before = head_layout(model.family, model.config), structure.kept_heads
             group = layout.group
@@ -163,37 +165,37 @@ def _with_expert(structure: LayerStructure, expert: int, channels: int, bias: bo
 
 @torch.no_grad()
 def _kept_tensors(
-    model: Model, layer: nn.Module, site: Site, plan: Plan, reader: tuple[Tensor, Tensor | None] | None
+    model: Model, layer: nn.Module, site: Site, plan: Plan, out_projection: tuple[Tensor, Tensor | None] | None
 ) -> dict[str, Tensor]:
     """New tensors of the site's projections, by parameter name below the layer."""
     kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
     device = model.layer_device(site.layer)
     units = torch.as_tensor(kept, dtype=torch.int64, device=device)
-    writers, reader_path = site_parts(model.family, site)
+    in_projections, out_path = site_parts(model.family, site)
     tensors = {}
-    for writer in writers:
-        linear = layer.get_submodule(writer.path)
+    for in_projection in in_projections:
+        linear = layer.get_submodule(in_projection.path)
         for leaf, parameter in linear.named_parameters():
             rows = as_matrix(linear, parameter) if parameter.ndim == 2 else parameter
-            tensors[f"{writer.path}.{leaf}"] = _kept_rows(model, rows, writer, site, units)
+            tensors[f"{in_projection.path}.{leaf}"] = _kept_rows(model, rows, in_projection, site, units)
     for norm in model.family.head_norms if site.kind == "attention" else ():
         for name, weight in head_norm_rows(layer, norm).items():
             own = _kept_rows(model, weight, norm, site, units)
             heads = own.split(head_layout(model.family, model.config).size)
             by_head = {f"{norm.path}.{name.format(i)}": head for i, head in enumerate(heads)}
             tensors.update(by_head if "{}" in name else {f"{norm.path}.{name}": own})
-    linear: Any = layer.get_submodule(reader_path)
-    if reader is None:
+    linear: Any = layer.get_submodule(out_path)
+    if out_projection is None:
         matrix = as_matrix(linear, linear.weight)
-        reader = matrix.index_select(1, site.keep_C(kept).to(device)), linear.bias
+        out_projection = matrix.index_select(1, site.keep_C(kept).to(device)), linear.bias
     else:
-        reader = _fitted(site, reader, linear.weight)
-    return {**tensors, **_named(reader_path, *reader)}
+        out_projection = _fitted(site, out_projection, linear.weight)
+    return {**tensors, **_named(out_path, *out_projection)}
 
 
-def _fitted(site: Site, reader: tuple[Tensor, Tensor | None], like: Tensor) -> tuple[Tensor, Tensor | None]:
+def _fitted(site: Site, out_projection: tuple[Tensor, Tensor | None], like: Tensor) -> tuple[Tensor, Tensor | None]:
     """A compensator's answer, of the kind and on the device of what it replaces. Raises RunError."""
-    weight, bias = reader[0].to(like), None if reader[1] is None else reader[1].to(like)
+    weight, bias = out_projection[0].to(like), None if out_projection[1] is None else out_projection[1].to(like)
     for tensor in (weight, bias):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise RunError(f"{site.name}: the compensated out-projection holds NaN or Inf")
@@ -205,9 +207,9 @@ def _named(path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     return named if bias is None else {**named, f"{path}.bias": bias.detach()}
 
 
-def _kept_rows(model: Model, rows: Tensor, writer: Writer, site: Site, units: Tensor) -> Tensor:
+def _kept_rows(model: Model, rows: Tensor, in_projection: UnitRows, site: Site, units: Tensor) -> Tensor:
     """The rows of the kept units, and those that belong to none."""
     shared = model.family.shared_roles
-    parts = split_parts(rows, writer, site.units, unit_rows(model.family, site, model.config), shared)
+    parts = split_parts(rows, in_projection, site.units, unit_rows(model.family, site, model.config), shared)
     kept = {role: part if role in shared else part.index_select(0, units) for role, part in parts.items()}
-    return join_parts(kept, writer)
+    return join_parts(kept, in_projection)

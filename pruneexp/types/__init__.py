@@ -3,12 +3,13 @@
 Shape letters, used as suffixes of tensor names everywhere in this package:
 
     B batch        T time (tokens of a window)   N tokens in all, N = B*T (of a token array: windows)
-    D hidden size  C input channels of a reader  U units of a site
-    W channels per unit, C = U*W                 R writer rows per unit
-    K kept channels                              O outputs of a reader (= D)
+    D hidden size  C input channels of an out-projection  U units of a site
+    W channels per unit, C = U*W                 R in-projection rows per unit
+    K kept channels                              O outputs of an out-projection (= D)
 
 A *site* is one prunable axis of one decoder layer: U interchangeable units. Removing a unit removes its rows of the
-*writers* (query, key, value; gate, up; fc1) and its columns of the one *reader* (o_proj, down_proj, fc2).
+*in-projections* (query, key, value; gate, up; fc1) and its columns of the one *out-projection* (o_proj, down_proj,
+fc2).
 """
 
 from pruneexp.types.defaults import evidence_kinds, filled, updated_, updates_in_place

@@ -44,7 +44,7 @@ def require_least(part: Any, least: int, *names: str, besides: str = "") -> None
 class Cost:
     """What leaves the model with one unit."""
 
-    params: int  # parameters: the unit's writer rows (and their biases) and its reader columns
+    params: int  # parameters: the unit's in-projection rows (and their biases) and its out-projection columns
     macs: int  # multiply-accumulates per token in those matrices
     kv: int  # KV-cache elements per token
     context_macs: int = 0  # multiply-accumulates of attention per token, for each token of context it looks at
@@ -62,18 +62,18 @@ class Site:
     )
     layer: int  # index of the decoder layer in the original model
     units: int  # U
-    width: int  # W: reader input channels per unit
+    width: int  # W: out-projection input channels per unit
     cost: Cost  # of one unit
     expert: int | None = None  # which expert of a mixture an "mlp" site belongs to, as the layer counts them now
     least: int = 0  # units that cannot do without each other: so many stay
 
     @property
     def channels(self) -> int:
-        """C = U*W, input channels of the reader."""
+        """C = U*W, input channels of the out-projection."""
         return self.units * self.width
 
     def keep_C(self, kept: Sequence[int]) -> Tensor:
-        """Reader channels of the kept units: int64 [K], ascending when `kept` is."""
+        """Out-projection channels of the kept units: int64 [K], ascending when `kept` is."""
         units = torch.as_tensor(kept, dtype=torch.int64)
         return (units[:, None] * self.width + torch.arange(self.width)).reshape(-1)
 
@@ -82,10 +82,12 @@ class Site:
 class SiteWeights:
     """The weights of one site, ordered by unit: views, never written to."""
 
-    writers: Mapping[str, Tensor]  # role ("query", "key", "value", "gate", "up"; not of shared heads) -> [U, R, D]
-    writer_biases: Mapping[str, Tensor]  # role -> [U, R]; empty where there are none
-    reader: Tensor  # [O, C]
-    reader_bias: Tensor | None  # [O]
+    in_projections: Mapping[
+        str, Tensor
+    ]  # role ("query", "key", "value", "gate", "up"; not of shared heads) -> [U, R, D]
+    in_projection_biases: Mapping[str, Tensor]  # role -> [U, R]; empty where there are none
+    out_projection: Tensor  # [O, C]
+    out_projection_bias: Tensor | None  # [O]
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,9 @@ class RemovalPath:
 
     order_U: Tensor  # int64 [U]: the unit that leaves first, second, ...
     cost_U: Tensor  # float [U]: cumulative cost once the first 1, 2, ..., U units of `order_U` have left
-    readers: Mapping[int, tuple[Tensor, Tensor | None]] = field(
+    out_projections: Mapping[int, tuple[Tensor, Tensor | None]] = field(
         default_factory=dict
-    )  # removed units -> refitted reader
+    )  # removed units -> refitted out-projection
 
     @property
     def scores_U(self) -> Tensor:
@@ -217,8 +219,9 @@ class RemovalPath:
 
 @dataclass(frozen=True)
 class ColumnScores:
-    """The answer of a criterion that judges the reader's channels: importances of the units, and of the channels that
-    make them up. A search that compares sites can so standardise by the spread of the channels, as FLAP does."""
+    """The answer of a criterion that judges the out-projection's channels: importances of the units, and of the
+    channels that make them up. A search that compares sites can so standardise by the spread of the channels, as FLAP
+    does."""
 
     scores_U: Tensor  # [U], higher = keep
     columns_C: Tensor  # [C], higher = keep
@@ -235,10 +238,12 @@ def unit_scores(score: Score) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A structure that a search wants judged, with replacement readers where it has them."""
+    """A structure that a search wants judged, with replacement out-projections where it has them."""
 
     plan: Plan
-    readers: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # site -> weight [O,K], bias [O]
+    out_projections: Mapping[str, tuple[Tensor, Tensor | None]] = field(
+        default_factory=dict
+    )  # site -> weight [O,K], bias [O]
 
 
 @dataclass(frozen=True)

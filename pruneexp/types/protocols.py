@@ -22,12 +22,12 @@ class Evidence(Protocol):
 
     `source` says which collector feeds it, and so what `update` receives:
 
-    - "reader": `update(x_BTC)`, the reader's input, batch by batch; an expert's tokens, of many windows, as one:
-      `by_window` says that windows must be told apart
-    - "writer": `update(x_BTD)`, what the site's writers read
-    - "wanted": `update(x_BTC, y_BTO)`, the reader's input in the partly pruned model, and the output with which the
-      hidden state behind it would be the dense model's (compensators that walk site by site). `of(site, keep_C)`, where
-      it is not None, in the stead of `empty`: evidence of the channels that stay; x is then of these alone
+    - "reader": `update(x_BTC)`, the out-projection's input, batch by batch; an expert's tokens, of many windows, as
+      one: `by_window` says that windows must be told apart
+    - "writer": `update(x_BTD)`, what the site's in-projections read
+    - "wanted": `update(x_BTC, y_BTO)`, the out-projection's input in the partly pruned model, and the output with which
+      the hidden state behind it would be the dense model's (compensators that walk site by site). `of(site, keep_C)`,
+      where it is not None, in the stead of `empty`: evidence of the channels that stay; x is then of these alone
     - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
     - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
     - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
@@ -43,7 +43,8 @@ class Evidence(Protocol):
     What it costs, for forecasts: `passes(windows, sites)`, the plain forward and backward passes over the calibration
     windows that are made for it beside the walk, `sites` being all that the criterion judges; none for what a walk
     collects. `held_bytes(site, outputs, itemsize)`, unless None: the bytes that it takes for a site, with what is made
-    of one batch, the reader's outputs being `outputs` and a weight taking `itemsize` bytes; None: what `empty` takes.
+    of one batch, the out-projection's outputs being `outputs` and a weight taking `itemsize` bytes; None: what `empty`
+    takes.
     """
 
     source: ClassVar[str]
@@ -73,7 +74,7 @@ class Criterion(Protocol):
     What it costs, for forecasts: `working_bytes(site, outputs)`, the bytes that it works in at one site beside its
     evidence, such as 24 C^2 for a covariance and two factors; `kept_bytes(sites, outputs, itemsize, refits)`, the bytes
     of its scores of all `sites` until the search has ended, in memory and in files of TMPDIR, with `refits` fitted
-    readers of each (see `Search`)."""
+    out-projections of each (see `Search`)."""
 
     evidence: ClassVar[Any]
     sequential: bool
@@ -110,8 +111,8 @@ class Search(Protocol):
     to remove in place of the ratio. `probes`: it cannot do without losses, and so needs the whole model in memory.
     `effort`: passes that it will spend, for a progress bar. `check(sites, budget)` raises ConfigError for a budget that
     it cannot meet, before there are scores. `spends(sites, budget, batches)`, unless None: the passes over the
-    calibration windows that its probes may cost, for forecasts; `refits`: about how many fitted readers of each site
-    its probes ask for. `rebalanced(plan, scores, sites, budget)`, unless None: its plan at another budget, for
+    calibration windows that its probes may cost, for forecasts; `refits`: about how many fitted out-projections of each
+    site its probes ask for. `rebalanced(plan, scores, sites, budget)`, unless None: its plan at another budget, for
     nothing."""
 
     local: ClassVar[bool]
@@ -143,8 +144,8 @@ class Sparsity(Protocol):
 
 
 class Compensator(Protocol):
-    """The reader's weight and bias after units are gone. `sequential`: its evidence is collected on what the pruned
-    layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory.
+    """The out-projection's weight and bias after units are gone. `sequential`: its evidence is collected on what the
+    pruned layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory.
     `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that."""
 
     evidence: ClassVar[type | None]

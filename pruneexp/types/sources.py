@@ -1,4 +1,8 @@
-"""Who feeds evidence: what each `source` of the protocol `Evidence` stands for."""
+"""Who feeds evidence: what each `source` of the protocol `Evidence` stands for.
+
+"reader" is the input of a site's out-projection, "writer" that of its in-projections: the names that evidence of users
+already has.
+"""
 
 from __future__ import annotations
 

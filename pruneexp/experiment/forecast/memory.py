@@ -9,7 +9,7 @@ weights        P e of P parameters of e bytes; streamed, two decoder layers and 
 hidden states  N D e for each copy of the N tokens' hidden states: 1 in a walk that only looks, 2 in one that shrinks,
                3 in one that goes site by site
 statistics     what evidence says that it holds (`held_bytes`): of all sites where a later stage asks for it or whole
-               passes give it, of one layer where a walk does; and the inputs of readers that are fitted
+               passes give it, of one layer where a walk does; and the inputs of out-projections that are fitted
 kept           what scores keep until the search has ended (`Criterion.kept_bytes`)
 copies         a decoder layer beside what it becomes; streamed, what waits to be written
 activations    of a batch in flight, as `activations` has them; of all layers where backward passes are made
@@ -31,7 +31,7 @@ from pruneexp.surgery import STREAMED_SHARD_BYTES
 from pruneexp.types import Site, collected_by, evidence_kinds, updates_in_place
 
 PARTS = ("process", "weights", "hidden states", "activations", "statistics", "solves", "kept", "copies")
-CONVERTED = 2**22  # elements of a reader's input that second moments take in float64 at once
+CONVERTED = 2**22  # elements of an out-projection's input that second moments take in float64 at once
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Memory:
         return replace(stage, files=files)
 
     def _searching(self) -> list[Stage]:
-        """Probes of masked structures, or of structures whose readers are fitted anew."""
+        """Probes of masked structures, or of structures whose out-projections are fitted anew."""
         if not self.method.search.probes:
             return []
         kept, files = self._kept(self.method.search.refits)
@@ -168,7 +168,7 @@ class Memory:
         if by_site(compensator):
             times, held = 3, self._fitted()
             shape, widest = self.shape, max((site.channels for site in self.shape.sites), default=0)
-            copies -= shape.block_bytes - widest * shape.hidden * shape.itemsize  # the writers are let go by then
+            copies -= shape.block_bytes - widest * shape.hidden * shape.itemsize  # in-projections are let go by then
         elif compensator.sequential and kinds:
             times, held = 2, self._of_any_layer(kinds)
         else:
@@ -183,8 +183,8 @@ class Memory:
         )
 
     def _collecting(self, kinds: Sequence[Any]) -> int:
-        """A batch in flight; or a reader's input and what second moments make of it, the writers' outputs being gone by
-        then. Nothing without kinds."""
+        """A batch in flight; or an out-projection's input and what second moments make of it, the in-projections'
+        outputs being gone by then. Nothing without kinds."""
         if not kinds:
             return 0
         batch = min(self.seen.batch_size, self.seen.count) * self.seen.length
@@ -210,7 +210,8 @@ class Memory:
         return self.method.criterion.kept_bytes(shape.sites, shape.hidden, shape.itemsize, refits)
 
     def _fitted(self) -> int:
-        """Evidence of the site whose reader is fitted, and the readers' inputs that are held until the layer runs."""
+        """Evidence of the site whose out-projection is fitted, and the out-projections' inputs that are held until the
+        layer runs."""
         widest = max((site.channels for site in self.shape.sites), default=0)
         inputs = min(KEPT_BYTES, widest * self.seen.tokens * self.shape.itemsize)
         return self._widest_of(evidence_kinds(self.method.compensator.evidence)) + inputs
@@ -236,8 +237,8 @@ def activations(shape: Shape, seen: Windows, loss: bool = False) -> int:
     """Of a batch in flight: the most that one sublayer holds at a time, or the logits and their losses.
 
     Attention: queries, keys and values, before and after their rotation, what heads give, three hidden states; T x T
-    scores and their softmax where they are written out. FFN: its C channels once for every writer and once for what
-    the reader gets, and as many hidden states. Logits: as they come, once more in float32 (float64
+    scores and their softmax where they are written out. FFN: its C channels once for every in-projection and once for
+    what the out-projection gets, and as many hidden states. Logits: as they come, once more in float32 (float64
     for such a model), and their log-softmax."""
     batch = min(seen.batch_size, seen.count)
     tokens, e, wide = batch * seen.length, shape.itemsize, max(4, shape.itemsize)
@@ -248,8 +249,8 @@ def activations(shape: Shape, seen: Windows, loss: bool = False) -> int:
             scores = 2 * batch * shape.scores * seen.length**2
             peak = max(peak, ((rows + 3 * shape.hidden) * tokens + scores) * e)
         else:
-            writers = site.cost.macs // shape.hidden - 1
-            peak = max(peak, ((writers + 1) * site.channels + 3 * shape.hidden) * tokens * e)
+            in_projections = site.cost.macs // shape.hidden - 1
+            peak = max(peak, ((in_projections + 1) * site.channels + 3 * shape.hidden) * tokens * e)
     return max(peak, tokens * shape.vocabulary * (e + 2 * wide)) if loss else peak
 
 

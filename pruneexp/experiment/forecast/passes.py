@@ -40,7 +40,7 @@ def passes_of(method: Method, recovery: Recovery, model: Model, shape: Shape, bu
 
 
 def blocks_alone(method: Method) -> bool:
-    """Whether whole blocks leave and nothing else, so that no reader is there to be compensated."""
+    """Whether whole blocks leave and nothing else, so that no out-projection is there to be compensated."""
     return set(method.search.granularity) == {"blocks"}
 
 

@@ -82,8 +82,8 @@ def params_left(
     """Parameters of the whole model and of its decoder layers once `budget` has left.
 
     Exact, to the unit that a search rounds to, where the budget counts parameters. Where it counts something else, all
-    sites are taken to lose the same share. Biases that compensation adds to every reader are counted: a budget in
-    parameters or bytes of the decoder pays for them.
+    sites are taken to lose the same share. Biases that compensation adds to every out-projection are counted: a budget
+    in parameters or bytes of the decoder pays for them.
     """
     total, decoder = model.params, model.decoder_params
     sites = [site for site in searched_sites(model, search) if budget.price(site)]

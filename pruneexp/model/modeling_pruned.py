@@ -7,7 +7,8 @@ the model in memory, so what was evaluated and what is reloaded are built by one
 A checkpoint's `config.json` keeps the *original* model's global values, its own `model_type` ("pruned_llama"), and the
 structure in the `per_layer_config` schema of transformers: head counts and FFN width of every layer, whether its two
 out-projections own a bias, and, where attention carries ALiBi slopes, which of the original heads are left. Of a
-mixture of experts: every expert's width and whether its out-projection owns a bias, and which of the original experts are left.
+mixture of experts: every expert's width and whether its out-projection owns a bias, and
+which of the original experts are left.
 """
 
 from __future__ import annotations

@@ -82,9 +82,7 @@ class Site:
 class SiteWeights:
     """The weights of one site, ordered by unit: views, never written to."""
 
-    in_projections: Mapping[
-        str, Tensor
-    ]  # role ("query", "key", "value", "gate", "up"; not of shared heads) -> [U, R, D]
+    in_projections: Mapping[str, Tensor]  # role (query, key, value, gate, up; not of shared heads) -> [U, R, D]
     in_projection_biases: Mapping[str, Tensor]  # role -> [U, R]; empty where there are none
     out_projection: Tensor  # [O, C]
     out_projection_bias: Tensor | None  # [O]
@@ -241,9 +239,7 @@ class Candidate:
     """A structure that a search wants judged, with replacement out-projections where it has them."""
 
     plan: Plan
-    out_projections: Mapping[str, tuple[Tensor, Tensor | None]] = field(
-        default_factory=dict
-    )  # site -> weight [O,K], bias [O]
+    out_projections: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # site -> [O,K], bias [O]
 
 
 @dataclass(frozen=True)

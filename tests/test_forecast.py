@@ -113,6 +113,7 @@ def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> No
     assert found.passes.backward == pytest.approx(meter.backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "least"),
     [
@@ -130,6 +131,7 @@ def test_what_may_be_spent(overrides: str, least: float, foretold: Any) -> None:
     assert least * found.passes.forward <= meter.forward <= 1.05 * found.passes.forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["recovery.steps=3", "recovery.epochs=3", "recovery.samples=5 recovery.epochs=1"])
 def test_what_recovery_sees(settings: str, foretold: Any) -> None:
     made, found = foretold("recipe=magnitude", "recovery=lora", "recovery.batch=4", *settings.split())
@@ -449,6 +451,7 @@ def test_a_dry_run_needs_no_weights_but_whole_ones(cli: Cli, tmp_path: Path) -> 
     assert code == 2 and "model.safetensors cannot be read" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_too_little_memory_is_said_before_a_weight_is_loaded(
     stream: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
@@ -489,6 +492,7 @@ def test_a_disk_too_small_for_the_checkpoint(stream: str, cli: Cli, monkeypatch:
     assert ("run.save=false" in err) == (stream == "false")
 
 
+@pytest.mark.slow
 def test_a_disk_large_enough(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """227,904 parameters, of which a fifth of the decoder's leaves: 4 bytes each."""
     free = [0]

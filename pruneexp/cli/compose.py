@@ -32,7 +32,7 @@ from pruneexp.cli.explain import explained, known_keys, missing_key
 from pruneexp.cli.targets import located, signature
 from pruneexp.conf_files import YamlLoader, conf_folder, sweep_files
 from pruneexp.dataset.bos import resolved
-from pruneexp.fingerprint import ASKED, FileState, file_state
+from pruneexp.fingerprint import ASKED
 from pruneexp.types import ConfigError
 
 CONFIG_NAME = "config"
@@ -62,21 +62,16 @@ def open_hydra(config_dir: str | None = None) -> Hydra:
             raise ConfigError(f"--config-dir {config_dir}: no such folder; expected one with configs of your own")
         path = f"file://{os.path.abspath(config_dir)}"
         search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
-    _store_sweeps(tuple((name, path, file_state(path)) for name, path in sweep_files().items()))
-    hydra_version.setbase("1.3")
-    GlobalHydra.instance().clear()
-    return Hydra.create_main_hydra2("pruneexp", search_path)
-
-
-@lru_cache(maxsize=1)  # Hydra's store is one a process
-def _store_sweeps(files: tuple[tuple[str, Path, FileState], ...]) -> None:
-    """The group is called `sweep` and its folder `sweeps/`, so Hydra is handed the files instead of finding them."""
-    for name, path, _ in files:
+    # The group is called `sweep` and its folder `sweeps/`, so Hydra is handed the files instead of finding them.
+    for name, path in sweep_files().items():
         try:
             node = OmegaConf.create(yaml.load(path.read_text(), YamlLoader) or {})
         except Exception as error:
             raise ConfigError(f"sweeps/{path.name}: not YAML: {' '.join(str(error).split())}") from error
         ConfigStore.instance().store(name, node, group="sweep", package="_global_", provider="sweeps")
+    hydra_version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2("pruneexp", search_path)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed:

@@ -51,6 +51,7 @@ def test_it_is_stock(name: str, ratio: float, loaded: Callable[..., Model], tmp_
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_it_rounding_makes_layers_differ(loaded: Callable[..., Model], tmp_path: Path) -> None:
     model = loaded("llama")
     pruned_(model, BOTH, 0.13, alike=False)

@@ -38,6 +38,7 @@ def reloaded(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
 
+@pytest.mark.slow
 def test_results_are_in_evaluation_mode_whatever_was_replaced(tokens: torch.Tensor) -> None:
     result: Any
     for name, recipe in (("mistral_sliding", "shortgpt"), ("stablelm_2_12b", "flap")):
@@ -122,6 +123,7 @@ def test_what_was_done_to_a_result_is_saved(model: Any, tokens: torch.Tensor) ->
     assert not Path("meta").exists()
 
 
+@pytest.mark.slow
 def test_folders_are_any_text_and_home_is_home(
     model: Any, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +155,7 @@ def test_odd_arguments_are_one_line(model: Any, tokens: torch.Tensor) -> None:
             pruneexp.apply(model, odd)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_inside_inference_mode_it_is_the_same(model: Any, tokens: torch.Tensor) -> None:
     plans = [pruneexp.prune(model, None, tokens, recipe=recipe).plan for recipe in ("flap", "llm_pruner")]
     with torch.inference_mode():
@@ -160,6 +163,7 @@ def test_inside_inference_mode_it_is_the_same(model: Any, tokens: torch.Tensor) 
         assert torch.is_inference_mode_enabled()
 
 
+@pytest.mark.slow
 def test_gradients_are_required_where_they_were(model: Any, tokens: torch.Tensor) -> None:
     model.model.embed_tokens.requires_grad_(False)
     model.model.layers[1].mlp.requires_grad_(False)

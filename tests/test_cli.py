@@ -806,19 +806,20 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mistake",
-    [
+def test_mistakes_in_the_config_import_torch_at_most(tmp_path: Path) -> None:
+    mistakes = [
         "sparsity.ratio=abc",
         "tracker=wandb evaluator=[latency,questions] seed=-1",
         "evaluator=[generation,zeroshot] evaluator.zeroshot.data=tasks evaluator.zeroshot.tasks=[pika]",
         "evaluator=[zeroshot] evaluator.zeroshot.data=gone",
-    ],
-)
-def test_a_mistake_in_the_config_imports_torch_at_most(mistake: str, tmp_path: Path) -> None:
-    code = f"import sys; from pruneexp.__main__ import main; code = main({mistake.split()!r})\n"
-    ended = run_python(code + f"print([m for m in {HEAVY!r} if m in sys.modules]); sys.exit(code)", tmp_path)
-    assert (ended.returncode, ended.stdout) == (2, "[]\n"), ended.stderr
+    ]
+    code = (
+        "import sys; from pruneexp.__main__ import main\n"
+        f"for typed in {mistakes!r}:\n"
+        f"    print(main(typed.split()), [m for m in {HEAVY!r} if m in sys.modules])\n"
+    )
+    ended = run_python(code, tmp_path)
+    assert ended.stdout == "2 []\n" * len(mistakes), ended.stderr
 
 
 @pytest.mark.slow

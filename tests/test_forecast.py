@@ -48,6 +48,7 @@ from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.types import Cost, Site, evidence_kinds
 from tests.conftest import PARITY
+from tests.messages import assert_told, says
 
 DATA = ["dataset=tokens", f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
 SEEN = Windows(count=10, length=24, batch_size=8)
@@ -113,6 +114,7 @@ def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> No
     assert found.passes.backward == pytest.approx(meter.backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "least"),
     [
@@ -130,6 +132,7 @@ def test_what_may_be_spent(overrides: str, least: float, foretold: Any) -> None:
     assert least * found.passes.forward <= meter.forward <= 1.05 * found.passes.forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["recovery.steps=3", "recovery.epochs=3", "recovery.samples=5 recovery.epochs=1"])
 def test_what_recovery_sees(settings: str, foretold: Any) -> None:
     made, found = foretold("recipe=magnitude", "recovery=lora", "recovery.batch=4", *settings.split())
@@ -449,6 +452,7 @@ def test_a_dry_run_needs_no_weights_but_whole_ones(cli: Cli, tmp_path: Path) -> 
     assert code == 2 and "model.safetensors cannot be read" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_too_little_memory_is_said_before_a_weight_is_loaded(
     stream: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
@@ -457,11 +461,11 @@ def test_too_little_memory_is_said_before_a_weight_is_loaded(
     monkeypatch.setattr(preflight, "available_memory", lambda device: 100_000)
     code, _, err = cli("run.dir=run", f"model.stream={stream}", "run.save=false")
     assert code == 0 and err.count("\n") == 1
-    assert err.startswith("WARNING: about ") and "of memory will be needed (" in err and "97.7 KiB are free" in err
+    assert err.startswith("WARNING: ") and says(err, "memory") and says(err, "97.7 KiB")
     assert ("model.stream=true" in err) == (stream == "false")
-    assert "a smaller model.batch_size" in err
+    assert says(err, "model.batch_size")
     log = Path("run/log.txt").read_text()
-    assert log.index("of memory will be needed") < log.index("dense/params")
+    assert log.index("97.7 KiB") < log.index("dense/params")
     monkeypatch.setattr(preflight, "available_memory", lambda device: 2**40)
     assert cli("run.dir=run", "run.overwrite=true", "run.save=false")[2] == ""
 
@@ -484,11 +488,12 @@ def test_a_disk_too_small_for_the_checkpoint(stream: str, cli: Cli, monkeypatch:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     monkeypatch.setattr(ModelSource, "describe", lambda *_: pytest.fail("too late"))
     code, _, err = cli("run.dir=run", f"model.stream={stream}")
-    assert code == 2 and err.count("\n") == 1 and not Path("run").exists()
-    assert err.startswith("pruneexp: run.dir='run': the pruned checkpoint takes about ") and "0 B are free" in err
+    assert_told(err, "run.dir='run'", "0 B")
+    assert code == 2 and not Path("run").exists()
     assert ("run.save=false" in err) == (stream == "false")
 
 
+@pytest.mark.slow
 def test_a_disk_large_enough(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """227,904 parameters, of which a fifth of the decoder's leaves: 4 bytes each."""
     free = [0]
@@ -517,7 +522,9 @@ def test_a_place_that_cannot_be_written_is_known_at_once(
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr(ModelSource, "check", lambda *_, **__: pytest.fail("too late"))
     code, _, err = cli(folder)
-    assert code == 2 and err.startswith("pruneexp: run.dir=") and "cannot be written to" in err
+    where = "run" if folder == "run.dir=run" else "outputs/flap"
+    assert_told(err, f"run.dir={where!r}", "Permission denied")
+    assert code == 2
     assert not list(tmp_path.iterdir())
 
 

@@ -93,6 +93,7 @@ def without_experts(model: Model, *gone: int) -> Plan:
     return Plan({site.name: SitePlan("experts", site.units, kept) for site in sites})
 
 
+@pytest.mark.slow
 def test_an_expert_is_judged_by_the_tokens_routed_to_it(made: Made, tokens_NT: torch.Tensor) -> None:
     """Against the routing worked out once more, by hand, and whatever the batches."""
     model = made("mixtral")

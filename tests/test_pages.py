@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from pruneexp.cli.report_command import main
 from pruneexp.conf_files import conf_folder
+from pruneexp.report import figures
 from pruneexp.report.comparison import comparisons
 from pruneexp.report.folders import find
 from pruneexp.report.methods import GROUPS, choice, choices_of, describe, options
@@ -94,6 +95,19 @@ def report(*arguments: object) -> int:
 
 def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(newline="")))
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by a test that looks at figures of its own."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all the rest: figures are empty but for tests that look at them."""
+    if not {"made", "drawn"} & set(request.fixturenames):
+        monkeypatch.setattr(figures, "as_svg", lambda figure: '<svg viewBox="0 0 1 1"></svg>')
+        monkeypatch.setattr(figures, "as_png", lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +234,7 @@ def test_tables_and_figures_come_in_every_form(made: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (made / "figures").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_the_same_runs_make_the_same_files(made: Path, sweep: Path, tmp_path: Path) -> None:
     assert report(sweep, f"out={tmp_path / 'again'}") == 0
     for path in made.rglob("*"):
@@ -315,7 +330,7 @@ def test_other_versions_come_in_where_asked_for(tmp_path: Path) -> None:
     assert "pruneexp 0.0.1" in (tmp_path / "page" / "index.html").read_text()
 
 
-def test_one_config_with_two_results_is_shown_as_such(tmp_path: Path) -> None:
+def test_one_config_with_two_results_is_shown_as_such(tmp_path: Path, drawn: None) -> None:
     composed = config("recipe=flap")
     write_run(tmp_path / "a", composed, metrics(4.0))
     write_run(tmp_path / "b", composed, metrics(5.0), around=environment(platform="Windows"))
@@ -343,7 +358,7 @@ def llama(ppl: float, *overrides: str, **settings: Any) -> tuple[dict[str, Any],
     return config(*base, *overrides, **settings), found
 
 
-def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path) -> None:
+def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path, drawn: None) -> None:
     for seed, ppl in enumerate((14.5, 15.0)):
         composed, measured = llama(ppl, "recipe=flap", **{"dataset.seed": seed})
         accuracy = {"dense/acc/boolq@0shot": 0.70, "pruned/acc/boolq@0shot": 0.70}  # published: 73.18 and 69.63
@@ -546,7 +561,7 @@ def test_recipes_keep_their_names_beside_runs_of_no_recipe(tmp_path: Path) -> No
     assert [one.method for one in describe(find([tmp_path], "same").runs)] == list(typed)
 
 
-def test_runs_without_perplexity_have_a_page_too(tmp_path: Path) -> None:
+def test_runs_without_perplexity_have_a_page_too(tmp_path: Path, drawn: None) -> None:
     blocks = Plan({f"model.layers.{k}": SitePlan("block", 1, (0,) if k else ()) for k in range(3)})
     measured = {key: value for key, value in metrics().items() if "ppl/" not in key} | {"pruned/questions/acc": 0.5}
     write_run(tmp_path / "run", config("recipe=shortgpt"), measured, kept=blocks)
@@ -554,8 +569,8 @@ def test_runs_without_perplexity_have_a_page_too(tmp_path: Path) -> None:
     page = Page(tmp_path / "run" / "report" / "index.html")
     assert re.findall("<h2>(.*?)</h2>", page.text) == ["Runs", "Accuracy and share removed", "Kept widths", "Configs"]
     assert page.table("Every finished run")[0]["pruned/questions/acc"] == ("0.5000", "0.5")
-    drawn = {path.stem for path in (tmp_path / "run" / "report" / "figures").iterdir()}
-    assert drawn == {"widths-block", "accuracy-questions-acc"}
+    files = {path.stem for path in (tmp_path / "run" / "report" / "figures").iterdir()}
+    assert files == {"widths-block", "accuracy-questions-acc"}
 
 
 def test_accuracies_are_means_over_seeds_beside_the_dense_models(tmp_path: Path) -> None:
@@ -596,7 +611,7 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert {"95 % from", "to"}.isdisjoint(row) and row[PPL][1] == "4.0"
 
 
-def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
+def test_names_are_text_and_nothing_else(tmp_path: Path, drawn: None) -> None:
     name = "a<script>alert(1)<_|&'\"%$"
     write_run(tmp_path / "runs" / name, config("recipe=flap", **{"model.name": "<b>|x_y</b>"}))
     assert report(tmp_path / "runs") == 0

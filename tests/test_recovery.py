@@ -31,6 +31,7 @@ from pruneexp.surgery import prove_in_place, save
 from pruneexp.types import ConfigError, RunError
 from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
+from tests.messages import assert_told
 
 ALL: Any = ["query", "key", "value", "output", "gate", "up", "down"]
 GLOBAL = Global(1, ["heads", "channels"], "zscore", 1)
@@ -189,10 +190,12 @@ def test_a_loss_that_is_no_number_ends_the_run(pruned: Callable[..., Model], tok
     model = pruned("llama")
     broken = deepcopy(model)
     broken.module.lm_head.weight.data[5] = math.inf
-    with pytest.raises(RunError, match=r"^recovery: the loss or its gradient is NaN or Inf \(step 1 of 4\)$"):
+    with pytest.raises(RunError) as error:
         LORA(broken, tokens_NT, Meter(), 0)
-    with pytest.raises(RunError, match=r"^recovery: "):
+    assert_told(f"{error.value}\n", "recovery", "NaN", "step 1 of 4")
+    with pytest.raises(RunError) as error:
         replace(LORA, rate=1e300)(model, tokens_NT, Meter(), 0)
+    assert_told(f"{error.value}\n", "recovery", "NaN")
 
 
 def test_none_does_nothing(pruned: Callable[..., Model], tokens_NT: Tensor) -> None:
@@ -204,67 +207,63 @@ def test_none_does_nothing(pruned: Callable[..., Model], tokens_NT: Tensor) -> N
 
 
 @each(
-    "name, value, expected",
+    "name, value, typed",
     [
-        ("samples", 0, "null or an integer >= 1"),
-        ("steps", 0, "null or an integer >= 1"),
-        ("epochs", 0, "an integer >= 1"),
-        ("batch", 0, "an integer >= 1"),
-        ("r", 0, "an integer >= 1"),
-        ("alpha", 0, "an integer >= 1"),
-        ("rate", 0.0, "a number > 0"),
-        ("rate", math.nan, "a number > 0"),
-        ("clip", -1.0, "a number > 0"),
-        ("dropout", 1.0, "a number in [0, 1)"),
-        ("warmup", 1.5, "a share of the steps"),
-        ("targets", [], "one or more roles, each once"),
-        ("targets", ["up", "up"], "one or more roles, each once"),
+        ("samples", 0, ["null", ">= 1"]),
+        ("steps", 0, ["null", ">= 1"]),
+        ("epochs", 0, [">= 1"]),
+        ("batch", 0, [">= 1"]),
+        ("r", 0, [">= 1"]),
+        ("alpha", 0, [">= 1"]),
+        ("rate", 0.0, ["> 0"]),
+        ("rate", math.nan, ["> 0"]),
+        ("clip", -1.0, ["> 0"]),
+        ("dropout", 1.0, ["[0, 1)"]),
+        ("warmup", 1.5, ["share"]),
+        ("targets", [], ["roles"]),
+        ("targets", ["up", "up"], ["once"]),
     ],
 )
-def test_bad_settings_are_refused_by_name(name: str, value: Any, expected: str) -> None:
+def test_bad_settings_are_refused_by_name(name: str, value: Any, typed: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         replace(LORA, **{name: value})
-    assert str(error.value).startswith(f"{name}={value!r}: expected {expected}")
+    assert_told(f"{error.value}\n", f"{name}={value!r}", *typed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("typed", "answer"),
+    ("typed", "named", "offered"),
     [
-        (
-            ["recovery=lora", "recovery.targets=[querry]"],
-            "recovery.targets=['querry']: expected a list of one of query",
-        ),
-        (["recovery=lora", "recovery.r=0"], "recovery.r=0: expected an integer >= 1"),
-        (["recovery=lorra"], "recovery=lorra: expected one of lora, none; did you mean recovery=lora?"),
-        (["recovery=lora", "model.stream=true"], "model.stream=True: recovery=lora needs backward passes"),
-        (["recovery=lora", "recovery.samples=100000"], "recovery.samples=100000: expected at most "),
-        (
-            ["recovery=lora", "recovery.targets=[gate]", "model=embedded_opt"],
-            "recovery.targets=['gate']: expected ",
-        ),
+        (["recovery=lora", "recovery.targets=[querry]"], "recovery.targets=['querry']", ["query"]),
+        (["recovery=lora", "recovery.r=0"], "recovery.r=0", [">= 1"]),
+        (["recovery=lorra"], "recovery=lorra", ["none", "recovery=lora"]),
+        (["recovery=lora", "model.stream=true"], "model.stream=True", ["recovery=lora"]),
+        (["recovery=lora", "recovery.samples=100000"], "recovery.samples=100000", ["at most"]),
+        (["recovery=lora", "recovery.targets=[gate]", "model=embedded_opt"], "recovery.targets=['gate']", ["down"]),
     ],
 )
 def test_mistakes_are_answered_before_a_weight_is_loaded(
     typed: list[str],
-    answer: str,
+    named: str,
+    offered: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(typed) == 2
-    err = capfd.readouterr().err
-    assert err.startswith(f"pruneexp: {answer}") and err.count("\n") == 1
+    assert_told(capfd.readouterr().err, named, *offered)
     assert not list(tmp_path.iterdir())
 
 
 def test_targets_are_checked_against_the_family() -> None:
     replace(LORA, targets=["query"]).prepare(TABLES["bloom"], 10)
-    with pytest.raises(ConfigError, match=r"^recovery\.targets=\['gate'\]: expected some of down, key, output"):
+    with pytest.raises(ConfigError) as error:
         replace(LORA, targets=["gate"]).prepare(TABLES["opt"], 10)
-    with pytest.raises(ConfigError, match=r"^recovery\.samples=11: expected at most 10, the calibration windows$"):
+    assert_told(f"{error.value}\n", "recovery.targets=['gate']", "down", "key", "output")
+    with pytest.raises(ConfigError) as error:
         replace(LORA, samples=11).prepare(TABLES["llama"], 10)
+    assert_told(f"{error.value}\n", "recovery.samples=11", "10")
 
 
 # Whole runs

@@ -81,6 +81,7 @@ def harness_samples(model: Any, rows: Mapping[str, Any], shots: int, monkeypatch
     return found["samples"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tasks", "shots"), [(tuple(TASKS), 0), (FEWSHOT, 2)])
 def test_local_files_ask_and_score_as_the_harness_does(data, llama, monkeypatch, tasks, shots):
     rows = {name: read_task(str(data), name, shots) for name in tasks}

@@ -212,7 +212,10 @@ def _readers(
             own = weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
-            readers[site.name] = compensator(own.reader, own.reader_bias, found, keep_C)
+            weight, bias, *chosen = compensator(own.reader, own.reader_bias, found, keep_C)
+            readers[site.name] = weight, bias
+            for settings in chosen:
+                work.record.chosen[site.name] = dict(settings)
             shape, fits = tuple(readers[site.name][0].shape), (len(own.reader), len(keep_C))
             if shape != fits:
                 raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")

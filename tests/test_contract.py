@@ -25,11 +25,13 @@ from pruneexp.__main__ import main
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import SECTIONS, Composed, compose
 from pruneexp.conf_files import choices, conf_folder
+from pruneexp.evidence.held_out import RIDGES
 from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import structure
 from pruneexp.types import Plan
 from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
+from tests.messages import assert_told
 
 pytestmark = pytest.mark.slow
 
@@ -330,6 +332,26 @@ def test_a_run_that_fails_says_why(cli: Cli, tmp_path: Path) -> None:
     assert not Path("run/metrics.json").exists(), "a run with metrics.json is done"
     assert cli("run.dir=run").code == 0, "what a failed run left is no obstacle"
     assert read(Path("run/status.json"))["status"] == "done"
+
+
+def test_what_compensation_chose_is_written_down_site_by_site(cli: Cli) -> None:
+    assert cli("run.dir=run", "compensator=least_squares", "evaluator=[size]").code == 0
+    sites, chosen = read(Path("run/plan.json"))["sites"], read(Path("run/compensation.json"))
+    assert set(chosen) == {name for name, site in sites.items() if 0 < len(site["kept"]) < site["units"]}
+    assert {settings["ridge"] for settings in chosen.values()} <= set(RIDGES)
+    typed = ("run.dir=run", "compensator=least_squares", "evaluator=[size]", "run.overwrite=true")
+    assert cli(*typed, "compensator.ridge=1").code == 0 and not Path("run/compensation.json").exists()
+
+
+def test_windows_that_are_too_few_to_hold_some_back(cli: Cli) -> None:
+    np.save("few.npy", np.load(PARITY / "calib.npy")[:3])
+    typed = ("run.dir=run", "compensator=least_squares", "dataset.calibration=few.npy", "evaluator=[size]")
+    ended = cli(*typed)
+    assert ended.code == 2 and not Path("run").exists()
+    assert_told(
+        ended.err, "dataset.calibration=few.npy", "at least 4", "compensator=least_squares", "compensator.ridge"
+    )
+    assert cli(*typed, "compensator.ridge=1").code == 0
 
 
 @pytest.mark.parametrize("part", ["criterion=obs criterion.ridge=0", "compensator=least_squares compensator.ridge=0"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from pruneexp.evidence import Gram, WantedOutput
+from pruneexp.evidence import Gram, Halved, Halves, WantedOutput
+from pruneexp.evidence.held_out import chosen_ridge
 from pruneexp.evidence.solve import check_ridge, fitted_, refitted_
 from pruneexp.types import ConfigError, Site
 
@@ -23,8 +25,9 @@ class LeastSquares:
     in closed form: W' = W[:,keep] + (S_yx - W[:,keep] S_xx) (S_xx + lambda I)^-1 with the covariances S of y and
     x[keep], b' from the means. lambda is `ridge` times the mean variance of x (with target=dense: of
     x[keep], all that is seen there); it holds back the change alone, so that what nothing is told about keeps its
-    weights. Float64, Cholesky, rounded once to the out-projection's dtype. Where nothing leaves, weight and bias come
-    back untouched.
+    weights. ridge=auto: each site's own, `chosen_ridge` of fits to one half of the windows, judged by the other; the
+    weights are then fitted to all. Float64, Cholesky, rounded once to the out-projection's dtype. Where nothing leaves,
+    weight and bias come back untouched.
 
     target=pruned: y = W x + b, what the unpruned out-projection gives on the same inputs; keeping everything is the
     identity.
@@ -38,37 +41,52 @@ class LeastSquares:
 
     adds_bias: ClassVar[bool] = True
 
-    ridge: float
+    ridge: float | Literal["auto"]
     target: Literal["pruned", "dense"]
     sequential: bool
 
     def __post_init__(self) -> None:
-        check_ridge(self.ridge)
+        if not isinstance(self.ridge, str):
+            check_ridge(self.ridge)
         if self.target == "dense" and not self.sequential:
             raise ConfigError("sequential=False: expected true with target=dense, which is sequential by nature")
 
     @property
-    def evidence(self) -> type[Gram] | type[WantedOutput]:
-        return WantedOutput if self.target == "dense" else Gram
+    def evidence(self) -> Any:
+        kind = WantedOutput if self.target == "dense" else Gram
+        return Halves(kind) if self.ridge == "auto" else kind
 
     def working_bytes(self, site: Site, outputs: int) -> int:
-        """What the channels that leave gave, 8 C O bytes; a `WantedOutput` has room for it."""
-        return 8 * site.channels * outputs if self.target == "pruned" else 0
+        """What the channels that leave gave, 8 C O bytes; a `WantedOutput` has room for it. ridge=auto: one fit beside
+        the evidence, 8 C^2 + 8 C O bytes."""
+        room = 8 * site.channels * outputs if self.target == "pruned" else 0
+        return room + (8 * site.channels * (site.channels + outputs) if self.ridge == "auto" else 0)
 
     def __call__(
-        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput, keep_C: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput | Halved, keep_C: Tensor
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Mapping[str, float]]:
         """Worked out in the memory of `evidence`, which is spent. Beside it 8 K O bytes are held for a `Gram`, the
         result alone for a `WantedOutput`."""
         if len(keep_C) == weight_OC.shape[1]:
             return weight_OC, bias_O
-        device = weight_OC.device
-        if isinstance(evidence, Gram):
-            mean_C = evidence.mean_C.to(device)
-            return refitted_(weight_OC, bias_O, evidence.covariance_().to(device), mean_C, keep_C, self.ridge)
-        seen = evidence.narrowed(keep_C)
-        mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
-        cov_KK = seen.inputs.covariance_().to(device)
-        strength = self.ridge * cov_KK.trace() / max(1, len(keep_C))
-        weight_OK = weight_OC[:, keep_C.to(device)]
-        return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, self.ridge)
+        if isinstance(self.ridge, str):
+            assert isinstance(evidence, Halved)
+            ridge = chosen_ridge(weight_OC, bias_O, evidence, keep_C)
+            return *_fitted(weight_OC, bias_O, evidence.whole, keep_C, ridge), {"ridge": ridge}
+        assert not isinstance(evidence, Halved)
+        return _fitted(weight_OC, bias_O, evidence, keep_C, self.ridge)
+
+
+def _fitted(
+    weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput, keep_C: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    device = weight_OC.device
+    if isinstance(evidence, Gram):
+        mean_C = evidence.mean_C.to(device)
+        return refitted_(weight_OC, bias_O, evidence.covariance_().to(device), mean_C, keep_C, ridge)
+    seen = evidence.narrowed(keep_C)
+    mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
+    cov_KK = seen.inputs.covariance_().to(device)
+    strength = ridge * cov_KK.trace() / max(1, len(keep_C))
+    weight_OK = weight_OC[:, keep_C.to(device)]
+    return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, ridge)

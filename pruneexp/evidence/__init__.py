@@ -3,6 +3,7 @@
 from pruneexp.evidence.depth import BlockChange, LossWithout
 from pruneexp.evidence.gradients import Gradient, PerSampleGradient
 from pruneexp.evidence.gram import Gram, WantedOutput, others
+from pruneexp.evidence.halves import Halved, Halves
 from pruneexp.evidence.influence import BatchDerivatives, GateDerivatives, Influence
 from pruneexp.evidence.statistics import AbsoluteMoments, InputMoments, Moments, RunningFluctuation
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
@@ -16,6 +17,8 @@ __all__ = [
     "GateDerivatives",
     "Gradient",
     "Gram",
+    "Halved",
+    "Halves",
     "Influence",
     "InputMoments",
     "LossWithout",
@@ -27,4 +30,4 @@ __all__ = [
     "others",
 ]
 
-fill_in(globals(), __all__, EVIDENCE)
+fill_in(globals(), [name for name in __all__ if not name.startswith("Halve")], EVIDENCE)  # halves ask their kind

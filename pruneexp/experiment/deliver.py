@@ -37,7 +37,7 @@ from pruneexp.surgery import (
     save,
     vllm_note,
 )
-from pruneexp.tracker import NOTES, PROOF, clear_unfinished
+from pruneexp.tracker import CHOSEN, NOTES, PROOF, clear_unfinished
 from pruneexp.types import ConfigError, Plan
 
 logger = logging.getLogger("pruneexp")
@@ -149,6 +149,15 @@ def card_of(path: str, model: Model, pruned: Pruned, job: Mapping[str, Any], ada
 def write_card(card: Card, folder: Path) -> None:
     """Writes the card of the checkpoint in `folder`, which has its config.json. Raises OSError."""
     write_atomic(folder / CARD, card_text(card, written(folder)))
+
+
+def finish_folder(folder: Path, card: Card, chosen: Mapping[str, Any], *, saved: bool) -> None:
+    """Writes the card of what was `saved`, and what compensation chose by itself; notes of the way go."""
+    if saved:
+        write_card(card, folder / "model")
+    if chosen:
+        write_atomic(folder / CHOSEN, json.dumps(chosen, indent=1) + "\n")
+    shutil.rmtree(folder / NOTES, ignore_errors=True)
 
 
 def save_checkpoint(model: Model, plan: Plan, card: Card, folder: Path) -> None:

@@ -120,6 +120,7 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     with waiting("tokenising the calibration text"):
         tokens_NT = dataset.calibration(tokenizer)
     check_vocabulary(tokens_NT, vocabulary, where)
+    _check_windows(experiment, len(tokens_NT))
     if max_length is not None and tokens_NT.shape[1] > max_length:
         wide = f"{where}: windows of {tokens_NT.shape[1]} tokens"
         raise ConfigError(f"{wide}; expected at most {max_length}, the model's longest window")
@@ -148,6 +149,22 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
                     evaluator.dataset.name,
                 )
     return tokenizer, tokens_NT
+
+
+def _check_windows(experiment: Experiment, windows: int) -> None:
+    """Raises ConfigError where a method wants more calibration windows than there are."""
+    dataset = experiment.dataset
+    found = f"dataset.samples={windows}" if dataset.samples is not None else dataset.key("calibration")
+    for group in ("criterion", "compensator"):
+        kinds = evidence_kinds(getattr(experiment, group).evidence)
+        least = max((kind.least_windows for kind in kinds), default=0)
+        if windows < least:
+            method, settings = experiment.job["choices"].get(group), experiment.config[group].items()
+            autos = " and ".join(f"{group}.{key}" for key, value in settings if value == "auto")
+            raise ConfigError(
+                f"{found}: {windows} calibration windows; expected at least {least}, since {group}={method} holds some "
+                f"out to judge by, or a number for {autos}"
+            )
 
 
 def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) -> None:

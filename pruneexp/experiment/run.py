@@ -6,7 +6,6 @@ tokens -> calibrate -> score -> search -> compensate + shrink -> recover -> eval
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,7 +17,7 @@ import torch
 from pruneexp.calibrate import DenseStates
 from pruneexp.experiment.bos_probe import tell_of_bos
 from pruneexp.experiment.card import Card
-from pruneexp.experiment.deliver import card_of, deliver, prepare_delivery, write_card
+from pruneexp.experiment.deliver import card_of, deliver, finish_folder, prepare_delivery
 from pruneexp.experiment.failures import failures_recorded
 from pruneexp.experiment.identity import identify
 from pruneexp.experiment.measure import bos_worth, dense_figures, measured
@@ -30,7 +29,7 @@ from pruneexp.pruning.budget import whole_budget
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
-from pruneexp.tracker import NOTES, LocalRun, Trackers, memory_metrics, run_folder
+from pruneexp.tracker import LocalRun, Trackers, memory_metrics, run_folder
 from pruneexp.types import Plan, RunRecord
 
 logger = logging.getLogger("pruneexp")
@@ -123,9 +122,7 @@ def _pruned(
     record.metrics |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
     record.metrics |= memory_metrics(model.devices)
     if folder is not None:
-        if experiment.run.save:
-            write_card(replace(card, metrics=record.metrics), folder / "model")
-        shutil.rmtree(folder / NOTES, ignore_errors=True)
+        finish_folder(folder, replace(card, metrics=record.metrics), record.chosen, saved=experiment.run.save)
     return Outcome(record.metrics, pruned.plan, model, card, folder)
 
 

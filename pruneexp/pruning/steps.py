@@ -213,8 +213,11 @@ def _compensated(
             own = weights[site.name]
             keep_C = site.keep_C(plan.sites[site.name].kept)
             found = evidence.get(site.name)
-            out_projections[site.name] = compensator(own.out_projection, own.out_projection_bias, found, keep_C)
-            shape, fits = tuple(out_projections[site.name][0].shape), (len(own.out_projection), len(keep_C))
+            weight, bias, *chosen = compensator(own.out_projection, own.out_projection_bias, found, keep_C)
+            out_projections[site.name] = weight, bias
+            for settings in chosen:
+                work.record.chosen[site.name] = dict(settings)
+            shape, fits = tuple(weight.shape), (len(own.out_projection), len(keep_C))
             if shape != fits:
                 raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")
     return out_projections

@@ -34,6 +34,7 @@ EVIDENCE: Defaults = {
     "by_window": False,
     "per_sample": False,
     "fits": False,
+    "least_windows": 1,
     "wide": False,
     "of": None,
     "passes": _two_zeros,

@@ -38,7 +38,7 @@ class Evidence(Protocol):
       and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
 
     `fits`: weights are fitted to it, as to second moments, which wants many tokens. `wide`: it takes differences that
-    half precision would round away.
+    half precision would round away. `least_windows`: how many calibration windows it takes at least.
 
     What it costs, for forecasts: `passes(windows, sites)`, the plain forward and backward passes over the calibration
     windows that are made for it beside the walk, `sites` being all that the criterion judges; none for what a walk
@@ -51,6 +51,7 @@ class Evidence(Protocol):
     by_window: ClassVar[bool]
     per_sample: ClassVar[bool]
     fits: ClassVar[bool]
+    least_windows: ClassVar[int]
     wide: ClassVar[bool]
     of: ClassVar[Any]
     passes: ClassVar[Any]
@@ -146,9 +147,10 @@ class Sparsity(Protocol):
 class Compensator(Protocol):
     """The out-projection's weight and bias after units are gone. `sequential`: its evidence is collected on what the
     pruned layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory.
-    `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that."""
+    `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that. What it chose for
+    the site by itself may come third, by name, {"ridge": 0.3}: compensation.json in the run folder has it."""
 
-    evidence: ClassVar[type | None]
+    evidence: ClassVar[Any]
     adds_bias: ClassVar[bool]
     sequential: bool
 
@@ -156,7 +158,7 @@ class Compensator(Protocol):
 
     def __call__(
         self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Any, keep_C: Tensor
-    ) -> tuple[Tensor, Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Mapping[str, float]]: ...
 
 
 class Recovery(Protocol):

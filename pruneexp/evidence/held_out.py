@@ -1,0 +1,98 @@
+"""How much a fit is to be held back: chosen on tokens that the fit has not seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pruneexp.evidence.gram import Gram, WantedOutput
+from pruneexp.evidence.halves import Halved
+from pruneexp.evidence.solve import fitted_
+
+RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))  # 1e-4, 3.2e-4, ..., 100
+START = RIDGES.index(10**-0.5)
+KEPT = 0.95  # of what the best fit wins on tokens that it has not seen: a stronger ridge that wins so much is taken
+
+
+def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, keep_C: Tensor) -> float:
+    """The strongest of RIDGES that wins at least KEPT of what the best of them wins over weights that are not fitted,
+    on the half of the windows that the fit has not seen (both halves in turn), by the squared error
+
+        sum_t ||y_t - W' x_t[keep] - b'||^2 = sum_t ||y_t||^2 + tr(W' G W'^T) - 2 tr(W' X) + 2 b' (W' s - y) + n b' b'
+
+    with G = sum x x^T, X = sum x y^T, s = sum x and y = sum y_t of the other half; the first term is the same for all.
+    The error has one minimum over the ridge in practice: the search goes downhill from 0.3, at a handful of solves.
+    Around the minimum it is flat, and errors in other text than that of the windows are least at a stronger ridge; so
+    is the loss of the whole model. Halves of an expert that saw fewer than two tokens say nothing: 0.3.
+    """
+    halves = [_wanted(half, weight_OC, bias_O, keep_C) for half in (evidence.first, evidence.second)]
+    if not len(keep_C) or min(half.inputs.n for half, _ in halves) < 2:
+        return RIDGES[START]
+    weight_OK = weight_OC[:, keep_C.to(weight_OC.device)].double()
+    errors: dict[int, float] = {}
+
+    def error(place: int) -> float:
+        if place not in errors:
+            ridge = RIDGES[place]
+            fits = [_fit(weight_OK, half, ridge, ridge * scale) for half, scale in halves]
+            errors[place] = sum(_error(fit, half) for fit, (half, _) in zip(fits, reversed(halves), strict=True))
+        return errors[place]
+
+    last, place, best = len(RIDGES) - 1, -1, START
+    while best != place:
+        place = best
+        best = min((place, max(place - 1, 0), min(place + 1, last)), key=error)
+    unfitted = sum(_error(_unfitted(weight_OK, half), other) for (half, _), (other, _) in (halves, halves[::-1]))
+    enough = unfitted - KEPT * (unfitted - error(best))
+    while place < last and error(best) < unfitted and error(place + 1) <= enough:
+        place += 1
+    return RIDGES[place]
+
+
+def _wanted(
+    half: Gram | WantedOutput, weight_OC: Tensor, bias_O: Tensor | None, keep_C: Tensor
+) -> tuple[WantedOutput, Tensor]:
+    """A half on the kept channels, beside what is wanted of them (of a `Gram`: what the whole weight gives), and the
+    variance that a ridge is relative to."""
+    device = weight_OC.device
+    if isinstance(half, WantedOutput):
+        half = half.narrowed(keep_C)
+        inputs = half.inputs
+        return half, _mean_variance(inputs).to(device)
+    weight, sum_C = weight_OC.double(), half.sum_C.to(device)
+    keep_C = keep_C.to(device)
+    bias_O = weight.new_zeros(len(weight)) if bias_O is None else bias_O.double()
+    gram_CC = half.gram_CC.to(device)
+    cross_KO = gram_CC[keep_C] @ weight.T + torch.outer(sum_C[keep_C], bias_O)
+    inputs = Gram(half.n, sum_C[keep_C], gram_CC[keep_C][:, keep_C])
+    wanted = WantedOutput(keep_C, inputs, weight @ sum_C + half.n * bias_O, cross_KO)
+    return wanted, _mean_variance(half).to(device)
+
+
+def _mean_variance(gram: Gram) -> Tensor:
+    squares_C = gram.gram_CC.diagonal() - gram.sum_C.square() / max(1, gram.n)
+    return squares_C.mean() / max(1, gram.n - 1)
+
+
+def _fit(weight_OK: Tensor, half: WantedOutput, ridge: float, strength: Tensor) -> tuple[Tensor, Tensor]:
+    device = weight_OK.device
+    mean_K, wanted_O = half.inputs.mean_C.to(device), half.wanted_mean_O.to(device)
+    cov_KK, cov_KO = half.inputs.covariance_CC.to(device), half.covariance_KO.to(device)
+    return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, ridge)
+
+
+def _unfitted(weight_OK: Tensor, half: WantedOutput) -> tuple[Tensor, Tensor]:
+    """The weights as they are; a half's means are made up for."""
+    device = weight_OK.device
+    return weight_OK, half.wanted_mean_O.to(device) - weight_OK @ half.inputs.mean_C.to(device)
+
+
+def _error(fit: tuple[Tensor, Tensor], half: WantedOutput) -> float:
+    """Mean squared error of a fit on tokens of its own, less what is the same for every fit."""
+    weight_OK, bias_O = fit
+    gram_KK, sum_K, wanted_O, cross_KO = (
+        t.to(bias_O.device) for t in (half.inputs.gram_CC, half.inputs.sum_C, half.wanted_O, half.cross_KO)
+    )
+    quadratic = ((weight_OK @ gram_KK) * weight_OK).sum() - 2 * (weight_OK * cross_KO.T).sum()
+    shift = 2 * bias_O @ (weight_OK @ sum_K - wanted_O) + half.inputs.n * bias_O @ bias_O
+    return float(quadratic + shift) / half.inputs.n

@@ -1,0 +1,140 @@
+"""Statistics of halves of the windows, and the ridge that is chosen on windows held out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pruneexp.compensator import LeastSquares
+from pruneexp.evidence import Gram, Halves, WantedOutput
+from pruneexp.evidence.held_out import KEPT, RIDGES, START, chosen_ridge
+from pruneexp.types import evidence_kinds, source_of, updates_in_place
+from tests.toy_sites import layer_sites
+
+_, MLP = layer_sites(0)
+C, OUTPUTS = MLP.channels, 9
+KEEP = torch.arange(0, C, 2)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated(windows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return drawn(windows, length, C, seed=seed) @ (torch.eye(C, dtype=torch.float64) + drawn(C, C, seed=9) / C**0.5)
+
+
+@pytest.mark.parametrize("update", ["update", "update_"])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_halves_are_of_alternate_windows_whatever_the_batches(update: str, batch: int) -> None:
+    x = correlated(7, 5)
+    seen = Halves(Gram).empty(MLP)
+    for part in x.split(batch):
+        seen = getattr(seen, update)(part)
+    for half, windows in ((seen.first, x[0::2]), (seen.second, x[1::2])):
+        flat = windows.reshape(-1, C)
+        assert half.n == len(flat)
+        torch.testing.assert_close(half.gram_CC, flat.T @ flat)
+    whole = Gram.empty(MLP).update(x)
+    torch.testing.assert_close(seen.whole.gram_CC, whole.gram_CC)
+    joined = Halves(Gram).empty(MLP).update(x[:3]).merge(Halves(Gram).empty(MLP).update(x[3:]))
+    torch.testing.assert_close(joined.first.gram_CC, seen.first.gram_CC)
+
+
+def test_an_experts_run_of_tokens_is_halved() -> None:
+    x = correlated(1, 7)
+    seen = Halves(Gram).empty(replace(MLP, expert=0)).update(x)
+    assert (seen.first.n, seen.second.n) == (3, 4)
+    torch.testing.assert_close(seen.second.sum_C, x[0, 3:].sum(0))
+
+
+def test_halves_of_a_kind_are_fed_as_that_kind() -> None:
+    [of_gram, of_wanted] = evidence_kinds((Halves(Gram), Halves(WantedOutput)))
+    assert (of_gram.source, of_wanted.source, of_gram.fits, of_gram.wide) == ("reader", "wanted", True, False)
+    assert source_of(of_wanted).collector == "site_walk"
+    assert updates_in_place(of_gram) and of_gram.of is None
+    assert of_gram.held_bytes is None, "what `empty` lays out"
+    assert of_wanted.held_bytes(MLP, OUTPUTS, 2) == 2 * WantedOutput.held_bytes(MLP, OUTPUTS, 2)
+    assert of_wanted.of(MLP, KEEP).first.inputs.gram_CC.shape == (len(KEEP), len(KEEP))
+    assert len({Halves(Gram): 0, Halves(Gram): 1, Halves(WantedOutput): 2}) == 2
+    with pytest.raises(AttributeError):
+        of_gram.nothing_of_the_kind  # noqa: B018
+
+
+def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, mean_variance) -> list[float]:
+    """Of every ridge, and of one that lets nothing change: the squared error on each half's raw tokens of what was
+    fitted to the other's."""
+    halves = [(x[i::2].reshape(-1, C), y[i::2].reshape(-1, OUTPUTS)) for i in (0, 1)]
+    found = []
+    for ridge in (*RIDGES, 1e12):
+        total = 0.0
+        for (fit_x, fit_y), (new_x, new_y) in (halves, halves[::-1]):
+            kept = fit_x[:, KEEP]
+            strength = (ridge * mean_variance(fit_x) * (len(kept) - 1)) ** 0.5
+            rows = torch.cat([kept - kept.mean(0), strength * torch.eye(len(KEEP), dtype=torch.float64)])
+            aim = torch.cat([fit_y - fit_y.mean(0), strength * weight[:, KEEP].T])
+            solved = torch.linalg.lstsq(rows, aim).solution
+            bias = fit_y.mean(0) - kept.mean(0) @ solved
+            total += float((new_y - new_x[:, KEEP] @ solved - bias).square().mean(0).sum())
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("target", ["pruned", "dense"])
+@pytest.mark.parametrize(("length", "noise"), [(6, 3.0), (200, 0.1)])
+def test_the_chosen_ridge_is_the_strongest_that_wins_enough_on_tokens_held_out(target, length, noise) -> None:
+    weight, bias = drawn(OUTPUTS, C, seed=3), drawn(OUTPUTS, seed=4)
+    x = correlated(6, length)
+    if target == "pruned":
+        y = x @ weight.T + bias
+        seen = Halves(Gram).empty(MLP).update(x)
+        errors = _errors_by_hand(x, y, weight, lambda fit_x: float(fit_x.var(0).mean()))
+    else:
+        y = x @ weight.T + noise * drawn(6, length, OUTPUTS, seed=5)
+        seen = Halves(WantedOutput).of(MLP, KEEP).update(x[..., KEEP], y)
+        errors = _errors_by_hand(x, y, weight, lambda fit_x: float(fit_x[:, KEEP].var(0).mean()))
+    *errors, unfitted = errors
+    best = errors.index(min(errors))
+    enough = [unfitted - error >= KEPT * (unfitted - errors[best]) for error in errors]
+    expected = next(i for i in range(best, len(RIDGES)) if i + 1 == len(RIDGES) or not enough[i + 1])
+    assert chosen_ridge(weight, bias, seen, KEEP) == RIDGES[expected]
+
+
+def test_more_tokens_are_held_back_less() -> None:
+    weight = drawn(OUTPUTS, C, seed=3)
+
+    def of(length: int) -> float:
+        x = correlated(6, length)
+        seen = (
+            Halves(WantedOutput)
+            .of(MLP, KEEP)
+            .update(x[..., KEEP], x @ weight.T + 3 * drawn(6, length, OUTPUTS, seed=5))
+        )
+        return chosen_ridge(weight, None, seen, KEEP)
+
+    assert of(4) > of(40) > of(2000)
+
+
+def test_the_fit_is_to_all_windows_and_says_its_ridge() -> None:
+    weight, bias = drawn(OUTPUTS, C, seed=3), drawn(OUTPUTS, seed=4)
+    x = correlated(6, 20)
+    auto, seen = LeastSquares("auto", "pruned", True), Halves(Gram).empty(MLP).update(x)
+    ridge = chosen_ridge(weight, bias, seen, KEEP)
+    fitted, added, chosen = auto(weight, bias, seen, KEEP)
+    expected = LeastSquares(ridge, "pruned", True)(weight, bias, Gram.empty(MLP).update(x), KEEP)
+    assert chosen == {"ridge": ridge}
+    torch.testing.assert_close((fitted, added), expected)
+    assert auto(weight, bias, Halves(Gram).empty(MLP).update(x), torch.arange(C)) == (weight, bias)
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_an_expert_that_saw_next_to_nothing_is_held_back_as_usual(tokens: int) -> None:
+    site = replace(MLP, expert=0)
+    seen = Halves(Gram).empty(site).update(torch.zeros(1, tokens, C, dtype=torch.float64))
+    assert chosen_ridge(drawn(OUTPUTS, C), None, seen, KEEP) == RIDGES[START]
+    none = torch.zeros(0, dtype=torch.long)
+    assert (
+        chosen_ridge(drawn(OUTPUTS, C), None, Halves(Gram).empty(MLP).update(correlated(4, 8)), none) == RIDGES[START]
+    )

@@ -216,7 +216,8 @@ def test_stages_by_hand(foretold: Any) -> None:
     assert start.parts == {"process": 5000}
     assert calibrate.total == 1000 + weights + hidden + grams + covariances + max(24 * 172**2, ffn, read)
     assert search.total == 1000 + weights + covariances + out_projections + max(24 * 172**2, logits)
-    assert shrink.total == 1000 + weights + 2 * hidden + grams + layer + max(8 * 172 * 64, ffn, read)
+    solve = 8 * 172 * 64 + 8 * 172 * (172 + 64)
+    assert shrink.total == 1000 + weights + 2 * hidden + 2 * grams + layer + max(solve, ffn, read)
     assert all(set(stage.parts) <= set(PARTS) for stage in found.held)
     assert found.peak == max(found.held, key=lambda stage: stage.total) and found.streamed == []
 
@@ -321,7 +322,8 @@ def test_memory_is_what_a_run_holds(
         pruned(made, seen)
     assert found.held[0].parts["weights"] == 4 * found.shape.params
     ratio = found.peak.total / measured.peak
-    assert 0.75 <= ratio <= 1.35, f"{ratio:.2f}: {found.peak}"
+    # statistics of kept channels are counted as if all stayed: twice where halves are apart
+    assert 0.75 <= ratio <= 1.45, f"{ratio:.2f}: {found.peak}"
 
 
 def test_streamed_memory_does_not_grow_with_the_layers(foretold: Any, wider: Path, tmp_path: Path) -> None:

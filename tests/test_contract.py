@@ -338,7 +338,7 @@ def test_what_compensation_chose_is_written_down_site_by_site(cli: Cli) -> None:
     assert cli("run.dir=run", "compensator=least_squares", "evaluator=[size]").code == 0
     sites, chosen = read(Path("run/plan.json"))["sites"], read(Path("run/compensation.json"))
     assert set(chosen) == {name for name, site in sites.items() if 0 < len(site["kept"]) < site["units"]}
-    assert {settings["ridge"] for settings in chosen.values()} <= set(RIDGES)
+    assert {settings["ridge"] for settings in chosen.values()} <= {ridge / 2 for ridge in RIDGES}
     typed = ("run.dir=run", "compensator=least_squares", "evaluator=[size]", "run.overwrite=true")
     assert cli(*typed, "compensator.ridge=1").code == 0 and not Path("run/compensation.json").exists()
 

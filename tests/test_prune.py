@@ -17,7 +17,7 @@ from torch import Tensor
 from pruneexp.calibrate import Meter, Probe
 from pruneexp.cli.build import build, check_together
 from pruneexp.cli.compose import compose
-from pruneexp.compensator import Bias, BiasOfficial, NoCompensation
+from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
 from pruneexp.conf_files import choices, conf_folder, inherited
 from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
 from pruneexp.experiment.settings import Experiment
@@ -500,3 +500,18 @@ def test_sites_that_a_search_does_not_name_stay_whole(tiny: Callable[..., Model]
     assert [s.name for s in pruned.sites if pruned.plan.removed(s)] == [site.name]
     left = {s.name: s.units for s in model.sites()}
     assert left == {s.name: s.units - (s.name == site.name) for s in pruned.sites}
+
+
+@pytest.mark.parametrize("target", ["pruned", "dense"])
+def test_what_compensation_chose_is_by_the_names_of_the_original(
+    target: Any, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    """Also behind a block that left, where layers move up."""
+    model = tiny("llama", dtype="float64")
+    sites = [site for site in model.sites() if site.layer > 0]
+    plan = Plan({site.name: SitePlan(site.kind, site.units, tuple(range(1, site.units))) for site in sites})
+    gone = Plan({f"{model.layers_path}.0": SitePlan("block", 1, ())})
+    search = _Own(lambda *args: plan.merged(gone))
+    pruned = prune(model, tokens_NT, method(Random(0), search, LeastSquares("auto", target, True)))
+    assert set(pruned.chosen) == set(plan.sites), "by the names of the model before"
+    assert all(set(settings) == {"ridge"} for settings in pruned.chosen.values())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pruneexp.evidence import Gram, Halved, Halves, WantedOutput
 from pruneexp.evidence.held_out import chosen_ridge
-from pruneexp.evidence.solve import check_ridge, fitted_, refitted_
+from pruneexp.evidence.solve import check_ridge, fitted_to_, refitted_
 from pruneexp.types import ConfigError, Site
 
 
@@ -84,9 +84,4 @@ def _fitted(
     if isinstance(evidence, Gram):
         mean_C = evidence.mean_C.to(device)
         return refitted_(weight_OC, bias_O, evidence.covariance_().to(device), mean_C, keep_C, ridge)
-    seen = evidence.narrowed(keep_C)
-    mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
-    cov_KK = seen.inputs.covariance_().to(device)
-    strength = ridge * cov_KK.trace() / max(1, len(keep_C))
-    weight_OK = weight_OC[:, keep_C.to(device)]
-    return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, ridge)
+    return fitted_to_(evidence.narrowed(keep_C), weight_OC[:, keep_C.to(device)], ridge)

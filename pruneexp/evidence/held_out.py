@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pruneexp.evidence.gram import Gram, WantedOutput
 from pruneexp.evidence.halves import Halved
-from pruneexp.evidence.solve import fitted_
+from pruneexp.evidence.solve import fitted_to_
 
 RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))  # 1e-4, 3.2e-4, ..., 100
 START = RIDGES.index(10**-0.5)
@@ -33,7 +33,7 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
     def error(place: int) -> float:
         if place not in errors:
             ridge = RIDGES[place]
-            fits = [_fit(weight_OK, half, ridge, ridge * scale) for half, scale in halves]
+            fits = [fitted_to_(half.copy(), weight_OK, ridge, variance) for half, variance in halves]
             errors[place] = sum(_error(fit, half) for fit, (half, _) in zip(fits, reversed(halves), strict=True))
         return errors[place]
 
@@ -46,14 +46,12 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
 
 def _wanted(
     half: Gram | WantedOutput, weight_OC: Tensor, bias_O: Tensor | None, keep_C: Tensor
-) -> tuple[WantedOutput, Tensor]:
-    """A half on the kept channels, beside what is wanted of them (of a `Gram`: what the whole weight gives), and the
-    variance that a ridge is relative to."""
+) -> tuple[WantedOutput, Tensor | None]:
+    """A half on the kept channels, with what is wanted of them (of a `Gram`: what the whole weight gives), and the
+    variance that a ridge is relative to, where that is not theirs."""
     device = weight_OC.device
     if isinstance(half, WantedOutput):
-        half = half.narrowed(keep_C)
-        inputs = half.inputs
-        return half, _mean_variance(inputs).to(device)
+        return half.narrowed(keep_C), None
     weight, sum_C = weight_OC.double(), half.sum_C.to(device)
     keep_C = keep_C.to(device)
     bias_O = weight.new_zeros(len(weight)) if bias_O is None else bias_O.double()
@@ -61,19 +59,8 @@ def _wanted(
     cross_KO = gram_CC[keep_C] @ weight.T + torch.outer(sum_C[keep_C], bias_O)
     inputs = Gram(half.n, sum_C[keep_C], gram_CC[keep_C][:, keep_C])
     wanted = WantedOutput(keep_C, inputs, weight @ sum_C + half.n * bias_O, cross_KO)
-    return wanted, _mean_variance(half).to(device)
-
-
-def _mean_variance(gram: Gram) -> Tensor:
-    squares_C = gram.gram_CC.diagonal() - gram.sum_C.square() / max(1, gram.n)
-    return squares_C.mean() / max(1, gram.n - 1)
-
-
-def _fit(weight_OK: Tensor, half: WantedOutput, ridge: float, strength: Tensor) -> tuple[Tensor, Tensor]:
-    device = weight_OK.device
-    mean_K, wanted_O = half.inputs.mean_C.to(device), half.wanted_mean_O.to(device)
-    cov_KK, cov_KO = half.inputs.covariance_CC.to(device), half.covariance_KO.to(device)
-    return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, ridge)
+    variance_C = (half.gram_CC.diagonal() - half.sum_C.square() / max(1, half.n)) / max(1, half.n - 1)
+    return wanted, variance_C.mean().to(device)
 
 
 def _error(fit: tuple[Tensor, Tensor], half: WantedOutput) -> float:

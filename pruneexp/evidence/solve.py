@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pruneexp.evidence.gram import others
+from pruneexp.evidence.gram import WantedOutput, others
 from pruneexp.types import ConfigError, RunError
 
 
@@ -44,6 +44,18 @@ def fitted_(
     solved_KO = _solved_(cov_KO, cov_KK, strength, ridge)
     bias_O = wanted_O - solved_KO.T @ mean_K
     return _rounded(solved_KO, weight_OK.dtype), bias_O.to(weight_OK.dtype)
+
+
+def fitted_to_(
+    seen: WantedOutput, weight_OK: Tensor, ridge: float, variance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The least-squares weights for the wanted output, in the memory of `seen`; the ridge is relative to `variance`, or
+    to the mean variance of its inputs."""
+    device = weight_OK.device
+    mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
+    cov_KK = seen.inputs.covariance_().to(device)
+    strength = ridge * cov_KK.trace() / max(1, len(mean_K)) if variance is None else ridge * variance
+    return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, ridge)
 
 
 def _solved_(right_KO: Tensor, cov_KK: Tensor, strength: Tensor, ridge: float) -> Tensor:

@@ -122,7 +122,7 @@ def _pruned(
     record.metrics |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
     record.metrics |= memory_metrics(model.devices)
     if folder is not None:
-        finish_folder(folder, replace(card, metrics=record.metrics), record.chosen, saved=experiment.run.save)
+        finish_folder(folder, replace(card, metrics=record.metrics), pruned.chosen, saved=experiment.run.save)
     return Outcome(record.metrics, pruned.plan, model, card, folder)
 
 

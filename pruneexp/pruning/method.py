@@ -50,6 +50,7 @@ class Pruned:
     scores: Mapping[str, Score]
     sites: tuple[Site, ...]  # of the model before
     counted: int  # what the ratio is a share of, in the model before
+    chosen: Mapping[str, Mapping[str, float]]  # what compensation chose for a site by itself, by site name
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Pruning:
     ratio: float
     record: Record
     scores: dict[str, Score] = field(default_factory=dict)
+    chosen: dict[str, Mapping[str, float]] = field(default_factory=dict)  # by compensation, by site name
 
 
 def goes_layer_by_layer(method: Method) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ def _nothing(index: int) -> None:
 class Record:
     """`rng`: what is drawn while pruning. `metrics`: figures so far, seconds/<stage> among them. `meter`: passes spent.
     `results`: where scores and statistics of the dense model are kept. `notes`: where it is noted how far each walk has
-    come. `shrunk`: called with each layer's index while the shrunk layer is at hand. `chosen`: what compensation chose
-    for each site by itself, by site name."""
+    come. `shrunk`: called with each layer's index while the shrunk layer is at hand."""
 
     rng: torch.Generator = field(default_factory=torch.Generator)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -33,17 +32,10 @@ class Record:
     results: Results = field(default_factory=lambda: Results(NoCache(), {}))
     notes: Notes = field(default_factory=lambda: Notes(None))
     shrunk: Callable[[int], None] = _nothing
-    chosen: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def bookmark(self, stage: str, found: Callable[[], Any] = lambda: None) -> Bookmark:
         """Where the walk that shrinks stands. `found`: what it is to go on from, besides."""
-        at = Bookmark(self.meter, stage)
-        at = self.notes.bookmark("shrink", at, lambda: (self.chosen, found()), writing=True)
-        if at.found is None:
-            return at
-        chosen, noted = at.found
-        self.chosen.update(chosen)
-        return replace(at, found=noted)
+        return self.notes.bookmark("shrink", Bookmark(self.meter, stage), found, writing=True)
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:

@@ -30,7 +30,7 @@ def prune_in_rounds_(model: Model, tokens_NT: Tensor | None, method: Method, rec
     """
     shares = method.sparsity.shares()
     start, first = _Start(model), None
-    plan, scores, budgets = Plan({}), {}, []
+    plan, scores, chosen, budgets = Plan({}), {}, {}, []
     for number, share in enumerate(shares, start=1):
         which = f"round {number} of {len(shares)}" if len(shares) > 1 else ""
         names = _original_names(model, start)
@@ -44,6 +44,7 @@ def prune_in_rounds_(model: Model, tokens_NT: Tensor | None, method: Method, rec
         record = replace(record, results=Results(NoCache(), {}))  # those of the dense model, which is gone now
         scores = _scores_after(scores, pruned.scores, plan, names)
         plan = _plan_after(plan, pruned.plan, names)
+        chosen |= {names[name]: settings for name, settings in pruned.chosen.items()}
         budgets.append(dict(pruned.plan.budget))
         if which:
             logger.info("%s: removed %d parameters, for a share of %.4g", which, budgets[-1]["removed_params"], share)
@@ -53,7 +54,7 @@ def prune_in_rounds_(model: Model, tokens_NT: Tensor | None, method: Method, rec
         removed = {key: sum(budget[key] for budget in budgets) for key in budgets[0] if key.startswith("removed_")}
         figures = {"ratio": shares[-1], "of": method.sparsity.of, **totals, **removed, "rounds": budgets}
         plan = replace(plan, budget=figures)
-    return replace(first, plan=plan, scores=scores)
+    return replace(first, plan=plan, scores=scores, chosen=chosen)
 
 
 class _Start:

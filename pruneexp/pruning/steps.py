@@ -48,7 +48,7 @@ def prune_(
         removed = sum(plan.removed(site) * counted.price(site) for site in leave.values())
         figures[f"removed_{counted.counts}"] = removed
     plan = replace(plan, budget={**plan.budget, **figures})
-    return Pruned(plan, work.scores, sites, budget.total)
+    return Pruned(plan, work.scores, sites, budget.total, work.chosen)
 
 
 def _all_at_once(work: Pruning) -> Plan:
@@ -72,14 +72,17 @@ def _all_at_once(work: Pruning) -> Plan:
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.record.clock("shrink"):
+        note = work.record.bookmark("shrink", lambda: work.chosen)
+        work.chosen.update(note.found or {})
         if by_site(compensator) and compensates:
-            _site_by_site(work, lambda visit: renamed, (), work.record.bookmark("shrink"))
+            _site_by_site(work, lambda visit: renamed, (), note)
         else:
             kinds = distinct(compensator.evidence if compensator.sequential and compensates else None)
-            for visit in walk(work.model, work.tokens_NT, kinds, work.record.bookmark("shrink")):
+            for visit in walk(work.model, work.tokens_NT, kinds, note):
                 evidence = visit.of(compensator.evidence) if kinds else dense
                 _shrink(work, visit, renamed, evidence)
                 del visit, evidence
+    work.chosen = {moved[name]: chosen for name, chosen in work.chosen.items()}
     return plan
 
 
@@ -187,10 +190,10 @@ class _Decided:
 
     def noted(self) -> Any:
         """What to go on from."""
-        return self.plan, self.carry, self.work.scores, self.work.record.rng.get_state()
+        return self.plan, self.carry, self.work.scores, self.work.chosen, self.work.record.rng.get_state()
 
     def go_on(self, noted: Any) -> None:
-        self.plan, self.carry, self.work.scores, rng = noted
+        self.plan, self.carry, self.work.scores, self.work.chosen, rng = noted
         self.work.record.rng.set_state(rng)
 
 
@@ -216,7 +219,7 @@ def _compensated(
             weight, bias, *chosen = compensator(own.out_projection, own.out_projection_bias, found, keep_C)
             out_projections[site.name] = weight, bias
             for settings in chosen:
-                work.record.chosen[site.name] = dict(settings)
+                work.chosen[site.name] = settings
             shape, fits = tuple(weight.shape), (len(own.out_projection), len(keep_C))
             if shape != fits:
                 raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pruneexp.experiment.forecast.memory import Memory, Running, Stage
-from pruneexp.experiment.forecast.passes import Passes, blocks_alone, dense_kinds, passes_of
+from pruneexp.experiment.forecast.passes import Passes, dense_kinds, passes_of
 from pruneexp.experiment.forecast.shape import Shape, Windows, params_left, shape_of
 from pruneexp.model import Model
 from pruneexp.pruning import Method, by_site
+from pruneexp.pruning.budget import blocks_alone
 from pruneexp.types import Budget, Recovery, evidence_kinds, source_of
 
 
@@ -97,4 +98,4 @@ def _can_stream(method: Method, recovery: Recovery) -> bool:
 def _in_common(method: Method, shape: Shape, seen: Windows, limit: int) -> int:
     """Bytes that `calibrate.DenseStates` holds from the first job's walk to the sweep's end."""
     held = (2 * len(shape.layers) + 1) * seen.tokens * shape.hidden * shape.itemsize
-    return held if by_site(method.compensator) and not blocks_alone(method) and held <= limit else 0
+    return held if by_site(method.compensator) and not blocks_alone(method.search) and held <= limit else 0

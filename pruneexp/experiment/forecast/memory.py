@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pruneexp.calibrate import KEPT_BYTES
-from pruneexp.experiment.forecast.passes import blocks_alone, dense_kinds
+from pruneexp.experiment.forecast.passes import dense_kinds
 from pruneexp.experiment.forecast.shape import Shape, Windows
 from pruneexp.pruning import Method, by_site, goes_layer_by_layer
+from pruneexp.pruning.budget import blocks_alone
 from pruneexp.pruning.dense_evidence import distinct, empty_bytes
 from pruneexp.surgery import STREAMED_SHARD_BYTES
 from pruneexp.types import Site, collected_by, evidence_kinds, updates_in_place
@@ -162,7 +163,7 @@ class Memory:
         """The second walk."""
         compensator = self.method.compensator
         kinds = evidence_kinds(compensator.evidence)
-        if blocks_alone(self.method):
+        if blocks_alone(self.method.search):
             return self._stage("shrink", 0, copies=self._copies)
         copies = self._copies
         if by_site(compensator):

@@ -10,7 +10,7 @@ from pruneexp.calibrate import KEPT_BYTES, passes_of_layer
 from pruneexp.experiment.forecast.shape import Shape, Windows
 from pruneexp.model import Model
 from pruneexp.pruning import Method, by_site, goes_layer_by_layer, judged_whole
-from pruneexp.pruning.budget import searched_sites
+from pruneexp.pruning.budget import blocks_alone, searched_sites
 from pruneexp.pruning.dense_evidence import distinct
 from pruneexp.types import Budget, Recovery, Site, collected_by, evidence_kinds
 
@@ -39,15 +39,10 @@ def passes_of(method: Method, recovery: Recovery, model: Model, shape: Shape, bu
     return sum([one] * len(method.sparsity.shares()), Passes(trained, trained))
 
 
-def blocks_alone(method: Method) -> bool:
-    """Whether whole blocks leave and nothing else, so that no out-projection is there to be compensated."""
-    return set(method.search.granularity) == {"blocks"}
-
-
 def dense_kinds(method: Method) -> tuple[Any, ...]:
     """Evidence of all layers that is held from the first walk until compensation."""
     compensator = method.compensator
-    return () if compensator.sequential or blocks_alone(method) else evidence_kinds(compensator.evidence)
+    return () if compensator.sequential or blocks_alone(method.search) else evidence_kinds(compensator.evidence)
 
 
 def _at_once(method: Method, model: Model, shape: Shape, seen: Windows) -> Passes:
@@ -56,7 +51,7 @@ def _at_once(method: Method, model: Model, shape: Shape, seen: Windows) -> Passe
     layers = range(len(shape.layers)) if shown else ()
     judged = [site for index in layers for site in model.whole_block(index, shown).sites] or shape.sites
     passes = _walk(kinds, shape, shrinks=False) + _ahead(kinds, seen, judged)
-    if blocks_alone(method):
+    if blocks_alone(method.search):
         return passes
     if by_site(compensator):
         return passes + _walk_sites((), shape, seen)

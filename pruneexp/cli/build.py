@@ -8,14 +8,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from pruneexp import types
 from pruneexp.cli.coerce import coerced, described
 from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
 from pruneexp.cli.targets import Parameters, located, signature
-from pruneexp.conf_files import did_you_mean, one_line
+from pruneexp.conf_files import YamlLoader, did_you_mean, one_line
+from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import value_before
@@ -56,6 +60,7 @@ def build(composed: Composed) -> Experiment:
         raise ConfigError(f"seed={seed!r}: expected an integer {'>= 0' if seed < 0 else 'below 2**63'}")
     run = builder.call(RunSettings, config["run"], "run")
     parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
+    parts["criterion"] = with_starts(parts["criterion"], parts["search"])
     evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}
     if parts["model"].stream and not _typed(composed, "evaluator"):
         # The default list is for a model in memory; what was typed is checked below instead.
@@ -63,6 +68,11 @@ def build(composed: Composed) -> Experiment:
     experiment = Experiment(**parts, evaluators=evaluators, run=run, seed=seed, config=config, job=composed.job)
     check_together(experiment)
     return experiment
+
+
+def with_starts(criterion: Any, search: types.Search) -> Any:
+    """The criterion, and beside it those that the search starts from."""
+    return Together(criterion, search.starts) if search.starts else criterion
 
 
 def _typed(composed: Composed, group: str) -> bool:
@@ -208,7 +218,28 @@ class Builder:
             return self.node(value, key)
         if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             return self.call(annotation, value, key)
+        if annotation == Mapping[str, types.Criterion]:
+            return self._criteria(value, key)
         return coerced(value, annotation, key, self._typed(key))
+
+    def _criteria(self, value: Any, key: str) -> dict[str, Any]:
+        """Criteria by name, from a list of the names that criterion= takes."""
+        names = coerced(value, list[str], key, self._typed(key))
+        known = {
+            path.stem: path
+            for folder in reversed(self.composed.folders)
+            for path in (folder / "criterion").glob("*.yaml")
+        }
+        built = {}
+        for name in names:
+            if name in built or name not in known:
+                wrong = "twice" if name in built else f"no criterion{did_you_mean(name, list(known))}"
+                raise ConfigError(
+                    f"{key}={names!r}: {name!r} is {wrong}; expected some of {', '.join(sorted(known))}, each once"
+                )
+            part = self.node(_with_bases(known, name), f"{key}.{name}")
+            built[name] = satisfying(part, types.Criterion, f"{key}.{name}")
+        return built
 
     def _typed(self, key: str) -> str | None:
         """The key's value as it was typed, None where it was not."""
@@ -237,6 +268,13 @@ class Builder:
     def _missing_choice(self, group: str) -> ConfigError:
         options = sorted({path.stem for folder in self.composed.folders for path in (folder / group).glob("*.yaml")})
         return ConfigError(f"{group} is missing: expected one of {', '.join(options)}")
+
+
+def _with_bases(files: Mapping[str, Path], name: str) -> dict[str, Any]:
+    """A choice's settings, over those of the choices that its `defaults` name."""
+    own = yaml.load(files[name].read_text(), YamlLoader)
+    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
+    return {key: value for base in bases for key, value in _with_bases(files, base).items()} | own
 
 
 def satisfying(part: Any, protocol: type | None, key: str) -> Any:

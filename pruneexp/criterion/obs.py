@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pruneexp.criterion.spill import spilled
-from pruneexp.evidence import Gram
+from pruneexp.evidence import Gram, Halved, Halves
+from pruneexp.evidence.held_out import chosen_ridge
 from pruneexp.evidence.solve import check_ridge, cholesky_, refitted_
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights, require_least
 
+_TRIED = 0.25  # of the units: those that leave where the ridge is chosen
 _COMPACT = 0.9  # the matrices are cut down to what is left once so much of them is
 
 
@@ -30,14 +33,15 @@ class Obs:
 
     (Optimal Brain Surgeon, Hassibi & Stork 1993; structured: ZipLM, Kurtic et al. 2023). The cheapest unit leaves, W
     takes over what it gave, H^-1 is downdated, and again; `step` units of a single channel at a time, whose joint cost
-    is exact. lambda is `ridge` times the mean variance of the inputs.
+    is exact. lambda is `ridge` times the mean variance of the inputs; ridge=auto: each site's own, `chosen_ridge` for
+    the loss of the quarter of its units that give the output least of its variance.
 
     Answers with a `RemovalPath`: the order, the cumulative cost (the true increase of the squared error per token,
     scale=output: over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares`
     fits them, at `levels` levels; an out-projection at any other level is worked out when it is asked for.
 
-    While a search may ask for out-projections, the covariances of all sites (8 C^2 bytes each) and the out-projections
-    asked for last (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them in memory, the
+    While a search may ask for out-projections, the covariances of all sites (float32, 4 C^2 bytes each) and the
+    out-projections asked for last (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them in memory, the
     rest in files of TMPDIR (or /var/tmp), which are mapped, read when needed, and gone with the search. Memory beside
     the model is then at most `memory`, one layer's evidence, and 24 C^2 bytes for the site that is worked on.
 
@@ -45,9 +49,7 @@ class Obs:
         RunError: H is singular (a ridge of 0 and constant or dependent channels); no room on the disk.
     """
 
-    evidence: ClassVar[type[Gram]] = Gram
-
-    ridge: float
+    ridge: float | Literal["auto"]
     step: int
     levels: int
     scale: Literal["none", "output"]
@@ -55,49 +57,66 @@ class Obs:
     memory: float
 
     def __post_init__(self) -> None:
-        check_ridge(self.ridge)
+        if not isinstance(self.ridge, str):
+            check_ridge(self.ridge)
         if not self.memory >= 0:
             raise ConfigError(f"memory={self.memory!r}: expected a number of GiB >= 0")
         require_least(self, 1, "step", "levels")
+
+    @property
+    def evidence(self) -> Any:
+        return Halves(Gram) if self.ridge == "auto" else Gram
 
     def working_bytes(self, site: Site, outputs: int) -> int:
         """The covariance, its factor and what that is made of."""
         return 24 * site.channels**2
 
     def kept_bytes(self, sites: Sequence[Site], outputs: int, itemsize: int, refits: float) -> tuple[int, int]:
-        """Covariances, 8 C^2 bytes a site, and as many out-projections of C O numbers as are asked for, at most
+        """Covariances, 4 C^2 bytes a site, and as many out-projections of C O numbers as are asked for, at most
         `levels`; what is beyond `memory` lies in files."""
-        held = 8 * sum(site.channels**2 for site in sites)
+        held = 4 * sum(site.channels**2 for site in sites)
         levels = min(self.levels, math.ceil(refits))
         held += sum(min(levels, site.units) * site.channels for site in sites) * outputs * itemsize
         limit = int(self.memory * 2**30) if math.isfinite(self.memory) else held
         return min(held, limit), max(0, held - limit)
 
-    def __call__(self, block: Block, evidence: Mapping[str, Gram]) -> dict[str, Score]:
+    def __call__(self, block: Block, evidence: Mapping[str, Gram | Halved]) -> dict[str, Score]:
         return {site.name: self._path(site, block.weights[site.name], evidence[site.name]) for site in block.sites}
 
-    def _path(self, site: Site, weights: SiteWeights, gram: Gram) -> RemovalPath:
+    def _path(self, site: Site, weights: SiteWeights, evidence: Gram | Halved) -> RemovalPath:
+        ridge = self._ridge(site, weights, evidence)
+        gram = evidence.whole if isinstance(evidence, Halved) else evidence
         device = weights.out_projection.device
         cov_CC, mean_C = gram.covariance_CC.to(device), gram.mean_C.to(device)
-        order_U, cost_U = self._removal(site, weights.out_projection.double(), cov_CC)
+        order_U, cost_U = self._removal(site, weights.out_projection.double(), cov_CC, ridge)
         if self.scale == "output":
             weight = weights.out_projection.double()
             cost_U = cost_U / ((weight @ cov_CC) * weight).sum().clamp_min(1e-300)
-        limits = (self.ridge, self.levels, self.memory)
+        limits = (ridge, self.levels, self.memory)
         out_projections = Refits(
-            site, weights.out_projection, weights.out_projection_bias, cov_CC, mean_C, order_U, *limits
+            site, weights.out_projection, weights.out_projection_bias, cov_CC.float(), mean_C, order_U, *limits
         )
         return RemovalPath(order_U.cpu(), cost_U.cpu(), out_projections)
 
-    def _removal(self, site: Site, weight_OC: Tensor, cov_CC: Tensor) -> tuple[Tensor, Tensor]:
+    def _ridge(self, site: Site, weights: SiteWeights, evidence: Gram | Halved) -> float:
+        if not isinstance(self.ridge, str):
+            return self.ridge
+        assert isinstance(evidence, Halved)
+        variance_C = evidence.whole.covariance_CC.diagonal().to(weights.out_projection.device)
+        given_C = weights.out_projection.double().square().sum(0) * variance_C
+        kept_U = given_C.view(site.units, site.width).sum(1).sort(stable=True).indices[round(_TRIED * site.units) :]
+        keep_C = site.keep_C(kept_U.sort().values.tolist())
+        return chosen_ridge(weights.out_projection, weights.out_projection_bias, evidence, keep_C)
+
+    def _removal(self, site: Site, weight_OC: Tensor, cov_CC: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
         """The order in which units leave [U] and the cumulative cost [U]. Inputs that never change (an expert's without
         tokens) leave in their order, for nothing."""
-        if self.ridge > 0 and not cov_CC.any():
+        if ridge > 0 and not cov_CC.any():
             order_U = torch.arange(site.units, device=weight_OC.device)
             return order_U, torch.zeros_like(order_U, dtype=weight_OC.dtype)
         hessian_CC = cov_CC.clone()
-        hessian_CC.diagonal().add_(self.ridge * cov_CC.diagonal().mean())
-        left = _RemainingUnits(site.width, torch.cholesky_inverse(cholesky_(hessian_CC, self.ridge)), weight_OC.clone())
+        hessian_CC.diagonal().add_(ridge * cov_CC.diagonal().mean())
+        left = _RemainingUnits(site.width, torch.cholesky_inverse(cholesky_(hessian_CC, ridge)), weight_OC.clone())
         step = self.step if site.width == 1 else 1
         order, cost, total = [], [], torch.zeros((), dtype=torch.float64, device=weight_OC.device)
         while left.count:
@@ -160,8 +179,8 @@ class _RemainingUnits:
 @dataclass(frozen=True)
 class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     """Out-projections fitted anew once the first 1, 2, ... units of an order have left; each is worked out when it is
-    asked for. Iterates over `levels` levels, evenly spaced, and answers for every other one too. Covariance and
-    out-projections are held in memory as long as those of all sites are within `memory` GiB, else in files."""
+    asked for. Iterates over `levels` levels, evenly spaced, and answers for every other one too. Covariance (float32)
+    and out-projections are held in memory as long as those of all sites are within `memory` GiB, else in files."""
 
     site: Site
     weight_OC: Tensor
@@ -177,6 +196,13 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     def __post_init__(self) -> None:
         object.__setattr__(self, "cov_CC", spilled(self.cov_CC, self.memory * 2**30))
 
+    def in_order(self, order_U: Tensor) -> Refits:
+        """The same for units that leave in another order; the covariance is shared."""
+        other = copy(self)
+        object.__setattr__(other, "order_U", order_U.to(self.order_U.device))
+        object.__setattr__(other, "made", {})
+        return other
+
     def __getitem__(self, removed: int) -> tuple[Tensor, Tensor | None]:
         if not 0 <= removed <= self.site.units:
             raise KeyError(removed)
@@ -184,7 +210,7 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
             return self.weight_OC, self.bias_O
         if removed not in self.made:
             keep_C = self.site.keep_C(sorted(self.order_U[removed:].tolist()))
-            cov_CC = self.cov_CC.to(self.weight_OC.device, copy=True)  # which the solve works in
+            cov_CC = self.cov_CC.to(self.weight_OC.device, torch.float64, copy=True)  # which the solve works in
             weight, bias = refitted_(self.weight_OC, self.bias_O, cov_CC, self.mean_C, keep_C, self.ridge)
             del cov_CC
             self.made[removed] = spilled(weight, self.memory * 2**30), bias

@@ -56,6 +56,9 @@ SEARCH: Defaults = {
     "spends": None,
     "refits": 0,
     "rebalanced": None,
+    "starts": {},
+    "held_out": 0.0,
+    "objective": "next_token",
 }
 RECOVERY: Defaults = {"seen": None, "batch": 0}
 EVALUATOR: Defaults = {

@@ -133,11 +133,12 @@ def test_names_choose_datasets_and_keep_their_settings(folder: Path) -> None:
 
 def test_a_written_config_says_all_and_builds_the_same(folder: Path, tokenizer: Any) -> None:
     run = run_of("{low: low.txt, up: {calibration: up.txt, weight: 3}}")
-    (folder / "conf").mkdir()
-    written = "# @package _global_\n" + yaml.safe_dump({"dataset": run.config["dataset"]})
-    (folder / "conf" / "before.yaml").write_text(written)
-    again = compose(["+before", "evaluator=[size]"], str(folder / "conf"))
-    assert again.config["dataset"] == run.config["dataset"] and config_hash(again.config) == config_hash(run.config)
+    written = yaml.safe_load(yaml.safe_dump(run.config))
+    again = Composed(written, compose([]).job, run.folders)
+    assert config_hash(written) == config_hash(run.config)
+    assert build(again).dataset == build(run).dataset
+    other = run_of("{low: low.txt, up: {calibration: up.txt, weight: 2}}")
+    assert config_hash(other.config) != config_hash(run.config)
     assert torch.equal(build(again).dataset.calibration(tokenizer), build(run).dataset.calibration(tokenizer))
 
 

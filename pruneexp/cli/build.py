@@ -17,8 +17,8 @@ from pruneexp.cli.explain import missing_key
 from pruneexp.cli.sources import MIXED, with_shared
 from pruneexp.cli.targets import Parameters, located, signature
 from pruneexp.conf_files import did_you_mean, one_line
-from pruneexp.dataset import Share
 from pruneexp.dataset.bos import check_asked, resolved
+from pruneexp.dataset.mixed import Share
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import value_before
 from pruneexp.model import ModelSource

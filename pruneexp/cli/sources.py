@@ -47,10 +47,10 @@ def with_shared(settings: Mapping[str, Any], key: str) -> Any:
         if not isinstance(node, Mapping):
             raise ConfigError(f"{key}.{name}={each!r}: expected {FORMS}")
         takes = inspect.signature(located(node.get("_target_"), f"{key}.{name}._target_")).parameters
-        own = {k: settings[k] for k in SHARED if k in settings} | {"name": name}
+        own: dict[str, Any] = {k: settings[k] for k in SHARED if k in settings} | {"name": name}
         if "samples" not in takes:
             own |= {"bos": False}  # windows that are used as they are
-        sources[name] = {**each, "dataset": {k: v for k, v in own.items() if k in takes} | node}
+        sources[name] = {**each, "dataset": {k: v for k, v in own.items() if k in takes} | dict(node)}
     return sources
 
 

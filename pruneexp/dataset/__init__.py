@@ -10,7 +10,7 @@ from pruneexp.dataset.document_files import DocumentFiles, documents
 from pruneexp.dataset.embedded import Embedded
 from pruneexp.dataset.files import Text, Tokens, text, tokens
 from pruneexp.dataset.hub import HubText
-from pruneexp.dataset.mixed import Mixed, Share
+from pruneexp.dataset.mixed import Mixed
 from pruneexp.dataset.windows import (
     WindowSource,
     bos_token,

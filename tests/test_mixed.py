@@ -16,6 +16,7 @@ import yaml
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import Composed, compose
 from pruneexp.dataset import WindowSource, evaluation_parts, evaluation_windows
+from pruneexp.dataset.given import GivenTokens
 from pruneexp.dataset.mixed import interleaved, shared_out
 from pruneexp.evaluator import Perplexity
 from pruneexp.evidence import Gram, Halves
@@ -84,6 +85,12 @@ def test_any_first_part_and_every_second_and_fourth_window_hold_each_source_in_p
             for length in range(1, len(part) + 1):
                 had = Counter(part[:length])
                 assert all(abs(had[name] - length * count / total) < 2 for name, count in counts.items())
+
+
+def test_a_single_source_has_no_origins_and_nothing_apart() -> None:
+    dataset: Any = build(compose(["evaluator=[size]"])).dataset
+    assert (dataset.origins, dataset.apart) == (None, None)
+    assert (GivenTokens.origins, GivenTokens.apart) == (None, None)
 
 
 def test_halves_of_two_sources_hold_both_alike() -> None:
@@ -250,6 +257,7 @@ def test_documents_that_cannot_be_read(tmp_path: Path, content: str, problem: st
         ("{low: low.txt, wikitxt2: 1}", "dataset.sources.wikitxt2: .*; did you mean wikitext2?"),
         ("{low: low.txt, mixed: 1}", "dataset.sources.mixed: mixed is no dataset"),
         ("[wikitext2,c4,wikitext2]", "dataset.sources=.*: wikitext2 is repeated"),
+        ("{c4: 1, d: {weight: 1, calibration: [one.jsonl, two.jsonl]}, c4: 2}", ".*: c4 is repeated"),
         ("{a: low.txt, b: low.txt}", "dataset.sources.b: the same text as dataset.sources.a"),
         (
             "{wikitext2: 1, mine: {dataset: wikitext2}}",

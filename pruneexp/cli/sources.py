@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,21 @@ def expand_sources(config: DictConfig, folders: Sequence[Path]) -> None:
         _check_repeated(nodes, key)
         with open_dict(node):
             node.sources = nodes
+
+
+def check_typed(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a name that is typed twice, of which Hydra would take the last."""
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if not key.endswith("dataset.sources") or not value.startswith("{"):
+            continue
+        flat = value[1:-1]
+        while (shorter := re.sub(r"\{[^{}]*\}|\[[^][]*\]|'[^']*'|\"[^\"]*\"", "", flat)) != flat:
+            flat = shorter
+        names = re.findall(r"(?:^|,)\s*([^\s:,]+)\s*:", flat)
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ConfigError(f"{text}: {name} is repeated; expected each source once, with a weight")
 
 
 def with_shared(settings: Mapping[str, Any], key: str) -> Any:

@@ -17,10 +17,12 @@ from pruneexp import types
 from pruneexp.cli.coerce import coerced, described
 from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
+from pruneexp.cli.sources import MIXED, with_shared
 from pruneexp.cli.targets import Parameters, located, signature
 from pruneexp.conf_files import YamlLoader, did_you_mean, one_line
 from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
+from pruneexp.dataset.mixed import Share
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import value_before
 from pruneexp.model import ModelSource
@@ -197,7 +199,20 @@ class Builder:
             raise ConfigError(f"{key}={node!r}: expected a choice with a _target_")
         settings = {name: value for name, value in node.items() if name != "_target_"}
         target = located(node["_target_"], f"{key}._target_")
+        if node["_target_"] == MIXED:
+            settings = self._with_sources(settings, f"{key}.sources")
         return self.call(target, _as_before(target, _without_bos(target, settings), key), key)
+
+    def _with_sources(self, settings: dict[str, Any], key: str) -> dict[str, Any]:
+        """A mixture's settings, with its sources as objects. They lie under their own names, as they are typed."""
+        sources = with_shared(settings, key)
+        if not isinstance(sources, Mapping):
+            return settings
+        built = {}
+        for name, each in sources.items():
+            source = satisfying(self.node(each["dataset"], f"{key}.{name}"), types.Dataset, f"{key}.{name}._target_")
+            built[name] = Share(coerced(each.get("weight"), float, f"{key}.{name}.weight"), source)
+        return {**settings, "sources": built}
 
     def call(self, target: Callable[..., Any], settings: Mapping[str, Any], key: str) -> Any:
         """`target(**settings)`, once every setting is known, present and of the type that the signature asks for."""

@@ -76,7 +76,7 @@ EVALUATOR: Defaults = {
     "length": None,
     "batch_size": 1,
 }
-DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None}
+DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
 TRACKER: Defaults = {"summarise": None}
 
 

@@ -230,12 +230,17 @@ class Evaluator(Protocol):
 
 class Dataset(Protocol):
     """Token windows, int64 [N, T], for calibration and for evaluation: `samples` and `evaluation_samples` of `length`
-    tokens, None for as many, or as long, as there are."""
+    tokens, None for as many, or as long, as there are. `origins`: of each calibration window the name of its source.
+    `apart(tokenizer, length)`: what is evaluated apart, by name: a weight, and windows. Both None where there is one
+    source.
+    """
 
     name: str
     samples: int | None
     evaluation_samples: int | None
     length: int | None
+    origins: Any
+    apart: Any
 
     def calibration(self, tokenizer: Any) -> Tensor: ...
 

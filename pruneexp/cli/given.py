@@ -9,7 +9,8 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from pruneexp.cli.build import PROTOCOLS, build, check_together, satisfying, with_starts
+from pruneexp.cli.build import PROTOCOLS, build, satisfying, with_starts
+from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import compose_raw, composed, open_hydra
 from pruneexp.cli.single import check_unswept
 from pruneexp.criterion.together import Together

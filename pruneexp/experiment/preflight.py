@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,14 +156,24 @@ def _check_windows(experiment: Experiment, windows: int) -> None:
     """Raises ConfigError where a method wants more calibration windows than there are."""
     dataset = experiment.dataset
     found = f"dataset.samples={windows}" if dataset.samples is not None else dataset.key("calibration")
+    share = experiment.search.held_out
+    held_out = round(share * windows)
+    if share and held_out < 2:
+        raise ConfigError(
+            f"{found}: {windows} calibration windows, {held_out} of them held out by search.held_out={share}; "
+            f"expected at least {math.ceil(2 / share)}, or search.held_out=0"
+        )
     for group in ("criterion", "compensator"):
         kinds = evidence_kinds(getattr(experiment, group).evidence)
+        there = windows - held_out if group == "criterion" else windows
         least = max((kind.least_windows for kind in kinds), default=0)
-        if windows < least:
+        if there < least:
+            if there < windows:
+                found = f"{found}, {held_out} of them held out by search.held_out={share}"
             method, settings = experiment.job["choices"].get(group), experiment.config[group].items()
             autos = " and ".join(f"{group}.{key}" for key, value in settings if value == "auto")
             raise ConfigError(
-                f"{found}: {windows} calibration windows; expected at least {least}, since {group}={method} holds some "
+                f"{found}: {there} calibration windows; expected at least {least}, since {group}={method} holds some "
                 f"out to judge by, or a number for {autos}"
             )
 

@@ -109,18 +109,18 @@ class Evolution:
             starts.append(cheapest(structures))
         if structures.composites:
             starts.append(ranked(structures, method.granularity, method.min_units, method.multiple))
-        if method.starts:
-            return self._among_criteria(starts)
+        others = [found for start in method.starts if (found := self._scores_of(start))]
+        if others:
+            return self._among_criteria(starts, others)
         last, starts = starts[-1], _distinct(starts)
         if self.left < self.price(len(starts), method.tokens):
             return last
         return starts[int(self.losses(starts, self.drawn(method.tokens)).mean(0).argmin())]
 
-    def _among_criteria(self, starts: list[Levels]) -> Levels:
+    def _among_criteria(self, starts: list[Levels], others: list[Scores]) -> Levels:
         """The best of the starts and of those that other criteria give, then the best order of units."""
         structures = self.structures
         starts += [same_share(structures, 1.0, ramp) for ramp in RAMPS]
-        others = [self._scores_of(start) for start in self.method.starts]
         own = {site.name: structures.scores[site.name] for site in structures.chosen}
         if not structures.composites:
             starts += [standardised_share(structures, each) for each in (own, *others)]

@@ -74,7 +74,7 @@ def build(composed: Composed) -> Experiment:
 
 
 def with_starts(criterion: Any, search: types.Search) -> Any:
-    """The criterion, and beside it those that the search starts from; what is judged as a whole has no units to order."""
+    """The criterion, and beside it those that the search starts from; wholes have no units to order."""
     by_units = search.starts and scored_as(search.granularity, criterion.judges) == "units"
     return Together(criterion, search.starts) if by_units else criterion
 
@@ -155,7 +155,7 @@ class Builder:
         built = {}
         for name in names:
             if name in built or name not in known:
-                wrong = "twice" if name in built else f"no criterion{did_you_mean(name, list(known))}"
+                wrong = "there twice" if name in built else f"no criterion{did_you_mean(name, list(known))}"
                 raise ConfigError(
                     f"{key}={names!r}: {name!r} is {wrong}; expected some of {', '.join(sorted(known))}, each once"
                 )

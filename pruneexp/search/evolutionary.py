@@ -43,8 +43,8 @@ class Evolutionary:
        the best quarter on four times as many, together with the parent, which the best one replaces. At most `steps`
        generations (null: what `effort` pays for).
 
-    `tokens` is the share of the windows that decide which is looked at to choose between structures in 1 and 2 (less of them where the
-    effort would not pay for two rounds of 2) and in the last turn of 3. A structure takes another's place once its
+    `tokens` is the share of the windows that decide which is looked at to choose between structures in 1 and 2 (less of
+    them where the effort would not pay for two rounds of 2) and in the last turn of 3. A structure takes another's place once its
     loss is lower by more than the standard error of the difference over batches. Losses that are not finite are skipped
     and counted.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from pruneexp.search.granularity import Granularity
 from pruneexp.search.levels import Levels, Structures, parabola
 from pruneexp.search.starts import HEAD_SHARES, RAMPS, cheapest, ranked, same_share, standardised_share
 from pruneexp.types import Candidate, Oracle, RemovalPath, RunError, Scores, start_name
+
+log = logging.getLogger("pruneexp")
 
 _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
@@ -109,7 +112,7 @@ class Evolution:
             starts.append(cheapest(structures))
         if structures.composites:
             starts.append(ranked(structures, method.granularity, method.min_units, method.multiple))
-        others = [found for start in method.starts if (found := self._scores_of(start))]
+        others = {start: found for start in method.starts if (found := self._scores_of(start))}
         if others:
             return self._among_criteria(starts, others)
         last, starts = starts[-1], _distinct(starts)
@@ -117,22 +120,30 @@ class Evolution:
             return last
         return starts[int(self.losses(starts, self.drawn(method.tokens)).mean(0).argmin())]
 
-    def _among_criteria(self, starts: list[Levels], others: list[Scores]) -> Levels:
-        """The best of the starts and of those that other criteria give, then the best order of units."""
+    def _among_criteria(self, shares: list[Levels], others: Mapping[str, Scores]) -> Levels:
+        """The best of the levels so far and of those that other criteria give, then the best order of units."""
         structures = self.structures
-        starts += [same_share(structures, 1.0, ramp) for ramp in RAMPS]
-        own = {site.name: structures.scores[site.name] for site in structures.chosen}
+        criteria: dict[str, Scores] = {"criterion": {s.name: structures.scores[s.name] for s in structures.chosen}}
+        criteria |= others
+        starts = {f"shares {number}": levels for number, levels in enumerate(shares)}
+        starts |= {f"ramp {ramp:+g}": same_share(structures, 1.0, ramp) for ramp in RAMPS}
         if not structures.composites:
-            starts += [standardised_share(structures, each) for each in (own, *others)]
-        last, starts = starts[-1], _distinct(starts)
+            starts |= {f"al_am of {name}": standardised_share(structures, own) for name, own in criteria.items()}
         share = self.affordable(len(starts), _STARTS)
-        levels = last if share is None else starts[_least(self.losses(starts, self.drawn(share)))]
-        orders = [structures, *(structures.ordered(each) for each in others)]
-        if share is not None and self.left >= self.price(len(orders), share):
-            candidates = [each.candidate(levels) for each in orders]
-            self.structures = orders[_least(self.measured(candidates, self.drawn(share)))]
-        self._order_each([own, *others], levels)
+        if share is None:
+            return list(starts.values())[-1]
+        orders = {name: structures.ordered(own) if name in others else structures for name, own in criteria.items()}
+        levels = starts[self._best({name: structures.candidate(own) for name, own in starts.items()}, share)]
+        if self.left >= self.price(len(orders), share):
+            self.structures = orders[self._best({n: each.candidate(levels) for n, each in orders.items()}, share)]
+        self._order_each(list(criteria.values()), levels)
         return levels
+
+    def _best(self, candidates: Mapping[str, Candidate], share: float) -> str:
+        losses = self.measured(list(candidates.values()), self.drawn(share))
+        named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
+        log.info("search: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(named.items(), key=_second)))
+        return list(candidates)[_least(losses)]
 
     def _scores_of(self, start: str) -> Scores:
         named = {site.name: start_name(start, site.name) for site in self.structures.chosen}
@@ -163,6 +174,9 @@ class Evolution:
         share = max(share, min(self.method.tokens, self.left / 4))
         judged = self.measured([there.candidate(levels), mixed.candidate(levels)], self.drawn(share))
         self.structures = (there, mixed)[_least(judged)]
+        before, after = judged.mean(0).tolist()
+        own = sum(loss < 0 for loss, _ in best.values())
+        log.info("search: with orders of their own at %d sites %.4f, without %.4f", own, after, before)
 
     # ---- 2: sensitivities
 
@@ -253,6 +267,10 @@ class Evolution:
 
 def _distinct(population: Sequence[Levels]) -> list[Levels]:
     return list({tuple(levels.items()): levels for levels in population}.values())
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]
 
 
 def _least(losses: Tensor) -> int:

@@ -44,9 +44,9 @@ class Evolutionary:
        generations (null: what `effort` pays for).
 
     `tokens` is the share of the windows that decide which is looked at to choose between structures in 1 and 2 (less of
-    them where the effort would not pay for two rounds of 2) and in the last turn of 3. A structure takes another's place once its
-    loss is lower by more than the standard error of the difference over batches. Losses that are not finite are skipped
-    and counted.
+    them where the effort would not pay for two rounds of 2) and in the last turn of 3. A structure takes another's
+    place once its loss is lower by more than the standard error of the difference over batches. Losses that are not
+    finite are skipped and counted.
 
     `held_out`: the share of the calibration windows, drawn at random, that decides; scores, orders and the fits that
     structures are judged with are then of the others alone, so that nothing is judged by what it was fitted to. 0: all

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ log = logging.getLogger("pruneexp")
 
 _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
+_AT_ONCE = 4  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
 
 
@@ -133,14 +135,21 @@ class Evolution:
         if share is None:
             return list(starts.values())[-1]
         orders = {name: structures.ordered(own) if name in others else structures for name, own in criteria.items()}
-        levels = starts[self._best({name: structures.candidate(own) for name, own in starts.items()}, share)]
+        levels = starts[self._best({name: partial(structures.candidate, own) for name, own in starts.items()}, share)]
         if self.left >= self.price(len(orders), share):
-            self.structures = orders[self._best({n: each.candidate(levels) for n, each in orders.items()}, share)]
+            self.structures = orders[
+                self._best({n: partial(each.candidate, levels) for n, each in orders.items()}, share)
+            ]
         self._order_each(list(criteria.values()), levels)
         return levels
 
-    def _best(self, candidates: Mapping[str, Candidate], share: float) -> str:
-        losses = self.measured(list(candidates.values()), self.drawn(share))
+    def _best(self, candidates: Mapping[str, Callable[[], Candidate]], share: float) -> str:
+        """The name of the structure of least loss; few at a time, since their out-projections may all be different."""
+        batches, structures = self.drawn(share), list(candidates.values())
+        parts = range(0, len(structures), _AT_ONCE)
+        losses = torch.cat(
+            [self.measured([make() for make in structures[i : i + _AT_ONCE]], batches) for i in parts], 1
+        )
         named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
         log.info("search: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(named.items(), key=_second)))
         return list(candidates)[_least(losses)]

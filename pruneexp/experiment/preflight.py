@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ FITTED = 4  # calibration tokens for each input of an out-projection that is fit
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from. `outline`: the model's structure; `expected`: what the run will take."""
+    """What a run starts from. `experiment`: as its model settles it; `outline`: the model's structure; `expected`: what
+    the run will take."""
 
+    experiment: Experiment
     outline: Model
     budget: Budget
     tokenizer: Any
@@ -58,6 +60,7 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
     have in common. Raises ConfigError."""
     with waiting("reading the model's config"):
         outline = experiment.model.outline()
+    experiment = settled(experiment, outline)
     parts = (experiment.criterion, experiment.search, experiment.compensator)
     check_mixture(outline, *parts, experiment.job["choices"])
     budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
@@ -65,7 +68,15 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
         check_disk(experiment, outline, budget)
     tokenizer, tokens_NT = read_inputs(experiment)
     expected = forecast_of(experiment, outline, budget, tokenizer, tokens_NT, shared)
-    return Inputs(outline, budget, tokenizer, tokens_NT, expected)
+    return Inputs(experiment, outline, budget, tokenizer, tokens_NT, expected)
+
+
+def settled(experiment: Experiment, model: Model) -> Experiment:
+    """With the compensator as it is for this model."""
+    own = experiment.compensator.settled
+    return (
+        experiment if own is None else replace(experiment, compensator=own(model.family.adds_up and not model.mixture))
+    )
 
 
 def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:

@@ -46,7 +46,7 @@ CRITERION: Defaults = {
     "working_bytes": _zero,
     "kept_bytes": _two_zeros,
 }
-COMPENSATOR: Defaults = {"working_bytes": _zero}
+COMPENSATOR: Defaults = {"working_bytes": _zero, "settled": None}
 SEARCH: Defaults = {
     "granularity": ("heads", "channels"),
     "heads": None,  # a count for all layers, in place of the ratio

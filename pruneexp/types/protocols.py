@@ -159,12 +159,15 @@ class Sparsity(Protocol):
 class Compensator(Protocol):
     """The out-projection's weight and bias after units are gone. `sequential`: its evidence is collected on what the
     pruned layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory.
-    `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that. What it chose for
+    `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that. `settled(sums)`,
+    unless None: itself as it is for a model whose hidden states are plain sums of what out-projections give, or are
+    none. What it chose for
     the site by itself may come third, by name, {"ridge": 0.3}: compensation.json in the run folder has it."""
 
     evidence: ClassVar[Any]
     adds_bias: ClassVar[bool]
     sequential: bool
+    settled: Any
 
     def working_bytes(self, site: Site, outputs: int, /) -> int: ...
 

@@ -57,7 +57,7 @@ SEARCH: Defaults = {
     "refits": 0,
     "rebalanced": None,
 }
-RECOVERY: Defaults = {"seen": None, "batch": 0}
+RECOVERY: Defaults = {"seen": None, "looks": _zero, "batch": 0, "layerwise": False}
 EVALUATOR: Defaults = {
     "streams": False,
     "check": _nothing,

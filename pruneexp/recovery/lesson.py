@@ -86,6 +86,7 @@ class Lesson:
 
     def step(self, windows_B: Tensor, rate: float) -> bool:
         """One step on these windows; whether its gradient was finite (nothing is done where not)."""
+        self.states.meter.backward += self._share(windows_B)
         for part_B in self._parts(windows_B):
             with torch.enable_grad():
                 (self._loss(part_B) * (len(part_B) / len(windows_B))).backward()
@@ -110,8 +111,12 @@ class Lesson:
 
     def _parts(self, windows_B: Tensor) -> tuple[Tensor, ...]:
         """As many windows as are run at once."""
-        self.states.meter.forward += len(windows_B) / (len(self.states.tokens_NT) * len(self.states.model.layers))
+        self.states.meter.forward += self._share(windows_B)
         return windows_B.split(self.states.model.batch_size)
+
+    def _share(self, windows_B: Tensor) -> float:
+        """Of a plain pass over all windows and layers."""
+        return len(windows_B) / (len(self.states.tokens_NT) * len(self.states.model.layers))
 
     def _loss(self, windows_B: Tensor) -> Tensor:
         hidden_BTD = self.states.hidden_NTD[windows_B].to(self.device, self.dtype)

@@ -72,7 +72,7 @@ class Lesson:
         self.autocast = half and not widening_pays(states.hidden_NTD[:1].bfloat16())
         self.layer = copy.deepcopy(self.own).to(self.dtype).requires_grad_(True)
         self.parameters = list(self.layer.parameters())
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=0.0, betas=BETAS, weight_decay=0.0)
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
 
     @property
     def params(self) -> int:

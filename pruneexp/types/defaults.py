@@ -46,7 +46,7 @@ CRITERION: Defaults = {
     "working_bytes": _zero,
     "kept_bytes": _two_zeros,
 }
-COMPENSATOR: Defaults = {"working_bytes": _zero}
+COMPENSATOR: Defaults = {"working_bytes": _zero, "settled": None}
 SEARCH: Defaults = {
     "granularity": ("heads", "channels"),
     "heads": None,  # a count for all layers, in place of the ratio
@@ -56,6 +56,9 @@ SEARCH: Defaults = {
     "spends": None,
     "refits": 0,
     "rebalanced": None,
+    "starts": {},
+    "held_out": 0.0,
+    "objective": "next_token",
 }
 RECOVERY: Defaults = {"seen": None, "looks": _zero, "batch": 0, "layerwise": False}
 EVALUATOR: Defaults = {
@@ -73,7 +76,7 @@ EVALUATOR: Defaults = {
     "length": None,
     "batch_size": 1,
 }
-DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None}
+DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
 TRACKER: Defaults = {"summarise": None}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -215,6 +215,15 @@ class RemovalPath:
         return torch.empty_like(self.cost_U).scatter_(0, self.order_U, self.cost_U)
 
 
+@runtime_checkable
+class Reorderable(Protocol):
+    """Fitted out-projections of a `RemovalPath` that can be had for another order, too."""
+
+    def in_order(self, order_U: Tensor) -> Mapping[int, tuple[Tensor, Tensor | None]]:
+        """Removed units -> refitted out-projection, where units leave in the order `order_U`, int64 [U]."""
+        ...
+
+
 @dataclass(frozen=True)
 class ColumnScores:
     """The answer of a criterion that judges the out-projection's channels: importances of the units, and of the
@@ -227,6 +236,16 @@ class ColumnScores:
 
 Score = Tensor | RemovalPath | ColumnScores
 Scores = Mapping[str, Score]  # site name -> importances of its units
+
+
+def start_name(start: str, site: str) -> str:
+    """What the scores of a search's start are called, among those of the criterion: "flap:model.layers.0.mlp"."""
+    return f"{start}:{site}"
+
+
+def own_scores(scores: Scores) -> dict[str, Score]:
+    """Those of the criterion itself."""
+    return {name: score for name, score in scores.items() if ":" not in name}
 
 
 def unit_scores(score: Score) -> Tensor:

@@ -188,7 +188,7 @@ class Memory:
     def _recovering(self) -> Stage:
         """Layer by layer: hidden states of both models, a dense layer beside what the files hold of it, and of the
         layer that is trained float32 weights, the best ones, their gradients and AdamW's two moments; what waits for
-        the way back is in float32, too."""
+        the way back is in float32, too, and so is a batch of windows held out."""
         shape, batch = self.shape, Windows(self.trains, self.seen.length, self.trains)
         if not self.layerwise:
             kept = activations(shape, batch, loss=True) + len(shape.layers) * activations(shape, batch)
@@ -196,7 +196,7 @@ class Memory:
         wide = max(4, shape.itemsize) / shape.itemsize
         trained = round(TRAINED * wide * shape.block_bytes)
         dense = 2 * shape.block_bytes + shape.outside * shape.itemsize
-        kept = round(SUBLAYERS * wide * activations(shape, batch))
+        kept = round(wide * max(SUBLAYERS * activations(shape, batch), activations(shape, self.seen)))
         return self._stage("recover", self._hidden(self.seen.tokens, 2), activations=kept, copies=dense + trained)
 
     def _collecting(self, kinds: Sequence[Any]) -> int:

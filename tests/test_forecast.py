@@ -144,6 +144,15 @@ def test_what_recovery_sees(settings: str, foretold: Any) -> None:
     )
 
 
+def test_what_layers_see_that_are_trained_one_by_one(foretold: Any) -> None:
+    made, found = foretold("recipe=magnitude", "recovery=blockwise", "recovery.held_out=0.2", "recovery.epochs=2")
+    model, _ = pruned(made)
+    meter = Meter()
+    tokens_NT = torch.randint(3, 96, (SEEN.count, SEEN.length))
+    made.recovery(model, tokens_NT, meter, 0, made.model.reference())
+    assert (meter.forward, meter.backward) == pytest.approx((found.passes.forward, found.passes.backward))
+
+
 # Parameters
 
 
@@ -341,7 +350,14 @@ def test_streamed_memory_does_not_grow_with_the_layers(foretold: Any, wider: Pat
 
 @pytest.mark.parametrize(
     "overrides",
-    ["recipe=llm_pruner", "recipe=sleb", "sparsity=cubic", "recovery=lora", "compensator=least_squares_once"],
+    [
+        "recipe=llm_pruner",
+        "recipe=sleb",
+        "sparsity=cubic",
+        "recovery=lora",
+        "recovery=blockwise",
+        "compensator=least_squares_once",
+    ],
 )
 def test_what_cannot_be_streamed_has_no_such_forecast(overrides: str, foretold: Any) -> None:
     assert foretold(overrides)[1].streamed == []

@@ -29,12 +29,13 @@ def _check_streamed(experiment: Experiment) -> None:
     sources = [types.source_of(kind) for kind in types.evidence_kinds(experiment.criterion.evidence)]
     differentiates, probes = any(s.differentiates for s in sources), any(s.probes for s in sources)
     backward, losses = "needs backward passes through the whole model", "measures the loss of many structures"
+    trains = "trains what a streamed run has written by then" if experiment.recovery.layerwise else backward
     held = [name for name, each in experiment.evaluators.items() if not each.streams]
     for found, group, why, instead in (
         (differentiates, "criterion", backward, "a criterion that only needs forward passes"),
         (probes, "criterion", losses, "a criterion that goes block by block"),
         (experiment.search.probes, "search", losses, "a search that goes by scores"),
-        (experiment.recovery.trains, "recovery", backward, "recovery=none"),
+        (experiment.recovery.trains, "recovery", trains, "recovery=none"),
         (held, "evaluator", "needs the whole model in memory", "only evaluators that can stream"),
     ):
         if found:

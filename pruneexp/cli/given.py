@@ -51,6 +51,12 @@ def given_experiment(
     settings = {**run.config["run"], "dir": None if folder is None else str(folder)}
     run = replace(run, config={**run.config, "run": settings})  # not typed: a path may be any text
     experiment = build(run)
+    if in_place and experiment.recovery.layerwise:
+        chosen = run.job["choices"]["recovery"]
+        raise ConfigError(
+            f"in_place=True: recovery={chosen} trains towards the dense model, which is spent by then; expected "
+            "in_place=False, or recovery=none"
+        )
     source = GivenModel(module, tokenizer, experiment.model.batch_size, in_place)
     replaced: dict[str, Any] = {"model": source, "dataset": GivenTokens(windows_NT)}
     described = {"model": _described(source), "dataset": {**run.config["dataset"], "given": list(windows_NT.shape)}}

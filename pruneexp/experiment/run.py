@@ -108,7 +108,8 @@ def _pruned(
     adapter = None
     if experiment.recovery.trains:
         with record.clock("recover"):
-            recovered = experiment.recovery(model, tokens_NT, record.meter, experiment.seed)
+            dense_model = {"dense": experiment.model.reference()} if experiment.recovery.layerwise else {}
+            recovered = experiment.recovery(model, tokens_NT, record.meter, experiment.seed, **dense_model)
         adapter = recovered.adapter
         record.metrics |= recovered.metrics
     card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)

@@ -89,6 +89,10 @@ class GivenModel:
         check_finite(module, "")
         return self._model(module)
 
+    def reference(self) -> Model:
+        """What a pruned model is compared with: the very module, to be read only, of a source that is not spent."""
+        return self._wrapped(self.module)
+
     def fingerprint(self) -> dict[str, Any]:
         """SHA-256 over config, names and contents of all tensors."""
         digest = hashlib.sha256(self.module.config.to_json_string(use_diff=False).encode())
@@ -109,20 +113,21 @@ class GivenModel:
         layers = module.get_submodule(f"{module.base_model_prefix}.{family.layers}")
         for layer in layers:
             _split_experts_(layer, family)
-        home = next(embedding.parameters()).device
-        placement = [next((p.device for p in layer.parameters()), home) for layer in layers]
+        made = self._wrapped(module)
+        placement = [made.layer_device(index) for index in range(len(layers))]
         if hooks := sys.modules.get("accelerate.hooks"):  # theirs would bring inputs to where layers were before
             hooks.remove_hook_from_module(module, recurse=True)
-        if {home} != {home, *placement}:
-            connect_(module, layers, placement, home)
-        return Model(
-            module,
-            self.tokens_of,
-            name=self.name,
-            device=home,
-            batch_size=self.batch_size,
-            placement=placement,
-        )
+        if len(made.devices) > 1:
+            connect_(module, layers, placement, made.device)
+        return made
+
+    def _wrapped(self, module: Any) -> Model:
+        """The module as it is."""
+        layers = module.get_submodule(f"{module.base_model_prefix}.{family_of(stock_of(module.config)).layers}")
+        home = next(module.get_input_embeddings().parameters()).device
+        placement = [next((p.device for p in layer.parameters()), home) for layer in layers]
+        settings: dict[str, Any] = {"device": home, "placement": placement, "batch_size": self.batch_size}
+        return Model(module, self.tokens_of, name=self.name, **settings)
 
 
 def check_module(module: Any) -> None:

@@ -266,11 +266,13 @@ class Model:
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, `module` computes another function."""
+    own = {key: value for key, value in module.__dict__.items() if key == "forward"}  # put there by somebody else
     module.forward = forward
     try:
         yield
     finally:
         module.__dict__.pop("forward", None)
+        module.__dict__.update(own)
 
 
 def select_layers_(config: Any, kept: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,11 @@ class ModelSource:
         model.source_folder = folder
         module.generation_config = companions.generation_settings(folder) or module.generation_config
         return model
+
+    def reference(self) -> Model:
+        """What a pruned model is compared with: the model as it is stored, its decoder layers loaded one at a time."""
+        device = str(devices_of(self.device)[0])
+        return replace(self, path=str(self.folder()), device=device, stream=True).load(self.describe().tokenizer)
 
     def _model(
         self,

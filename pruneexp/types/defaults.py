@@ -60,7 +60,7 @@ SEARCH: Defaults = {
     "held_out": 0.0,
     "objective": "next_token",
 }
-RECOVERY: Defaults = {"seen": None, "batch": 0}
+RECOVERY: Defaults = {"seen": None, "looks": _zero, "batch": 0, "layerwise": False}
 EVALUATOR: Defaults = {
     "streams": False,
     "check": _nothing,

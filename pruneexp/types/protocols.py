@@ -177,12 +177,18 @@ class Compensator(Protocol):
 
 
 class Recovery(Protocol):
-    """Training after pruning. `trains`: it does (and so needs backward passes through the whole model), `batch` windows
-    at a time. `seen(windows)`, unless None: the windows that it trains on in all, for forecasts."""
+    """Training after pruning. `trains`: it does (and so needs the whole pruned model in memory), `batch` windows at a
+    time. `layerwise`: through one decoder layer after the other, towards the dense model, which it is called with as
+    `dense` (its layers are loaded one at a time); else with backward passes through the whole model. For forecasts:
+    `seen(windows)`, unless None, the windows that it trains on in all, and `looks(windows)`, those that it runs
+    forwards beside that."""
 
     trains: ClassVar[bool]
+    layerwise: ClassVar[bool]
     batch: int
     seen: Any
+
+    def looks(self, windows: int, /) -> int: ...
 
     def prepare(self, family: Any, windows: int) -> None:
         """Checks itself against the model's architecture and the number of calibration windows. Raises ConfigError."""

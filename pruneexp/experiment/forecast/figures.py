@@ -82,7 +82,7 @@ def forecast(
     left, decoder_left = params_left(model, method.search, method.sparsity, method.compensator, budget)
     trains = min(model.batch_size, recovery.batch) if recovery.trains else 0
     how = replace(how, shared=_in_common(method, shape, seen, how.shared))
-    held = Memory(method, shape, seen, measured, left, trains, replace(how, stream=False))
+    held = Memory(method, shape, seen, measured, left, trains, recovery.layerwise, replace(how, stream=False))
     streamed = replace(held, how=replace(how, stream=True)).stages() if _can_stream(method, recovery) else []
     passes = passes_of(method, recovery, model, shape, budget, seen)
     return Forecast(shape, left, decoder_left, passes, held.stages(), streamed, how.stream)

@@ -32,6 +32,8 @@ from pruneexp.surgery import STREAMED_SHARD_BYTES
 from pruneexp.types import Site, collected_by, evidence_kinds, updates_in_place
 
 PARTS = ("process", "weights", "hidden states", "activations", "statistics", "solves", "kept", "copies")
+TRAINED = 5  # times a layer's weights: themselves, the best ones, gradients, two moments
+SUBLAYERS = 2  # of a layer, whose activations wait for the way back
 CONVERTED = 2**22  # elements of an out-projection's input that second moments take in float64 at once
 
 
@@ -70,7 +72,8 @@ class Running:
 @dataclass(frozen=True)
 class Memory:
     """Of which the stages are asked. `measured`: the windows of each evaluator that has some; `left`: parameters of the
-    pruned model; `trains`: windows in a batch of training after pruning, 0 for none."""
+    pruned model; `trains`: windows in a batch of training after pruning, 0 for none, `layerwise` through one layer
+    after the other."""
 
     method: Method
     shape: Shape
@@ -78,6 +81,7 @@ class Memory:
     measured: Sequence[Windows]
     left: int
     trains: int
+    layerwise: bool
     how: Running
 
     def stages(self) -> list[Stage]:
@@ -92,9 +96,7 @@ class Memory:
         else:
             found += [self._calibrating(shrinks=False), *self._searching(), self._shrinking()]
         if self.trains:
-            batch = Windows(self.trains, self.seen.length, self.trains)
-            kept = activations(shape, batch, loss=True) + len(shape.layers) * activations(shape, batch)
-            found.append(self._stage("recover", 0, activations=kept))
+            found.append(self._recovering())
         if self.how.prove in ("process", "in_place") and not self.how.stream:  # the source comes, too
             process = {"process": self.how.process}
             found.append(Stage("prove", {**process, "weights": self.left * shape.itemsize, "copies": shape.bytes}))
@@ -182,6 +184,20 @@ class Memory:
             solves=self._widest(compensator.working_bytes),
             copies=copies,
         )
+
+    def _recovering(self) -> Stage:
+        """Layer by layer: hidden states of both models, a dense layer beside what the files hold of it, and of the
+        layer that is trained float32 weights, the best ones, their gradients and AdamW's two moments; what waits for
+        the way back is in float32, too, and so is a batch of windows held out."""
+        shape, batch = self.shape, Windows(self.trains, self.seen.length, self.trains)
+        if not self.layerwise:
+            kept = activations(shape, batch, loss=True) + len(shape.layers) * activations(shape, batch)
+            return self._stage("recover", 0, activations=kept)
+        wide = max(4, shape.itemsize) / shape.itemsize
+        trained = round(TRAINED * wide * shape.block_bytes)
+        dense = 2 * shape.block_bytes + shape.outside * shape.itemsize
+        kept = round(wide * max(SUBLAYERS * activations(shape, batch), activations(shape, self.seen)))
+        return self._stage("recover", self._hidden(self.seen.tokens, 2), activations=kept, copies=dense + trained)
 
     def _collecting(self, kinds: Sequence[Any]) -> int:
         """A batch in flight; or an out-projection's input and what second moments make of it, the in-projections'

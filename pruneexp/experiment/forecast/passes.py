@@ -34,9 +34,14 @@ def passes_of(method: Method, recovery: Recovery, model: Model, shape: Shape, bu
     spends = method.search.spends
     if spends is not None and budget.ratio > 0:
         one += Passes(spends(searched_sites(model, method.search), budget, seen.batches))
-    trains = recovery.seen if recovery.trains else None
-    trained = 0.0 if trains is None else trains(seen.count) / seen.count
-    return sum([one] * len(method.sparsity.shares()), Passes(trained, trained))
+    return sum([one] * len(method.sparsity.shares()), _trained(recovery, seen.count))
+
+
+def _trained(recovery: Recovery, windows: int) -> Passes:
+    if not recovery.trains or recovery.seen is None:
+        return Passes()
+    seen = recovery.seen(windows) / windows
+    return Passes(seen + recovery.looks(windows) / windows, seen)
 
 
 def dense_kinds(method: Method) -> tuple[Any, ...]:

@@ -1,93 +1,28 @@
-"""Recovery: a little training after pruning, where it is asked for."""
+"""Low-rank updates of the linear layers, trained on the next-token loss of the whole model."""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pruneexp.calibrate import Meter
-from pruneexp.files import save_tensors
 from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import Family
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, RunError, filled
-from pruneexp.types.defaults import RECOVERY
+from pruneexp.recovery.common import Adapter, Recovered, batches_of, rate_factor
+from pruneexp.types import ConfigError, RunError
 
 logger = logging.getLogger("pruneexp")
 
 Role = Literal["query", "key", "value", "output", "gate", "up", "down"]
-
-
-@dataclass
-class Adapter:
-    """Low-rank updates that are not merged: y + alpha / r B A x, added behind the linear layers by hooks. The layers
-    themselves, and so the model's weights and parameter counts, are as without it."""
-
-    config: Any  # peft.LoraConfig
-    tensors: Mapping[str, Tensor]  # as peft stores them
-    active: bool = field(default=True, init=False)
-
-    def attach(self, linear: nn.Linear, down: nn.Linear, up: nn.Linear, scale: float) -> None:
-        """Adds `scale` * up(down(x)) to what `linear` gives."""
-
-        def add(_linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.active:
-                return None
-            return (output + up(down(args[0].to(down.weight.dtype))) * scale).to(output.dtype)
-
-        linear.register_forward_hook(add)
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """The model without it."""
-        self.active = False
-        try:
-            yield
-        finally:
-            self.active = True
-
-    def save(self, folder: Path, base: Path) -> None:
-        """Writes what `peft.PeftModel.from_pretrained(model, folder)` reads; `base`: the checkpoint that it is for."""
-        self.config.inference_mode, self.config.base_model_name_or_path = True, str(base)
-        self.config.target_modules = sorted(self.config.target_modules)  # a set: written as it comes otherwise
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.config.save_pretrained(folder)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-            save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        except Exception as error:  # safetensors reports the disk's errors as a kind of its own
-            raise RunError(f"{folder}: the adapter cannot be written ({error})") from error
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What the training came to: its figures, and the adapter where it is kept."""
-
-    metrics: Mapping[str, float]
-    adapter: Adapter | None
-
-
-@dataclass(frozen=True)
-class NoRecovery:
-    """The pruned model as it is."""
-
-    trains: ClassVar[bool] = False
-
-    def prepare(self, family: Family, windows: int) -> None:
-        """Needs nothing."""
-
-    def __call__(self, model: Model, tokens_NT: Tensor, meter: Meter, seed: int) -> Recovered:
-        return Recovered({}, None)
 
 
 @dataclass(frozen=True)
@@ -202,7 +137,7 @@ class Lora:
         steps = self.steps or self.epochs * math.ceil(len(windows) / self.batch)
         parameters = [p for p in tuned.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=0.0)
-        losses, batches = [], _batches(windows, self.batch, steps, torch.Generator().manual_seed(seed))
+        losses, batches = [], batches_of(windows, self.batch, steps, torch.Generator().manual_seed(seed))
         for step, batch in enumerate(progress(batches, "recover", steps, "steps")):
             losses.append(0.0)
             for part in batch.split(model.batch_size):
@@ -232,21 +167,3 @@ class Lora:
             wrapper = tuned.base_model.model.get_submodule(name)
             adapter.attach(linear, wrapper.lora_A["default"], wrapper.lora_B["default"], wrapper.scaling["default"])
         return adapter
-
-
-def rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Up to 1 over the warm-up, then down towards 0: min((s + 1) / w, (n - s) / (n - w)), s from 0."""
-    return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
-
-
-def _batches(windows: Tensor, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`steps` batches, epoch after epoch, each in an order of its own."""
-    left = steps
-    while left > 0:
-        epoch: Sequence[Tensor] = windows[torch.randperm(len(windows), generator=generator)].split(size)
-        yield from epoch[:left]
-        left -= len(epoch)
-
-
-for _recovery in (NoRecovery, Lora):
-    filled(_recovery, RECOVERY)

@@ -14,27 +14,20 @@ fc2).
 
 from pruneexp.types.defaults import evidence_kinds, filled, updated_, updates_in_place
 from pruneexp.types.nouns import (
-    PLAN_VERSION,
-    Block,
-    Budget,
     Candidate,
     ColumnScores,
     ConfigError,
     ConfigErrors,
-    Cost,
     Measured,
-    Plan,
     RemovalPath,
     RunError,
     RunRecord,
     Score,
     Scores,
-    Site,
-    SitePlan,
-    SiteWeights,
     require_least,
     unit_scores,
 )
+from pruneexp.types.plan import PLAN_VERSION, Budget, Plan, SitePlan
 from pruneexp.types.protocols import (
     Compensator,
     Criterion,
@@ -47,6 +40,7 @@ from pruneexp.types.protocols import (
     Sparsity,
     Tracker,
 )
+from pruneexp.types.site import Block, Cost, Site, SiteWeights
 from pruneexp.types.sources import SOURCES, collected_by, source_of
 
 __all__ = [

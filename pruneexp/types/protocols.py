@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pruneexp.types.nouns import Block, Budget, Candidate, Measured, Plan, RunRecord, Scores, Site
+from pruneexp.types.nouns import Candidate, Measured, RunRecord, Scores
+from pruneexp.types.plan import Budget, Plan
+from pruneexp.types.site import Block, Site
 
 if TYPE_CHECKING:
     from typing_extensions import Self

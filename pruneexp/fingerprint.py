@@ -44,6 +44,7 @@ NEW_KEYS: Mapping[str, Any] = {
     "evaluator.*.dataset.bos": False,
     **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},
     "search.alike": False,
+    "search.remainder": "nearest",
 }
 
 

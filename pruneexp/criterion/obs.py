@@ -13,7 +13,7 @@ from torch import Tensor
 from pruneexp.criterion.spill import spilled
 from pruneexp.evidence import Gram
 from pruneexp.evidence.solve import check_ridge, cholesky_, refitted_
-from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights, require_least
+from pruneexp.types import Block, ConfigError, Refitted, RemovalPath, Score, Site, SiteWeights, require_least
 
 _COMPACT = 0.9  # the matrices are cut down to what is left once so much of them is
 
@@ -158,7 +158,7 @@ class _RemainingUnits:
 
 
 @dataclass(frozen=True)
-class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
+class Refits(Refitted):
     """Out-projections fitted anew once the first 1, 2, ... units of an order have left; each is worked out when it is
     asked for. Iterates over `levels` levels, evenly spaced, and answers for every other one too. Covariance and
     out-projections are held in memory as long as those of all sites are within `memory` GiB, else in files."""
@@ -172,7 +172,7 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     ridge: float
     levels: int
     memory: float
-    made: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    made: dict[int | tuple[int, ...], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cov_CC", spilled(self.cov_CC, self.memory * 2**30))
@@ -183,14 +183,22 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
         if removed == 0:
             return self.weight_OC, self.bias_O
         if removed not in self.made:
-            keep_C = self.site.keep_C(sorted(self.order_U[removed:].tolist()))
-            cov_CC = self.cov_CC.to(self.weight_OC.device, copy=True)  # which the solve works in
-            weight, bias = refitted_(self.weight_OC, self.bias_O, cov_CC, self.mean_C, keep_C, self.ridge)
-            del cov_CC
-            self.made[removed] = spilled(weight, self.memory * 2**30), bias
-            while len(self.made) > self.levels:
-                self.made.pop(next(iter(self.made)))
+            self._fit(removed, sorted(self.order_U[removed:].tolist()))
         return self.made[removed]
+
+    def keeping(self, units: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        if units not in self.made:
+            self._fit(units, units)
+        return self.made[units]
+
+    def _fit(self, which: int | tuple[int, ...], units: Sequence[int]) -> None:
+        keep_C = self.site.keep_C(units)
+        cov_CC = self.cov_CC.to(self.weight_OC.device, copy=True)  # which the solve works in
+        weight, bias = refitted_(self.weight_OC, self.bias_O, cov_CC, self.mean_C, keep_C, self.ridge)
+        del cov_CC
+        self.made[which] = spilled(weight, self.memory * 2**30), bias
+        while len(self.made) > self.levels:
+            self.made.pop(next(iter(self.made)))
 
     def __iter__(self) -> Iterator[int]:
         grid = torch.linspace(0, self.site.units, min(self.levels, self.site.units) + 1).round().int()

@@ -19,6 +19,7 @@ from pruneexp.types.nouns import (
     ConfigError,
     ConfigErrors,
     Measured,
+    Refitted,
     RemovalPath,
     RunError,
     RunRecord,
@@ -40,7 +41,7 @@ from pruneexp.types.protocols import (
     Sparsity,
     Tracker,
 )
-from pruneexp.types.site import Block, Cost, Site, SiteWeights
+from pruneexp.types.site import QUERY_HEADS, Block, Cost, Site, SiteWeights
 from pruneexp.types.sources import SOURCES, collected_by, source_of
 
 __all__ = [
@@ -61,6 +62,8 @@ __all__ = [
     "PLAN_VERSION",
     "Plan",
     "Recovery",
+    "QUERY_HEADS",
+    "Refitted",
     "RemovalPath",
     "RunError",
     "RunRecord",

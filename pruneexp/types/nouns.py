@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,14 @@ def require_least(part: Any, least: int, *names: str, besides: str = "") -> None
         value = getattr(part, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}={value!r}: expected an integer >= {least}{besides}")
+
+
+class Refitted(Mapping[int, tuple[Tensor, "Tensor | None"]]):
+    """Out-projections fitted anew once the first 1, 2, ... units of an order have left, or any others."""
+
+    @abstractmethod
+    def keeping(self, units: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """The one for these units alone, ascending."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+QUERY_HEADS = "query_heads"  # what scores of query heads are called behind their attention's name
+
 
 @dataclass(frozen=True)
 class Cost:

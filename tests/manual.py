@@ -169,10 +169,11 @@ def takes(name: str, granularity: Sequence[str], **settings: Any) -> bool:
     path = conf_folder() / "search" / f"{name}.yaml"
     target = next(found["_target_"] for each in inherited(path) if "_target_" in (found := _yaml(each)))
     module, _, kind = target.rpartition(".")
+    own = {**content(path), "granularity": list(granularity), **settings}
+    if "starts" in own:
+        own["starts"] = {}  # which names become criteria as an experiment is built
     try:
-        getattr(importlib.import_module(module), kind)(
-            **{**content(path), "granularity": list(granularity), **settings}
-        )
+        getattr(importlib.import_module(module), kind)(**own)
     except ConfigError:
         return False
     return True

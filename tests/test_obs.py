@@ -160,7 +160,9 @@ def test_little_memory_changes_no_reader(small_counts):
     tight = Obs(1e-3, 1, 4, "none", False, 0.0)(BLOCK, SEEN)
     for site in (ATTENTION, MLP):
         assert torch.equal(ample[site.name].order_U, tight[site.name].order_U)
-        assert on_disk(tight[site.name].out_projections.cov_CC) and not on_disk(ample[site.name].out_projections.cov_CC)
+        assert on_disk(tight[site.name].out_projections.inverse_CC) and not on_disk(
+            ample[site.name].out_projections.inverse_CC
+        )
         for removed in range(1, site.units):
             (weight, bias), (again, same) = (
                 tight[site.name].out_projections[removed],

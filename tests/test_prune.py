@@ -15,7 +15,8 @@ import yaml
 from torch import Tensor
 
 from pruneexp.calibrate import Meter, Probe
-from pruneexp.cli.build import build, check_together
+from pruneexp.cli.build import build
+from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import compose
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
 from pruneexp.conf_files import choices, conf_folder, inherited

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 import pruneexp
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Obs, Random, Taylor, WandaSp
+from pruneexp.evidence import Gram
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned
-from pruneexp.pruning.query_heads import check_query_heads
+from pruneexp.pruning.query_heads import check_query_heads, with_query_heads
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.report.points import kept_shares
@@ -36,7 +38,7 @@ from pruneexp.sparsity import Linear, OneShot
 from pruneexp.surgery import masked, padding, save, shrink_
 from pruneexp.surgery.shrink import check_plan
 from pruneexp.tracker.structure import widths
-from pruneexp.types import ColumnScores, ConfigError, Plan, RemovalPath, SitePlan, unit_scores
+from pruneexp.types import ColumnScores, ConfigError, Plan, RemovalPath, Reorderable, SitePlan, unit_scores
 from tests.cases import each
 from tests.tiny_families import TINY, random_model
 
@@ -167,7 +169,7 @@ CRITERIA: dict[str, Any] = {
     "llm_bip": LlmBip("l2", "up", "scale", True),
     "obs": Obs(1e-3, 1, 4, "output", False, 1.0),
 }
-LEAST_SQUARES, BIAS, NONE = LeastSquares(1e-3, "output", False), Bias(False), NoCompensation(False)
+LEAST_SQUARES, BIAS, NONE = LeastSquares(1e-3, "pruned", False), Bias(False), NoCompensation(False)
 
 
 @pytest.fixture
@@ -247,22 +249,26 @@ def test_least_squares_does_better_than_nothing(grouped: Model, tokens_NT: torch
     assert gaps[0] < 0.9 * gaps[1]
 
 
-def test_refits_by_turn_are_those_of_the_heads_that_stay(grouped: Model, tokens_NT: torch.Tensor) -> None:
-    found = pruned(grouped, tokens_NT, CRITERIA["obs"], SEARCHES["global"], NONE, schedule=OneShot(0.0, "decoder", 0))
-    turns = Turns(grouped.sites(), found.scores)
-    name = "model.layers.1.self_attn.query_heads"
-    score, path = turns.scored()[name], found.scores[name]
-    assert isinstance(score, RemovalPath) and isinstance(path, RemovalPath) and len(score.cost_U) == 4
+def test_refits_by_turn_are_those_of_the_heads_that_stay(grouped: Model) -> None:
+    block = grouped.block(1)
+    site = next(site for site in block.sites if site.kind == "attention")
+    x_BTC = torch.randn(4, 64, site.channels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    alone, evidence = replace(block, sites=(site,)), {site.name: Gram.empty(site).update(x_BTC)}
+    scores = CRITERIA["obs"](*with_query_heads(alone, evidence))
+    turns, name = Turns([site], scores), f"{site.name}.query_heads"
+    score, path = turns.scored()[name], scores[name]
+    assert isinstance(score, RemovalPath) and len(score.cost_U) == 4 and len(path.cost_U) == 12
     heads = turns.heads[name]
     assert sorted(heads.flatten().tolist()) == list(range(12)) and (heads // 4 == torch.arange(3)).all()
     weight, _ = score.out_projections[1]
-    expected, _ = path.out_projections.keeping(tuple(sorted(heads[1:].flatten().tolist())))  # type: ignore[attr-defined]
+    assert isinstance(path.out_projections, Reorderable)
+    expected, _ = path.out_projections.in_order(heads.flatten())[3]
     assert weight.shape == (48, 72) and torch.equal(weight, expected)
 
 
 def test_rounds_count_heads_as_the_original(grouped: Model, tokens_NT: torch.Tensor) -> None:
     dense = deepcopy(grouped)
-    parts = (CRITERIA["flap"], Global(1, QUERY, "zscore", 1), NONE)
+    parts = (CRITERIA["flap"], Global(1, ["query_heads"], "zscore", 1), NONE)
     found = pruned(grouped, tokens_NT, *parts, schedule=Linear(0.35, "decoder", 0, 3))
     lost = [found.plan.lost_heads(site) for site in dense.sites() if site.kind == "attention"]
     assert max(lost) > 3 and len(found.plan.budget["rounds"]) == 3
@@ -277,11 +283,11 @@ def test_rounds_count_heads_as_the_original(grouped: Model, tokens_NT: torch.Ten
     [
         (
             {"num_key_value_heads": 12},
-            "every query head of grouped has a key/value head of its own, and leaves with it",
+            "every query head of mine has a key/value head of its own, and leaves with it",
         ),
         (
             {"num_key_value_heads": 1},
-            "the query heads of grouped share one key/value head, and leave one by one as heads",
+            "the query heads of mine share one key/value head, and leave one by one as heads",
         ),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate import Bookmark, Meter, walk
-from pruneexp.cli.build import check_together
+from pruneexp.cli.compatible import check_together
 from pruneexp.compensator import Bias, NoCompensation
 from pruneexp.criterion import BlockInfluence, Flap, LossDrop, Magnitude, Random
 from pruneexp.evidence import BlockChange, LossWithout

@@ -528,7 +528,8 @@ def test_too_coarse_a_unit_is_said():
     )
     assert "search.remainder=down leaves" in (coarse("nearest", alike=True).warning(sites, budget) or "")
     assert coarse("carried").warning(sites, budget) is None and coarse("down").warning(sites, budget) is None
-    assert coarse("nearest").warning(model_sites(10, heads=30), budget) is None
+    finer = model_sites(10, heads=30)
+    assert coarse("nearest").warning(finer, Budget(0.2, params(finer))) is None
     assert coarse("nearest", granularity=["heads"]).warning(sites, budget) is None  # what rounding leaves moves on
     with pytest.raises(ConfigError, match="remainder='carried': expected nearest or down with alike=true"):
         coarse("carried", alike=True)

@@ -9,25 +9,37 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate.meter import Meter
-from pruneexp.model import Model, next_token_losses
+from pruneexp.model import Call, Model, next_token_losses
 from pruneexp.model.sites import experts_name
 from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
-from pruneexp.types import Candidate
+from pruneexp.types import Candidate, Objective
 
 
 class Probe:
-    """The oracle lent to searches: calibration losses of candidate structures, by masking the model in place.
+    """The oracle lent to searches: losses of candidate structures on `tokens_NT`, by masking the model in place.
 
     Candidates that begin alike share the layers they have in common: each layer is run once for all candidates that
     are the same up to it, batch by batch. `passes` counts what was run so far, in plain passes of all decoder layers
-    over the calibration windows; `effort` is how many there will be, for a progress bar (until `close`).
+    over the calibration windows, of which there are `windows` (None: these are all); `effort` is how many there will
+    be, for a progress bar (until `close`). objective=kl: the divergence from the predictions of the model as it stands,
+    whose last hidden states are kept on the CPU once a batch is asked for.
     """
 
-    def __init__(self, model: Model, tokens_NT: Tensor, meter: Meter, effort: float | None = None):
+    def __init__(
+        self,
+        model: Model,
+        tokens_NT: Tensor,
+        meter: Meter,
+        effort: float | None = None,
+        objective: Objective = "next_token",
+        windows: int | None = None,
+    ):
         self.model, self.tokens_NT, self.meter, self.effort = model, tokens_NT, meter, effort
+        self.objective, self.windows = objective, windows or len(tokens_NT)
         self.passes, self._shown = 0.0, 0
         self._bar = iter(progress(range(100), "search", 100, "%"))
+        self._dense: dict[int, Tensor] = {}  # last hidden states of the model as it stands, by batch
 
     def close(self) -> None:
         """Takes the progress bar away."""
@@ -40,7 +52,7 @@ class Probe:
 
     @torch.no_grad()
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-        """Mean next-token loss in nats of each candidate, float64 [len(candidates)]."""
+        """Mean loss in nats per token of each candidate, float64 [len(candidates)]."""
         model, batches = self.model, self.tokens_NT.split(self.model.batch_size)
         layers = [self._layer_keys(candidate) for candidate in candidates]
         sums, windows = torch.zeros(len(candidates), dtype=torch.float64), 0
@@ -48,7 +60,7 @@ class Probe:
         def descend(index: int, hidden_BTD: Tensor, alike: list[int]) -> None:
             """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
             if index == len(model.layers):
-                sums[alike] += next_token_losses(model.leave(tokens_BT, hidden_BTD), tokens_BT).mean(1).sum()
+                sums[alike] += self._loss(model.leave(tokens_BT, hidden_BTD), tokens_BT, dense_BTV)
                 return
             variants: dict[Any, list[int]] = {}
             for number in alike:
@@ -57,17 +69,41 @@ class Probe:
                 first = candidates[same[0]]
                 with masked_layer(model, index, first.plan, first.out_projections) as layer:
                     output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
-                spent = len(tokens_BT) / len(self.tokens_NT) / len(model.layers)
-                self.passes += spent
-                self.meter.forward += spent
+                self._spend(len(tokens_BT) / len(model.layers))
                 descend(index + 1, output_BTD, same)
 
-        for tokens_BT in batches if batch is None else batches[batch : batch + 1]:
+        for number in range(len(batches)) if batch is None else [batch]:
+            tokens_BT = batches[number]
             hidden, calls = model.enter(tokens_BT)
+            dense_BTV = self._predicted(number, tokens_BT, hidden, calls) if self.objective == "kl" else None
             descend(0, hidden, list(range(len(candidates))))
             windows += len(tokens_BT)
             self._show()
         return sums / windows
+
+    def _predicted(self, number: int, tokens_BT: Tensor, hidden_BTD: Tensor, calls: list[Call]) -> Tensor:
+        """Logits of the model as it stands."""
+        if number not in self._dense:
+            for index, layer in enumerate(self.model.layers):
+                hidden_BTD = self.model.run_layer(layer, hidden_BTD, calls[index])
+            self._spend(len(tokens_BT))
+            self._dense[number] = hidden_BTD.cpu()
+        return self.model.leave(tokens_BT, self._dense[number].to(hidden_BTD.device))
+
+    @staticmethod
+    def _loss(logits_BTV: Tensor, tokens_BT: Tensor, dense_BTV: Tensor | None) -> float:
+        """Sum over windows of their mean loss."""
+        if dense_BTV is None:
+            return next_token_losses(logits_BTV, tokens_BT).mean(1).sum().item()
+        windows = zip(
+            logits_BTV, dense_BTV, strict=True
+        )  # one at a time: predictions are the largest tensors there are
+        return sum(divergences(own_TV, dense_TV).mean().item() for own_TV, dense_TV in windows)
+
+    def _spend(self, windows: float) -> None:
+        """Counts whole passes of so many windows."""
+        self.passes += windows / self.windows
+        self.meter.forward += windows / self.windows
 
     def _show(self) -> None:
         while self.effort and self._shown < min(99, 100 * self.passes / self.effort):
@@ -86,7 +122,12 @@ class Probe:
         for site in self.model.sites():
             plan = candidate.plan.sites.get(site.name)
             out_projection = candidate.out_projections.get(site.name)
-            keys[site.layer].append(
-                (plan and plan.kept, out_projection and (id(out_projection[0]), id(out_projection[1])))
-            )
+            keys[site.layer].append((plan, out_projection and (id(out_projection[0]), id(out_projection[1]))))
         return [tuple(own) for own in keys]
+
+
+def divergences(logits_TV: Tensor, dense_TV: Tensor) -> Tensor:
+    """KL(p || q) of every prediction, p those of `dense_TV`: nats, float64 [T]."""
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    q_TV, p_TV = (t.to(wide).log_softmax(-1) for t in (logits_TV, dense_TV))
+    return torch.nn.functional.kl_div(q_TV, p_TV, reduction="none", log_target=True).sum(-1).double().cpu()

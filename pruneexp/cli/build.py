@@ -8,15 +8,22 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from pruneexp import types
 from pruneexp.cli.coerce import coerced, described
+from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
+from pruneexp.cli.sources import MIXED, with_shared
 from pruneexp.cli.targets import Parameters, located, signature
-from pruneexp.conf_files import did_you_mean, one_line
+from pruneexp.conf_files import YamlLoader, did_you_mean, one_line
+from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
+from pruneexp.dataset.mixed import Share
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import value_before
 from pruneexp.model import ModelSource
@@ -56,6 +63,7 @@ def build(composed: Composed) -> Experiment:
         raise ConfigError(f"seed={seed!r}: expected an integer {'>= 0' if seed < 0 else 'below 2**63'}")
     run = builder.call(RunSettings, config["run"], "run")
     parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
+    parts["criterion"] = with_starts(parts["criterion"], parts["search"])
     evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}
     if parts["model"].stream and not _typed(composed, "evaluator"):
         # The default list is for a model in memory; what was typed is checked below instead.
@@ -65,104 +73,15 @@ def build(composed: Composed) -> Experiment:
     return experiment
 
 
+def with_starts(criterion: Any, search: types.Search) -> Any:
+    """The criterion, and beside it those that the search starts from; wholes have no units to order."""
+    by_units = search.starts and scored_as(search.granularity, criterion.judges) == "units"
+    return Together(criterion, search.starts) if by_units else criterion
+
+
 def _typed(composed: Composed, group: str) -> bool:
     """Whether the command line or a sweep's job chose `group`, rather than the defaults."""
     return any(text.lstrip("+~").startswith(f"{group}=") for text in composed.job["overrides"])
-
-
-def check_together(experiment: Experiment) -> None:
-    """What no part can know alone. Raises ConfigError."""
-    _check_granularity(experiment)
-    _check_rounds(experiment)
-    half = experiment.model.dtype in ("float16", "bfloat16")
-    if half and any(kind.wide for kind in types.evidence_kinds(experiment.criterion.evidence)):
-        chosen = experiment.job["choices"]["criterion"]
-        raise ConfigError(
-            f"model.dtype={experiment.model.dtype!r}: its rounding hides the finite differences of criterion={chosen}; "
-            "expected float32 or float64, or criterion.hessian=exact"
-        )
-    _check_quantity(experiment)
-    if experiment.model.stream:
-        _check_streamed(experiment)
-
-
-def _check_streamed(experiment: Experiment) -> None:
-    """Raises ConfigError where a part needs more than one layer of the model at a time."""
-    sources = [types.source_of(kind) for kind in types.evidence_kinds(experiment.criterion.evidence)]
-    differentiates, probes = any(s.differentiates for s in sources), any(s.probes for s in sources)
-    backward, losses = "needs backward passes through the whole model", "measures the loss of many structures"
-    held = [name for name, each in experiment.evaluators.items() if not each.streams]
-    for found, group, why, instead in (
-        (differentiates, "criterion", backward, "a criterion that only needs forward passes"),
-        (probes, "criterion", losses, "a criterion that goes block by block"),
-        (experiment.search.probes, "search", losses, "a search that goes by scores"),
-        (experiment.recovery.trains, "recovery", backward, "recovery=none"),
-        (held, "evaluator", "needs the whole model in memory", "only evaluators that can stream"),
-    ):
-        if found:
-            chosen = ",".join(held) if found is held else experiment.job["choices"][group]
-            instead = f"expected model.stream=false, or {instead}"
-            raise ConfigError(f"model.stream=True: {group}={chosen} {why}; {instead}")
-    compensator = experiment.compensator
-    if not compensator.sequential and any(kind.fits for kind in types.evidence_kinds(compensator.evidence)):
-        raise ConfigError(
-            "compensator.sequential=False: with model.stream=true, the covariances of all layers would be held at "
-            "once; expected true"
-        )
-
-
-def _check_granularity(experiment: Experiment) -> None:
-    """Raises ConfigError where the search removes what the criterion does not score."""
-    criterion, search = (experiment.job["choices"][group] for group in ("criterion", "search"))
-    judges = experiment.criterion.judges
-    granularity = experiment.search.granularity
-    if scored_as(granularity, judges) is not None:
-        return
-    if not {"attention", "mlp"} & set(judges) and not {"attention", "ffn", "blocks"} & set(granularity):
-        raise ConfigError(
-            f"criterion={criterion} scores whole blocks, which search={search} does not remove; "
-            "expected search=blocks, sublayers or greedy, or a criterion of heads and channels"
-        )
-    unscored = [name for name in granularity if scored_as([name], judges) is None]
-    raise ConfigError(
-        f"search.granularity={list(granularity)!r}: criterion={criterion} has no scores of {', '.join(unscored)}, "
-        f"which search={search} removes; expected a criterion of heads and channels, or search.granularity without them"
-    )
-
-
-def _check_rounds(experiment: Experiment) -> None:
-    """Raises ConfigError where what is pruned in several rounds can only be pruned in one."""
-    rounds = len(experiment.sparsity.shares())
-    if rounds == 1:
-        return
-    if experiment.model.stream:
-        raise ConfigError(
-            f"sparsity.rounds={rounds}: with model.stream=true a model is written out once, as it is pruned; "
-            "expected model.stream=false, or sparsity=one_shot"
-        )
-    heads = experiment.search.heads
-    if heads is not None:
-        raise ConfigError(
-            f"search.heads={heads}: a count for all rounds together, of which none knows its part; "
-            "expected sparsity=one_shot, or a search that goes by the ratio"
-        )
-
-
-def _check_quantity(experiment: Experiment) -> None:
-    """Raises ConfigError where the search removes nothing that the sparsity counts."""
-    if experiment.sparsity.of != "kv_cache":
-        return
-    heads, granularity = experiment.search.heads, experiment.search.granularity
-    if heads is not None:
-        raise ConfigError(
-            f"sparsity.of='kv_cache': FFN channels, which make up for the rest of search.heads={heads}, fill none; "
-            "expected decoder, prunable, macs or bytes"
-        )
-    if not {"heads", "blocks"} & set(granularity):
-        raise ConfigError(
-            f"search.granularity={list(granularity)!r}: expected heads or blocks with sparsity.of=kv_cache, "
-            "which nothing else fills"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +106,20 @@ class Builder:
             raise ConfigError(f"{key}={node!r}: expected a choice with a _target_")
         settings = {name: value for name, value in node.items() if name != "_target_"}
         target = located(node["_target_"], f"{key}._target_")
+        if node["_target_"] == MIXED:
+            settings = self._with_sources(settings, f"{key}.sources")
         return self.call(target, _as_before(target, _without_bos(target, settings), key), key)
+
+    def _with_sources(self, settings: dict[str, Any], key: str) -> dict[str, Any]:
+        """A mixture's settings, with its sources as objects. They lie under their own names, as they are typed."""
+        sources = with_shared(settings, key)
+        if not isinstance(sources, Mapping):
+            return settings
+        built = {}
+        for name, each in sources.items():
+            source = satisfying(self.node(each["dataset"], f"{key}.{name}"), types.Dataset, f"{key}.{name}._target_")
+            built[name] = Share(coerced(each.get("weight"), float, f"{key}.{name}.weight"), source)
+        return {**settings, "sources": built}
 
     def call(self, target: Callable[..., Any], settings: Mapping[str, Any], key: str) -> Any:
         """`target(**settings)`, once every setting is known, present and of the type that the signature asks for."""
@@ -208,7 +140,28 @@ class Builder:
             return self.node(value, key)
         if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             return self.call(annotation, value, key)
+        if annotation == Mapping[str, types.Criterion]:
+            return self._criteria(value, key)
         return coerced(value, annotation, key, self._typed(key))
+
+    def _criteria(self, value: Any, key: str) -> dict[str, Any]:
+        """Criteria by name, from a list of the names that criterion= takes."""
+        names = coerced(value, list[str], key, self._typed(key))
+        known = {
+            path.stem: path
+            for folder in reversed(self.composed.folders)
+            for path in (folder / "criterion").glob("*.yaml")
+        }
+        built = {}
+        for name in names:
+            if name in built or name not in known:
+                wrong = "there twice" if name in built else f"no criterion{did_you_mean(name, list(known))}"
+                raise ConfigError(
+                    f"{key}={names!r}: {name!r} is {wrong}; expected some of {', '.join(sorted(known))}, each once"
+                )
+            part = self.node(_with_bases(known, name), f"{key}.{name}")
+            built[name] = satisfying(part, types.Criterion, f"{key}.{name}")
+        return built
 
     def _typed(self, key: str) -> str | None:
         """The key's value as it was typed, None where it was not."""
@@ -237,6 +190,13 @@ class Builder:
     def _missing_choice(self, group: str) -> ConfigError:
         options = sorted({path.stem for folder in self.composed.folders for path in (folder / group).glob("*.yaml")})
         return ConfigError(f"{group} is missing: expected one of {', '.join(options)}")
+
+
+def _with_bases(files: Mapping[str, Path], name: str) -> dict[str, Any]:
+    """A choice's settings, over those of the choices that its `defaults` name."""
+    own = yaml.load(files[name].read_text(), YamlLoader)
+    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
+    return {key: value for base in bases for key, value in _with_bases(files, base).items()} | own
 
 
 def satisfying(part: Any, protocol: type | None, key: str) -> Any:

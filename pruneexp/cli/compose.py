@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pruneexp.cli.coerce import takes_text
 from pruneexp.cli.explain import explained, known_keys, missing_key
+from pruneexp.cli.sources import check_typed, expand_sources
 from pruneexp.cli.targets import located, signature
 from pruneexp.conf_files import YamlLoader, conf_folder, sweep_files
 from pruneexp.dataset.bos import resolved
@@ -107,6 +108,8 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     known_keys([str(key) for key in plain], SECTIONS)
     _one_choice_each(job["overrides"])
     _as_typed(plain, job["overrides"])
+    check_typed(job["overrides"])
+    expand_sources(plain, folders)
     # Before anything is resolved: OmegaConf blames the interpolation that leads to a missing value, not the value.
     unresolved = OmegaConf.to_container(plain, resolve=False)
     for key in _missing(unresolved):

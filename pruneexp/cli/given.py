@@ -9,9 +9,11 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from pruneexp.cli.build import PROTOCOLS, build, check_together, satisfying
+from pruneexp.cli.build import PROTOCOLS, build, satisfying, with_starts
+from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import compose_raw, composed, open_hydra
 from pruneexp.cli.single import check_unswept
+from pruneexp.criterion.together import Together
 from pruneexp.dataset.given import GivenTokens, as_windows
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model.given import GivenModel, check_module
@@ -57,6 +59,10 @@ def given_experiment(
         replaced[group] = satisfying(part, PROTOCOLS[group], group)
         described[group] = {"_target_": _class_of(part), "given": repr(part)}
         choices[group] = type(part).__name__
+    if replaced.keys() & {"criterion", "search"}:
+        criterion, search = (replaced.get(group, getattr(experiment, group)) for group in ("criterion", "search"))
+        own = criterion.criterion if isinstance(criterion, Together) else criterion
+        replaced["criterion"] = with_starts(own, search)
     config, job = {**run.config, **described}, {**run.job, "choices": choices}
     experiment = replace(experiment, config=config, job=job, **replaced)
     check_together(experiment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -34,6 +34,8 @@ class LeastSquares:
     target=dense: y is what makes the hidden state behind the out-projection the dense model's, so that the
     out-projection also makes up for what was lost before it. The second walk then goes sublayer by sublayer, the dense
     model's hidden states beside the pruned one's: two plain passes and less than one more. Sequential by nature.
+    target=auto: dense where it can be, which takes `sequential` and a model whose hidden states are plain sums of what
+    out-projections give (no norm behind a sublayer, no mixture of experts); else pruned.
 
     Raises:
         RunError: S_xx + lambda I is singular (a ridge of 0 and constant or dependent channels).
@@ -42,7 +44,7 @@ class LeastSquares:
     adds_bias: ClassVar[bool] = True
 
     ridge: float | Literal["auto"]
-    target: Literal["pruned", "dense"]
+    target: Literal["auto", "pruned", "dense"]
     sequential: bool
 
     def __post_init__(self) -> None:
@@ -53,8 +55,14 @@ class LeastSquares:
 
     @property
     def evidence(self) -> Any:
-        kind = WantedOutput if self.target == "dense" else Gram
+        kind = WantedOutput if self.settled(True).target == "dense" else Gram
         return Halves(kind) if self.ridge == "auto" else kind
+
+    def settled(self, sums: bool) -> LeastSquares:
+        """With the target that it has for a model whose hidden states are such `sums`, or are none."""
+        if self.target != "auto":
+            return self
+        return replace(self, target="dense" if sums and self.sequential else "pruned")
 
     def working_bytes(self, site: Site, outputs: int) -> int:
         """What the channels that leave gave, 8 C O bytes; a `WantedOutput` has room for it. ridge=auto: one fit beside

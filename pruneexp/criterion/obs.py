@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pruneexp.criterion.spill import spilled
-from pruneexp.evidence import Gram
-from pruneexp.evidence.solve import check_ridge, cholesky_, refitted_
-from pruneexp.types import Block, ConfigError, Refitted, RemovalPath, Score, Site, SiteWeights, require_least
+from pruneexp.evidence import Gram, Halved, Halves
+from pruneexp.evidence.held_out import chosen_ridge
+from pruneexp.evidence.solve import check_ridge, cholesky_
+from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights, require_least
 
+_TRIED = 0.25  # of the units: those that leave where the ridge is chosen
 _COMPACT = 0.9  # the matrices are cut down to what is left once so much of them is
 
 
@@ -30,14 +33,16 @@ class Obs:
 
     (Optimal Brain Surgeon, Hassibi & Stork 1993; structured: ZipLM, Kurtic et al. 2023). The cheapest unit leaves, W
     takes over what it gave, H^-1 is downdated, and again; `step` units of a single channel at a time, whose joint cost
-    is exact. lambda is `ridge` times the mean variance of the inputs.
+    is exact. lambda is `ridge` times the mean variance of the inputs; ridge=auto: each site's own, `chosen_ridge` for
+    the loss of the quarter of its units that give the output least of its variance.
 
     Answers with a `RemovalPath`: the order, the cumulative cost (the true increase of the squared error per token,
     scale=output: over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares`
     fits them, at `levels` levels; an out-projection at any other level is worked out when it is asked for.
 
-    While a search may ask for out-projections, the covariances of all sites (8 C^2 bytes each) and the out-projections
-    asked for last (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them in memory, the
+    While a search may ask for out-projections, the inverse covariances of all sites (float32, 4 C^2 bytes each) and the
+    out-projections asked for last (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them
+    in memory, the
     rest in files of TMPDIR (or /var/tmp), which are mapped, read when needed, and gone with the search. Memory beside
     the model is then at most `memory`, one layer's evidence, and 24 C^2 bytes for the site that is worked on.
 
@@ -45,9 +50,7 @@ class Obs:
         RunError: H is singular (a ridge of 0 and constant or dependent channels); no room on the disk.
     """
 
-    evidence: ClassVar[type[Gram]] = Gram
-
-    ridge: float
+    ridge: float | Literal["auto"]
     step: int
     levels: int
     scale: Literal["none", "output"]
@@ -55,49 +58,65 @@ class Obs:
     memory: float
 
     def __post_init__(self) -> None:
-        check_ridge(self.ridge)
+        if not isinstance(self.ridge, str):
+            check_ridge(self.ridge)
         if not self.memory >= 0:
             raise ConfigError(f"memory={self.memory!r}: expected a number of GiB >= 0")
         require_least(self, 1, "step", "levels")
+
+    @property
+    def evidence(self) -> Any:
+        return Halves(Gram) if self.ridge == "auto" else Gram
 
     def working_bytes(self, site: Site, outputs: int) -> int:
         """The covariance, its factor and what that is made of."""
         return 24 * site.channels**2
 
     def kept_bytes(self, sites: Sequence[Site], outputs: int, itemsize: int, refits: float) -> tuple[int, int]:
-        """Covariances, 8 C^2 bytes a site, and as many out-projections of C O numbers as are asked for, at most
+        """Inverse covariances, 4 C^2 bytes a site, and as many out-projections of C O numbers as are asked for, at most
         `levels`; what is beyond `memory` lies in files."""
-        held = 8 * sum(site.channels**2 for site in sites)
+        held = 4 * sum(site.channels**2 for site in sites)
         levels = min(self.levels, math.ceil(refits))
         held += sum(min(levels, site.units) * site.channels for site in sites) * outputs * itemsize
         limit = int(self.memory * 2**30) if math.isfinite(self.memory) else held
         return min(held, limit), max(0, held - limit)
 
-    def __call__(self, block: Block, evidence: Mapping[str, Gram]) -> dict[str, Score]:
+    def __call__(self, block: Block, evidence: Mapping[str, Gram | Halved]) -> dict[str, Score]:
         return {site.name: self._path(site, block.weights[site.name], evidence[site.name]) for site in block.sites}
 
-    def _path(self, site: Site, weights: SiteWeights, gram: Gram) -> RemovalPath:
+    def _path(self, site: Site, weights: SiteWeights, evidence: Gram | Halved) -> RemovalPath:
+        ridge = self._ridge(site, weights, evidence)
+        gram = evidence.whole if isinstance(evidence, Halved) else evidence
         device = weights.out_projection.device
         cov_CC, mean_C = gram.covariance_CC.to(device), gram.mean_C.to(device)
-        order_U, cost_U = self._removal(site, weights.out_projection.double(), cov_CC)
+        inverse_CC = _inverse(cov_CC, ridge)
+        kept_CC = cov_CC if inverse_CC is None else inverse_CC
+        kept_CC = kept_CC.to(torch.promote_types(weights.out_projection.dtype, torch.float32), copy=True)
+        order_U, cost_U = self._removal(site, weights.out_projection.double(), inverse_CC)
         if self.scale == "output":
             weight = weights.out_projection.double()
             cost_U = cost_U / ((weight @ cov_CC) * weight).sum().clamp_min(1e-300)
-        limits = (self.ridge, self.levels, self.memory)
-        out_projections = Refits(
-            site, weights.out_projection, weights.out_projection_bias, cov_CC, mean_C, order_U, *limits
-        )
+        own, bias = weights.out_projection, weights.out_projection_bias
+        out_projections = Refits(site, own, bias, kept_CC, mean_C, order_U, self.levels, self.memory)
         return RemovalPath(order_U.cpu(), cost_U.cpu(), out_projections)
 
-    def _removal(self, site: Site, weight_OC: Tensor, cov_CC: Tensor) -> tuple[Tensor, Tensor]:
-        """The order in which units leave [U] and the cumulative cost [U]. Inputs that never change (an expert's without
-        tokens) leave in their order, for nothing."""
-        if self.ridge > 0 and not cov_CC.any():
+    def _ridge(self, site: Site, weights: SiteWeights, evidence: Gram | Halved) -> float:
+        if not isinstance(self.ridge, str):
+            return self.ridge
+        assert isinstance(evidence, Halved)
+        variance_C = evidence.whole.covariance_CC.diagonal().to(weights.out_projection.device)
+        given_C = weights.out_projection.double().square().sum(0) * variance_C
+        kept_U = given_C.view(site.units, site.width).sum(1).sort(stable=True).indices[round(_TRIED * site.units) :]
+        keep_C = site.keep_C(kept_U.sort().values.tolist())
+        return chosen_ridge(weights.out_projection, weights.out_projection_bias, evidence, keep_C)
+
+    def _removal(self, site: Site, weight_OC: Tensor, inverse_CC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The order in which units leave [U] and the cumulative cost [U], in the memory of H^-1. Inputs that never
+        change, of which there is none, leave in their order, for nothing."""
+        if inverse_CC is None:
             order_U = torch.arange(site.units, device=weight_OC.device)
             return order_U, torch.zeros_like(order_U, dtype=weight_OC.dtype)
-        hessian_CC = cov_CC.clone()
-        hessian_CC.diagonal().add_(self.ridge * cov_CC.diagonal().mean())
-        left = _RemainingUnits(site.width, torch.cholesky_inverse(cholesky_(hessian_CC, self.ridge)), weight_OC.clone())
+        left = _RemainingUnits(site.width, inverse_CC, weight_OC.clone())
         step = self.step if site.width == 1 else 1
         order, cost, total = [], [], torch.zeros((), dtype=torch.float64, device=weight_OC.device)
         while left.count:
@@ -107,6 +126,15 @@ class Obs:
             cost.append(total + steps)
             total = cost[-1][-1]
         return torch.cat(order), torch.cat(cost)
+
+
+def _inverse(cov_CC: Tensor, ridge: float) -> Tensor | None:
+    """(S + lambda I)^-1; None for inputs that never change (an expert's without tokens), unless lambda is 0."""
+    if ridge > 0 and not cov_CC.any():
+        return None
+    hessian_CC = cov_CC.clone()
+    hessian_CC.diagonal().add_(ridge * cov_CC.diagonal().mean())
+    return torch.cholesky_inverse(cholesky_(hessian_CC, ridge))
 
 
 class _RemainingUnits:
@@ -158,24 +186,36 @@ class _RemainingUnits:
 
 
 @dataclass(frozen=True)
-class Refits(Refitted):
+class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     """Out-projections fitted anew once the first 1, 2, ... units of an order have left; each is worked out when it is
-    asked for. Iterates over `levels` levels, evenly spaced, and answers for every other one too. Covariance and
-    out-projections are held in memory as long as those of all sites are within `memory` GiB, else in files."""
+    asked for, from G = H^-1 (zeros for inputs that never change):
+
+        W' = W[:,keep] - W[:,gone] (G_gone,gone)^-1 G_gone,keep
+
+    which is W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + lambda I)^-1, in time that grows with what has left.
+    Iterates over `levels` levels, evenly spaced, and answers for every other one too. G (float32 unless the weights are
+    float64) and out-projections are held in memory as long as those of all sites are within `memory` GiB, else in
+    files."""
 
     site: Site
     weight_OC: Tensor
     bias_O: Tensor | None
-    cov_CC: Tensor
+    inverse_CC: Tensor
     mean_C: Tensor
     order_U: Tensor
-    ridge: float
     levels: int
     memory: float
-    made: dict[int | tuple[int, ...], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    made: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cov_CC", spilled(self.cov_CC, self.memory * 2**30))
+        object.__setattr__(self, "inverse_CC", spilled(self.inverse_CC, self.memory * 2**30))
+
+    def in_order(self, order_U: Tensor) -> Refits:
+        """The same for units that leave in another order; H^-1 is shared."""
+        other = copy(self)
+        object.__setattr__(other, "order_U", order_U.to(self.order_U.device))
+        object.__setattr__(other, "made", {})
+        return other
 
     def __getitem__(self, removed: int) -> tuple[Tensor, Tensor | None]:
         if not 0 <= removed <= self.site.units:
@@ -183,22 +223,26 @@ class Refits(Refitted):
         if removed == 0:
             return self.weight_OC, self.bias_O
         if removed not in self.made:
-            self._fit(removed, sorted(self.order_U[removed:].tolist()))
+            gone_C, keep_C = (self.site.keep_C(sorted(u.tolist())) for u in self.order_U.tensor_split((removed,)))
+            weight, bias = self._fitted(gone_C, keep_C)
+            self.made[removed] = spilled(weight, self.memory * 2**30), bias
+            while len(self.made) > self.levels:
+                self.made.pop(next(iter(self.made)))
         return self.made[removed]
 
-    def keeping(self, units: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        if units not in self.made:
-            self._fit(units, units)
-        return self.made[units]
-
-    def _fit(self, which: int | tuple[int, ...], units: Sequence[int]) -> None:
-        keep_C = self.site.keep_C(units)
-        cov_CC = self.cov_CC.to(self.weight_OC.device, copy=True)  # which the solve works in
-        weight, bias = refitted_(self.weight_OC, self.bias_O, cov_CC, self.mean_C, keep_C, self.ridge)
-        del cov_CC
-        self.made[which] = spilled(weight, self.memory * 2**30), bias
-        while len(self.made) > self.levels:
-            self.made.pop(next(iter(self.made)))
+    def _fitted(self, gone_C: Tensor, keep_C: Tensor) -> tuple[Tensor, Tensor]:
+        device, dtype = self.weight_OC.device, self.weight_OC.dtype
+        rows_GC = self.inverse_CC[gone_C.to(self.inverse_CC.device)].to(device, torch.float64)
+        gone_C, keep_C = gone_C.to(device), keep_C.to(device)
+        gone_OG, kept_OK = self.weight_OC[:, gone_C].double(), self.weight_OC[:, keep_C].double()
+        bias_O = gone_OG @ self.mean_C[gone_C]
+        if rows_GC.any():
+            change_GO = torch.cholesky_solve(gone_OG.T, torch.linalg.cholesky(rows_GC[:, gone_C]))
+            change_OK = change_GO.T @ rows_GC[:, keep_C]
+            kept_OK -= change_OK
+            bias_O += change_OK @ self.mean_C[keep_C]
+        bias_O = bias_O if self.bias_O is None else bias_O + self.bias_O.double()
+        return kept_OK.to(dtype), bias_O.to(dtype)
 
     def __iter__(self) -> Iterator[int]:
         grid = torch.linspace(0, self.site.units, min(self.levels, self.site.units) + 1).round().int()

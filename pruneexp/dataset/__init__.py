@@ -1,4 +1,4 @@
-"""Text to token windows, int64 [N, T]: from the hub, from files, or in the embedded language.
+"""Text to token windows, int64 [N, T]: from the hub, from files, in the embedded language, or of several of these.
 
 Every dataset has the same face (`WindowSource`): `calibration(tokenizer)` draws its `samples` windows of `length`
 tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecutive, non-overlapping windows.
@@ -6,15 +6,18 @@ tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecut
 
 # ruff: noqa: F401
 
+from pruneexp.dataset.document_files import DocumentFiles, documents
 from pruneexp.dataset.embedded import Embedded
 from pruneexp.dataset.files import Text, Tokens, text, tokens
 from pruneexp.dataset.hub import HubText
+from pruneexp.dataset.mixed import Mixed
 from pruneexp.dataset.windows import (
     WindowSource,
     bos_token,
     check_takes_bos,
     check_vocabulary,
     encode,
+    evaluation_parts,
     evaluation_windows,
     fingerprint,
     overlap,
@@ -25,5 +28,5 @@ from pruneexp.dataset.windows import (
 from pruneexp.types import filled
 from pruneexp.types.defaults import DATASET
 
-for _kind in (Embedded, HubText, Text, Tokens):
+for _kind in (DocumentFiles, Embedded, HubText, Mixed, Text, Tokens):
     filled(_kind, DATASET)

@@ -20,7 +20,7 @@ from pruneexp.types import ConfigError
 
 AUTO = "auto"
 AS_THEY_ARE = "pruneexp.dataset.tokens"  # windows in front of which nothing is put
-DATASETS = ("pruneexp.dataset.HubText", "pruneexp.dataset.text", "pruneexp.dataset.Embedded")
+DATASETS = tuple(f"pruneexp.dataset.{name}" for name in ("HubText", "text", "documents", "Embedded", "Mixed"))
 EVALUATORS = (
     PERPLEXITY,
     *(f"pruneexp.evaluator.{name}" for name in ("Generation", "Latency", "Questions", "Zeroshot")),

@@ -37,17 +37,18 @@ def text(
     bos: bool,
 ) -> Text:
     """Plain UTF-8 text, each file tokenised whole and without special tokens."""
-    return Text(calibration, evaluation, name or _stem(evaluation, "text"), samples, length, seed, sampling, bos)
+    return Text(calibration, evaluation, name or stem_of(evaluation, "text"), samples, length, seed, sampling, bos)
 
 
 def tokens(calibration: str | None, evaluation: str | None, name: str | None, length: int | None, bos: bool) -> Tokens:
     """Token windows, used as they are: `bos` can only be false."""
     if bos:
         raise ConfigError(f"bos={bos!r}: token windows are used exactly as they are; expected auto or false")
-    return Tokens(calibration, evaluation, name or _stem(evaluation, "tokens"), length)
+    return Tokens(calibration, evaluation, name or stem_of(evaluation, "tokens"), length)
 
 
-def _stem(path: str | None, otherwise: str) -> str:
+def stem_of(path: str | None, otherwise: str) -> str:
+    """What a file's data are called, unless they are given a name: `otherwise` where there is no file."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", Path(path).stem if path else otherwise) or otherwise
 
 

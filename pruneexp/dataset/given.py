@@ -23,6 +23,8 @@ class GivenTokens:
     samples: ClassVar[None] = None  # as many as there are
     length: ClassVar[None] = None
     evaluation_samples: ClassVar[None] = None
+    origins: ClassVar[None] = None
+    apart: ClassVar[None] = None
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         pass

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -78,10 +78,15 @@ class HubText:
         return hash(repr(self))  # lists and dicts are among the settings
 
     def calibration(self, tokenizer: Any) -> Tensor:
-        return _windows(self, "calibration", None, tokenizer, self._rows(self.calibration_split))
+        return self._windows("calibration", None, tokenizer, self.calibration_split)
 
     def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
-        return _windows(self, "evaluation", length, tokenizer, self._rows(self.evaluation_split))
+        return self._windows("evaluation", length, tokenizer, self.evaluation_split)
+
+    def _windows(self, part: str, length: int | None, tokenizer: Any, split: str) -> Tensor:
+        documents = self._rows(split)
+        rows = Rows(getattr(documents, "_fingerprint", None) or "", documents)
+        return windows_of_rows(self, part, length, tokenizer, rows)
 
     def key(self, part: str) -> str:
         split = self.calibration_split if part == "calibration" else self.evaluation_split
@@ -119,25 +124,39 @@ class HubText:
 
 
 @dataclass(frozen=True)
-class _Documents:
-    """Rows of a split; equal where `datasets` says so."""
+class Rows:
+    """Documents in order; equal where the fingerprints are. "": they do not tell whether they are the same."""
 
     fingerprint: str
-    rows: Sequence[Mapping[str, Any]] = field(compare=False, repr=False)
+    documents: Sequence[Mapping[str, Any]] = field(compare=False, repr=False)
 
 
-def _windows(
-    source: HubText, part: str, length: int | None, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
-) -> Tensor:
-    """Windows [N, T], made once of documents that are the same; streamed ones do not tell."""
-    fingerprint = getattr(rows, "_fingerprint", None)
-    make = _made.__wrapped__ if fingerprint is None else _made
-    return make(source, part, length, tokenizer, _Documents(fingerprint or "", rows))
+class DocumentSource(Protocol):
+    """How documents become windows: what `HubText` and files of documents have in common."""
+
+    fields: list[str]
+    calibration_join: str | None
+    evaluation_join: str
+    evaluation_windows: int | None
+    special_tokens: bool
+    samples: int
+    length: int
+    seed: int
+    sampling: Sampling
+    bos: bool
+
+    def key(self, part: str) -> str: ...
+
+
+def windows_of_rows(source: Any, part: str, length: int | None, tokenizer: Any, rows: Rows) -> Tensor:
+    """Windows [N, T] of a `DocumentSource`, made once of documents that are the same; streamed ones do not tell."""
+    make = _made if rows.fingerprint else _made.__wrapped__
+    return make(source, part, length, tokenizer, rows)
 
 
 @lru_cache(maxsize=4)
-def _made(source: HubText, part: str, length: int | None, tokenizer: Any, documents: _Documents) -> Tensor:
-    key, bos, rows = source.key(part), begin_with(tokenizer, source.bos), documents.rows
+def _made(source: DocumentSource, part: str, length: int | None, tokenizer: Any, documents: Rows) -> Tensor:
+    key, bos, rows = source.key(part), begin_with(tokenizer, source.bos), documents.documents
 
     def encoded(text: str) -> Tensor:
         return encode(tokenizer, text, source.special_tokens)
@@ -170,7 +189,11 @@ def joined(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], join: str) 
 
 
 def _document_windows(
-    source: HubText, encoded: Callable[[str], Tensor], rows: Sequence[Mapping[str, Any]], key: str, bos: int | None
+    source: DocumentSource,
+    encoded: Callable[[str], Tensor],
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    bos: int | None,
 ) -> Tensor:
     """Windows [N, T], each from a document of its own. `bos`: as `windows_of` takes it."""
     rng, consecutive, windows = torch.Generator().manual_seed(source.seed), source.sampling == "consecutive", []

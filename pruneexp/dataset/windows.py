@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.pieces import in_pieces
-from pruneexp.types import ConfigError, Dataset
+from pruneexp.types import ConfigError, Dataset, filled
+from pruneexp.types.defaults import DATASET
 
 Sampling = Literal["random", "consecutive"]
 
@@ -103,6 +104,16 @@ def evaluation_windows(dataset: WindowSource, tokenizer: Any, length: int | None
     """The dataset's evaluation windows [N, T] as an evaluator wants them: its `bos` decides, not the dataset's."""
     source: Any = replace(dataset, bos=bos) if takes_bos(dataset) else dataset  # type: ignore[type-var]
     return source.evaluation(tokenizer, length)
+
+
+def evaluation_parts(
+    dataset: WindowSource, tokenizer: Any, length: int | None, bos: bool
+) -> Mapping[str, tuple[float, Tensor]]:
+    """What is evaluated apart, by name: its weight and its windows [N, T], as `evaluation_windows` has them."""
+    if filled(dataset, DATASET).apart is None:
+        return {dataset.name: (1.0, evaluation_windows(dataset, tokenizer, length, bos))}
+    source: Any = replace(dataset, bos=bos) if takes_bos(dataset) else dataset  # type: ignore[type-var]
+    return source.apart(tokenizer, length)
 
 
 def bos_token(tokenizer: Any, key: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from pruneexp.dataset import (
     bos_token,
     check_takes_bos,
     check_vocabulary,
-    evaluation_windows,
+    evaluation_parts,
     fingerprint,
     with_bos,
 )
@@ -39,7 +40,10 @@ class Perplexity:
       is the one that windows without overlap cover.
     - `bos`: each window is the beginning-of-sequence token and T-1 tokens of text, all of which are scored, the first
       one, too: T-1 tokens a window again. With a stride, windows begin every `stride` tokens of text.
-    - `samples`: only the first so many windows.
+    - `samples`: only the first so many windows, of each source.
+
+    Of a dataset of several sources, each is measured apart, and all together: exp of the mean of their losses, by
+    weights.
 
     Named "ppl/<dataset>@<T>", then "s<stride>", "+bos", "[<samples>]" where they apply: "ppl/ptb@2048s512+bos[40]".
     """
@@ -86,7 +90,7 @@ class Perplexity:
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         self.prepare(tokenizer, model.vocab_size)
         windows_NT = self.windows(tokenizer)
-        name = self._name(windows_NT)
+        name = self._name(windows_NT, self.dataset.name)
         length = windows_NT.shape[1]
         if model.max_length is not None and length > model.max_length:
             log.warning("%s: windows of %d tokens, more than the model's %d", name, length, model.max_length)
@@ -97,10 +101,24 @@ class Perplexity:
             layer = model.broken_layer(windows_NT[broken[:1]])
             blame = f": {layer}'s activations hold NaN or Inf" if layer else ""
             raise RunError(f"{name}: the model's loss is not finite in {where}{blame}{overflow_hint(model.dtype)}")
-        mean = self._mean(losses_NT)
-        if mean > math.log(sys.float_info.max):
-            raise RunError(f"{name}: a mean loss of {mean:.1f} nats has no finite perplexity")
-        return {name: math.exp(mean)}
+        return self._figures(losses_NT, self._parts(tokenizer))
+
+    def _figures(self, losses_NT: Tensor, parts: Mapping[str, tuple[float, Tensor]]) -> dict[str, float]:
+        """Of each source, and of all by weights; of those there are none where nothing of what is measured weighs."""
+        apart = losses_NT.split([len(windows_NT) for _, windows_NT in parts.values()])
+        means = {
+            self._name(windows_NT, source): (weight, self._mean(each_NT))
+            for (source, (weight, windows_NT)), each_NT in zip(parts.items(), apart, strict=True)
+        }
+        whole = sum(weight for weight, _ in means.values())
+        if self.dataset.name not in parts and whole:
+            windows_NT = next(windows_NT for _, windows_NT in parts.values())
+            name = self._name(windows_NT, self.dataset.name)
+            means[name] = whole, sum(weight * mean for weight, mean in means.values()) / whole
+        for name, (_, mean) in means.items():
+            if mean > math.log(sys.float_info.max):
+                raise RunError(f"{name}: a mean loss of {mean:.1f} nats has no finite perplexity")
+        return {name: math.exp(mean) for name, (_, mean) in means.items()}
 
     def _mean(self, losses_NT: Tensor) -> float:
         """Mean over the scored tokens."""
@@ -111,18 +129,27 @@ class Perplexity:
 
     @once_per_tokenizer
     def windows(self, tokenizer: Any) -> Tensor:
-        """int64 [N, T]."""
+        """int64 [N, T], those of one source after the other."""
+        return torch.cat([windows_NT for _, windows_NT in self._parts(tokenizer).values()])
+
+    @once_per_tokenizer
+    def _parts(self, tokenizer: Any) -> dict[str, tuple[float, Tensor]]:
+        """Each source's weight and windows, by its name."""
         bos = bos_token(tokenizer, "evaluator.*.bos") if self.bos else None
-        windows_NT = evaluation_windows(self.dataset, tokenizer, self.length, self.bos)
+        parts = evaluation_parts(self.dataset, tokenizer, self.length, self.bos)
+        return {name: (weight, self._cut(windows_NT, bos)) for name, (weight, windows_NT) in parts.items()}
+
+    def _cut(self, windows_NT: Tensor, bos: int | None) -> Tensor:
+        """A source's windows, overlapping as `stride` has it, as many as are wanted."""
         text_NT = windows_NT if bos is None else windows_NT[:, 1:]
         if self.stride is not None and self.stride < text_NT.shape[1]:
             text_NT = text_NT.reshape(-1).unfold(0, text_NT.shape[1], self.stride)
             windows_NT = text_NT if bos is None else with_bos(text_NT, bos)
         return windows_NT[: self.samples]
 
-    def _name(self, windows_NT: Tensor) -> str:
+    def _name(self, windows_NT: Tensor, source: str) -> str:
         length = self.length or windows_NT.shape[1]
         apart = self.stride is None or self.stride >= length - self.bos  # windows that do not overlap
         stride = "" if apart else f"s{self.stride}"
         count = "" if self.samples is None else f"[{len(windows_NT)}]"
-        return f"ppl/{self.dataset.name}@{length}{stride}{'+bos' if self.bos else ''}{count}"
+        return f"ppl/{source}@{length}{stride}{'+bos' if self.bos else ''}{count}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ FITTED = 4  # calibration tokens for each input of an out-projection that is fit
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from. `outline`: the model's structure; `expected`: what the run will take."""
+    """What a run starts from. `experiment`: as its model settles it; `outline`: the model's structure; `expected`: what
+    the run will take."""
 
+    experiment: Experiment
     outline: Model
     budget: Budget
     tokenizer: Any
@@ -58,6 +61,7 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
     have in common. Raises ConfigError."""
     with waiting("reading the model's config"):
         outline = experiment.model.outline()
+    experiment = settled(experiment, outline)
     parts = (experiment.criterion, experiment.search, experiment.compensator)
     check_mixture(outline, *parts, experiment.job["choices"])
     check_query_heads(outline, *parts[:2], experiment.job["choices"])
@@ -66,7 +70,15 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
         check_disk(experiment, outline, budget)
     tokenizer, tokens_NT = read_inputs(experiment)
     expected = forecast_of(experiment, outline, budget, tokenizer, tokens_NT, shared)
-    return Inputs(outline, budget, tokenizer, tokens_NT, expected)
+    return Inputs(experiment, outline, budget, tokenizer, tokens_NT, expected)
+
+
+def settled(experiment: Experiment, model: Model) -> Experiment:
+    """With the compensator as it is for this model."""
+    own = experiment.compensator.settled
+    return (
+        experiment if own is None else replace(experiment, compensator=own(model.family.adds_up and not model.mixture))
+    )
 
 
 def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
@@ -157,14 +169,24 @@ def _check_windows(experiment: Experiment, windows: int) -> None:
     """Raises ConfigError where a method wants more calibration windows than there are."""
     dataset = experiment.dataset
     found = f"dataset.samples={windows}" if dataset.samples is not None else dataset.key("calibration")
+    share = experiment.search.held_out
+    held_out = round(share * windows)
+    if share and held_out < 2:
+        raise ConfigError(
+            f"{found}: {windows} calibration windows, {held_out} of them held out by search.held_out={share}; "
+            f"expected at least {math.ceil(2 / share)}, or search.held_out=0"
+        )
     for group in ("criterion", "compensator"):
         kinds = evidence_kinds(getattr(experiment, group).evidence)
+        there = windows - held_out if group == "criterion" else windows
         least = max((kind.least_windows for kind in kinds), default=0)
-        if windows < least:
+        if there < least:
+            if there < windows:
+                found = f"{found}, {held_out} of them held out by search.held_out={share}"
             method, settings = experiment.job["choices"].get(group), experiment.config[group].items()
             autos = " and ".join(f"{group}.{key}" for key, value in settings if value == "auto")
             raise ConfigError(
-                f"{found}: {windows} calibration windows; expected at least {least}, since {group}={method} holds some "
+                f"{found}: {there} calibration windows; expected at least {least}, since {group}={method} holds some "
                 f"out to judge by, or a number for {autos}"
             )
 

@@ -56,6 +56,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *,
     Raises ConfigError or RunError, one line each, for what the user can mend; both are in status.json by then.
     """
     inputs = prepare(experiment, shared)
+    experiment = inputs.experiment
     if experiment.run.dry:
         return Outcome(tell_forecast(experiment, inputs))
     settings, job = experiment.run, experiment.job

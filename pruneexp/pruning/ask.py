@@ -5,24 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from pruneexp.calibrate import Probe
 from pruneexp.pruning.budget import biases_added, refusal, whole_budget
 from pruneexp.pruning.method import Pruning
 from pruneexp.search import Turns
-from pruneexp.types import Budget, Oracle, Plan, Score, Site
+from pruneexp.types import QUERY_HEADS, Budget, Oracle, Plan, Score, Site
 
 
 def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
     """The plan of a search over all layers, which may probe the model where it is held in memory."""
-    oracle = None
+    oracle, search = None, work.method.search
     if work.tokens_NT is not None and not work.model.streamed:
-        oracle = Probe(work.model, work.tokens_NT, work.record.meter, work.method.search.effort)
+        _, judging = parted(work.tokens_NT, search.held_out, work.record.rng.initial_seed())
+        oracle = Probe(work.model, judging, work.record.meter, search.effort, search.objective, len(work.tokens_NT))
     try:
         budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
         return plan_within_budget(work, scores, sites, budget, oracle)[0]
     finally:
         if oracle is not None:
             oracle.close()
+
+
+def parted(tokens_NT: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The windows that are scored on, and those that decide between structures: a share `held_out`, drawn at random;
+    all of them for both where it is 0."""
+    if not held_out:
+        return tokens_NT, tokens_NT
+    drawn = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))
+    deciding = round(held_out * len(tokens_NT))
+    return tokens_NT[drawn[deciding:].sort().values], tokens_NT[drawn[:deciding].sort().values]
 
 
 def plan_within_budget(
@@ -36,7 +50,7 @@ def plan_within_budget(
 
     Query heads are searched in turns; the plan names those that leave.
     """
-    turns = Turns(work.model.sites(), scores)
+    turns = Turns(work.model.sites() if QUERY_HEADS in work.method.search.granularity else (), scores)
     asked = None if oracle is None else turns.oracle(oracle)
     plan, short = _settled(work, turns.scored(), sites, budget, asked)
     return turns.resolved(plan), short

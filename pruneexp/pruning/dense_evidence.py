@@ -13,6 +13,7 @@ from torch import Tensor
 from pruneexp.cache import Cache, NoCache
 from pruneexp.cache.packing import bytes_of
 from pruneexp.calibrate import Bookmark, DenseStates, Meter, walk
+from pruneexp.criterion.together import Together
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.pruning.notes import Notes
@@ -61,7 +62,7 @@ class Results:
         Raises:
             RunError: scores hold NaN or Inf.
         """
-        score_key = self._key("scores", None if criterion is None else version_of(criterion), _kinds(criterion), shown)
+        score_key = self._key("scores", None if criterion is None else _version(criterion), _kinds(criterion), shown)
         small = [each for each in distinct(_kinds(criterion)) if each is not kind and _is_small(each, model)]
         keys = {each: self._key("evidence", None, (each,), ()) for each in (kind, *small) if each is not None}
         with self.cache.held([*([] if criterion is None else [score_key]), *keys.values()]) as entries:
@@ -133,6 +134,11 @@ def _collected(
     if tokens_NT is not None and collected_by("walk", kinds):
         meter.forward = max(0.0, round(meter.forward - 1, 9))
     return scores, evidence, meter
+
+
+def _version(criterion: Criterion) -> str:
+    """Of several together, each one's: one may be somebody's own."""
+    return " ".join(map(version_of, criterion.all if isinstance(criterion, Together) else (criterion,)))
 
 
 def _kinds(criterion: Criterion | None) -> tuple[Any, ...]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
+from pruneexp.calibrate import Bookmark, Meter, Visit, walk, walk_sites
 from pruneexp.model import Model
-from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
+from pruneexp.pruning.ask import parted, plan_all_layers, plan_within_budget
 from pruneexp.pruning.budget import as_planned, as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
 from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, shown_to
@@ -19,7 +19,7 @@ from pruneexp.pruning.query_heads import with_query_heads
 from pruneexp.pruning.record import Record
 from pruneexp.search import block_scores, expert_scores
 from pruneexp.surgery import remove_blocks_, replace_out_projections_, shrink_layer_
-from pruneexp.types import QUERY_HEADS, Criterion, Plan, RunError, Score, Search, Site, SiteWeights
+from pruneexp.types import QUERY_HEADS, Criterion, Plan, RunError, Score, Search, Site, SiteWeights, own_scores
 
 logger = logging.getLogger("pruneexp")
 
@@ -58,7 +58,11 @@ def _all_at_once(work: Pruning) -> Plan:
     shown, compensates = shown_to(work.method), not blocks_alone(work.method.search)
     dense_kind = compensator.evidence if compensates and not compensator.sequential else None
     with work.record.clock("calibrate"):
-        scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
+        if work.method.search.held_out and work.tokens_NT is not None:
+            scores = _scores_of_part(work, criterion, shown)
+            kept_evidence = _dense_results(work, None, dense_kind, shown)[1] if dense_kind is not None else {}
+        else:
+            scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
         if lost := criterion.lost(scores):  # said of scores from the cache, too
             logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(scores))
         work.scores.update(scores)
@@ -67,7 +71,7 @@ def _all_at_once(work: Pruning) -> Plan:
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores if compensates or shown else block_scores(work.scores, sites)
         plan = plan_all_layers(work, sites, scores)
-    work.scores = without_out_projections(work.scores)
+    work.scores = without_out_projections(own_scores(work.scores))
     del scores  # and with them the covariances of removal paths
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
@@ -93,6 +97,20 @@ def _dense_results(
     return work.record.results.of(
         work.model, work.tokens_NT, criterion, kind, shown, work.record.meter, work.record.notes
     )
+
+
+def _scores_of_part(work: Pruning, criterion: Criterion, whole: tuple[str, ...]) -> dict[str, Score]:
+    """Scores on the windows that the search does not judge structures by."""
+    assert work.tokens_NT is not None
+    seed, results, spent = work.record.rng.initial_seed(), work.record.results, Meter()
+    scored_on, _ = parted(work.tokens_NT, work.method.search.held_out, seed)
+    part = {"held_out": work.method.search.held_out, "drawn": seed}
+    results = replace(results, basis={**results.basis, **part})
+    scores, _ = results.of(work.model, scored_on, criterion, None, whole, spent, work.record.notes)
+    share = len(scored_on) / len(work.tokens_NT)
+    work.record.meter.forward += share * spent.forward
+    work.record.meter.backward += share * spent.backward
+    return scores
 
 
 def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 
 import torch
+from torch import Tensor
 
 from pruneexp.search.common import in_order, planned, raw
 from pruneexp.search.granularity import removal_steps, step_units
 from pruneexp.search.removable import Removable, unit_order
-from pruneexp.types import Budget, Candidate, Plan, RemovalPath, Scores, Site
+from pruneexp.types import Budget, Candidate, Plan, RemovalPath, Reorderable, Scores, Site
 
 Levels = dict[str, int]  # site name -> steps taken: units that leave, or multiples of them
 Curve = Callable[[int], float]  # level of a site -> loss
@@ -22,8 +24,8 @@ _TURNS = 8
 
 class Structures:
     """The structures that a search may choose from: for each site an order in which units leave, and the
-    out-projections of a removal path; how many leave is a choice of `Levels` that meets the budget to the nearest
-    cheapest unit.
+    out-projections fitted anew that go with it, where there are any; how many leave is a choice of `Levels` that meets
+    the budget to the nearest cheapest unit.
 
     A level counts `steps` of units; with whole sublayers the last one is all of them.
     """
@@ -60,9 +62,26 @@ class Structures:
         self.most = {site.name: len(self.steps[site.name]) - 1 for site in self.chosen}
         # a unit's place in the order in which units leave
         self.place = {site.name: unit_order(scores[site.name], site.units).argsort() for site in self.chosen}
+        self.fits: dict[str, Mapping[int, tuple[Tensor, Tensor | None]]] = {
+            name: path.out_projections
+            for name in self.place
+            if isinstance(path := scores[name], RemovalPath) and path.out_projections
+        }
         cheapest = min(self.cost[site.name] for site in self.chosen)
         self.cheap = [site for site in self.chosen if self.cost[site.name] == cheapest]
         self.dear = [site for site in self.chosen if self.cost[site.name] > cheapest]
+
+    def ordered(self, other: Scores) -> Structures:
+        """With the units of the sites that `other` scores leaving in its order. Levels mean what they did."""
+        copied = copy(self)
+        copied.place, copied.fits = dict(self.place), dict(self.fits)
+        for site in self.chosen:
+            if site.name in other:
+                order_U = unit_order(other[site.name], site.units)
+                copied.place[site.name] = order_U.argsort()
+                if (fits := copied.fits.pop(site.name, None)) is not None and isinstance(fits, Reorderable):
+                    copied.fits[site.name] = fits.in_order(order_U)
+        return copied
 
     @property
     def removable(self) -> int:
@@ -88,13 +107,10 @@ class Structures:
         return planned(keep, self.sites, self.budget)
 
     def candidate(self, levels: Levels) -> Candidate:
-        """The structure with the out-projections of the removal paths, where there are any."""
-        out_projections = {}
-        for name, level in self.units(levels).items():
-            path = self.scores[name]
-            if level and isinstance(path, RemovalPath) and level in path.out_projections:
-                out_projections[name] = path.out_projections[level]
-        return Candidate(self.plan(levels), out_projections)
+        """The structure with the out-projections fitted anew, where there are any."""
+        units = self.units(levels)
+        fitted = {name: fits[units[name]] for name, fits in self.fits.items() if units[name] and units[name] in fits}
+        return Candidate(self.plan(levels), fitted)
 
     def balanced(self, levels: Mapping[str, int]) -> Levels:
         """The nearest levels that meet the budget: the cheapest units make up for what is missing or too much, the

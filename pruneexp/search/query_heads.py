@@ -20,8 +20,8 @@ from pruneexp.types import (
     Cost,
     Oracle,
     Plan,
-    Refitted,
     RemovalPath,
+    Reorderable,
     Score,
     Scores,
     Site,
@@ -51,12 +51,14 @@ class Turns:
                 self.heads[own.name] = _heads_by_turn(scores[own.name], site)  # [q, G], the weakest first
 
     def scored(self) -> dict[str, Score]:
-        """All scores, those of query heads by turn."""
-        return {**self.scores, **{name: self._by_turn(name) for name in self.heads}}
+        """All scores, those of query heads by turn: of a search's starts, too, by the criterion's own turns."""
+        return {name: self._by_turn(name.rpartition(":")[2], score) for name, score in self.scores.items()}
 
-    def _by_turn(self, name: str) -> Score:
+    def _by_turn(self, name: str, score: Score) -> Score:
         """Sums over the heads of a turn; of a removal path, of what each adds to the cost."""
-        score, heads, site = self.scores[name], self.heads[name], self.sites[name]
+        if name not in self.heads:
+            return score
+        heads, site = self.heads[name], self.sites[name]
         if isinstance(score, ColumnScores):
             size = site.width // site.group
             columns_C = score.columns_C.reshape(-1, size)[heads.flatten().to(score.columns_C.device)].flatten()
@@ -66,7 +68,7 @@ class Turns:
         lost_H = torch.empty(heads.numel(), dtype=torch.float64)
         lost_H[unit_order(score, heads.numel())] = losses_in_order(score, heads.numel())
         refits = score.out_projections
-        by_turn = _RefitsByTurn(refits, heads) if isinstance(refits, Refitted) else {}
+        by_turn = _RefitsByTurn(refits, heads) if isinstance(refits, Reorderable) else {}
         return RemovalPath(torch.arange(len(heads)), lost_H[heads].sum(1).cumsum(0), by_turn)
 
     def resolved(self, plan: Plan) -> Plan:
@@ -128,17 +130,20 @@ class _InTurns:
         return self.of.losses(asked, batch)
 
 
-@dataclass(frozen=True)
 class _RefitsByTurn(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     """Out-projections fitted anew once the first 1, 2, ... turns have left."""
 
-    refits: Refitted
-    heads: Tensor  # [q, G]
+    def __init__(self, refits: Reorderable, heads: Tensor):
+        self.refits, self.heads = refits, heads  # [q, G]
+        self.by_head = refits.in_order(heads.flatten())
+
+    def in_order(self, order_U: Tensor) -> _RefitsByTurn:
+        return _RefitsByTurn(self.refits, self.heads[order_U.to(self.heads.device)])
 
     def __getitem__(self, turns: int) -> tuple[Tensor, Tensor | None]:
         if turns not in self:
             raise KeyError(turns)
-        return self.refits.keeping(tuple(sorted(self.heads[turns:].flatten().tolist())))
+        return self.by_head[turns * self.heads.shape[1]]
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(1, len(self)))

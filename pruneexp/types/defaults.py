@@ -47,7 +47,7 @@ CRITERION: Defaults = {
     "working_bytes": _zero,
     "kept_bytes": _two_zeros,
 }
-COMPENSATOR: Defaults = {"working_bytes": _zero}
+COMPENSATOR: Defaults = {"working_bytes": _zero, "settled": None}
 SEARCH: Defaults = {
     "granularity": ("heads", "channels"),
     "heads": None,  # a count for all layers, in place of the ratio
@@ -58,6 +58,9 @@ SEARCH: Defaults = {
     "refits": 0,
     "rebalanced": None,
     "warning": _nothing,
+    "starts": {},
+    "held_out": 0.0,
+    "objective": "next_token",
 }
 RECOVERY: Defaults = {"seen": None, "batch": 0}
 EVALUATOR: Defaults = {
@@ -75,7 +78,7 @@ EVALUATOR: Defaults = {
     "length": None,
     "batch_size": 1,
 }
-DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None}
+DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
 TRACKER: Defaults = {"summarise": None}
 
 

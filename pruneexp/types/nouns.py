@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,14 +39,6 @@ def require_least(part: Any, least: int, *names: str, besides: str = "") -> None
             raise ConfigError(f"{name}={value!r}: expected an integer >= {least}{besides}")
 
 
-class Refitted(Mapping[int, tuple[Tensor, "Tensor | None"]]):
-    """Out-projections fitted anew once the first 1, 2, ... units of an order have left, or any others."""
-
-    @abstractmethod
-    def keeping(self, units: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """The one for these units alone, ascending."""
-
-
 @dataclass(frozen=True)
 class RemovalPath:
     """The answer of a criterion whose costs change as units leave."""
@@ -64,6 +55,15 @@ class RemovalPath:
         return torch.empty_like(self.cost_U).scatter_(0, self.order_U, self.cost_U)
 
 
+@runtime_checkable
+class Reorderable(Protocol):
+    """Fitted out-projections of a `RemovalPath` that can be had for another order, too."""
+
+    def in_order(self, order_U: Tensor) -> Mapping[int, tuple[Tensor, Tensor | None]]:
+        """Removed units -> refitted out-projection, where units leave in the order `order_U`, int64 [U]."""
+        ...
+
+
 @dataclass(frozen=True)
 class ColumnScores:
     """The answer of a criterion that judges the out-projection's channels: importances of the units, and of the
@@ -76,6 +76,16 @@ class ColumnScores:
 
 Score = Tensor | RemovalPath | ColumnScores
 Scores = Mapping[str, Score]  # site name -> importances of its units
+
+
+def start_name(start: str, site: str) -> str:
+    """What the scores of a search's start are called, among those of the criterion: "flap:model.layers.0.mlp"."""
+    return f"{start}:{site}"
+
+
+def own_scores(scores: Scores) -> dict[str, Score]:
+    """Those of the criterion itself."""
+    return {name: score for name, score in scores.items() if ":" not in name}
 
 
 def unit_scores(score: Score) -> Tensor:

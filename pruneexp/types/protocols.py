@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -94,8 +94,12 @@ class Criterion(Protocol):
     def __call__(self, block: Block, evidence: Mapping[str, Any]) -> Scores: ...
 
 
+Objective = Literal["next_token", "kl"]
+
+
 class Oracle(Protocol):
-    """What the runner lends to searches: the calibration loss of masked (or compensated) structures."""
+    """What the runner lends to searches: the calibration loss of masked (or compensated) structures, on the windows
+    that the search's `held_out` leaves for it, as its `objective` says."""
 
     passes: float  # spent so far, in plain passes over the calibration tokens
 
@@ -105,8 +109,8 @@ class Oracle(Protocol):
         ...
 
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-        """Mean next-token loss in nats of each candidate: float64 [len(candidates)], over all calibration windows or
-        batch number `batch` of them."""
+        """Mean loss in nats per token of each candidate: float64 [len(candidates)], over all the windows or batch
+        number `batch` of them."""
         ...
 
 
@@ -118,7 +122,13 @@ class Search(Protocol):
     it cannot meet, before there are scores. `spends(sites, budget, batches)`, unless None: the passes over the
     calibration windows that its probes may cost, for forecasts; `refits`: about how many fitted out-projections of each
     site its probes ask for. `rebalanced(plan, scores, sites, budget)`, unless None: its plan at another budget, for
-    nothing. `warning(sites, budget)`: a line for the log, or None."""
+    nothing. `warning(sites, budget)`: a line for the log, or None.
+
+
+    `starts`: other criteria by name; the scores that it is given hold theirs, too, under `start_name(start, site)`.
+    `held_out`: the share of the calibration windows that its probes measure losses on; scores are then of the others.
+    0: all windows for both. `objective`: of the probes' losses, "next_token" or "kl", KL(p || q) from the dense model's
+    predictions p."""
 
     local: ClassVar[bool]
     granularity: Any
@@ -128,6 +138,9 @@ class Search(Protocol):
     spends: Any
     refits: Any
     rebalanced: Any
+    starts: Any
+    held_out: float
+    objective: Any
 
     def check(self, sites: Sequence[Site], budget: Budget, /) -> None: ...
 
@@ -153,12 +166,15 @@ class Sparsity(Protocol):
 class Compensator(Protocol):
     """The out-projection's weight and bias after units are gone. `sequential`: its evidence is collected on what the
     pruned layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory.
-    `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that. What it chose for
+    `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that. `settled(sums)`,
+    unless None: itself as it is for a model whose hidden states are plain sums of what out-projections give, or are
+    none. What it chose for
     the site by itself may come third, by name, {"ridge": 0.3}: compensation.json in the run folder has it."""
 
     evidence: ClassVar[Any]
     adds_bias: ClassVar[bool]
     sequential: bool
+    settled: Any
 
     def working_bytes(self, site: Site, outputs: int, /) -> int: ...
 
@@ -224,12 +240,17 @@ class Evaluator(Protocol):
 
 class Dataset(Protocol):
     """Token windows, int64 [N, T], for calibration and for evaluation: `samples` and `evaluation_samples` of `length`
-    tokens, None for as many, or as long, as there are."""
+    tokens, None for as many, or as long, as there are. `origins`: of each calibration window the name of its source.
+    `apart(tokenizer, length)`: what is evaluated apart, by name: a weight, and windows. Both None where there is one
+    source.
+    """
 
     name: str
     samples: int | None
     evaluation_samples: int | None
     length: int | None
+    origins: Any
+    apart: Any
 
     def calibration(self, tokenizer: Any) -> Tensor: ...
 

@@ -1,0 +1,103 @@
+"""What no part of an experiment can know alone: methods that do not go together."""
+
+from __future__ import annotations
+
+from pruneexp import types
+from pruneexp.experiment.settings import Experiment
+from pruneexp.search import scored_as
+from pruneexp.types import ConfigError
+
+
+def check_together(experiment: Experiment) -> None:
+    """What no part can know alone. Raises ConfigError."""
+    _check_granularity(experiment)
+    _check_rounds(experiment)
+    half = experiment.model.dtype in ("float16", "bfloat16")
+    if half and any(kind.wide for kind in types.evidence_kinds(experiment.criterion.evidence)):
+        chosen = experiment.job["choices"]["criterion"]
+        raise ConfigError(
+            f"model.dtype={experiment.model.dtype!r}: its rounding hides the finite differences of criterion={chosen}; "
+            "expected float32 or float64, or criterion.hessian=exact"
+        )
+    _check_quantity(experiment)
+    if experiment.model.stream:
+        _check_streamed(experiment)
+
+
+def _check_streamed(experiment: Experiment) -> None:
+    """Raises ConfigError where a part needs more than one layer of the model at a time."""
+    sources = [types.source_of(kind) for kind in types.evidence_kinds(experiment.criterion.evidence)]
+    differentiates, probes = any(s.differentiates for s in sources), any(s.probes for s in sources)
+    backward, losses = "needs backward passes through the whole model", "measures the loss of many structures"
+    held = [name for name, each in experiment.evaluators.items() if not each.streams]
+    for found, group, why, instead in (
+        (differentiates, "criterion", backward, "a criterion that only needs forward passes"),
+        (probes, "criterion", losses, "a criterion that goes block by block"),
+        (experiment.search.probes, "search", losses, "a search that goes by scores"),
+        (experiment.recovery.trains, "recovery", backward, "recovery=none"),
+        (held, "evaluator", "needs the whole model in memory", "only evaluators that can stream"),
+    ):
+        if found:
+            chosen = ",".join(held) if found is held else experiment.job["choices"][group]
+            instead = f"expected model.stream=false, or {instead}"
+            raise ConfigError(f"model.stream=True: {group}={chosen} {why}; {instead}")
+    compensator = experiment.compensator
+    if not compensator.sequential and any(kind.fits for kind in types.evidence_kinds(compensator.evidence)):
+        raise ConfigError(
+            "compensator.sequential=False: with model.stream=true, the covariances of all layers would be held at "
+            "once; expected true"
+        )
+
+
+def _check_granularity(experiment: Experiment) -> None:
+    """Raises ConfigError where the search removes what the criterion does not score."""
+    criterion, search = (experiment.job["choices"][group] for group in ("criterion", "search"))
+    judges = experiment.criterion.judges
+    granularity = experiment.search.granularity
+    if scored_as(granularity, judges) is not None:
+        return
+    if not {"attention", "mlp"} & set(judges) and not {"attention", "ffn", "blocks"} & set(granularity):
+        raise ConfigError(
+            f"criterion={criterion} scores whole blocks, which search={search} does not remove; "
+            "expected search=blocks, sublayers or greedy, or a criterion of heads and channels"
+        )
+    unscored = [name for name in granularity if scored_as([name], judges) is None]
+    raise ConfigError(
+        f"search.granularity={list(granularity)!r}: criterion={criterion} has no scores of {', '.join(unscored)}, "
+        f"which search={search} removes; expected a criterion of heads and channels, or search.granularity without them"
+    )
+
+
+def _check_rounds(experiment: Experiment) -> None:
+    """Raises ConfigError where what is pruned in several rounds can only be pruned in one."""
+    rounds = len(experiment.sparsity.shares())
+    if rounds == 1:
+        return
+    if experiment.model.stream:
+        raise ConfigError(
+            f"sparsity.rounds={rounds}: with model.stream=true a model is written out once, as it is pruned; "
+            "expected model.stream=false, or sparsity=one_shot"
+        )
+    heads = experiment.search.heads
+    if heads is not None:
+        raise ConfigError(
+            f"search.heads={heads}: a count for all rounds together, of which none knows its part; "
+            "expected sparsity=one_shot, or a search that goes by the ratio"
+        )
+
+
+def _check_quantity(experiment: Experiment) -> None:
+    """Raises ConfigError where the search removes nothing that the sparsity counts."""
+    if experiment.sparsity.of != "kv_cache":
+        return
+    heads, granularity = experiment.search.heads, experiment.search.granularity
+    if heads is not None:
+        raise ConfigError(
+            f"sparsity.of='kv_cache': FFN channels, which make up for the rest of search.heads={heads}, fill none; "
+            "expected decoder, prunable, macs or bytes"
+        )
+    if not {"heads", "blocks"} & set(granularity):
+        raise ConfigError(
+            f"search.granularity={list(granularity)!r}: expected heads or blocks with sparsity.of=kv_cache, "
+            "which nothing else fills"
+        )

@@ -1,0 +1,203 @@
+"""Documents of the user's own: rows of jsonl and parquet files.
+
+The `_target_` is the function `documents`, as its parameters `calibration` and `evaluation` are methods of a dataset.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pruneexp.dataset.files import stem_of
+from pruneexp.dataset.hub import Rows, windows_of_rows
+from pruneexp.dataset.windows import Sampling, check_common
+from pruneexp.fingerprint import FileState, file_state
+from pruneexp.types import ConfigError
+
+ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+EXPECTED = "a jsonl or parquet file of documents, or a list of such files"
+SLICE = re.compile(r"(-?\d*):(-?\d*)")
+
+Paths = str | list[str] | None
+
+
+def holds_documents(path: str) -> bool:
+    """Whether the file is one of documents, by its name."""
+    return path.lower().endswith(ENDINGS)
+
+
+def documents(
+    calibration: Paths,
+    evaluation: Paths,
+    calibration_documents: str | None,
+    evaluation_documents: str | None,
+    fields: list[str],
+    calibration_join: str | None,
+    evaluation_join: str,
+    evaluation_windows: int | None,
+    name: str | None,
+    special_tokens: bool,
+    samples: int,
+    length: int,
+    seed: int,
+    sampling: Sampling,
+    bos: bool,
+) -> DocumentFiles:
+    """Documents of files, one file after the other."""
+    files = [(path,) if isinstance(path, str) else path and tuple(path) for path in (calibration, evaluation)]
+    named = name or stem_of(files[1][0] if files[1] else None, "documents")
+    slices = {"calibration": calibration_documents, "evaluation": evaluation_documents}
+    joins = {"calibration_join": calibration_join, "evaluation_join": evaluation_join}
+    drawn = {"samples": samples, "length": length, "seed": seed, "sampling": sampling, "bos": bos}
+    shown = {"evaluation_windows": evaluation_windows, "special_tokens": special_tokens, "fields": fields}
+    return DocumentFiles(files[0] or None, files[1] or None, slices, named, **joins, **shown, **drawn)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class DocumentFiles:
+    """Rows of files, in order: one JSON object a line (.jsonl, .json, also .gz), or rows of .parquet.
+
+    Documents become windows as those of `HubText` do. `slices`: of each part's documents, counted over all its files,
+    those that are taken, "0:1334"; None: all.
+    """
+
+    calibration_file: tuple[str, ...] | None
+    evaluation_file: tuple[str, ...] | None
+    slices: Mapping[str, str | None]
+    name: str
+    calibration_join: str | None
+    evaluation_join: str
+    evaluation_windows: int | None
+    special_tokens: bool
+    fields: list[str]
+    samples: int
+    length: int
+    seed: int
+    sampling: Sampling
+    bos: bool
+
+    contiguous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
+        if not self.fields:
+            raise ConfigError(f"fields={list(self.fields)!r}: expected at least one field of the documents")
+        if self.evaluation_windows is not None and self.evaluation_windows < 1:
+            raise ConfigError(f"evaluation_windows={self.evaluation_windows!r}: expected null or an int >= 1")
+        for part, taken in self.slices.items():
+            if taken is not None and not SLICE.fullmatch(taken):
+                raise ConfigError(f"{part}_documents={taken!r}: expected null, or first:last+1, like 0:1000 or 1000:")
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # lists and dicts are among the settings
+
+    def check(self, calibration: bool = True, evaluation: bool = True) -> None:
+        for part, needed in (("calibration", calibration), ("evaluation", evaluation)):
+            if needed:
+                self._rows(part)
+
+    def calibration(self, tokenizer: Any) -> Tensor:
+        return windows_of_rows(self, "calibration", None, tokenizer, self._rows("calibration"))
+
+    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
+        return windows_of_rows(self, "evaluation", length, tokenizer, self._rows("evaluation"))
+
+    def key(self, part: str) -> str:
+        files = self._files(part) or ("null",)
+        return f"dataset.{part}={files[0] if len(files) == 1 else '[' + ','.join(files) + ']'}"
+
+    def description(self) -> Mapping[str, Any]:
+        parts: dict[str, Any] = {}
+        for part, taken in self.slices.items():
+            files = [Path(path).expanduser() for path in self._files(part) or ()]
+            found = [{"file": str(f), "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files]
+            parts[part] = {"files": found, "documents": taken, "join": getattr(self, f"{part}_join")} if found else None
+        drawing = {name: getattr(self, name) for name in ("sampling", "samples", "length", "seed", "bos")}
+        own = {"special_tokens": self.special_tokens, "fields": list(self.fields)}
+        return {"kind": "documents", **parts, "evaluation_windows": self.evaluation_windows, **own, **drawing}
+
+    def _files(self, part: str) -> tuple[str, ...] | None:
+        return self.calibration_file if part == "calibration" else self.evaluation_file
+
+    def _rows(self, part: str) -> Rows:
+        """The part's documents. Raises ConfigError."""
+        if self._files(part) is None:
+            raise ConfigError(f"dataset.{part}=null: expected {EXPECTED}")
+        states, rows = [], []
+        for path in self._files(part) or ():
+            file, key = Path(path).expanduser(), f"dataset.{part}={path}"
+            if not file.is_file():
+                what = "this is a directory" if file.is_dir() else "no such file"
+                raise ConfigError(f"{key}: {what}; expected {EXPECTED}")
+            if not holds_documents(path):
+                raise ConfigError(
+                    f"{key}: expected {EXPECTED} ({', '.join(ENDINGS)}); a plain text is for dataset=text"
+                )
+            states.append(file_state(file))
+            rows += _read(states[-1], tuple(self.fields), key)
+        first, last = (int(x) if x else None for x in SLICE.fullmatch(self.slices[part] or ":").groups())  # type: ignore[union-attr]
+        taken = rows[first:last]
+        if not any(text.strip() for row in taken for text in row.values()):
+            what = f"{part}_documents={self.slices[part]}: no text among them, of {len(rows)}"
+            raise ConfigError(f"dataset.{what}" if rows and self.slices[part] else f"{self.key(part)}: no text in it")
+        return Rows(json.dumps([states, self.slices[part]]), taken)
+
+
+@lru_cache(maxsize=8)
+def _read(state: FileState, fields: Sequence[str], key: str) -> list[dict[str, str]]:
+    """The documents of a file: the text of their `fields`. Raises ConfigError."""
+    if state[0].lower().endswith(".parquet"):
+        return _parquet(state[0], fields, key)
+    opened = gzip.open if state[0].lower().endswith(".gz") else open
+    found = []
+    try:
+        with opened(state[0], "rt", encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    found.append(_fields_of(line, fields, f"{key}: line {number}"))
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise ConfigError(f"{key}: cannot be read ({error}); expected {EXPECTED}") from None
+    return found
+
+
+def _fields_of(line: str, fields: Sequence[str], where: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where} is no JSON object; expected one a line")
+    for field in fields:
+        if not isinstance(row.get(field), str):
+            what = "is no text" if field in row else f"is missing (there are {', '.join(row) or 'none'})"
+            raise ConfigError(f"{where}: field {field!r} {what}; expected a text (dataset.fields names them)")
+    return {field: row[field] for field in fields}
+
+
+def _parquet(path: str, fields: Sequence[str], key: str) -> list[dict[str, str]]:
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        missing = [field for field in fields if field not in file.schema_arrow.names]
+        rows = [] if missing else file.read(columns=list(fields)).to_pylist()
+    except Exception as error:
+        raise ConfigError(f"{key}: cannot be read ({' '.join(str(error).split())}); expected {EXPECTED}") from None
+    if missing:
+        columns = ", ".join(file.schema_arrow.names)
+        raise ConfigError(f"{key}: no column {missing[0]!r} (there are {columns}); dataset.fields names them")
+    for number, row in enumerate(rows):
+        if bad := [field for field, text in row.items() if not isinstance(text, str)]:
+            raise ConfigError(
+                f"{key}: row {number}: {bad[0]!r} is no text; expected a text (dataset.fields names them)"
+            )
+    return rows

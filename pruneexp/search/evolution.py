@@ -1,0 +1,291 @@
+"""The evolutionary search under way: where to start, sensitivities, evolution."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pruneexp.search.granularity import Granularity
+from pruneexp.search.levels import Levels, Structures, parabola
+from pruneexp.search.starts import HEAD_SHARES, RAMPS, cheapest, ranked, same_share, standardised_share
+from pruneexp.types import Candidate, Oracle, RemovalPath, RunError, Scores, start_name
+
+log = logging.getLogger("pruneexp")
+
+_SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
+_STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
+_AT_ONCE = 4  # structures whose out-projections may all differ, that are held together
+_STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
+
+
+class Settings(Protocol):
+    """What the search is told (`Evolutionary` says what each means)."""
+
+    @property
+    def granularity(self) -> Granularity: ...
+    @property
+    def min_units(self) -> int: ...
+    @property
+    def multiple(self) -> int: ...
+    @property
+    def effort(self) -> float: ...
+    @property
+    def tokens(self) -> float: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def distance(self) -> float: ...
+    @property
+    def offspring(self) -> int: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def starts(self) -> Mapping[str, Any]: ...
+    @property
+    def held_out(self) -> float: ...
+
+
+@dataclass
+class Evolution:
+    """One search under way. `structures`: with the order of units in each site that is the best so far."""
+
+    method: Settings
+    structures: Structures
+    oracle: Oracle
+    rng: torch.Generator
+    asked: int = 0
+    skipped: int = 0
+    spent_before: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spent_before = self.oracle.passes
+
+    @property
+    def left(self) -> float:
+        """Passes that may still be spent."""
+        return self.method.effort - (self.oracle.passes - self.spent_before)
+
+    def count(self, share: float) -> int:
+        """Batches that hold about a share of the windows that decide: at least one."""
+        return max(1, round(share * self.oracle.batches))
+
+    def price(self, structures: int, share: float) -> float:
+        """Passes that judging so many structures costs at most: those that begin alike share layers."""
+        return structures * self.count(share) / self.oracle.batches * (self.method.held_out or 1.0)
+
+    def affordable(self, structures: int, part: float) -> float | None:
+        """The share of the windows that decide, `tokens` at most, on which so many structures cost no more than a part
+        of the effort; None where a single batch is too dear."""
+        share = part * self.method.effort / (structures * (self.method.held_out or 1.0))
+        share = min(self.method.tokens, math.floor(share * self.oracle.batches) / self.oracle.batches)
+        return share if share > 0 and self.left >= self.price(structures, share) else None
+
+    def drawn(self, share: float) -> list[int]:
+        """Numbers of batches drawn at random."""
+        return torch.randperm(self.oracle.batches, generator=self.rng)[: self.count(share)].tolist()
+
+    def losses(self, population: Iterable[Levels], batches: Sequence[int]) -> Tensor:
+        """Loss of each on each of the batches, Inf where it is not finite: float64 [batches, len(population)]."""
+        return self.measured([self.structures.candidate(levels) for levels in population], batches)
+
+    def measured(self, candidates: Sequence[Candidate], batches: Sequence[int]) -> Tensor:
+        found = torch.stack([self.oracle.losses(candidates, batch) for batch in batches])
+        broken = ~found.isfinite().all(0)
+        self.asked += len(candidates)
+        self.skipped += int(broken.sum())
+        if self.skipped == self.asked:
+            raise RunError(f"search: none of {self.asked} calibration losses is finite")
+        return found.masked_fill(broken, math.inf)
+
+    # ---- 1: where to start
+
+    def start(self) -> Levels:
+        structures, method = self.structures, self.method
+        starts = [same_share(structures, share) for share in HEAD_SHARES]
+        scores = [structures.scores[site.name] for site in structures.chosen]
+        if all(isinstance(path, RemovalPath) for path in scores):
+            starts.append(cheapest(structures))
+        if structures.composites:
+            starts.append(ranked(structures, method.granularity, method.min_units, method.multiple))
+        others = {start: found for start in method.starts if (found := self._scores_of(start))}
+        if others:
+            return self._among_criteria(starts, others)
+        last, starts = starts[-1], _distinct(starts)
+        if self.left < self.price(len(starts), method.tokens):
+            return last
+        return starts[int(self.losses(starts, self.drawn(method.tokens)).mean(0).argmin())]
+
+    def _among_criteria(self, shares: list[Levels], others: Mapping[str, Scores]) -> Levels:
+        """The best of the levels so far and of those that other criteria give, then the best order of units."""
+        structures = self.structures
+        criteria: dict[str, Scores] = {"criterion": {s.name: structures.scores[s.name] for s in structures.chosen}}
+        criteria |= others
+        starts = {f"shares {number}": levels for number, levels in enumerate(shares)}
+        starts |= {f"ramp {ramp:+g}": same_share(structures, 1.0, ramp) for ramp in RAMPS}
+        if not structures.composites:
+            starts |= {f"al_am of {name}": standardised_share(structures, own) for name, own in criteria.items()}
+        share = self.affordable(len(starts), _STARTS)
+        if share is None:
+            return list(starts.values())[-1]
+        orders = {name: structures.ordered(own) if name in others else structures for name, own in criteria.items()}
+        levels = starts[self._best({name: partial(structures.candidate, own) for name, own in starts.items()}, share)]
+        if self.left >= self.price(len(orders), share):
+            self.structures = orders[
+                self._best({n: partial(each.candidate, levels) for n, each in orders.items()}, share)
+            ]
+        self._order_each(list(criteria.values()), levels)
+        return levels
+
+    def _best(self, candidates: Mapping[str, Callable[[], Candidate]], share: float) -> str:
+        """The name of the structure of least loss; few at a time, since their out-projections may all be different."""
+        batches, structures = self.drawn(share), list(candidates.values())
+        parts = range(0, len(structures), _AT_ONCE)
+        losses = torch.cat(
+            [self.measured([make() for make in structures[i : i + _AT_ONCE]], batches) for i in parts], 1
+        )
+        named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
+        log.info("search: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(named.items(), key=_second)))
+        return list(candidates)[_least(losses)]
+
+    def _scores_of(self, start: str) -> Scores:
+        named = {site.name: start_name(start, site.name) for site in self.structures.chosen}
+        return {site: self.structures.scores[name] for site, name in named.items() if name in self.structures.scores}
+
+    def _order_each(self, orders: Sequence[Scores], levels: Levels) -> None:
+        """Each site's own order of units, where it has a lower loss with it than with the one of all; taken together
+        where that is better, too."""
+        there = self.structures
+        tried = [
+            ({name: scores[name]}, there.ordered({name: scores[name]}))
+            for name in (name for name, level in levels.items() if level)
+            for scores in orders
+            if name in scores
+        ]
+        now = there.plan(levels).sites
+        tried = [each for each in tried if each[1].plan(levels).sites != now]
+        share = self.affordable(len(tried) + 1, _STARTS / 2) if tried else None
+        if share is None:
+            return
+        candidates = [there.candidate(levels), *(structures.candidate(levels) for _, structures in tried)]
+        losses = self.measured(candidates, self.drawn(share)).mean(0)
+        best: dict[str, tuple[float, Scores]] = {}
+        for (own, _), loss in zip(tried, (losses[1:] - losses[0]).tolist(), strict=True):
+            for name in own:
+                best[name] = min(best.get(name, (0.0, {})), (loss, own), key=lambda found: found[0])
+        mixed = there.ordered({name: score for _, own in best.values() for name, score in own.items()})
+        share = max(share, min(self.method.tokens, self.left / 4))
+        judged = self.measured([there.candidate(levels), mixed.candidate(levels)], self.drawn(share))
+        self.structures = (there, mixed)[_least(judged)]
+        before, after = judged.mean(0).tolist()
+        own = sum(loss < 0 for loss, _ in best.values())
+        log.info("search: with orders of their own at %d sites %.4f, without %.4f", own, after, before)
+
+    # ---- 2: sensitivities
+
+    def descended(self, levels: Levels) -> Levels:
+        distance = self.method.distance
+        for _ in range(self.method.rounds):
+            around = self._around(levels, distance)
+            structures = 1 + len(around) + _STEPS
+            whole = 2 * structures * (self.method.held_out or 1.0)
+            share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / whole)
+            if self.left < self.price(structures, share):
+                break
+            found = self._step(levels, around, share)
+            if found == levels:
+                distance /= 2
+            levels = found
+        return levels
+
+    def _around(self, levels: Levels, distance: float) -> list[tuple[str, int]]:
+        """Every site's levels at a distance below and above, where they are possible."""
+        around = []
+        for site in self.structures.chosen:
+            step = max(1, round(distance * self.structures.size[site.name]))
+            most = self.structures.most[site.name]
+            beside = {max(0, levels[site.name] - step), min(most, levels[site.name] + step)}
+            around += [(site.name, level) for level in sorted(beside - {levels[site.name]})]
+        return around
+
+    def _step(self, levels: Levels, around: list[tuple[str, int]], share: float) -> Levels:
+        population = [levels, *({**levels, name: level} for name, level in around)]
+        losses = self.losses(population, self.drawn(share)).mean(0)
+        if not losses[0].isfinite():
+            return levels
+        points: dict[str, dict[int, float]] = {name: {} for name in levels}
+        for (name, level), loss in zip(around, losses[1:], strict=True):
+            if loss.isfinite():
+                points[name][level] = float(loss - losses[0])
+        full = self._allotted(levels, points)
+        half = {name: round((levels[name] + full[name]) / 2) for name in levels}
+        heads = {site.name for site in self.structures.dear}
+        spared = self._allotted(levels, {name: {} if name in heads else own for name, own in points.items()})
+        steps = _distinct([levels, full, self.structures.balanced(half), spared])
+        return steps[_least(self.losses(steps, self.drawn(share)))]
+
+    def _allotted(self, levels: Levels, points: dict[str, dict[int, float]]) -> Levels:
+        curves = {}
+        for name, own in points.items():
+            base = levels[name]
+            possible = range(min([base, *own]), max([base, *own]) + 1)
+            curves[name] = (possible, parabola(base, own)) if own else ([base], lambda n: 0.0)
+        return self.structures.allotted(curves)
+
+    # ---- 3: evolution
+
+    def evolved(self, parent: Levels) -> Levels:
+        method, generation = self.method, 0
+        first = method.tokens / 4
+        finalists = max(1, method.offspring // 4)
+        price = self.price(method.offspring, first) + self.price(finalists + 1, method.tokens)
+        while self.left >= price and (method.steps is None or generation < method.steps):
+            generation += 1
+            children = _distinct([self._mutated(parent) for _ in range(method.offspring)])
+            losses = self.losses(children, self.drawn(first)).mean(0)
+            final = [parent, *(children[i] for i in losses.sort(stable=True).indices[:finalists].tolist())]
+            parent = final[_least(self.losses(final, self.drawn(method.tokens)))]
+        return parent
+
+    def _mutated(self, levels: Levels) -> Levels:
+        """Parameters moved between one, two or three pairs of sites; the amount is drawn on a logarithmic scale. Where
+        whole sublayers may leave, one time in two one of them does, or comes back."""
+        structures, sites, child = self.structures, self.structures.chosen, dict(levels)
+        if structures.wholes and self._draw(2):
+            name = structures.wholes[self._draw(len(structures.wholes))].name
+            child[name] = 0 if child[name] == structures.most[name] else structures.most[name]
+            return structures.balanced(child)
+        for _ in range(1 + self._draw(3)):
+            loses, gains = sites[self._draw(len(sites))], sites[self._draw(len(sites))]
+            largest = self.method.distance * max(site.units * structures.budget.price(site) for site in (loses, gains))
+            amount = largest * 2.0 ** -self._draw(5)
+            for site, sign in ((loses, 1), (gains, -1)):
+                units = max(1, round(amount / structures.cost[site.name])) * sign
+                child[site.name] = min(max(child[site.name] + units, 0), structures.most[site.name])
+        return structures.balanced(child)
+
+    def _draw(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.rng))
+
+
+def _distinct(population: Sequence[Levels]) -> list[Levels]:
+    return list({tuple(levels.items()): levels for levels in population}.values())
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]
+
+
+def _least(losses: Tensor) -> int:
+    """The structure of least loss, of [batches, structures]; the first where the other's lead is within the standard
+    error of the difference over batches."""
+    best = int(losses.mean(0).argmin())
+    lead = losses[:, 0] - losses[:, best]
+    error = lead.std() / math.sqrt(len(lead)) if len(lead) > 1 else torch.zeros(())
+    return 0 if lead.mean() <= error else best

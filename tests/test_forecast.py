@@ -201,15 +201,16 @@ def test_activations_by_hand() -> None:
 
 
 def test_stages_by_hand(foretold: Any) -> None:
-    """4 layers of 64 and 172 channels, hidden size 64, 256 words; `best` asks for 7 readers a site, 4 heads for 4."""
+    """4 layers of 64 and 172 channels, hidden size 64, 256 words; `best` asks for 4 out-projections a site."""
     settings = ("recipe=best", "search.effort=2", "compensator.target=pruned")
+    settings += ("criterion.ridge=1e-3", "search.starts=[]", "search.held_out=0.0")
     how = Running(stream=False, process=1000, reached=5000)
     _, found = foretold(*settings, how=how)
     start, calibrate, search, shrink = found.held
     weights, hidden, batch = 4 * found.shape.params, 10 * 24 * 64 * 4, 8 * 24
     layer = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64)
     grams = 8 * (64**2 + 64 + 172**2 + 172)
-    covariances, out_projections = 4 * 8 * (64**2 + 172**2), 4 * (4 * 64 + 7 * 172) * 64 * 4
+    covariances, out_projections = 4 * 4 * (64**2 + 172**2), 4 * (4 * 64 + 4 * 172) * 64 * 4
     ffn = batch * (3 * 172 + 3 * 64) * 4
     read = batch * (172 + 3 * 64) * 4 + 8 * batch * 172
     logits = batch * 256 * (4 + 4 + 4)

@@ -69,8 +69,9 @@ class Obs:
         return Halves(Gram) if self.ridge == "auto" else Gram
 
     def working_bytes(self, site: Site, outputs: int) -> int:
-        """The covariance, its factor and what that is made of."""
-        return 24 * site.channels**2
+        """The covariance, its factor and what that is made of; ridge=auto: both halves' as well, narrowed, and a fit."""
+        chosen = 8 * site.channels * (site.channels + outputs) if self.ridge == "auto" else 0
+        return 24 * site.channels**2 + chosen
 
     def kept_bytes(self, sites: Sequence[Site], outputs: int, itemsize: int, refits: float) -> tuple[int, int]:
         """Inverse covariances, 4 C^2 bytes a site, and as many out-projections of C O numbers as are asked for, at most

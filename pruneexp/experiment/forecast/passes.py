@@ -50,7 +50,11 @@ def _at_once(method: Method, model: Model, shape: Shape, seen: Windows) -> Passe
     kinds = distinct(method.criterion.evidence, dense_kinds(method) or None)
     layers = range(len(shape.layers)) if shown else ()
     judged = [site for index in layers for site in model.whole_block(index, shown).sites] or shape.sites
-    passes = _walk(kinds, shape, shrinks=False) + _ahead(kinds, seen, judged)
+    scored = 1 - method.search.held_out  # of the windows, where nothing else is collected
+    walked = _walk(kinds, shape, shrinks=False) + _ahead(kinds, seen, judged)
+    passes = Passes(scored * walked.forward, scored * walked.backward)
+    if scored < 1:
+        passes += _walk(dense_kinds(method), shape, shrinks=False)
     if blocks_alone(method.search):
         return passes
     if by_site(compensator):

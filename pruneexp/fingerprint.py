@@ -44,6 +44,7 @@ NEW_KEYS: Mapping[str, Any] = {
     "evaluator.*.dataset.bos": False,
     **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},
     "search.alike": False,
+    "search.remainder": "nearest",
     "search.starts": [],
     "search.held_out": 0.0,
     "search.objective": "next_token",

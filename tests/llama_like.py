@@ -64,3 +64,19 @@ def pruned_folder(folder: Path, name: str, kept: Kept, biases: bool = False) -> 
 def model_logits(folder: Path, tokens_T: Tensor) -> Tensor:
     model = ModelSource("own", str(folder), None, "float64", "cpu", False, False, 4).load()
     return model.module(tokens_T[None]).logits[0].float()
+
+
+def fewer_query_heads(folder: Path, name: str, left: Sequence[tuple[int, int]]) -> Path:
+    """A tiny model's checkpoint, in float64: how many of three groups, and how many of four query heads of each (its
+    last ones), stay in each layer."""
+    prefix, values = MODELS[name]
+    values = {**values, "num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 8}  # groups of four
+    random_model(prefix, values).save_pretrained(folder / "dense")
+    model = ModelSource(name, str(folder / "dense"), None, "float64", "cpu", False, False, 4).load()
+    sites = {}
+    for site, (groups, each) in zip((s for s in model.sites() if s.kind == "attention"), left, strict=True):
+        heads = tuple(4 * group + head for group in range(groups) for head in range(4 - each, 4))
+        sites[site.name] = SitePlan("attention", 3, tuple(range(groups)), 12, heads)
+    shrink_(model, Plan(sites))
+    save(model, folder / "pruned")
+    return folder / "pruned"

@@ -40,7 +40,7 @@ FILES = (
     "tests/benchmarks/README.md",
 )
 PART = re.compile(r"(<!-- made by tests\.manual: ([\w-]+) -->\n)((?:(?!<!-- ).)*)(<!-- end -->)", re.DOTALL)
-GRANULARITIES = ("heads", "channels", "attention", "ffn", "blocks", "experts")
+GRANULARITIES = ("heads", "query_heads", "channels", "attention", "ffn", "blocks", "experts")
 MIXED = {"units and sublayers": ["channels", "ffn"], "blocks and others": ["channels", "blocks"]}
 
 
@@ -189,7 +189,8 @@ def search_granularity() -> str:
     for name in choices(conf_folder() / "search"):
         default = content(conf_folder() / "search" / f"{name}.yaml").get("granularity")
         if default is None:  # FLAP's structures: heads and channels, no key
-            rows.append([f"`{name}`", *("fixed" if each in ("heads", "channels") else "–" for each in GRANULARITIES)])
+            fixed = ("query_heads" if name.endswith("query_heads") else "heads", "channels")
+            rows.append([f"`{name}`", *("fixed" if each in fixed else "–" for each in GRANULARITIES)])
             rows[-1] += ["–"] * len(MIXED)
             continue
         cells = [_taken(name, [each], each in default) for each in GRANULARITIES]

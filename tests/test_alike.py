@@ -28,7 +28,7 @@ def pruned_(model: Model, granularity: list[Any], ratio: float, alike: bool = Tr
     rng = torch.Generator().manual_seed(1)
     scores = {site.name: torch.rand(site.units, generator=rng) for site in sites}
     budget = Budget(ratio, before)
-    shrink_(model, Uniform(1, granularity, 0.0, 0.0, 1, alike)(scores, sites, budget, None, rng))
+    shrink_(model, Uniform(1, granularity, 0.0, 0.0, 1, alike, remainder="nearest")(scores, sites, budget, None, rng))
     return 1 - model.decoder_params / before
 
 

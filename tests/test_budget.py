@@ -54,8 +54,8 @@ EVOLUTIONARY = Evolutionary(1, BOTH, 3.0, 0.5, 1, 0.2, 2, 1, 1)
 POLICY = PolicyGradient(1, BOTH, "separate", "scores", "sqrt", 2, 0.002, 5, 2.0, 2, 1)
 GREEDY = Greedy(1, BOTH, 0, 0, 1, "scores", "none", 1)
 EXACT = {
-    "uniform": Uniform(1, BOTH, 0.0, 0.0, 1, alike=False),
-    "protected": Uniform(1, BOTH, 0.34, 0.0, 1, alike=False),
+    "uniform": Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
+    "protected": Uniform(1, BOTH, 0.34, 0.0, 1, alike=False, remainder="nearest"),
     "global": Global(1, BOTH, "zscore", 1),
     "per_parameter": Global(1, BOTH, "per_parameter", 1),
     "evolutionary": EVOLUTIONARY,

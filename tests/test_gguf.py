@@ -15,7 +15,7 @@ from pruneexp.export import gguf_file, gguf_layout, gguf_proof, gguf_run, main
 from pruneexp.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
 from pruneexp.model import ModelSource
 from pruneexp.surgery import save
-from tests.llama_like import MODELS, Kept, model_logits, pruned_folder
+from tests.llama_like import MODELS, Kept, fewer_query_heads, model_logits, pruned_folder
 from tests.tiny_families import random_model, tiny_model
 
 gguf = pytest.importorskip("gguf")
@@ -98,6 +98,18 @@ def test_the_file_is_the_model(name: str, kept: Kept, biases: bool, tmp_path: Pa
     torch.testing.assert_close(deci_logits(file, tokens_T), model_logits(folder, tokens_T), rtol=1e-4, atol=1e-4)
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     assert record["prove"] == "read_back" and record["tensors_equal"] == len(gguf.GGUFReader(file).tensors)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_layers_with_groups_of_other_sizes(name: str, tmp_path: Path) -> None:
+    folder = fewer_query_heads(tmp_path, name, ((3, 3), (2, 1), (3, 4)))
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}", "prove=in_place"]) == 0
+    file = tmp_path / "out" / "model.gguf"
+    fields = gguf.GGUFReader(file).fields
+    assert fields["deci.attention.head_count"].contents() == [9, 2, 12]
+    assert fields["deci.attention.head_count_kv"].contents() == [3, 2, 3]
+    tokens_T = torch.randint(3, 64, (32,), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(deci_logits(file, tokens_T), model_logits(folder, tokens_T), rtol=1e-4, atol=1e-4)
 
 
 def widths(file: Path) -> list[int]:

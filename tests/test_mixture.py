@@ -35,7 +35,7 @@ from tests.tiny_families import tiny_model
 Made = Callable[[str], Model]
 NONE = NoCompensation(False)
 SEARCHES = {
-    "uniform": lambda g: Uniform(1, g, 0.0, 0.0, 1, alike=False),
+    "uniform": lambda g: Uniform(1, g, 0.0, 0.0, 1, alike=False, remainder="nearest"),
     "layerwise": lambda g: Layerwise(1, g, "zscore"),
     "global": lambda g: Global(1, g, "zscore", 1),
     "greedy": lambda g: Greedy(1, g, 0, 0, 2, "probes", "none", 1),
@@ -153,7 +153,12 @@ def test_an_expert_without_a_token_can_be_compensated(compensator: Any, made: Ma
     idle(model)
     before = model.layers[0].mlp.experts[3].w2.weight.clone()
     found = pruned(
-        model, tokens_NT, Magnitude("reader", 2), Uniform(1, ["channels"], 0, 0, 1, alike=False), 0.3, compensator
+        model,
+        tokens_NT,
+        Magnitude("reader", 2),
+        Uniform(1, ["channels"], 0, 0, 1, alike=False, remainder="nearest"),
+        0.3,
+        compensator,
     )
     kept = list(found.plan.sites["model.layers.0.mlp.experts.3"].kept)
     linear = model.layers[0].mlp.experts[3].w2
@@ -184,7 +189,11 @@ def test_an_expert_is_worth_what_its_channels_are(made: Made, tokens_NT: torch.T
     for sequential in (False, True):
         model = made("qwen3_moe")
         found = pruned(
-            model, tokens_NT, WandaSp("sum", sequential), Uniform(1, ["experts"], 0, 0, 1, alike=False), 0.15
+            model,
+            tokens_NT,
+            WandaSp("sum", sequential),
+            Uniform(1, ["experts"], 0, 0, 1, alike=False, remainder="nearest"),
+            0.15,
         )
         for name in ("model.layers.0.mlp.experts", "model.layers.2.mlp.experts"):
             own_U = torch.stack([unit_scores(found.scores[f"{name}.{unit}"]).sum() for unit in range(4)])

@@ -35,7 +35,7 @@ from tests.conftest import FAMILIES
 FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
 NONE, BIAS, SEQUENTIAL_BIAS = NoCompensation(False), Bias(False), Bias(True)
 UNIFORM, GLOBAL = (
-    Uniform(1, ["heads", "channels"], 0.0, 0.0, 1, alike=False),
+    Uniform(1, ["heads", "channels"], 0.0, 0.0, 1, alike=False, remainder="nearest"),
     Global(1, ["heads", "channels"], "zscore", 1),
 )
 

@@ -163,7 +163,7 @@ def methods(granularity: list[str], min_units: int, multiple: int, seed: int) ->
     if "blocks" not in granularity:
         found.append(Evolutionary(min_units, granularity, 3.0, 0.25, 1, 0.2, 3, None, multiple))
     if is_plain(granularity, 1):
-        found.append(Uniform(min_units, granularity, 0.0, 0.0, multiple, alike=False))
+        found.append(Uniform(min_units, granularity, 0.0, 0.0, multiple, alike=False, remainder="nearest"))
     return found
 
 
@@ -361,10 +361,13 @@ def test_policy_gradients_learn_gates() -> None:
     "make, message",
     [
         (
-            lambda: Uniform(1, ["attention"], 0, 0, 1, alike=False),
+            lambda: Uniform(1, ["attention"], 0, 0, 1, alike=False, remainder="nearest"),
             r"^granularity=\['attention'\]: expected heads, channels or both",
         ),
-        (lambda: Uniform(1, UNITS, 0, 0, 0, alike=False), r"^multiple=0: expected an integer >= 1"),
+        (
+            lambda: Uniform(1, UNITS, 0, 0, 0, alike=False, remainder="nearest"),
+            r"^multiple=0: expected an integer >= 1",
+        ),
         (lambda: Global(1, ["ffn", "ffn"], "none", 1), r"^granularity=.*: expected one or more of heads, channels"),
         (
             lambda: PolicyGradient(1, ["channels", "ffn"], "separate", "scores", "sqrt", 2, 0.1, 5, 1.0, 3, 1),
@@ -381,7 +384,9 @@ def test_settings_that_cannot_be(make: Any, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("method", [Uniform(1, UNITS, 0, 0, 64, alike=False), Global(1, UNITS, "none", 64)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [Uniform(1, UNITS, 0, 0, 64, alike=False, remainder="nearest"), Global(1, UNITS, "none", 64)], ids=repr
+)
 def test_a_multiple_wider_than_the_ffn_is_refused(method: Any) -> None:
     sites = model_sites(2, channels=40)
     with pytest.raises(ConfigError, match=r"^search\.multiple=64: expected at most 40, the FFN width"):

@@ -29,7 +29,7 @@ from tests.conftest import FAMILIES
 FLAP, WANDA = Flap("WIFV", False), WandaSp("sum", True)
 NONE, BIAS, SEQUENTIAL_BIAS = NoCompensation(False), Bias(False), Bias(True)
 UNIFORM, GLOBAL = (
-    Uniform(1, ["heads", "channels"], 0.0, 0.0, 1, alike=False),
+    Uniform(1, ["heads", "channels"], 0.0, 0.0, 1, alike=False, remainder="nearest"),
     Global(1, ["heads", "channels"], "zscore", 1),
 )
 BLOCKS = Global(0, ["blocks"], "none", 1)

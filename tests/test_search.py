@@ -39,12 +39,17 @@ def kept(plan: Plan, kind: str) -> list[int]:
     return [len(site.kept) for site in plan.sites.values() if site.kind == kind]
 
 
-EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), Uniform(1, BOTH, 0, 0, 1, False),
-         Uniform(1, BOTH, 0, 0, 1, True), Global(1, BOTH, "zscore", 1),
+def uniform(*settings) -> Uniform:
+    """Each layer rounds for itself."""
+    return Uniform(*settings, remainder="nearest")
+
+
+EVERY = [UlUm(), UlMm(3), AlMm(3), AlAm(), AlAmOfficial(), uniform(1, BOTH, 0, 0, 1, False),
+         uniform(1, BOTH, 0, 0, 1, True), Global(1, BOTH, "zscore", 1),
          Global(1, BOTH, "none", 1), Global(0, BOTH, "mean", 1), Global(1, BOTH, "per_parameter", 1),
          Layerwise(1, BOTH, "none"), Layerwise(0, BOTH, "per_parameter")]  # fmt: skip
-LOCAL = [UlUm(), UlMm(3), UlMm(7), Uniform(1, BOTH, 0, 0, 1, False), Uniform(0, ["channels"], 0, 0, 1, False),
-         Uniform(2, ["heads"], 0, 0, 1, False), Layerwise(1, BOTH, "none"), Layerwise(0, ["channels"], "zscore"),
+LOCAL = [UlUm(), UlMm(3), UlMm(7), uniform(1, BOTH, 0, 0, 1, False), uniform(0, ["channels"], 0, 0, 1, False),
+         uniform(2, ["heads"], 0, 0, 1, False), Layerwise(1, BOTH, "none"), Layerwise(0, ["channels"], "zscore"),
          Layerwise(2, ["heads"], "mean")]  # fmt: skip
 
 
@@ -267,12 +272,12 @@ def random_model(draw: random.Random) -> list[Site]:
 @each(
     "method",
     [
-        Uniform(1, BOTH, 0, 0, 1, False),
-        Uniform(0, BOTH, 0, 0, 1, False),
+        uniform(1, BOTH, 0, 0, 1, False),
+        uniform(0, BOTH, 0, 0, 1, False),
         Global(1, BOTH, "zscore", 1),
         Global(0, BOTH, "none", 1),
         Global(3, ["channels"], "mean", 1),
-        Uniform(1, ["channels"], 0.0, 0.0, 1, False),
+        uniform(1, ["channels"], 0.0, 0.0, 1, False),
     ],
 )
 def test_the_budget_is_met_to_the_nearest_unit(method):
@@ -303,7 +308,9 @@ def kinds(method) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "method", [Uniform(1, ["heads"], 0.0, 0.0, 1, False), Global(1, ["heads"], "zscore", 1)], ids=repr
+    "method",
+    [uniform(1, ["heads"], 0.0, 0.0, 1, False), Global(1, ["heads"], "zscore", 1)],
+    ids=repr,
 )
 def test_heads_alone_meet_it_to_the_nearest_head(method):
     for seed in range(30):
@@ -315,7 +322,7 @@ def test_heads_alone_meet_it_to_the_nearest_head(method):
         assert all(kept_ == 8 for kept_ in kept(plan, "mlp"))
 
 
-@pytest.mark.parametrize("method", [Uniform(0, BOTH, 0, 0, 1, False), Global(0, BOTH, "none", 1),
+@pytest.mark.parametrize("method", [uniform(0, BOTH, 0, 0, 1, False), Global(0, BOTH, "none", 1),
                                     Layerwise(0, BOTH, "none")], ids=repr)  # fmt: skip
 def test_a_head_stays_where_too_few_channels_could_make_up_for_it(method):
     sites = model_sites(1, heads=2, channels=2)
@@ -327,7 +334,7 @@ def test_a_head_stays_where_too_few_channels_could_make_up_for_it(method):
 
 
 def test_the_largest_ratio_named_is_one_that_works():
-    for method in (Uniform(1, BOTH, 0, 0, 1, False), Global(1, BOTH, "none", 1)):
+    for method in (uniform(1, BOTH, 0, 0, 1, False), Global(1, BOTH, "none", 1)):
         with pytest.raises(ConfigError, match="expected at most") as caught:
             search(method, draws(SITES), SITES, 0.99)
         largest = float(str(caught.value).split("at most ")[1].split(",")[0])
@@ -338,26 +345,29 @@ def test_the_largest_ratio_named_is_one_that_works():
 def test_ties_in_the_budget_remove_more():
     sites = model_sites(1, channels=60)
     half = Budget(0.5, 2 * 10 * CHANNEL_COST + CHANNEL_COST)  # ten and a half channels
-    for method in (Uniform(1, ["channels"], 0.0, 0.0, 1, False), Global(1, ["channels"], "none", 1)):
+    for method in (
+        uniform(1, ["channels"], 0.0, 0.0, 1, False),
+        Global(1, ["channels"], "none", 1),
+    ):
         assert len(method(draws(sites), sites, half, None, RNG).sites["model.layers.0.mlp"].kept) == 60 - 11
 
 
 def test_uniform_gives_every_site_the_same_share():
     sites = model_sites(4, heads=10, channels=300)
-    plan = search(Uniform(1, BOTH, 0, 0, 1, False), draws(sites), sites, 0.3)
+    plan = search(uniform(1, BOTH, 0, 0, 1, False), draws(sites), sites, 0.3)
     assert kept(plan, "attention") == [7] * 4 and kept(plan, "mlp") == [210] * 4
 
 
 def test_uniform_passes_on_what_rounding_leaves():
     sites = model_sites(10, heads=4, channels=33)
-    counts = kept(search(Uniform(1, ["channels"], 0.0, 0.0, 1, False), draws(sites), sites, 0.1), "mlp")
+    counts = kept(search(uniform(1, ["channels"], 0.0, 0.0, 1, False), draws(sites), sites, 0.1), "mlp")
     assert len(set(counts)) == 2 and max(counts) - min(counts) == 1
 
 
 def test_protected_layers_stay_whole_and_the_others_make_up_for_them():
     sites = model_sites(16, heads=8, channels=100)
-    method = Uniform(1, BOTH, 4 / 32, 2 / 32, 1, False)  # the first 2 and the last 1 of 16
-    assert not method.local and Uniform(1, BOTH, 0, 0, 1, False).local
+    method = uniform(1, BOTH, 4 / 32, 2 / 32, 1, False)  # the first 2 and the last 1 of 16
+    assert not method.local and uniform(1, BOTH, 0, 0, 1, False).local
     plan = search(method, draws(sites), sites, 0.3)
     assert abs(removed(plan, sites) - 0.3 * params(sites)) <= CHANNEL_COST / 2
     counts = kept(plan, "mlp")
@@ -369,12 +379,12 @@ def test_protected_layers_stay_whole_and_the_others_make_up_for_them():
 
 def test_protection_that_leaves_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"^protect_first=1.0: expected a share"):
-        Uniform(1, BOTH, 1.0, 0.0, 1, False)
+        uniform(1, BOTH, 1.0, 0.0, 1, False)
     with pytest.raises(ConfigError, match=r"^protect_last=0.5: expected less than 0.5, what protect_first leaves"):
-        Uniform(1, BOTH, 0.5, 0.5, 1, False)
+        uniform(1, BOTH, 0.5, 0.5, 1, False)
     sites = model_sites(3)
     with pytest.raises(ConfigError, match=r"^search.protect_first=0.5: expected less, .* all 3 layers"):
-        search(Uniform(1, BOTH, 0.5, 0.4, 1, False), draws(sites), sites, 0.1)
+        search(uniform(1, BOTH, 0.5, 0.4, 1, False), draws(sites), sites, 0.1)
 
 
 def test_global_ranks_over_all_sites():
@@ -409,7 +419,7 @@ def test_global_accepts_a_removal_path():
     assert set(range(40)) - set(plan.sites[site.name].kept) == set(order[:10].tolist())
 
 
-@pytest.mark.parametrize("make", [lambda m, g: Uniform(m, g, 0.0, 0.0, 1, False), lambda m, g: Global(m, g, "none", 1)])
+@pytest.mark.parametrize("make", [lambda m, g: uniform(m, g, 0.0, 0.0, 1, False), lambda m, g: Global(m, g, "none", 1)])
 def test_settings_that_cannot_be(make):
     with pytest.raises(ConfigError, match=r"^min_units=-1: expected an integer >= 0"):
         make(-1, BOTH)
@@ -442,14 +452,14 @@ def test_global_is_quick_on_a_big_model():
 def test_alike_widths_in_closed_form(ratio, heads, channels):
     """A head costs 8 channels; a layer holds 4 heads and 40 channels, 72 channels in all."""
     sites = model_sites(7)
-    plan = search(Uniform(1, BOTH, 0, 0, 1, True), draws(sites), sites, ratio)
+    plan = search(uniform(1, BOTH, 0, 0, 1, True), draws(sites), sites, ratio)
     assert kept(plan, "attention") == [heads] * 7 and kept(plan, "mlp") == [channels] * 7
     assert abs(removed(plan, sites) - ratio * params(sites)) <= 7 * CHANNEL_COST / 2
 
 
 def test_alike_goes_on_from_layers_that_are_not():
     sites = [*layer_sites(0, 4, 40), *layer_sites(1, 3, 30), *layer_sites(2, 4, 36)]
-    method = Uniform(1, BOTH, 0, 0, 1, True)
+    method = uniform(1, BOTH, 0, 0, 1, True)
     plan = search(method, draws(sites), sites, 0.3, total=3 * 72 * CHANNEL_COST)
     # of 64.8 channels' worth, 32 leave the wider layers first; of each layer's 3 heads and 30 channels, 0.4 leave then
     assert kept(plan, "attention") == [2] * 3 and kept(plan, "mlp") == [27] * 3
@@ -463,15 +473,63 @@ def test_alike_goes_on_from_layers_that_are_not():
 
 def test_alike_in_multiples_and_of_one_kind():
     sites = model_sites(5, heads=4, channels=100)
-    plan = search(Uniform(1, BOTH, 0, 0, 16, True), draws(sites), sites, 0.3)
+    plan = search(uniform(1, BOTH, 0, 0, 16, True), draws(sites), sites, 0.3)
     assert (
         len(set(kept(plan, "mlp"))) == 1 and kept(plan, "mlp")[0] % 16 == 0 and len(set(kept(plan, "attention"))) == 1
     )
-    plan = search(Uniform(1, ["channels"], 0, 0, 1, True), draws(sites), sites, 0.3)
+    plan = search(uniform(1, ["channels"], 0, 0, 1, True), draws(sites), sites, 0.3)
     assert kept(plan, "attention") == [4] * 5 and kept(plan, "mlp") == [100 - round(0.3 * 132)] * 5
 
 
 def test_alike_and_protected_layers_exclude_each_other():
     with pytest.raises(ConfigError, match=r"^alike=True: expected false with protect_first=0.1"):
-        Uniform(1, BOTH, 0.1, 0, 1, True)
-    assert not Uniform(1, BOTH, 0, 0, 1, True).local
+        uniform(1, BOTH, 0.1, 0, 1, True)
+    assert not uniform(1, BOTH, 0, 0, 1, True).local
+
+
+# ---- units that are too coarse
+
+
+def coarse(remainder: str, alike: bool = False, granularity=BOTH) -> Uniform:
+    return Uniform(1, granularity, 0, 0, 1, alike, remainder=remainder)  # type: ignore[arg-type]
+
+
+def test_a_layers_rounding_goes_on_to_the_next_where_that_is_asked_for():
+    sites = model_sites(10, heads=3)
+    taken = {
+        how: kept(search(coarse(how), draws(sites), sites, 0.2), "attention") for how in ("nearest", "carried", "down")
+    }
+    assert taken["nearest"] == [2] * 10 and taken["down"] == [3] * 10  # 0.6 of a head each
+    assert sum(taken["carried"]) == 30 - 6 and taken["carried"][:5] == [2, 3, 2, 3, 2]
+    for how in taken:
+        plan = search(coarse(how), draws(sites), sites, 0.2)
+        assert abs(removed(plan, sites) - 0.2 * params(sites)) <= CHANNEL_COST / 2
+
+
+def test_layer_by_layer_what_is_carried_is_the_same():
+    sites, scores = model_sites(10, heads=3), draws(model_sites(10, heads=3))
+    whole, over = search(coarse("carried"), scores, sites, 0.2), 0.0
+    budget = Budget(0.2, params(sites))
+    for layer, share in layer_budgets(budget, sites).items():
+        own = [site for site in sites if site.layer == layer]
+        plan = coarse("carried")(scores, own, replace(share, added=share.added + over), None, RNG)
+        over = replace(share, added=share.added + over).remove - removed(plan, own)
+        for site in own:
+            assert len(plan.sites[site.name].kept) == len(whole.sites[site.name].kept)
+
+
+def test_too_coarse_a_unit_is_said():
+    sites = model_sites(10, heads=3)
+    budget = Budget(0.2, params(sites))
+    line = coarse("nearest").warning(sites, budget)
+    assert line == (
+        "search.remainder=nearest: 33.3% of the heads leave for a share of 20.0%, of which a layer has 3; "
+        "search.remainder=carried leaves that to other layers or units"
+    )
+    assert "search.remainder=down leaves" in (coarse("nearest", alike=True).warning(sites, budget) or "")
+    assert coarse("carried").warning(sites, budget) is None and coarse("down").warning(sites, budget) is None
+    finer = model_sites(10, heads=30)
+    assert coarse("nearest").warning(finer, Budget(0.2, params(finer))) is None
+    assert coarse("nearest", granularity=["heads"]).warning(sites, budget) is None  # what rounding leaves moves on
+    with pytest.raises(ConfigError, match="remainder='carried': expected nearest or down with alike=true"):
+        coarse("carried", alike=True)

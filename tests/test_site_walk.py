@@ -131,7 +131,7 @@ def test_dense_targets_come_nearer_to_the_dense_model(family, tiny, tokens_NT):
         method = Method(
             Obs(1e-3, 1, 8, "none", False, 8.0),
             OneShot(0.3, "decoder", 0),
-            Uniform(1, BOTH, 0.0, 0.0, 1, alike=False),
+            Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
             LeastSquares(1e-3, target, True),
         )
         prune(model, tokens_NT, method, 0.3)
@@ -147,7 +147,7 @@ def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, token
         method = Method(
             WandaSp("sum", True),
             OneShot(0.3, "decoder", 0),
-            Uniform(1, BOTH, 0.0, 0.0, 1, alike=False),
+            Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
             LeastSquares(1e-3, target, True),
         )
         plans[target] = prune(model, tokens_NT, method, 0.3)
@@ -194,7 +194,7 @@ def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monk
 LEAST_SQUARES = Method(
     Obs(1e-3, 1, 8, "none", False, 8.0),
     OneShot(0.3, "decoder", 0),
-    Uniform(1, BOTH, 0.0, 0.0, 1, alike=False),
+    Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
     LeastSquares(1e-3, "dense", True),
 )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pruneexp.export import main
 from pruneexp.export.vllm_proof import check_loader_rules
 from pruneexp.types import RunError
-from tests.llama_like import MODELS, model_logits, pruned_folder
+from tests.llama_like import MODELS, fewer_query_heads, model_logits, pruned_folder
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +110,19 @@ def test_widths_and_biases_in_the_config(tmp_path: Path) -> None:
     assert [block["attention"]["n_heads_in_group"] for block in config["block_configs"]] == [2, 2]
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
     assert not config["attention_bias"] and not config["qkv_bias"] and not config["mlp_bias"]
+
+
+def test_layers_with_groups_of_other_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = fewer_query_heads(tmp_path / "a", "llama", ((3, 2), (2, 3), (3, 2))), tmp_path / "out"
+    assert main([str(folder), "format=vllm", f"out={out}", "prove=in_place"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert [block["attention"]["n_heads_in_group"] for block in config["block_configs"]] == [2, 3, 2]
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (6, 3)
+    tokens_T = torch.randint(3, 64, (32,), generator=torch.Generator().manual_seed(1))
+    expected = model_logits(folder, tokens_T)
+    torch.testing.assert_close(decilm_logits(out, tokens_T).float(), expected, rtol=1e-4, atol=1e-4)
+    uneven = fewer_query_heads(tmp_path / "b", "llama", ((3, 2), (3, 3), (3, 3)))
+    assert "query heads differ between layers (9 in most, others in layers 0)" in refused(capsys, uneven, out / "b")
 
 
 def test_ffn_widths_rounded_up(tmp_path: Path) -> None:

@@ -122,9 +122,7 @@ class Probe:
         for site in self.model.sites():
             plan = candidate.plan.sites.get(site.name)
             out_projection = candidate.out_projections.get(site.name)
-            keys[site.layer].append(
-                (plan and plan.kept, out_projection and (id(out_projection[0]), id(out_projection[1])))
-            )
+            keys[site.layer].append((plan, out_projection and (id(out_projection[0]), id(out_projection[1]))))
         return [tuple(own) for own in keys]
 
 

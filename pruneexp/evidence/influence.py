@@ -33,6 +33,7 @@ class Influence:
 
     source: ClassVar[str] = "influence"
     by_window: ClassVar[bool] = True
+    by_unit: ClassVar[bool] = True
 
     directions: Literal["together", "apart"]
     weights: Literal["coupled", "readers"]

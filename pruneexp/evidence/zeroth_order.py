@@ -44,6 +44,10 @@ class Perturbation:
         if not self.epsilon > 0:
             raise ConfigError(f"epsilon={self.epsilon!r}: expected a number > 0")
 
+    @property
+    def by_unit(self) -> bool:
+        return self.perturb == "gates"
+
     def passes(self, windows: int, sites: Sequence[Site]) -> tuple[float, float]:
         """The loss on both sides of every direction."""
         return 2 * self.directions * min(self.windows or windows, windows) / windows, 0.0

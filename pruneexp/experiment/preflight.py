@@ -33,8 +33,9 @@ from pruneexp.files import existing
 from pruneexp.model import Model
 from pruneexp.progress import waiting
 from pruneexp.pruning.budget import check_mixture, check_pruning, searched_sites
+from pruneexp.pruning.query_heads import check_query_heads
 from pruneexp.tracker import memory_metrics
-from pruneexp.types import Budget, ConfigError, evidence_kinds, filled
+from pruneexp.types import QUERY_HEADS, Budget, ConfigError, evidence_kinds, filled
 from pruneexp.types.defaults import DATASET
 
 logger = logging.getLogger("pruneexp")
@@ -63,6 +64,7 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
     experiment = settled(experiment, outline)
     parts = (experiment.criterion, experiment.search, experiment.compensator)
     check_mixture(outline, *parts, experiment.job["choices"])
+    check_query_heads(outline, *parts[:2], experiment.job["choices"])
     budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
     if not experiment.run.dry:
         check_disk(experiment, outline, budget)
@@ -196,7 +198,9 @@ def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) 
         for group in ("criterion", "compensator")
         if any(kind.fits for kind in evidence_kinds(getattr(experiment, group).evidence))
     ]
-    sites = [site for site in searched_sites(model, experiment.search) if site.kind in ("attention", "mlp")]
+    sites = [
+        site for site in searched_sites(model, experiment.search) if site.kind in ("attention", QUERY_HEADS, "mlp")
+    ]
     widest = max((site.channels for site in sites), default=0)
     windows, length = tokens_NT.shape
     if not fitting or windows * length >= FITTED * widest:
@@ -241,6 +245,9 @@ def warn(experiment: Experiment, inputs: Inputs) -> None:
     warn_of_memory(inputs.expected, available_memory(*inputs.outline.devices))
     warn_of_files(inputs.expected)
     warn_of_few_tokens(experiment, inputs.outline, inputs.tokens_NT)
+    said = experiment.search.warning(searched_sites(inputs.outline, experiment.search), inputs.budget)
+    if said:
+        logger.warning("%s", said)
     left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
     if left_out:
         logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pruneexp.export.checkpoint import can_pad
 from pruneexp.model import Model, layer_structure
-from pruneexp.model.modeling_pruned import FFN_ROWS, Family, UnitRows, head_layout, head_size, linear_sizes, split_parts
+from pruneexp.model.modeling_pruned import FFN_ROWS, Family, UnitRows, head_size, linear_sizes, split_parts
+from pruneexp.model.sites import layer_layout
 from pruneexp.surgery import broken_period, save_form
 from pruneexp.surgery.served import NOT_SERVED
 from pruneexp.types import ConfigError
@@ -122,7 +123,7 @@ def layer_tensors(model: Model, layer: LlamaLayer) -> dict[str, Tensor]:
     """The layer's tensors by their names in a LLaMA ("self_attn.q_proj.weight" ...), fused ones taken apart, zeros (and
     norms of one) for what the model has not. On the meta device, as the model is there: their shapes."""
     family, module = model.family, model.layers[layer.index]
-    own, layout = layer_structure(module, family, model.config), head_layout(family, model.config)
+    own, layout = layer_structure(module, family, model.config), layer_layout(module, family, model.config)
     hidden: int = model.config.hidden_size
     like = next(module.parameters(), torch.empty(0, dtype=model.dtype, device=model.device))
     tensors: dict[str, Tensor] = {}

@@ -154,11 +154,11 @@ def _query_heads(model: Model) -> int:
 
 def _layers(model: Model, heads: int, multiple: int) -> Iterator[LlamaLayer]:
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
-    group = next(s.num_attention_heads // s.num_key_value_heads for s in structures if s.num_attention_heads)
+    usual = next(s.num_key_value_heads for s in structures if s.num_attention_heads)
     kept = [index for index in range(len(model.layers)) if llama_like.adds_something(model, index)]
     for index in kept:
         own = structures[index]
         attention = own.num_attention_heads or own.attention_output_bias or index == kept[0]
         channels = own.intermediate_size or (ZERO_CHANNELS if own.mlp_output_bias else 0)
-        kv_heads = heads // group if attention else 0
+        kv_heads = own.num_key_value_heads or (usual if attention else 0)
         yield LlamaLayer(index, heads if attention else 0, kv_heads, llama_like.rounded_up(channels, multiple))

@@ -716,6 +716,7 @@ def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
     for layer in _layer_configs(config):
         kept_heads = getattr(layer, "kept_heads", None)
         heads = 0 if getattr(layer, "attention_removed", False) else layer.num_attention_heads
+        kv_heads = min(heads, getattr(layer, "num_key_value_heads", None) or layout.key_value_heads(heads))
         of_experts = {}
         for name in ("expert_sizes", "expert_output_biases", "kept_experts"):
             values = getattr(layer, name, None)  # beside a mixture's layers, others have empty lists
@@ -723,7 +724,7 @@ def layer_structures(config: Any, layout: HeadLayout) -> list[LayerStructure]:
         structures.append(
             LayerStructure(
                 num_attention_heads=heads,
-                num_key_value_heads=layout.key_value_heads(heads),
+                num_key_value_heads=kv_heads,
                 intermediate_size=layer.intermediate_size,
                 attention_output_bias=layer.attention_output_bias,
                 mlp_output_bias=layer.mlp_output_bias,

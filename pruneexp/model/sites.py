@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pruneexp.model.modeling_pruned import (
     FFN_ROWS,
     Family,
+    HeadLayout,
     LayerStructure,
     RemovedAttention,
     UnitRows,
@@ -19,6 +20,7 @@ from pruneexp.model.modeling_pruned import (
     expert_path,
     experts_of,
     head_layout,
+    head_size,
     linear_sizes,
     router_of,
     slope_heads,
@@ -29,9 +31,23 @@ from pruneexp.types import Block, ConfigError, Cost, Site, SiteWeights
 _UNKNOWN = Cost(0, 0, 0)  # a site's, until it is counted
 
 
+def layer_layout(layer: nn.Module, family: Family, config: Any) -> HeadLayout:
+    """How the heads that a layer still has make up units: a unit may have lost some of its query heads."""
+    layout = head_layout(family, config)
+    if layout.shared or isinstance(layer.get_submodule(family.attention), RemovedAttention):
+        return layout
+    channels = inputs_of(layer, family.attention_out)
+    rows = sum(linear_sizes(_linear(layer, in_projection.path))[1] for in_projection in family.attention_in)
+    return replace(layout, group=2 * channels // (rows - channels))  # rows: queries, and as many of keys and of values
+
+
 def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStructure:
     """The layer's widths, as it stands."""
-    layout, experts, out_projections = head_layout(family, config), experts_of(layer, family), _ffn_outs(layer, family)
+    layout, experts, out_projections = (
+        layer_layout(layer, family, config),
+        experts_of(layer, family),
+        _ffn_outs(layer, family),
+    )
     heads = inputs_of(layer, family.attention_out) // layout.size
     sizes = tuple(inputs_of(layer, path) for path in out_projections)
     biases = tuple(_linear(layer, path).bias is not None for path in out_projections)
@@ -63,14 +79,17 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
     `prefix` is the layer's module path ("model.layers.0"). The cost of a unit is counted on the real tensors.
     """
     sites = []
-    layout = head_layout(family, config)
+    layout = layer_layout(layer, family, config)
     if not isinstance(layer.get_submodule(family.attention), RemovedAttention):
         width = layout.group * layout.size
         units = inputs_of(layer, family.attention_out) // width
-        site = Site(f"{prefix}.{family.attention}", "attention", index, units, width, _UNKNOWN)
+        name = f"{prefix}.{family.attention}"
+        site = Site(name, "attention", index, units, width, _UNKNOWN, group=layout.group)
         cost = _unit_cost(layer, family, site, layout.rows)
         kv = 0 if layout.shared else 2 * layout.size
-        sites.append(replace(site, cost=replace(cost, kv=kv, context_macs=2 * width)))
+        cost = replace(cost, kv=kv, context_macs=2 * width)
+        head_cost = _head_cost(layer, family, layout) if layout.group > 1 else None
+        sites.append(replace(site, cost=cost, head_cost=head_cost))
     if experts_of(layer, family) is not None:
         return (*sites, *_expert_sites(layer, index, family, prefix))
     if channels := inputs_of(layer, family.mlp_out):
@@ -170,7 +189,9 @@ def site_parts(family: Family, site: Site) -> tuple[tuple[UnitRows, ...], str]:
 
 def unit_rows(family: Family, site: Site, config: Any) -> dict[str, int]:
     """Rows of one of the site's units in each part of its in-projections."""
-    return head_layout(family, config).rows if site.kind == "attention" else FFN_ROWS
+    if site.kind != "attention":
+        return FFN_ROWS
+    return {"query": site.width, "key": head_size(config), "value": head_size(config)}
 
 
 def kv_elements(layer: nn.Module, family: Family, config: Any) -> int:
@@ -220,6 +241,20 @@ def _unit_cost(layer: nn.Module, family: Family, site: Site, rows: dict[str, int
         if norm.roles[0] not in family.shared_roles:
             vectors += rows[norm.roles[0]] * len(head_norm_rows(layer, norm))
     return Cost(params=macs + vectors, macs=macs, kv=0)
+
+
+def _head_cost(layer: nn.Module, family: Family, layout: HeadLayout) -> Cost:
+    """What leaves with one query head of a unit: its rows of the queries, its columns of the out-projection."""
+    macs, vectors = layout.size * linear_sizes(_linear(layer, family.attention_out))[1], 0
+    for in_projection in family.attention_in:
+        if "query" in in_projection.roles:
+            linear = _linear(layer, in_projection.path)
+            macs += layout.size * linear_sizes(linear)[0]
+            vectors += layout.size * (linear.bias is not None)
+    for norm in family.head_norms:
+        if norm.roles == ("query",):
+            vectors += layout.size * len(head_norm_rows(layer, norm))
+    return Cost(params=macs + vectors, macs=macs, kv=0, context_macs=2 * layout.size)
 
 
 def _site_weights(

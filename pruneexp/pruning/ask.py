@@ -11,7 +11,8 @@ from torch import Tensor
 from pruneexp.calibrate import Probe
 from pruneexp.pruning.budget import biases_added, refusal, whole_budget
 from pruneexp.pruning.method import Pruning
-from pruneexp.types import Budget, Plan, Score, Site
+from pruneexp.search import Turns
+from pruneexp.types import QUERY_HEADS, Budget, Oracle, Plan, Score, Site
 
 
 def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
@@ -46,7 +47,19 @@ def plan_within_budget(
     New biases are paid for by removing more. Sites that stay whole get none, so that a search which spends nothing is
     asked again once it is known which sites those are; where its answers go round in circles, the nearest counts. One
     that probes is too dear to ask again: it may offer to rebalance its plan instead.
+
+    Query heads are searched in turns; the plan names those that leave.
     """
+    turns = Turns(work.model.sites() if QUERY_HEADS in work.method.search.granularity else (), scores)
+    asked = None if oracle is None else turns.oracle(oracle)
+    plan, short = _settled(work, turns.scored(), sites, budget, asked)
+    return turns.resolved(plan), short
+
+
+def _settled(
+    work: Pruning, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget, oracle: Oracle | None
+) -> tuple[Plan, float]:
+    """As `plan_within_budget`, of turns."""
     answers: list[tuple[Plan, float]] = []
     added = budget.added_params(_biases_added(work, sites))
     if refusal(work.method.search, sites, replace(budget, added=budget.added + added)) is not None:

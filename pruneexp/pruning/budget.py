@@ -10,7 +10,18 @@ from pruneexp.calibrate import require_sums
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.modeling_pruned import LayerStructure
 from pruneexp.pruning.method import walks_by_sites
-from pruneexp.types import Budget, Compensator, ConfigError, Criterion, Search, Site, Sparsity, evidence_kinds
+from pruneexp.search import in_turns
+from pruneexp.types import (
+    QUERY_HEADS,
+    Budget,
+    Compensator,
+    ConfigError,
+    Criterion,
+    Search,
+    Site,
+    Sparsity,
+    evidence_kinds,
+)
 
 COUNTS: dict[str, Any] = {"decoder": "params", "prunable": "params"}  # the others are called what they count
 
@@ -28,8 +39,8 @@ def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Si
 
 def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float) -> Budget:
     """The share of all layers, of the sites that the search removes. Raises ConfigError where nothing is counted."""
-    sites = searched_sites(model, search)
-    held = [site for site in sites if site.kind != "block"] or sites  # what blocks hold is counted once
+    sites = [] if blocks_alone(search) else as_planned(model, search, model.sites())  # what blocks hold is counted once
+    held = sites or searched_sites(model, search)
     budget = budget_of(model, sparsity, ratio, held, range(len(model.layers)))
     if ratio > 0 and not budget.total:
         raise ConfigError(f"sparsity.of={sparsity.of!r}: expected another quantity, this model has none of it")
@@ -45,6 +56,15 @@ def searched_sites(model: Model, search: Search) -> list[Site]:
 
 
 def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
+    """The sites of some layers, as a search chooses from them: where query heads may leave, the turns in which they
+    do stand in the place of attention."""
+    sites = as_planned(model, search, sites)
+    if QUERY_HEADS not in search.granularity:
+        return sites
+    return [in_turns(site) or site for site in sites]
+
+
+def as_planned(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
     """The sites of some layers, those of experts as one site of whole experts where these may leave."""
     if "experts" not in search.granularity:
         return list(sites)
@@ -65,7 +85,7 @@ def biases_added(model: Model, sparsity: Sparsity, compensator: Compensator, sit
 
 def new_biases(model: Model, sites: Sequence[Site]) -> int:
     """Parameters of a bias for every out-projection of `sites` that has none."""
-    sites = [site for site in sites if site.kind in ("attention", "mlp")]
+    sites = [site for site in sites if site.kind in ("attention", QUERY_HEADS, "mlp")]
     layers = {site.layer for site in sites}
     structures = {index: layer_structure(model.layers[index], model.family, model.config) for index in layers}
     return sum(not _has_bias(structures[site.layer], site) for site in sites) * model.config.hidden_size
@@ -73,7 +93,7 @@ def new_biases(model: Model, sites: Sequence[Site]) -> int:
 
 def _has_bias(structure: LayerStructure, site: Site) -> bool:
     """Whether the site's out-projection owns one."""
-    if site.kind == "attention":
+    if site.kind in ("attention", QUERY_HEADS):
         return structure.attention_output_bias
     return structure.mlp_output_bias if site.expert is None else (structure.expert_output_biases or ())[site.expert]
 

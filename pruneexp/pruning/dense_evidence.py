@@ -17,7 +17,18 @@ from pruneexp.criterion.together import Together
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.pruning.notes import Notes
-from pruneexp.types import Criterion, RemovalPath, RunError, Score, Site, collected_by, evidence_kinds, unit_scores
+from pruneexp.pruning.query_heads import with_query_heads
+from pruneexp.types import (
+    QUERY_HEADS,
+    Criterion,
+    RemovalPath,
+    RunError,
+    Score,
+    Site,
+    collected_by,
+    evidence_kinds,
+    unit_scores,
+)
 
 SMALL = 64  # bytes a channel
 
@@ -37,12 +48,12 @@ class Results:
         tokens_NT: Tensor | None,
         criterion: Criterion | None,
         kind: Any,
-        whole: tuple[str, ...],
+        shown: tuple[str, ...],
         meter: Meter,
         notes: Notes,
     ) -> tuple[dict[str, Score], dict[str, Any]]:
-        """Scores by site name (of the kinds of sites in `whole` as wholes; none without a criterion), and the evidence
-        of type `kind` by site name.
+        """Scores by site name (of the kinds of sites in `shown` as wholes, or of query heads besides; none without a
+        criterion), and the evidence of type `kind` by site name.
 
         What is missing is collected in one walk, which begins where `notes` say that it stopped. Evidence of the
         criterion's that is small is kept as well: a compensator may ask for it. The meter is charged as if all had been
@@ -51,7 +62,7 @@ class Results:
         Raises:
             RunError: scores hold NaN or Inf.
         """
-        score_key = self._key("scores", None if criterion is None else _version(criterion), _kinds(criterion), whole)
+        score_key = self._key("scores", None if criterion is None else _version(criterion), _kinds(criterion), shown)
         small = [each for each in distinct(_kinds(criterion)) if each is not kind and _is_small(each, model)]
         keys = {each: self._key("evidence", None, (each,), ()) for each in (kind, *small) if each is not None}
         with self.cache.held([*([] if criterion is None else [score_key]), *keys.values()]) as entries:
@@ -64,7 +75,7 @@ class Results:
                     tokens_NT,
                     criterion if scored is None else None,
                     kinds,
-                    whole,
+                    shown,
                     notes,
                     self.dense_states(model),
                 )
@@ -95,7 +106,7 @@ def _collected(
     tokens_NT: Tensor | None,
     criterion: Criterion | None,
     kept: Sequence[Any],
-    whole: tuple[str, ...],
+    shown: tuple[str, ...],
     notes: Notes,
     states: DenseStates | None,
 ) -> tuple[dict[str, Score], list[dict[str, Any]], Meter]:
@@ -110,10 +121,12 @@ def _collected(
     note = notes.bookmark(name, Bookmark(meter, "calibrate"), lambda: (scores, evidence))
     if note.found is not None:
         scores, evidence = note.found
-    walked = walk(model, tokens_NT, kinds, note, read_only=True, whole=whole, dense_states=states)
+    by_head = QUERY_HEADS in shown
+    walked = walk(model, tokens_NT, kinds, note, read_only=True, whole=() if by_head else shown, dense_states=states)
     for visit in walked:
         if criterion is not None:
-            found = checked(criterion(visit.whole or visit.block, visit.of(wanted)))
+            block, seen = visit.whole or visit.block, visit.of(wanted)
+            found = checked(criterion(*(with_query_heads(block, seen) if by_head else (block, seen))))
             scores.update(without_out_projections(found) if model.streamed else found)
         for kind, own in zip(kept, evidence, strict=True):
             own.update(visit.of(kind))

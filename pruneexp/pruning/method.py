@@ -11,6 +11,7 @@ from pruneexp.model import Model
 from pruneexp.pruning.record import Record
 from pruneexp.search import KIND, scored_as
 from pruneexp.types import (
+    QUERY_HEADS,
     Compensator,
     Criterion,
     Plan,
@@ -71,11 +72,14 @@ def goes_layer_by_layer(method: Method) -> bool:
     return method.search.local and method.criterion.sequential and method.criterion.evidence is not None
 
 
-def judged_whole(method: Method) -> tuple[str, ...]:
-    """Kinds of sites that the criterion judges as wholes: sublayers, blocks; none where it scores their units."""
+def shown_to(method: Method) -> tuple[str, ...]:
+    """What the criterion judges beside units: kinds of sites as wholes (sublayers, blocks) in their place, or query
+    heads."""
     granularity = method.search.granularity
     judges = method.criterion.judges
-    return tuple(KIND[name] for name in granularity) if scored_as(granularity, judges) == "wholes" else ()
+    if scored_as(granularity, judges) == "wholes":
+        return tuple(KIND[name] for name in granularity)
+    return (QUERY_HEADS,) if QUERY_HEADS in granularity else ()
 
 
 def walks_by_sites(compensator: Compensator) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from pruneexp.progress import part_of
 from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
-from pruneexp.types import ConfigError, Plan, Score, SitePlan, unit_scores
+from pruneexp.types import QUERY_HEADS, ConfigError, Plan, Score, SitePlan, unit_scores
 
 logger = logging.getLogger("pruneexp")
 
@@ -80,6 +80,7 @@ def _original_names(model: Model, start: _Start) -> dict[str, str]:
     for index in range(len(model.layers)):
         for site in (*model.layer_sites(index), *model.whole_block(index).sites):
             names[site.name] = start.name(model, index, site.name, site.expert)
+            names[f"{site.name}.{QUERY_HEADS}"] = f"{names[site.name]}.{QUERY_HEADS}"
         experts = experts_name(model.family, f"{model.layers_path}.{index}")
         names[experts] = start.name(model, index, experts, None)
     return names
@@ -90,10 +91,24 @@ def _plan_after(before: Plan, plan: Plan, names: Mapping[str, str]) -> Plan:
     sites = dict(before.sites)
     for name, site in plan.sites.items():
         known = before.sites.get(names[name])
-        kept = site.kept if known is None else tuple(known.kept[unit] for unit in site.kept)
-        sites[names[name]] = SitePlan(site.kind, site.units if known is None else known.units, kept)
+        sites[names[name]] = site if known is None else _on_top(known, site)
     gone = tuple(f"{name}." for name, site in sites.items() if site.kind == "block" and not site.kept)
     return Plan({name: site for name, site in sites.items() if not name.startswith(gone)}, plan.budget)
+
+
+def _on_top(known: SitePlan, site: SitePlan) -> SitePlan:
+    """One round's plan of a site, as counted before the rounds before it."""
+    kept = tuple(known.kept[unit] for unit in site.kept)
+    if not kept or (known.query_heads, site.query_heads) == (None, None):
+        return SitePlan(site.kind, known.units, kept)
+    heads = known.query_heads or (site.query_heads or 0) // site.units * known.units
+    left = known.kept_query_heads or _all_heads(known.kept, heads // known.units)
+    chosen = site.kept_query_heads or _all_heads(site.kept, len(left) // site.units)
+    return SitePlan(site.kind, known.units, kept, heads, tuple(left[head] for head in chosen))
+
+
+def _all_heads(units: Sequence[int], group: int) -> tuple[int, ...]:
+    return tuple(unit * group + head for unit in units for head in range(group))
 
 
 def _scores_after(
@@ -102,11 +117,14 @@ def _scores_after(
     """One round's scores over those before it; `plan`: of the rounds before."""
     after = dict(before)
     for name, score in scores.items():
-        known = plan.sites.get(names[name])
+        of_heads = name.endswith(f".{QUERY_HEADS}")
+        known = plan.sites.get(names[name].removesuffix(f".{QUERY_HEADS}"))
         if known is None or names[name] not in before:
             after[names[name]] = score
             continue
+        group = len(unit_scores(before[names[name]])) // known.units
+        kept = known.kept_query_heads or _all_heads(known.kept, group) if of_heads else known.kept
         all_U = unit_scores(before[names[name]]).clone()
-        all_U[list(known.kept)] = unit_scores(score).to(all_U)
+        all_U[list(kept)] = unit_scores(score).to(all_U)
         after[names[name]] = all_U
     return after

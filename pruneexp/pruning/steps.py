@@ -12,13 +12,14 @@ from torch import Tensor
 from pruneexp.calibrate import Bookmark, Meter, Visit, walk, walk_sites
 from pruneexp.model import Model
 from pruneexp.pruning.ask import parted, plan_all_layers, plan_within_budget
-from pruneexp.pruning.budget import as_searched, blocks_alone, budget_of, searched_sites, whole_budget
+from pruneexp.pruning.budget import as_planned, as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
-from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, judged_whole
+from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, shown_to
+from pruneexp.pruning.query_heads import with_query_heads
 from pruneexp.pruning.record import Record
 from pruneexp.search import block_scores, expert_scores
 from pruneexp.surgery import remove_blocks_, replace_out_projections_, shrink_layer_
-from pruneexp.types import Criterion, Plan, RunError, Score, Search, Site, SiteWeights, own_scores
+from pruneexp.types import QUERY_HEADS, Criterion, Plan, RunError, Score, Search, Site, SiteWeights, own_scores
 
 logger = logging.getLogger("pruneexp")
 
@@ -34,7 +35,7 @@ def prune_(
     """
     sites = model.sites()
     blocks = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
-    leave = {site.name: site for site in (*sites, *as_searched(model, method.search, sites), *blocks)}
+    leave = {site.name: site for site in (*sites, *as_planned(model, method.search, sites), *blocks)}
     work = Pruning(model, tokens_NT, method, ratio, record)
     budget = whole_budget(model, method.search, method.sparsity, ratio)
     if original is not None:  # what is still to leave, as a share of what is left; biases that were added count as left
@@ -45,7 +46,7 @@ def prune_(
         plan = _all_at_once(work)
     figures = {"ratio": ratio, "of": method.sparsity.of, f"total_{budget.counts}": budget.total}
     for counted in (budget, replace(budget, counts="params")):
-        removed = sum(plan.removed(site) * counted.price(site) for site in leave.values())
+        removed = sum(counted.freed(plan, site) for site in leave.values())
         figures[f"removed_{counted.counts}"] = removed
     plan = replace(plan, budget={**plan.budget, **figures})
     return Pruned(plan, work.scores, sites, budget.total, work.chosen)
@@ -54,7 +55,7 @@ def prune_(
 def _all_at_once(work: Pruning) -> Plan:
     """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    shown, compensates = judged_whole(work.method), not blocks_alone(work.method.search)
+    shown, compensates = shown_to(work.method), not blocks_alone(work.method.search)
     dense_kind = compensator.evidence if compensates and not compensator.sequential else None
     with work.record.clock("calibrate"):
         if work.method.search.held_out and work.tokens_NT is not None:
@@ -91,10 +92,10 @@ def _all_at_once(work: Pruning) -> Plan:
 
 
 def _dense_results(
-    work: Pruning, criterion: Criterion | None, kind: Any, whole: tuple[str, ...]
+    work: Pruning, criterion: Criterion | None, kind: Any, shown: tuple[str, ...]
 ) -> tuple[dict[str, Score], dict[str, Any]]:
     return work.record.results.of(
-        work.model, work.tokens_NT, criterion, kind, whole, work.record.meter, work.record.notes
+        work.model, work.tokens_NT, criterion, kind, shown, work.record.meter, work.record.notes
     )
 
 
@@ -117,14 +118,14 @@ def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict
     it, the sites' names from here on (layers behind a gap move up), and what they are called in the plan."""
     blocks = {name: site for name, site in plan.sites.items() if site.kind == "block"}
     gone = {name: site for name, site in blocks.items() if not site.kept}
-    there = as_searched(model, search, model.sites())
+    there = as_planned(model, search, model.sites())
     stay = [site for site in there if f"{model.layers_path}.{site.layer}" not in gone]
     if not blocks:
         return plan, {site.name: site.name for site in stay}
     chosen = {site.name: plan.sites[site.name] for site in stay if site.name in plan.sites}
     plan = Plan({**Plan.keep_all(stay).sites, **chosen, **gone}, plan.budget)
     remove_blocks_(model, plan)
-    left = as_searched(model, search, model.sites())
+    left = as_planned(model, search, model.sites())
     return plan, dict(zip((site.name for site in left), (site.name for site in stay), strict=True))
 
 
@@ -140,8 +141,8 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
         sites = visit.block.sites
         plan = decide(visit) if site is sites[0] else plan
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
-        if plan.removed(site):
-            keep_C = site.keep_C(plan.sites[site.name].kept)
+        if plan.changes(site):
+            keep_C = plan.keep_C(site)
             whole = work.model.block(visit.index).weights[site.name]  # whose rows leave, and are not held
             weights = {site.name: replace(whole, in_projections={}, in_projection_biases={})}
             del whole
@@ -196,10 +197,14 @@ class _Decided:
         """Scores and decides the visited layer."""
         work = self.work
         sites = as_searched(work.model, work.method.search, visit.block.sites)
-        scores = checked(work.method.criterion(visit.block, visit.of(work.method.criterion.evidence)))
+        block, evidence = visit.block, visit.of(work.method.criterion.evidence)
+        if QUERY_HEADS in work.method.search.granularity:
+            block, evidence = with_query_heads(block, evidence)
+        scores = checked(work.method.criterion(block, evidence))
         scores = {**scores, **expert_scores(scores, sites)}
         work.scores.update(without_out_projections(scores))
-        budget = budget_of(work.model, work.method.sparsity, work.ratio, sites, [visit.index])
+        held = as_planned(work.model, work.method.search, visit.block.sites)
+        budget = budget_of(work.model, work.method.sparsity, work.ratio, held, [visit.index])
         layer_plan, self.carry = plan_within_budget(
             work, scores, sites, replace(budget, added=self.carry, layers=len(work.model.layers)), None
         )
@@ -230,9 +235,9 @@ def _compensated(
     compensator = work.method.compensator
     out_projections = {}
     for site in sites:
-        if plan.removed(site):
+        if plan.changes(site):
             own = weights[site.name]
-            keep_C = site.keep_C(plan.sites[site.name].kept)
+            keep_C = plan.keep_C(site)
             found = evidence.get(site.name)
             weight, bias, *chosen = compensator(own.out_projection, own.out_projection_bias, found, keep_C)
             out_projections[site.name] = weight, bias

@@ -25,7 +25,12 @@ INK, FAINT, GRID = "#1c2126", "#6a737c", "#d3d8dd"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b98500", "#3f9fd8")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
-KIND_NAMES = {"attention": "attention heads (KV groups)", "mlp": "FFN channels", "block": "layers"}
+KIND_NAMES = {
+    "attention": "attention heads (KV groups)",
+    "query_heads": "query heads",
+    "mlp": "FFN channels",
+    "block": "layers",
+}
 
 
 @dataclass(frozen=True)

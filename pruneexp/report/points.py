@@ -12,7 +12,7 @@ from typing import Any
 from pruneexp.report.folders import SAME
 from pruneexp.report.methods import Described, Runs
 from pruneexp.report.statistics import Effect, balanced, grouped, interval, main_effects, pareto_front
-from pruneexp.types import Plan
+from pruneexp.types import QUERY_HEADS, Plan
 
 SHARE = "sparsity/decoder"
 
@@ -202,11 +202,15 @@ def kept_shares(plan: Plan) -> dict[str, dict[int, float]]:
     A site's layer is the first number in its name. A kind of which no site is named stays whole, and is left out."""
     layers = {name: next((int(part) for part in name.split(".") if part.isdecimal()), 0) for name in plan.sites}
     shares: dict[str, dict[int, float]] = {}
+    fewer_heads = any(site.kept_query_heads is not None for site in plan.sites.values())
     for (kind, layer), names in grouped(layers, lambda name: (plan.sites[name].kind, layers[name])).items():
         sites = [plan.sites[name] for name in names]
         units = sum(site.units for site in sites)
         of_kind = shares.setdefault(kind, {})
         if units:
             of_kind[layer] = sum(len(site.kept) for site in sites) / units
+        if fewer_heads and kind == "attention":
+            kept = [len(site.kept_query_heads or ()) / (site.query_heads or 1) or of_kind[layer] for site in sites]
+            shares.setdefault(QUERY_HEADS, {})[layer] = sum(kept) / len(kept)
     gone = {layers[name]: 0.0 for name, site in plan.sites.items() if site.kind == "block" and not site.kept}
     return {kind: share | gone for kind, share in shares.items() if kind != "block"} or shares

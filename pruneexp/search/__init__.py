@@ -3,11 +3,12 @@
 from pruneexp.search.budgeted import Global
 from pruneexp.search.common import layer_budgets
 from pruneexp.search.evolutionary import Evolutionary
-from pruneexp.search.flap import AlAm, AlAmOfficial, AlMm, UlMm, UlUm
+from pruneexp.search.flap import AlAm, AlAmOfficial, AlAmQueryHeads, AlMm, UlMm, UlUm
 from pruneexp.search.granularity import KIND, scored_as
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
+from pruneexp.search.query_heads import Turns, in_turns
 from pruneexp.search.removable import block_scores, expert_scores
 from pruneexp.search.serve_safe import ServeSafe
 from pruneexp.search.uniform import Uniform
@@ -17,6 +18,7 @@ __all__ = [
     "KIND",
     "AlAm",
     "AlAmOfficial",
+    "AlAmQueryHeads",
     "AlMm",
     "Evolutionary",
     "Global",
@@ -24,11 +26,13 @@ __all__ = [
     "Layerwise",
     "PolicyGradient",
     "ServeSafe",
+    "Turns",
     "UlMm",
     "UlUm",
     "Uniform",
     "block_scores",
     "expert_scores",
+    "in_turns",
     "layer_budgets",
     "scored_as",
 ]

@@ -127,7 +127,23 @@ class AlAm:
         return planned(_above_closest(scores, sites, costs, stay, budget), sites, budget)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
-        require(budget, prunable(sites, budget))
+        require(budget, prunable(sites, budget) - sum(site.least * budget.price(site) for site in sites))
+
+
+@dataclass(frozen=True)
+class AlAmQueryHeads:
+    """AL-AM with query heads in the place of heads: one of every KV group of a layer at a time, one of which stays."""
+
+    local: ClassVar[bool] = False
+    granularity: ClassVar[tuple[str, ...]] = ("query_heads", "channels")
+
+    def __call__(
+        self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
+    ) -> Plan:
+        return AlAm()(scores, sites, budget, oracle, rng)
+
+    def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        AlAm().check(sites, budget)
 
 
 @dataclass(frozen=True)
@@ -169,6 +185,9 @@ def _above_closest(
         return {}
     ordered = in_order([site for site in sites if costs[site.name]])
     z = standardised(scores, sites)
+    for site in ordered:
+        if site.least:
+            z[site.name] = z[site.name].index_fill(0, z[site.name].argsort()[-site.least :], torch.inf)
     ranked = torch.cat([z[site.name] for site in ordered]).sort(descending=True, stable=True)
     cost = torch.cat([torch.full((site.units,), costs[site.name]) for site in ordered])
     threshold = ranked.values[(cost[ranked.indices].cumsum(0) - stay).abs().argmin()]

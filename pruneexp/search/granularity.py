@@ -1,6 +1,7 @@
 """What `granularity` names, and by how much at a time it leaves: FFN widths in multiples.
 
-The units are heads and channels; or, of a mixture's FFN, whole experts in the place of their channels, a layer keeping
+The units are heads and channels. In the place of heads (KV groups), query heads: one of every group of a layer at a
+time, a unit being such a turn. Or, of a mixture's FFN, whole experts in the place of their channels, a layer keeping
 as many as a token is routed to.
 """
 
@@ -10,9 +11,9 @@ from collections.abc import Collection, Sequence
 from typing import Literal, Protocol
 
 from pruneexp.search.common import by_layer, in_order
-from pruneexp.types import Budget, ConfigError, Site, require_least
+from pruneexp.types import QUERY_HEADS, Budget, ConfigError, Site, require_least
 
-Granularity = list[Literal["heads", "channels", "blocks", "attention", "ffn", "experts"]]
+Granularity = list[Literal["heads", "channels", "blocks", "attention", "ffn", "experts", "query_heads"]]
 KIND = {
     "heads": "attention",
     "channels": "mlp",
@@ -20,11 +21,22 @@ KIND = {
     "attention": "attention",
     "ffn": "mlp",
     "experts": "experts",
+    "query_heads": QUERY_HEADS,
 }
-UNITS = {"attention": "heads", "mlp": "channels", "experts": "experts"}  # kind -> what its units are called
+UNITS = {
+    "attention": "heads",
+    "mlp": "channels",
+    "experts": "experts",
+    QUERY_HEADS: "query_heads",
+}  # kind -> what its units are called
 WHOLE = {"attention": "attention", "mlp": "ffn", "block": "blocks"}  # kind -> what the whole of it is called
 _AS_WHOLE = {"attention": "sublayer", "ffn": "sublayer", "blocks": "block"}  # what a criterion `judges` then
-_FROM_UNITS = {**{name: {kind} for name, kind in KIND.items()}, "experts": {"mlp"}, "blocks": {"attention", "mlp"}}
+_FROM_UNITS = {
+    **{name: {kind} for name, kind in KIND.items()},
+    "experts": {"mlp"},
+    "query_heads": {"attention"},
+    "blocks": {"attention", "mlp"},
+}
 
 
 class Amounts(Protocol):
@@ -48,11 +60,15 @@ def check_settings(method: Amounts) -> None:
         raise ConfigError(f"granularity={granularity!r}: expected one or more of {', '.join(KIND)}, each once")
     if {"channels", "experts"} <= set(granularity):
         raise ConfigError(f"granularity={granularity!r}: expected channels or experts, which hold them")
+    if "query_heads" in granularity and {"heads", "attention"} & set(granularity):
+        raise ConfigError(
+            f"granularity={granularity!r}: expected query_heads, or heads (KV groups) or attention, which hold them"
+        )
 
 
 def is_plain(granularity: Granularity, multiple: int) -> bool:
     """Units one by one, nothing that holds others: heads, channels or both; or blocks alone."""
-    if set(granularity) <= {"heads", "channels", "experts"}:
+    if set(granularity) <= set(UNITS.values()):
         return multiple == 1 or "channels" not in granularity
     return granularity == ["blocks"]
 

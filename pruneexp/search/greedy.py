@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.common import require
-from pruneexp.search.granularity import KIND, Granularity, check_settings, least_units, step_units
+from pruneexp.search.granularity import KIND, UNITS, Granularity, check_settings, least_units, step_units
 from pruneexp.search.removable import BLOCK, SUBLAYER, UNIT, Gone, Removable, losses_in_order, unit_order, within_reach
 from pruneexp.types import (
     Budget,
@@ -100,7 +100,7 @@ class Greedy:
         pieces = []  # how many there are, what one costs, and the share of the layers that a probe of it runs by itself
         for name in self.granularity:
             for site in (site for site in sites if site.kind == KIND[name] and site.layer in inner):
-                size = step_units(site, self.multiple, name in ("heads", "channels"))
+                size = step_units(site, self.multiple, name in UNITS.values())
                 pieces.append((site.units // size, size * budget.price(site), (layers - site.layer) / layers))
         count = sum(n for n, _, _ in pieces)
         mean, depth = (sum(piece[0] * piece[at] for piece in pieces) / max(1, count) for at in (1, 2))

@@ -10,7 +10,7 @@ import torch
 
 from pruneexp.search.budgeted import Global, removable
 from pruneexp.search.common import by_layer, layer_budgets, masks, planned, removed, require
-from pruneexp.search.granularity import Granularity, chosen_sites
+from pruneexp.search.granularity import UNITS, Granularity, chosen_sites
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
 
@@ -31,9 +31,9 @@ class Layerwise:
 
     def __post_init__(self) -> None:
         _ = self._inside  # raises ConfigError for settings that cannot be
-        if not set(self.granularity) <= {"heads", "channels", "experts"}:
+        if not set(self.granularity) <= set(UNITS.values()):
             raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both (or experts for channels); "
+                f"granularity={self.granularity!r}: expected heads, channels or both (or query_heads, experts); "
                 "a layer has no second sublayer"
             )
 

@@ -33,9 +33,9 @@ class ServeSafe:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not set(self.granularity) <= {"heads", "channels"}:
+        if not set(self.granularity) <= {"heads", "channels", "query_heads"}:
             raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both; "
+                f"granularity={self.granularity!r}: expected heads or query_heads, channels or both; "
                 "a layer without a whole sublayer is not alike the others"
             )
 
@@ -64,8 +64,8 @@ class ServeSafe:
         may leave is less than the budget."""
         check_multiple(sites, self.granularity, self.multiple)
         chosen = chosen_sites(sites, self.granularity, budget)
-        heads = [site for site in chosen if site.kind == "attention"]
-        channels = [site for site in chosen if site.kind != "attention"]
+        heads = [site for site in chosen if site.kind != "mlp"]
+        channels = [site for site in chosen if site.kind == "mlp"]
         most = max((site.units for site in heads), default=0)
         least = min(most, max(1, self.min_units))
         free = removable(channels, self.min_units, budget, multiple=self.multiple)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 
-from pruneexp.search.budgeted import PARAMS_EPSILON, all_but_lowest, nearest, removable
+from pruneexp.search.budgeted import PARAMS_EPSILON, UNITS_EPSILON, all_but_lowest, nearest, removable
 from pruneexp.search.common import by_layer, in_order, layer_budgets, planned, prunable, raw, require
 from pruneexp.search.granularity import (
+    UNITS,
     Granularity,
     check_multiple,
     check_settings,
@@ -19,7 +21,9 @@ from pruneexp.search.granularity import (
     removal_steps,
     step_units,
 )
-from pruneexp.types import Budget, ConfigError, Cost, Oracle, Plan, Scores, Site
+from pruneexp.types import QUERY_HEADS, Budget, ConfigError, Cost, Oracle, Plan, Scores, Site
+
+COARSE = 0.25  # how far from their share the units that leave may be, as a part of it, until it is said
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Uniform:
     `alike`: every layer keeps as many heads, and as many channels (or experts) as every other, so that a config without
     a value for each layer holds the model. A unit then leaves all layers at once, and the budget is met to half the
     cost of the cheapest in all of them together.
+
+    `remainder`: what becomes of the part of a dear unit that the share comes to (0.6 of one KV group of three).
+    nearest: each layer rounds for itself, so that all of them may lose a third of their heads for a fifth; carried: it
+    goes on to the next layer, and as many heads leave as the share says, from some layers; down: the unit stays. The
+    cheapest units make up for it in every layer.
     """
 
     min_units: int
@@ -44,12 +53,13 @@ class Uniform:
     protect_last: float
     multiple: int
     alike: bool
+    remainder: Literal["nearest", "carried", "down"]
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not set(self.granularity) <= {"heads", "channels", "experts"}:
+        if not set(self.granularity) <= set(UNITS.values()):
             raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both (or experts for channels); "
+                f"granularity={self.granularity!r}: expected heads, channels or both (or query_heads, experts); "
                 "a whole sublayer or block has no share to lose"
             )
         for name in ("protect_first", "protect_last"):
@@ -64,6 +74,12 @@ class Uniform:
             raise ConfigError(
                 f"alike={self.alike!r}: expected false with protect_first={self.protect_first!r} and protect_last="
                 f"{self.protect_last!r}, which leave some layers wider than others"
+            )
+
+        if self.alike and self.remainder == "carried":
+            raise ConfigError(
+                f"remainder={self.remainder!r}: expected nearest or down with alike=true; what is carried leaves some "
+                "layers with fewer heads than others"
             )
 
     @property
@@ -141,7 +157,7 @@ class Uniform:
 
         for site in dearer:
             size = step_units(site, self.multiple)
-            remove(site, nearest((share * site.units + -site.units % size) / size))
+            remove(site, self._rounded((share * site.units + -site.units % size) / size, site.layer))
         fill()
         for site in dearer:  # where the cheapest have run out, or the dearer took too much
             if abs(target) > least / 2 + PARAMS_EPSILON:
@@ -152,8 +168,34 @@ class Uniform:
                     taken, target = before, missing
         return {name: steps[name][count] for name, count in taken.items()}, target
 
+    def _rounded(self, steps: float, layer: int) -> int:
+        """Whole steps of a dear unit. Carried: those of all layers up to this one, less those of the layers before, as
+        if all were like it; so no layer need know what others took."""
+        if self.remainder == "nearest":
+            return nearest(steps)
+        if self.remainder == "down":
+            return math.floor(steps + UNITS_EPSILON)
+        return nearest(steps * (layer + 1)) - nearest(steps * layer)
+
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         self._all_counts(sites, budget)
+
+    def warning(self, sites: Sequence[Site], budget: Budget) -> str | None:
+        """Of units so large that rounding takes much more, or less, of them than their share."""
+        counts = self._all_counts(sites, budget) if self.remainder == "nearest" else {}
+        able = sorted((site for site in sites if site.name in counts), key=lambda site: -budget.price(site))
+        for kind in list(dict.fromkeys(site.kind for site in able))[:-1]:  # the cheapest make up for the others
+            own = [site for site in able if site.kind == kind]
+            units, gone = sum(site.units for site in own), sum(counts[site.name] for site in own)
+            asked = budget.remove / prunable(able, budget) * units
+            if abs(gone - asked) >= max(1.0, COARSE * asked):
+                more = "search.remainder=down leaves" if self.alike else "search.remainder=carried leaves"
+                return (
+                    f"search.remainder={self.remainder}: {gone / units:.1%} of the {UNITS[kind].replace('_', ' ')} "
+                    f"leave for a share of {asked / units:.1%}, of which a layer has {own[0].units}; {more} that to "
+                    "other layers or units"
+                )
+        return None
 
 
 def together(sites: Sequence[Site]) -> list[list[Site]]:
@@ -173,7 +215,7 @@ def stand_in(sites: Sequence[Site]) -> Site:
 def check_every_layer(sites: Sequence[Site], alike: bool) -> None:
     """Raises ConfigError where a layer lacks a whole sublayer, and can be like others no more."""
     for layer, own in by_layer(sites).items():
-        if len({site.kind == "attention" for site in own}) < 2:
+        if len({site.kind in ("attention", QUERY_HEADS) for site in own}) < 2:
             raise ConfigError(
                 f"search.alike={alike!r}: expected attention and an FFN in every layer; layer {layer} has lost one"
             )

@@ -267,7 +267,8 @@ def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Fo
     named = {name for layer in per_layer.values() for name in layer}
     for layer in per_layer.values():  # transformers wants them alike: layers without experts have lists of none
         layer.update({name: [] for name in sorted(named - set(layer))})
-    if getattr(model.config, "num_key_value_heads", None) is None:
+    told = all(s.num_attention_heads == s.num_key_value_heads * layout.group for s in structures) or layout.shared
+    if told and getattr(model.config, "num_key_value_heads", None) is None:
         for layer in per_layer.values():
             layer.pop("num_key_value_heads")
     if not hasattr(

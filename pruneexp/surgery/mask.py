@@ -57,7 +57,7 @@ def masked_layer(
             if site.name in out_projections:
                 instead = _replacement(site, plan, *out_projections[site.name], device=device)
                 changes.enter_context(forward_replaced(out_projection, instead))
-            elif plan.removed(site):
+            elif plan.changes(site):
                 changes.enter_context(out_projection.register_forward_pre_hook(_zeroing(site, plan, device)))
             for norm, forward in _fewer_heads(model, layer, site, plan):
                 changes.enter_context(forward_replaced(norm, forward))
@@ -66,14 +66,13 @@ def masked_layer(
 
 def _zeroing(site: Site, plan: Plan, device: torch.device) -> Any:
     keep_C = torch.zeros(site.channels, dtype=torch.bool)
-    keep_C[site.keep_C(plan.sites[site.name].kept)] = True
+    keep_C[plan.keep_C(site)] = True
     keep_C = keep_C.to(device)
     return lambda _module, args: (args[0] * keep_C,)
 
 
 def _replacement(site: Site, plan: Plan, weight_OK: Tensor, bias_O: Tensor | None, device: torch.device) -> Any:
-    kept = plan.sites[site.name].kept if site.name in plan.sites else range(site.units)
-    keep_C, weight_OK = site.keep_C(kept).to(device), weight_OK.to(device)
+    keep_C, weight_OK = plan.keep_C(site).to(device), weight_OK.to(device)
     bias_O = None if bias_O is None else bias_O.to(device)
     return lambda x: nn.functional.linear(x.index_select(-1, keep_C), weight_OK, bias_O)
 
@@ -81,16 +80,16 @@ def _replacement(site: Site, plan: Plan, weight_OK: Tensor, bias_O: Tensor | Non
 def _fewer_heads(model: Model, layer: nn.Module, site: Site, plan: Plan) -> Iterator[tuple[nn.Module, Any]]:
     """Norms over the queries or keys of all heads (OLMo 2): of the kept heads they see those alone, as they will once
     the others are gone. The others' channels become zeros."""
-    if site.kind != "attention" or not plan.removed(site) or not plan.sites[site.name].kept:
+    if site.kind != "attention" or not plan.changes(site) or not plan.sites[site.name].kept:
         return
     rows = unit_rows(model.family, site, model.config)
     for in_projection in model.family.head_norms:
         norm: Any = layer.get_submodule(in_projection.path)
         if hasattr(norm, "norms") or in_projection.roles[0] in model.family.shared_roles:
             continue
-        width = rows[in_projection.roles[0]]
-        keep = replace(site, width=width).keep_C(plan.sites[site.name].kept).to(model.layer_device(site.layer))
-        yield norm, _narrowed(norm, keep)
+        role, own = in_projection.roles[0], plan.sites[site.name]
+        keep = own.keep_C(site) if role == "query" else replace(site, width=rows[role]).keep_C(own.kept)
+        yield norm, _narrowed(norm, keep.to(model.layer_device(site.layer)))
 
 
 def _narrowed(norm: Any, keep: Tensor) -> Any:

@@ -46,6 +46,10 @@ def padding(model: Model, multiple: int = 1) -> Padding:
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
     before = original_structure(model)
     layout = head_layout(model.family, model.config)
+    if any(s.num_attention_heads != s.num_key_value_heads * layout.group for s in structures if not layout.shared):
+        raise ConfigError(
+            "format=padded: expected format=remote_code for KV groups that lost query heads, which are not padded"
+        )
     heads = max(layout.group, *(s.num_attention_heads for s in structures))
     if before.kept_heads is not None:  # a slope goes with the head's place
         heads = before.num_attention_heads

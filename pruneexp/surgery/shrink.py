@@ -24,7 +24,7 @@ from pruneexp.model.modeling_pruned import (
 from pruneexp.model.sites import experts_name, head_norm_rows, layer_structure, site_parts, unit_rows
 from pruneexp.model.weights import set_tensor_
 from pruneexp.surgery.mask import OutProjections
-from pruneexp.types import ConfigError, Plan, RunError, Site
+from pruneexp.types import ConfigError, Plan, RunError, Site, SitePlan
 
 
 def check_plan(model: Model, plan: Plan) -> None:
@@ -44,6 +44,11 @@ def check_plan(model: Model, plan: Plan) -> None:
         if list(own.kept) != sorted({unit for unit in own.kept if 0 <= unit < own.units}):
             expected = f"expected units from 0 to {own.units - 1}, in order, each once"
             raise ConfigError(f"plan: {name} keeps {list(own.kept)}; {expected}")
+        if own.query_heads not in (None, site.units * site.group) or (own.query_heads and site.kind != "attention"):
+            raise ConfigError(
+                f"plan: {name} is of {own.query_heads} query heads, in this model {site.units * site.group}; expected "
+                "a plan of the same model"
+            )
 
 
 def shrink_(model: Model, plan: Plan, out_projections: OutProjections | None = None) -> None:
@@ -74,7 +79,7 @@ def shrink_layer_(model: Model, index: int, plan: Plan, out_projections: OutProj
 def _narrow_(model: Model, index: int, plan: Plan, out_projections: OutProjections) -> None:
     """Takes heads and channels out of a layer."""
     layer = model.layers[index]
-    sites = [site for site in model.layer_sites(index) if plan.removed(site) or site.name in out_projections]
+    sites = [site for site in model.layer_sites(index) if plan.changes(site) or site.name in out_projections]
     if not sites:
         return
     tensors = {}
@@ -127,26 +132,26 @@ def _structure_after(
 ) -> LayerStructure:
     structure = layer_structure(layer, model.family, model.config)
     for site in sites:
-        kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
+        own = _own(plan, site)
         bias = out_projections[site.name][1] is not None if site.name in out_projections else None
         if site.kind == "attention":
-            layout, before = head_layout(model.family, model.config), structure.kept_heads
-            group = layout.group
+            heads, before = own.heads(site), structure.kept_heads
+            shared = head_layout(model.family, model.config).shared
             structure = replace(
                 structure,
-                num_attention_heads=len(kept) * group,
-                num_key_value_heads=layout.key_value_heads(len(kept) * group),
+                num_attention_heads=len(heads),
+                num_key_value_heads=min(len(own.kept), 1) if shared else len(own.kept),
                 attention_output_bias=structure.attention_output_bias if bias is None else bias,
-                kept_heads=before and tuple(before[u * group + g] for u in kept for g in range(group)),
+                kept_heads=before and tuple(before[head] for head in heads),
             )
         elif site.expert is None:
             structure = replace(
                 structure,
-                intermediate_size=len(kept),
+                intermediate_size=len(own.kept),
                 mlp_output_bias=structure.mlp_output_bias if bias is None else bias,
             )
         else:
-            structure = _with_expert(structure, site.expert, len(kept), bias)
+            structure = _with_expert(structure, site.expert, len(own.kept), bias)
     return structure
 
 
@@ -168,26 +173,24 @@ def _kept_tensors(
     model: Model, layer: nn.Module, site: Site, plan: Plan, out_projection: tuple[Tensor, Tensor | None] | None
 ) -> dict[str, Tensor]:
     """New tensors of the site's projections, by parameter name below the layer."""
-    kept = plan.sites[site.name].kept if site.name in plan.sites else tuple(range(site.units))
-    device = model.layer_device(site.layer)
-    units = torch.as_tensor(kept, dtype=torch.int64, device=device)
+    own, device = _own(plan, site), model.layer_device(site.layer)
     in_projections, out_path = site_parts(model.family, site)
     tensors = {}
     for in_projection in in_projections:
         linear = layer.get_submodule(in_projection.path)
         for leaf, parameter in linear.named_parameters():
             rows = as_matrix(linear, parameter) if parameter.ndim == 2 else parameter
-            tensors[f"{in_projection.path}.{leaf}"] = _kept_rows(model, rows, in_projection, site, units)
+            tensors[f"{in_projection.path}.{leaf}"] = _kept_rows(model, rows, in_projection, site, own)
     for norm in model.family.head_norms if site.kind == "attention" else ():
         for name, weight in head_norm_rows(layer, norm).items():
-            own = _kept_rows(model, weight, norm, site, units)
-            heads = own.split(head_layout(model.family, model.config).size)
+            scales = _kept_rows(model, weight, norm, site, own)
+            heads = scales.split(head_layout(model.family, model.config).size)
             by_head = {f"{norm.path}.{name.format(i)}": head for i, head in enumerate(heads)}
-            tensors.update(by_head if "{}" in name else {f"{norm.path}.{name}": own})
+            tensors.update(by_head if "{}" in name else {f"{norm.path}.{name}": scales})
     linear: Any = layer.get_submodule(out_path)
     if out_projection is None:
         matrix = as_matrix(linear, linear.weight)
-        out_projection = matrix.index_select(1, site.keep_C(kept).to(device)), linear.bias
+        out_projection = matrix.index_select(1, own.keep_C(site).to(device)), linear.bias
     else:
         out_projection = _fitted(site, out_projection, linear.weight)
     return {**tensors, **_named(out_path, *out_projection)}
@@ -207,9 +210,19 @@ def _named(path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     return named if bias is None else {**named, f"{path}.bias": bias.detach()}
 
 
-def _kept_rows(model: Model, rows: Tensor, in_projection: UnitRows, site: Site, units: Tensor) -> Tensor:
-    """The rows of the kept units, and those that belong to none."""
+def _kept_rows(model: Model, rows: Tensor, in_projection: UnitRows, site: Site, own: SitePlan) -> Tensor:
+    """The rows of the kept units, of these the kept query heads' alone, and those that belong to none."""
     shared = model.family.shared_roles
     parts = split_parts(rows, in_projection, site.units, unit_rows(model.family, site, model.config), shared)
+    units = torch.as_tensor(own.kept, dtype=torch.int64, device=rows.device)
     kept = {role: part if role in shared else part.index_select(0, units) for role, part in parts.items()}
+    if own.kept_query_heads is not None and "query" in kept:
+        heads = torch.as_tensor(own.kept_query_heads, dtype=torch.int64, device=rows.device)
+        by_head = parts["query"].unflatten(1, (site.group, -1)).flatten(0, 1).index_select(0, heads)
+        kept["query"] = by_head.unflatten(0, (len(own.kept), -1)).flatten(1, 2)
     return join_parts(kept, in_projection)
+
+
+def _own(plan: Plan, site: Site) -> SitePlan:
+    """The site's part of a plan; sites that are not named stay whole."""
+    return plan.sites.get(site.name) or SitePlan(site.kind, site.units, tuple(range(site.units)))

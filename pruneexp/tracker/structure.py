@@ -8,12 +8,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruneexp.types import Plan, Site
+from pruneexp.types import QUERY_HEADS, Plan, Site
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
-UNITS = {"attention": "heads (KV groups)", "mlp": "FFN channels", "experts": "experts", "block": "layers"}
+UNITS = {
+    "attention": "heads (KV groups)",
+    QUERY_HEADS: "query heads",
+    "mlp": "FFN channels",
+    "experts": "experts",
+    "block": "layers",
+}
 KEPT, GONE = "#2f6f9f", "#e9edf0"
 OUTLINE, MARK = "#9aa5ad", "#b3412f"
 DPI = 110  # pixels
@@ -37,6 +43,7 @@ def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
     A removed block takes its sublayers along. A kind that is there only as whole blocks is shown as such."""
     removed = {name for name, site in plan.sites.items() if site.kind == "block" and not site.kept}
     experts = {name: site for name, site in plan.sites.items() if site.kind == "experts"}
+    fewer_heads = any(site.kept_query_heads is not None for site in plan.sites.values())
     inner = [site for site in sites if site.kind != "block"]
     by_kind: dict[str, dict[int, Width]] = {}
     for site in sorted(inner or sites, key=lambda site: site.layer):
@@ -50,11 +57,16 @@ def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
             whole = Width(site.layer, 0 if gone else len(mixture.kept), mixture.units, 0, 0, gone)
             by_kind.setdefault("experts", {})[site.layer] = whole
             kept = kept if site.expert in mixture.kept else 0
+        if fewer_heads and site.kind == "attention":
+            heads = site.units * site.group
+            stay = kept * site.group - (0 if gone else plan.lost_heads(site))
+            by_kind.setdefault(QUERY_HEADS, {})[site.layer] = Width(site.layer, stay, heads, 0, 0, gone)
+        lost = 0 if gone or site.head_cost is None else plan.lost_heads(site) * site.head_cost.params
         layers[site.layer] = Width(
             layer=site.layer,
             kept=before.kept + kept,
             units=before.units + site.units,
-            kept_params=before.kept_params + kept * site.cost.params,
+            kept_params=before.kept_params + kept * site.cost.params - lost,
             params=before.params + site.units * site.cost.params,
             block_gone=gone,
         )

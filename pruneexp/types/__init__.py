@@ -14,30 +14,23 @@ fc2).
 
 from pruneexp.types.defaults import evidence_kinds, filled, updated_, updates_in_place
 from pruneexp.types.nouns import (
-    PLAN_VERSION,
-    Block,
-    Budget,
     Candidate,
     ColumnScores,
     ConfigError,
     ConfigErrors,
-    Cost,
     Measured,
-    Plan,
     RemovalPath,
     Reorderable,
     RunError,
     RunRecord,
     Score,
     Scores,
-    Site,
-    SitePlan,
-    SiteWeights,
     own_scores,
     require_least,
     start_name,
     unit_scores,
 )
+from pruneexp.types.plan import PLAN_VERSION, Budget, Plan, SitePlan
 from pruneexp.types.protocols import (
     Compensator,
     Criterion,
@@ -51,6 +44,7 @@ from pruneexp.types.protocols import (
     Sparsity,
     Tracker,
 )
+from pruneexp.types.site import QUERY_HEADS, Block, Cost, Site, SiteWeights
 from pruneexp.types.sources import SOURCES, collected_by, source_of
 
 __all__ = [
@@ -72,6 +66,7 @@ __all__ = [
     "PLAN_VERSION",
     "Plan",
     "Recovery",
+    "QUERY_HEADS",
     "RemovalPath",
     "Reorderable",
     "RunError",

@@ -36,6 +36,7 @@ EVIDENCE: Defaults = {
     "fits": False,
     "least_windows": 1,
     "wide": False,
+    "by_unit": False,
     "of": None,
     "passes": _two_zeros,
     "held_bytes": None,  # what `empty` lays out
@@ -56,6 +57,7 @@ SEARCH: Defaults = {
     "spends": None,
     "refits": 0,
     "rebalanced": None,
+    "warning": _nothing,
     "starts": {},
     "held_out": 0.0,
     "objective": "next_token",

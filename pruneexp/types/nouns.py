@@ -1,19 +1,18 @@
-"""Sites, blocks, plans, budgets, scores, and the two ways a run can end badly."""
+"""Scores, candidates, what was measured, and the two ways a run can end badly."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from pruneexp.types.plan import Plan
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-PLAN_VERSION = 1
 
 
 class ConfigError(ValueError):
@@ -38,165 +37,6 @@ def require_least(part: Any, least: int, *names: str, besides: str = "") -> None
         value = getattr(part, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}={value!r}: expected an integer >= {least}{besides}")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What leaves the model with one unit."""
-
-    params: int  # parameters: the unit's in-projection rows (and their biases) and its out-projection columns
-    macs: int  # multiply-accumulates per token in those matrices
-    kv: int  # KV-cache elements per token
-    context_macs: int = 0  # multiply-accumulates of attention per token, for each token of context it looks at
-
-
-@dataclass(frozen=True)
-class Site:
-    """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or block)."""
-
-    name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp", "...mlp.experts.3"
-    kind: (
-        # "attention" (unit = KV group: a key/value head and its query heads; a query head where one key/value head
-        # serves all), "mlp" (unit = FFN channel), "experts" (unit = expert of a mixture), "block"
-        str
-    )
-    layer: int  # index of the decoder layer in the original model
-    units: int  # U
-    width: int  # W: out-projection input channels per unit
-    cost: Cost  # of one unit
-    expert: int | None = None  # which expert of a mixture an "mlp" site belongs to, as the layer counts them now
-    least: int = 0  # units that cannot do without each other: so many stay
-
-    @property
-    def channels(self) -> int:
-        """C = U*W, input channels of the out-projection."""
-        return self.units * self.width
-
-    def keep_C(self, kept: Sequence[int]) -> Tensor:
-        """Out-projection channels of the kept units: int64 [K], ascending when `kept` is."""
-        units = torch.as_tensor(kept, dtype=torch.int64)
-        return (units[:, None] * self.width + torch.arange(self.width)).reshape(-1)
-
-
-@dataclass(frozen=True)
-class SiteWeights:
-    """The weights of one site, ordered by unit: views, never written to."""
-
-    in_projections: Mapping[str, Tensor]  # role (query, key, value, gate, up; not of shared heads) -> [U, R, D]
-    in_projection_biases: Mapping[str, Tensor]  # role -> [U, R]; empty where there are none
-    out_projection: Tensor  # [O, C]
-    out_projection_bias: Tensor | None  # [O]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One decoder layer as tensors by role, with its sites. Criteria see this, never modules."""
-
-    name: str  # "model.layers.0"
-    layer: int
-    sites: tuple[Site, ...]
-    weights: Mapping[str, SiteWeights]  # by site name
-    norms: Mapping[str, Tensor] = field(default_factory=dict)  # site name -> scale [D] of the norm in front of it
-    side_by_side: bool = False  # the FFN does not see what attention gives, both read the block's input
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """Which units of one site stay."""
-
-    kind: str
-    units: int
-    kept: tuple[int, ...]  # ascending
-
-    def __post_init__(self) -> None:
-        ends = self.kept[:1] + self.kept[-1:]  # ascending: what is between them is below `units`, too
-        if list(self.kept) != sorted(set(self.kept)) or any(not 0 <= u < self.units for u in ends):
-            raise ValueError(f"kept={list(self.kept)!r}: expected ascending, distinct unit indices below {self.units}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The structure to keep, by site, and the budget it met. Sites that are not named stay whole."""
-
-    sites: Mapping[str, SitePlan]
-    budget: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        sites = {n: {"kind": s.kind, "units": s.units, "kept": list(s.kept)} for n, s in self.sites.items()}
-        return json.dumps({"version": PLAN_VERSION, "sites": sites, "budget": dict(self.budget)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Raises ValueError for another version or a malformed plan."""
-        data = json.loads(text)
-        if data.get("version") != PLAN_VERSION:
-            raise ValueError(f"version={data.get('version')!r}: expected a plan of version {PLAN_VERSION}")
-        sites = {n: SitePlan(s["kind"], s["units"], tuple(s["kept"])) for n, s in data["sites"].items()}
-        return cls(sites, data.get("budget", {}))
-
-    def removed(self, site: Site) -> int:
-        """Units of `site` that leave."""
-        plan = self.sites.get(site.name)
-        return 0 if plan is None else plan.units - len(plan.kept)
-
-    def merged(self, other: Plan) -> Plan:
-        """Both plans' sites (of different layers, say); `other`'s budget is added where it has one."""
-        return Plan({**self.sites, **other.sites}, {**self.budget, **other.budget})
-
-    @classmethod
-    def keep_all(cls, sites: Sequence[Site]) -> Plan:
-        return cls({s.name: SitePlan(s.kind, s.units, tuple(range(s.units))) for s in sites})
-
-    @classmethod
-    def from_masks(cls, sites: Sequence[Site], keep: Mapping[str, Tensor]) -> Plan:
-        """From boolean masks [U], True = kept."""
-        kept = {s: torch.nonzero(keep[s.name], as_tuple=False).flatten().tolist() for s in sites}
-        return cls({s.name: SitePlan(s.kind, s.units, tuple(units)) for s, units in kept.items()})
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a search is to remove from the sites it is given, in what it `counts`."""
-
-    ratio: float  # share to remove, in [0, 1)
-    total: int  # what the ratio is a share of
-    added: float = (
-        0  # to be removed on top: parameters that compensation adds (new biases), what layers before left over
-    )
-    layers: int | None = None  # decoder layers of the whole run, where the sites given are not all; None: they are
-    counts: Literal["params", "macs", "bytes", "kv_cache"] = "params"
-    context: int = 0  # tokens of context that macs and bytes are counted at
-    element_size: int = 1  # bytes of a weight, and of an entry of the KV cache
-
-    @property
-    def remove(self) -> float:
-        """What is to be removed; 0 for a ratio of 0, whatever compensation would add."""
-        return self.ratio * self.total + self.added if self.ratio > 0 else 0.0
-
-    def price(self, site: Site) -> int:
-        """What leaves with one unit of `site`: parameters; multiply-accumulates per token, over `context` tokens; bytes
-        of weights and of the KV cache of `context` tokens; bytes of KV cache per token."""
-        cost = site.cost
-        return {
-            "params": cost.params,
-            "macs": cost.macs + self.context * cost.context_macs,
-            "bytes": self.element_size * (cost.params + self.context * cost.kv),
-            "kv_cache": self.element_size * cost.kv,
-        }[self.counts]
-
-    @property
-    def unit(self) -> str:
-        """What it counts, in words."""
-        return {
-            "params": "parameters",
-            "macs": f"multiply-accumulates per token over {self.context} tokens",
-            "bytes": f"bytes, the KV cache of {self.context} tokens with them",
-            "kv_cache": "bytes of KV cache per token",
-        }[self.counts]
-
-    def added_params(self, count: int) -> int:
-        """What so many parameters without a unit (new biases) add."""
-        return {"params": count, "bytes": self.element_size * count}.get(self.counts, 0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 import torch
 from torch import Tensor
 
-from pruneexp.types.nouns import Block, Budget, Candidate, Measured, Plan, RunRecord, Scores, Site
+from pruneexp.types.nouns import Candidate, Measured, RunRecord, Scores
+from pruneexp.types.plan import Budget, Plan
+from pruneexp.types.site import Block, Site
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,7 +40,8 @@ class Evidence(Protocol):
       and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
 
     `fits`: weights are fitted to it, as to second moments, which wants many tokens. `wide`: it takes differences that
-    half precision would round away. `least_windows`: how many calibration windows it takes at least.
+    half precision would round away. `by_unit`: it is of the site's units, and says nothing of what they are made of.
+    `least_windows`: how many calibration windows it takes at least.
 
     What it costs, for forecasts: `passes(windows, sites)`, the plain forward and backward passes over the calibration
     windows that are made for it beside the walk, `sites` being all that the criterion judges; none for what a walk
@@ -53,6 +56,7 @@ class Evidence(Protocol):
     fits: ClassVar[bool]
     least_windows: ClassVar[int]
     wide: ClassVar[bool]
+    by_unit: ClassVar[bool]
     of: ClassVar[Any]
     passes: ClassVar[Any]
     held_bytes: ClassVar[Any]
@@ -118,7 +122,8 @@ class Search(Protocol):
     it cannot meet, before there are scores. `spends(sites, budget, batches)`, unless None: the passes over the
     calibration windows that its probes may cost, for forecasts; `refits`: about how many fitted out-projections of each
     site its probes ask for. `rebalanced(plan, scores, sites, budget)`, unless None: its plan at another budget, for
-    nothing.
+    nothing. `warning(sites, budget)`: a line for the log, or None.
+
 
     `starts`: other criteria by name; the scores that it is given hold theirs, too, under `start_name(start, site)`.
     `held_out`: the share of the calibration windows that its probes measure losses on; scores are then of the others.
@@ -138,6 +143,8 @@ class Search(Protocol):
     objective: Any
 
     def check(self, sites: Sequence[Site], budget: Budget, /) -> None: ...
+
+    def warning(self, sites: Sequence[Site], budget: Budget, /) -> str | None: ...
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator

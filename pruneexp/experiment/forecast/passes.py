@@ -9,7 +9,7 @@ from typing import Any
 from pruneexp.calibrate import KEPT_BYTES, passes_of_layer
 from pruneexp.experiment.forecast.shape import Shape, Windows
 from pruneexp.model import Model
-from pruneexp.pruning import Method, by_site, goes_layer_by_layer, judged_whole
+from pruneexp.pruning import Method, by_site, goes_layer_by_layer, shown_to
 from pruneexp.pruning.budget import blocks_alone, searched_sites
 from pruneexp.pruning.dense_evidence import distinct
 from pruneexp.types import Budget, Recovery, Site, collected_by, evidence_kinds
@@ -51,7 +51,7 @@ def dense_kinds(method: Method) -> tuple[Any, ...]:
 
 
 def _at_once(method: Method, model: Model, shape: Shape, seen: Windows) -> Passes:
-    compensator, shown = method.compensator, judged_whole(method)
+    compensator, shown = method.compensator, shown_to(method)
     kinds = distinct(method.criterion.evidence, dense_kinds(method) or None)
     layers = range(len(shape.layers)) if shown else ()
     judged = [site for index in layers for site in model.whole_block(index, shown).sites] or shape.sites

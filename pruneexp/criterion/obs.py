@@ -69,7 +69,7 @@ class Obs:
         return Halves(Gram) if self.ridge == "auto" else Gram
 
     def working_bytes(self, site: Site, outputs: int) -> int:
-        """The covariance, its factor and what that is made of; ridge=auto: both halves' as well, narrowed, and a fit."""
+        """The covariance, its factor and what that is made of; ridge=auto: a half's and a fit as well."""
         chosen = 8 * site.channels * (site.channels + outputs) if self.ridge == "auto" else 0
         return 24 * site.channels**2 + chosen
 

@@ -101,7 +101,10 @@ class Oracle(Protocol):
     """What the runner lends to searches: the calibration loss of masked (or compensated) structures, on the windows
     that the search's `held_out` leaves for it, as its `objective` says."""
 
-    passes: float  # spent so far, in plain passes over the calibration tokens
+    @property
+    def passes(self) -> float:
+        """Spent so far, in plain passes over the calibration tokens."""
+        ...
 
     @property
     def batches(self) -> int:

@@ -25,7 +25,11 @@ QUICK = (
     "cache=off",
     "run.save=false",
 )
-SHORTER = {"best": ("search.effort=8",), "policy_gradient": ("search.steps=20",)}
+SHORTER = {
+    "best": ("search.effort=8",),
+    "best_tuned": ("search.effort=8", "recovery.epochs=1"),
+    "policy_gradient": ("search.steps=20",),
+}
 VARYING = ("seconds/", "memory/")
 
 

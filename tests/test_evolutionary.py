@@ -35,6 +35,7 @@ class Loss:
 
 def search(**settings) -> Evolutionary:
     plain = {"min_units": 1, "granularity": BOTH, "effort": 30.0, "tokens": 0.25, "rounds": 4, "distance": 0.2}
+    plain |= {"starts": {}, "held_out": 0.0, "objective": "next_token"}
     return Evolutionary(**{**plain, "offspring": 8, "steps": None, "multiple": 1, **settings})
 
 

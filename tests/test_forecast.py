@@ -119,7 +119,7 @@ def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> No
     ("overrides", "least"),
     [
         ("recipe=policy_gradient search.passes=4", 0.9),
-        ("recipe=best search.effort=4", 0.5),
+        ("recipe=best search.effort=4", 0.35),
         ("recipe=flap compensator=least_squares", 0.9),  # sites that keep all units need no evidence
         ("recipe=sleb search.granularity=[attention,ffn]", 0.8),
         ("recipe=sleb sparsity.ratio=0.5", 0.8),

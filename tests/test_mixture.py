@@ -39,7 +39,7 @@ SEARCHES = {
     "layerwise": lambda g: Layerwise(1, g, "zscore"),
     "global": lambda g: Global(1, g, "zscore", 1),
     "greedy": lambda g: Greedy(1, g, 0, 0, 2, "probes", "none", 1),
-    "evolutionary": lambda g: Evolutionary(1, g, 4.0, 1.0, 1, 0.5, 2, 1, 1),
+    "evolutionary": lambda g: Evolutionary(1, g, 4.0, 1.0, 1, 0.5, 2, 1, 1, {}, 0.0, "next_token"),
     "policy_gradient": lambda g: PolicyGradient(1, g, "joint", "scores", "sqrt", 2, 0.1, 2, 1.0, 2, 1),
 }
 

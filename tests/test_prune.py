@@ -24,11 +24,12 @@ from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned, prune_
+from pruneexp.pruning.query_heads import check_query_heads
 from pruneexp.pruning.record import Record
 from pruneexp.search import AlAm, Global, UlUm, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_
-from pruneexp.types import ConfigError, Plan, RunError, Score, SitePlan, unit_scores
+from pruneexp.types import Budget, ConfigError, Plan, RunError, Score, SitePlan, unit_scores
 from tests.cases import pairwise
 from tests.conftest import FAMILIES
 
@@ -402,11 +403,12 @@ def test_every_combination_runs_or_is_refused_before_it_starts(
     experiment = replace(built("criterion", criterion), **chosen)
     try:
         check_together(experiment)
+        model = tiny("llama")
+        check_query_heads(model, experiment.criterion, experiment.search, parts)
     except ConfigError as error:
         line = str(error)
         assert "\n" not in line and any(f"{group}" in line for group in parts), line
         return
-    model = tiny("llama")
     before = model.decoder_params
     one = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
     pruned = prune(model, tokens_NT, one)
@@ -416,11 +418,13 @@ def test_every_combination_runs_or_is_refused_before_it_starts(
         assert pruned.scores.keys() in (whole, {site.name for site in pruned.sites})
         assert len(model.layers) < 3 and model.decoder_params < before
         return
-    assert pruned.scores.keys() == {site.name for site in pruned.sites}
+    named = {name for name in pruned.scores if not name.endswith(".query_heads")}
+    assert named == {site.name for site in pruned.sites}
     assert pruned.plan.sites.keys() == {site.name for site in pruned.sites}
-    removed = sum(pruned.plan.removed(site) * site.cost.params for site in pruned.sites)
+    counted = Budget(0.0, 1)
+    removed = sum(counted.freed(pruned.plan, site) for site in pruned.sites)
     assert removed > 0
-    touched = [site for site in pruned.sites if pruned.plan.removed(site)]
+    touched = [site for site in pruned.sites if pruned.plan.changes(site)]
     emptied = [site for site in touched if not pruned.plan.sites[site.name].kept]
     biases = 48 * len(touched) if one.compensator.adds_bias else 0
     assert before - model.decoder_params == removed + 48 * len(emptied) - biases  # an emptied sublayer's norm goes too

@@ -161,7 +161,7 @@ def methods(granularity: list[str], min_units: int, multiple: int, seed: int) ->
     found: list[Any] = [Global(min_units, granularity, normalise, multiple)]
     found.append(PolicyGradient(min_units, granularity, budgets, "scores", "sqrt", 2, 0.05, 5, 1.0, 3, multiple))
     if "blocks" not in granularity:
-        found.append(Evolutionary(min_units, granularity, 3.0, 0.25, 1, 0.2, 3, None, multiple))
+        found.append(Evolutionary(min_units, granularity, 3.0, 0.25, 1, 0.2, 3, None, multiple, {}, 0.0, "next_token"))
     if is_plain(granularity, 1):
         found.append(Uniform(min_units, granularity, 0.0, 0.0, multiple, alike=False, remainder="nearest"))
     return found
@@ -374,7 +374,7 @@ def test_policy_gradients_learn_gates() -> None:
             r"^budgets='separate': expected joint with granularity=\['channels', 'ffn'\]",
         ),
         (
-            lambda: Evolutionary(1, ["heads", "blocks"], 3.0, 0.25, 1, 0.2, 3, None, 1),
+            lambda: Evolutionary(1, ["heads", "blocks"], 3.0, 0.25, 1, 0.2, 3, None, 1, {}, 0.0, "next_token"),
             r"^granularity=\['heads', 'blocks'\]: expected blocks alone, or without them",
         ),
     ],

@@ -91,7 +91,7 @@ def test_one_kind_alone() -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match=r"^granularity=\['ffn'\]: expected heads, channels or both"):
+    with pytest.raises(ConfigError, match=r"^granularity=\['ffn'\]: expected heads or query_heads, channels or both"):
         ServeSafe(1, ["ffn"], "none", 1)
     with pytest.raises(ConfigError, match=r"^search.multiple=256: expected at most 40"):
         ServeSafe(1, BOTH, "none", 256).check(model_sites(2), Budget(0.2, 1000))

@@ -160,7 +160,7 @@ def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, token
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
 def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(family, ratio, tiny, tokens_NT):
     model, meter = tiny(family), Meter()
-    search = Evolutionary(1, BOTH, 12.0, 0.34, 2, 0.2, 4, None, 1)
+    search = Evolutionary(1, BOTH, 12.0, 0.34, 2, 0.2, 4, None, 1, {}, 0.0, "next_token")
     before = model.decoder_params
     method = Method(
         Obs(1e-3, 1, 8, "none", False, 8.0), OneShot(ratio, "decoder", 0), search, LeastSquares(1e-3, "dense", True)
@@ -178,7 +178,7 @@ def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monk
     found = []
     for memory in (8.0, 0.0):
         model = tiny("llama")
-        search = Evolutionary(1, BOTH, 8.0, 0.34, 2, 0.2, 4, None, 1)
+        search = Evolutionary(1, BOTH, 8.0, 0.34, 2, 0.2, 4, None, 1, {}, 0.0, "next_token")
         method = Method(
             Obs(1e-3, 1, 8, "none", False, memory),
             OneShot(0.3, "decoder", 0),

@@ -51,7 +51,7 @@ def plan_within_budget(
     Query heads are searched in turns; the plan names those that leave.
     """
     turns = Turns(work.model.sites() if QUERY_HEADS in work.method.search.granularity else (), scores)
-    asked = None if oracle is None else turns.oracle(oracle)
+    asked = oracle if oracle is None or QUERY_HEADS not in work.method.search.granularity else turns.oracle(oracle)
     plan, short = _settled(work, turns.scored(), sites, budget, asked)
     return turns.resolved(plan), short
 

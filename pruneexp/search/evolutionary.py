@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -69,9 +69,9 @@ class Evolutionary:
     offspring: int
     steps: int | None
     multiple: int
-    starts: Mapping[str, Criterion] = field(default_factory=dict)
-    held_out: float = 0.0
-    objective: Objective = "next_token"
+    starts: Mapping[str, Criterion]
+    held_out: float
+    objective: Objective
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -102,9 +102,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("settings", nargs="*")
     args = parser.parse_intermixed_args()
-    print("| recipe | removed | minutes | peak GiB | plain passes | passes made |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| recipe | removed | minutes | peak GiB | plain passes | passes made |\n|---|---|---|---|---|---|", flush=True
+    )
     for recipe in args.recipes:
-        command = [sys.executable, "-m", "tests.benchmarks.device_cost", "--cost", json.dumps(settings_of(args, recipe))]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.device_cost",
+            "--cost",
+            json.dumps(settings_of(args, recipe)),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"| `{recipe}` | failed | | | | |", flush=True)

@@ -9,8 +9,8 @@ documents of C4, as many windows of each. Judged by: WikiText-2's test text, PTB
 windows of each), the KL divergence from the dense model on the same windows, seven tasks.
 
 Every pruning is a process of its own without a cache, and so are its seconds, passes and peak memory. What is judged is
-the saved checkpoint in plain transformers, in another process; it is removed then (--keep). OUT/jobs is a sweep: what is
-finished is not run again, also after a kill. `key=value` goes to every recipe. Writes OUT/table.md and OUT/table.json.
+the saved checkpoint in plain transformers, in another process; it is removed then (--keep). OUT/jobs is a sweep: what
+is finished is not run again, also after a kill. `key=value` goes to every recipe. Writes OUT/table.md and OUT/table.json.
 """
 
 from __future__ import annotations
@@ -220,9 +220,7 @@ def line_of(cell: Cell, dense: Cell, flap: Cell | None) -> dict[str, Any]:
         excess = math.log(flap.ppl[name] / dense.ppl[name])
         line[f"share/{name}"] = share(math.log(cell.ppl[name] / dense.ppl[name]), excess)
     lost = mean7(dense.acc)[0] - mean7(flap.acc)[0]
-    pairs = {
-        task: [a - b for a, b in zip(scores, flap.acc[task], strict=True)] for task, scores in cell.acc.items()
-    }
+    pairs = {task: [a - b for a, b in zip(scores, flap.acc[task], strict=True)] for task, scores in cell.acc.items()}
     line["lost/share"] = share(mean7(dense.acc)[0] - acc, lost)
     line["lost/share/error"] = share(mean7(pairs)[1], abs(lost))  # of the difference from flap, item by item
     return line
@@ -248,7 +246,9 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         row.append(f"{line['acc/mean7']:.2%} ± {line['acc/mean7/error']:.2%}" if line["items"] else "")
         lost = line["items"] and "lost/share" in line
         row.append(f"{line['lost/share']:.2f} ± {line['lost/share/error']:.2f}" if lost else "")
-        spent = [f"{line['seconds']:.0f}", f"{line['passes']:.1f}", f"{line['peak_bytes'] / 2**20:,.0f}"]
+        spent = ["", "", ""]
+        if "seconds" in line:
+            spent = [f"{line['seconds']:.0f}", f"{line['passes']:.1f}", f"{line['peak_bytes'] / 2**20:,.0f}"]
         rows.append([*row, *(spent if "seconds" in line else [""] * 3)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
@@ -257,7 +257,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data", "out"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--recipes", nargs="+", default=list(METHODS), help="of tests.benchmarks.methods, or recipe=...")
+    parser.add_argument(
+        "--recipes", nargs="+", default=list(METHODS), help="of tests.benchmarks.methods, or recipe=..."
+    )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5])
     parser.add_argument("--windows", type=int, default=60, help="that are judged, of each text")
     parser.add_argument("--length", type=int, default=256)

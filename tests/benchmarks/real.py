@@ -10,7 +10,7 @@ windows of each), the KL divergence from the dense model on the same windows, se
 
 Every pruning is a process of its own without a cache, and so are its seconds, passes and peak memory. What is judged is
 the saved checkpoint in plain transformers, in another process; it is removed then (--keep). OUT/jobs is a sweep: what
-is finished is not run again, also after a kill. `key=value` goes to every recipe. Writes OUT/table.md and OUT/table.json.
+is finished is not run again, also after a kill. `key=value` goes to every recipe. Writes OUT/table.md and table.json.
 """
 
 from __future__ import annotations

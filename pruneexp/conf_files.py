@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -90,6 +91,14 @@ def inherited(path: Path) -> list[Path]:
         if parent != path and parent.is_file():
             found += inherited(parent)
     return found
+
+
+def option_content(path: Path) -> dict[str, Any]:
+    """What the file sets, over what the files of its folder set that its defaults list names."""
+    found: dict[str, Any] = {}
+    for each in reversed(inherited(path)):
+        found |= yaml.load(each.read_text(encoding="utf-8"), YamlLoader) or {}
+    return {key: value for key, value in found.items() if key != "defaults"}
 
 
 def option_file(folders: Iterable[Path], group: str, choice: str) -> Path | None:

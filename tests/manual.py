@@ -22,7 +22,16 @@ import yaml
 
 from pruneexp import evidence
 from pruneexp.cli.report_command import HELP as REPORT_HELP
-from pruneexp.conf_files import YamlLoader, choices, conf_folder, first_comment, inherited, key_comments, sweep_files
+from pruneexp.conf_files import (
+    YamlLoader,
+    choices,
+    conf_folder,
+    first_comment,
+    inherited,
+    key_comments,
+    option_content,
+    sweep_files,
+)
 from pruneexp.export import HELP as EXPORT_HELP
 from pruneexp.types import ConfigError
 from tests.test_layering import PACKAGE, ranks
@@ -76,10 +85,7 @@ def shown(value: Any) -> str:
 
 def content(path: Path) -> dict[str, Any]:
     """What a choice sets, with the files of its folder that it builds on."""
-    found: dict[str, Any] = {}
-    for each in reversed(inherited(path)):
-        found |= yaml.load(each.read_text(), YamlLoader) or {}
-    return {key: value for key, value in found.items() if key not in ("defaults", "_target_")}
+    return {key: value for key, value in option_content(path).items() if key != "_target_"}
 
 
 def comments(path: Path) -> dict[str, str]:

@@ -119,7 +119,7 @@ def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> No
     ("overrides", "least"),
     [
         ("recipe=policy_gradient search.passes=4", 0.9),
-        ("recipe=best search.effort=4", 0.35),
+        ("recipe=best search.effort=12", 0.5),
         ("recipe=flap compensator=least_squares", 0.9),  # sites that keep all units need no evidence
         ("recipe=sleb search.granularity=[attention,ffn]", 0.8),
         ("recipe=sleb sparsity.ratio=0.5", 0.8),
@@ -210,7 +210,7 @@ def test_activations_by_hand() -> None:
 
 
 def test_stages_by_hand(foretold: Any) -> None:
-    """4 layers of 64 and 172 channels, hidden size 64, 256 words; `best` asks for 4 out-projections a site."""
+    """4 layers of 64 and 172 channels, hidden size 64, 256 words; `best` asks for 3 out-projections a site."""
     settings = ("recipe=best", "search.effort=2", "compensator.target=pruned")
     settings += ("criterion.ridge=1e-3", "search.starts=[]", "search.held_out=0.0")
     how = Running(stream=False, process=1000, reached=5000)
@@ -219,7 +219,7 @@ def test_stages_by_hand(foretold: Any) -> None:
     weights, hidden, batch = 4 * found.shape.params, 10 * 24 * 64 * 4, 8 * 24
     layer = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64)
     grams = 8 * (64**2 + 64 + 172**2 + 172)
-    covariances, out_projections = 4 * 4 * (64**2 + 172**2), 4 * (4 * 64 + 4 * 172) * 64 * 4
+    covariances, out_projections = 4 * 4 * (64**2 + 172**2), 4 * (3 * 64 + 3 * 172) * 64 * 4
     ffn = batch * (3 * 172 + 3 * 64) * 4
     read = batch * (172 + 3 * 64) * 4 + 8 * batch * 172
     logits = batch * 256 * (4 + 4 + 4)

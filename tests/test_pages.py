@@ -687,11 +687,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
 def test_a_recipe_is_told_from_its_parts(recipe: str) -> None:
-    told = {"best_tuned": "best"}.get(recipe, recipe)  # recovery is no part of what settings tell
     found, choices = choices_of(config(f"recipe={recipe}"))
-    assert found == told and not any(one.departures for one in choices.values())
+    assert found == recipe and not any(one.departures for one in choices.values())
     found, choices = choices_of(config(f"recipe={recipe}", **{"sparsity.of": "macs", "sparsity.ratio": 0.4, "seed": 7}))
-    assert found == told
+    assert found == recipe
     assert {g: one.departures for g, one in choices.items() if one.departures} == {"sparsity": {"of": "macs"}}
     assert choices_of(config(f"recipe={recipe}", "compensator=none", "criterion=random"))[0] is None
 

@@ -16,6 +16,7 @@ from pruneexp.model.sites import site_parts
 from pruneexp.pruning.ask import parted
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.notes import Notes
+from pruneexp.search import AlAm
 from pruneexp.search.evolution import _least
 from pruneexp.search.levels import Structures
 from pruneexp.surgery import masked
@@ -149,3 +150,18 @@ def test_starts_are_criteria_by_name(build_from):
 def test_mistakes_are_told_by_key(build_from, typed, said):
     with pytest.raises(ConfigError, match=said):
         started(build_from, typed)
+
+
+def test_with_too_little_effort_the_first_start_stands_unprobed(tiny, tokens_NT, build_from):
+    model = tiny("llama")
+    search = started(build_from, "search.effort=0.01", "search.starts=[wanda_sp,flap]").search
+    scores, sites = scores_of(model, tokens_NT, Together(OBS, search.starts)), model.sites()
+    budget = Budget(0.3, sum(s.units * s.cost.params for s in sites))
+    probe = Probe(model, tokens_NT, Meter(), objective="kl")
+    plan = search(scores, sites, budget, probe, torch.Generator().manual_seed(0))
+    own = {site.name: scores[start_name("wanda_sp", site.name)] for site in sites}
+    expected = AlAm()(own, sites, budget, None, torch.Generator())
+    assert probe.passes == 0 and abs(plan.budget["removed_params"] - budget.remove) < sites[0].cost.params
+    for site in sites:  # the same units first, as many but for what meets the budget exactly
+        gone, wanted = (set(range(site.units)) - set(each.sites[site.name].kept) for each in (plan, expected))
+        assert gone <= wanted or wanted <= gone

@@ -8,10 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from pruneexp import types
 from pruneexp.cli.coerce import coerced, described
@@ -20,7 +17,7 @@ from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
 from pruneexp.cli.sources import MIXED, with_shared
 from pruneexp.cli.targets import Parameters, located, signature
-from pruneexp.conf_files import YamlLoader, did_you_mean, one_line
+from pruneexp.conf_files import did_you_mean, one_line, option_content
 from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
 from pruneexp.dataset.mixed import Share
@@ -159,7 +156,7 @@ class Builder:
                 raise ConfigError(
                     f"{key}={names!r}: {name!r} is {wrong}; expected some of {', '.join(sorted(known))}, each once"
                 )
-            part = self.node(_with_bases(known, name), f"{key}.{name}")
+            part = self.node(option_content(known[name]), f"{key}.{name}")
             built[name] = satisfying(part, types.Criterion, f"{key}.{name}")
         return built
 
@@ -190,13 +187,6 @@ class Builder:
     def _missing_choice(self, group: str) -> ConfigError:
         options = sorted({path.stem for folder in self.composed.folders for path in (folder / group).glob("*.yaml")})
         return ConfigError(f"{group} is missing: expected one of {', '.join(options)}")
-
-
-def _with_bases(files: Mapping[str, Path], name: str) -> dict[str, Any]:
-    """A choice's settings, over those of the choices that its `defaults` name."""
-    own = yaml.load(files[name].read_text(), YamlLoader)
-    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
-    return {key: value for base in bases for key, value in _with_bases(files, base).items()} | own
 
 
 def satisfying(part: Any, protocol: type | None, key: str) -> Any:

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pruneexp.cli.targets import located
-from pruneexp.conf_files import YamlLoader, did_you_mean, inherited, option_file
+from pruneexp.conf_files import did_you_mean, option_content, option_file
 from pruneexp.dataset.document_files import holds_documents
 from pruneexp.types import ConfigError
 
@@ -114,10 +113,7 @@ def _expanded(name: str, each: Any, key: str, folders: Sequence[Path]) -> dict[s
         near = did_you_mean(choice, known)
         files = "calibration=FILE in its settings for files of your own"
         raise ConfigError(f"{key}: {choice} is no dataset; expected one of {', '.join(known)}, or {files}{near}")
-    node: dict[str, Any] = {}
-    for file in reversed(inherited(path)):
-        node |= yaml.load(file.read_text(), YamlLoader) or {}
-    node = {k: v for k, v in node.items() if k not in (*SHARED, "defaults")}
+    node = {k: v for k, v in option_content(path).items() if k not in SHARED}
     return {"weight": weight, "dataset": {**node, **settings}}
 
 

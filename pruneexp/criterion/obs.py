@@ -86,10 +86,10 @@ class Obs:
         return {site.name: self._path(site, block.weights[site.name], evidence[site.name]) for site in block.sites}
 
     def _path(self, site: Site, weights: SiteWeights, evidence: Gram | Halved) -> RemovalPath:
-        ridge = self._ridge(site, weights, evidence)
         gram = evidence.whole if isinstance(evidence, Halved) else evidence
         device = weights.out_projection.device
         cov_CC, mean_C = gram.covariance_CC.to(device), gram.mean_C.to(device)
+        ridge = self._ridge(site, weights, evidence, cov_CC.diagonal())
         inverse_CC = _inverse(cov_CC, ridge)
         kept_CC = cov_CC if inverse_CC is None else inverse_CC
         kept_CC = kept_CC.to(torch.promote_types(weights.out_projection.dtype, torch.float32), copy=True)
@@ -101,11 +101,10 @@ class Obs:
         out_projections = Refits(site, own, bias, kept_CC, mean_C, order_U, self.levels, self.memory)
         return RemovalPath(order_U.cpu(), cost_U.cpu(), out_projections)
 
-    def _ridge(self, site: Site, weights: SiteWeights, evidence: Gram | Halved) -> float:
+    def _ridge(self, site: Site, weights: SiteWeights, evidence: Gram | Halved, variance_C: Tensor) -> float:
         if not isinstance(self.ridge, str):
             return self.ridge
         assert isinstance(evidence, Halved)
-        variance_C = evidence.whole.covariance_CC.diagonal().to(weights.out_projection.device)
         given_C = weights.out_projection.double().square().sum(0) * variance_C
         kept_U = given_C.view(site.units, site.width).sum(1).sort(stable=True).indices[round(_TRIED * site.units) :]
         keep_C = site.keep_C(kept_U.sort().values.tolist())

@@ -75,10 +75,10 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
 
 def settled(experiment: Experiment, model: Model) -> Experiment:
     """With the compensator as it is for this model."""
-    own = experiment.compensator.settled
-    return (
-        experiment if own is None else replace(experiment, compensator=own(model.family.adds_up and not model.mixture))
-    )
+    settle = experiment.compensator.settled
+    if settle is None:
+        return experiment
+    return replace(experiment, compensator=settle(model.family.adds_up and not model.mixture))
 
 
 def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:

@@ -50,8 +50,10 @@ def plan_within_budget(
 
     Query heads are searched in turns; the plan names those that leave.
     """
-    turns = Turns(work.model.sites() if QUERY_HEADS in work.method.search.granularity else (), scores)
-    asked = oracle if oracle is None or QUERY_HEADS not in work.method.search.granularity else turns.oracle(oracle)
+    if QUERY_HEADS not in work.method.search.granularity:
+        return _settled(work, scores, sites, budget, oracle)
+    turns = Turns(work.model.sites(), scores)
+    asked = None if oracle is None else turns.oracle(oracle)
     plan, short = _settled(work, turns.scored(), sites, budget, asked)
     return turns.resolved(plan), short
 

@@ -99,14 +99,14 @@ def _dense_results(
     )
 
 
-def _scores_of_part(work: Pruning, criterion: Criterion, whole: tuple[str, ...]) -> dict[str, Score]:
+def _scores_of_part(work: Pruning, criterion: Criterion, shown: tuple[str, ...]) -> dict[str, Score]:
     """Scores on the windows that the search does not judge structures by."""
     assert work.tokens_NT is not None
     seed, results, spent = work.record.rng.initial_seed(), work.record.results, Meter()
     scored_on, _ = parted(work.tokens_NT, work.method.search.held_out, seed)
     part = {"held_out": work.method.search.held_out, "drawn": seed}
     results = replace(results, basis={**results.basis, **part})
-    scores, _ = results.of(work.model, scored_on, criterion, None, whole, spent, work.record.notes)
+    scores, _ = results.of(work.model, scored_on, criterion, None, shown, spent, work.record.notes)
     share = len(scored_on) / len(work.tokens_NT)
     work.record.meter.forward += share * spent.forward
     work.record.meter.backward += share * spent.backward

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pruneexp.conf_files import YamlLoader, conf_folder, inherited
+from pruneexp.conf_files import YamlLoader, conf_folder, inherited, option_content
 from pruneexp.dataset.bos import AUTO
 from pruneexp.fingerprint import differing, settings
 from pruneexp.report.folders import Run
@@ -60,21 +60,16 @@ Runs = Sequence[Described]
 @cache
 def options(group: str) -> dict[str, dict[str, Any]]:
     """Settings of every option of a group, flat, those it inherits among them."""
-    by_name = {}
-    for path in sorted((conf_folder() / group).glob("*.yaml")):
-        merged: dict[str, Any] = {}
-        for file in reversed(inherited(path)):
-            merged |= yaml.load(file.read_text(encoding="utf-8"), YamlLoader) or {}
-        by_name[path.stem] = settings({key: value for key, value in merged.items() if key != "defaults"})
-    return by_name
+    return {path.stem: settings(option_content(path)) for path in sorted((conf_folder() / group).glob("*.yaml"))}
 
 
 @cache
 def _recipes() -> dict[str, dict[str, str]]:
-    """Recipe -> the option of each group that it chooses."""
+    """Recipe -> the option of each group that it, or one that it builds on, chooses."""
     recipes, prefix = {}, "override /"
     for path in sorted((conf_folder() / "recipe").glob("*.yaml")):
-        lines = yaml.load(path.read_text(encoding="utf-8"), YamlLoader).get("defaults", ())
+        files = [yaml.load(file.read_text(encoding="utf-8"), YamlLoader) for file in reversed(inherited(path))]
+        lines = [line for file in files for line in file.get("defaults", ())]
         overrides = {key: value for line in lines if isinstance(line, dict) for key, value in line.items()}
         recipes[path.stem] = {key.removeprefix(prefix): value for key, value in overrides.items() if prefix in key}
     return recipes
@@ -123,15 +118,21 @@ def choices_of(
         choices = {group: _recorded(group, config, recorded.get(group)) for group in GROUPS}
         recipe = recorded.get("recipe")
         chosen = _recipes().get(str(recipe), {})
-        swapped = [group for group in RECIPE if chosen.get(group, recorded.get(group)) != recorded.get(group)]
+        swapped = [group for group in chosen if chosen[group] != recorded.get(group)]
         return (None if swapped else recipe), choices
     near: list[tuple[str | None, dict[str, Choice]]] = []
     for recipe, chosen in _recipes().items():
         choices = {group: choice(group, config, chosen.get(group)) for group in GROUPS}
-        if all(choices[group].name == chosen.get(group) for group in RECIPE):
+        if all(choices[group].name == chosen.get(group) for group in {*RECIPE, *chosen}):
             near.append((recipe, choices))
     none_near = (None, {group: choice(group, config) for group in GROUPS})
-    return min(near, key=lambda pair: sum(len(pair[1][group].departures) for group in RECIPE), default=none_near)
+
+    def far(pair: tuple[str | None, dict[str, Choice]]) -> tuple[int, int]:
+        """Settings that depart; of recipes alike in that, the one that chooses most comes first."""
+        departures = sum(len(pair[1][group].departures) for group in RECIPE)
+        return departures, -len(_recipes()[str(pair[0])])
+
+    return min(near, key=far, default=none_near)
 
 
 def model_names(config: Mapping[str, Any]) -> set[str]:

@@ -22,7 +22,7 @@ log = logging.getLogger("pruneexp")
 _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
 _AL_AM = "al_am of "
-_AT_ONCE = 4  # structures whose out-projections may all differ, that are held together
+_AT_ONCE = 3  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
 
 
@@ -132,14 +132,18 @@ class Evolution:
         starts |= {f"ramp {ramp:+g}": same_share(structures, 1.0, ramp) for ramp in RAMPS}
         if not structures.composites:
             starts |= {f"{_AL_AM}{name}": standardised_share(structures, own) for name, own in criteria.items()}
-        share = self.affordable(len(starts), _STARTS)
-        if share is None:
-            return list(starts.values())[-1]
         orders = {name: structures.ordered(own) if name in others else structures for name, own in criteria.items()}
-        first = self._best({name: partial(structures.candidate, own) for name, own in starts.items()}, share)
-        levels, own = starts[first], first.removeprefix(_AL_AM)
+        share = self.affordable(len(starts), _STARTS) or self.affordable(len(starts), 1.0)
+        if share is None:
+            first = f"{_AL_AM}{next(iter(others))}"
+            chosen = first if first in starts else f"shares {len(shares) - 1}"
+        else:
+            chosen = self._best({name: partial(structures.candidate, own) for name, own in starts.items()}, share)
+        levels, own = starts[chosen], chosen.removeprefix(_AL_AM)
         if own in orders:  # it stays with the order that its levels are made for, unless another is clearly better
             self.structures, orders = orders[own], {own: orders.pop(own), **orders}
+        if share is None:
+            return levels
         if self.left >= self.price(len(orders), share):
             self.structures = orders[
                 self._best({n: partial(each.candidate, levels) for n, each in orders.items()}, share)

@@ -249,7 +249,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         spent = ["", "", ""]
         if "seconds" in line:
             spent = [f"{line['seconds']:.0f}", f"{line['passes']:.1f}", f"{line['peak_bytes'] / 2**20:,.0f}"]
-        rows.append([*row, *(spent if "seconds" in line else [""] * 3)])
+        rows.append([*row, *spent])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 

@@ -222,7 +222,7 @@ def test_stages_by_hand(foretold: Any) -> None:
     covariances, out_projections = 4 * 4 * (64**2 + 172**2), 4 * (3 * 64 + 3 * 172) * 64 * 4
     ffn = batch * (3 * 172 + 3 * 64) * 4
     read = batch * (172 + 3 * 64) * 4 + 8 * batch * 172
-    logits = batch * 256 * (4 + 4 + 4)
+    logits = max(batch * 256 * (4 + 4 + 4), 24 * 256 * (2 * 8 * 4 + 4 * 4))
     assert start.parts == {"process": 5000}
     assert calibrate.total == 1000 + weights + hidden + grams + covariances + max(24 * 172**2, ffn, read)
     assert search.total == 1000 + weights + covariances + out_projections + max(24 * 172**2, logits)

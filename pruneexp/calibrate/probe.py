@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from pruneexp.model.sites import experts_name
 from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
 from pruneexp.types import Candidate, Objective
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch on its way through all candidates. `layers`: what tells each one's layers from another's; `dense_BTV`:
+    the predictions to be compared with; `sums`: of the losses so far."""
+
+    candidates: Sequence[Candidate]
+    layers: Sequence[Sequence[Any]]
+    tokens_BT: Tensor
+    calls: list[Call]
+    dense_BTV: Tensor | None
+    sums: Tensor
 
 
 class Probe:
@@ -53,33 +67,34 @@ class Probe:
     @torch.no_grad()
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean loss in nats per token of each candidate, float64 [len(candidates)]."""
-        model, batches = self.model, self.tokens_NT.split(self.model.batch_size)
+        batches = self.tokens_NT.split(self.model.batch_size)
         layers = [self._layer_keys(candidate) for candidate in candidates]
         sums, windows = torch.zeros(len(candidates), dtype=torch.float64), 0
-
-        def descend(index: int, hidden_BTD: Tensor, alike: list[int]) -> None:
-            """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
-            if index == len(model.layers):
-                sums[alike] += self._loss(model.leave(tokens_BT, hidden_BTD), tokens_BT, dense_BTV)
-                return
-            variants: dict[Any, list[int]] = {}
-            for number in alike:
-                variants.setdefault(layers[number][index], []).append(number)
-            for same in variants.values():
-                first = candidates[same[0]]
-                with masked_layer(model, index, first.plan, first.out_projections) as layer:
-                    output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
-                self._spend(len(tokens_BT) / len(model.layers))
-                descend(index + 1, output_BTD, same)
-
         for number in range(len(batches)) if batch is None else [batch]:
             tokens_BT = batches[number]
-            hidden, calls = model.enter(tokens_BT)
+            hidden, calls = self.model.enter(tokens_BT)
             dense_BTV = self._predicted(number, tokens_BT, hidden, calls) if self.objective == "kl" else None
-            descend(0, hidden, list(range(len(candidates))))
+            work = _Batch(candidates, layers, tokens_BT, calls, dense_BTV, sums)
+            self._descend(work, 0, hidden, list(range(len(candidates))))
             windows += len(tokens_BT)
             self._show()
         return sums / windows
+
+    def _descend(self, work: _Batch, index: int, hidden_BTD: Tensor, alike: list[int]) -> None:
+        """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
+        model, tokens_BT = self.model, work.tokens_BT
+        if index == len(model.layers):
+            work.sums[alike] += self._loss(model.leave(tokens_BT, hidden_BTD), tokens_BT, work.dense_BTV)
+            return
+        variants: dict[Any, list[int]] = {}
+        for number in alike:
+            variants.setdefault(work.layers[number][index], []).append(number)
+        for same in variants.values():
+            first = work.candidates[same[0]]
+            with masked_layer(model, index, first.plan, first.out_projections) as layer:
+                output_BTD = model.run_layer(layer, hidden_BTD, work.calls[index])
+            self._spend(len(tokens_BT) / len(model.layers))
+            self._descend(work, index + 1, output_BTD, same)
 
     def _predicted(self, number: int, tokens_BT: Tensor, hidden_BTD: Tensor, calls: list[Call]) -> Tensor:
         """Logits of the model as it stands."""

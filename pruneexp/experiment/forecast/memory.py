@@ -158,8 +158,17 @@ class Memory:
         held = self._of_all(dense_kinds(self.method))
         solves = self._widest(self.method.criterion.working_bytes) if kept + files else 0
         batch = activations(self.shape, self.seen, loss=True)
+        if self.method.search.objective == "kl":
+            batch = max(batch, self._divergence())
         stage = self._stage("search", 0, activations=batch, statistics=held, solves=solves, kept=kept)
         return [replace(stage, files=files)]
+
+    def _divergence(self) -> int:
+        """A batch's logits of the dense model and of the pruned one, and those of a window in at least float32: both
+        log-softmaxes, their products and one in between."""
+        shape, e = self.shape, self.shape.itemsize
+        batch = min(self.seen.batch_size, self.seen.count)
+        return self.seen.length * shape.vocabulary * (2 * batch * e + 4 * max(4, e))
 
     def _shrinking(self) -> Stage:
         """The second walk."""

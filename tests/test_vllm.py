@@ -121,6 +121,8 @@ def test_layers_with_groups_of_other_sizes(tmp_path: Path, capsys: pytest.Captur
     tokens_T = torch.randint(3, 64, (32,), generator=torch.Generator().manual_seed(1))
     expected = model_logits(folder, tokens_T)
     torch.testing.assert_close(decilm_logits(out, tokens_T).float(), expected, rtol=1e-4, atol=1e-4)
+    nine = fewer_query_heads(tmp_path / "nine", "llama", ((3, 3),) * 3)  # they do not divide the hidden size, 48
+    assert main([str(nine), "format=vllm", f"out={tmp_path / 'of nine'}", "prove=in_place"]) == 0
     uneven = fewer_query_heads(tmp_path / "b", "llama", ((3, 2), (3, 3), (3, 3)))
     assert "query heads differ between layers (9 in most, others in layers 0)" in refused(capsys, uneven, out / "b")
 

@@ -154,8 +154,9 @@ def own_model(folder: Path, like: Model) -> Model:
             "mlp_output_bias": not no_ffn,
         }
     wanted = ("hidden_size", "vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
-    wanted += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-    values = {name: config[name] for name in (*wanted, "max_position_embeddings")}
+    wanted += ("num_hidden_layers", "head_dim", "intermediate_size", "max_position_embeddings")
+    values = {name: config[name] for name in wanted}
+    values |= {"num_attention_heads": 1, "num_key_value_heads": 1}  # layers say theirs; these must divide hidden_size
     biased = {"attention_bias": True, "mlp_bias": True}  # of zeros, where the files have none
     pruned = modeling_pruned.__getattr__("PrunedLlamaConfig")(**values, **biased, per_layer_config=per_layer)
     module: Any = modeling_pruned.__getattr__("PrunedLlamaForCausalLM")._from_config(pruned, dtype=like.dtype)

@@ -23,8 +23,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pruneexp.dataset import Embedded, HubText, WindowSource, check_vocabulary, fingerprint, overlap, text, tokens
-from pruneexp.dataset.hub import document, joined
 from pruneexp.dataset.offline import unreachable
+from pruneexp.dataset.rows import document, joined
 from pruneexp.dataset.windows import cut, draw
 from pruneexp.types import ConfigError, RunError
 from tests.cases import each

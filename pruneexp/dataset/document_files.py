@@ -13,13 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import Any
 
 from pruneexp.dataset.files import stem_of
-from pruneexp.dataset.hub import Rows, windows_of_rows
-from pruneexp.dataset.windows import Sampling, check_common
+from pruneexp.dataset.rows import DocumentSource, Rows
+from pruneexp.dataset.windows import Sampling
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.types import ConfigError
 
@@ -59,40 +57,23 @@ def documents(
     joins = {"calibration_join": calibration_join, "evaluation_join": evaluation_join}
     drawn = {"samples": samples, "length": length, "seed": seed, "sampling": sampling, "bos": bos}
     shown = {"evaluation_windows": evaluation_windows, "special_tokens": special_tokens, "fields": fields}
-    return DocumentFiles(files[0] or None, files[1] or None, slices, named, **joins, **shown, **drawn)  # type: ignore[arg-type]
+    parts: dict[str, Any] = {"calibration_file": files[0] or None, "evaluation_file": files[1] or None}
+    return DocumentFiles(**parts, slices=slices, name=named, **joins, **shown, **drawn)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class DocumentFiles:
+@dataclass(frozen=True, kw_only=True)
+class DocumentFiles(DocumentSource):
     """Rows of files, in order: one JSON object a line (.jsonl, .json, also .gz), or rows of .parquet.
 
-    Documents become windows as those of `HubText` do. `slices`: of each part's documents, counted over all its files,
-    those that are taken, "0:1334"; None: all.
+    `slices`: of each part's documents, counted over all its files, those that are taken, "0:1334"; None: all.
     """
 
     calibration_file: tuple[str, ...] | None
     evaluation_file: tuple[str, ...] | None
     slices: Mapping[str, str | None]
-    name: str
-    calibration_join: str | None
-    evaluation_join: str
-    evaluation_windows: int | None
-    special_tokens: bool
-    fields: list[str]
-    samples: int
-    length: int
-    seed: int
-    sampling: Sampling
-    bos: bool
-
-    contiguous: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
-        if not self.fields:
-            raise ConfigError(f"fields={list(self.fields)!r}: expected at least one field of the documents")
-        if self.evaluation_windows is not None and self.evaluation_windows < 1:
-            raise ConfigError(f"evaluation_windows={self.evaluation_windows!r}: expected null or an int >= 1")
+        super().__post_init__()
         for part, taken in self.slices.items():
             if taken is not None and not SLICE.fullmatch(taken):
                 raise ConfigError(f"{part}_documents={taken!r}: expected null, or first:last+1, like 0:1000 or 1000:")
@@ -103,13 +84,7 @@ class DocumentFiles:
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         for part, needed in (("calibration", calibration), ("evaluation", evaluation)):
             if needed:
-                self._rows(part)
-
-    def calibration(self, tokenizer: Any) -> Tensor:
-        return windows_of_rows(self, "calibration", None, tokenizer, self._rows("calibration"))
-
-    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
-        return windows_of_rows(self, "evaluation", length, tokenizer, self._rows("evaluation"))
+                self.rows(part)
 
     def key(self, part: str) -> str:
         files = self._files(part) or ("null",)
@@ -128,7 +103,7 @@ class DocumentFiles:
     def _files(self, part: str) -> tuple[str, ...] | None:
         return self.calibration_file if part == "calibration" else self.evaluation_file
 
-    def _rows(self, part: str) -> Rows:
+    def rows(self, part: str) -> Rows:
         """The part's documents. Raises ConfigError."""
         if self._files(part) is None:
             raise ConfigError(f"dataset.{part}=null: expected {EXPECTED}")

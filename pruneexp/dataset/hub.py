@@ -3,64 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, ClassVar, Protocol
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from pruneexp.dataset.offline import hub
-from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, windows_of
+from pruneexp.dataset.rows import DocumentSource, Rows
 from pruneexp.types import ConfigError, RunError
 
 SPLIT = re.compile(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?")
 
 
-@dataclass(frozen=True)
-class HubText:
-    """Text of a data set on the hub (or in its local cache).
+@dataclass(frozen=True, kw_only=True)
+class HubText(DocumentSource):
+    """Text of a data set on the hub (or in its local cache). Splits are named as `datasets` does, "train" or
+    "validation[:1100]"."""
 
-    A document is one row: its `fields`, the empty ones left out, joined by newlines where there are several.
-
-    Calibration: with a `calibration_join`, all documents of `calibration_split` are joined by it, tokenised whole, and
-    windows are drawn from that stream (FLAP, wanda, GPTQ: wikitext2, ptb). With None, each window comes from a document
-    of its own, drawn without replacement among those of at least `length` tokens (LLM-Pruner: bookcorpus, c4; wanda's
-    c4 is this up to repeated documents): at a random start, or ("consecutive") the first such documents, each from
-    its beginning. Evaluation: the documents of `evaluation_split` joined by `evaluation_join`, tokenised whole,
-    consecutive windows, at most `evaluation_windows` of them.
-
-    Splits are named as `datasets` does, "train" or "validation[:1100]". `special_tokens`: the tokenizer adds what it
-    adds to any text (LLaMA's beginning-of-sequence token, once per tokenised piece), as the papers' code does. `bos`:
-    that token begins each window, in place of the one that the tokenizer adds, and is counted in its length.
-    """
-
-    name: str
     path: str
     config: str | None
     revision: str | None
     data_files: dict[str, str] | None
     streaming: bool
-    fields: list[str]
     calibration_split: str
     evaluation_split: str
-    calibration_join: str | None
-    evaluation_join: str
-    evaluation_windows: int | None
-    special_tokens: bool
-    samples: int
-    length: int
-    seed: int
-    sampling: Sampling
-    bos: bool
-
-    contiguous: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
-        if not self.fields:
-            raise ConfigError(f"fields={list(self.fields)!r}: expected at least one column of the data set")
+        super().__post_init__()
         for part in ("calibration_split", "evaluation_split"):
             split = SPLIT.fullmatch(getattr(self, part))
             if split is None or (self.streaming and "-" in split[0]):
@@ -68,8 +36,6 @@ class HubText:
                 raise ConfigError(f"{part}={getattr(self, part)!r}: expected a split {expected}")
             if self.data_files is not None and split[1] not in self.data_files:
                 raise ConfigError(f"{part}={split[0]!r}: expected one of data_files, {', '.join(self.data_files)}")
-        if self.evaluation_windows is not None and self.evaluation_windows < 1:
-            raise ConfigError(f"evaluation_windows={self.evaluation_windows!r}: expected null or an int >= 1")
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         """Nothing that could be told without asking the hub."""
@@ -77,16 +43,9 @@ class HubText:
     def __hash__(self) -> int:
         return hash(repr(self))  # lists and dicts are among the settings
 
-    def calibration(self, tokenizer: Any) -> Tensor:
-        return self._windows("calibration", None, tokenizer, self.calibration_split)
-
-    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
-        return self._windows("evaluation", length, tokenizer, self.evaluation_split)
-
-    def _windows(self, part: str, length: int | None, tokenizer: Any, split: str) -> Tensor:
-        documents = self._rows(split)
-        rows = Rows(getattr(documents, "_fingerprint", None) or "", documents)
-        return windows_of_rows(self, part, length, tokenizer, rows)
+    def rows(self, part: str) -> Rows:
+        documents = self._documents(self.calibration_split if part == "calibration" else self.evaluation_split)
+        return Rows(getattr(documents, "_fingerprint", None) or "", documents)
 
     def key(self, part: str) -> str:
         split = self.calibration_split if part == "calibration" else self.evaluation_split
@@ -103,7 +62,7 @@ class HubText:
             "evaluation": evaluation,
         }
 
-    def _rows(self, split: str) -> Sequence[Mapping[str, Any]]:
+    def _documents(self, split: str) -> Sequence[Mapping[str, Any]]:
         """The split's documents. Raises RunError where neither the hub nor the cache has them."""
         import datasets
 
@@ -121,94 +80,3 @@ class HubText:
                 offline = "offline, use dataset=text dataset.calibration=FILE dataset.evaluation=FILE"
                 message = f"dataset.path={self.path}: cannot be loaded from the hub or its cache ({reason}); {offline}"
                 raise RunError(message) from error
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Documents in order; equal where the fingerprints are. "": they do not tell whether they are the same."""
-
-    fingerprint: str
-    documents: Sequence[Mapping[str, Any]] = field(compare=False, repr=False)
-
-
-class DocumentSource(Protocol):
-    """How documents become windows: what `HubText` and files of documents have in common."""
-
-    fields: list[str]
-    calibration_join: str | None
-    evaluation_join: str
-    evaluation_windows: int | None
-    special_tokens: bool
-    samples: int
-    length: int
-    seed: int
-    sampling: Sampling
-    bos: bool
-
-    def key(self, part: str) -> str: ...
-
-
-def windows_of_rows(source: Any, part: str, length: int | None, tokenizer: Any, rows: Rows) -> Tensor:
-    """Windows [N, T] of a `DocumentSource`, made once of documents that are the same; streamed ones do not tell."""
-    make = _made if rows.fingerprint else _made.__wrapped__
-    return make(source, part, length, tokenizer, rows)
-
-
-@lru_cache(maxsize=4)
-def _made(source: DocumentSource, part: str, length: int | None, tokenizer: Any, documents: Rows) -> Tensor:
-    key, bos, rows = source.key(part), begin_with(tokenizer, source.bos), documents.documents
-
-    def encoded(text: str) -> Tensor:
-        return encode(tokenizer, text, source.special_tokens)
-
-    def cut_up(text_M: Tensor, width: int) -> Tensor:
-        return cut(text_M, width, key)
-
-    def drawn(text_M: Tensor, width: int) -> Tensor:
-        return draw(text_M, source.samples, width, source.seed, source.sampling, key)
-
-    if part == "evaluation":
-        stream_M = encoded(joined(rows, source.fields, source.evaluation_join))
-        return windows_of(stream_M, length or source.length, bos, cut_up)[: source.evaluation_windows]
-    if source.calibration_join is None:
-        return _document_windows(source, encoded, rows, key, bos)
-    return windows_of(encoded(joined(rows, source.fields, source.calibration_join)), source.length, bos, drawn)
-
-
-def document(row: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """One row as text: its non-empty `fields`, a newline between them. Raises ConfigError for an unknown field."""
-    missing = [field for field in fields if field not in row]
-    if missing:
-        raise ConfigError(f"dataset.fields={list(fields)}: no column {missing[0]!r}; expected some of {', '.join(row)}")
-    return "\n".join(row[field] for field in fields if row[field])
-
-
-def joined(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], join: str) -> str:
-    """All documents in order, empty ones too, as one text."""
-    return join.join(document(row, fields) for row in rows)
-
-
-def _document_windows(
-    source: DocumentSource,
-    encoded: Callable[[str], Tensor],
-    rows: Sequence[Mapping[str, Any]],
-    key: str,
-    bos: int | None,
-) -> Tensor:
-    """Windows [N, T], each from a document of its own. `bos`: as `windows_of` takes it."""
-    rng, consecutive, windows = torch.Generator().manual_seed(source.seed), source.sampling == "consecutive", []
-
-    def one(text_M: Tensor, width: int) -> Tensor:
-        """[1, T]; [0, T] of a document that is too short."""
-        starts = len(text_M) - width + 1
-        if starts < 1:
-            return text_M.new_empty(0, width)
-        start = 0 if consecutive else int(torch.randint(starts, (), generator=rng))
-        return text_M[None, start : start + width]
-
-    for index in range(len(rows)) if consecutive else torch.randperm(len(rows), generator=rng).tolist():
-        windows += windows_of(encoded(document(rows[index], source.fields)), source.length, bos, one)
-        if len(windows) == source.samples:
-            return torch.stack(windows)
-    there = f"{len(windows)} of {len(rows)} documents have {source.length} tokens or more"
-    raise ConfigError(f"{key}: {there}; expected at least dataset.samples={source.samples}")

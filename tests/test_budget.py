@@ -310,7 +310,7 @@ def test_dense_targets_behind_post_norms_are_refused_before_a_weight_is_loaded(
     assert not Path("run").exists()
     blocks = Global(0, ["blocks"], "none", 1)  # leaves nothing to compensate
     outline = deepcopy(ModelSource("post", "post", None, "auto", "cpu", False, False, 4).outline())
-    check_pruning(outline, blocks, OneShot(0.3, "decoder", 0), LeastSquares(1e-3, "dense", True))
+    check_pruning(outline, blocks, OneShot(0.3, "decoder", 0), LeastSquares(1e-3, "dense", True, "site"))
 
 
 @pytest.mark.slow

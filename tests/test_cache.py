@@ -66,7 +66,7 @@ def test_a_removal_path_refits_its_readers_as_before(cache: Cache, tiny: Callabl
     block = model.block(0)
     torch.manual_seed(0)
     seen = {site.name: Gram.empty(site).update(torch.randn(4, 9, site.channels)) for site in block.sites}
-    paths = Obs(ridge=1e-3, step=1, levels=4, scale="none", sequential=False, memory=8.0)(block, seen)
+    paths = Obs(ridge=1e-3, step=1, levels=4, scale="none", sequential=False, memory=8.0, ridge_per="site")(block, seen)
     back = kept(cache, KEY, paths)
     for name, path in paths.items():
         assert isinstance(path, RemovalPath)
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path: Path, caplog: py
 
 
 def test_settings_and_source_make_the_version() -> None:
-    first = Obs(ridge=1e-3, step=1, levels=4, scale="none", sequential=False, memory=8.0)
+    first = Obs(ridge=1e-3, step=1, levels=4, scale="none", sequential=False, memory=8.0, ridge_per="site")
     assert version_of(first) == version_of(replace(first))
     assert version_of(first) != version_of(replace(first, ridge=1e-2))
     assert version_of(Gram) != version_of(Moments)

@@ -10,7 +10,7 @@ import torch
 
 from pruneexp.search import Evolutionary, Global
 from pruneexp.search.levels import Structures, parabola
-from pruneexp.types import Budget, Candidate, ConfigError, RemovalPath, RunError
+from pruneexp.types import Budget, Candidate, ConfigError, Plan, RemovalPath, RunError
 from tests.cases import each
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, model_sites, params
 
@@ -31,6 +31,9 @@ class Loss:
         levels = [{s.name: c.plan.removed(s) for s in SITES} for c in candidates]
         self.seen += levels
         return torch.tensor([self.loss(each) for each in levels], dtype=torch.float64)
+
+    def trial(self, plan: Plan, share: float) -> Candidate:
+        return Candidate(plan)
 
 
 def search(**settings) -> Evolutionary:

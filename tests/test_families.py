@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("modules_cache")
 COMPENSATORS = {
     "none": NoCompensation(False),
     "bias": Bias(False),
-    "least_squares": LeastSquares(1e-3, "pruned", False),
+    "least_squares": LeastSquares(1e-3, "pruned", False, "site"),
 }
 GRANULARITIES = ("heads", "channels", "sublayer", "block")
 MIXTURES = ("mixtral", "qwen3_moe")

@@ -63,7 +63,7 @@ def test_halves_of_a_kind_are_fed_as_that_kind() -> None:
         of_gram.nothing_of_the_kind  # noqa: B018
 
 
-def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, mean_variance) -> list[float]:
+def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, variance_K) -> list[float]:
     """Of every ridge: the squared error on each half's raw tokens of what was fitted to the other's."""
     halves = [(x[i::2].reshape(-1, C), y[i::2].reshape(-1, OUTPUTS)) for i in (0, 1)]
     found = []
@@ -71,9 +71,9 @@ def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, mean
         total = 0.0
         for (fit_x, fit_y), (new_x, new_y) in (halves, halves[::-1]):
             kept = fit_x[:, KEEP]
-            strength = (ridge * mean_variance(fit_x) * (len(kept) - 1)) ** 0.5
-            rows = torch.cat([kept - kept.mean(0), strength * torch.eye(len(KEEP), dtype=torch.float64)])
-            aim = torch.cat([fit_y - fit_y.mean(0), strength * weight[:, KEEP].T])
+            strength = torch.diag((ridge * variance_K(fit_x) * (len(kept) - 1)) ** 0.5)
+            rows = torch.cat([kept - kept.mean(0), strength])
+            aim = torch.cat([fit_y - fit_y.mean(0), strength @ weight[:, KEEP].T])
             solved = torch.linalg.lstsq(rows, aim).solution
             bias = fit_y.mean(0) - kept.mean(0) @ solved
             total += float((new_y - new_x[:, KEEP] @ solved - bias).square().mean(0).sum())
@@ -81,20 +81,25 @@ def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, mean
     return found
 
 
+@pytest.mark.parametrize("per", ["site", "channel"])
 @pytest.mark.parametrize("target", ["pruned", "dense"])
 @pytest.mark.parametrize(("length", "noise"), [(6, 3.0), (200, 0.1)])
-def test_the_chosen_ridge_is_half_of_what_errs_least_on_tokens_held_out(target, length, noise) -> None:
+def test_the_chosen_ridge_is_half_of_what_errs_least_on_tokens_held_out(target, length, noise, per) -> None:
     weight, bias = drawn(OUTPUTS, C, seed=3), drawn(OUTPUTS, seed=4)
     x = correlated(6, length)
     if target == "pruned":
         y = x @ weight.T + bias
         seen = Halves(Gram).empty(MLP).update(x)
-        errors = _errors_by_hand(x, y, weight, lambda fit_x: float(fit_x.var(0).mean()))
+        mean = lambda fit_x: fit_x.var(0).mean()  # noqa: E731
     else:
         y = x @ weight.T + noise * drawn(6, length, OUTPUTS, seed=5)
         seen = Halves(WantedOutput).of(MLP, KEEP).update(x[..., KEEP], y)
-        errors = _errors_by_hand(x, y, weight, lambda fit_x: float(fit_x[:, KEEP].var(0).mean()))
-    assert chosen_ridge(weight, bias, seen, KEEP) == RIDGES[errors.index(min(errors))] / 2
+        mean = lambda fit_x: fit_x[:, KEEP].var(0).mean()  # noqa: E731
+    one = torch.ones(len(KEEP), dtype=torch.float64)
+    errors = _errors_by_hand(
+        x, y, weight, lambda fit_x: fit_x[:, KEEP].var(0) if per == "channel" else mean(fit_x) * one
+    )
+    assert chosen_ridge(weight, bias, seen, KEEP, per) == RIDGES[errors.index(min(errors))] / 2
 
 
 def test_more_tokens_are_held_back_less() -> None:
@@ -107,7 +112,7 @@ def test_more_tokens_are_held_back_less() -> None:
             .of(MLP, KEEP)
             .update(x[..., KEEP], x @ weight.T + 3 * drawn(6, length, OUTPUTS, seed=5))
         )
-        return chosen_ridge(weight, None, seen, KEEP)
+        return chosen_ridge(weight, None, seen, KEEP, "site")
 
     assert of(4) > of(40) > of(2000)
 
@@ -115,10 +120,10 @@ def test_more_tokens_are_held_back_less() -> None:
 def test_the_fit_is_to_all_windows_and_says_its_ridge() -> None:
     weight, bias = drawn(OUTPUTS, C, seed=3), drawn(OUTPUTS, seed=4)
     x = correlated(6, 20)
-    auto, seen = LeastSquares("auto", "pruned", True), Halves(Gram).empty(MLP).update(x)
-    ridge = chosen_ridge(weight, bias, seen, KEEP)
+    auto, seen = LeastSquares("auto", "pruned", True, "site"), Halves(Gram).empty(MLP).update(x)
+    ridge = chosen_ridge(weight, bias, seen, KEEP, "site")
     fitted, added, chosen = auto(weight, bias, seen, KEEP)
-    expected = LeastSquares(ridge, "pruned", True)(weight, bias, Gram.empty(MLP).update(x), KEEP)
+    expected = LeastSquares(ridge, "pruned", True, "site")(weight, bias, Gram.empty(MLP).update(x), KEEP)
     assert chosen == {"ridge": ridge}
     torch.testing.assert_close((fitted, added), expected)
     assert auto(weight, bias, Halves(Gram).empty(MLP).update(x), torch.arange(C)) == (weight, bias)
@@ -128,9 +133,9 @@ def test_the_fit_is_to_all_windows_and_says_its_ridge() -> None:
 def test_an_expert_that_saw_next_to_nothing_is_held_back_as_usual(tokens: int) -> None:
     site = replace(MLP, expert=0)
     seen = Halves(Gram).empty(site).update(torch.zeros(1, tokens, C, dtype=torch.float64))
-    assert chosen_ridge(drawn(OUTPUTS, C), None, seen, KEEP) == RIDGES[START] / 2
+    assert chosen_ridge(drawn(OUTPUTS, C), None, seen, KEEP, "site") == RIDGES[START] / 2
     none = torch.zeros(0, dtype=torch.long)
     assert (
-        chosen_ridge(drawn(OUTPUTS, C), None, Halves(Gram).empty(MLP).update(correlated(4, 8)), none)
+        chosen_ridge(drawn(OUTPUTS, C), None, Halves(Gram).empty(MLP).update(correlated(4, 8)), none, "site")
         == RIDGES[START] / 2
     )

@@ -83,7 +83,7 @@ def test_on_least_squares_the_score_is_the_exact_cost_of_removal_the_survivors_f
 
     weights = {site.name: SiteWeights({}, {}, out_projection.detach(), None)}
     gram = Gram.empty(site).update(x[None])
-    path = Obs(0.0, 1, 8, "none", False, 8.0)(Block("toy", 0, (site,), weights), {site.name: gram})[site.name]
+    path = Obs(0.0, 1, 8, "none", False, 8.0, "site")(Block("toy", 0, (site,), weights), {site.name: gram})[site.name]
     assert int(path.order_U[0]) == int(score_U.argmin())
     assert float(score_U.min()) == pytest.approx(float(path.cost_U[0]), rel=1e-6)
 

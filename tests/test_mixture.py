@@ -124,7 +124,7 @@ def test_an_expert_is_judged_by_the_tokens_routed_to_it(made: Made, tokens_NT: t
         Flap("WIFV", False),
         LlmBip("l2", "up", "scale", False),
         LlmBip("l1", "up", "ignore", False),
-        Obs(1e-2, 1, 4, "output", False, 8.0),
+        Obs(1e-2, 1, 4, "output", False, 8.0, "site"),
         Taylor("param_first", "sum"),
         Taylor("param_mix", "sum"),
     ],
@@ -147,7 +147,7 @@ def idle(model: Model) -> None:
         router.weight.data[1], router.weight.data[3] = -router.weight[0], 0
 
 
-@pytest.mark.parametrize("compensator", [Bias(False), LeastSquares(1e-3, "pruned", False)])
+@pytest.mark.parametrize("compensator", [Bias(False), LeastSquares(1e-3, "pruned", False, "site")])
 def test_an_expert_without_a_token_can_be_compensated(compensator: Any, made: Made, tokens_NT: torch.Tensor) -> None:
     model = made("mixtral")
     idle(model)
@@ -346,7 +346,7 @@ def test_what_a_mixture_does_not_allow(made: Made) -> None:
     with pytest.raises(ConfigError, match="expected channels or experts"):
         Global(1, ["channels", "experts"], "none", 1)
     with pytest.raises(ConfigError, match="compensator.target='dense'"):
-        check_pruning(model, AlAm(), OneShot(0.2, "decoder", 0), LeastSquares(1e-3, "dense", True))
+        check_pruning(model, AlAm(), OneShot(0.2, "decoder", 0), LeastSquares(1e-3, "dense", True, "site"))
     with pytest.raises(ConfigError, match="format=padded"):
         padding(model)
     model = made("qwen3")

@@ -35,52 +35,63 @@ def lost(site: Site, out_projection: torch.Tensor, bias: torch.Tensor | None, ke
 @pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
 @pytest.mark.parametrize("step", [1, 7])
 def test_the_cost_is_the_increase_of_the_squared_error(site, step):
-    path = Obs(0.0, step, 8, "none", False, 8.0)(BLOCK, SEEN)[site.name]
+    path = Obs(0.0, step, 8, "none", False, 8.0, "site")(BLOCK, SEEN)[site.name]
     assert sorted(path.order_U.tolist()) == list(range(site.units))
     assert (path.cost_U.diff() >= -1e-9).all()
     for removed in range(1, site.units + 1):
         keep_C = site.keep_C(sorted(path.order_U[removed:].tolist()))
         own = BLOCK.weights[site.name].out_projection
-        weight, bias = LeastSquares(0.0, "pruned", True)(own, None, SEEN[site.name].copy(), keep_C)
+        weight, bias = LeastSquares(0.0, "pruned", True, "site")(own, None, SEEN[site.name].copy(), keep_C)
         assert lost(site, weight, bias, keep_C) == pytest.approx(float(path.cost_U[removed - 1]), rel=1e-6)
         torch.testing.assert_close(path.out_projections[removed], (weight, bias))
 
 
 @pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
 def test_each_step_takes_the_unit_whose_removal_costs_least(site):
-    path = Obs(0.0, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[site.name]
+    path = Obs(0.0, 1, 8, "none", False, 8.0, "site")(BLOCK, SEEN)[site.name]
     kept = list(range(site.units))
     for removed in range(min(5, site.units - 1)):
         costs = {}
         for unit in kept:
             keep_C = site.keep_C([u for u in kept if u != unit])
             own = BLOCK.weights[site.name].out_projection
-            out_projection = LeastSquares(0.0, "pruned", True)(own, None, SEEN[site.name].copy(), keep_C)
+            out_projection = LeastSquares(0.0, "pruned", True, "site")(own, None, SEEN[site.name].copy(), keep_C)
             costs[unit] = lost(site, *out_projection, keep_C)
         assert int(path.order_U[removed]) == min(costs, key=costs.__getitem__)
         kept.remove(int(path.order_U[removed]))
 
 
-def test_it_is_the_closed_form_of_a_single_weight():
-    """w_j^T w_j / [(S + lambda I)^-1]_jj for the unit that leaves first."""
-    path = Obs(1e-2, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[MLP.name]
+@pytest.mark.parametrize("per", ["site", "channel"])
+def test_it_is_the_closed_form_of_a_single_weight(per):
+    """w_j^T w_j / [(S + L)^-1]_jj for the unit that leaves first."""
+    path = Obs(1e-2, 1, 8, "none", False, 8.0, per)(BLOCK, SEEN)[MLP.name]
     cov = SEEN[MLP.name].covariance_CC
-    inverse = torch.linalg.inv(cov + 1e-2 * cov.diagonal().mean() * torch.eye(MLP.channels, dtype=torch.float64))
+    variance_C = cov.diagonal() if per == "channel" else cov.diagonal().mean().expand(MLP.channels)
+    inverse = torch.linalg.inv(cov + 1e-2 * torch.diag(variance_C))
     cost = BLOCK.weights[MLP.name].out_projection.square().sum(0) / inverse.diagonal()
     assert int(path.order_U[0]) == int(cost.argmin())
     assert float(path.cost_U[0]) == pytest.approx(float(cost.min()))
 
 
+@pytest.mark.parametrize("per", ["site", "channel"])
+def test_its_fits_are_those_of_least_squares(per):
+    path = Obs(0.1, 1, 8, "none", False, 8.0, per)(BLOCK, SEEN)[MLP.name]
+    keep_C = MLP.keep_C(sorted(path.order_U[9:].tolist()))
+    own = BLOCK.weights[MLP.name].out_projection
+    fitted = LeastSquares(0.1, "pruned", True, per)(own, None, SEEN[MLP.name].copy(), keep_C)
+    torch.testing.assert_close(path.out_projections[9], fitted)
+
+
 def test_output_scale_ends_at_one_and_changes_no_order():
-    plain = Obs(1e-9, 1, 8, "none", False, 8.0)(BLOCK, SEEN)
-    relative = Obs(1e-9, 1, 8, "output", False, 8.0)(BLOCK, SEEN)
+    plain = Obs(1e-9, 1, 8, "none", False, 8.0, "site")(BLOCK, SEEN)
+    relative = Obs(1e-9, 1, 8, "output", False, 8.0, "site")(BLOCK, SEEN)
     for site in (ATTENTION, MLP):
         assert torch.equal(plain[site.name].order_U, relative[site.name].order_U)
         assert float(relative[site.name].cost_U[-1]) == pytest.approx(1.0, rel=1e-6)
 
 
 def test_levels_are_evenly_spaced_and_any_other_is_answered():
-    out_projections = Obs(1e-3, 1, 8, "none", False, 8.0)(BLOCK, SEEN)[MLP.name].out_projections
+    out_projections = Obs(1e-3, 1, 8, "none", False, 8.0, "site")(BLOCK, SEEN)[MLP.name].out_projections
     assert list(out_projections) == [5, 10, 15, 20, 25, 30, 35, 40] and len(out_projections) == 8
     assert (
         out_projections[7][0].shape == (24, 33)
@@ -96,12 +107,12 @@ def test_duplicated_and_constant_channels_leave_first_and_free():
     x = mixed(MLP)
     x[..., 11], x[..., 20] = 2 * x[..., 30], 5.0
     seen = {**SEEN, MLP.name: Gram.empty(MLP).update(x)}
-    path = Obs(1e-9, 1, 8, "none", False, 8.0)(BLOCK, seen)[MLP.name]
+    path = Obs(1e-9, 1, 8, "none", False, 8.0, "site")(BLOCK, seen)[MLP.name]
     first = set(path.order_U[:2].tolist())
     assert 20 in first and first & {11, 30}
     assert float(path.cost_U[1]) < 1e-5 * float(path.cost_U[2])
     with pytest.raises(RunError, match=r"^ridge=0\.0: the inputs' covariance is singular"):
-        Obs(0.0, 1, 8, "none", False, 8.0)(BLOCK, seen)
+        Obs(0.0, 1, 8, "none", False, 8.0, "site")(BLOCK, seen)
 
 
 def test_a_thousand_channels_take_about_a_second():
@@ -112,14 +123,14 @@ def test_a_thousand_channels_take_about_a_second():
     wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, out_projection, None)})
     gram = Gram.empty(site).update(x[None])
     start = time.process_time()
-    Obs(1e-3, 4, 8, "none", False, 8.0)(wide, {"wide": gram})
+    Obs(1e-3, 4, 8, "none", False, 8.0, "site")(wide, {"wide": gram})
     assert time.process_time() - start < 10  # about 0.6 s alone on one thread
 
 
 @pytest.mark.parametrize(("key", "settings"), [("step", (0.0, 0, 8)), ("levels", (0.0, 1, 0)), ("ridge", (-1.0, 1, 8))])
 def test_settings_that_cannot_be(key, settings):
     with pytest.raises(ConfigError, match=f"^{key}="):
-        Obs(*settings, "none", False, 8.0)
+        Obs(*settings, "none", False, 8.0, "site")
 
 
 # what is kept while a search may ask
@@ -156,8 +167,8 @@ def test_beyond_the_limit_tensors_are_mapped_files_without_a_name(dtype, small_c
 
 
 def test_little_memory_changes_no_reader(small_counts):
-    ample = Obs(1e-3, 1, 4, "none", False, 8.0)(BLOCK, SEEN)
-    tight = Obs(1e-3, 1, 4, "none", False, 0.0)(BLOCK, SEEN)
+    ample = Obs(1e-3, 1, 4, "none", False, 8.0, "site")(BLOCK, SEEN)
+    tight = Obs(1e-3, 1, 4, "none", False, 0.0, "site")(BLOCK, SEEN)
     for site in (ATTENTION, MLP):
         assert torch.equal(ample[site.name].order_U, tight[site.name].order_U)
         assert on_disk(tight[site.name].out_projections.inverse_CC) and not on_disk(
@@ -176,4 +187,4 @@ def test_little_memory_changes_no_reader(small_counts):
 def test_a_full_disk_is_one_line(small_counts, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
     with pytest.raises(RunError, match=r"gone: covariances .* cannot be written there .*TMPDIR .*criterion\.memory"):
-        Obs(1e-3, 1, 4, "none", False, 0.0)(BLOCK, SEEN)
+        Obs(1e-3, 1, 4, "none", False, 0.0, "site")(BLOCK, SEEN)

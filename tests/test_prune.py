@@ -517,6 +517,6 @@ def test_what_compensation_chose_is_by_the_names_of_the_original(
     plan = Plan({site.name: SitePlan(site.kind, site.units, tuple(range(1, site.units))) for site in sites})
     gone = Plan({f"{model.layers_path}.0": SitePlan("block", 1, ())})
     search = _Own(lambda *args: plan.merged(gone))
-    pruned = prune(model, tokens_NT, method(Random(0), search, LeastSquares("auto", target, True)))
+    pruned = prune(model, tokens_NT, method(Random(0), search, LeastSquares("auto", target, True, "site")))
     assert set(pruned.chosen) == set(plan.sites), "by the names of the model before"
     assert all(set(settings) == {"ridge"} for settings in pruned.chosen.values())

@@ -167,9 +167,9 @@ CRITERIA: dict[str, Any] = {
     "random": Random(3),
     "taylor": Taylor("param_mix", "sum"),
     "llm_bip": LlmBip("l2", "up", "scale", True),
-    "obs": Obs(1e-3, 1, 4, "output", False, 1.0),
+    "obs": Obs(1e-3, 1, 4, "output", False, 1.0, "site"),
 }
-LEAST_SQUARES, BIAS, NONE = LeastSquares(1e-3, "pruned", False), Bias(False), NoCompensation(False)
+LEAST_SQUARES, BIAS, NONE = LeastSquares(1e-3, "pruned", False, "site"), Bias(False), NoCompensation(False)
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_a_heads_score_is_that_of_its_columns(grouped: Model, tokens_NT: torch.T
         torch.testing.assert_close(heads.scores_U, heads.columns_C.view(12, 8).sum(1))
 
 
-@pytest.mark.parametrize("compensator", [BIAS, LEAST_SQUARES, LeastSquares(1e-3, "dense", True)])
+@pytest.mark.parametrize("compensator", [BIAS, LEAST_SQUARES, LeastSquares(1e-3, "dense", True, "site")])
 def test_what_is_compensated_is_what_is_left(compensator: Any, grouped: Model, tokens_NT: torch.Tensor) -> None:
     dense = grouped.token_losses(tokens_NT % 64, 5)
     weights = [grouped.block(index).weights for index in range(3)]

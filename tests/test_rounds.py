@@ -194,7 +194,7 @@ def test_blocks_leave_round_by_round_under_their_own_names(tiny: Callable[..., M
     ("search", "compensator"),
     [
         (PolicyGradient(1, ["heads", "channels"], "separate", "scores", "sqrt", 2, 0.01, 5, 1.0, 3, 1), NONE),
-        (GLOBAL, LeastSquares(1e-3, "dense", True)),
+        (GLOBAL, LeastSquares(1e-3, "dense", True, "site")),
     ],
     ids=["policy_gradient", "least_squares"],
 )

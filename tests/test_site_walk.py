@@ -129,10 +129,10 @@ def test_dense_targets_come_nearer_to_the_dense_model(family, tiny, tokens_NT):
     for target in ("pruned", "dense"):
         dense, model = tiny(family), tiny(family)
         method = Method(
-            Obs(1e-3, 1, 8, "none", False, 8.0),
+            Obs(1e-3, 1, 8, "none", False, 8.0, "site"),
             OneShot(0.3, "decoder", 0),
             Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
-            LeastSquares(1e-3, target, True),
+            LeastSquares(1e-3, target, True, "site"),
         )
         prune(model, tokens_NT, method, 0.3)
         errors[target] = float((last_hidden(model, tokens_NT) - last_hidden(dense, tokens_NT)).square().mean())
@@ -148,7 +148,7 @@ def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, token
             WandaSp("sum", True),
             OneShot(0.3, "decoder", 0),
             Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
-            LeastSquares(1e-3, target, True),
+            LeastSquares(1e-3, target, True, "site"),
         )
         plans[target] = prune(model, tokens_NT, method, 0.3)
     first = [site.name for site in plans["dense"].sites if site.layer == 0]
@@ -163,7 +163,10 @@ def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(fami
     search = Evolutionary(1, BOTH, 12.0, 0.34, 2, 0.2, 4, None, 1, {}, 0.0, "next_token")
     before = model.decoder_params
     method = Method(
-        Obs(1e-3, 1, 8, "none", False, 8.0), OneShot(ratio, "decoder", 0), search, LeastSquares(1e-3, "dense", True)
+        Obs(1e-3, 1, 8, "none", False, 8.0, "site"),
+        OneShot(ratio, "decoder", 0),
+        search,
+        LeastSquares(1e-3, "dense", True, "site"),
     )
     pruned = prune(model, tokens_NT, method, ratio, meter)
     cheapest = min(site.cost.params for site in pruned.sites)
@@ -180,10 +183,10 @@ def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monk
         model = tiny("llama")
         search = Evolutionary(1, BOTH, 8.0, 0.34, 2, 0.2, 4, None, 1, {}, 0.0, "next_token")
         method = Method(
-            Obs(1e-3, 1, 8, "none", False, memory),
+            Obs(1e-3, 1, 8, "none", False, memory, "site"),
             OneShot(0.3, "decoder", 0),
             search,
-            LeastSquares(1e-3, "dense", True),
+            LeastSquares(1e-3, "dense", True, "site"),
         )
         plan = prune(model, tokens_NT, method, 0.3).plan
         found.append((plan, {name: weight.clone() for name, weight in model.module.state_dict().items()}))
@@ -192,10 +195,10 @@ def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monk
 
 
 LEAST_SQUARES = Method(
-    Obs(1e-3, 1, 8, "none", False, 8.0),
+    Obs(1e-3, 1, 8, "none", False, 8.0, "site"),
     OneShot(0.3, "decoder", 0),
     Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
-    LeastSquares(1e-3, "dense", True),
+    LeastSquares(1e-3, "dense", True, "site"),
 )
 
 

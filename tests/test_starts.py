@@ -23,7 +23,7 @@ from pruneexp.surgery import masked
 from pruneexp.types import Budget, ConfigError, Plan, own_scores, start_name, unit_scores
 from tests.test_probe import candidate
 
-OBS = Obs(0.3, 1, 4, "none", False, 8.0)
+OBS = Obs(0.3, 1, 4, "none", False, 8.0, "site")
 
 
 def started(build_from, *overrides: str):
@@ -74,7 +74,7 @@ def test_another_order_has_its_own_units_and_fits(tiny, tokens_NT):
     weights = model.block(site.layer).weights[site.name]
     keep_C = site.keep_C(sorted(order_U[5:].tolist()))
     own = weights.out_projection, weights.out_projection_bias
-    expected, _ = refitted_(*own, gram.covariance_CC, gram.mean_C, keep_C, 0.3)
+    expected, _ = refitted_(*own, gram.covariance_CC, gram.mean_C, keep_C, 0.3, "site")
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from pruneexp.model import Call, Model, next_token_losses
 from pruneexp.model.sites import experts_name
 from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
-from pruneexp.types import Candidate, Objective
+from pruneexp.types import Candidate, Objective, Plan
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Probe:
     are the same up to it, batch by batch. `passes` counts what was run so far, in plain passes of all decoder layers
     over the calibration windows, of which there are `windows` (None: these are all); `effort` is how many there will
     be, for a progress bar (until `close`). objective=kl: the divergence from the predictions of the model as it stands,
-    whose last hidden states are kept on the CPU once a batch is asked for.
+    whose last hidden states are kept on the CPU once a batch is asked for. `fits`: what `trial` asks.
     """
 
     def __init__(
@@ -48,9 +48,10 @@ class Probe:
         effort: float | None = None,
         objective: Objective = "next_token",
         windows: int | None = None,
+        fits: Callable[[Plan, float], Candidate] | None = None,
     ):
         self.model, self.tokens_NT, self.meter, self.effort = model, tokens_NT, meter, effort
-        self.objective, self.windows = objective, windows or len(tokens_NT)
+        self.objective, self.windows, self.fits = objective, windows or len(tokens_NT), fits
         self.passes, self._shown = 0.0, 0
         self._bar = iter(progress(range(100), "search", 100, "%"))
         self._dense: dict[int, Tensor] = {}  # last hidden states of the model as it stands, by batch
@@ -63,6 +64,15 @@ class Probe:
     def batches(self) -> int:
         """How many batches `losses(batch=...)` can choose from."""
         return -(-len(self.tokens_NT) // self.model.batch_size)
+
+    def trial(self, plan: Plan, share: float) -> Candidate:
+        """The structure as the run will compensate it, fitted to a share of the windows that do not decide."""
+        if self.fits is None:
+            return Candidate(plan)
+        before = self.meter.forward
+        candidate = self.fits(plan, share)
+        self.passes += self.meter.forward - before
+        return candidate
 
     @torch.no_grad()
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pruneexp.evidence import Gram, Halved, Halves, WantedOutput
 from pruneexp.evidence.held_out import chosen_ridge
-from pruneexp.evidence.solve import check_ridge, fitted_to_, refitted_
+from pruneexp.evidence.solve import RidgePer, check_ridge, fitted_to_, refitted_
 from pruneexp.types import ConfigError, Site
 
 
@@ -20,11 +20,12 @@ class LeastSquares:
 
     Minimises, over W' [O,K] and b' [O],
 
-        sum_t ||y_t - (W' x_t[keep] + b')||^2 + lambda ||W' - W[:,keep]||^2
+        sum_t ||y_t - (W' x_t[keep] + b')||^2 + tr(D L D^T), D = W' - W[:,keep]
 
-    in closed form: W' = W[:,keep] + (S_yx - W[:,keep] S_xx) (S_xx + lambda I)^-1 with the covariances S of y and
-    x[keep], b' from the means. lambda is `ridge` times the mean variance of x (with target=dense: of
-    x[keep], all that is seen there); it holds back the change alone, so that what nothing is told about keeps its
+    in closed form: W' = W[:,keep] + (S_yx - W[:,keep] S_xx) (S_xx + L)^-1 with the covariances S of y and x[keep], b'
+    from the means. L is diagonal: `ridge` times each channel's own variance (ridge_per=channel), by which the fit does
+    not depend on how channels are scaled, or times the mean variance of x (ridge_per=site; with target=dense: of
+    x[keep], all that is seen there). It holds back the change alone, so that what nothing is told about keeps its
     weights. ridge=auto: each site's own, `chosen_ridge` of fits to one half of the windows, judged by the other; the
     weights are then fitted to all. Float64, Cholesky, rounded once to the out-projection's dtype. Where nothing leaves,
     weight and bias come back untouched.
@@ -38,7 +39,7 @@ class LeastSquares:
     out-projections give (no norm behind a sublayer, no mixture of experts); else pruned.
 
     Raises:
-        RunError: S_xx + lambda I is singular (a ridge of 0 and constant or dependent channels).
+        RunError: S_xx + L is singular (a ridge of 0 and constant or dependent channels).
     """
 
     adds_bias: ClassVar[bool] = True
@@ -46,6 +47,7 @@ class LeastSquares:
     ridge: float | Literal["auto"]
     target: Literal["auto", "pruned", "dense"]
     sequential: bool
+    ridge_per: RidgePer
 
     def __post_init__(self) -> None:
         if not isinstance(self.ridge, str):
@@ -79,17 +81,16 @@ class LeastSquares:
             return weight_OC, bias_O
         if isinstance(self.ridge, str):
             assert isinstance(evidence, Halved)
-            ridge = chosen_ridge(weight_OC, bias_O, evidence, keep_C)
-            return *_fitted(weight_OC, bias_O, evidence.whole, keep_C, ridge), {"ridge": ridge}
+            ridge = chosen_ridge(weight_OC, bias_O, evidence, keep_C, self.ridge_per)
+            return *self._fitted(weight_OC, bias_O, evidence.whole, keep_C, ridge), {"ridge": ridge}
         assert not isinstance(evidence, Halved)
-        return _fitted(weight_OC, bias_O, evidence, keep_C, self.ridge)
+        return self._fitted(weight_OC, bias_O, evidence, keep_C, self.ridge)
 
-
-def _fitted(
-    weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput, keep_C: Tensor, ridge: float
-) -> tuple[Tensor, Tensor]:
-    device = weight_OC.device
-    if isinstance(evidence, Gram):
-        mean_C = evidence.mean_C.to(device)
-        return refitted_(weight_OC, bias_O, evidence.covariance_().to(device), mean_C, keep_C, ridge)
-    return fitted_to_(evidence.narrowed(keep_C), weight_OC[:, keep_C.to(device)], ridge)
+    def _fitted(
+        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput, keep_C: Tensor, ridge: float
+    ) -> tuple[Tensor, Tensor]:
+        device = weight_OC.device
+        if isinstance(evidence, Gram):
+            mean_C, cov_CC = evidence.mean_C.to(device), evidence.covariance_().to(device)
+            return refitted_(weight_OC, bias_O, cov_CC, mean_C, keep_C, ridge, self.ridge_per)
+        return fitted_to_(evidence.narrowed(keep_C), weight_OC[:, keep_C.to(device)], ridge, self.ridge_per)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pruneexp.criterion.spill import spilled
 from pruneexp.evidence import Gram, Halved, Halves
 from pruneexp.evidence.held_out import chosen_ridge
-from pruneexp.evidence.solve import check_ridge, cholesky_
+from pruneexp.evidence.solve import RidgePer, check_ridge, cholesky_, held_back
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights, require_least
 
 _TRIED = 0.25  # of the units: those that leave where the ridge is chosen
@@ -26,15 +26,14 @@ class Obs:
     """What the out-projection's output loses with a unit, its weights on the other units fitted anew: greedy, one by
     one.
 
-    With W [O,C] the out-projection, H = S + lambda I its inputs' covariance and a unit's columns u, the least-squares
-    loss
+    With W [O,C] the out-projection, H = S + L its inputs' covariance and a unit's columns u, the least-squares loss
 
         tr(d H d^T), d the change of W, d[:,u] = -W[:,u]    is least at    tr(W_u [(H^-1)_uu]^-1 W_u^T)
 
     (Optimal Brain Surgeon, Hassibi & Stork 1993; structured: ZipLM, Kurtic et al. 2023). The cheapest unit leaves, W
     takes over what it gave, H^-1 is downdated, and again; `step` units of a single channel at a time, whose joint cost
-    is exact. lambda is `ridge` times the mean variance of the inputs; ridge=auto: each site's own, `chosen_ridge` for
-    the loss of the quarter of its units that give the output least of its variance.
+    is exact. L is diagonal, `ridge` times each channel's variance or (ridge_per=site) times their mean; ridge=auto:
+    each site's own, `chosen_ridge` for the loss of the quarter of its units that give the output least of its variance.
 
     Answers with a `RemovalPath`: the order, the cumulative cost (the true increase of the squared error per token,
     scale=output: over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares`
@@ -56,6 +55,7 @@ class Obs:
     scale: Literal["none", "output"]
     sequential: bool
     memory: float
+    ridge_per: RidgePer
 
     def __post_init__(self) -> None:
         if not isinstance(self.ridge, str):
@@ -90,7 +90,7 @@ class Obs:
         device = weights.out_projection.device
         cov_CC, mean_C = gram.covariance_CC.to(device), gram.mean_C.to(device)
         ridge = self._ridge(site, weights, evidence, cov_CC.diagonal())
-        inverse_CC = _inverse(cov_CC, ridge)
+        inverse_CC = _inverse(cov_CC, ridge, self.ridge_per)
         kept_CC = cov_CC if inverse_CC is None else inverse_CC
         kept_CC = kept_CC.to(torch.promote_types(weights.out_projection.dtype, torch.float32), copy=True)
         order_U, cost_U = self._removal(site, weights.out_projection.double(), inverse_CC)
@@ -108,7 +108,7 @@ class Obs:
         given_C = weights.out_projection.double().square().sum(0) * variance_C
         kept_U = given_C.view(site.units, site.width).sum(1).sort(stable=True).indices[round(_TRIED * site.units) :]
         keep_C = site.keep_C(kept_U.sort().values.tolist())
-        return chosen_ridge(weights.out_projection, weights.out_projection_bias, evidence, keep_C)
+        return chosen_ridge(weights.out_projection, weights.out_projection_bias, evidence, keep_C, self.ridge_per)
 
     def _removal(self, site: Site, weight_OC: Tensor, inverse_CC: Tensor | None) -> tuple[Tensor, Tensor]:
         """The order in which units leave [U] and the cumulative cost [U], in the memory of H^-1. Inputs that never
@@ -128,12 +128,12 @@ class Obs:
         return torch.cat(order), torch.cat(cost)
 
 
-def _inverse(cov_CC: Tensor, ridge: float) -> Tensor | None:
-    """(S + lambda I)^-1; None for inputs that never change (an expert's without tokens), unless lambda is 0."""
+def _inverse(cov_CC: Tensor, ridge: float, per: RidgePer) -> Tensor | None:
+    """(S + L)^-1; None for inputs that never change (an expert's without tokens), unless the ridge is 0."""
     if ridge > 0 and not cov_CC.any():
         return None
     hessian_CC = cov_CC.clone()
-    hessian_CC.diagonal().add_(ridge * cov_CC.diagonal().mean())
+    hessian_CC.diagonal().add_(ridge * held_back(cov_CC.diagonal(), per))
     return torch.cholesky_inverse(cholesky_(hessian_CC, ridge))
 
 
@@ -192,7 +192,7 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
 
         W' = W[:,keep] - W[:,gone] (G_gone,gone)^-1 G_gone,keep
 
-    which is W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + lambda I)^-1, in time that grows with what has left.
+    which is W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + L)^-1, in time that grows with what has left.
     Iterates over `levels` levels, evenly spaced, and answers for every other one too. G (float32 unless the weights are
     float64) and out-projections are held in memory as long as those of all sites are within `memory` GiB, else in
     files."""

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from pruneexp.evidence.gram import Gram, WantedOutput
 from pruneexp.evidence.halves import Halved
-from pruneexp.evidence.solve import fitted_to_
+from pruneexp.evidence.solve import RidgePer, fitted_to_
 
 RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))  # 1e-4, 3.2e-4, ..., 100
 START = RIDGES.index(10**-0.5)
 
 
-def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, keep_C: Tensor) -> float:
+def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, keep_C: Tensor, per: RidgePer) -> float:
     """Half of the one of RIDGES whose fits err least on the half of the windows that they have not seen (both halves in
     turn):
 
@@ -33,7 +33,7 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
     def error(place: int) -> float:
         if place not in errors:
             ridge = RIDGES[place]
-            fits = [fitted_to_(half.copy(), weight_OK, ridge, variance) for half, variance in halves]
+            fits = [fitted_to_(half.copy(), weight_OK, ridge, per, mean) for half, mean in halves]
             errors[place] = sum(_error(fit, half) for fit, (half, _) in zip(fits, reversed(halves), strict=True))
         return errors[place]
 
@@ -47,8 +47,8 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
 def _wanted(
     half: Gram | WantedOutput, weight_OC: Tensor, bias_O: Tensor | None, keep_C: Tensor
 ) -> tuple[WantedOutput, Tensor | None]:
-    """A half on the kept channels, with what is wanted of them (of a `Gram`: what the whole weight gives), and the
-    variance that a ridge is relative to, where that is not theirs."""
+    """A half on the kept channels, with what is wanted of them (of a `Gram`: what the whole weight gives), and the mean
+    variance that a ridge may be relative to, where that is not theirs."""
     device = weight_OC.device
     if isinstance(half, WantedOutput):
         return half.narrowed(keep_C), None

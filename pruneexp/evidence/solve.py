@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pruneexp.evidence.gram import WantedOutput, others
 from pruneexp.types import ConfigError, RunError
+
+RidgePer = Literal["channel", "site"]
+
+_LEAST_VARIANCE = 1e-4  # of the mean: what channels that hardly ever change are held back by
+
+
+def held_back(variance_C: Tensor, per: RidgePer, mean: Tensor | None = None) -> Tensor:
+    """What a ridge is multiplied by: each channel's variance [C], so that the fit does not depend on the scale of the
+    channels, or their mean (`mean` where that is not it)."""
+    mean = variance_C.mean() if mean is None else mean
+    return mean if per == "site" else variance_C.maximum(_LEAST_VARIANCE * mean)
 
 
 def check_ridge(ridge: float) -> None:
@@ -18,12 +30,21 @@ def check_ridge(ridge: float) -> None:
 
 
 def refitted_(
-    weight_OC: Tensor, bias_O: Tensor | None, cov_CC: Tensor, mean_C: Tensor, keep_C: Tensor, ridge: float
+    weight_OC: Tensor,
+    bias_O: Tensor | None,
+    cov_CC: Tensor,
+    mean_C: Tensor,
+    keep_C: Tensor,
+    ridge: float,
+    per: RidgePer,
 ) -> tuple[Tensor, Tensor]:
     """The least-squares weights for the unpruned outputs, from a covariance and means, float64, in the dtype of
-    `weight_OC`, and in the memory of the covariance: W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + lambda I)^-1."""
+    `weight_OC`, and in the memory of the covariance: W[:,keep] + W[:,gone] S_gone,keep (S_keep,keep + L)^-1 with L
+    diagonal, `ridge` times what is `held_back`."""
     keep_C = keep_C.to(weight_OC.device)
-    gone_C, strength = others(keep_C, weight_OC.shape[1]), ridge * cov_CC.diagonal().mean()
+    variance_C = cov_CC.diagonal()
+    gone_C = others(keep_C, weight_OC.shape[1])
+    strength = ridge * held_back(variance_C[keep_C], per, variance_C.mean())
     gone_OG, missing_KO = weight_OC[:, gone_C].double(), mean_C.new_empty(len(keep_C), len(weight_OC))
     for rows in _parts(len(keep_C)):
         missing_KO[rows] = cov_CC[keep_C[rows]][:, gone_C] @ gone_OG.T
@@ -37,30 +58,34 @@ def fitted_(
     weight_OK: Tensor, cov_KK: Tensor, mean_K: Tensor, cov_KO: Tensor, wanted_O: Tensor, strength: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """The least-squares weights from the kept inputs' covariance and mean, their covariance with the wanted output and
-    its mean, float64, in the memory of the covariances: (S_y,keep + lambda W[:,keep]) (S_keep,keep + lambda I)^-1 with
-    lambda = `strength`."""
+    its mean, float64, in the memory of the covariances: (S_y,keep + W[:,keep] L) (S_keep,keep + L)^-1 with L diagonal,
+    `strength` (of all, or of each)."""
     # inputs that never change, as an expert's without tokens, leave nothing to fit
-    cov_KO.add_(weight_OK.T, alpha=strength.item() if strength or not ridge else 1.0)
+    towards_K = (strength if strength.any() or not ridge else torch.ones_like(strength)).expand(len(cov_KO))
+    for rows in _parts(len(cov_KO)):
+        cov_KO[rows] += weight_OK.T[rows] * towards_K[rows, None]
     solved_KO = _solved_(cov_KO, cov_KK, strength, ridge)
     bias_O = wanted_O - solved_KO.T @ mean_K
     return _rounded(solved_KO, weight_OK.dtype), bias_O.to(weight_OK.dtype)
 
 
 def fitted_to_(
-    seen: WantedOutput, weight_OK: Tensor, ridge: float, variance: Tensor | None = None
+    seen: WantedOutput, weight_OK: Tensor, ridge: float, per: RidgePer, mean: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The least-squares weights for the wanted output, in the memory of `seen`; the ridge is relative to `variance`, or
-    to the mean variance of its inputs."""
+    """The least-squares weights for the wanted output, in the memory of `seen`; the ridge is relative to what is
+    `held_back` of its inputs (whose `mean` variance may be given)."""
     device = weight_OK.device
     mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
     cov_KK = seen.inputs.covariance_().to(device)
-    strength = ridge * cov_KK.trace() / max(1, len(mean_K)) if variance is None else ridge * variance
+    variance_K = cov_KK.diagonal()
+    mean = variance_K.sum() / max(1, len(mean_K)) if mean is None else mean
+    strength = ridge * held_back(variance_K, per, mean)
     return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, ridge)
 
 
 def _solved_(right_KO: Tensor, cov_KK: Tensor, strength: Tensor, ridge: float) -> Tensor:
-    """(S + strength I)^-1 right, in the memory of both; `right` itself where inputs never change."""
-    if not len(cov_KK) or (ridge and not strength):
+    """(S + L)^-1 right, L diagonal, in the memory of both; `right` itself where inputs never change."""
+    if not len(cov_KK) or (ridge and not strength.any()):
         return right_KO
     cov_KK.diagonal().add_(strength)
     upper_KK = cholesky_(cov_KK, ridge).T

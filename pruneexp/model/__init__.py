@@ -4,5 +4,6 @@
 
 from pruneexp.model.checkpoint import Checkpoint
 from pruneexp.model.loaded import Call, Model, next_token_losses, select_layers_
+from pruneexp.model.sharing import sharing
 from pruneexp.model.sites import layer_structure
 from pruneexp.model.source import ModelSource

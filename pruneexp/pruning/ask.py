@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,21 +13,34 @@ from pruneexp.calibrate import Probe
 from pruneexp.pruning.budget import biases_added, refusal, whole_budget
 from pruneexp.pruning.method import Pruning
 from pruneexp.search import Turns
-from pruneexp.types import QUERY_HEADS, Budget, Oracle, Plan, Score, Site
+from pruneexp.types import QUERY_HEADS, Budget, Candidate, Oracle, Plan, Score, Site, evidence_kinds, filled
+from pruneexp.types.defaults import EVIDENCE
+
+Fit = Callable[[Pruning, Plan, Tensor], Candidate]
 
 
-def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score]) -> Plan:
-    """The plan of a search over all layers, which may probe the model where it is held in memory."""
+def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, Score], fit: Fit | None) -> Plan:
+    """The plan of a search over all layers, which may probe the model where it is held in memory. `fit`: gives a plan
+    the out-projections of the run's compensation, on some windows."""
     oracle, search = None, work.method.search
     if work.tokens_NT is not None and not work.model.streamed:
-        _, judging = parted(work.tokens_NT, search.held_out, work.record.rng.initial_seed())
-        oracle = Probe(work.model, judging, work.record.meter, search.effort, search.objective, len(work.tokens_NT))
+        fitting, judging = parted(work.tokens_NT, search.held_out, work.record.rng.initial_seed())
+        fits = None if fit is None else partial(_fitted, work, fit, fitting)
+        windows = len(work.tokens_NT)
+        oracle = Probe(work.model, judging, work.record.meter, search.effort, search.objective, windows, fits)
     try:
         budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
         return plan_within_budget(work, scores, sites, budget, oracle)[0]
     finally:
         if oracle is not None:
             oracle.close()
+
+
+def _fitted(work: Pruning, fit: Fit, fitting_NT: Tensor, plan: Plan, share: float) -> Candidate:
+    """Fitted to a share of the windows, from the first on: sources are mixed in every run of them."""
+    kinds = evidence_kinds(work.method.compensator.evidence)
+    least = max((filled(kind, EVIDENCE).least_windows for kind in kinds), default=1)
+    return fit(work, plan, fitting_NT[: max(least, round(share * len(fitting_NT)))])
 
 
 def parted(tokens_NT: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from pruneexp.calibrate import Bookmark, Meter, Visit, walk, walk_sites
-from pruneexp.model import Model
+from pruneexp.model import Model, sharing
+from pruneexp.model.modeling_pruned import as_matrix
+from pruneexp.model.sites import site_parts
 from pruneexp.pruning.ask import parted, plan_all_layers, plan_within_budget
 from pruneexp.pruning.budget import as_planned, as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
@@ -19,7 +21,18 @@ from pruneexp.pruning.query_heads import with_query_heads
 from pruneexp.pruning.record import Record
 from pruneexp.search import block_scores, expert_scores
 from pruneexp.surgery import remove_blocks_, replace_out_projections_, shrink_layer_
-from pruneexp.types import QUERY_HEADS, Criterion, Plan, RunError, Score, Search, Site, SiteWeights, own_scores
+from pruneexp.types import (
+    QUERY_HEADS,
+    Candidate,
+    Criterion,
+    Plan,
+    RunError,
+    Score,
+    Search,
+    Site,
+    SiteWeights,
+    own_scores,
+)
 
 logger = logging.getLogger("pruneexp")
 
@@ -70,25 +83,55 @@ def _all_at_once(work: Pruning) -> Plan:
         sites = searched_sites(work.model, work.method.search)
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores if compensates or shown else block_scores(work.scores, sites)
-        plan = plan_all_layers(work, sites, scores)
+        plan = plan_all_layers(work, sites, scores, _trial if compensates else None)
     work.scores = without_out_projections(own_scores(work.scores))
     del scores  # and with them the covariances of removal paths
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.record.clock("shrink"):
-        note = work.record.bookmark("shrink", lambda: work.chosen)
-        work.chosen.update(note.found or {})
-        if by_site(compensator) and compensates:
-            _site_by_site(work, lambda visit: renamed, (), note)
-        else:
-            kinds = distinct(compensator.evidence if compensator.sequential and compensates else None)
-            for visit in walk(work.model, work.tokens_NT, kinds, note):
-                evidence = visit.of(compensator.evidence) if kinds else dense
-                _shrink(work, visit, renamed, evidence)
-                del visit, evidence
+        _compensate_and_shrink(work, renamed, dense, "shrink")
     work.chosen = {moved[name]: chosen for name, chosen in work.chosen.items()}
     return plan
+
+
+def _compensate_and_shrink(work: Pruning, plan: Plan, dense: Mapping[str, Any], stage: str) -> None:
+    """A walk over all layers. `dense`: the compensator's evidence on the dense model, where it goes by that."""
+    compensator, compensates = work.method.compensator, not blocks_alone(work.method.search)
+    note = work.record.bookmark(stage, lambda: work.chosen)
+    work.chosen.update(note.found or {})
+    if by_site(compensator) and compensates:
+        _site_by_site(work, lambda visit: plan, (), note)
+        return
+    kinds = distinct(compensator.evidence if compensator.sequential and compensates else None)
+    for visit in walk(work.model, work.tokens_NT, kinds, note):
+        evidence = visit.of(compensator.evidence) if kinds else dense
+        _shrink(work, visit, plan, evidence)
+        del visit, evidence
+
+
+def _trial(work: Pruning, plan: Plan, tokens_NT: Tensor) -> Candidate:
+    """`plan` with the out-projections that compensation gives it on these windows; the model stays as it is."""
+    model, compensator, found = sharing(work.model), work.method.compensator, {}
+    sites = {index: [s for s in model.layer_sites(index) if plan.changes(s)] for index in range(len(model.layers))}
+
+    def take(index: int) -> None:
+        """Keeps a layer's out-projections alone."""
+        for site in sites[index]:
+            linear: Any = model.layers[index].get_submodule(site_parts(model.family, site)[1])
+            weight = as_matrix(linear, linear.weight) if linear.weight.ndim == 2 else linear.weight
+            found[site.name] = weight, linear.bias
+        model.layers[index] = work.model.layers[index]
+
+    record = Record(rng=work.record.rng, shrunk=take)
+    own = Pruning(model, tokens_NT, work.method, work.ratio, record)
+    dense: dict[str, Any] = {}
+    if compensator.evidence is not None and not compensator.sequential:
+        _, dense = _dense_results(own, None, compensator.evidence, ())
+    _compensate_and_shrink(own, plan, dense, "search: fits")
+    assert work.tokens_NT is not None
+    work.record.meter.forward += record.meter.forward * len(tokens_NT) / len(work.tokens_NT)
+    return Candidate(plan, found)
 
 
 def _dense_results(

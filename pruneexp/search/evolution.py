@@ -7,71 +7,60 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pruneexp.search.granularity import Granularity
 from pruneexp.search.levels import Levels, Structures, parabola
 from pruneexp.search.starts import HEAD_SHARES, RAMPS, cheapest, ranked, same_share, standardised_share
-from pruneexp.types import Candidate, Oracle, RemovalPath, RunError, Scores, start_name
+from pruneexp.types import Candidate, Oracle, Plan, RemovalPath, RunError, Scores, start_name
 
 log = logging.getLogger("pruneexp")
 
 _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
 _AL_AM = "al_am of "
+_TRIAL = 3.0  # passes over the windows fitted to that a structure's compensation takes, about
 _AT_ONCE = 3  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
-
-
-class Settings(Protocol):
-    """What the search is told (`Evolutionary` says what each means)."""
-
-    @property
-    def granularity(self) -> Granularity: ...
-    @property
-    def min_units(self) -> int: ...
-    @property
-    def multiple(self) -> int: ...
-    @property
-    def effort(self) -> float: ...
-    @property
-    def tokens(self) -> float: ...
-    @property
-    def rounds(self) -> int: ...
-    @property
-    def distance(self) -> float: ...
-    @property
-    def offspring(self) -> int: ...
-    @property
-    def steps(self) -> int | None: ...
-    @property
-    def starts(self) -> Mapping[str, Any]: ...
-    @property
-    def held_out(self) -> float: ...
 
 
 @dataclass
 class Evolution:
     """One search under way. `structures`: with the order of units in each site that is the best so far."""
 
-    method: Settings
+    method: Any  # an `Evolutionary`, which says what each setting means
     structures: Structures
     oracle: Oracle
     rng: torch.Generator
     asked: int = 0
     skipped: int = 0
+    kept_back: float = field(init=False)  # passes for the trials at the end
     spent_before: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.spent_before = self.oracle.passes
+        each = self.method.tokens * (_TRIAL * (1 - self.method.held_out) + (self.method.held_out or 1.0))
+        self.kept_back = 2 * each if 2 * each <= self.method.effort / 2 else 0.0
 
     @property
     def left(self) -> float:
         """Passes that may still be spent."""
-        return self.method.effort - (self.oracle.passes - self.spent_before)
+        return self.method.effort - self.kept_back - (self.oracle.passes - self.spent_before)
+
+    def decided(self) -> Plan:
+        """The structure found, unless the one it began with is as good once both are compensated as the run will do
+        it: other sites' fits make up for much of what a probe's do not."""
+        levels = self.start()
+        begun = self.structures.plan(levels)
+        found = self.structures.plan(self.evolved(self.descended(levels)))
+        if found == begun or not self.kept_back:
+            return found
+        self.kept_back, share = 0.0, self.method.tokens
+        losses = self.measured([self.oracle.trial(plan, share) for plan in (begun, found)], self.drawn(share))
+        log.info("search: compensated, %.4f where it began, %.4f found", *losses.mean(0).tolist())
+        return (begun, found)[_least(losses)]
 
     def count(self, share: float) -> int:
         """Batches that hold about a share of the windows that decide: at least one."""

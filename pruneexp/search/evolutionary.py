@@ -42,11 +42,13 @@ class Evolutionary:
        with parameters moved from some sites to others (or a whole sublayer gone, or back) are judged on a few batches,
        the best quarter on four times as many, together with the parent, which the best one replaces. At most `steps`
        generations (null: what `effort` pays for).
+    4. What the search began with (1) and what it found, each compensated as the run will do it, on the windows scored
+       on: the first stays where the other is no better. Left out where that would take more than half of the effort.
 
     `tokens` is the share of the windows that decide which is looked at to choose between structures in 1 and 2 (less of
-    them where the effort would not pay for two rounds of 2) and in the last turn of 3. A structure takes another's
-    place once its loss is lower by more than the standard error of the difference over batches. Losses that are not
-    finite are skipped and counted.
+    them where the effort would not pay for two rounds of 2), in the last turn of 3 and in 4. A structure takes
+    another's place once its loss is lower by more than the standard error of the difference over batches. Losses that
+    are not finite are skipped and counted.
 
     `held_out`: the share of the calibration windows, drawn at random, that decides; scores, orders and the fits that
     structures are judged with are then of the others alone, so that nothing is judged by what it was fitted to. 0: all
@@ -123,10 +125,10 @@ class Evolutionary:
         if oracle is None:
             raise ConfigError("search=evolutionary: needs the whole model in memory; expected model.stream=false")
         work = Evolution(self, structures, oracle, rng)
-        best = work.evolved(work.descended(work.start()))
+        plan = work.decided()
         if work.skipped:
             log.warning("search: %d of %d losses were not finite and were skipped", work.skipped, work.asked)
-        return work.structures.plan(best)
+        return plan
 
     def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:
         """Plain passes over the calibration windows, at most."""

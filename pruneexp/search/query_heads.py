@@ -129,6 +129,11 @@ class _InTurns:
         ]
         return self.of.losses(asked, batch)
 
+    def trial(self, plan: Plan, share: float) -> Candidate:
+        named = {site.name: name for name, site in self.turns.sites.items()}
+        found = self.of.trial(self.turns.resolved(plan), share).out_projections
+        return Candidate(plan, {named.get(name, name): own for name, own in found.items()})
+
 
 class _RefitsByTurn(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     """Out-projections fitted anew once the first 1, 2, ... turns have left."""

@@ -116,6 +116,11 @@ class Oracle(Protocol):
         number `batch` of them."""
         ...
 
+    def trial(self, plan: Plan, share: float) -> Candidate:
+        """The structure with the out-projections that the run's compensation gives it, fitted to a share of the
+        windows that do not decide (of all, where all decide)."""
+        ...
+
 
 class Search(Protocol):
     """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity`: what

@@ -1,0 +1,122 @@
+"""What a search found, tried as the run will compensate it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pruneexp.calibrate import Meter, Probe
+from pruneexp.compensator import Bias, LeastSquares
+from pruneexp.criterion import Flap
+from pruneexp.model import sharing
+from pruneexp.pruning.method import Method, Pruning
+from pruneexp.pruning.record import Record
+from pruneexp.pruning.steps import _trial, prune_
+from pruneexp.search import AlAm, Evolutionary
+from pruneexp.sparsity import OneShot
+from pruneexp.surgery import shrink_
+from pruneexp.types import Candidate, Plan
+from tests.test_evolutionary import SITES, Loss, convex, plan_of, search
+
+
+def weights_of(model):
+    return {name: (p, p.detach().clone()) for name, p in model.module.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+@pytest.mark.parametrize(
+    "compensator",
+    [
+        LeastSquares(1e-2, "dense", True, "channel"),
+        LeastSquares("auto", "pruned", True, "channel"),
+        LeastSquares(1e-2, "pruned", False, "site"),
+        Bias(True),
+    ],
+    ids=["dense", "pruned", "once", "bias"],
+)
+def test_a_trial_is_the_model_that_the_run_would_make_and_changes_none(family, compensator, tiny, tokens_NT):
+    model, made = tiny(family), tiny(family)
+    method = Method(Flap("WIFV", False), OneShot(0.3, "decoder", 0), AlAm(), compensator)
+    plan = prune_(made, tokens_NT, method, 0.3, Record()).plan
+    before, record = weights_of(model), Record()
+    tried = _trial(Pruning(model, tokens_NT, method, 0.3, record), plan, tokens_NT)
+    for name, parameter in model.module.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+    assert record.meter.forward > 0 and tried.plan == plan
+    loss = float(Probe(model, tokens_NT, Meter()).losses([tried])[0])
+    assert loss == pytest.approx(float(Probe(made, tokens_NT, Meter()).losses([Candidate(Plan({}))])[0]), rel=1e-9)
+
+
+def test_a_model_that_shares_tensors_is_shrunk_alone(tiny, tokens_NT):
+    model = tiny("llama")
+    expected, before = model.module(tokens_NT).logits, weights_of(model)
+    other = sharing(model)
+    assert all(p is before[name][0] for name, p in other.module.named_parameters())
+    plan = Plan.from_masks(model.sites(), {s.name: torch.arange(s.units) > 0 for s in model.sites()})
+    shrink_(other, plan)
+    assert other.decoder_params < model.decoder_params
+    assert torch.equal(model.module(tokens_NT).logits, expected)
+
+
+class Tried(Loss):
+    """What compensation makes of a structure is told apart by the out-projections that come with it."""
+
+    def __init__(self, compensated):
+        super().__init__(convex)
+        self.compensated = compensated
+
+    def losses(self, candidates, batch=None):
+        found = super().losses(candidates, batch)
+        tried = [self.compensated(c.plan) if c.out_projections else None for c in candidates]
+        return torch.tensor([float(f) if t is None else t for f, t in zip(found, tried, strict=True)])
+
+    def trial(self, plan, share):
+        self.passes += 1.0
+        return Candidate(plan, {SITES[0].name: (torch.zeros(1), None)})
+
+
+def test_what_it_began_with_stays_where_compensation_makes_it_as_good():
+    method = search(effort=30.0)
+    probed = plan_of(method, Loss(convex))[0]
+    begun = plan_of(search(effort=30.0, rounds=0, steps=0), Loss(convex))[0]
+    assert probed != begun
+
+    def loss(better: Plan):
+        return lambda plan: 0.0 if plan.sites == better.sites else 1.0
+
+    assert plan_of(method, Tried(loss(begun)))[0].sites == begun.sites
+    found = plan_of(method, Tried(lambda plan: 1.0 if plan.sites == begun.sites else 0.0))[0]
+    assert found.sites != begun.sites
+    same = plan_of(method, Tried(lambda plan: 1.0))[0]
+    assert same.sites == begun.sites, "no better is not better"
+
+
+def test_trials_are_paid_for_out_of_the_effort_or_left_out():
+    oracle = Tried(lambda plan: 1.0)
+    plan_of(search(effort=6.0), oracle)
+    assert oracle.passes <= 6.0 + 1e-9
+    oracle = Tried(lambda plan: pytest.fail("too dear"))
+    plan_of(search(effort=1.0), oracle)
+
+
+def test_a_search_asks_for_trials_through_the_run(tiny, tokens_NT):
+    model, seen = tiny("llama"), []
+    settings = {"granularity": ("heads", "channels"), "held_out": 0.5, "objective": "kl", "tokens": 0.5, "effort": 9.0}
+    settings |= {"rounds": 1, "distance": 0.3, "offspring": 4, "steps": 1, "multiple": 1, "min_units": 1, "starts": {}}
+    method = Method(
+        Flap("WIFV", False),
+        OneShot(0.3, "decoder", 0),
+        Evolutionary(**settings),
+        LeastSquares(1e-2, "dense", True, "channel"),
+    )
+    original = Probe.trial
+
+    def noted(self, plan, share):
+        seen.append((plan, share, original(self, plan, share)))
+        return seen[-1][2]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Probe, "trial", noted)
+        prune_(model, tokens_NT, method, 0.3, Record())
+    assert len(seen) == 2 and seen[0][0] != seen[1][0]
+    assert all(share == 0.5 and candidate.out_projections for _, share, candidate in seen)

@@ -8,6 +8,7 @@ import torch
 from pruneexp.cache import NoCache
 from pruneexp.calibrate import Meter, Probe
 from pruneexp.calibrate.probe import divergences
+from pruneexp.compensator import NoCompensation
 from pruneexp.criterion import Flap, Obs, WandaSp
 from pruneexp.criterion.together import Together
 from pruneexp.evidence import Gram
@@ -15,12 +16,16 @@ from pruneexp.evidence.solve import refitted_
 from pruneexp.model.sites import site_parts
 from pruneexp.pruning.ask import parted
 from pruneexp.pruning.dense_evidence import Results
+from pruneexp.pruning.method import Method
 from pruneexp.pruning.notes import Notes
-from pruneexp.search import AlAm
+from pruneexp.pruning.record import Record
+from pruneexp.pruning.steps import prune_
+from pruneexp.search import AlAm, Evolutionary, reordered
 from pruneexp.search.evolution import _least
 from pruneexp.search.levels import Structures
+from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked
-from pruneexp.types import Budget, ConfigError, Plan, own_scores, start_name, unit_scores
+from pruneexp.types import Budget, ConfigError, Cost, Plan, Site, SitePlan, own_scores, start_name, unit_scores
 from tests.test_probe import candidate
 
 OBS = Obs(0.3, 1, 4, "none", False, 8.0, "site")
@@ -165,3 +170,30 @@ def test_with_too_little_effort_the_first_start_stands_unprobed(tiny, tokens_NT,
     for site in sites:  # the same units first, as many but for what meets the budget exactly
         gone, wanted = (set(range(site.units)) - set(each.sites[site.name].kept) for each in (plan, expected))
         assert gone <= wanted or wanted <= gone
+
+
+def test_the_units_are_those_of_the_chosen_order_by_scores_of_all_windows():
+    sites = [Site(name, "mlp", layer, 6, 1, Cost(1, 1, 0)) for layer, name in enumerate("abcd")]
+    half = {"a": torch.tensor([5.0, 4, 3, 2, 1, 0]), "s:a": torch.arange(6.0)}
+    full = {"a": torch.tensor([0.0, 4, 3, 2, 1, 5]), "s:a": torch.tensor([9.0, 1, 2, 3, 4, 5])}
+    scores, of_all = ({f"{at}{name}": own[f"{at}a"] for name in "abcd" for at in ("", "s:")} for own in (half, full))
+    kept = {"a": (0, 1, 2, 3), "b": (2, 3, 4, 5), "c": (0, 2, 4), "d": tuple(range(6))}
+    plan = Plan({name: SitePlan("mlp", 6, units) for name, units in kept.items()})
+    found = reordered(plan, scores, of_all, ["s"], sites).sites
+    assert found["a"].kept == (1, 2, 3, 5), "the criterion's own two weakest"
+    assert found["b"].kept == (0, 3, 4, 5), "the start's"
+    assert (found["c"].kept, found["d"].kept) == (kept["c"], kept["d"]), "of no order, or untouched"
+
+
+def test_scores_of_a_run_that_holds_out_are_of_all_windows(tiny, tokens_NT):
+    plain = {"min_units": 1, "granularity": ("heads", "channels"), "tokens": 0.5, "rounds": 1, "distance": 0.3}
+    plain |= {"effort": 4.0, "held_out": 0.5, "objective": "kl", "starts": {}, "offspring": 4, "steps": 1}
+    search = Evolutionary(**plain, multiple=1)
+    method = Method(WandaSp("sum", False), OneShot(0.3, "decoder", 0), search, NoCompensation(False))
+    pruned = prune_(tiny("llama"), tokens_NT, method, 0.3, Record())
+    expected = scores_of(tiny("llama"), tokens_NT, method.criterion)
+    for site in pruned.sites:
+        scores_U, count = unit_scores(expected[site.name]), pruned.plan.removed(site)
+        assert torch.equal(unit_scores(pruned.scores[site.name]), scores_U)
+        gone = set(range(site.units)) - set(pruned.plan.sites[site.name].kept)
+        assert gone == set(scores_U.sort(stable=True).indices[:count].tolist())

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from pruneexp.calibrate import Bookmark, Meter, Visit, walk, walk_sites
+from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
 from pruneexp.model import Model, sharing
 from pruneexp.model.modeling_pruned import as_matrix
 from pruneexp.model.sites import site_parts
-from pruneexp.pruning.ask import parted, plan_all_layers, plan_within_budget
+from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
 from pruneexp.pruning.budget import as_planned, as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
 from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, shown_to
+from pruneexp.pruning.on_windows import by_all_windows, dense_results, scores_of_part
 from pruneexp.pruning.query_heads import with_query_heads
 from pruneexp.pruning.record import Record
 from pruneexp.search import block_scores, expert_scores
@@ -24,10 +25,8 @@ from pruneexp.surgery import remove_blocks_, replace_out_projections_, shrink_la
 from pruneexp.types import (
     QUERY_HEADS,
     Candidate,
-    Criterion,
     Plan,
     RunError,
-    Score,
     Search,
     Site,
     SiteWeights,
@@ -72,10 +71,10 @@ def _all_at_once(work: Pruning) -> Plan:
     dense_kind = compensator.evidence if compensates and not compensator.sequential else None
     with work.record.clock("calibrate"):
         if work.method.search.held_out and work.tokens_NT is not None:
-            scores = _scores_of_part(work, criterion, shown)
-            kept_evidence = _dense_results(work, None, dense_kind, shown)[1] if dense_kind is not None else {}
+            scores = scores_of_part(work, criterion, shown)
+            kept_evidence = dense_results(work, None, dense_kind, shown)[1] if dense_kind is not None else {}
         else:
-            scores, kept_evidence = _dense_results(work, criterion, dense_kind, shown)
+            scores, kept_evidence = dense_results(work, criterion, dense_kind, shown)
         if lost := criterion.lost(scores):  # said of scores from the cache, too
             logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(scores))
         work.scores.update(scores)
@@ -84,8 +83,12 @@ def _all_at_once(work: Pruning) -> Plan:
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores if compensates or shown else block_scores(work.scores, sites)
         plan = plan_all_layers(work, sites, scores, _trial if compensates else None)
-    work.scores = without_out_projections(own_scores(work.scores))
+    work.scores = without_out_projections(work.scores)
     del scores  # and with them the covariances of removal paths
+    if work.method.search.held_out and any(0 < plan.removed(site) < site.units for site in sites):
+        with work.record.clock("calibrate"):
+            plan = by_all_windows(work, plan, sites, shown)
+    work.scores = own_scores(work.scores)
     plan, moved = _remove_blocks(work.model, plan, work.method.search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
@@ -127,33 +130,11 @@ def _trial(work: Pruning, plan: Plan, tokens_NT: Tensor) -> Candidate:
     own = Pruning(model, tokens_NT, work.method, work.ratio, record)
     dense: dict[str, Any] = {}
     if compensator.evidence is not None and not compensator.sequential:
-        _, dense = _dense_results(own, None, compensator.evidence, ())
+        _, dense = dense_results(own, None, compensator.evidence, ())
     _compensate_and_shrink(own, plan, dense, "search: fits")
     assert work.tokens_NT is not None
     work.record.meter.forward += record.meter.forward * len(tokens_NT) / len(work.tokens_NT)
     return Candidate(plan, found)
-
-
-def _dense_results(
-    work: Pruning, criterion: Criterion | None, kind: Any, shown: tuple[str, ...]
-) -> tuple[dict[str, Score], dict[str, Any]]:
-    return work.record.results.of(
-        work.model, work.tokens_NT, criterion, kind, shown, work.record.meter, work.record.notes
-    )
-
-
-def _scores_of_part(work: Pruning, criterion: Criterion, shown: tuple[str, ...]) -> dict[str, Score]:
-    """Scores on the windows that the search does not judge structures by."""
-    assert work.tokens_NT is not None
-    seed, results, spent = work.record.rng.initial_seed(), work.record.results, Meter()
-    scored_on, _ = parted(work.tokens_NT, work.method.search.held_out, seed)
-    part = {"held_out": work.method.search.held_out, "drawn": seed}
-    results = replace(results, basis={**results.basis, **part})
-    scores, _ = results.of(work.model, scored_on, criterion, None, shown, spent, work.record.notes)
-    share = len(scored_on) / len(work.tokens_NT)
-    work.record.meter.forward += share * spent.forward
-    work.record.meter.backward += share * spent.backward
-    return scores
 
 
 def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:
@@ -209,7 +190,7 @@ def _layer_by_layer(work: Pruning, sites: Sequence[Site]) -> Plan:
     dense: dict[str, Any] = {}
     if compensator.evidence is not None and not compensator.sequential:
         with work.record.clock("calibrate"):
-            _, dense = _dense_results(work, None, compensator.evidence, ())
+            _, dense = dense_results(work, None, compensator.evidence, ())
     sitewise = by_site(compensator)
     kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
     decided = _Decided(work)

@@ -10,6 +10,7 @@ from pruneexp.search.layerwise import Layerwise
 from pruneexp.search.policy import PolicyGradient
 from pruneexp.search.query_heads import Turns, in_turns
 from pruneexp.search.removable import block_scores, expert_scores
+from pruneexp.search.reordered import reordered
 from pruneexp.search.serve_safe import ServeSafe
 from pruneexp.search.uniform import Uniform
 from pruneexp.types.defaults import SEARCH, fill_in
@@ -34,6 +35,7 @@ __all__ = [
     "expert_scores",
     "in_turns",
     "layer_budgets",
+    "reordered",
     "scored_as",
 ]
 

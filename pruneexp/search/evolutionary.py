@@ -51,8 +51,9 @@ class Evolutionary:
     are not finite are skipped and counted.
 
     `held_out`: the share of the calibration windows, drawn at random, that decides; scores, orders and the fits that
-    structures are judged with are then of the others alone, so that nothing is judged by what it was fitted to. 0: all
-    windows do both. `objective`: next_token, the mean loss of the next token, or kl, the divergence KL(p || q) of the
+    structures are judged with are then of the others alone, so that nothing is judged by what it was fitted to. Which
+    units leave is told by scores of all windows in the end, in the order that was chosen. 0: all windows do both.
+    `objective`: next_token, the mean loss of the next token, or kl, the divergence KL(p || q) of the
     structure's predictions q from the dense model's p, in nats per token.
 
     Raises:

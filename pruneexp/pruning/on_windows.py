@@ -1,0 +1,48 @@
+"""A round's scores and evidence of the dense model: on all windows, or on those that a search does not judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pruneexp.calibrate import Meter
+from pruneexp.pruning.ask import parted
+from pruneexp.pruning.dense_evidence import without_out_projections
+from pruneexp.pruning.method import Pruning
+from pruneexp.pruning.notes import Notes
+from pruneexp.search import expert_scores, reordered
+from pruneexp.types import Criterion, Plan, Score, Site
+
+
+def dense_results(
+    work: Pruning, criterion: Criterion | None, kind: Any, shown: tuple[str, ...]
+) -> tuple[dict[str, Score], dict[str, Any]]:
+    return work.record.results.of(
+        work.model, work.tokens_NT, criterion, kind, shown, work.record.meter, work.record.notes
+    )
+
+
+def scores_of_part(work: Pruning, criterion: Criterion, shown: tuple[str, ...]) -> dict[str, Score]:
+    """Scores on the windows that the search does not judge structures by."""
+    assert work.tokens_NT is not None
+    seed, results, spent = work.record.rng.initial_seed(), work.record.results, Meter()
+    scored_on, _ = parted(work.tokens_NT, work.method.search.held_out, seed)
+    part = {"held_out": work.method.search.held_out, "drawn": seed}
+    results = replace(results, basis={**results.basis, **part})
+    scores, _ = results.of(work.model, scored_on, criterion, None, shown, spent, work.record.notes)
+    share = len(scored_on) / len(work.tokens_NT)
+    work.record.meter.forward += share * spent.forward
+    work.record.meter.backward += share * spent.backward
+    return scores
+
+
+def by_all_windows(work: Pruning, plan: Plan, sites: Sequence[Site], shown: tuple[str, ...]) -> Plan:
+    """The plan's units by scores of all windows, which become the run's."""
+    record, before = work.record, work.scores
+    found, _ = record.results.of(
+        work.model, work.tokens_NT, work.method.criterion, None, shown, record.meter, Notes(None)
+    )
+    found = without_out_projections(found)
+    work.scores = {**found, **expert_scores(found, sites)}
+    return reordered(plan, before, work.scores, work.method.search.starts, sites)

@@ -21,7 +21,6 @@ log = logging.getLogger("pruneexp")
 _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
 _AL_AM = "al_am of "
-_TRIAL = 3.0  # passes over the windows fitted to that a structure's compensation takes, about
 _AT_ONCE = 3  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
 
@@ -41,8 +40,7 @@ class Evolution:
 
     def __post_init__(self) -> None:
         self.spent_before = self.oracle.passes
-        each = self.method.tokens * (_TRIAL * (1 - self.method.held_out) + (self.method.held_out or 1.0))
-        self.kept_back = 2 * each if 2 * each <= self.method.effort / 2 else 0.0
+        self.kept_back = self.method.trial_passes
 
     @property
     def left(self) -> float:

@@ -19,6 +19,8 @@ from pruneexp.types import Budget, ConfigError, Criterion, Objective, Oracle, Pl
 
 log = logging.getLogger(__name__)
 
+_TRIAL = 3.0  # passes over the windows fitted to that a structure's compensation takes, about
+
 
 @dataclass(frozen=True)
 class Evolutionary:
@@ -140,6 +142,16 @@ class Evolutionary:
         """About those of the structures to start from, and one more for every pass: a pass judges many structures, most
         of which differ in few sites."""
         return len(HEAD_SHARES) + 1 + self.effort
+
+    @property
+    def trial_passes(self) -> float:
+        """Kept back for two trials at the end; 0 where they would take more than half of the effort."""
+        passes = 2 * self.tokens * (_TRIAL * (1 - self.held_out) + (self.held_out or 1.0))
+        return passes if passes <= self.effort / 2 else 0.0
+
+    @property
+    def tries(self) -> float:
+        return self.tokens * (1 - self.held_out) if self.trial_passes else 0.0
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         within_reach(self, sites, budget)

@@ -61,6 +61,7 @@ SEARCH: Defaults = {
     "starts": {},
     "held_out": 0.0,
     "objective": "next_token",
+    "tries": 0.0,
 }
 RECOVERY: Defaults = {"seen": None, "looks": _zero, "batch": 0, "layerwise": False}
 EVALUATOR: Defaults = {

@@ -130,8 +130,8 @@ class Search(Protocol):
     it cannot meet, before there are scores. `spends(sites, budget, batches)`, unless None: the passes over the
     calibration windows that its probes may cost, for forecasts; `refits`: about how many fitted out-projections of each
     site its probes ask for. `rebalanced(plan, scores, sites, budget)`, unless None: its plan at another budget, for
-    nothing. `warning(sites, budget)`: a line for the log, or None.
-
+    nothing. `warning(sites, budget)`: a line for the log, or None. `tries`: the share of the calibration windows that
+    structures are compensated on for its trials, 0 where it has none.
 
     `starts`: other criteria by name; the scores that it is given hold theirs, too, under `start_name(start, site)`.
     `held_out`: the share of the calibration windows that its probes measure losses on; scores are then of the others.
@@ -149,6 +149,7 @@ class Search(Protocol):
     starts: Any
     held_out: float
     objective: Any
+    tries: Any
 
     def check(self, sites: Sequence[Site], budget: Budget, /) -> None: ...
 

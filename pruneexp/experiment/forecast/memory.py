@@ -151,7 +151,8 @@ class Memory:
         return replace(stage, files=files)
 
     def _searching(self) -> list[Stage]:
-        """Probes of masked structures, or of structures whose out-projections are fitted anew."""
+        """Probes of masked structures, or of structures whose out-projections are fitted anew; trials of two, whose
+        out-projections are compensated as the shrinking walk does it."""
         if not self.method.search.probes:
             return []
         kept, files = self._kept(self.method.search.refits)
@@ -161,6 +162,11 @@ class Memory:
         if self.method.search.objective == "kl":
             batch = max(batch, self._divergence())
         stage = self._stage("search", 0, activations=batch, statistics=held, solves=solves, kept=kept)
+        if tried := round(self.method.search.tries * self.seen.count):
+            trial = replace(self, seen=replace(self.seen, count=tried))._shrinking()
+            layers = 2 * sum(site.channels for site in self.shape.sites) * self.shape.hidden * self.shape.itemsize
+            trial = replace(trial, name="search", parts={**trial.parts, "kept": kept + layers})
+            stage = max(stage, trial, key=lambda each: each.total)
         return [replace(stage, files=files)]
 
     def _divergence(self) -> int:

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from pruneexp.calibrate import Meter, Probe
-from pruneexp.compensator import Bias, LeastSquares
+from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import Flap
 from pruneexp.model import sharing
 from pruneexp.pruning.method import Method, Pruning
 from pruneexp.pruning.record import Record
-from pruneexp.pruning.steps import _trial, prune_
+from pruneexp.pruning.steps import _compensate_and_shrink, _trial, prune_
 from pruneexp.search import AlAm, Evolutionary
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_
-from pruneexp.types import Candidate, Plan
+from pruneexp.types import Candidate, Plan, SitePlan
 from tests.test_evolutionary import SITES, Loss, convex, plan_of, search
 
 
@@ -43,6 +43,21 @@ def test_a_trial_is_the_model_that_the_run_would_make_and_changes_none(family, c
     for name, parameter in model.module.named_parameters():
         assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
     assert record.meter.forward > 0 and tried.plan == plan
+    loss = float(Probe(model, tokens_NT, Meter()).losses([tried])[0])
+    assert loss == pytest.approx(float(Probe(made, tokens_NT, Meter()).losses([Candidate(Plan({}))])[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("compensator", [LeastSquares(1e-2, "pruned", True, "channel"), NoCompensation(False)])
+def test_a_trial_may_lose_whole_sublayers_and_experts(family, compensator, tiny, tokens_NT):
+    model, made = tiny(family), tiny(family)
+    sites = {site.name: SitePlan(site.kind, site.units, tuple(range(1, site.units))) for site in model.sites()}
+    gone = [site for site in model.sites() if site.layer == 1 and site.expert in (None, 0)]
+    sites |= {site.name: SitePlan(site.kind, site.units, ()) for site in gone}
+    sites |= {s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units))) for s in model.whole_experts(0)}
+    method = Method(Flap("WIFV", False), OneShot(0.3, "decoder", 0), AlAm(), compensator)
+    tried = _trial(Pruning(model, tokens_NT, method, 0.3, Record()), Plan(sites), tokens_NT)
+    _compensate_and_shrink(Pruning(made, tokens_NT, method, 0.3, Record()), Plan(sites), {}, "shrink")
     loss = float(Probe(model, tokens_NT, Meter()).losses([tried])[0])
     assert loss == pytest.approx(float(Probe(made, tokens_NT, Meter()).losses([Candidate(Plan({}))])[0]), rel=1e-9)
 

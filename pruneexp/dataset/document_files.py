@@ -96,9 +96,8 @@ class DocumentFiles(DocumentSource):
             files = [Path(path).expanduser() for path in self._files(part) or ()]
             found = [{"file": str(f), "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files]
             parts[part] = {"files": found, "documents": taken, "join": getattr(self, f"{part}_join")} if found else None
-        drawing = {name: getattr(self, name) for name in ("sampling", "samples", "length", "seed", "bos")}
         own = {"special_tokens": self.special_tokens, "fields": list(self.fields)}
-        return {"kind": "documents", **parts, "evaluation_windows": self.evaluation_windows, **own, **drawing}
+        return {"kind": "documents", **parts, "evaluation_windows": self.evaluation_windows, **own, **self.drawing()}
 
     def _files(self, part: str) -> tuple[str, ...] | None:
         return self.calibration_file if part == "calibration" else self.evaluation_file

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, windows_of
+from pruneexp.dataset.windows import Drawn, Sampling, begin_with, check_common, cut, draw, encode, windows_of
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.types import ConfigError
 
@@ -37,7 +37,9 @@ def text(
     bos: bool,
 ) -> Text:
     """Plain UTF-8 text, each file tokenised whole and without special tokens."""
-    return Text(calibration, evaluation, name or stem_of(evaluation, "text"), samples, length, seed, sampling, bos)
+    files = {"calibration_file": calibration, "evaluation_file": evaluation}
+    drawn: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "sampling": sampling, "bos": bos}
+    return Text(**files, name=name or stem_of(evaluation, "text"), **drawn)
 
 
 def tokens(calibration: str | None, evaluation: str | None, name: str | None, length: int | None, bos: bool) -> Tokens:
@@ -87,7 +89,7 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class Text(_Files):
+class Text(_Files, Drawn):
     """Plain text.
 
     Each file is read as UTF-8, unchanged, and tokenised whole, without special tokens. Calibration: `samples` windows
@@ -96,16 +98,7 @@ class Text(_Files):
     of text less.
     """
 
-    samples: int
-    length: int
-    seed: int
-    sampling: Sampling
-    bos: bool
-
     contiguous: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         for part, needed in (("calibration", calibration), ("evaluation", evaluation)):
@@ -121,8 +114,7 @@ class Text(_Files):
         return _text_windows(self._state("evaluation"), tokenizer, width, key, begin_with(tokenizer, self.bos))
 
     def description(self) -> Mapping[str, Any]:
-        drawing = {name: getattr(self, name) for name in ("sampling", "samples", "length", "seed", "bos")}
-        return {"kind": "text", **self._records(), "special_tokens": False, **drawing}
+        return {"kind": "text", **self._records(), "special_tokens": False, **self.drawing()}
 
     def _state(self, part: str) -> FileState:
         return file_state(self._file(part, TEXT))

@@ -52,11 +52,12 @@ class HubText(DocumentSource):
         return f"dataset.{part}_split={split} (of {self.path})"
 
     def description(self) -> Mapping[str, Any]:
-        as_they_are = ("path", "config", "revision", "data_files", "special_tokens", "bos", "sampling", "samples")
+        as_they_are = ("path", "config", "revision", "data_files", "special_tokens")
         evaluation = {"split": self.evaluation_split, "join": self.evaluation_join, "windows": self.evaluation_windows}
         return {
             "kind": "hub",
-            **{name: getattr(self, name) for name in (*as_they_are, "length", "seed")},
+            **{name: getattr(self, name) for name in as_they_are},
+            **self.drawing(),
             "fields": list(self.fields),
             "calibration": {"split": self.calibration_split, "join": self.calibration_join},
             "evaluation": evaluation,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pruneexp.dataset.document_files import DocumentFiles
 from pruneexp.dataset.files import Text, Tokens
-from pruneexp.dataset.windows import Sampling, WindowSource, check_common, evaluation_windows, takes_bos
+from pruneexp.dataset.windows import Drawn, WindowSource, evaluation_windows, takes_bos
 from pruneexp.types import ConfigError, RunError
 
 STRIDES = (1, 2, 4)  # of every second, and of every fourth window, each source has its part
@@ -29,7 +29,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(Drawn):
     """Windows of several sources.
 
     Calibration: `samples` windows in all, of `length` tokens, shared among the sources by their weights (largest
@@ -40,15 +40,9 @@ class Mixed:
     """
 
     sources: Mapping[str, Share] | None
-    name: str
-    samples: int
-    length: int
-    seed: int
-    sampling: Sampling
-    bos: bool
 
     def __post_init__(self) -> None:
-        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
+        super().__post_init__()
         for name, share in (self.sources or {}).items():
             if name == self.name:
                 raise ConfigError(f"name={name!r}: a source has this name; expected another one, part of metric names")

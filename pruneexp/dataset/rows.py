@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset.windows import Sampling, begin_with, check_common, cut, draw, encode, windows_of
+from pruneexp.dataset.windows import Drawn, begin_with, cut, draw, encode, windows_of
 from pruneexp.types import ConfigError
 
 
@@ -23,7 +24,7 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentSource:
+class DocumentSource(Drawn, ABC):
     """How documents become windows.
 
     A document is one row: its `fields`, the empty ones left out, joined by newlines where there are several.
@@ -40,34 +41,28 @@ class DocumentSource:
     tokenizer adds, and is counted in its length.
     """
 
-    name: str
     fields: list[str]
     calibration_join: str | None
     evaluation_join: str
     evaluation_windows: int | None
     special_tokens: bool
-    samples: int
-    length: int
-    seed: int
-    sampling: Sampling
-    bos: bool
 
     contiguous: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
+        super().__post_init__()
         if not self.fields:
             raise ConfigError(f"fields={list(self.fields)!r}: expected at least one column of the documents")
         if self.evaluation_windows is not None and self.evaluation_windows < 1:
             raise ConfigError(f"evaluation_windows={self.evaluation_windows!r}: expected null or an int >= 1")
 
+    @abstractmethod
     def rows(self, part: str) -> Rows:
         """The documents of "calibration" or "evaluation"."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key(self, part: str) -> str:
         """The config key of the part and its value, for messages."""
-        raise NotImplementedError
 
     def calibration(self, tokenizer: Any) -> Tensor:
         return self._windows("calibration", None, tokenizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -60,6 +60,25 @@ def check_common(name: str | None, samples: int, length: int, seed: int, samplin
         raise ConfigError(f"seed={seed!r}: expected an int {'>= 0' if seed < 0 else 'below 2**63'}")
     if sampling not in get_args(Sampling):
         raise ConfigError(f"sampling={sampling!r}: expected one of {', '.join(get_args(Sampling))}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How many windows are drawn from text, and how."""
+
+    name: str
+    samples: int
+    length: int
+    seed: int
+    sampling: Sampling
+    bos: bool
+
+    def __post_init__(self) -> None:
+        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
+
+    def drawing(self) -> dict[str, Any]:
+        """For the description of a dataset."""
+        return {name: getattr(self, name) for name in ("sampling", "samples", "length", "seed", "bos")}
 
 
 def encode(tokenizer: Any, text: str, special_tokens: bool) -> Tensor:

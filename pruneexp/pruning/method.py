@@ -65,6 +65,7 @@ class Pruning:
     record: Record
     scores: dict[str, Score] = field(default_factory=dict)
     chosen: dict[str, Mapping[str, float]] = field(default_factory=dict)  # by compensation, by site name
+    given: dict[str, tuple[Tensor, Tensor | None]] | None = None  # out-projections of compensation, where they are kept
 
 
 def goes_layer_by_layer(method: Method) -> bool:

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
 from pruneexp.model import Model, sharing
-from pruneexp.model.modeling_pruned import as_matrix
-from pruneexp.model.sites import site_parts
 from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
 from pruneexp.pruning.budget import as_planned, as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
@@ -115,26 +113,21 @@ def _compensate_and_shrink(work: Pruning, plan: Plan, dense: Mapping[str, Any], 
 
 def _trial(work: Pruning, plan: Plan, tokens_NT: Tensor) -> Candidate:
     """`plan` with the out-projections that compensation gives it on these windows; the model stays as it is."""
-    model, compensator, found = sharing(work.model), work.method.compensator, {}
-    sites = {index: [s for s in model.layer_sites(index) if plan.changes(s)] for index in range(len(model.layers))}
+    model, compensator = sharing(work.model), work.method.compensator
 
-    def take(index: int) -> None:
-        """Keeps a layer's out-projections alone."""
-        for site in sites[index]:
-            linear: Any = model.layers[index].get_submodule(site_parts(model.family, site)[1])
-            weight = as_matrix(linear, linear.weight) if linear.weight.ndim == 2 else linear.weight
-            found[site.name] = weight, linear.bias
+    def let_go(index: int) -> None:
+        """Of the shrunk layer, once the walk is through it."""
         model.layers[index] = work.model.layers[index]
 
-    record = Record(rng=work.record.rng, shrunk=take)
-    own = Pruning(model, tokens_NT, work.method, work.ratio, record)
+    record, given = Record(rng=work.record.rng, shrunk=let_go), {}
+    own = Pruning(model, tokens_NT, work.method, work.ratio, record, given=given)
     dense: dict[str, Any] = {}
     if compensator.evidence is not None and not compensator.sequential:
         _, dense = dense_results(own, None, compensator.evidence, ())
     _compensate_and_shrink(own, plan, dense, "search: fits")
     assert work.tokens_NT is not None
     work.record.meter.forward += record.meter.forward * len(tokens_NT) / len(work.tokens_NT)
-    return Candidate(plan, found)
+    return Candidate(plan, given)
 
 
 def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:
@@ -270,4 +263,6 @@ def _compensated(
             shape, fits = tuple(weight.shape), (len(own.out_projection), len(keep_C))
             if shape != fits:
                 raise RunError(f"{site.name}: the compensator gave weights {shape}, expected {fits}, the kept channels")
+    if work.given is not None:
+        work.given.update(out_projections)
     return out_projections

@@ -58,10 +58,12 @@ def _at_once(method: Method, model: Model, shape: Shape, seen: Windows) -> Passe
     scored = 1 - method.search.held_out  # of the windows, where nothing else is collected
     walked = _walk(kinds, shape, shrinks=False) + _ahead(kinds, seen, judged)
     passes = Passes(scored * walked.forward, scored * walked.backward)
-    if scored < 1:  # of all windows in the end
-        passes += walked + _walk(dense_kinds(method), shape, shrinks=False)
+    if scored < 1:
+        passes += _walk(dense_kinds(method), shape, shrinks=False)
     if blocks_alone(method.search):
         return passes
+    if scored < 1:  # units are chosen by all windows in the end
+        passes += walked
     if by_site(compensator):
         return passes + _walk_sites((), shape, seen)
     return passes + _walk(distinct(compensator.evidence if compensator.sequential else None), shape, shrinks=True)

@@ -55,6 +55,17 @@ def test_what_is_shared_is_counted_once(tiny, tokens_NT):
     assert probe.passes == pytest.approx(1 + 0.2 * 5 / 3)  # two of ten windows; three variants of the third layer
 
 
+def test_windows_are_split_into_as_many_batches_as_are_asked_for(tiny, tokens_NT):
+    model = tiny("llama")
+    candidates = [candidate(model, {}), candidate(model, {0: 1, 3: 20})]
+    whole, few, many = (Probe(model, tokens_NT, Meter(), least_batches=n) for n in (1, 5, 99))
+    assert (whole.batches, few.batches, many.batches) == (3, 5, len(tokens_NT))
+    assert torch.allclose(few.losses(candidates), whole.losses(candidates), rtol=1e-12)
+    alone = torch.stack([many.losses(candidates, batch) for batch in range(many.batches)])
+    assert torch.allclose(alone.mean(0), few.losses(candidates), rtol=1e-12)
+    assert many.passes == pytest.approx(whole.passes)
+
+
 def test_a_removed_block_is_passed_over(tiny, tokens_NT):
     model = tiny("llama")
     name = f"{model.layers_path}.1"

@@ -13,10 +13,12 @@ from pruneexp.pruning.method import Method, Pruning
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.steps import _compensate_and_shrink, _trial, prune_
 from pruneexp.search import AlAm, Evolutionary
+from pruneexp.search.starts import standardised_share
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_
-from pruneexp.types import Candidate, Plan, SitePlan
-from tests.test_evolutionary import SITES, Loss, convex, plan_of, search
+from pruneexp.types import Budget, Candidate, Plan, RemovalPath, SitePlan, start_name
+from tests.test_evolutionary import SITES, Loss, convex, paths, plan_of, search
+from tests.toy_sites import params
 
 
 def weights_of(model):
@@ -86,7 +88,7 @@ class Tried(Loss):
         return torch.tensor([float(f) if t is None else t for f, t in zip(found, tried, strict=True)])
 
     def trial(self, plan, share):
-        self.passes += 1.0
+        self.passes += 0.75
         return Candidate(plan, {SITES[0].name: (torch.zeros(1), None)})
 
 
@@ -104,6 +106,27 @@ def test_what_it_began_with_stays_where_compensation_makes_it_as_good():
     assert found.sites != begun.sites
     same = plan_of(method, Tried(lambda plan: 1.0))[0]
     assert same.sites == begun.sites, "no better is not better"
+
+
+def with_starts(names) -> dict[str, RemovalPath]:
+    return paths() | {start_name(n, site): path for i, n in enumerate(names, 1) for site, path in paths(i).items()}
+
+
+def test_what_a_criterion_alone_would_remove_is_tried_too():
+    started = {"starts": dict.fromkeys(("one", "two"), Flap("WIFV", False)), "effort": 60.0}
+    method, scores = search(**started), with_starts(("one", "two"))
+    structures = method.structures(scores, SITES, Budget(0.4, params(SITES)))
+    two = structures.ordered({site.name: scores[start_name("two", site.name)] for site in SITES})
+    alone = two.plan(standardised_share(two, {site.name: scores[start_name("two", site.name)] for site in SITES}))
+    oracle = Tried(lambda plan: 0.0 if plan.sites == alone.sites else 1.0)
+    assert plan_of(method, oracle, scores=scores)[0].sites == alone.sites
+    assert oracle.passes <= 60.0 + 1e-9
+
+
+@pytest.mark.parametrize("effort, trials", [(3.9, 0), (4, 2), (11.9, 2), (12, 3), (20, 5), (100, 5)])
+def test_more_effort_tries_more(effort, trials):
+    assert search(starts=dict.fromkeys(("one", "two"), Flap("WIFV", False)), effort=effort).trials == trials
+    assert search(effort=effort).trials == min(trials, 2)
 
 
 def test_trials_are_paid_for_out_of_the_effort_or_left_out():

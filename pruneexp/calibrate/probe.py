@@ -37,7 +37,8 @@ class Probe:
     are the same up to it, batch by batch. `passes` counts what was run so far, in plain passes of all decoder layers
     over the calibration windows, of which there are `windows` (None: these are all); `effort` is how many there will
     be, for a progress bar (until `close`). objective=kl: the divergence from the predictions of the model as it stands,
-    whose last hidden states are kept on the CPU once a batch is asked for. `fits`: what `trial` asks.
+    whose last hidden states are kept on the CPU once a batch is asked for. `fits`: what `trial` asks. The windows are
+    split into `least_batches` or more, where there are as many.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Probe:
         objective: Objective = "next_token",
         windows: int | None = None,
         fits: Callable[[Plan, float], Candidate] | None = None,
+        least_batches: int = 1,
     ):
         self.model, self.tokens_NT, self.meter, self.effort = model, tokens_NT, meter, effort
+        self.batch_size = max(1, min(model.batch_size, len(tokens_NT) // least_batches))
         self.objective, self.windows, self.fits = objective, windows or len(tokens_NT), fits
         self.passes, self._shown = 0.0, 0
         self._bar = iter(progress(range(100), "search", 100, "%"))
@@ -63,7 +66,7 @@ class Probe:
     @property
     def batches(self) -> int:
         """How many batches `losses(batch=...)` can choose from."""
-        return -(-len(self.tokens_NT) // self.model.batch_size)
+        return -(-len(self.tokens_NT) // self.batch_size)
 
     def trial(self, plan: Plan, share: float) -> Candidate:
         """The structure as the run will compensate it, fitted to a share of the windows that do not decide."""
@@ -77,7 +80,7 @@ class Probe:
     @torch.no_grad()
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean loss in nats per token of each candidate, float64 [len(candidates)]."""
-        batches = self.tokens_NT.split(self.model.batch_size)
+        batches = self.tokens_NT.split(self.batch_size)
         layers = [self._layer_keys(candidate) for candidate in candidates]
         sums, windows = torch.zeros(len(candidates), dtype=torch.float64), 0
         for number in range(len(batches)) if batch is None else [batch]:

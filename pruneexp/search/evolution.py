@@ -36,6 +36,7 @@ class Evolution:
     asked: int = 0
     skipped: int = 0
     kept_back: float = field(init=False)  # passes for the trials at the end
+    standardised: dict[str, Plan] = field(default_factory=dict)  # what AL-AM removes, of each criterion's scores
     spent_before: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,17 +49,23 @@ class Evolution:
         return self.method.effort - self.kept_back - (self.oracle.passes - self.spent_before)
 
     def decided(self) -> Plan:
-        """The structure found, unless the one it began with is as good once both are compensated as the run will do
-        it: other sites' fits make up for much of what a probe's do not."""
+        """The structure found, unless the one it began with, or what AL-AM removes by the scores of one criterion, is
+        as good once each is compensated as the run will do it: other sites' fits make up for much of what a probe's do
+        not."""
         levels = self.start()
-        begun = self.structures.plan(levels)
-        found = self.structures.plan(self.evolved(self.descended(levels)))
-        if found == begun or not self.kept_back:
+        began, found = self.structures.plan(levels), self.structures.plan(self.evolved(self.descended(levels)))
+        plans: dict[str, Plan] = {}
+        for name, plan in {"where it began": began, "found": found, **self.standardised}.items():
+            if plan not in plans.values() and len(plans) < self.method.trials:
+                plans[name] = plan
+        if len(plans) < 2:
             return found
         self.kept_back, share = 0.0, self.method.tokens
-        losses = self.measured([self.oracle.trial(plan, share) for plan in (begun, found)], self.drawn(share))
-        log.info("search: compensated, %.4f where it began, %.4f found", *losses.mean(0).tolist())
-        return (begun, found)[_least(losses)]
+        batches = self.drawn(share)  # one at a time: all their out-projections differ
+        losses = torch.cat([self.measured([self.oracle.trial(p, share)], batches) for p in plans.values()], 1)
+        means = (f"{name} {loss:.4f}" for name, loss in zip(plans, losses.mean(0).tolist(), strict=True))
+        log.info("search: compensated, %s", ", ".join(means))
+        return list(plans.values())[_least(losses)]
 
     def count(self, share: float) -> int:
         """Batches that hold about a share of the windows that decide: at least one."""
@@ -120,6 +127,9 @@ class Evolution:
         if not structures.composites:
             starts |= {f"{_AL_AM}{name}": standardised_share(structures, own) for name, own in criteria.items()}
         orders = {name: structures.ordered(own) if name in others else structures for name, own in criteria.items()}
+        if not structures.composites:
+            named = {f"{_AL_AM}{name}": orders[name] for name in (*others, "criterion")}
+            self.standardised = {name: order.plan(starts[name]) for name, order in named.items()}
         share = self.affordable(len(starts), _STARTS) or self.affordable(len(starts), 1.0)
         if share is None:
             first = f"{_AL_AM}{next(iter(others))}"
@@ -223,6 +233,7 @@ class Evolution:
         heads = {site.name for site in self.structures.dear}
         spared = self._allotted(levels, {name: {} if name in heads else own for name, own in points.items()})
         steps = _distinct([levels, full, self.structures.balanced(half), spared])
+        share = max(share, min(self.method.tokens, self.left / 4 / self.price(len(steps), 1.0)))
         return steps[_least(self.losses(steps, self.drawn(share)))]
 
     def _allotted(self, levels: Levels, points: dict[str, dict[int, float]]) -> Levels:

@@ -45,7 +45,8 @@ class Evolutionary:
        the best quarter on four times as many, together with the parent, which the best one replaces. At most `steps`
        generations (null: what `effort` pays for).
     4. What the search began with (1) and what it found, each compensated as the run will do it, on the windows scored
-       on: the first stays where the other is no better. Left out where that would take more than half of the effort.
+       on: the first stays where the other is no better. Left out where that would take more than half of the effort;
+       with `starts`, what AL-AM removes by each criterion, too, as far as a quarter of the effort pays for it.
 
     `tokens` is the share of the windows that decide which is looked at to choose between structures in 1 and 2 (less of
     them where the effort would not pay for two rounds of 2), in the last turn of 3 and in 4. A structure takes
@@ -144,14 +145,25 @@ class Evolutionary:
         return len(HEAD_SHARES) + 1 + self.effort
 
     @property
+    def trials(self) -> int:
+        """Structures that it compensates at the end: two, unless they take more than half of the effort; then as many
+        as a quarter of it pays for, up to one more for every criterion."""
+        most = 3 + len(self.starts) if self.starts else 2
+        return (self.effort / 2 >= 2 * self._trial) * max(2, min(most, math.floor(self.effort / 4 / self._trial)))
+
+    @property
     def trial_passes(self) -> float:
-        """Kept back for two trials at the end; 0 where they would take more than half of the effort."""
-        passes = 2 * self.tokens * (_TRIAL * (1 - self.held_out) + (self.held_out or 1.0))
-        return passes if passes <= self.effort / 2 else 0.0
+        """Kept back for them."""
+        return self.trials * self._trial
+
+    @property
+    def _trial(self) -> float:
+        """Passes that one takes, about."""
+        return self.tokens * (_TRIAL * (1 - self.held_out) + (self.held_out or 1.0))
 
     @property
     def tries(self) -> float:
-        return self.tokens * (1 - self.held_out) if self.trial_passes else 0.0
+        return self.tokens * (1 - self.held_out) if self.trials else 0.0
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         within_reach(self, sites, budget)

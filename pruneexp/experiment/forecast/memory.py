@@ -151,7 +151,7 @@ class Memory:
         return replace(stage, files=files)
 
     def _searching(self) -> list[Stage]:
-        """Probes of masked structures, or of structures whose out-projections are fitted anew; trials of two, whose
+        """Probes of masked structures, or of structures whose out-projections are fitted anew; trials, whose
         out-projections are compensated as the shrinking walk does it."""
         if not self.method.search.probes:
             return []
@@ -164,7 +164,7 @@ class Memory:
         stage = self._stage("search", 0, activations=batch, statistics=held, solves=solves, kept=kept)
         if tried := round(self.method.search.tries * self.seen.count):
             trial = replace(self, seen=replace(self.seen, count=tried))._shrinking()
-            layers = 2 * sum(site.channels for site in self.shape.sites) * self.shape.hidden * self.shape.itemsize
+            layers = sum(site.channels for site in self.shape.sites) * self.shape.hidden * self.shape.itemsize
             trial = replace(trial, name="search", parts={**trial.parts, "kept": kept + layers})
             stage = max(stage, trial, key=lambda each: each.total)
         return [replace(stage, files=files)]

@@ -40,7 +40,7 @@ from pruneexp.experiment.forecast import (
     size,
     warn_of_memory,
 )
-from pruneexp.experiment.forecast.memory import PARTS, activations, held_bytes
+from pruneexp.experiment.forecast.memory import PARTS, activations, held_bytes, with_gradients
 from pruneexp.model import Model, ModelSource
 from pruneexp.pruning.budget import check_pruning
 from pruneexp.pruning.dense_evidence import Results
@@ -206,7 +206,8 @@ def test_activations_by_hand() -> None:
     assert activations(replace(shape, sites=(attention,)), seen) == 30 * (3 * 64 + 2 * 64 + 30) * 2
     written_out = replace(shape, sites=(attention,), scores=4)
     assert activations(written_out, seen) - activations(replace(written_out, scores=0), seen) == 2 * 5 * 4 * 36 * 2
-    assert activations(shape, seen, loss=True) == 30 * 1000 * (2 + 4 + 4)
+    assert activations(shape, seen, logits=shape.itemsize) == 30 * 1000 * 2
+    assert activations(shape, seen, logits=with_gradients(shape)) == 30 * 1000 * (2 + 4 + 4)
 
 
 def test_stages_by_hand(foretold: Any) -> None:

@@ -7,12 +7,12 @@ import torch
 
 from pruneexp.cache import NoCache
 from pruneexp.calibrate import Meter, Probe
-from pruneexp.calibrate.probe import divergences
 from pruneexp.compensator import NoCompensation
 from pruneexp.criterion import Flap, Obs, WandaSp
 from pruneexp.criterion.together import Together
 from pruneexp.evidence import Gram
 from pruneexp.evidence.solve import refitted_
+from pruneexp.model import divergences
 from pruneexp.model.sites import site_parts
 from pruneexp.pruning.ask import parted
 from pruneexp.pruning.dense_evidence import Results

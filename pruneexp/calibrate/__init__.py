@@ -6,7 +6,7 @@ from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.meter import Meter
 from pruneexp.calibrate.observe import Visit
-from pruneexp.calibrate.probe import Probe
+from pruneexp.calibrate.probe import Probe, at_once
 from pruneexp.calibrate.site_walk import KEPT_BYTES, passes_of_layer, require_sums, walk_sites
 from pruneexp.calibrate.walk import walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
@@ -20,6 +20,7 @@ __all__ = [
     "Probe",
     "Slopes",
     "Visit",
+    "at_once",
     "gradient_evidence",
     "influence_evidence",
     "passes_of_layer",

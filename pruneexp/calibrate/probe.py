@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate.meter import Meter
-from pruneexp.model import Call, Model, next_token_losses
+from pruneexp.model import Call, Model, divergences, next_token_losses
 from pruneexp.model.sites import experts_name
 from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
@@ -53,7 +53,7 @@ class Probe:
         least_batches: int = 1,
     ):
         self.model, self.tokens_NT, self.meter, self.effort = model, tokens_NT, meter, effort
-        self.batch_size = max(1, min(model.batch_size, len(tokens_NT) // least_batches))
+        self.batch_size = at_once(len(tokens_NT), model.batch_size, least_batches)
         self.objective, self.windows, self.fits = objective, windows or len(tokens_NT), fits
         self.passes, self._shown = 0.0, 0
         self._bar = iter(progress(range(100), "search", 100, "%"))
@@ -123,10 +123,7 @@ class Probe:
         """Sum over windows of their mean loss."""
         if dense_BTV is None:
             return next_token_losses(logits_BTV, tokens_BT).mean(1).sum().item()
-        windows = zip(
-            logits_BTV, dense_BTV, strict=True
-        )  # one at a time: predictions are the largest tensors there are
-        return sum(divergences(own_TV, dense_TV).mean().item() for own_TV, dense_TV in windows)
+        return sum(divergences(*of_window).mean().item() for of_window in zip(logits_BTV, dense_BTV, strict=True))
 
     def _spend(self, windows: float) -> None:
         """Counts whole passes of so many windows."""
@@ -154,8 +151,6 @@ class Probe:
         return [tuple(own) for own in keys]
 
 
-def divergences(logits_TV: Tensor, dense_TV: Tensor) -> Tensor:
-    """KL(p || q) of every prediction, p those of `dense_TV`: nats, float64 [T]."""
-    wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    q_TV, p_TV = (t.to(wide).log_softmax(-1) for t in (logits_TV, dense_TV))
-    return torch.nn.functional.kl_div(q_TV, p_TV, reduction="none", log_target=True).sum(-1).double().cpu()
+def at_once(windows: int, batch_size: int, least_batches: int) -> int:
+    """Windows in a batch, where there are to be so many batches of them."""
+    return max(1, min(batch_size, windows // least_batches))

@@ -3,7 +3,8 @@
 # ruff: noqa: F401
 
 from pruneexp.model.checkpoint import Checkpoint
-from pruneexp.model.loaded import Call, Model, next_token_losses, select_layers_
+from pruneexp.model.loaded import Call, Model, select_layers_
+from pruneexp.model.losses import divergences, next_token_losses
 from pruneexp.model.sharing import sharing
 from pruneexp.model.sites import layer_structure
 from pruneexp.model.source import ModelSource

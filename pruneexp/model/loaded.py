@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pruneexp.model.architecture import stock_of
 from pruneexp.model.checkpoint import Checkpoint
 from pruneexp.model.half import WideLinear, widening_pays
+from pruneexp.model.losses import mean_next_token_loss, next_token_losses
 from pruneexp.model.modeling_pruned import Family, experts_of, family_of
 from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
 from pruneexp.model.weights import check_finite, give_back_memory, load_into_, stored_tensors
@@ -256,7 +257,7 @@ class Model:
     def mean_loss(self, tokens_BT: Tensor) -> Tensor:
         """Mean next-token loss in nats, differentiable; of a model in memory."""
         logits = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
-        return _cross_entropy(logits, tokens_BT, "mean")
+        return mean_next_token_loss(logits, tokens_BT)
 
     def as_output(self, hidden: Tensor) -> Any:
         """What a decoder layer returns that computed these hidden states."""
@@ -286,14 +287,3 @@ def select_layers_(config: Any, kept: Sequence[int]) -> None:
         values = getattr(config, name, None)
         if values is not None:
             setattr(config, name, [values[index] for index in kept])
-
-
-def next_token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Nats of every predicted token, float64 [B, T-1] on the CPU."""
-    return _cross_entropy(logits_BTV, tokens_BT, "none").view(tokens_BT[:, 1:].shape).double().cpu()
-
-
-def _cross_entropy(logits_BTV: Tensor, tokens_BT: Tensor, reduction: str) -> Tensor:
-    logits = logits_BTV[:, :-1].flatten(0, 1)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return nn.functional.cross_entropy(logits, tokens_BT[:, 1:].to(logits.device).flatten(), reduction=reduction)

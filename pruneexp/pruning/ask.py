@@ -17,7 +17,7 @@ from pruneexp.types import QUERY_HEADS, Budget, Candidate, Oracle, Plan, Score, 
 from pruneexp.types.defaults import EVIDENCE
 
 # of held-out windows: their spread is the standard error of a choice, and one alone is the least that can be asked for
-_LEAST_BATCHES = 16
+LEAST_BATCHES = 16
 
 Fit = Callable[[Pruning, Plan, Tensor], Candidate]
 
@@ -30,7 +30,7 @@ def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, S
         fitting, judging = parted(work.tokens_NT, search.held_out, work.record.rng.initial_seed())
         fits = None if fit is None else partial(_fitted, work, fit, fitting)
         windows = len(work.tokens_NT)
-        least, meter = _LEAST_BATCHES if search.held_out else 1, work.record.meter
+        least, meter = LEAST_BATCHES if search.held_out else 1, work.record.meter
         oracle = Probe(work.model, judging, meter, search.effort, search.objective, windows, fits, least)
     try:
         budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)

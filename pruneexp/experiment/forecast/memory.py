@@ -22,10 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pruneexp.calibrate import KEPT_BYTES
+from pruneexp.calibrate import KEPT_BYTES, at_once
 from pruneexp.experiment.forecast.passes import dense_kinds
 from pruneexp.experiment.forecast.shape import Shape, Windows
 from pruneexp.pruning import Method, by_site, goes_layer_by_layer
+from pruneexp.pruning.ask import LEAST_BATCHES
 from pruneexp.pruning.budget import blocks_alone
 from pruneexp.pruning.dense_evidence import distinct, empty_bytes
 from pruneexp.surgery import STREAMED_SHARD_BYTES
@@ -123,7 +124,7 @@ class Memory:
     def _evaluating(self, windows: Windows) -> Stage:
         """A streamed model runs all windows layer by layer."""
         hidden = self._hidden(windows.tokens if self.how.stream else 0)
-        return self._stage("evaluate", hidden, activations=activations(self.shape, windows, loss=True))
+        return self._stage("evaluate", hidden, activations=activations(self.shape, windows, self.shape.itemsize))
 
     def _calibrating(self, shrinks: bool) -> Stage:
         """The first walk, or the only one, which `shrinks`."""
@@ -158,9 +159,11 @@ class Memory:
         kept, files = self._kept(self.method.search.refits)
         held = self._of_all(dense_kinds(self.method))
         solves = self._widest(self.method.criterion.working_bytes) if kept + files else 0
-        batch = activations(self.shape, self.seen, loss=True)
-        if self.method.search.objective == "kl":
-            batch = max(batch, self._divergence())
+        held_out, seen = self.method.search.held_out, self.seen
+        if held_out:
+            seen = replace(seen, batch_size=at_once(round(held_out * seen.count), seen.batch_size, LEAST_BATCHES))
+        predictions = 2 if self.method.search.objective == "kl" else 1
+        batch = activations(self.shape, seen, predictions * self.shape.itemsize)
         stage = self._stage("search", 0, activations=batch, statistics=held, solves=solves, kept=kept)
         if tried := round(self.method.search.tries * self.seen.count):
             trial = replace(self, seen=replace(self.seen, count=tried))._shrinking()
@@ -168,13 +171,6 @@ class Memory:
             trial = replace(trial, name="search", parts={**trial.parts, "kept": kept + layers})
             stage = max(stage, trial, key=lambda each: each.total)
         return [replace(stage, files=files)]
-
-    def _divergence(self) -> int:
-        """A batch's logits of the dense model and of the pruned one, and those of a window in at least float32: both
-        log-softmaxes, their products and one in between."""
-        shape, e = self.shape, self.shape.itemsize
-        batch = min(self.seen.batch_size, self.seen.count)
-        return self.seen.length * shape.vocabulary * (2 * batch * e + 4 * max(4, e))
 
     def _shrinking(self) -> Stage:
         """The second walk."""
@@ -206,7 +202,7 @@ class Memory:
         the way back is in float32, too, and so is a batch of windows held out."""
         shape, batch = self.shape, Windows(self.trains, self.seen.length, self.trains)
         if not self.layerwise:
-            kept = activations(shape, batch, loss=True) + len(shape.layers) * activations(shape, batch)
+            kept = activations(shape, batch, with_gradients(shape)) + len(shape.layers) * activations(shape, batch)
             return self._stage("recover", 0, activations=kept)
         wide = max(4, shape.itemsize) / shape.itemsize
         trained = round(TRAINED * wide * shape.block_bytes)
@@ -231,7 +227,8 @@ class Memory:
             forward, backward = kind.passes(self.seen.count, self.shape.sites)
             batch = replace(self.seen, batch_size=1) if kind.per_sample else self.seen
             waiting = len(self.shape.layers) * activations(self.shape, batch) if backward else 0
-            found = max(found, activations(self.shape, batch, loss=True) + waiting if forward else 0)
+            logits = with_gradients(self.shape) if backward else self.shape.itemsize
+            found = max(found, activations(self.shape, batch, logits) + waiting if forward else 0)
         return found
 
     def _kept(self, refits: float) -> tuple[int, int]:
@@ -265,15 +262,20 @@ class Memory:
         return max((bytes_of(site, self.shape.hidden) for site in self.shape.sites), default=0)
 
 
-def activations(shape: Shape, seen: Windows, loss: bool = False) -> int:
-    """Of a batch in flight: the most that one sublayer holds at a time, or the logits and their losses.
+def with_gradients(shape: Shape) -> int:
+    """Bytes for each logit on the way to a loss and back: as it comes, once more in float32 (float64 for such a model),
+    and its log-softmax."""
+    return shape.itemsize + 2 * max(4, shape.itemsize)
+
+
+def activations(shape: Shape, seen: Windows, logits: int = 0) -> int:
+    """Of a batch in flight: the most that one sublayer holds at a time, or the logits, which take so many bytes each.
 
     Attention: queries, keys and values, before and after their rotation, what heads give, three hidden states; T x T
     scores and their softmax where they are written out. FFN: its C channels once for every in-projection and once for
-    what the out-projection gets, and as many hidden states. Logits: as they come, once more in float32 (float64
-    for such a model), and their log-softmax."""
+    what the out-projection gets, and as many hidden states."""
     batch = min(seen.batch_size, seen.count)
-    tokens, e, wide = batch * seen.length, shape.itemsize, max(4, shape.itemsize)
+    tokens, e = batch * seen.length, shape.itemsize
     peak = 0
     for site in shape.sites:
         if site.kind == "attention":
@@ -283,7 +285,7 @@ def activations(shape: Shape, seen: Windows, loss: bool = False) -> int:
         else:
             in_projections = site.cost.macs // shape.hidden - 1
             peak = max(peak, ((in_projections + 1) * site.channels + 3 * shape.hidden) * tokens * e)
-    return max(peak, tokens * shape.vocabulary * (e + 2 * wide)) if loss else peak
+    return max(peak, tokens * shape.vocabulary * logits)
 
 
 def held_bytes(kind: Any, sites: Sequence[Site], shape: Shape) -> int:

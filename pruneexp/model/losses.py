@@ -14,7 +14,7 @@ def next_token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     """Nats of every predicted token, float64 [B, T-1] on the CPU."""
 
     def losses(logits_TV: Tensor, next_T: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(wide(logits_TV), next_T, reduction="none")
+        return nn.functional.cross_entropy(_wide(logits_TV), next_T, reduction="none")
 
     windows = zip(logits_BTV, tokens_BT.to(logits_BTV.device), strict=True)
     return torch.stack([_by_parts(losses, logits_TV[:-1], tokens_T[1:]) for logits_TV, tokens_T in windows])
@@ -23,20 +23,20 @@ def next_token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
 def mean_next_token_loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     """Their mean, differentiable."""
     logits_NV, next_N = logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].to(logits_BTV.device).flatten()
-    return nn.functional.cross_entropy(wide(logits_NV), next_N)
+    return nn.functional.cross_entropy(_wide(logits_NV), next_N)
 
 
 def divergences(logits_TV: Tensor, dense_TV: Tensor) -> Tensor:
     """KL(p || q) of every prediction, p those of `dense_TV`: nats, float64 [T] on the CPU."""
 
     def losses(logits_TV: Tensor, dense_TV: Tensor) -> Tensor:
-        q_TV, p_TV = (wide(logits).log_softmax(-1) for logits in (logits_TV, dense_TV))
+        q_TV, p_TV = (_wide(logits).log_softmax(-1) for logits in (logits_TV, dense_TV))
         return nn.functional.kl_div(q_TV, p_TV, reduction="none", log_target=True).sum(-1)
 
     return _by_parts(losses, logits_TV, dense_TV)
 
 
-def wide(logits: Tensor) -> Tensor:
+def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

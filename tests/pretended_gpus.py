@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -141,6 +143,7 @@ def pretended_gpus(count: int = 2, free: Sequence[int] = (2**30, 2**30)) -> Iter
         "mem_get_info": lambda device: (free[torch.device(device).index or 0], 2**30),
         "max_memory_allocated": lambda device: 2**20,
         "get_device_name": lambda device: "Pretended",
+        "get_device_properties": lambda device: SimpleNamespace(uuid=f"pretended-{os.getpid()}-{device}"),
         "synchronize": lambda device=None: None,
     }
     with ExitStack() as stack:

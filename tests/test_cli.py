@@ -136,8 +136,8 @@ MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line n
     ("seed=1.5", "seed=1.5", ["integer"]),
     ("seed=9223372036854775808", "seed=9223372036854775808", ["2**63"]),
     ("dataset.seed=9223372036854775808", "dataset.seed=9223372036854775808", ["2**63"]),
-    ("model.device=cudaa", "model.device='cudaa'", ["cpu", "cuda", "cuda:N", "auto"]),
-    ("model.device=mps", "model.device='mps'", ["cpu", "cuda", "cuda:N", "auto"]),
+    ("model.device=cudaa", "model.device='cudaa'", ["cpu", "cuda", "cuda:N", "cuda:any", "auto"]),
+    ("model.device=mps", "model.device='mps'", ["cpu", "cuda", "cuda:N", "cuda:any", "auto"]),
     (
         "model.device=auto model.stream=true",
         "model.device='auto'",

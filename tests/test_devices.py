@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pruneexp.experiment.forecast import available_memory
 from pruneexp.experiment.forecast.machine import out_of_memory
 from pruneexp.experiment.run import run_experiment
 from pruneexp.model import Model
+from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.placement import connect_, devices_of, placed
 from pruneexp.pruning.dense_evidence import checked
 from pruneexp.surgery import masked, save, shrink_
@@ -138,8 +140,8 @@ def test_what_a_device_is_called(source: Any, tiny_folder: Any) -> None:
     with pretended_gpus(2):
         assert devices_of("auto") == (FIRST, SECOND)
         source(tiny_folder("opt"), device="cuda:1").check()
-        line = "model.device='cuda:7': this machine has 2 CUDA devices; expected cpu, auto or cuda:0 to cuda:1"
-        with pytest.raises(ConfigError, match=f"^{line}$"):
+        line = "this machine has 2 CUDA devices; expected cpu, auto, cuda:any or cuda:0 to cuda:1"
+        with pytest.raises(ConfigError, match=f"^model.device='cuda:7': {line}$"):
             source(tiny_folder("opt"), device="cuda:7").check()
         assert available_memory(FIRST, SECOND) == 2**31
     with pretended_gpus(1):
@@ -264,6 +266,28 @@ def test_a_run_on_one_gpu_and_its_memory(run: Run, tmp_path: Path) -> None:
     }
 
 
+def test_a_run_on_any_gpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    expected = run("cpu", "llama", "recipe=flap")
+    with pretended_gpus(), held_gpu("cuda:any") as taken:
+        assert taken == "cuda:0"
+        assert run("cuda:any", "llama", "recipe=flap") == expected
+    metrics = json.loads((tmp_path / "run_cudaany/metrics.json").read_text())
+    assert [name for name in metrics if name.startswith("memory/cuda")] == ["memory/cuda:1/peak_bytes"]
+    with pretended_gpus(0), pytest.raises(ConfigError, match=r"model.device='cuda:any'.* 0 CUDA devices; expected cpu"):
+        run("cuda:any", "llama", "recipe=flap")
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [("llama", "recipe=best search.effort=6"), ("opt", "compensator=least_squares_once")]
+)
+def test_what_one_gpu_calibrated_serves_another(run: Run, family: str, words: str) -> None:
+    expected = run("cpu", family, *words.split())
+    with pretended_gpus():
+        for device in ("cuda:0", "cuda:1", "auto"):
+            assert run(device, family, *words.split(), "cache=on", "cache.dir=kept") == expected
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -296,12 +320,11 @@ def test_scores_end_on_the_cpu() -> None:
             checked({"a": cost_U / 0})
 
 
-def test_cached_tensors_return_to_their_device_where_there_is_one() -> None:
-    with pretended_gpus(2):
+def test_cached_tensors_come_to_the_models_devices() -> None:
+    with pretended_gpus(3):
         outline, tensors = packed([torch.ones(2, device="cuda:1"), torch.ones(2)])
-        assert [t.device for t in unpacked(outline, tensors)] == [SECOND, CPU]
-    with pretended_gpus(1):
-        assert [t.device for t in unpacked(outline, tensors)] == [CPU, CPU]
+        for devices, expected in (((FIRST, SECOND), SECOND), ((THIRD,), THIRD), ((), CPU)):
+            assert [t.device for t in unpacked(outline, tensors, devices)] == [expected, CPU]
 
 
 # real GPUs

@@ -522,7 +522,7 @@ def test_settings_that_cannot_be(source: Callable[..., Any]) -> None:
     for settings, typed in (
         ({"dtype": "float8"}, ("auto", "float64", "float32", "bfloat16", "float16")),
         ({"batch_size": 0}, (">= 1",)),
-        ({"device": "abacus"}, ("cpu", "cuda", "cuda:N", "auto")),
+        ({"device": "abacus"}, ("cpu", "cuda", "cuda:N", "cuda:any", "auto")),
     ):
         ((key, value),) = settings.items()
         with pytest.raises(ConfigError) as error:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,22 +49,25 @@ def _outline(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise Unpackable(f"a {type(value).__name__} cannot be written down")
 
 
-def unpacked(outline: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value again. Only dataclasses of modules that are imported already are made: a file cannot ask for code."""
+def unpacked(outline: Any, tensors: Mapping[str, Tensor], devices: Sequence[torch.device] = ()) -> Any:
+    """The value again. What was on a GPU returns to it where it is one of `devices`, else comes to the first of them
+    (to the CPU, where there is none). Only dataclasses of modules that are imported already are made: a file cannot ask
+    for code."""
     if not isinstance(outline, dict):
         return outline
     [kind, *_] = outline
     content = outline[kind]
     if kind == "tensor":
         device = torch.device(outline["device"])
-        there = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
-        return tensors[content].to(device) if there else tensors[content]
+        if device.type == "cuda" and device not in devices:
+            device = devices[0] if devices else torch.device("cpu")
+        return tensors[content].to(device)
     if kind == "items":
-        return {unpacked(key, tensors): unpacked(each, tensors) for key, each in content}
+        return {unpacked(key, tensors, devices): unpacked(each, tensors, devices) for key, each in content}
     if kind == "class":
-        fields = {name: unpacked(field, tensors) for name, field in outline["fields"].items()}
+        fields = {name: unpacked(field, tensors, devices) for name, field in outline["fields"].items()}
         return _dataclass(*content)(**fields)
-    items = [unpacked(each, tensors) for each in content]
+    items = [unpacked(each, tensors, devices) for each in content]
     return tuple(items) if kind == "tuple" else items
 
 

@@ -12,11 +12,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
 from pruneexp.files import existing, save_tensors, written_aside
 from pruneexp.types import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("pruneexp")
 
@@ -28,8 +31,8 @@ Key = Mapping[str, Any]  # everything that the value depends on, as JSON
 class Entries(Protocol):
     """Entries that are held: nobody else computes them meanwhile."""
 
-    def get(self, key: Key) -> Any:
-        """The value, or None where there is none (any more)."""
+    def get(self, key: Key, devices: Sequence[torch.device] = ()) -> Any:
+        """The value, or None where there is none (any more). `devices`: those that what was on a GPU may come to."""
         ...
 
     def put(self, key: Key, value: Any) -> None:
@@ -49,7 +52,7 @@ class NoCache:
         """Holds nothing."""
         yield self
 
-    def get(self, key: Key) -> None:
+    def get(self, key: Key, devices: Sequence[torch.device] = ()) -> None:
         return None
 
     def put(self, key: Key, value: Any) -> None:
@@ -108,10 +111,10 @@ class Cache:
                 return
             yield self
 
-    def get(self, key: Key) -> Any:
+    def get(self, key: Key, devices: Sequence[torch.device] = ()) -> Any:
         path = self._path(key)
         try:
-            value = _read(path, key)
+            value = _read(path, key, devices)
         except FileNotFoundError:
             return None
         except Exception as error:  # cut short, changed, of another format: whatever it is, it is no result
@@ -166,7 +169,7 @@ def _text(key: Key) -> str:
     return json.dumps(key, sort_keys=True, separators=(",", ":"))
 
 
-def _read(path: Path, key: Key) -> Any:
+def _read(path: Path, key: Key, devices: Sequence[torch.device]) -> Any:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -176,4 +179,4 @@ def _read(path: Path, key: Key) -> Any:
         raise ValueError("another key's")
     if meta["checksum"] != digest_of(tensors, meta["outline"]):
         raise ValueError("contents and checksum differ")
-    return unpacked(json.loads(meta["outline"]), tensors)
+    return unpacked(json.loads(meta["outline"]), tensors, devices)

@@ -78,7 +78,7 @@ def prepare_delivery(
         return Delivery(folder if experiment.run.save else None, prove, probe_BT, dense, None), Notes(None)
     target = folder / ("model" if experiment.run.save else "streamed")
     streamed = StreamedSave(model, target, BlockProof(model, probe_BT), keep=take_up(folder, identity))
-    return Delivery(folder, prove, probe_BT, dense, streamed), Notes(folder / NOTES, streamed)
+    return Delivery(folder, prove, probe_BT, dense, streamed), Notes(folder / NOTES, streamed, model.devices)
 
 
 def deliver(delivery: Delivery, model: Model, adapter: Adapter | None, path: str) -> dict[str, float]:

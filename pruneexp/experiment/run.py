@@ -68,7 +68,8 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *,
             kind = "job" if job["sweep"] else "run"
             trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind, job))
         warn(experiment, inputs)
-        outcome = _pruned(experiment, inputs, folder, local, trackers, shared)
+        with experiment.model.on_a_device() as source:
+            outcome = _pruned(replace(experiment, model=source), inputs, folder, local, trackers, shared)
         trackers.finish(outcome.metrics)
     if job["sweep"]:
         print(f"  {summary_line(outcome.metrics)}", flush=True)

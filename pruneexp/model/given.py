@@ -6,6 +6,7 @@ import copy
 import hashlib
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,6 +89,11 @@ class GivenModel:
         module.requires_grad_(False)
         check_finite(module, "")
         return self._model(module)
+
+    @contextmanager
+    def on_a_device(self) -> Iterator[GivenModel]:
+        """It lies where it lies."""
+        yield self
 
     def reference(self) -> Model:
         """What a pruned model is compared with: the very module, to be read only, of a source that is not spent."""

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 AUTO = "auto"  # every GPU that is visible
+ANY = "cuda:any"  # a GPU that no other run has
 
 
 def devices_of(name: str) -> tuple[torch.device, ...]:
     """The devices that `model.device` names. The first is the model's own: what is outside the decoder layers lies
-    there, tokens go there and logits come from there."""
+    there, tokens go there and logits come from there. The first GPU stands for any."""
     if name == AUTO:
         return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count())) or (torch.device("cpu"),)
-    device = torch.device(name)
+    device = torch.device("cuda" if name == ANY else name)
     return (torch.device("cuda", device.index or 0) if device.type == "cuda" else device,)
 
 

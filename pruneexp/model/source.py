@@ -7,6 +7,8 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from pruneexp.fingerprint import FileState, file_state
 from pruneexp.model import checks, companions, modeling_pruned
 from pruneexp.model.architecture import model_class_of, skeleton, stock_of
 from pruneexp.model.checkpoint import Checkpoint, fingerprints, holds_weights
+from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
@@ -51,8 +54,9 @@ class ModelSource:
 
     `path`: a folder with config.json and safetensors, a GGUF file, a Hub id, or "embedded:NAME". `dtype` "auto": the
     checkpoint's, but float32 for float16 on a CPU (which computes float16 slowly and badly). `device` "auto": the
-    decoder layers in order over all visible GPUs (the CPU where there is none). `stream`: the decoder layers are read
-    from their files one at a time instead of being held. `batch_size`: windows per forward pass.
+    decoder layers in order over all visible GPUs (the CPU where there is none); "cuda:any": see `on_a_device`.
+    `stream`: the decoder layers are read from their files one at a time instead of being held. `batch_size`: windows
+    per forward pass.
     """
 
     name: str
@@ -71,9 +75,11 @@ class ModelSource:
             raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
         if self.device == AUTO:
             if self.stream:
-                raise ConfigError("device='auto': expected cpu, cuda or cuda:N with model.stream=true, which needs one")
-        elif not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ConfigError(f"device={self.device!r}: expected cpu, cuda, cuda:N or auto")
+                raise ConfigError(
+                    "device='auto': expected cpu, cuda, cuda:N or cuda:any with model.stream=true, which needs one"
+                )
+        elif not re.fullmatch(r"cpu|cuda(:(\d+|any))?", self.device):
+            raise ConfigError(f"device={self.device!r}: expected cpu, cuda, cuda:N, cuda:any or auto")
 
     def check(self, weights: bool = True) -> None:
         """Everything that can be told from files and the machine without loading a weight, or transformers. `weights`:
@@ -81,7 +87,7 @@ class ModelSource:
         device, count = devices_of(self.device)[0], torch.cuda.device_count()
         if device.type == "cuda" and (device.index or 0) >= count:
             has = f"{count} CUDA device{'' if count == 1 else 's'}"
-            expected = "cpu" if count == 0 else f"cpu, auto or cuda:0 to cuda:{count - 1}"
+            expected = "cpu" if count == 0 else f"cpu, auto, cuda:any or cuda:0 to cuda:{count - 1}"
             raise ConfigError(f"model.device={self.device!r}: this machine has {has}; expected {expected}")
         folder = self.local_folder()
         if folder is None:
@@ -188,6 +194,12 @@ class ModelSource:
         model.source_folder = folder
         module.generation_config = companions.generation_settings(folder) or module.generation_config
         return model
+
+    @contextmanager
+    def on_a_device(self) -> Iterator[ModelSource]:
+        """The source with its device at hand: of `cuda:any`, a GPU that no other run has meanwhile."""
+        with held_gpu(self.device) as device:
+            yield replace(self, device=device)
 
     def reference(self) -> Model:
         """What a pruned model is compared with: the model as it is stored, its decoder layers loaded one at a time."""

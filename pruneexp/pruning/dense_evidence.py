@@ -66,8 +66,8 @@ class Results:
         small = [each for each in distinct(_kinds(criterion)) if each is not kind and _is_small(each, model)]
         keys = {each: self._key("evidence", None, (each,), ()) for each in (kind, *small) if each is not None}
         with self.cache.held([*([] if criterion is None else [score_key]), *keys.values()]) as entries:
-            scored = ({}, 0.0, 0.0) if criterion is None else entries.get(score_key)
-            evidence = {} if kind is None else entries.get(keys[kind])
+            scored = ({}, 0.0, 0.0) if criterion is None else entries.get(score_key, model.devices)
+            evidence = {} if kind is None else entries.get(keys[kind], model.devices)
             if scored is None or evidence is None:
                 kinds = [*([kind] if evidence is None else []), *(small if scored is None else [])]
                 found, seen, spent = _collected(

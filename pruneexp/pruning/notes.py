@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pruneexp.cache.packing import Unpackable, packed, unpacked
@@ -32,10 +33,11 @@ class Notes:
     """The notes of one run in `folder`, a bookmark for each of its walks. `folder` None: nothing is noted.
 
     `writes`: the checkpoint that is written in the walk that is called `writing`, whose state is a part of its note.
+    `devices`: the model's, where what was noted of a GPU returns to.
     """
 
-    def __init__(self, folder: Path | None, writes: Writes | None = None):
-        self.folder, self.writes = folder, writes
+    def __init__(self, folder: Path | None, writes: Writes | None = None, devices: Sequence[torch.device] = ()):
+        self.folder, self.writes, self.devices = folder, writes, devices
 
     def bookmark(self, walk: str, at: Bookmark, found: Callable[[], Any], writing: bool = False) -> Bookmark:
         """`at`, the start of the walk called `walk`, moved to where that stands. `found`: what is to be noted of its
@@ -43,7 +45,7 @@ class Notes:
         if self.folder is None:
             return at
         file, writes = self.folder / f"{walk}.safetensors", self.writes if writing else None
-        noted = _read(file)
+        noted = _read(file, self.devices)
         if writes is not None and not writes.restore(None if noted is None else noted["writes"]):
             noted = None
 
@@ -85,7 +87,7 @@ def _write(file: Path, value: Mapping[str, Any], hidden: Sequence[Sequence[Tenso
         raise error if isinstance(error, OSError) else OSError(str(error)) from error
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path, devices: Sequence[torch.device]) -> dict[str, Any] | None:
     """What was noted, None where nothing was, or nothing that can be read."""
     if not file.is_file():
         return None
@@ -94,7 +96,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         with open(file, "rb") as opened:
             meta = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))["__metadata__"]
         hidden = [[tensors.pop(f"hidden.{i}.{j}") for j in range(n)] for i, n in enumerate(json.loads(meta["hidden"]))]
-        return {**unpacked(json.loads(meta["outline"]), tensors), "hidden": hidden}
+        return {**unpacked(json.loads(meta["outline"]), tensors, devices), "hidden": hidden}
     except Exception as error:  # whatever it is, it is no note
         logger.warning("%s cannot be read: its walk begins anew (%s)", file, " ".join(str(error).split()))
         return None

@@ -21,7 +21,7 @@ from pruneexp.pruning.notes import Notes
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.steps import prune_
 from pruneexp.search import AlAm, Evolutionary, reordered
-from pruneexp.search.evolution import _least
+from pruneexp.search.choice import least
 from pruneexp.search.levels import Structures
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked
@@ -114,10 +114,10 @@ def test_divergence_is_from_the_dense_models_predictions(tiny, tokens_NT):
 
 def test_a_lead_within_the_noise_is_none():
     noisy = torch.tensor([[1.0, 0.0, 3.0], [1.0, 2.1, 3.0], [1.0, 0.6, 3.0]], dtype=torch.float64)
-    assert noisy.mean(0).argmin() == 1 and _least(noisy) == 0
+    assert noisy.mean(0).argmin() == 1 and least(noisy) == 0
     clear = torch.tensor([[1.0, 0.9], [2.0, 1.9], [3.0, 2.8]], dtype=torch.float64)
-    assert _least(clear) == 1
-    assert _least(torch.tensor([[2.0, 1.0]])) == 1 and _least(torch.tensor([[1.0, float("inf")]])) == 0
+    assert least(clear) == 1
+    assert least(torch.tensor([[2.0, 1.0]])) == 1 and least(torch.tensor([[1.0, float("inf")]])) == 0
 
 
 def test_what_left_stays_gone_when_the_budget_moves(tiny, tokens_NT, build_from):

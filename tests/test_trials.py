@@ -13,12 +13,12 @@ from pruneexp.pruning.method import Method, Pruning
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.steps import _compensate_and_shrink, _trial, prune_
 from pruneexp.search import AlAm, Evolutionary
-from pruneexp.search.starts import standardised_share
+from pruneexp.search.starts import begun_with, standardised_share
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_
 from pruneexp.types import Budget, Candidate, Plan, RemovalPath, SitePlan, start_name
 from tests.test_evolutionary import SITES, Loss, convex, paths, plan_of, search
-from tests.toy_sites import params
+from tests.toy_sites import HEAD_COST, params
 
 
 def weights_of(model):
@@ -121,6 +121,49 @@ def test_what_a_criterion_alone_would_remove_is_tried_too():
     oracle = Tried(lambda plan: 0.0 if plan.sites == alone.sites else 1.0)
     assert plan_of(method, oracle, scores=scores)[0].sites == alone.sites
     assert oracle.passes <= 60.0 + 1e-9
+
+
+@pytest.mark.parametrize("more", [-1.5, 1.5], ids=["fewer leave", "more leave"])
+def test_a_plan_in_a_starts_order_stays_in_it_when_the_budget_moves(more):
+    method, scores = search(starts={"one": Flap("WIFV", False)}), with_starts(("one",))
+    own = {site.name: scores[start_name("one", site.name)] for site in SITES}
+    structures = method.structures(scores, SITES, Budget(0.4, params(SITES)))
+    plan = structures.ordered(own).plan(structures.balanced(dict.fromkeys((site.name for site in SITES), 2)))
+    budget = Budget(0.4 + more * HEAD_COST / params(SITES), params(SITES))
+    after = method.rebalanced(plan, scores, SITES, budget)
+    assert after.sites != plan.sites
+    for site in SITES:
+        gone = set(range(site.units)) - set(after.sites[site.name].kept)
+        assert gone == set(own[site.name].order_U[: len(gone)].tolist())
+
+
+def alone_by(method, scores, start, budget) -> Plan:
+    own = {site.name: scores[start_name(start, site.name) if start else site.name] for site in SITES}
+    structures = method.structures(scores, SITES, budget).ordered(own)
+    return structures.plan(standardised_share(structures, own))
+
+
+@pytest.mark.parametrize("start", ["", "one"], ids=["criterion", "start"])
+def test_what_a_criterion_alone_would_remove_becomes_what_it_would_by_all_windows(start):
+    method, before = search(starts={"one": Flap("WIFV", False)}), with_starts(("one",))
+    after = paths(7) | {start_name("one", site): path for site, path in paths(8).items()}
+    budget = Budget(0.4, params(SITES))
+    plan = begun_with(alone_by(method, before, start, budget), f"al_am of {start or 'criterion'}")
+    found = method.rescored(plan, before, after, SITES, budget)
+    expected = alone_by(method, after, start, budget)
+    assert found.sites == expected.sites != plan.sites and found.budget["start"] == plan.budget["start"]
+
+
+def test_levels_that_did_not_begin_with_al_am_stay_by_all_windows():
+    method, before = search(starts={"one": Flap("WIFV", False)}), with_starts(("one",))
+    after = before | paths(7)
+    budget = Budget(0.4, params(SITES))
+    plan = begun_with(alone_by(method, before, "", budget), "shares 1")
+    found = method.rescored(plan, before, after, SITES, budget)
+    for site in SITES:
+        assert found.removed(site) == plan.removed(site)
+        gone = set(range(site.units)) - set(found.sites[site.name].kept)
+        assert gone == set(after[site.name].order_U[: len(gone)].tolist())
 
 
 @pytest.mark.parametrize("effort, trials", [(3.9, 0), (4, 2), (11.9, 2), (12, 3), (20, 5), (100, 5)])

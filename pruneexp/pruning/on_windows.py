@@ -8,10 +8,11 @@ from typing import Any
 
 from pruneexp.calibrate import Meter
 from pruneexp.pruning.ask import parted
+from pruneexp.pruning.budget import whole_budget
 from pruneexp.pruning.dense_evidence import without_out_projections
 from pruneexp.pruning.method import Pruning
 from pruneexp.pruning.notes import Notes
-from pruneexp.search import expert_scores, reordered
+from pruneexp.search import expert_scores
 from pruneexp.types import Criterion, Plan, Score, Site
 
 
@@ -45,4 +46,6 @@ def by_all_windows(work: Pruning, plan: Plan, sites: Sequence[Site], shown: tupl
     )
     found = without_out_projections(found)
     work.scores = {**found, **expert_scores(found, sites)}
-    return reordered(plan, before, work.scores, work.method.search.starts, sites)
+    budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
+    rescored = work.method.search.rescored
+    return plan if rescored is None else rescored(plan, before, work.scores, sites, budget)

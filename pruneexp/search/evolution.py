@@ -7,20 +7,30 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pruneexp.search.choice import distinct, least
 from pruneexp.search.levels import Levels, Structures, parabola
-from pruneexp.search.starts import HEAD_SHARES, RAMPS, cheapest, ranked, same_share, standardised_share
+from pruneexp.search.starts import (
+    AL_AM,
+    HEAD_SHARES,
+    RAMPS,
+    begun_with,
+    cheapest,
+    ranked,
+    same_share,
+    standardised_share,
+)
 from pruneexp.types import Candidate, Oracle, Plan, RemovalPath, RunError, Scores, start_name
 
 log = logging.getLogger("pruneexp")
 
 _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
-_AL_AM = "al_am of "
 _AT_ONCE = 3  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
 
@@ -35,6 +45,7 @@ class Evolution:
     rng: torch.Generator
     asked: int = 0
     skipped: int = 0
+    began: str = ""  # the start's name
     kept_back: float = field(init=False)  # passes for the trials at the end
     standardised: dict[str, Plan] = field(default_factory=dict)  # what AL-AM removes, of each criterion's scores
     spent_before: float = field(init=False)
@@ -53,7 +64,8 @@ class Evolution:
         as good once each is compensated as the run will do it: other sites' fits make up for much of what a probe's do
         not."""
         levels = self.start()
-        began, found = self.structures.plan(levels), self.structures.plan(self.evolved(self.descended(levels)))
+        began = begun_with(self.structures.plan(levels), self.began)
+        found = begun_with(self.structures.plan(self.evolved(self.descended(levels))), self.began)
         plans: dict[str, Plan] = {}
         for name, plan in {"where it began": began, "found": found, **self.standardised}.items():
             if plan not in plans.values() and len(plans) < self.method.trials:
@@ -65,7 +77,7 @@ class Evolution:
         losses = torch.cat([self.measured([self.oracle.trial(p, share)], batches) for p in plans.values()], 1)
         means = (f"{name} {loss:.4f}" for name, loss in zip(plans, losses.mean(0).tolist(), strict=True))
         log.info("search: compensated, %s", ", ".join(means))
-        return list(plans.values())[_least(losses)]
+        return list(plans.values())[least(losses)]
 
     def count(self, share: float) -> int:
         """Batches that hold about a share of the windows that decide: at least one."""
@@ -112,7 +124,7 @@ class Evolution:
         others = {start: found for start in method.starts if (found := self._scores_of(start))}
         if others:
             return self._among_criteria(starts, others)
-        last, starts = starts[-1], _distinct(starts)
+        last, starts = starts[-1], distinct(starts)
         if self.left < self.price(len(starts), method.tokens):
             return last
         return starts[int(self.losses(starts, self.drawn(method.tokens)).mean(0).argmin())]
@@ -125,18 +137,18 @@ class Evolution:
         starts = {f"shares {number}": levels for number, levels in enumerate(shares)}
         starts |= {f"ramp {ramp:+g}": same_share(structures, 1.0, ramp) for ramp in RAMPS}
         if not structures.composites:
-            starts |= {f"{_AL_AM}{name}": standardised_share(structures, own) for name, own in criteria.items()}
+            starts |= {f"{AL_AM}{name}": standardised_share(structures, own) for name, own in criteria.items()}
         orders = {name: structures.ordered(own) if name in others else structures for name, own in criteria.items()}
         if not structures.composites:
-            named = {f"{_AL_AM}{name}": orders[name] for name in (*others, "criterion")}
-            self.standardised = {name: order.plan(starts[name]) for name, order in named.items()}
+            named = {f"{AL_AM}{name}": orders[name] for name in (*others, "criterion")}
+            self.standardised = {name: begun_with(own.plan(starts[name]), name) for name, own in named.items()}
         share = self.affordable(len(starts), _STARTS) or self.affordable(len(starts), 1.0)
         if share is None:
-            first = f"{_AL_AM}{next(iter(others))}"
+            first = f"{AL_AM}{next(iter(others))}"
             chosen = first if first in starts else f"shares {len(shares) - 1}"
         else:
             chosen = self._best({name: partial(structures.candidate, own) for name, own in starts.items()}, share)
-        levels, own = starts[chosen], chosen.removeprefix(_AL_AM)
+        levels, own, self.began = starts[chosen], chosen.removeprefix(AL_AM), chosen
         if own in orders:  # it stays with the order that its levels are made for, unless another is clearly better
             self.structures, orders = orders[own], {own: orders.pop(own), **orders}
         if share is None:
@@ -156,8 +168,10 @@ class Evolution:
             [self.measured([make() for make in structures[i : i + _AT_ONCE]], batches) for i in parts], 1
         )
         named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
-        log.info("search: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(named.items(), key=_second)))
-        return list(candidates)[_least(losses)]
+        log.info(
+            "search: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(named.items(), key=itemgetter(1)))
+        )
+        return list(candidates)[least(losses)]
 
     def _scores_of(self, start: str) -> Scores:
         named = {site.name: start_name(start, site.name) for site in self.structures.chosen}
@@ -187,7 +201,7 @@ class Evolution:
         mixed = there.ordered({name: score for _, own in best.values() for name, score in own.items()})
         share = max(share, min(self.method.tokens, self.left / 4))
         judged = self.measured([there.candidate(levels), mixed.candidate(levels)], self.drawn(share))
-        self.structures = (there, mixed)[_least(judged)]
+        self.structures = (there, mixed)[least(judged)]
         before, after = judged.mean(0).tolist()
         own = sum(loss < 0 for loss, _ in best.values())
         log.info("search: with orders of their own at %d sites %.4f, without %.4f", own, after, before)
@@ -232,9 +246,9 @@ class Evolution:
         half = {name: round((levels[name] + full[name]) / 2) for name in levels}
         heads = {site.name for site in self.structures.dear}
         spared = self._allotted(levels, {name: {} if name in heads else own for name, own in points.items()})
-        steps = _distinct([levels, full, self.structures.balanced(half), spared])
+        steps = distinct([levels, full, self.structures.balanced(half), spared])
         share = max(share, min(self.method.tokens, self.left / 4 / self.price(len(steps), 1.0)))
-        return steps[_least(self.losses(steps, self.drawn(share)))]
+        return steps[least(self.losses(steps, self.drawn(share)))]
 
     def _allotted(self, levels: Levels, points: dict[str, dict[int, float]]) -> Levels:
         curves = {}
@@ -253,10 +267,10 @@ class Evolution:
         price = self.price(method.offspring, first) + self.price(finalists + 1, method.tokens)
         while self.left >= price and (method.steps is None or generation < method.steps):
             generation += 1
-            children = _distinct([self._mutated(parent) for _ in range(method.offspring)])
+            children = distinct([self._mutated(parent) for _ in range(method.offspring)])
             losses = self.losses(children, self.drawn(first)).mean(0)
             final = [parent, *(children[i] for i in losses.sort(stable=True).indices[:finalists].tolist())]
-            parent = final[_least(self.losses(final, self.drawn(method.tokens)))]
+            parent = final[least(self.losses(final, self.drawn(method.tokens)))]
         return parent
 
     def _mutated(self, levels: Levels) -> Levels:
@@ -278,20 +292,3 @@ class Evolution:
 
     def _draw(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.rng))
-
-
-def _distinct(population: Sequence[Levels]) -> list[Levels]:
-    return list({tuple(levels.items()): levels for levels in population}.values())
-
-
-def _second(pair: tuple[str, float]) -> float:
-    return pair[1]
-
-
-def _least(losses: Tensor) -> int:
-    """The structure of least loss, of [batches, structures]; the first where the other's lead is within the standard
-    error of the difference over batches."""
-    best = int(losses.mean(0).argmin())
-    lead = losses[:, 0] - losses[:, best]
-    error = lead.std() / math.sqrt(len(lead)) if len(lead) > 1 else torch.zeros(())
-    return 0 if lead.mean() <= error else best

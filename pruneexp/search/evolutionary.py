@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,9 +13,23 @@ import torch
 from pruneexp.search.common import require
 from pruneexp.search.evolution import HEAD_SHARES, Evolution
 from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain
-from pruneexp.search.levels import Structures
+from pruneexp.search.levels import Levels, Structures
 from pruneexp.search.removable import Removable, within_reach
-from pruneexp.types import Budget, ConfigError, Criterion, Objective, Oracle, Plan, Scores, Site, require_least
+from pruneexp.search.reordered import followed, orders_followed, reordered
+from pruneexp.search.starts import AL_AM, begun_with, standardised_share
+from pruneexp.types import (
+    QUERY_HEADS,
+    Budget,
+    ConfigError,
+    Criterion,
+    Objective,
+    Oracle,
+    Plan,
+    Scores,
+    Site,
+    require_least,
+    start_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,14 +117,33 @@ class Evolutionary:
 
     def rebalanced(self, plan: Plan, scores: Scores, sites: Sequence[Site], budget: Budget) -> Plan:
         """The plan at a budget that differs a little (biases that nothing has to pay for), without a probe."""
+        orders = orders_followed(plan, scores, ("", *self.starts), sites)
+        structures = followed(self.structures(scores, sites, budget), plan, scores, orders)
+        return begun_with(structures.plan(structures.balanced(structures.levels(plan))), plan.budget.get("start", ""))
+
+    def rescored(self, plan: Plan, before: Scores, after: Scores, sites: Sequence[Site], budget: Budget) -> Plan:
+        """The plan by scores `after` of all windows, where those `before` were of a part: the lowest units leave in the
+        order that each site follows, and levels that began with AL-AM's move as AL-AM's do."""
+        began = plan.budget.get("start", "")
+        if not began.startswith(AL_AM) or QUERY_HEADS in self.granularity:
+            return reordered(plan, before, after, self.starts, sites)
+        budget = replace(budget, added=plan.budget[f"target_{budget.counts}"] - replace(budget, added=0).remove)
+        start = next((each for each in self.starts if began == AL_AM + each), "")
+        names = {site.name: start_name(start, site.name) if start else site.name for site in sites}
+        was, now = (
+            self._standardised({site: each[own] for site, own in names.items() if own in each}, sites, budget)
+            for each in (before, after)
+        )
+        orders = orders_followed(plan, before, (start, "", *self.starts), sites)
+        orders |= {site.name: names[site.name] for site in sites if not plan.removed(site)}
+        structures = followed(self.structures(after, sites, budget), plan, after, orders)
+        levels = structures.levels(plan)
+        moved = {name: level + (now[name] - was[name]) * (name in orders) for name, level in levels.items()}
+        return begun_with(structures.plan(structures.balanced(moved)), began)
+
+    def _standardised(self, scores: Scores, sites: Sequence[Site], budget: Budget) -> Levels:
         structures = self.structures(scores, sites, budget)
-        gone = {
-            name: torch.isin(torch.arange(len(place)), torch.tensor(plan.sites[name].kept).long(), invert=True)
-            for name, place in structures.place.items()
-        }
-        # what has left stays gone, whatever the order in which it did
-        structures = structures.ordered({n: p.double() - 2.0 * len(p) * gone[n] for n, p in structures.place.items()})
-        return structures.plan(structures.balanced(structures.levels(plan)))
+        return standardised_share(structures, scores)
 
     def structures(self, scores: Scores, sites: Sequence[Site], budget: Budget) -> Structures:
         """Those that it may choose from."""

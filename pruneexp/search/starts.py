@@ -9,10 +9,16 @@ from pruneexp.search.common import prunable
 from pruneexp.search.flap import AlAm
 from pruneexp.search.granularity import Granularity
 from pruneexp.search.levels import Levels, Structures
-from pruneexp.types import RemovalPath, Scores
+from pruneexp.types import Plan, RemovalPath, Scores
 
 HEAD_SHARES = (0.0, 0.5, 1.5, 1.0)  # of the uniform share: heads that leave
+AL_AM = "al_am of "  # in front of a criterion's name
 RAMPS = (-0.5, 0.5)  # by how much the share rises from the middle layer to the last, of itself
+
+
+def begun_with(plan: Plan, start: str) -> Plan:
+    """The plan with the name of the start, where it has one, noted in its budget."""
+    return Plan(plan.sites, {**plan.budget, "start": start}) if start else plan
 
 
 def same_share(structures: Structures, head_share: float, ramp: float = 0.0) -> Levels:

@@ -57,6 +57,7 @@ SEARCH: Defaults = {
     "spends": None,
     "refits": 0,
     "rebalanced": None,
+    "rescored": None,
     "warning": _nothing,
     "starts": {},
     "held_out": 0.0,

@@ -130,8 +130,9 @@ class Search(Protocol):
     it cannot meet, before there are scores. `spends(sites, budget, batches)`, unless None: the passes over the
     calibration windows that its probes may cost, for forecasts; `refits`: about how many fitted out-projections of each
     site its probes ask for. `rebalanced(plan, scores, sites, budget)`, unless None: its plan at another budget, for
-    nothing. `warning(sites, budget)`: a line for the log, or None. `tries`: the share of the calibration windows that
-    structures are compensated on for its trials, 0 where it has none.
+    nothing; `rescored(plan, before, after, sites, budget)`, unless None: its plan of scores `before`, of the windows
+    that do not decide, by scores `after` of all. `warning(sites, budget)`: a line for the log, or None. `tries`: the
+    share of the calibration windows that structures are compensated on for its trials, 0 where it has none.
 
     `starts`: other criteria by name; the scores that it is given hold theirs, too, under `start_name(start, site)`.
     `held_out`: the share of the calibration windows that its probes measure losses on; scores are then of the others.
@@ -146,6 +147,7 @@ class Search(Protocol):
     spends: Any
     refits: Any
     rebalanced: Any
+    rescored: Any
     starts: Any
     held_out: float
     objective: Any

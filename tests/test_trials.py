@@ -166,7 +166,7 @@ def test_levels_that_did_not_begin_with_al_am_stay_by_all_windows():
         assert gone == set(after[site.name].order_U[: len(gone)].tolist())
 
 
-@pytest.mark.parametrize("effort, trials", [(3.9, 0), (4, 2), (11.9, 2), (12, 3), (20, 5), (100, 5)])
+@pytest.mark.parametrize("effort, trials", [(3.9, 0), (4, 2), (8.9, 2), (9, 3), (15, 5), (100, 5)])
 def test_more_effort_tries_more(effort, trials):
     assert search(starts=dict.fromkeys(("one", "two"), Flap("WIFV", False)), effort=effort).trials == trials
     assert search(effort=effort).trials == min(trials, 2)

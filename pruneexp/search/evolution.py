@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pruneexp.search.choice import distinct, least
 from pruneexp.search.levels import Levels, Structures, parabola
+from pruneexp.search.mutation import mutated
 from pruneexp.search.starts import (
     AL_AM,
     HEAD_SHARES,
@@ -35,6 +35,9 @@ _AT_ONCE = 3  # structures whose out-projections may all differ, that are held t
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
 
 
+Tried = tuple[Plan, Sequence[int], Tensor]  # a structure, batches, and its losses on them: [batches, 1]
+
+
 @dataclass
 class Evolution:
     """One search under way. `structures`: with the order of units in each site that is the best so far."""
@@ -47,7 +50,7 @@ class Evolution:
     skipped: int = 0
     began: str = ""  # the start's name
     kept_back: float = field(init=False)  # passes for the trials at the end
-    standardised: dict[str, Plan] = field(default_factory=dict)  # what AL-AM removes, of each criterion's scores
+    tried: Tried | None = None  # where it begins, compensated
     spent_before: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,24 +63,30 @@ class Evolution:
         return self.method.effort - self.kept_back - (self.oracle.passes - self.spent_before)
 
     def decided(self) -> Plan:
-        """The structure found, unless the one it began with, or what AL-AM removes by the scores of one criterion, is
-        as good once each is compensated as the run will do it: other sites' fits make up for much of what a probe's do
-        not."""
-        levels = self.start()
-        began = begun_with(self.structures.plan(levels), self.began)
+        """The structure found, unless the one it began with is as good once both are compensated as the run will do it:
+        other sites' fits make up for much of what a probe's do not."""
+        levels, share = self.start(), self.method.tokens
+        if self.tried is not None and self.kept_back < self.method.trial_price:
+            return self.tried[0]  # nothing is left to try what would be found
         found = begun_with(self.structures.plan(self.evolved(self.descended(levels))), self.began)
-        plans: dict[str, Plan] = {}
-        for name, plan in {"where it began": began, "found": found, **self.standardised}.items():
-            if plan not in plans.values() and len(plans) < self.method.trials:
-                plans[name] = plan
-        if len(plans) < 2:
+        began = self.tried[0] if self.tried is not None else begun_with(self.structures.plan(levels), self.began)
+        if found == began or not self.kept_back:
             return found
-        self.kept_back, share = 0.0, self.method.tokens
-        batches = self.drawn(share)  # one at a time: all their out-projections differ
-        losses = torch.cat([self.measured([self.oracle.trial(p, share)], batches) for p in plans.values()], 1)
-        means = (f"{name} {loss:.4f}" for name, loss in zip(plans, losses.mean(0).tolist(), strict=True))
-        log.info("search: compensated, %s", ", ".join(means))
-        return list(plans.values())[least(losses)]
+        if self.tried is None:
+            self.tried = self.compensated({"where it began": began}, self.drawn(share))[0]
+        _, batches, loss = self.tried
+        both = torch.cat([loss, self.compensated({"found": found}, batches)[0][2]], 1)
+        return (began, found)[least(both)]
+
+    def compensated(self, plans: Mapping[str, Plan], batches: Sequence[int]) -> list[Tried]:
+        """Each as the run will compensate it; one at a time, since all their out-projections differ."""
+        share, found = self.method.tokens, []
+        for name, plan in plans.items():
+            self.kept_back = max(0.0, self.kept_back - self.method.trial_price)
+            loss = self.measured([self.oracle.trial(plan, share)], batches)
+            log.info("search: compensated, %s %.4f", name, float(loss.mean()))
+            found.append((plan, batches, loss))
+        return found
 
     def count(self, share: float) -> int:
         """Batches that hold about a share of the windows that decide: at least one."""
@@ -139,39 +148,51 @@ class Evolution:
         if not structures.composites:
             starts |= {f"{AL_AM}{name}": standardised_share(structures, own) for name, own in criteria.items()}
         orders = {name: structures.ordered(own) if name in others else structures for name, own in criteria.items()}
-        if not structures.composites:
-            named = {f"{AL_AM}{name}": orders[name] for name in (*others, "criterion")}
-            self.standardised = {name: begun_with(own.plan(starts[name]), name) for name, own in named.items()}
         share = self.affordable(len(starts), _STARTS) or self.affordable(len(starts), 1.0)
         if share is None:
             first = f"{AL_AM}{next(iter(others))}"
             chosen = first if first in starts else f"shares {len(shares) - 1}"
         else:
-            chosen = self._best({name: partial(structures.candidate, own) for name, own in starts.items()}, share)
+            ranking = self._ranked({name: partial(structures.candidate, own) for name, own in starts.items()}, share)
+            chosen = self._tried(ranking, starts, orders)
         levels, own, self.began = starts[chosen], chosen.removeprefix(AL_AM), chosen
         if own in orders:  # it stays with the order that its levels are made for, unless another is clearly better
             self.structures, orders = orders[own], {own: orders.pop(own), **orders}
-        if share is None:
+        if share is None or (self.tried is not None and self.kept_back < self.method.trial_price):
             return levels
         if self.left >= self.price(len(orders), share):
-            self.structures = orders[
-                self._best({n: partial(each.candidate, levels) for n, each in orders.items()}, share)
-            ]
+            candidates = {name: partial(each.candidate, levels) for name, each in orders.items()}
+            self.structures = orders[self._ranked(candidates, share)[0]]
         self._order_each(list(criteria.values()), levels)
         return levels
 
-    def _best(self, candidates: Mapping[str, Callable[[], Candidate]], share: float) -> str:
-        """The name of the structure of least loss; few at a time, since their out-projections may all be different."""
+    def _tried(self, ranking: Sequence[str], starts: Mapping[str, Levels], orders: Mapping[str, Structures]) -> str:
+        """Of the first and of what AL-AM removes by each criterion, the best once compensated: of as many as there are
+        trials for, but one for what is found, where there are more than two."""
+        names = [ranking[0], *(name for name in ranking[1:] if name.startswith(AL_AM))]
+        names = names[: self.method.trials - (self.method.trials > 2)]
+        if len(names) < 2:
+            return ranking[0]
+        ordered = {name: orders.get(name.removeprefix(AL_AM), self.structures) for name in names}
+        plans = {name: begun_with(ordered[name].plan(starts[name]), name) for name in names}
+        tried = self.compensated(plans, self.drawn(self.method.tokens))
+        best = least(torch.cat([loss for _, _, loss in tried], 1))
+        self.tried = tried[best]
+        return names[best]
+
+    def _ranked(self, candidates: Mapping[str, Callable[[], Candidate]], share: float) -> list[str]:
+        """The names of the structures, that of least loss first; few at a time, since their out-projections may all be
+        different."""
         batches, structures = self.drawn(share), list(candidates.values())
         parts = range(0, len(structures), _AT_ONCE)
         losses = torch.cat(
             [self.measured([make() for make in structures[i : i + _AT_ONCE]], batches) for i in parts], 1
         )
         named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
-        log.info(
-            "search: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(named.items(), key=itemgetter(1)))
-        )
-        return list(candidates)[least(losses)]
+        names = sorted(named, key=named.__getitem__)
+        log.info("search: %s", ", ".join(f"{name} {named[name]:.4f}" for name in names))
+        best = list(candidates)[least(losses)]
+        return [best, *(name for name in names if name != best)]
 
     def _scores_of(self, start: str) -> Scores:
         named = {site.name: start_name(start, site.name) for site in self.structures.chosen}
@@ -267,28 +288,10 @@ class Evolution:
         price = self.price(method.offspring, first) + self.price(finalists + 1, method.tokens)
         while self.left >= price and (method.steps is None or generation < method.steps):
             generation += 1
-            children = distinct([self._mutated(parent) for _ in range(method.offspring)])
+            children = distinct(
+                [mutated(self.structures, parent, method.distance, self.rng) for _ in range(method.offspring)]
+            )
             losses = self.losses(children, self.drawn(first)).mean(0)
             final = [parent, *(children[i] for i in losses.sort(stable=True).indices[:finalists].tolist())]
             parent = final[least(self.losses(final, self.drawn(method.tokens)))]
         return parent
-
-    def _mutated(self, levels: Levels) -> Levels:
-        """Parameters moved between one, two or three pairs of sites; the amount is drawn on a logarithmic scale. Where
-        whole sublayers may leave, one time in two one of them does, or comes back."""
-        structures, sites, child = self.structures, self.structures.chosen, dict(levels)
-        if structures.wholes and self._draw(2):
-            name = structures.wholes[self._draw(len(structures.wholes))].name
-            child[name] = 0 if child[name] == structures.most[name] else structures.most[name]
-            return structures.balanced(child)
-        for _ in range(1 + self._draw(3)):
-            loses, gains = sites[self._draw(len(sites))], sites[self._draw(len(sites))]
-            largest = self.method.distance * max(site.units * structures.budget.price(site) for site in (loses, gains))
-            amount = largest * 2.0 ** -self._draw(5)
-            for site, sign in ((loses, 1), (gains, -1)):
-                units = max(1, round(amount / structures.cost[site.name])) * sign
-                child[site.name] = min(max(child[site.name] + units, 0), structures.most[site.name])
-        return structures.balanced(child)
-
-    def _draw(self, count: int) -> int:
-        return int(torch.randint(count, (), generator=self.rng))

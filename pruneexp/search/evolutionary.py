@@ -59,8 +59,10 @@ class Evolutionary:
        the best quarter on four times as many, together with the parent, which the best one replaces. At most `steps`
        generations (null: what `effort` pays for).
     4. What the search began with (1) and what it found, each compensated as the run will do it, on the windows scored
-       on: the first stays where the other is no better. Left out where that would take more than half of the effort;
-       with `starts`, what AL-AM removes by each criterion, too, as far as a quarter of the effort pays for it.
+       on: the first stays where the other is no better. Left out where that would take more than half of the effort.
+       With `starts`, the best start by (1) and what AL-AM removes by each criterion are tried so before the search goes
+       on from the best of them, as far as a third of the effort pays for it; where it pays for two trials alone, the
+       better of two starts is the plan.
 
     `tokens` is the share of the windows that decide which is looked at to choose between structures in 1 and 2 (less of
     them where the effort would not pay for two rounds of 2), in the last turn of 3 and in 4. A structure takes
@@ -179,18 +181,19 @@ class Evolutionary:
 
     @property
     def trials(self) -> int:
-        """Structures that it compensates at the end: two, unless they take more than half of the effort; then as many
-        as a quarter of it pays for, up to one more for every criterion."""
+        """Structures that it compensates: two, unless they take more than half of the effort; as many as a third of it
+        pays for, up to three and one for every other criterion."""
         most = 3 + len(self.starts) if self.starts else 2
-        return (self.effort / 2 >= 2 * self._trial) * max(2, min(most, math.floor(self.effort / 4 / self._trial)))
+        able = math.floor(self.effort / 3 / self.trial_price)
+        return max(2, min(most, able)) if 2 * self.trial_price <= self.effort / 2 else 0
 
     @property
     def trial_passes(self) -> float:
         """Kept back for them."""
-        return self.trials * self._trial
+        return self.trials * self.trial_price
 
     @property
-    def _trial(self) -> float:
+    def trial_price(self) -> float:
         """Passes that one takes, about."""
         return self.tokens * (_TRIAL * (1 - self.held_out) + (self.held_out or 1.0))
 

@@ -154,7 +154,7 @@ class Evolution:
             chosen = first if first in starts else f"shares {len(shares) - 1}"
         else:
             ranking = self._ranked({name: partial(structures.candidate, own) for name, own in starts.items()}, share)
-            chosen = self._tried(ranking, starts, orders)
+            chosen = self._best_compensated(ranking, starts, orders)
         levels, own, self.began = starts[chosen], chosen.removeprefix(AL_AM), chosen
         if own in orders:  # it stays with the order that its levels are made for, unless another is clearly better
             self.structures, orders = orders[own], {own: orders.pop(own), **orders}
@@ -166,7 +166,9 @@ class Evolution:
         self._order_each(list(criteria.values()), levels)
         return levels
 
-    def _tried(self, ranking: Sequence[str], starts: Mapping[str, Levels], orders: Mapping[str, Structures]) -> str:
+    def _best_compensated(
+        self, ranking: Sequence[str], starts: Mapping[str, Levels], orders: Mapping[str, Structures]
+    ) -> str:
         """Of the first and of what AL-AM removes by each criterion, the best once compensated: of as many as there are
         trials for, but one for what is found, where there are more than two."""
         names = [ranking[0], *(name for name in ranking[1:] if name.startswith(AL_AM))]

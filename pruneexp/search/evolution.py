@@ -68,10 +68,10 @@ class Evolution:
         levels, share = self.start(), self.method.tokens
         if self.tried is not None and self.kept_back < self.method.trial_price:
             return self.tried[0]  # nothing is left to try what would be found
-        found = begun_with(self.structures.plan(self.evolved(self.descended(levels))), self.began)
+        found = self.structures.plan(self.evolved(self.descended(levels)))
         began = self.tried[0] if self.tried is not None else begun_with(self.structures.plan(levels), self.began)
-        if found == began or not self.kept_back:
-            return found
+        if found.sites == began.sites or not self.kept_back:
+            return began if found.sites == began.sites else found
         if self.tried is None:
             self.tried = self.compensated({"where it began": began}, self.drawn(share))[0]
         _, batches, loss = self.tried

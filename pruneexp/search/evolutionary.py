@@ -125,7 +125,7 @@ class Evolutionary:
 
     def rescored(self, plan: Plan, before: Scores, after: Scores, sites: Sequence[Site], budget: Budget) -> Plan:
         """The plan by scores `after` of all windows, where those `before` were of a part: the lowest units leave in the
-        order that each site follows, and levels that began with AL-AM's move as AL-AM's do."""
+        order that each site follows, and levels that are AL-AM's become those of all windows."""
         began = plan.budget.get("start", "")
         if not began.startswith(AL_AM) or QUERY_HEADS in self.granularity:
             return reordered(plan, before, after, self.starts, sites)

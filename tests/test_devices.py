@@ -283,9 +283,10 @@ def test_a_run_on_any_gpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_what_one_gpu_calibrated_serves_another(run: Run, family: str, words: str) -> None:
     expected = run("cpu", family, *words.split())
-    with pretended_gpus():
-        for device in ("cuda:0", "cuda:1", "auto"):
+    for device, devices in (("cuda:0", {FIRST}), ("cuda:1", {SECOND}), ("auto", {FIRST, SECOND})):
+        with pretended_gpus() as gpus:
             assert run(device, family, *words.split(), "cache=on", "cache.dir=kept") == expected
+        assert {place for _, place in gpus.places.values()} == devices, "nothing comes to another job's GPU"
 
 
 @pytest.mark.parametrize(

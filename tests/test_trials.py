@@ -115,9 +115,7 @@ def with_starts(names) -> dict[str, RemovalPath]:
 def test_what_a_criterion_alone_would_remove_is_tried_too():
     started = {"starts": dict.fromkeys(("one", "two"), Flap("WIFV", False)), "effort": 60.0}
     method, scores = search(**started), with_starts(("one", "two"))
-    structures = method.structures(scores, SITES, Budget(0.4, params(SITES)))
-    two = structures.ordered({site.name: scores[start_name("two", site.name)] for site in SITES})
-    alone = two.plan(standardised_share(two, {site.name: scores[start_name("two", site.name)] for site in SITES}))
+    alone = alone_by(method, scores, "two", Budget(0.4, params(SITES)))
     oracle = Tried(lambda plan: 0.0 if plan.sites == alone.sites else 1.0)
     assert plan_of(method, oracle, scores=scores)[0].sites == alone.sites
     assert oracle.passes <= 60.0 + 1e-9

@@ -34,7 +34,6 @@ _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, ma
 _AT_ONCE = 3  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
 
-
 Tried = tuple[Plan, Sequence[int], Tensor]  # a structure, batches, and its losses on them: [batches, 1]
 
 
@@ -49,7 +48,7 @@ class Evolution:
     asked: int = 0
     skipped: int = 0
     began: str = ""  # the start's name
-    kept_back: float = field(init=False)  # passes for the trials at the end
+    kept_back: float = field(init=False)  # passes for trials
     tried: Tried | None = None  # where it begins, compensated
     spent_before: float = field(init=False)
 
@@ -70,8 +69,10 @@ class Evolution:
             return self.tried[0]  # nothing is left to try what would be found
         found = self.structures.plan(self.evolved(self.descended(levels)))
         began = self.tried[0] if self.tried is not None else begun_with(self.structures.plan(levels), self.began)
-        if found.sites == began.sites or not self.kept_back:
-            return began if found.sites == began.sites else found
+        if found.sites == began.sites:
+            return began
+        if not self.kept_back:
+            return found
         if self.tried is None:
             self.tried = self.compensated({"where it began": began}, self.drawn(share))[0]
         _, batches, loss = self.tried

@@ -13,7 +13,7 @@ import torch
 from pruneexp.search.common import require
 from pruneexp.search.evolution import HEAD_SHARES, Evolution
 from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain
-from pruneexp.search.levels import Levels, Structures
+from pruneexp.search.levels import Structures
 from pruneexp.search.removable import Removable, within_reach
 from pruneexp.search.reordered import followed, orders_followed, reordered
 from pruneexp.search.starts import AL_AM, begun_with, standardised_share
@@ -132,20 +132,11 @@ class Evolutionary:
         budget = replace(budget, added=plan.budget[f"target_{budget.counts}"] - replace(budget, added=0).remove)
         start = next((each for each in self.starts if began == AL_AM + each), "")
         names = {site.name: start_name(start, site.name) if start else site.name for site in sites}
-        was, now = (
-            self._standardised({site: each[own] for site, own in names.items() if own in each}, sites, budget)
-            for each in (before, after)
-        )
+        structures = self.structures(after, sites, budget)
+        levels = standardised_share(structures, {site.name: after[names[site.name]] for site in structures.chosen})
         orders = orders_followed(plan, before, (start, "", *self.starts), sites)
         orders |= {site.name: names[site.name] for site in sites if not plan.removed(site)}
-        structures = followed(self.structures(after, sites, budget), plan, after, orders)
-        levels = structures.levels(plan)
-        moved = {name: level + (now[name] - was[name]) * (name in orders) for name, level in levels.items()}
-        return begun_with(structures.plan(structures.balanced(moved)), began)
-
-    def _standardised(self, scores: Scores, sites: Sequence[Site], budget: Budget) -> Levels:
-        structures = self.structures(scores, sites, budget)
-        return standardised_share(structures, scores)
+        return begun_with(followed(structures, plan, after, orders).plan(levels), began)
 
     def structures(self, scores: Scores, sites: Sequence[Site], budget: Budget) -> Structures:
         """Those that it may choose from."""

@@ -40,6 +40,7 @@ def file_state(path: Path) -> FileState:
 # Patterns of dotted names, and the value that means what was done before there was the key: with it they leave the
 # hash, so that finished jobs stay finished.
 NEW_KEYS: Mapping[str, Any] = {
+    "augmentation": {"_target_": "pruneexp.calibrate.NoAugmentation"},
     "dataset.bos": False,
     "evaluator.*.dataset.bos": False,
     **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},

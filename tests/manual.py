@@ -238,9 +238,10 @@ def entries() -> str:
 
 
 def protocols() -> str:
-    """Members of every protocol, as protocols.py declares them."""
+    """Members of every protocol, as protocols.py and windows.py declare them."""
     found = []
-    for node in ast.parse((PACKAGE / "types" / "protocols.py").read_text()).body:
+    files = (PACKAGE / "types" / f"{name}.py" for name in ("protocols", "windows"))
+    for node in (node for file in files for node in ast.parse(file.read_text()).body):
         if isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in node.bases):
             found += [node.name, *(f"    {line}" for line in _members(node))]
     return "\n".join(["```text", *found, "```"])

@@ -1,5 +1,6 @@
 """The walk over a model's blocks that collects evidence, derivatives, slopes, and loss probes of masked structures."""
 
+from pruneexp.calibrate.augmentation import NoAugmentation, SelfGenerated
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.gradients import gradient_evidence
@@ -17,7 +18,9 @@ __all__ = [
     "DenseStates",
     "Landscape",
     "Meter",
+    "NoAugmentation",
     "Probe",
+    "SelfGenerated",
     "Slopes",
     "Visit",
     "at_once",

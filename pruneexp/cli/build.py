@@ -28,6 +28,7 @@ from pruneexp.search import scored_as
 from pruneexp.types import ConfigError, defaults, filled
 
 DEFAULTS: dict[type, Mapping[str, Any]] = {
+    types.Augmentation: defaults.AUGMENTATION,
     types.Compensator: defaults.COMPENSATOR,
     types.Criterion: defaults.CRITERION,
     types.Dataset: defaults.DATASET,
@@ -39,6 +40,7 @@ DEFAULTS: dict[type, Mapping[str, Any]] = {
 PROTOCOLS: dict[str, type | None] = {
     "model": ModelSource,
     "dataset": types.Dataset,
+    "augmentation": types.Augmentation,
     "criterion": types.Criterion,
     "sparsity": types.Sparsity,
     "search": types.Search,
@@ -88,7 +90,7 @@ class Builder:
     composed: Composed
 
     def part(self, group: str, protocol: type | None) -> Any:
-        node = self.composed.config.get(group)
+        node = self.composed.config.get(group, value_before(group))
         if node is None:
             raise self._missing_choice(group)
         return satisfying(self.node(node, group), protocol, f"{group}._target_")

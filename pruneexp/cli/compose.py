@@ -37,8 +37,8 @@ from pruneexp.fingerprint import ASKED
 from pruneexp.types import ConfigError
 
 CONFIG_NAME = "config"
-SECTIONS = ("model", "dataset", "criterion", "sparsity", "search", "compensator", "recovery", "evaluator", "tracker")
-SECTIONS += ("cache", "seed", "run", "sweep")
+SECTIONS = ("model", "dataset", "augmentation", "criterion", "sparsity", "search", "compensator", "recovery")
+SECTIONS += ("evaluator", "tracker", "cache", "seed", "run", "sweep")
 SWEEP_KEYS = ("sweep.dir", "sweep.objective")
 
 

@@ -17,25 +17,36 @@ from pruneexp.model import Model
 
 
 @dataclass(frozen=True)
-class Identity:
-    """`weights`, `data`: as environment.json has them. `basis`: the dense model and how it is run. `tokens`: SHA-256 of
-    the calibration windows. `run`: everything, as one hash."""
+class Dense:
+    """The model before pruning. `weights`: as environment.json has them. `basis`: these, and how it is run."""
 
     weights: Mapping[str, Any]
-    data: Mapping[str, Any]
     basis: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """`data`: as environment.json has it. `tokens`: SHA-256 of the calibration windows. `run`: everything, the dense
+    model too, as one hash."""
+
+    data: Mapping[str, Any]
     tokens: str
     run: str
 
 
-def identify(experiment: Experiment, model: Model, tokens_NT: Tensor, recorded: bool) -> Identity:
-    """Of a run whose model is loaded. Where neither a record nor the cache asks, weights are not looked through."""
+def dense_identity(experiment: Experiment, model: Model, recorded: bool) -> Dense:
+    """Of a model that is loaded. Where neither a record nor the cache asks, weights are not looked through."""
     asked = recorded or not isinstance(experiment.cache, NoCache)
-    weights, tokens = experiment.model.fingerprint() if asked else {"files": {}}, fingerprint(tokens_NT)
-    windows = {"calibration_windows": list(tokens_NT.shape), "calibration_tokens_sha256": tokens}
+    weights = experiment.model.fingerprint() if asked else {"files": {}}
     gpus = sorted({torch.cuda.get_device_name(device) for device in model.devices if device.type == "cuda"})
     how = {"dtype": str(model.dtype), "device": gpus or "cpu", "batch_size": model.batch_size}
+    return Dense(weights, {"weights": weights["files"], **how})
+
+
+def identify(experiment: Experiment, dense: Dense, tokens_NT: Tensor) -> Identity:
+    """Of a run whose calibration windows are all there."""
+    tokens = fingerprint(tokens_NT)
+    windows = {"calibration_windows": list(tokens_NT.shape), "calibration_tokens_sha256": tokens}
     method = {key: value for key, value in experiment.config.items() if key not in NOT_HASHED}
-    whole = identity(config=method, save=experiment.run.save, weights=weights, tokens=tokens)
-    data = {**experiment.dataset.description(), **windows}
-    return Identity(weights, data, {"weights": weights["files"], **how}, tokens, whole)
+    whole = identity(config=method, save=experiment.run.save, weights=dense.weights, tokens=tokens)
+    return Identity({**experiment.dataset.description(), **windows}, tokens, whole)

@@ -17,7 +17,9 @@ from pruneexp.dataset import check_vocabulary, overlap
 from pruneexp.experiment import bos_probe
 from pruneexp.experiment.forecast import (
     Forecast,
+    Passes,
     Running,
+    Stage,
     Windows,
     available_memory,
     forecast,
@@ -52,7 +54,7 @@ class Inputs:
     outline: Model
     budget: Budget
     tokenizer: Any
-    tokens_NT: Tensor
+    tokens_NT: Tensor  # those that are given
     expected: Forecast
 
 
@@ -138,7 +140,7 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     if max_length is not None and tokens_NT.shape[1] > max_length:
         wide = f"{where}: windows of {tokens_NT.shape[1]} tokens"
         raise ConfigError(f"{wide}; expected at most {max_length}, the model's longest window")
-    experiment.recovery.prepare(model.family, len(tokens_NT))
+    experiment.recovery.prepare(model.family, len(tokens_NT) + experiment.augmentation.added(*tokens_NT.shape))
     for name, evaluator in experiment.evaluators.items():
         with waiting(f"preparing evaluator {name}"):
             evaluator.prepare(tokenizer, vocabulary)
@@ -229,7 +231,9 @@ def forecast_of(
         windows_NT = evaluator.windows(tokenizer)
         if windows_NT is not None:
             measured.append(Windows(len(windows_NT), windows_NT.shape[1], evaluator.batch_size))
-    seen = Windows(len(tokens_NT), tokens_NT.shape[1], model.batch_size)
+    windows, length = tokens_NT.shape
+    added = experiment.augmentation.added(windows, length)
+    seen = Windows(windows + added, length, model.batch_size)
     if tokenizer is not None and not experiment.model.stream:
         measured.append(bos_probe.measured_windows(seen))
     on_gpu = any(device.type == "cuda" for device in model.devices)
@@ -237,7 +241,12 @@ def forecast_of(
     reached = 0 if on_gpu else memory_metrics(())["memory/peak_bytes"]
     prove = settings.prove if settings.save else ""
     how = Running(experiment.model.stream, prove, to_share, held, reached)
-    return forecast(model, experiment.method, experiment.recovery, budget, seen, measured, how)
+    expected = forecast(model, experiment.method, experiment.recovery, budget, seen, measured, how)
+    if not added:
+        return expected
+    room = experiment.augmentation.working_bytes(model, windows, length)
+    writes = Stage("augment", {"process": held, "weights": expected.shape.bytes, "activations": room})
+    return replace(expected, passes=expected.passes + Passes(added / seen.count), held=[writes, *expected.held])
 
 
 def warn(experiment: Experiment, inputs: Inputs) -> None:
@@ -264,7 +273,9 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
     layers = f"{len(model.layers)} layers, {units}"
     print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
-    print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens")
+    added = experiment.augmentation.added(*tokens_NT.shape)
+    own = f", and {added} that the model writes" if added else ""
+    print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens{own}")
     print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
     dtype = str(model.dtype).removeprefix("torch.")
     print_forecast(expected, dtype=dtype, available=available_memory(*model.devices))

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from pruneexp.calibrate import DenseStates
+from pruneexp.experiment.augmented import augmented
 from pruneexp.experiment.bos_probe import tell_of_bos
 from pruneexp.experiment.card import Card
 from pruneexp.experiment.deliver import card_of, deliver, finish_folder, prepare_delivery
 from pruneexp.experiment.failures import failures_recorded
-from pruneexp.experiment.identity import identify
+from pruneexp.experiment.identity import dense_identity, identify
 from pruneexp.experiment.measure import bos_worth, dense_figures, measured
 from pruneexp.experiment.preflight import Inputs, prepare, tell_forecast, warn
 from pruneexp.experiment.settings import Experiment
@@ -88,19 +89,21 @@ def _pruned(
 ) -> Outcome:
     """The algorithm box, with everything that it takes at hand."""
     torch.manual_seed(experiment.seed)
-    tokens_NT, record = inputs.tokens_NT, Record(rng=torch.Generator().manual_seed(experiment.seed))
+    record = Record(rng=torch.Generator().manual_seed(experiment.seed))
     with record.clock("load"):
         model = experiment.model.load(inputs.tokenizer)
     measure = partial(measured, experiment.evaluators, model, folder, trackers)
-    known = identify(experiment, model, tokens_NT, recorded=folder is not None)
+    before = dense_identity(experiment, model, recorded=folder is not None)
+    tokens_NT = augmented(experiment, model, inputs.tokens_NT, before.basis, record)
+    known = identify(experiment, before, tokens_NT)
     if folder is not None:
-        local.environment(known.weights, known.data)
-    tell_of_bos(experiment, model, tokens_NT, partial(bos_worth, experiment.cache, known.basis))
+        local.environment(before.weights, known.data)
+    tell_of_bos(experiment, model, inputs.tokens_NT, partial(bos_worth, experiment.cache, before.basis))
     with record.clock("evaluate_dense"):
-        figures, dense = measure("dense", partial(dense_figures, experiment.cache, known.basis, model))
+        figures, dense = measure("dense", partial(dense_figures, experiment.cache, before.basis, model))
         record.metrics |= figures
     counted = _counted(experiment, model)
-    record.results = Results(experiment.cache, {**known.basis, "tokens": known.tokens}, shared)
+    record.results = Results(experiment.cache, {**before.basis, "tokens": known.tokens}, shared)
     delivery, record.notes = prepare_delivery(experiment, model, folder, tokens_NT, known.run)
     if delivery.streamed is not None:
         record.shrunk = delivery.streamed.layer

@@ -13,7 +13,17 @@ from pruneexp.model import ModelSource
 from pruneexp.model.given import GivenModel
 from pruneexp.pruning import Method
 from pruneexp.tracker import check_folder
-from pruneexp.types import Compensator, ConfigError, Criterion, Evaluator, Recovery, Search, Sparsity, Tracker
+from pruneexp.types import (
+    Augmentation,
+    Compensator,
+    ConfigError,
+    Criterion,
+    Evaluator,
+    Recovery,
+    Search,
+    Sparsity,
+    Tracker,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Experiment:
 
     model: ModelSource | GivenModel
     dataset: WindowSource
+    augmentation: Augmentation
     criterion: Criterion
     sparsity: Sparsity
     search: Search

@@ -34,7 +34,6 @@ from pruneexp.types.plan import PLAN_VERSION, Budget, Plan, SitePlan
 from pruneexp.types.protocols import (
     Compensator,
     Criterion,
-    Dataset,
     Evaluator,
     Evidence,
     Objective,
@@ -46,8 +45,10 @@ from pruneexp.types.protocols import (
 )
 from pruneexp.types.site import QUERY_HEADS, Block, Cost, Site, SiteWeights
 from pruneexp.types.sources import SOURCES, collected_by, source_of
+from pruneexp.types.windows import Augmentation, Dataset
 
 __all__ = [
+    "Augmentation",
     "Block",
     "Budget",
     "Candidate",

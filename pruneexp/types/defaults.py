@@ -81,6 +81,7 @@ EVALUATOR: Defaults = {
     "batch_size": 1,
 }
 DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
+AUGMENTATION: Defaults = {"working_bytes": _zero}
 TRACKER: Defaults = {"summarise": None}
 
 

@@ -255,25 +255,6 @@ class Evaluator(Protocol):
     def __call__(self, model: Any, tokenizer: Any) -> Measured | Mapping[str, float]: ...
 
 
-class Dataset(Protocol):
-    """Token windows, int64 [N, T], for calibration and for evaluation: `samples` and `evaluation_samples` of `length`
-    tokens, None for as many, or as long, as there are. `origins`: of each calibration window the name of its source.
-    `apart(tokenizer, length)`: what is evaluated apart, by name: a weight, and windows. Both None where there is one
-    source.
-    """
-
-    name: str
-    samples: int | None
-    evaluation_samples: int | None
-    length: int | None
-    origins: Any
-    apart: Any
-
-    def calibration(self, tokenizer: Any) -> Tensor: ...
-
-    def evaluation(self, tokenizer: Any, length: int) -> Tensor: ...
-
-
 class Tracker(Protocol):
     """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `trace`: the
     traceback of what killed it, where it is no user's mistake. `summarise(record, header, rows, figures)`, unless None:

@@ -4,11 +4,13 @@ windows. Needs a model's structure alone."""
 from pruneexp.experiment.forecast.figures import Forecast, forecast
 from pruneexp.experiment.forecast.machine import available_memory, out_of_memory, resident_memory
 from pruneexp.experiment.forecast.memory import Running, Stage
+from pruneexp.experiment.forecast.passes import Passes
 from pruneexp.experiment.forecast.shape import Shape, Windows, params_left, shape_of
 from pruneexp.experiment.forecast.tell import print_forecast, size, warn_of_files, warn_of_memory
 
 __all__ = [
     "Forecast",
+    "Passes",
     "Running",
     "Shape",
     "Stage",

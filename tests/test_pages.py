@@ -561,6 +561,20 @@ def test_recipes_keep_their_names_beside_runs_of_no_recipe(tmp_path: Path) -> No
     assert [one.method for one in describe(find([tmp_path], "same").runs)] == list(typed)
 
 
+def test_a_recipe_says_what_it_chooses_itself(tmp_path: Path) -> None:
+    typed = {
+        "a": ("recipe=best",),
+        "b": ("recipe=best_tuned",),
+        "c": ("recipe=flap",),
+        "d": ("recipe=flap", "augmentation=self_generated"),
+        "e": ("recipe=flap", "recovery=lora"),
+    }
+    for name, overrides in typed.items():
+        write_run(tmp_path / name, config(*overrides))
+    found = [one.method for one in describe(find([tmp_path], "same").runs)]
+    assert found == ["best", "best_tuned", "flap", "flap augmentation=self_generated", "flap recovery=lora"]
+
+
 def test_runs_without_perplexity_have_a_page_too(tmp_path: Path, drawn: None) -> None:
     blocks = Plan({f"model.layers.{k}": SitePlan("block", 1, (0,) if k else ()) for k in range(3)})
     measured = {key: value for key, value in metrics().items() if "ppl/" not in key} | {"pruned/questions/acc": 0.5}

@@ -21,7 +21,7 @@ from pruneexp.report.folders import Run
 from pruneexp.report.statistics import crossed, grouped
 
 RECIPE = ("criterion", "sparsity", "search", "compensator")  # what a recipe chooses
-REST = ("recovery", "dataset")
+REST = ("augmentation", "recovery", "dataset")
 GROUPS = (*RECIPE, *REST)  # what a method is made of
 RATIO = "sparsity.ratio"
 HOW = ("model.batch_size", "model.stream", "model.trust_remote_code")  # how a model is run, not which
@@ -203,7 +203,8 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
         if len(set(ratios)) > 1:
             factors[RATIO] = f"{ratio:g}"
         parts = [value for key, value in head.items() if key in ("recipe", *RECIPE)]
-        base = (near or parts) + [f"{key}={value}" for key, value in head.items() if key in REST]
+        rest = {key: value for key, value in head.items() if key in REST and not _goes_without(recipe, key, value)}
+        base = (near or parts) + [f"{key}={value}" for key, value in rest.items()]
         if not base and recipe is not None:
             base = [recipe]
         elif not base and not own:  # parts that all runs share tell nothing beside settings that differ
@@ -214,6 +215,11 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
         shown = own | {key: value for key, value in seed if key in drawn}
         described.append(Described(run, recipe, of_run, context, method, ratio, seed, factors, shown))
     return described
+
+
+def _goes_without(recipe: str | None, group: str, name: str) -> bool:
+    """Whether the recipe's name says the choice: it makes it, or the choice is none where it makes no other."""
+    return recipe is not None and name == _recipes()[recipe].get(group, "none")
 
 
 def _heads(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[dict[str, str]]:

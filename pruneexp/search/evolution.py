@@ -211,9 +211,9 @@ class Evolution:
             for scores in orders
             if name in scores
         ]
-        now = there.plan(levels).sites
-        tried = [each for each in tried if each[1].plan(levels).sites != now]
-        share = self.affordable(len(tried) + 1, _STARTS / 2) if tried else None
+        tried = [each for each in tried if each[1].plan(levels).sites != there.plan(levels).sites]
+        spare = self.left / self.method.effort - _SENSITIVITIES  # these come first
+        share = self.affordable(len(tried) + 1, min(_STARTS / 2, spare)) if tried else None
         if share is None:
             return
         candidates = [there.candidate(levels), *(structures.candidate(levels) for _, structures in tried)]

@@ -50,7 +50,8 @@ class Evolutionary:
        to tell, the last of these that there is; without removal paths or whole sublayers, the same share. With
        `starts`, other criteria by name, also shares that rise or fall with depth, and what FLAP's AL-AM removes by the
        standardised scores of each (the first one's, where the effort is too little to tell); then the best order of
-       units, of the criterion's and theirs, and where the effort allows it the best order of each site by itself.
+       units, of the criterion's and theirs, and where the effort pays for it beside two rounds of 2 the best order of
+       each site by itself.
     2. `rounds` rounds of sensitivities: every site's level is moved up and down by itself; the parabolas through the
        losses, taken to add up, give the levels of least loss at the budget within that distance. The step (or half of
        it, or the one that leaves heads alone) is taken if its loss is lower; else the distance is halved.

@@ -18,7 +18,8 @@ from pruneexp.fingerprint import config_hash, without_new_keys
 from tests.cases import each
 
 FROZEN = Path(__file__).parent / "data" / "job_hashes.json"
-GROUPS = ("compensator", "criterion", "dataset", "evaluator", "model", "recipe", "recovery", "search", "sparsity")
+GROUPS = ("augmentation", "compensator", "criterion", "dataset", "evaluator", "model", "recipe", "recovery", "search")
+GROUPS += ("sparsity",)
 NEEDED = {
     "model=hf": "model.path=folder/of/a/model",
     "search=ul_mm": "search.heads=5",

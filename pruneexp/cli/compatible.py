@@ -32,11 +32,11 @@ def _check_streamed(experiment: Experiment) -> None:
     trains = "trains what a streamed run has written by then" if experiment.recovery.layerwise else backward
     held = [name for name, each in experiment.evaluators.items() if not each.streams]
     for found, group, why, instead in (
-        (experiment.augmentation.added(1, 1), "augmentation", "writes token by token", "augmentation=none"),
         (differentiates, "criterion", backward, "a criterion that only needs forward passes"),
         (probes, "criterion", losses, "a criterion that goes block by block"),
         (experiment.search.probes, "search", losses, "a search that goes by scores"),
         (experiment.recovery.trains, "recovery", trains, "recovery=none"),
+        (experiment.augmentation.added(1, 1), "augmentation", "writes token by token", "augmentation=none"),
         (held, "evaluator", "needs the whole model in memory", "only evaluators that can stream"),
     ):
         if found:

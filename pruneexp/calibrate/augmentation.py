@@ -83,7 +83,7 @@ class SelfGenerated:
 
 
 def _pieces(length: int) -> tuple[int, int]:
-    """How many pieces a window is made of, and the tokens of each, one or two too many in all where they are uneven."""
+    """How many pieces a window is made of, and the tokens of each: as few too many as even pieces allow."""
     pieces = -(-length // PIECE)
     return pieces, -(-length // pieces)
 

@@ -205,13 +205,10 @@ class Evolution:
         """Each site's own order of units, where it has a lower loss with it than with the one of all; taken together
         where that is better, too."""
         there = self.structures
-        tried = [
-            ({name: scores[name]}, there.ordered({name: scores[name]}))
-            for name in (name for name, level in levels.items() if level)
-            for scores in orders
-            if name in scores
-        ]
-        tried = [each for each in tried if each[1].plan(levels).sites != there.plan(levels).sites]
+        now = there.plan(levels).sites
+        owns = [{name: scores[name]} for name, level in levels.items() if level for scores in orders if name in scores]
+        tried = [(own, there.ordered(own)) for own in owns]
+        tried = [each for each in tried if each[1].plan(levels).sites != now]
         spare = self.left / self.method.effort - _SENSITIVITIES  # these come first
         share = self.affordable(len(tried) + 1, min(_STARTS / 2, spare)) if tried else None
         if share is None:

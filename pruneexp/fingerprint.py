@@ -46,6 +46,7 @@ NEW_KEYS: Mapping[str, Any] = {
     **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},
     "search.alike": False,
     "search.remainder": "nearest",
+    "criterion.coupling": "attention",
     "search.starts": [],
     "search.held_out": 0.0,
     "search.objective": "next_token",

@@ -101,6 +101,7 @@ PASSES = [
     "recipe=mini_llm criterion.gradient=exact",
     "recipe=ifso criterion.windows=8",
     "recipe=wanda_sp sparsity=linear sparsity.rounds=2",
+    "criterion=wanda_sp_masked search=global compensator=bias",
     "search=sublayers criterion=loss_drop",
 ]
 

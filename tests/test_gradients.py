@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def toy(group: int = 3, units: int = 2, rows: int = 4, hidden: int = 5) -> tuple
 def test_the_formula_row_by_row_with_a_groups_query_heads_on_its_own_keys(element: str, members: str) -> None:
     block, seen = toy()
     (site,) = block.sites
-    criterion = Taylor(element, members)
+    criterion = Taylor(element, members, "attention")
     score_U = criterion(block, {site.name: seen[criterion.evidence]})[site.name]
     weights, windows = block.weights[site.name], seen["windows"]
 
@@ -144,6 +145,32 @@ def test_the_formula_row_by_row_with_a_groups_query_heads_on_its_own_keys(elemen
         assert score_U[unit].item() == pytest.approx(total, rel=1e-10)
 
 
+@each("members", ["sum", "first", "second"])
+def test_the_released_fold_adds_query_heads_to_other_groups_and_has_the_out_projection_second(members: str) -> None:
+    """Of 2 groups of 3 query heads, head h is added to group h mod 2: 0, 2, 4 to the first. With as many groups as
+    heads, and of FFNs, nothing but the second matrix of attention differs."""
+    block, seen = toy()
+    (site,) = block.sites
+    score_U = Taylor("param_first", members, "released")(block, {site.name: seen[Gradient]})[site.name]
+    weights, gradient = block.weights[site.name], seen[Gradient].mean
+    row = {name: (w * gradient.in_projections[name]).abs().sum(-1) for name, w in weights.in_projections.items()}
+    columns = (weights.out_projection * gradient.out_projection).abs().sum(0)
+    query, out = (each.reshape(6, 4).sum(1) for each in (row["query"], columns))  # by query head
+    key, value = row["key"].sum(1), row["value"].sum(1)
+    folded = {"query": query.view(3, 2).sum(0), "out": out.view(3, 2).sum(0)}
+    expected = {"sum": key + value + folded["query"] + folded["out"], "first": key, "second": folded["out"]}
+    torch.testing.assert_close(score_U, expected[members])
+
+    for kind, groups in (("attention", 1), ("mlp", 1), ("mlp", 3)):
+        block, seen = toy(group=groups)
+        site = replace(block.sites[0], kind=kind)
+        block, found = replace(block, sites=(site,)), {site.name: seen[Gradient]}
+        ours, theirs = (
+            Taylor("param_first", members, how)(block, found)[site.name] for how in ("attention", "released")
+        )
+        assert torch.equal(ours, theirs) == (members != "second" or kind == "mlp")
+
+
 def test_the_first_matrix_of_a_group_is_the_one_that_it_is_grown_from() -> None:
     """Query and gate, their rows as many as the other matrices'; where there is no gate, up."""
     g = torch.rand(2, 4, 5, dtype=torch.float64)
@@ -153,9 +180,9 @@ def test_the_first_matrix_of_a_group_is_the_one_that_it_is_grown_from() -> None:
         seen = Gradient(1, SiteWeights(dict.fromkeys(roles, g), {}, torch.ones(5, 8, dtype=torch.float64), None))
         site = Site("toy", "mlp", 0, 2, 4, Cost(1, 1, 0))
         toy, found = Block("toy", 0, (site,), {site.name: weights}), {site.name: seen}
-        torch.testing.assert_close(Taylor("param_first", "first")(toy, found)[site.name], g.sum((1, 2)))
+        torch.testing.assert_close(Taylor("param_first", "first", "attention")(toy, found)[site.name], g.sum((1, 2)))
         second = 2 * g.sum((1, 2)) if len(roles) > 1 else torch.full((2,), 9.0 * 5 * 4, dtype=torch.float64)
-        torch.testing.assert_close(Taylor("param_first", "second")(toy, found)[site.name], second)
+        torch.testing.assert_close(Taylor("param_first", "second", "attention")(toy, found)[site.name], second)
 
 
 def test_removing_a_unit_changes_the_loss_by_the_signed_first_order_sum(

@@ -125,8 +125,8 @@ def test_an_expert_is_judged_by_the_tokens_routed_to_it(made: Made, tokens_NT: t
         LlmBip("l2", "up", "scale", False),
         LlmBip("l1", "up", "ignore", False),
         Obs(1e-2, 1, 4, "output", False, 8.0, "site"),
-        Taylor("param_first", "sum"),
-        Taylor("param_mix", "sum"),
+        Taylor("param_first", "sum", "attention"),
+        Taylor("param_mix", "sum", "attention"),
     ],
 )
 def test_an_expert_without_a_token_is_worth_nothing(criterion: Any, made: Made, tokens_NT: torch.Tensor) -> None:

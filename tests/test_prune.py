@@ -199,6 +199,23 @@ def test_a_sequential_criterion_scores_what_pruned_layers_produce(
                 assert torch.equal(unit_scores(sequential.scores[site.name]), expected)
 
 
+def test_always_scores_all_layers_behind_masks_as_if_layers_were_pruned_one_by_one(
+    tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    """UL-UM prunes what is masked: both then score the same, and the search over all layers sees that."""
+    model, meter = tiny("llama"), Meter()
+    one_by_one = prune(tiny("llama"), tokens_NT, method(WANDA, UlUm(), NONE))
+    masked = prune(model, tokens_NT, method(replace(WANDA, sequential="always"), GLOBAL, NONE), meter)
+    dense = prune(tiny("llama"), tokens_NT, method(WANDA, GLOBAL, NONE))
+    for site in masked.sites:
+        found, expected = (unit_scores(each.scores[site.name]) for each in (masked, one_by_one))
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found, unit_scores(dense.scores[site.name])) == (site.layer == 0)
+    assert meter.forward == pytest.approx(1 + 2 / 3), "every layer but the last runs once more, masked"
+    assert masked.plan.sites != dense.plan.sites
+    assert not any(module._forward_pre_hooks for layer in model.layers for module in layer.modules())
+
+
 def test_sequential_compensation_is_another_one(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     models = [tiny("llama"), tiny("llama")]
     dense, sequential = (

@@ -165,7 +165,7 @@ CRITERIA: dict[str, Any] = {
     "wanda_sp": WandaSp("sum", True),
     "magnitude": Magnitude("coupled", 1),
     "random": Random(3),
-    "taylor": Taylor("param_mix", "sum"),
+    "taylor": Taylor("param_mix", "sum", "attention"),
     "llm_bip": LlmBip("l2", "up", "scale", True),
     "obs": Obs(1e-3, 1, 4, "output", False, 1.0, "site"),
 }

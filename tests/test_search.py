@@ -518,6 +518,28 @@ def test_layer_by_layer_what_is_carried_is_the_same():
             assert len(plan.sites[site.name].kept) == len(whole.sites[site.name].kept)
 
 
+@each("share, heads, channels", [(0.25, 0, 10), (0.4, 1, 16), (0.41, 1, 17), (0.6, 1, 24), (2 / 3 - 1e-3, 2, 27)])
+def test_llm_pruners_code_drops_what_a_share_is_not_sure_of(share: float, heads: int, channels: int):
+    """Rows: of 3 heads of 6, ceil(18 p) // 6 heads leave; of 40 channels 40 - floor(40 (1 - p)). A share short of two
+    heads by less than a row is two."""
+    sites = model_sites(8, heads=3)
+    protected = Uniform(1, BOTH, 0.25, 0.125, 1, False, remainder="dropped")
+    plan = search(protected, draws(sites), sites, share * 5 / 8)  # of all layers, three of which keep everything
+    assert kept(plan, "attention") == [3] * 2 + [3 - heads] * 5 + [3]
+    assert kept(plan, "mlp") == [40] * 2 + [40 - channels] * 5 + [40]
+    alone = search(coarse("dropped"), draws(sites), sites, share)
+    assert kept(alone, "attention") == [3 - heads] * 8 and kept(alone, "mlp") == [40 - channels] * 8
+    alike = search(coarse("dropped", alike=True), draws(sites), sites, share)
+    assert alike.sites == alone.sites
+
+
+def test_units_of_grouped_queries_have_a_keys_rows():
+    """2 groups of 3 query heads of 6 rows: at 0.4999 of them ceil(0.4999 * 12) // 6 = 1 leaves."""
+    site = replace(layer_sites(0)[0], units=2, width=18, group=3)
+    assert kept(search(coarse("dropped", granularity=["heads"]), draws([site]), [site], 0.4999), "attention") == [1]
+    assert kept(search(coarse("dropped", granularity=["heads"]), draws([site]), [site], 0.4), "attention") == [2]
+
+
 def test_too_coarse_a_unit_is_said():
     sites = model_sites(10, heads=3)
     budget = Budget(0.2, params(sites))

@@ -29,9 +29,9 @@ def walk(
     """Goes block by block: runs a block on all windows, collecting evidence of every type in `kinds`, and yields it.
 
     The next block's input is made by the block *as the caller left it*. A caller that does not touch it gets
-    statistics of the dense model for one forward pass in all; one that prunes it gets sequential statistics, each
-    block running once more. `read_only`: the caller promises not to touch blocks, and the windows' hidden states are
-    held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
+    statistics of the dense model for one forward pass in all; one that prunes or masks it gets sequential statistics,
+    each block running once more. `read_only`: the caller promises not to touch blocks, and the windows' hidden states
+    are held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
     `whole`: kinds of sites that are shown as a whole too, one unit each ("attention", "mlp", "block"): what is seen of
     whole sublayers and blocks is then theirs. `bookmark`: where to begin, and where to note how far it has come.
     `dense_states`: where a walk that is `read_only` leaves the hidden states that it passes.
@@ -72,5 +72,6 @@ def walk(
 
 
 def _fingerprint(layer: nn.Module) -> tuple:
-    """Changes when a parameter is replaced, resized or written to in place."""
-    return tuple((name, id(p), p._version, tuple(p.shape)) for name, p in layer.named_parameters())
+    """Changes when a parameter is replaced, resized or written to in place, and with a mask."""
+    masks = sum(len(module._forward_pre_hooks) for module in layer.modules())
+    return (masks, *((name, id(p), p._version, tuple(p.shape)) for name, p in layer.named_parameters()))

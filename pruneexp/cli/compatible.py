@@ -11,6 +11,7 @@ from pruneexp.types import ConfigError
 def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
     _check_granularity(experiment)
+    _check_sequential(experiment)
     _check_rounds(experiment)
     half = experiment.model.dtype in ("float16", "bfloat16")
     if half and any(kind.wide for kind in types.evidence_kinds(experiment.criterion.evidence)):
@@ -68,6 +69,32 @@ def _check_granularity(experiment: Experiment) -> None:
         f"search.granularity={list(granularity)!r}: criterion={criterion} has no scores of {', '.join(unscored)}, "
         f"which search={search} removes; expected a criterion of heads and channels, or search.granularity without them"
     )
+
+
+def _check_sequential(experiment: Experiment) -> None:
+    """Raises ConfigError where a search over all layers would not go by scores as they were asked for: `true` is for
+    searches that decide layer by layer, and is refused where it was typed, since some criteria are set to it."""
+    search, criterion = experiment.search, experiment.criterion
+    chosen, instead = experiment.job["choices"]["search"], "expected false"
+    if search.local or criterion.evidence is None:
+        return
+    typed = [text.lstrip("+").lower() for text in experiment.job["overrides"]]
+    if criterion.sequential is True and "criterion.sequential=true" in typed:
+        raise ConfigError(
+            f"criterion.sequential=True: search={chosen} decides over all layers at once; {instead}, always (scores "
+            "behind masked layers), or a search that decides layer by layer"
+        )
+    if criterion.sequential != types.ALWAYS:
+        return
+    if not set(search.granularity) <= {"heads", "channels"}:
+        why = f"search.granularity={list(search.granularity)!r} has more than the heads and channels that are masked"
+    elif search.held_out:
+        why = f"search.held_out={search.held_out!r} scores part of the windows, and all of them once it has decided"
+    elif len(types.collected_by("walk", kinds := types.evidence_kinds(criterion.evidence))) < len(kinds):
+        why = f"criterion={experiment.job['choices']['criterion']} looks at the whole model at once"
+    else:
+        return
+    raise ConfigError(f"criterion.sequential='always': {why}; {instead}")
 
 
 def _check_rounds(experiment: Experiment) -> None:

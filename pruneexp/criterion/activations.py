@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pruneexp.criterion.common import of_columns, powers_C, wide, wifn_C
 from pruneexp.evidence import Moments, RunningFluctuation
-from pruneexp.types import Block, ColumnScores, RunError, Score, Site, SiteWeights
+from pruneexp.types import Block, ColumnScores, RunError, Score, Sequential, Site, SiteWeights
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class WandaSp:
     evidence: ClassVar[type[Moments]] = Moments
 
     heads: Literal["sum", "mean"]
-    sequential: bool
+    sequential: Sequential
 
     def __call__(self, block: Block, evidence: Mapping[str, Moments]) -> dict[str, Score]:
         return {site.name: self._score(site, block.weights[site.name], evidence[site.name]) for site in block.sites}
@@ -48,7 +48,7 @@ class Flap:
     evidence: ClassVar[type[Moments]] = Moments
 
     metric: Literal["WIFV", "IFV", "WIFN"]
-    sequential: bool
+    sequential: Sequential
 
     def __call__(self, block: Block, evidence: Mapping[str, Moments]) -> dict[str, Score]:
         metric = _FLAP[self.metric]
@@ -70,7 +70,7 @@ class FlapOfficial:
     evidence: ClassVar[type[RunningFluctuation]] = RunningFluctuation
 
     metric: Literal["WIFV", "IFV", "WIFN"]
-    sequential: bool
+    sequential: Sequential
 
     def __call__(self, block: Block, evidence: Mapping[str, RunningFluctuation]) -> dict[str, Score]:
         return {s.name: self._score(s, block.weights[s.name].out_projection, evidence[s.name]) for s in block.sites}

@@ -15,7 +15,7 @@ from pruneexp.criterion.spill import spilled
 from pruneexp.evidence import Gram, Halved, Halves
 from pruneexp.evidence.held_out import chosen_ridge
 from pruneexp.evidence.solve import RidgePer, check_ridge, cholesky_, held_back
-from pruneexp.types import Block, ConfigError, RemovalPath, Score, Site, SiteWeights, require_least
+from pruneexp.types import Block, ConfigError, RemovalPath, Score, Sequential, Site, SiteWeights, require_least
 
 _TRIED = 0.25  # of the units: those that leave where the ridge is chosen
 _COMPACT = 0.9  # the matrices are cut down to what is left once so much of them is
@@ -53,7 +53,7 @@ class Obs:
     step: int
     levels: int
     scale: Literal["none", "output"]
-    sequential: bool
+    sequential: Sequential
     memory: float
     ridge_per: RidgePer
 

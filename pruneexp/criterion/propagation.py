@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruneexp.criterion.common import of_columns, powers_C, weighted_C
 from pruneexp.evidence import AbsoluteMoments, Moments
-from pruneexp.types import Block, Score, Site, SiteWeights
+from pruneexp.types import Block, Score, Sequential, Site, SiteWeights
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LlmBip:
     tokens: Literal["l2", "l1"]
     gate: Literal["up", "up_plus_gate"]
     norm: Literal["ignore", "scale"]
-    sequential: bool
+    sequential: Sequential
 
     @property
     def evidence(self) -> type[Moments] | type[AbsoluteMoments]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruneexp.criterion.common import MEMBERS
 from pruneexp.evidence import Gradient, PerSampleGradient
-from pruneexp.types import Block, Score, SiteWeights
+from pruneexp.types import Block, Score, Site, SiteWeights
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,33 @@ class Taylor:
         param_mix     sum |w g - w A w / 2|
     Coupled rows and columns are reduced by `members` over the matrices, then added up over the unit: sum, mean, max or
     prod of them, or the first or second alone. The first is the one that the code grows the group from: query (key
-    where queries are grouped), gate (up without one); the second the next of query, key, value, out-projection or of
-    gate, up, out-projection, where the code's is the next of its trace through the model. Biases are not counted.
-    With grouped queries a KV group's query rows and out-projection columns are folded onto its key and value rows;
-    query head h belongs to group h // G (as attention pairs them), not to h mod K, to which the released code's fold
-    leads.
+    where queries are grouped), gate (up without one). Biases are not counted.
+    With grouped queries a KV group's query rows and out-projection columns are folded onto its key and value rows.
+
+    `coupling`: what goes together. attention: query head h of G in each of K groups with group h // G, as attention
+    pairs them; the second matrix is the next of query, key, value, out-projection (of key, value, query where queries
+    are grouped). released, two quirks of that code: its fold adds query head h to group h mod K, so that other groups'
+    query heads are in a group's score, though its own leave with it; and the second matrix of its trace through
+    attention is the out-projection. FFNs, and sums over as many heads as groups, are the same in both. With
+    search=llm_pruner_official, that code's units leave, to the last one, of SmolLM2-135M and two models without groups.
     """
 
     sequential: ClassVar[bool] = False
 
     element: Literal["vectorize", "param_first", "param_second", "param_mix"]
     members: Literal["sum", "mean", "max", "prod", "first", "second"]
+    coupling: Literal["attention", "released"]
 
     @property
     def evidence(self) -> type[Gradient] | type[PerSampleGradient]:
         return PerSampleGradient if self.element in ("param_second", "param_mix") else Gradient
 
     def __call__(self, block: Block, evidence: Mapping[str, Gradient | PerSampleGradient]) -> dict[str, Score]:
-        return {site.name: self._score_U(block.weights[site.name], evidence[site.name]) for site in block.sites}
+        return {s.name: self._score_U(s, block.weights[s.name], evidence[s.name]) for s in block.sites}
 
-    def _score_U(self, weights: SiteWeights, seen: Gradient | PerSampleGradient) -> Tensor:
+    def _score_U(self, site: Site, weights: SiteWeights, seen: Gradient | PerSampleGradient) -> Tensor:
         gradient = seen.mean
         second = seen.mean_square if isinstance(seen, PerSampleGradient) else None
-        units = len(next(iter(weights.in_projections.values())))
         parts_UR = []
         for role, w_URD in weights.in_projections.items():
             parts_UR.append(
@@ -60,11 +64,16 @@ class Taylor:
         columns_C = self._rows(
             weights.out_projection.T, gradient.out_projection.T, None if second is None else second.out_projection.T
         )
-        parts_UR.append(columns_C.reshape(units, -1))
+        columns_UR = columns_C.reshape(site.units, -1)
         parts_UR.sort(key=lambda part: part.shape[1])  # stable: a group's key stands before its many query rows
         shortest = parts_UR[0].shape[1]
-        folded = torch.stack([part.reshape(units, -1, shortest).sum(1) for part in parts_UR])
-        return MEMBERS[self.members](folded).sum(1)
+        if self.coupling == "released" and site.kind == "attention":
+            parts_UR.insert(1, columns_UR)
+            folded = [part.reshape(-1, site.units, shortest).sum(0) for part in parts_UR]
+        else:
+            parts_UR.append(columns_UR)
+            folded = [part.reshape(site.units, -1, shortest).sum(1) for part in parts_UR]
+        return MEMBERS[self.members](torch.stack(folded)).sum(1)
 
     def _rows(self, w: Tensor, g: Tensor, a: Tensor | None) -> Tensor:
         """Scores of all rows: the last dimension is summed over, in float64."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pruneexp.types import Block, Criterion, Score, Scores, Site, evidence_kinds, own_scores, start_name
+from pruneexp.types import Block, Criterion, Score, Scores, Sequential, Site, evidence_kinds, own_scores, start_name
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Together:
         return tuple(dict.fromkeys(kind for each in self.all for kind in evidence_kinds(each.evidence)))
 
     @property
-    def sequential(self) -> bool:
+    def sequential(self) -> Sequential:
         return self.criterion.sequential
 
     @property

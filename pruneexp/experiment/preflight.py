@@ -260,7 +260,7 @@ def warn(experiment: Experiment, inputs: Inputs) -> None:
     left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
     if left_out:
         logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
-    if not experiment.search.local and experiment.criterion.sequential:
+    if not experiment.search.local and experiment.criterion.sequential is True:
         logger.info("the search decides over all layers at once: scores are those of the dense model")
 
 

@@ -11,6 +11,7 @@ from pruneexp.model import Model
 from pruneexp.pruning.record import Record
 from pruneexp.search import KIND, scored_as
 from pruneexp.types import (
+    ALWAYS,
     QUERY_HEADS,
     Compensator,
     Criterion,
@@ -71,6 +72,11 @@ class Pruning:
 def goes_layer_by_layer(method: Method) -> bool:
     """Whether each layer is scored and decided on what the pruned layers before it produce."""
     return method.search.local and method.criterion.sequential and method.criterion.evidence is not None
+
+
+def scores_behind_masks(method: Method) -> bool:
+    """Whether a search over all layers goes by scores behind layers masked one after the other."""
+    return not method.search.local and method.criterion.sequential == ALWAYS and method.criterion.evidence is not None
 
 
 def shown_to(method: Method) -> tuple[str, ...]:

@@ -1,19 +1,22 @@
-"""A round's scores and evidence of the dense model: on all windows, or on those that a search does not judge by."""
+"""A round's scores and evidence of the dense model: on all windows, or on those that a search does not judge by; and
+scores behind masked layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from pruneexp.calibrate import Meter
+from pruneexp.calibrate import Bookmark, Meter, walk
 from pruneexp.pruning.ask import parted
 from pruneexp.pruning.budget import whole_budget
-from pruneexp.pruning.dense_evidence import without_out_projections
+from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
 from pruneexp.pruning.method import Pruning
 from pruneexp.pruning.notes import Notes
-from pruneexp.search import expert_scores
-from pruneexp.types import Criterion, Plan, Score, Site
+from pruneexp.search import KIND, UlUm, expert_scores
+from pruneexp.surgery import masked_layer
+from pruneexp.types import Budget, Criterion, Plan, Score, Site, own_scores
 
 
 def dense_results(
@@ -22,6 +25,25 @@ def dense_results(
     return work.record.results.of(
         work.model, work.tokens_NT, criterion, kind, shown, work.record.meter, work.record.notes
     )
+
+
+def masked_scores(work: Pruning) -> dict[str, Score]:
+    """Scores of each layer behind the layers before it, of each of whose sites the int(ratio * U) lowest units are
+    masked: as UL-UM would prune them one by one. The model is left as it was."""
+    criterion, search = work.method.criterion, work.method.search
+    kinds, scores, masks = {KIND[name] for name in search.granularity}, {}, ExitStack()
+    note = work.record.notes.bookmark("masked_scores", Bookmark(work.record.meter, "calibrate"), lambda: scores)
+    scores.update(note.found or {})
+    with masks:
+        for visit in walk(work.model, work.tokens_NT, distinct(criterion.evidence), note):
+            masks.close()  # of the layer before
+            found = checked(criterion(visit.block, visit.of(criterion.evidence)))
+            scores.update(without_out_projections(found) if work.model.streamed else found)
+            sites = [site for site in visit.block.sites if site.kind in kinds]
+            plan = UlUm()(own_scores(found), sites, Budget(work.ratio, 1), None, work.record.rng)
+            masks.enter_context(masked_layer(work.model, visit.index, plan))
+            del visit
+    return scores
 
 
 def scores_of_part(work: Pruning, criterion: Criterion, shown: tuple[str, ...]) -> dict[str, Score]:

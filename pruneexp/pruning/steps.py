@@ -14,8 +14,16 @@ from pruneexp.model import Model, sharing
 from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
 from pruneexp.pruning.budget import as_planned, as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
-from pruneexp.pruning.method import Method, Pruned, Pruning, by_site, goes_layer_by_layer, shown_to
-from pruneexp.pruning.on_windows import by_all_windows, dense_results, scores_of_part
+from pruneexp.pruning.method import (
+    Method,
+    Pruned,
+    Pruning,
+    by_site,
+    goes_layer_by_layer,
+    scores_behind_masks,
+    shown_to,
+)
+from pruneexp.pruning.on_windows import by_all_windows, dense_results, masked_scores, scores_of_part
 from pruneexp.pruning.query_heads import with_query_heads
 from pruneexp.pruning.record import Record
 from pruneexp.search import block_scores, expert_scores
@@ -63,13 +71,17 @@ def prune_(
 
 
 def _all_at_once(work: Pruning) -> Plan:
-    """Scores of the dense model, one search over all layers, then a second walk that compensates and shrinks."""
+    """Scores of the dense model, or behind masks, one search over all layers, then a walk that compensates and
+    shrinks."""
     criterion, compensator = work.method.criterion, work.method.compensator
     shown, compensates = shown_to(work.method), not blocks_alone(work.method.search)
     dense_kind = compensator.evidence if compensates and not compensator.sequential else None
     with work.record.clock("calibrate"):
         if work.method.search.held_out and work.tokens_NT is not None:
             scores = scores_of_part(work, criterion, shown)
+            kept_evidence = dense_results(work, None, dense_kind, shown)[1] if dense_kind is not None else {}
+        elif scores_behind_masks(work.method):
+            scores = masked_scores(work)
             kept_evidence = dense_results(work, None, dense_kind, shown)[1] if dense_kind is not None else {}
         else:
             scores, kept_evidence = dense_results(work, criterion, dense_kind, shown)

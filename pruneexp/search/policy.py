@@ -53,7 +53,8 @@ class PolicyGradient:
     `initial`: scores, standardised within each site (of wholes, among those of a kind), through a sigmoid, and shifted
     to the keep ratio; or random, the same of normal draws. `steps` null: as many as `passes` plain passes over the
     calibration windows pay for. How far s travels goes by `rate` times steps: the paper's rate is 0.002 for 15,000
-    steps; a tenth as many at that rate hardly leave the scores that they start from.
+    steps; a tenth as many at that rate hardly leave the scores that they start from. The released code scores layer l
+    behind the layers before it, masked by their own scores: criterion=wanda_sp_masked, with sparsity.of=prunable.
     Masks whose loss is NaN or Inf are left out of a step.
     """
 

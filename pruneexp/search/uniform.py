@@ -44,7 +44,9 @@ class Uniform:
     `remainder`: what becomes of the part of a dear unit that the share comes to (0.6 of one KV group of three).
     nearest: each layer rounds for itself, so that all of them may lose a third of their heads for a fifth; carried: it
     goes on to the next layer, and as many heads leave as the share says, from some layers; down: the unit stays. The
-    cheapest units make up for it in every layer.
+    cheapest units make up for it in every layer. dropped: nothing does. Of a share p, a site of U units of w rows (1 of
+    channels) then loses ceil(p U w) // w units, as LLM-Pruner's released code does (commit 128a07d), whose p is the
+    share of the layers that it prunes: with sparsity.of=prunable, the ratio over the part that is not protected.
     """
 
     min_units: int
@@ -53,7 +55,7 @@ class Uniform:
     protect_last: float
     multiple: int
     alike: bool
-    remainder: Literal["nearest", "carried", "down"]
+    remainder: Literal["nearest", "carried", "down", "dropped"]
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -104,6 +106,8 @@ class Uniform:
             require(budget, removable(chosen, self.min_units, budget, multiple=self.multiple))
         if self.alike:
             return self._alike_counts(sites, chosen, budget)
+        if self.remainder == "dropped":
+            return self._dropped_counts(chosen, budget)
         counts, over = {}, 0.0
         for layer, share in layer_budgets(budget, free).items():
             share = replace(share, added=share.added + over)
@@ -118,7 +122,10 @@ class Uniform:
         pairs = [(stand_in(group), site) for group in together(chosen) for site in group]
         wider = sum((site.units - one.units) * budget.price(site) for one, site in pairs)
         stand_ins = list({one.name: one for one, _ in pairs}.values())
-        found, _ = self._counts(stand_ins, replace(budget, added=budget.added - wider))
+        if self.remainder == "dropped":
+            found = self._dropped_counts(stand_ins, budget)
+        else:
+            found, _ = self._counts(stand_ins, replace(budget, added=budget.added - wider))
         return {site.name: site.units - one.units + found[one.name] for one, site in pairs}
 
     def _unprotected(self, sites: Sequence[Site]) -> list[Site]:
@@ -167,6 +174,15 @@ class Uniform:
                 if abs(target) > abs(missing):  # there are too few of the cheapest to make up for it
                     taken, target = before, missing
         return {name: steps[name][count] for name, count in taken.items()}, target
+
+    def _dropped_counts(self, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
+        """As many units as the share is sure of, whatever the budget then lacks."""
+        share, counts = budget.ratio * budget.total / max(1, prunable(sites, budget)), {}
+        for site in sites:
+            rows = max(1, site.width // site.group)  # of a key or value
+            wanted = math.ceil(share * site.units * rows - UNITS_EPSILON) // rows
+            counts[site.name] = max(n for n in removal_steps(site, self.min_units, self.multiple) if n <= wanted)
+        return counts
 
     def _rounded(self, steps: float, layer: int) -> int:
         """Whole steps of a dear unit. Carried: those of all layers up to this one, less those of the layers before, as

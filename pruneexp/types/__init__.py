@@ -44,10 +44,11 @@ from pruneexp.types.protocols import (
     Tracker,
 )
 from pruneexp.types.site import QUERY_HEADS, Block, Cost, Site, SiteWeights
-from pruneexp.types.sources import SOURCES, collected_by, source_of
+from pruneexp.types.sources import ALWAYS, SOURCES, Sequential, collected_by, source_of
 from pruneexp.types.windows import Augmentation, Dataset
 
 __all__ = [
+    "ALWAYS",
     "Augmentation",
     "Block",
     "Budget",
@@ -75,6 +76,7 @@ __all__ = [
     "SOURCES",
     "Score",
     "Scores",
+    "Sequential",
     "Search",
     "Site",
     "SitePlan",

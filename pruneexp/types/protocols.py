@@ -11,6 +11,7 @@ from torch import Tensor
 from pruneexp.types.nouns import Candidate, Measured, RunRecord, Scores
 from pruneexp.types.plan import Budget, Plan
 from pruneexp.types.site import Block, Site
+from pruneexp.types.sources import Sequential
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,9 +73,10 @@ class Evidence(Protocol):
 class Criterion(Protocol):
     """Importance of every unit. `evidence`: one type, several (each site's are then a tuple in that order), or none; a
     value with `source` and `empty` may stand for a type, and carry settings of its collector. `sequential`: where the
-    search decides layer by layer, layer l is scored on what the already pruned layers before it produce. `judges`: what
-    it can score: units of "attention" and "mlp", "sublayer", "block", as a whole. `lost(scores)`: how many of these
-    stand for a loss that was not finite; the log says so.
+    search decides layer by layer, layer l is scored on what the already pruned layers before it produce; "always":
+    where it decides over all layers, too, on what the layers before produce once their lowest units are masked.
+    `judges`: what it can score: units of "attention" and "mlp", "sublayer", "block", as a whole. `lost(scores)`: how
+    many of these stand for a loss that was not finite; the log says so.
 
     What it costs, for forecasts: `working_bytes(site, outputs)`, the bytes that it works in at one site beside its
     evidence, such as 24 C^2 for a covariance and two factors; `kept_bytes(sites, outputs, itemsize, refits)`, the bytes
@@ -82,7 +84,7 @@ class Criterion(Protocol):
     out-projections of each (see `Search`)."""
 
     evidence: ClassVar[Any]
-    sequential: bool
+    sequential: Sequential
     judges: Any
 
     def lost(self, scores: Scores, /) -> int: ...

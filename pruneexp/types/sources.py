@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from pruneexp.types.nouns import ConfigError
 
+ALWAYS = "always"
+Sequential = bool | Literal["always"]  # of a criterion: see `Criterion`
+
 
 @dataclass(frozen=True)
 class Source:

@@ -25,7 +25,7 @@ from typing import Any
 from pruneexp.calibrate import KEPT_BYTES, at_once
 from pruneexp.experiment.forecast.passes import dense_kinds
 from pruneexp.experiment.forecast.shape import Shape, Windows
-from pruneexp.pruning import Method, by_site, goes_layer_by_layer
+from pruneexp.pruning import Method, by_site, goes_layer_by_layer, scores_behind_masks
 from pruneexp.pruning.ask import LEAST_BATCHES
 from pruneexp.pruning.budget import blocks_alone
 from pruneexp.pruning.dense_evidence import distinct, empty_bytes
@@ -130,7 +130,8 @@ class Memory:
         """The first walk, or the only one, which `shrinks`."""
         criterion, compensator = self.method.criterion, self.method.compensator
         sitewise = shrinks and by_site(compensator)
-        kinds, times, fitted, solves = distinct(criterion.evidence), 1, 0, self._widest(criterion.working_bytes)
+        kinds, fitted, solves = distinct(criterion.evidence), 0, self._widest(criterion.working_bytes)
+        times = 2 if scores_behind_masks(self.method) else 1
         if shrinks:
             times = 3 if sitewise else 2
             fitted = self._fitted() if sitewise else 0

@@ -9,7 +9,7 @@ from typing import Any
 from pruneexp.calibrate import KEPT_BYTES, passes_of_layer
 from pruneexp.experiment.forecast.shape import Shape, Windows
 from pruneexp.model import Model
-from pruneexp.pruning import Method, by_site, goes_layer_by_layer, shown_to
+from pruneexp.pruning import Method, by_site, goes_layer_by_layer, scores_behind_masks, shown_to
 from pruneexp.pruning.budget import blocks_alone, searched_sites
 from pruneexp.pruning.dense_evidence import distinct
 from pruneexp.types import Budget, Recovery, Site, collected_by, evidence_kinds
@@ -52,13 +52,14 @@ def dense_kinds(method: Method) -> tuple[Any, ...]:
 
 def _at_once(method: Method, model: Model, shape: Shape, seen: Windows) -> Passes:
     compensator, shown = method.compensator, shown_to(method)
-    kinds = distinct(method.criterion.evidence, dense_kinds(method) or None)
+    masks = scores_behind_masks(method)
+    kinds = distinct(method.criterion.evidence, None if masks else dense_kinds(method) or None)
     layers = range(len(shape.layers)) if shown else ()
     judged = [site for index in layers for site in model.whole_block(index, shown).sites] or shape.sites
     scored = 1 - method.search.held_out  # of the windows, where nothing else is collected
-    walked = _walk(kinds, shape, shrinks=False) + _ahead(kinds, seen, judged)
+    walked = _walk(kinds, shape, shrinks=masks) + _ahead(kinds, seen, judged)
     passes = Passes(scored * walked.forward, scored * walked.backward)
-    if scored < 1:
+    if scored < 1 or masks:
         passes += _walk(dense_kinds(method), shape, shrinks=False)
     if blocks_alone(method.search):
         return passes

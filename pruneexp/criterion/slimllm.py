@@ -1,4 +1,4 @@
-"""Heads by what attention's output is without them, channels in the principal directions of the FFN's output: SlimLLM."""
+"""Heads by what attention's output is without them, channels by the principal directions of the output: SlimLLM."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SlimLlm:
     Channels. With h the FFN's input, x the out-projection's, y = W x its output, v_k and l_k the eigenvectors and
     eigenvalues of the covariance of y, channel j scores, for each in-projection V,
 
-        sum_V sqrt(sum_d (V_jd rms_t(h_d))^2)  +  rms_t(x_j) sqrt(sum_k (w_k v_k . W_:j)^2),   w_k = sigmoid(l_k / mean l)
+        sum_V sqrt(sum_d (V_jd rms_t(h_d))^2) + rms_t(x_j) sqrt(sum_k (w_k v_k . W_:j)^2),  w_k = sigmoid(l_k / mean l)
 
     Departs: that code keeps the lowest 1 % of a layer's channels and takes those that come next.
     Gram-based, as `Obs`: 8 C^2 bytes a site. `sequential` is for local searches, which `LayerShares` is not.

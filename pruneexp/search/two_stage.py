@@ -93,7 +93,7 @@ class TwoStage:
             self._first.check(ffns, replace(budget, added=budget.added - later.remove))
 
     def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:
-        """Plain passes over the calibration windows, about: every attention sublayer left is probed for each that goes."""
+        """Plain passes over the calibration windows, about: in the second stage all that is left is probed."""
         ffns, attention = _parted(sites, budget)
         later = self._second_budget(ffns, attention, budget)
         return self._second.spends(attention, later, batches) if later.remove else 0.0

@@ -60,6 +60,12 @@ MODELS = {
     ],
 }
 WIDTHS = ("magnitude", "wanda_sp", "flap", "llm_bip", "taylor", "mini_llm", "mini_llm_exact", "obs")
+RECIPES = {  # criterion, search, compensator
+    "blockpruner": ("loss_drop", "blockpruner", "none"),
+    "2ssp": ("activation_norm", "two_stage", "none"),
+    "cfsp": ("cfsp", "cfsp", "none"),
+    "slimllm": ("slimllm", "slimllm", "linear_regression"),
+}
 QUICK = {"mini_llm": ("criterion.directions=8",)}
 UNIFORM = ("search=uniform", "search.granularity=[heads,channels]")
 CARRIED = (*UNIFORM, "compensator=bias")
@@ -161,6 +167,26 @@ def test_blocks_are_chosen_better_than_at_random(family: str, criterion: str, se
 @pytest.mark.parametrize("family", ["opt", "bloom"])
 def test_losses_of_single_blocks_may_do(family: str) -> None:
     assert_beats_random(family, "loss_drop", ("search=blocks",), ("search=blocks",))
+
+
+# What each recipe may remove, at random
+OF_PAPERS = {
+    "blockpruner": ("search=sublayers", "search.normalise=none"),
+    "2ssp": CHANNELS,
+    "cfsp": CHANNELS,
+    "slimllm": (*UNIFORM, "compensator=linear_regression"),
+}
+
+
+@pytest.mark.parametrize("recipe", OF_PAPERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recipes_of_papers_choose_better_than_at_random(family: str, recipe: str) -> None:
+    """Sublayers come in sizes: of these, not of units, a little more or less may leave."""
+    criterion, search, compensator = RECIPES[recipe]
+    perplexity, share = pruned(family, criterion, f"search={search}", f"compensator={compensator}")
+    floor, as_much = drawn(family, *OF_PAPERS[recipe])
+    assert share == pytest.approx(as_much, abs=0.06 if recipe == "blockpruner" else 2e-3)
+    assert perplexity < floor
 
 
 @pytest.mark.xfail(reason="losses of single blocks do not add up", strict=True)

@@ -37,6 +37,10 @@ RECIPES = {
     "policy_gradient": ("wanda_sp", "one_shot", "policy_gradient", "none"),
     "llm_bip": ("llm_bip", "one_shot", "uniform", "none"),
     "ifso": ("ifso", "one_shot", "ranking", "none"),
+    "blockpruner": ("loss_drop", "one_shot", "blockpruner", "none"),
+    "2ssp": ("activation_norm", "one_shot", "two_stage", "none"),
+    "cfsp": ("cfsp", "one_shot", "cfsp", "none"),
+    "slimllm": ("slimllm", "one_shot", "slimllm", "linear_regression"),
     "best": ("obs", "one_shot", "evolutionary", "least_squares"),
 }
 
@@ -52,7 +56,7 @@ def mandatory(group: str, option: str) -> list[str]:
 
 # Options that only make sense with a partner: whole blocks.
 PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random"}
-PARTNERS |= {"block_influence": "search=blocks", "loss_drop": "search=blocks"}
+PARTNERS |= {name: "search=blocks" for name in ("block_influence", "block_influence_angular", "loss_drop")}
 
 
 def overrides(group: str, option: str) -> list[str]:

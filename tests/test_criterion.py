@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Random, WandaSp
-from pruneexp.evidence import Moments, RunningFluctuation
+from pruneexp.criterion import ActivationNorm, Flap, FlapOfficial, LlmBip, Magnitude, Random, WandaSp
+from pruneexp.evidence import Moments, RunningFluctuation, WindowNorms
 from pruneexp.types import Block, ColumnScores, RunError, Site, unit_scores
 from tests.cases import each
 from tests.toy_sites import activations, block
@@ -17,7 +17,14 @@ BLOCK = block()
 X = {site.name: activations(site, 6, 10, seed=site.units) for site in BLOCK.sites}
 DATA_FREE = [Random(0), Magnitude("reader", 2), Magnitude("reader", 1), Magnitude("coupled", 1)]
 BIP = [LlmBip("l2", "up", "ignore", False), LlmBip("l1", "up_plus_gate", "scale", False)]
-FORWARD = [WandaSp("sum", True), *BIP, *(Flap(m, False) for m in METRICS), *(FlapOfficial(m, False) for m in METRICS)]
+NORMS = [ActivationNorm("windows", "none", False), ActivationNorm("tokens", "relative", False)]
+FORWARD = [
+    WandaSp("sum", True),
+    *BIP,
+    *NORMS,
+    *(Flap(m, False) for m in METRICS),
+    *(FlapOfficial(m, False) for m in METRICS),
+]
 
 
 def seen(kind: type, dtype: torch.dtype = torch.float64) -> dict:
@@ -58,6 +65,29 @@ def test_wanda_sp(heads):
         columns = [LOOPS["WIFN"](w, x) for w, x in columns_of(BLOCK, site)]
         expected = summed_by_unit(site, columns) / (1 if heads == "sum" else site.width)
         torch.testing.assert_close(scores[site.name].scores_U, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("weights", ["none", "relative"])
+@pytest.mark.parametrize("average", ["windows", "tokens"])
+def test_activation_norm(average, weights):
+    scores = ActivationNorm(average, weights, False)(BLOCK, seen(WindowNorms if average == "windows" else Moments))
+    for site in BLOCK.sites:
+        weight, x_BTC = BLOCK.weights[site.name].out_projection.abs(), X[site.name]
+        size = x_BTC.norm(dim=1).mean(0) if average == "windows" else x_BTC.square().mean((0, 1)).sqrt()
+        expected = size * (weight / weight.sum(1, keepdim=True)).sum(0) if weights == "relative" else size
+        torch.testing.assert_close(scores[site.name].columns_C, expected, rtol=1e-10, atol=0)
+
+
+def test_window_norms_do_not_depend_on_batches():
+    site = BLOCK.sites[0]
+    x = X[site.name]
+    whole, parts = WindowNorms.empty(site).update(x), WindowNorms.empty(site)
+    for part in x.split([1, 3, 2]):
+        parts = parts.merge(WindowNorms.empty(site).update(part))
+    assert whole.n == parts.n == len(x)
+    torch.testing.assert_close(whole.mean_C, parts.mean_C, rtol=1e-12, atol=0)
+    with pytest.raises(RunError, match="no calibration window was seen"):
+        _ = WindowNorms.empty(site).mean_C
 
 
 @pytest.mark.parametrize("metric", METRICS)

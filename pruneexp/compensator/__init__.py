@@ -2,8 +2,9 @@
 
 from pruneexp.compensator.least_squares import LeastSquares
 from pruneexp.compensator.means import Bias, BiasOfficial, NoCompensation
+from pruneexp.compensator.regression import LinearRegression
 from pruneexp.types.defaults import COMPENSATOR, fill_in
 
-__all__ = ["Bias", "BiasOfficial", "LeastSquares", "NoCompensation"]
+__all__ = ["Bias", "BiasOfficial", "LeastSquares", "LinearRegression", "NoCompensation"]
 
 fill_in(globals(), __all__, COMPENSATOR)

@@ -5,17 +5,19 @@ Criteria that judge an out-projection's channels answer with `ColumnScores`: a u
 as the paper's formula has them, never standardised here: comparing sites is the search's business.
 """
 
-from pruneexp.criterion.activations import Flap, FlapOfficial, WandaSp
+from pruneexp.criterion.activations import ActivationNorm, Flap, FlapOfficial, WandaSp
 from pruneexp.criterion.depth import BlockInfluence, LossDrop
 from pruneexp.criterion.influence import Ifso
 from pruneexp.criterion.obs import Obs
 from pruneexp.criterion.propagation import LlmBip
 from pruneexp.criterion.sensitivity import MiniLlm
+from pruneexp.criterion.slimllm import SlimLlm
 from pruneexp.criterion.taylor import Taylor
 from pruneexp.criterion.weights import Magnitude, Random
 from pruneexp.types.defaults import CRITERION, fill_in
 
 __all__ = [
+    "ActivationNorm",
     "BlockInfluence",
     "Flap",
     "FlapOfficial",
@@ -26,6 +28,7 @@ __all__ = [
     "MiniLlm",
     "Obs",
     "Random",
+    "SlimLlm",
     "Taylor",
     "WandaSp",
 ]

@@ -1,4 +1,4 @@
-"""Importance from weights and what the out-projection is given: Wanda and FLAP."""
+"""Importance from weights and what the out-projection is given: Wanda, FLAP, 2SSP and CFSP."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from pruneexp.criterion.common import of_columns, powers_C, wide, wifn_C
-from pruneexp.evidence import Moments, RunningFluctuation
+from pruneexp.criterion.common import of_columns, powers_C, relative_C, wide, wifn_C
+from pruneexp.evidence import Moments, RunningFluctuation, WindowNorms
 from pruneexp.types import Block, ColumnScores, RunError, Score, Sequential, Site, SiteWeights
 
 
@@ -80,6 +80,41 @@ class FlapOfficial:
             raise RunError(f"{seen.n} calibration windows: expected at least 2, the first of which does not count")
         metric_C = _FLAP_OFFICIAL[self.metric](wide(weight_OC), seen)
         return of_columns(site, metric_C**2 if site.kind == "attention" else metric_C)
+
+
+@dataclass(frozen=True)
+class ActivationNorm:
+    """Size of what a channel carries, alone or times its share of the out-projection's weights: 2SSP and CFSP.
+
+    With W [O,C] the out-projection and x its input, channel j scores a_j (weights=none) or a_j sum_i r_ij (relative)
+        average=windows  a_j = mean_w sqrt(sum_t x_wtj^2)     average=tokens  a_j = sqrt(mean_t x_tj^2)
+        r_ij = |W_ij| / sum_k |W_ik|
+    and heads add up their channels.
+
+    2SSP (Sandri et al., 2025; released code): windows, none, of FFN channels.
+    CFSP (Wang et al., COLING 2025): tokens. Its eq. 8, as others quote it (the paper itself could not be read), is
+    relative: |W_down,ij| a_j / (||W_down,i*||_1 ||a||_1) summed over i, plus the like of W_up and W_gate, each over the
+    channel's own weights, which is 1 for every channel. The released code divides each |W_ij| a_j, too, by its own
+    channel's sum, so that all three terms are 1 and a factor a_j is all that is left: weights=none. Which of them is
+    better was measured: tests/benchmarks/README.md.
+    """
+
+    average: Literal["windows", "tokens"]
+    weights: Literal["none", "relative"]
+    sequential: Sequential
+
+    @property
+    def evidence(self) -> type[Moments] | type[WindowNorms]:
+        return WindowNorms if self.average == "windows" else Moments
+
+    def __call__(self, block: Block, evidence: Mapping[str, Moments | WindowNorms]) -> dict[str, Score]:
+        return {s.name: self._score(s, block.weights[s.name], evidence[s.name]) for s in block.sites}
+
+    def _score(self, site: Site, weights: SiteWeights, seen: Moments | WindowNorms) -> ColumnScores:
+        size_C = seen.mean_square_C.sqrt() if isinstance(seen, Moments) else seen.mean_C
+        if self.weights == "relative":
+            size_C = size_C.to(weights.out_projection.device) * relative_C(weights.out_projection)
+        return of_columns(site, size_C)
 
 
 _FLAP: dict[str, Callable[[Tensor, Moments], Tensor]] = {

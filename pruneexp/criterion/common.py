@@ -57,3 +57,10 @@ def weighted_C(weight_OC: Tensor, rows_O: Tensor) -> Tensor:
         w_OC = wide(w_OC).abs()
         total_C += rows.to(w_OC.dtype) @ w_OC
     return total_C
+
+
+def relative_C(weight_OC: Tensor) -> Tensor:
+    """sum_i |w_ij| / sum_k |w_ik|, float64 [C]: what share of each output's weights a column has. Rows of zeros have
+    none."""
+    rows_O = wide(weight_OC).abs().sum(1).double()
+    return weighted_C(weight_OC, torch.where(rows_O > 0, 1 / rows_O.clamp_min(1e-300), 0.0))

@@ -22,6 +22,8 @@ class BlockInfluence:
     it, which a model has that normalises in front of its sublayers.
 
     distance=cosine is the paper's; angular: mean_t arccos(cos(x_t, y_t)) / pi.
+
+    Beside a criterion of units, where a search asks for it, each unit has the score of its whole layer.
     """
 
     evidence: ClassVar[type[BlockChange]] = BlockChange
@@ -35,7 +37,7 @@ class BlockInfluence:
         for site in block.sites:
             seen = evidence[site.name]
             value = 1 - seen.mean_cosine if self.distance == "cosine" else seen.mean_angle
-            scores[site.name] = torch.tensor([value], dtype=torch.float64)
+            scores[site.name] = torch.full((site.units,), value, dtype=torch.float64)
         return scores
 
 

@@ -5,7 +5,13 @@ from pruneexp.evidence.gradients import Gradient, PerSampleGradient
 from pruneexp.evidence.gram import Gram, WantedOutput, others
 from pruneexp.evidence.halves import Halved, Halves
 from pruneexp.evidence.influence import BatchDerivatives, GateDerivatives, Influence
-from pruneexp.evidence.statistics import AbsoluteMoments, InputMoments, Moments, RunningFluctuation
+from pruneexp.evidence.statistics import (
+    AbsoluteMoments,
+    InputMoments,
+    Moments,
+    RunningFluctuation,
+    WindowNorms,
+)
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
 from pruneexp.types.defaults import EVIDENCE, fill_in
 
@@ -27,6 +33,7 @@ __all__ = [
     "Perturbation",
     "RunningFluctuation",
     "WantedOutput",
+    "WindowNorms",
     "others",
 ]
 

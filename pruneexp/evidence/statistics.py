@@ -137,6 +137,39 @@ class AbsoluteMoments:
 
 
 @dataclass(frozen=True)
+class WindowNorms:
+    """Mean over windows of the L2 norm of each out-projection channel: sum_C = sum_w sqrt(sum_t x_wt^2), float64 [C].
+
+    A window's squares are summed in float32 (float64 for float64 input). Chunk-invariant up to that rounding, and
+    independent of the order of the windows.
+    """
+
+    source: ClassVar[str] = "reader"
+    by_window: ClassVar[bool] = True
+
+    n: int  # windows
+    sum_C: Tensor
+
+    @classmethod
+    def empty(cls, site: Site) -> WindowNorms:
+        return cls(0, torch.zeros(site.channels, dtype=torch.float64))
+
+    def update(self, x_BTC: Tensor) -> WindowNorms:
+        norms = [_sum_squares_C(wide(x_TC).clone()).double().sqrt() for x_TC in x_BTC.detach()]
+        return self.merge(WindowNorms(len(norms), torch.stack(norms).sum(0)))
+
+    def merge(self, other: WindowNorms) -> WindowNorms:
+        return WindowNorms(self.n + other.n, self.sum_C.to(other.sum_C.device) + other.sum_C)
+
+    @property
+    def mean_C(self) -> Tensor:
+        """mean_w ||x_w||_2. Raises RunError without windows."""
+        if not self.n:
+            raise RunError("no calibration window was seen: expected at least 1 for the norm of a channel")
+        return self.sum_C / self.n
+
+
+@dataclass(frozen=True)
 class RunningFluctuation:
     """The estimators of FLAP's released code (`BiasGPT`, commit 3bb57db), operation by operation, in float32.
 

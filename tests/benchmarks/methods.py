@@ -34,6 +34,10 @@ METHODS: dict[str, list[str]] = {
     "ifso": ["recipe=ifso"],
     "shortgpt": ["recipe=shortgpt"],
     "sleb": ["recipe=sleb"],
+    "blockpruner": ["recipe=blockpruner"],
+    "2ssp": ["recipe=2ssp"],
+    "cfsp": ["recipe=cfsp"],
+    "slimllm": ["recipe=slimllm"],
     "flap+least_squares": ["recipe=flap", "compensator=least_squares"],
     "best": ["recipe=best"],
 }

@@ -21,6 +21,7 @@ GROUPS = {  # first part of a metric's name -> heading
     "throughput": "speed",
     "memory": "memory",
     "bytes": "memory",
+    "bits": "memory",
     "kv": "memory",
     "size": "size",
     "passes": "passes",

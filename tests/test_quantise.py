@@ -127,12 +127,11 @@ def test_torchao_has_the_same_numbers(loaded: Callable[..., Any]) -> None:
     quantize_(linear, Int8WeightOnlyConfig())
     theirs: Any = linear.weight
     assert torch.equal(theirs.qdata, held.qdata) and torch.equal(theirs.scale, held.scale)
-    model, tokens = loaded("qwen2"), torch.arange(20)[None]
-    plain = loaded("qwen2")
+    model, plain, tokens = loaded("qwen2"), loaded("qwen2"), torch.arange(20)[None]
     WeightOnly(8, None, True)(model, "pruned", {}, None)
     INT8(plain, "pruned", {}, None)
     assert model.bytes == plain.bytes
-    torch.testing.assert_close(model.module(tokens).logits, plain.module(tokens).logits)
+    torch.testing.assert_close(model.module(tokens).logits, plain.module(tokens).logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture

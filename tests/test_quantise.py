@@ -14,14 +14,23 @@ from torch import Tensor, nn
 import pruneexp
 from pruneexp import quantise
 from pruneexp.__main__ import main
+from pruneexp.export import gguf_engine
+from pruneexp.export.gguf_engine import Engine, engine
+from pruneexp.export.gguf_quantise import GgufQuantise, contents
+from pruneexp.fingerprint import config_hash
 from pruneexp.model import ModelSource
 from pruneexp.model.modeling_pruned import as_matrix
 from pruneexp.quantise import NoQuantise, WeightOnly, linears, rounded
+from pruneexp.report.bytes_figure import bytes_section
+from pruneexp.report.figures import styles
+from pruneexp.report.folders import find
+from pruneexp.report.methods import describe
+from pruneexp.report.sections import pareto_section
 from pruneexp.types import ConfigError
 from tests.cases import each
 from tests.conftest import PARITY
 from tests.messages import assert_told
-from tests.tiny_families import TINY
+from tests.report_samples import PPL, config, metrics, write_run
 
 DATA = ["dataset=tokens", f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
 QUICK = ["model=hf", f"model.path={PARITY}", *DATA, "dataset.length=64", "evaluator=[perplexity,size]", "cache=off"]
@@ -74,7 +83,7 @@ def test_rounding_twice_changes_nothing() -> None:
     assert rounded(weight_OI.bfloat16(), 4, 32).dtype == torch.bfloat16
 
 
-@each("family", [name for name in TINY if name not in MIXTURES])
+@each("family", ["qwen2", "phi3", "gpt2", "falcon_7b", "pythia", "gemma2"])
 def test_linear_layers_of_the_decoder_and_nothing_else(loaded: Callable[..., Any], family: str) -> None:
     model = loaded(family)
     before = {name: parameter.clone() for name, parameter in model.module.named_parameters()}
@@ -138,8 +147,8 @@ def test_torchao_has_the_same_numbers(loaded: Callable[..., Any]) -> None:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
     monkeypatch.chdir(tmp_path)
 
-    def finished(name: str, *settings: str) -> dict[str, float]:
-        assert main([*QUICK, "run.prove=in_place", f"run.dir={name}", *settings]) == 0
+    def finished(name: str, *settings: str, quick: list[str] = QUICK) -> dict[str, float]:
+        assert main([*quick, "run.prove=in_place", f"run.dir={name}", *settings]) == 0
         return json.loads(Path(name, "metrics.json").read_text())
 
     return finished
@@ -227,3 +236,104 @@ def test_without_torchao(build_from: Callable[..., Any], monkeypatch: pytest.Mon
     with pytest.raises(ConfigError) as error:
         build_from(*QUICK, "quantise=int8", "quantise.kernels=true").check()
     assert_told(f"{error.value}\n", "quantise.kernels=True", "pip install 'pruneexp[torchao]'")
+
+
+def test_the_figure_against_bytes(tmp_path: Path) -> None:
+    """A picture an engine, a point a method and ratio; what llama.cpp ran is not taken for what transformers did."""
+    sizes = {"none": 4.0, "int8": 2.0, "gguf": 4.0, "gguf_q8_0": 4.0}
+    for name, size in sizes.items():
+        for at, share in ((0.0, 0.0), (0.2, 0.2)):
+            kind = {"gguf": "/gguf-q4_k_m", "gguf_q8_0": "/gguf-q8_0"}.get(name)
+            more = {"dense/bytes": 4.0 * 2**20, "pruned/bytes": size * (1 - share) * 2**20}
+            if kind:
+                more |= {f"pruned/bytes{kind}": 2.0**20 * (1 - share), f"pruned/bits/param{kind}": 8.0}
+                more |= {f"pruned/{PPL}{kind}": 5.0 + share, f"dense/{PPL}{kind}": 4.5}
+            elif name == "int8":
+                more["pruned/bits/param"] = 8.5
+            composed = config("recipe=flap", f"quantise={name}", f"sparsity.ratio={at}")
+            write_run(tmp_path / f"{name}{at}", composed, metrics(4.0, share, **more))
+    runs = describe(find([tmp_path], "same").runs)
+    assert {one.method for one in runs} == {"flap", *(f"quantise={name}" for name in sizes if name != "none")}
+    section = bytes_section(runs, styles(list(dict.fromkeys(one.method for one in runs))))
+    assert section is not None
+    ours, theirs = section.tables
+    assert [[cell.text for cell in row] for row in ours.rows] == [
+        ["flap", "0", "4.000", "", "4.000"],
+        ["flap", "0.2", "3.200", "", "4.000"],
+        ["quantise=int8", "0", "2.000", "8.500", "4.000"],
+        ["quantise=int8", "0.2", "1.600", "8.500", "4.000"],
+    ]
+    assert len(theirs.rows) == 4 and "llama.cpp" in section.pictures[1].caption
+    dash = section.pictures[0].figure.axes[0].lines
+    assert [line.get_label() for line in dash if not str(line.get_label()).startswith("_")] == [
+        "dense", "flap", "quantise=int8",
+    ]  # fmt: skip
+    pareto = pareto_section(runs, styles([one.method for one in runs]))
+    assert pareto is None or not any("gguf" in picture.name for picture in pareto.pictures)
+
+
+def test_a_new_key_changes_no_hash() -> None:
+    plain = config("recipe=flap")
+    assert plain["quantise"] == {"_target_": "pruneexp.quantise.NoQuantise"}
+    older = {key: value for key, value in plain.items() if key != "quantise"}
+    assert config_hash(plain) == config_hash(older) != config_hash(config("recipe=flap", "quantise=int8"))
+
+
+@pytest.fixture
+def llama() -> Engine:
+    pytest.importorskip("gguf", reason="needs gguf")
+    try:
+        return engine()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_gguf(run: Callable[..., dict[str, float]], llama: Engine) -> None:
+    """llama.cpp measures what transformers does, but for the rounding; the file lies in the run folder."""
+    quick = ["dataset.samples=8", "evaluator.perplexity.samples=8", "cache=off", "quantise=gguf"]
+    found = run("f16", "quantise.type=F16", "evaluator=[perplexity,size]", quick=quick)
+    for side in ("dense", "pruned"):
+        ours = found[f"{side}/ppl/embedded@128[8]"]
+        assert found[f"{side}/ppl/embedded@128[8]/gguf-f16"] == pytest.approx(ours, rel=2e-3)
+        assert found[f"{side}/bytes"] > found[f"{side}/bytes/gguf-f16"]
+    small = run(
+        "q4", "quantise.type=Q4_0", "evaluator=[perplexity,latency]", "evaluator.latency.repeats=1", quick=quick
+    )
+    assert small["pruned/bytes/gguf-q4_0"] < 0.35 * found["pruned/bytes/gguf-f16"]
+    for side in ("dense", "pruned"):
+        four, sixteen = (
+            each[f"{side}/ppl/embedded@128[8]/gguf-{kind}"] for each, kind in ((small, "q4_0"), (found, "f16"))
+        )
+        assert four == pytest.approx(sixteen, rel=0.05) and four != sixteen
+    assert small["pruned/bits/param/gguf-q4_0"] == 8 * small["pruned/bytes/gguf-q4_0"] / small["pruned/params"]
+    assert all(small[f"{side}/latency/decode_tok_s@b1x128+16/gguf-q4_0"] > 0 for side in ("dense", "pruned"))
+    assert contents(Path("q4", "model.gguf"))[0] == small["pruned/bytes/gguf-q4_0"]
+    assert "filled up with zeros to multiples of 32; matrices: 43 Q4_0" in Path("q4", "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["model=embedded", "quantise=gguf", "model.stream=true"], "model.stream=True"),
+        (["model=embedded", "quantise=gguf", "quantise.type=Q9_9"], "quantise.type='Q9_9'"),
+    ],
+)
+def test_mistakes_with_gguf(build_from: Callable[..., Any], settings: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_from(*settings)
+    assert_told(f"{error.value}\n", named)
+
+
+def test_families_that_the_file_cannot_hold(loaded: Callable[..., Any]) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    with pytest.raises(ConfigError) as error:
+        GgufQuantise("Q8_0").prepare(loaded("gpt2"))
+    assert_told(f"{error.value}\n", "quantise=gguf", "quantise=int8")
+
+
+def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_engine, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        GgufQuantise("Q8_0").check()
+    assert_told(f"{error.value}\n", "quantise=gguf", "pip install 'pruneexp[llama_cpp]'")

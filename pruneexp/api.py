@@ -51,6 +51,8 @@ class Result:
             raise ConfigError(f"save({str(folder)!r}): this result holds no model; expected one of a run in memory")
         if any(tensor.is_meta for tensor in self.model.parameters()):
             raise ConfigError(f"save({str(folder)!r}): has weights on the meta device; expected all in memory")
+        if any(type(tensor).__module__.startswith("torchao") for tensor in self.model.parameters()):
+            raise ConfigError(f"save({str(folder)!r}): has weights in torchao's form; expected quantise.kernels=false")
         target = _folder(folder)
         held = outcome.model
         held.dtype = next((p.dtype for p in held.layers.parameters()), held.dtype)  # it may have been cast since

@@ -41,6 +41,7 @@ def file_state(path: Path) -> FileState:
 # hash, so that finished jobs stay finished.
 NEW_KEYS: Mapping[str, Any] = {
     "augmentation": {"_target_": "pruneexp.calibrate.NoAugmentation"},
+    "quantise": {"_target_": "pruneexp.quantise.NoQuantise"},
     "dataset.bos": False,
     "evaluator.*.dataset.bos": False,
     **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},

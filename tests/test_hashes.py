@@ -19,7 +19,7 @@ from tests.cases import each
 
 FROZEN = Path(__file__).parent / "data" / "job_hashes.json"
 GROUPS = ("augmentation", "compensator", "criterion", "dataset", "evaluator", "model", "recipe", "recovery", "search")
-GROUPS += ("sparsity",)
+GROUPS += ("quantise", "sparsity")
 NEEDED = {
     "model=hf": "model.path=folder/of/a/model",
     "search=ul_mm": "search.heads=5",

@@ -33,6 +33,7 @@ DEFAULTS: dict[type, Mapping[str, Any]] = {
     types.Criterion: defaults.CRITERION,
     types.Dataset: defaults.DATASET,
     types.Evaluator: defaults.EVALUATOR,
+    types.Quantise: defaults.QUANTISE,
     types.Recovery: defaults.RECOVERY,
     types.Search: defaults.SEARCH,
     types.Tracker: defaults.TRACKER,
@@ -46,6 +47,7 @@ PROTOCOLS: dict[str, type | None] = {
     "search": types.Search,
     "compensator": types.Compensator,
     "recovery": types.Recovery,
+    "quantise": types.Quantise,
     "tracker": types.Tracker,
     "cache": None,
 }

@@ -23,6 +23,12 @@ def check_together(experiment: Experiment) -> None:
     _check_quantity(experiment)
     if experiment.model.stream:
         _check_streamed(experiment)
+    if experiment.quantise.applies and not experiment.recovery.merge:
+        chosen = experiment.job["choices"]["quantise"]
+        raise ConfigError(
+            f"recovery.merge=False: quantise={chosen} rounds the weights, and what was trained is beside them; "
+            "expected recovery.merge=true, or quantise=none"
+        )
 
 
 def _check_streamed(experiment: Experiment) -> None:
@@ -37,6 +43,7 @@ def _check_streamed(experiment: Experiment) -> None:
         (probes, "criterion", losses, "a criterion that goes block by block"),
         (experiment.search.probes, "search", losses, "a search that goes by scores"),
         (experiment.recovery.trains, "recovery", trains, "recovery=none"),
+        (experiment.quantise.applies, "quantise", "changes what a streamed run has written by then", "quantise=none"),
         (experiment.augmentation.added(1, 1), "augmentation", "writes token by token", "augmentation=none"),
         (held, "evaluator", "needs the whole model in memory", "only evaluators that can stream"),
     ):

@@ -38,7 +38,7 @@ from pruneexp.types import ConfigError
 
 CONFIG_NAME = "config"
 SECTIONS = ("model", "dataset", "augmentation", "criterion", "sparsity", "search", "compensator", "recovery")
-SECTIONS += ("evaluator", "tracker", "cache", "seed", "run", "sweep")
+SECTIONS += ("quantise", "evaluator", "tracker", "cache", "seed", "run", "sweep")
 SWEEP_KEYS = ("sweep.dir", "sweep.objective")
 
 

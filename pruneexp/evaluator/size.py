@@ -15,7 +15,7 @@ class Size:
     """Counts; they need shapes only, so that a streamed model's (on the meta device) do.
 
     - "params": all parameters, tied ones once; "params/decoder": those of the decoder blocks, every tensor counted
-    - "bytes": all parameters, tied ones once, in their own dtype
+    - "bytes": all parameters, tied ones once, in their own dtype, or as they are quantised
     - "macs/token": multiply-accumulates per token in the weight matrices of the blocks and in the output projection
       (tied to the embeddings or not); biases, norms and attention over the context are not counted. Of a mixture's
       experts, the share that a token is routed to
@@ -37,7 +37,7 @@ class Size:
         return {
             "params": sum(p.numel() for p in parameters),
             "params/decoder": sum(p.numel() for p in decoder.values()),
-            "bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "bytes": model.bytes,
             "macs/token": round(sum(_matrices(layer, model.family) for layer in model.layers)) + head.weight.numel(),
             "kv_bytes/token": model.kv_elements * model.dtype.itemsize,
         }

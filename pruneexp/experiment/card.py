@@ -92,7 +92,7 @@ class Written:
 class Card:
     """What a card says. `base_model`: an id on the Hub, or a name; `license`: as in the source's own card; `targets`:
     names of the linear layers, for adapters; `overrides`: of the command that made the model, None where that is not
-    known."""
+    known; `quantised`: what is to be said of fewer bits."""
 
     base_model: str
     license: Mapping[str, Any] = field(default_factory=dict)
@@ -103,6 +103,7 @@ class Card:
     plan: Plan = field(default_factory=lambda: Plan({}))
     sites: Sequence[Site] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
+    quantised: str = ""
 
 
 def card_text(card: Card, written: Written) -> str:
@@ -117,6 +118,7 @@ def card_text(card: Card, written: Written) -> str:
         f"# {name}, pruned\n\n{linked}, made smaller by pruneexp {__version__}{recipe}: whole attention "
         "heads, FFN channels or layers have left it, and what remains is an ordinary, smaller model.\n",
         loading(written),
+        *([f"## In fewer bits\n\n{card.quantised}\n"] if card.quantised else []),
         *_removed(card),
         *_figures(card.metrics),
         *([] if card.overrides is None else [f"{COMMAND}\n\n```sh\n{command(card.overrides)}\n```\n"]),

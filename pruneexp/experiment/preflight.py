@@ -68,6 +68,7 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
     check_mixture(outline, *parts, experiment.job["choices"])
     check_query_heads(outline, *parts[:2], experiment.job["choices"])
     budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
+    experiment.quantise.prepare(outline)
     if not experiment.run.dry:
         check_disk(experiment, outline, budget)
     tokenizer, tokens_NT = read_inputs(experiment)
@@ -277,6 +278,8 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     own = f", and {added} that the model writes" if added else ""
     print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens{own}")
     print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
+    if experiment.quantise.applies:
+        print(f"quantised afterwards: {experiment.quantise.note()}")
     dtype = str(model.dtype).removeprefix("torch.")
     print_forecast(expected, dtype=dtype, available=available_memory(*model.devices))
     return expected.metrics()

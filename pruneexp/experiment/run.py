@@ -1,6 +1,6 @@
 """A run, from a composed experiment to a pruned model and, where one is wanted, a finished run folder.
 
-tokens -> calibrate -> score -> search -> compensate + shrink -> recover -> evaluate -> track
+tokens -> calibrate -> score -> search -> compensate + shrink -> recover -> quantise -> evaluate -> track
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pruneexp.experiment.failures import failures_recorded
 from pruneexp.experiment.identity import dense_identity, identify
 from pruneexp.experiment.measure import bos_worth, dense_figures, measured
 from pruneexp.experiment.preflight import Inputs, prepare, tell_forecast, warn
+from pruneexp.experiment.quantised import quantised, said
 from pruneexp.experiment.settings import Experiment
 from pruneexp.experiment.summary_table import print_summary, summary_line
 from pruneexp.model import Model
@@ -102,6 +103,8 @@ def _pruned(
     with record.clock("evaluate_dense"):
         figures, dense = measure("dense", partial(dense_figures, experiment.cache, before.basis, model))
         record.metrics |= figures
+    quantise = partial(quantised, experiment, model, record, trackers)
+    quantise("dense", None)
     counted = _counted(experiment, model)
     record.results = Results(experiment.cache, {**before.basis, "tokens": known.tokens}, shared)
     delivery, record.notes = prepare_delivery(experiment, model, folder, tokens_NT, known.run)
@@ -117,8 +120,10 @@ def _pruned(
         adapter = recovered.adapter
         record.metrics |= recovered.metrics
     card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
+    card = replace(card, quantised=said(experiment.quantise, rounded=True))
     with record.clock("save"):
         record.metrics |= deliver(delivery, model, adapter, experiment.model.path)
+    quantise("pruned", folder if experiment.run.save else None)
     try:
         with record.clock("evaluate_pruned"):
             record.metrics |= measure("pruned", dense=dense)[0]
@@ -128,7 +133,9 @@ def _pruned(
     record.metrics |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
     record.metrics |= memory_metrics(model.devices)
     if folder is not None:
-        finish_folder(folder, replace(card, metrics=record.metrics), pruned.chosen, saved=experiment.run.save)
+        unrounded = said(experiment.quantise, rounded=False)  # its checkpoint was written before
+        own_card = replace(card, metrics=record.metrics, quantised=unrounded)
+        finish_folder(folder, own_card, pruned.chosen, saved=experiment.run.save)
     return Outcome(record.metrics, pruned.plan, model, card, folder)
 
 

@@ -19,6 +19,7 @@ from pruneexp.types import (
     ConfigError,
     Criterion,
     Evaluator,
+    Quantise,
     Recovery,
     Search,
     Sparsity,
@@ -50,6 +51,7 @@ class Experiment:
     search: Search
     compensator: Compensator
     recovery: Recovery
+    quantise: Quantise
     evaluators: Mapping[str, Evaluator]
     tracker: Tracker
     cache: Cache | NoCache
@@ -77,5 +79,6 @@ class Experiment:
             raise ConfigError(f"run.dir={self.run.dir!r}: its model/ is the model to prune; expected another folder")
         self.cache.check()
         self.dataset.check(evaluation=False)
+        self.quantise.check()
         for evaluator in self.evaluators.values():
             evaluator.check()

@@ -21,6 +21,7 @@ GROUPS = {  # first part of a metric's name -> heading
     "throughput": "speed",
     "memory": "memory",
     "bytes": "memory",
+    "bits": "memory",
     "kv": "memory",
     "size": "size",
     "passes": "passes",
@@ -101,7 +102,7 @@ def metric_group(name: str) -> str:
 def _title(name: str) -> str:
     """Without the part that the heading says already."""
     first, _, rest = name.partition("/")
-    return rest if rest and GROUPS.get(first) in ("perplexity", "passes", "seconds", "memory") else name
+    return rest if rest and first in ("ppl", "passes", "seconds", "memory") else name
 
 
 def _share(part: float, whole: float) -> str:

@@ -130,7 +130,7 @@ def run_file(package: str, file: Path, tokens_BT: Tensor, texts: Sequence[str], 
         env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         with waiting("running the file with llama.cpp"):
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env)
-        reason = _reason(done)
+        reason = reason_of(done)
         if done.returncode == NO_IMPORT:
             return reason
         if done.returncode:
@@ -139,7 +139,7 @@ def run_file(package: str, file: Path, tokens_BT: Tensor, texts: Sequence[str], 
         return Answer(package, said["version"], load_file(out_file), said["words"])
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
+def reason_of(done: subprocess.CompletedProcess[str]) -> str:
     """One line: the last that was said; of a process that a signal ended, the signal, too."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     said = lines[-1] if lines else f"exit code {done.returncode}"

@@ -61,6 +61,7 @@ class Model:
         self._ahead: tuple[int, Future] | None = None  # the layer that is being read, and its tensors by name
         self.layers_path = f"{module.base_model_prefix}.{self.family.layers}"
         self.dtype = Counter(p.dtype for p in self.layers.parameters()).most_common(1)[0][0]
+        self.stored_bytes: dict[str, int] = {}  # of a parameter that is quantised, by its path
         self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
         self._placement = placement or [device] * len(self.layers)  # of the checkpoint's layers
 
@@ -112,6 +113,12 @@ class Model:
     def decoder_params(self) -> int:
         """Parameters in the decoder layers, every tensor counted."""
         return sum(p.numel() for p in self.layers.parameters())
+
+    @property
+    def bytes(self) -> int:
+        """Of all parameters, tied ones once: in their own dtype, or as they are quantised."""
+        own: dict[str, int] = {name: p.numel() * p.element_size() for name, p in self.module.named_parameters()}
+        return sum({**own, **self.stored_bytes}.values())
 
     def sites(self) -> tuple[Site, ...]:
         """All prunable sites, in layer order."""

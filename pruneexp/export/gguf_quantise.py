@@ -1,0 +1,135 @@
+"""`quantise=gguf`: the model as a GGUF file of fewer bits, measured where it will run, in llama.cpp."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pruneexp.export.gguf_engine import Engine, engine
+from pruneexp.export.gguf_file import GgufExporter, gguf_exporter
+from pruneexp.export.gguf_layout import BLOCK
+from pruneexp.export.single_file import GGUF_FILE
+from pruneexp.model import Model
+from pruneexp.types import ConfigError, Evaluator, Measured, RunError
+
+logger = logging.getLogger("pruneexp")
+
+K_BLOCK = 256  # numbers that a K-quant takes together
+Kind = Literal[
+    "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M",
+    "Q3_K_S", "Q2_K",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufQuantise:
+    """The dense and the pruned model, exported as `pruneexp-export format=gguf` does it, quantised to `type` by
+    llama.cpp, and measured by it: perplexities, and speed where `latency` is asked for. Both models stay as they are;
+    evaluators measure them in transformers besides.
+
+    FFN widths are filled up with zeros to multiples of what is quantised together: 256 numbers for K-quants, else 32.
+    Rows that are no such multiple all the same (of a hidden size) get another type from llama.cpp; the log counts them.
+
+    Figures have "/gguf-<type>" behind their names: "ppl/wikitext2@512/gguf-q4_k_m", by the evaluators' own windows,
+    keys and values cached in float16; "latency/..."; "bytes", of all tensors in the file, zeros, too; "bits/param",
+    these of a parameter of the model.
+    """
+
+    applies: ClassVar[bool] = True
+
+    type: Kind
+
+    def note(self) -> str:
+        return f"the dense and the pruned model as GGUF files of type {self.type}, by llama.cpp, beside transformers'"
+
+    def check(self) -> None:
+        engine()
+
+    def prepare(self, model: Model) -> None:
+        """Raises ConfigError for a model that the file cannot hold."""
+        self._exporter(model)
+
+    def __call__(
+        self, model: Model, when: str, evaluators: Mapping[str, Evaluator], folder: Path | None
+    ) -> dict[str, float]:
+        """`folder`: keeps the file, as model.gguf. Raises RunError."""
+        exporter = self._exporter(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            file, plain = Path(folder or scratch, GGUF_FILE), Path(scratch, "plain")
+            try:
+                for note in exporter.write(model, plain):
+                    logger.info("%s model: %s", when, note)
+            except OSError as error:
+                raise RunError(f"quantise=gguf: cannot write {plain}: {error.strerror or error}") from error
+            llama = engine()
+            llama.quantise(plain / GGUF_FILE, file, self.type)
+            (plain / GGUF_FILE).unlink()
+            size, kinds = contents(file)
+            logger.info("%s model: GGUF %s, %s; matrices: %s", when, self.type, exporter.why, kinds)
+            figures = {"bytes": size, "bits/param": 8 * size / model.params}
+            figures |= perplexities(InEngine(llama, file, model), evaluators, model.tokenizer)
+            if "latency" in evaluators:
+                figures |= llama.speeds(file, model.vocab_size)
+        return {f"{name}/gguf-{self.type.lower()}": value for name, value in figures.items()}
+
+    def _exporter(self, model: Model) -> GgufExporter:
+        try:
+            return gguf_exporter(model, None, K_BLOCK if "_K" in self.type else BLOCK)
+        except ConfigError as error:
+            reason, _, expected = str(error).removeprefix("format=gguf: ").partition("; expected ")
+            instead = expected if expected.startswith("pip") else "quantise=int8, int4 or none"
+            raise ConfigError(f"quantise=gguf: {reason}; expected {instead}") from None
+
+
+@dataclass(frozen=True)
+class InEngine:
+    """A file as evaluators of text see a model."""
+
+    engine: Engine
+    file: Path
+    of: Model
+
+    @property
+    def vocab_size(self) -> int:
+        return self.of.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        return self.of.max_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of.dtype
+
+    def token_losses(self, windows_NT: Tensor, batch_size: int, stage: str = "losses") -> Tensor:
+        return self.engine.losses(self.file, windows_NT, self.vocab_size, stage)
+
+    def broken_layer(self, windows_NT: Tensor) -> None:
+        """llama.cpp does not say."""
+
+
+def perplexities(model: InEngine, evaluators: Mapping[str, Evaluator], tokenizer: Any) -> dict[str, float]:
+    """Of the evaluators that want losses of windows and nothing else of a model."""
+    figures: dict[str, float] = {}
+    for evaluator in evaluators.values():
+        if evaluator.streams and evaluator.windows(tokenizer) is not None:
+            found = evaluator(model, tokenizer)
+            figures |= found.figures if isinstance(found, Measured) else found
+    return figures
+
+
+def contents(file: Path) -> tuple[int, str]:
+    """Bytes of a file's tensors, and how many matrices are of which type."""
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(file).tensors
+    kinds = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1 and min(tensor.shape) > 1)
+    return sum(int(t.n_bytes) for t in tensors), ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())

@@ -1,0 +1,339 @@
+"""Fewer bits: the arithmetic against closed forms, bytes counted by hand, and nothing changed where none are asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pruneexp
+from pruneexp import quantise
+from pruneexp.__main__ import main
+from pruneexp.export import gguf_engine
+from pruneexp.export.gguf_engine import Engine, engine
+from pruneexp.export.gguf_quantise import GgufQuantise, contents
+from pruneexp.fingerprint import config_hash
+from pruneexp.model import ModelSource
+from pruneexp.model.modeling_pruned import as_matrix
+from pruneexp.quantise import NoQuantise, WeightOnly, linears, rounded
+from pruneexp.report.bytes_figure import bytes_section
+from pruneexp.report.figures import styles
+from pruneexp.report.folders import find
+from pruneexp.report.methods import describe
+from pruneexp.report.sections import pareto_section
+from pruneexp.types import ConfigError
+from tests.cases import each
+from tests.conftest import PARITY
+from tests.messages import assert_told
+from tests.report_samples import PPL, config, metrics, write_run
+
+DATA = ["dataset=tokens", f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
+QUICK = ["model=hf", f"model.path={PARITY}", *DATA, "dataset.length=64", "evaluator=[perplexity,size]", "cache=off"]
+INT8, INT4 = WeightOnly(8, None, False), WeightOnly(4, 32, False)
+MIXTURES = ("mixtral", "qwen3_moe")
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def by_hand(weight_OI: Tensor, group: int) -> Tensor:
+    """4 bits, a number at a time."""
+    made = weight_OI.clone()
+    for row, values in enumerate(weight_OI.tolist()):
+        for start in range(0, len(values), group):
+            own = values[start : start + group]
+            low = torch.tensor(min(own)).half().item()
+            step = torch.tensor((max(own) - min(own)) / 15).half().item()
+            for place, value in enumerate(own, start):
+                level = min(15, max(0, round((value - low) / step))) if step else 0
+                made[row, place] = low + step * level
+    return made
+
+
+@pytest.mark.parametrize("group", [None, 32, 1])
+def test_int8_is_off_by_half_a_step_at_most(group: int | None) -> None:
+    weight_OI = normal(24, 75) * torch.logspace(-6, 2, 24)[:, None]
+    weight_OI[3] = 0
+    gap_OI = (rounded(weight_OI, 8, group) - weight_OI).abs()
+    parts = weight_OI.split(group or 75, 1)
+    step_OI = torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in parts], 1) / 127.5
+    assert bool((gap_OI <= step_OI / 2 * (1 + 1e-4)).all())
+    assert torch.equal(rounded(weight_OI, 8, group)[3], weight_OI[3])
+
+
+@pytest.mark.parametrize(("width", "group"), [(64, 32), (75, 32), (20, 32), (7, 1), (33, 32)])
+def test_int4_is_what_is_computed_by_hand(width: int, group: int) -> None:
+    """Groups that fit, a shorter one at the end, one longer than the row, of one number, and one number left."""
+    weight_OI = normal(5, width)
+    weight_OI[1] = 0.25  # a group without a spread
+    torch.testing.assert_close(rounded(weight_OI, 4, group), by_hand(weight_OI, group), rtol=1e-6, atol=1e-7)
+    assert all(len(part.unique()) <= 16 for row in rounded(weight_OI, 4, group) for part in row.split(group))
+
+
+def test_rounding_twice_changes_nothing() -> None:
+    weight_OI = normal(9, 70)
+    once = rounded(weight_OI, 8, None)
+    torch.testing.assert_close(rounded(once, 8, None), once, rtol=0.01, atol=0)
+    assert rounded(weight_OI.bfloat16(), 4, 32).dtype == torch.bfloat16
+
+
+@each("family", ["qwen2", "phi3", "gpt2", "falcon_7b", "pythia", "gemma2"])
+def test_linear_layers_of_the_decoder_and_nothing_else(loaded: Callable[..., Any], family: str) -> None:
+    model = loaded(family)
+    before = {name: parameter.clone() for name, parameter in model.module.named_parameters()}
+    names = {f"{path}.weight": linear for path, linear in linears(model, 4)}
+    expected = {
+        name: as_matrix(linear, rounded(as_matrix(linear, linear.weight), 4, 32)) for name, linear in names.items()
+    }
+    dense = INT4(model, "dense", {}, None)
+    assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters()), "measured, not changed"
+    figures = INT4(model, "pruned", {}, None)
+    after = dict(model.module.named_parameters())
+    assert after.keys() == before.keys() and names
+    assert all(torch.equal(parameter, expected.get(name, before[name])) for name, parameter in after.items())
+    assert dense["bytes"] == sum(p.numel() * p.element_size() for p in before.values())
+    assert figures["bytes"] == model.bytes < dense["bytes"]
+    assert figures["bits/param"] == 8 * figures["bytes"] / sum(p.numel() for p in after.values())
+
+
+@each("family", MIXTURES)
+def test_what_is_no_linear_layer(loaded: Callable[..., Any], family: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        INT8.prepare(loaded(family))
+    assert_told(f"{error.value}\n", "quantise=int8", "quantise=none")
+
+
+def test_bytes_of_the_embedded_model(build_from: Callable[..., Any]) -> None:
+    """Counted by hand: rows of whole bytes, 4 bytes a group, all else in float32."""
+    model = build_from("quantise=none").model.load()
+    linear = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
+    held = {id(module.weight) for module in linear}
+    others = sum(4 * p.numel() for p in model.module.parameters() if id(p) not in held)
+    for part, a_row in (
+        (INT8, lambda width: width + 4),
+        (WeightOnly(8, 50, False), lambda width: width + 4 * -(-width // 50)),
+        (WeightOnly(4, 50, False), lambda width: -(-width // 2) + 4 * -(-width // 50)),
+    ):
+        found = part(model, "pruned", {}, None)["bytes"]
+        assert found == others + sum(m.out_features * a_row(m.in_features) for m in linear)
+
+
+def test_torchao_has_the_same_numbers(loaded: Callable[..., Any]) -> None:
+    pytest.importorskip("torchao", reason="needs torchao")
+    weight_OI = normal(12, 33)
+    held: Any = quantise._int8_tensor(weight_OI)
+    assert torch.equal(held.dequantize(), rounded(weight_OI, 8, None))
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    linear = nn.Linear(33, 12, bias=False)
+    linear.weight = nn.Parameter(weight_OI.clone())
+    quantize_(linear, Int8WeightOnlyConfig())
+    theirs: Any = linear.weight
+    assert torch.equal(theirs.qdata, held.qdata) and torch.equal(theirs.scale, held.scale)
+    model, plain, tokens = loaded("qwen2"), loaded("qwen2"), torch.arange(20)[None]
+    WeightOnly(8, None, True)(model, "pruned", {}, None)
+    INT8(plain, "pruned", {}, None)
+    assert model.bytes == plain.bytes
+    torch.testing.assert_close(model.module(tokens).logits, plain.module(tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
+    monkeypatch.chdir(tmp_path)
+
+    def finished(name: str, *settings: str, quick: list[str] = QUICK) -> dict[str, float]:
+        assert main([*quick, "run.prove=in_place", f"run.dir={name}", *settings]) == 0
+        return json.loads(Path(name, "metrics.json").read_text())
+
+    return finished
+
+
+def test_a_run(run: Callable[..., dict[str, float]]) -> None:
+    """Its figures are of the quantised model, its checkpoint is the one from before, and says so."""
+    plain, found = run("plain", "quantise=none"), run("int4", "quantise=int4", "quantise.group=16")
+    same = {key for key in plain if key.startswith("dense/")} | {"pruned/params", "pruned/macs/token"}
+    assert all(found[key] == plain[key] for key in same)
+    assert found["proof/max_logit_difference"] == plain["proof/max_logit_difference"] == 0
+    assert found["pruned/ppl/test@64"] != plain["pruned/ppl/test@64"]
+    assert found["pruned/bytes"] < plain["pruned/bytes"] / 2
+    assert found["pruned/bits/param"] == 8 * found["pruned/bytes"] / found["pruned/params"]
+    assert "pruned/bits/param" not in plain
+    stored = [Path(name, "model", "model.safetensors").read_bytes() for name in ("plain", "int4")]
+    assert stored[0] == stored[1]
+    assert (
+        "4 bits a weight and 32 for 16 inputs. The weights in this folder are as they were before"
+        in Path("int4", "model", "README.md").read_text()
+    )
+    assert "fewer bits" not in Path("plain", "model", "README.md").read_text()
+    assert json.loads(Path("int4", "environment.json").read_text())["choices"]["quantise"] == "int4"
+    loaded = ModelSource("again", "int4/model", None, "float32", "cpu", False, True, 4).load()
+    figures = WeightOnly(4, 16, False)(loaded, "pruned", {}, None)
+    assert figures["bytes"] == found["pruned/bytes"], "the checkpoint, quantised, is what was measured"
+
+
+def test_from_python(loaded: Callable[..., Any], tokens_NT: Tensor, tmp_path: Path) -> None:
+    """The caller's model stays; the result is quantised, and is saved so."""
+    from transformers import AutoModelForCausalLM
+
+    tokens_NT = tokens_NT % 60
+
+    module = loaded("qwen2").module.float()
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    whole = pruneexp.prune(module, None, tokens_NT, ratio=0.0, overrides=["quantise=int8"])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+    for name, parameter in whole.model.named_parameters():
+        matrix = "layers" in name and parameter.ndim == 2
+        assert torch.equal(parameter, rounded(before[name], 8, None) if matrix else before[name]), name
+    result = pruneexp.prune(module, None, tokens_NT, ratio=0.3, overrides=["quantise=int4"])
+    assert result.metrics["pruned/bytes"] < result.metrics["dense/bytes"]
+    folder = result.save(tmp_path / "small")
+    assert "The weights in this folder are rounded so." in (folder / "README.md").read_text()
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(again(tokens_NT).logits, result.model(tokens_NT).logits)
+
+
+def test_none_is_the_identity(loaded: Callable[..., Any]) -> None:
+    model = loaded("qwen2")
+    before = {name: parameter.clone() for name, parameter in model.module.named_parameters()}
+    assert NoQuantise()(model, "pruned", {}, None) == {} and not model.stored_bytes
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.module.named_parameters())
+
+
+def test_a_forecast_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "quantise=int4", "run.dry=true"]) == 0
+    assert "quantised afterwards: the decoder's linear layers in 4 bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "named", "typed"),
+    [
+        (["quantise=int4", "quantise.group=0"], "quantise.group=0", ["null", "64"]),
+        (["quantise=int8", "model.stream=true"], "model.stream=True", ["model.stream=false", "quantise=none"]),
+        (
+            ["quantise=int8", "recovery=lora", "recovery.merge=false"],
+            "recovery.merge=False",
+            ["recovery.merge=true", "quantise=none"],
+        ),
+        (["quantise=int8", "quantise.bits=5"], "quantise.bits=5", []),
+    ],
+)
+def test_mistakes_that_the_config_shows(
+    build_from: Callable[..., Any], settings: list[str], named: str, typed: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_from(*QUICK, *settings)
+    assert_told(f"{error.value}\n", named, *typed)
+
+
+def test_without_torchao(build_from: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantise, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        build_from(*QUICK, "quantise=int8", "quantise.kernels=true").check()
+    assert_told(f"{error.value}\n", "quantise.kernels=True", "pip install 'pruneexp[torchao]'")
+
+
+def test_the_figure_against_bytes(tmp_path: Path) -> None:
+    """A picture an engine, a point a method and ratio; what llama.cpp ran is not taken for what transformers did."""
+    sizes = {"none": 4.0, "int8": 2.0, "gguf": 4.0, "gguf_q8_0": 4.0}
+    for name, size in sizes.items():
+        for at, share in ((0.0, 0.0), (0.2, 0.2)):
+            kind = {"gguf": "/gguf-q4_k_m", "gguf_q8_0": "/gguf-q8_0"}.get(name)
+            more = {"dense/bytes": 4.0 * 2**20, "pruned/bytes": size * (1 - share) * 2**20}
+            if kind:
+                more |= {f"pruned/bytes{kind}": 2.0**20 * (1 - share), f"pruned/bits/param{kind}": 8.0}
+                more |= {f"pruned/{PPL}{kind}": 5.0 + share, f"dense/{PPL}{kind}": 4.5}
+            elif name == "int8":
+                more["pruned/bits/param"] = 8.5
+            composed = config("recipe=flap", f"quantise={name}", f"sparsity.ratio={at}")
+            write_run(tmp_path / f"{name}{at}", composed, metrics(4.0, share, **more))
+    runs = describe(find([tmp_path], "same").runs)
+    assert {one.method for one in runs} == {"flap", *(f"quantise={name}" for name in sizes if name != "none")}
+    section = bytes_section(runs, styles(list(dict.fromkeys(one.method for one in runs))))
+    assert section is not None
+    ours, theirs = section.tables
+    assert [[cell.text for cell in row] for row in ours.rows] == [
+        ["flap", "0", "4.000", "", "4.000"],
+        ["flap", "0.2", "3.200", "", "4.000"],
+        ["quantise=int8", "0", "2.000", "8.500", "4.000"],
+        ["quantise=int8", "0.2", "1.600", "8.500", "4.000"],
+    ]
+    assert len(theirs.rows) == 4 and "llama.cpp" in section.pictures[1].caption
+    dash = section.pictures[0].figure.axes[0].lines
+    assert [line.get_label() for line in dash if not str(line.get_label()).startswith("_")] == [
+        "dense", "flap", "quantise=int8",
+    ]  # fmt: skip
+    pareto = pareto_section(runs, styles([one.method for one in runs]))
+    assert pareto is None or not any("gguf" in picture.name for picture in pareto.pictures)
+
+
+def test_a_new_key_changes_no_hash() -> None:
+    plain = config("recipe=flap")
+    assert plain["quantise"] == {"_target_": "pruneexp.quantise.NoQuantise"}
+    older = {key: value for key, value in plain.items() if key != "quantise"}
+    assert config_hash(plain) == config_hash(older) != config_hash(config("recipe=flap", "quantise=int8"))
+
+
+@pytest.fixture
+def llama() -> Engine:
+    pytest.importorskip("gguf", reason="needs gguf")
+    try:
+        return engine()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_gguf(run: Callable[..., dict[str, float]], llama: Engine) -> None:
+    """llama.cpp measures what transformers does, but for the rounding; the file lies in the run folder."""
+    quick = ["dataset.samples=8", "evaluator.perplexity.samples=8", "cache=off", "quantise=gguf"]
+    found = run("f16", "quantise.type=F16", "evaluator=[perplexity,size]", quick=quick)
+    for side in ("dense", "pruned"):
+        ours = found[f"{side}/ppl/embedded@128[8]"]
+        assert found[f"{side}/ppl/embedded@128[8]/gguf-f16"] == pytest.approx(ours, rel=2e-3)
+        assert found[f"{side}/bytes"] > found[f"{side}/bytes/gguf-f16"]
+    small = run(
+        "q4", "quantise.type=Q4_0", "evaluator=[perplexity,latency]", "evaluator.latency.repeats=1", quick=quick
+    )
+    assert small["pruned/bytes/gguf-q4_0"] < 0.35 * found["pruned/bytes/gguf-f16"]
+    for side in ("dense", "pruned"):
+        four, sixteen = (
+            each[f"{side}/ppl/embedded@128[8]/gguf-{kind}"] for each, kind in ((small, "q4_0"), (found, "f16"))
+        )
+        assert four == pytest.approx(sixteen, rel=0.05) and four != sixteen
+    assert small["pruned/bits/param/gguf-q4_0"] == 8 * small["pruned/bytes/gguf-q4_0"] / small["pruned/params"]
+    assert all(small[f"{side}/latency/decode_tok_s@b1x128+16/gguf-q4_0"] > 0 for side in ("dense", "pruned"))
+    assert contents(Path("q4", "model.gguf"))[0] == small["pruned/bytes/gguf-q4_0"]
+    assert "filled up with zeros to multiples of 32; matrices: 43 Q4_0" in Path("q4", "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["model=embedded", "quantise=gguf", "model.stream=true"], "model.stream=True"),
+        (["model=embedded", "quantise=gguf", "quantise.type=Q9_9"], "quantise.type='Q9_9'"),
+    ],
+)
+def test_mistakes_with_gguf(build_from: Callable[..., Any], settings: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_from(*settings)
+    assert_told(f"{error.value}\n", named)
+
+
+def test_families_that_the_file_cannot_hold(loaded: Callable[..., Any]) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    with pytest.raises(ConfigError) as error:
+        GgufQuantise("Q8_0").prepare(loaded("gpt2"))
+    assert_told(f"{error.value}\n", "quantise=gguf", "quantise=int8")
+
+
+def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_engine, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        GgufQuantise("Q8_0").check()
+    assert_told(f"{error.value}\n", "quantise=gguf", "pip install 'pruneexp[llama_cpp]'")

@@ -166,7 +166,11 @@ MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line n
     ),
     ("search=global criterion.sequential=true", "criterion.sequential=True", ["search=global", "false, always"]),
     ("search=blocks criterion=flap criterion.sequential=always", "criterion.sequential='always'", ["blocks"]),
-    ("recipe=best criterion.sequential=always", "criterion.sequential='always'", ["search.held_out=0.5", "expected false"]),
+    (
+        "recipe=best criterion.sequential=always",
+        "criterion.sequential='always'",
+        ["search.held_out=0.5", "expected false"],
+    ),
     ("criterion.sequential=alway", "criterion.sequential='alway'", ["did you mean always?"]),
     ("evaluator=[latency] model.stream=true", "model.stream=True", ["evaluator=latency", "model.stream=false"]),
     (

@@ -93,7 +93,7 @@ def test_a_run_that_is_killed_while_it_clears_the_folder_makes_room_for_the_next
     assert (tmp_path / "model" / "config.json").exists() and status_of(tmp_path) != "done"
     monkeypatch.setattr(folder, "_alive", lambda status: False)
     folder.claim_folder(tmp_path, overwrite=False)
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_somebody_elses_files_are_not_taken_for_a_runs(tmp_path):

@@ -62,10 +62,11 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     state = status_of(folder)
     if state == "running":
         status = _read_status(folder)
-        host, instead = status.get("host"), "expected an empty folder"
+        host, who, instead = status.get("host"), f"process {status.get('pid')}", "expected an empty folder"
         if host not in (None, socket.gethostname()):
+            who += f" of {host}"
             instead += ", or status.json removed where that machine or its run is gone"
-        raise ConfigError(f"{where}: process {status.get('pid')} of {host} is still writing a run there; {instead}")
+        raise ConfigError(f"{where}: {who} is still writing a run there; {instead}")
     foreign = checkpoint_files(folder)[1]
     if foreign:
         raise ConfigError(
@@ -112,20 +113,23 @@ def _take(path: Path, before: bytes | None, status: str) -> bool:
     """Puts a status where `before` is, the status of a run that is over; False where another process was faster."""
     if before is not None:
         old = path.with_name(f".{path.name}.{process_name()}.old")
-        with suppress(FileNotFoundError):
+        try:
             path.rename(old)
             if old.read_bytes() != before:  # it was another's already: back with it
                 with suppress(FileExistsError):
                     os.link(old, path)
                 return False
-        old.unlink(missing_ok=True)
+        except FileNotFoundError:  # another has just taken it away
+            pass
+        finally:
+            old.unlink(missing_ok=True)
     return create_whole(path, status)
 
 
 def _bytes(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pruneexp.types import ConfigError
+
+
+def process_name() -> str:
+    """This process among those of all machines that share a folder."""
+    return f"{os.getpid()}-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}"
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -23,7 +30,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Where to write what is to be `path`: whole or not at all, it is flushed to the disk, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{process_name()}.tmp")
     try:
         yield aside
         with open(aside, "rb+") as file:
@@ -32,6 +39,26 @@ def written_aside(path: Path) -> Iterator[Path]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def create_whole(path: Path, data: str) -> bool:
+    """Writes `data` where there is no file yet, whole or not at all; False where there is one. Of several processes,
+    also on several machines with one NFS, one succeeds. Raises OSError."""
+    aside = path.with_name(f".{path.name}.{process_name()}.tmp")
+    aside.write_text(data, encoding="utf-8")
+    try:
+        os.link(aside, path)  # unlike a rename, it never replaces; unlike a lock, every NFS has it
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+    finally:
+        aside.unlink(missing_ok=True)
+    return True
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -60,7 +87,7 @@ def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, 
 def give_usual_mode(path: Path) -> None:
     """Gives a file the permissions of a new one beside it. A new one is made and looked at: asking for the umask would
     set it for all threads, and a folder may have rules of its own. Raises OSError."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe = path.with_name(f".{path.name}.{process_name()}.mode")
     try:
         with open(probe, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
@@ -119,7 +146,7 @@ def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> Non
 
 def replace_folder(aside: Path, out: Path) -> None:
     """Puts a finished folder in its place, an earlier one out of the way first."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    old = out.with_name(f".{out.name}.{process_name()}.old")
     if out.exists():
         out.rename(old)
     try:

@@ -164,7 +164,7 @@ MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line n
         "compensator.sequential=False",
         ["model.stream=true", "expected true"],
     ),
-    ("search=global criterion.sequential=true", "criterion.sequential=True", ["search=global", "false, always"]),
+    ("search=global criterion.sequential=true", "criterion.sequential=True", ["search=global", "always"]),
     ("search=blocks criterion=flap criterion.sequential=always", "criterion.sequential='always'", ["blocks"]),
     (
         "recipe=best criterion.sequential=always",

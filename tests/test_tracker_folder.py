@@ -1,17 +1,20 @@
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from pruneexp.files import write_atomic
+from pruneexp.files import create_whole, write_atomic
 from pruneexp.tracker import LocalRun, check_folder, folder, run_folder, status_of
 from pruneexp.types import ConfigError, RunError
 from tests.tracker_samples import METRICS, contents, finished, record
@@ -90,7 +93,7 @@ def test_a_run_that_is_killed_while_it_clears_the_folder_makes_room_for_the_next
     assert (tmp_path / "model" / "config.json").exists() and status_of(tmp_path) != "done"
     monkeypatch.setattr(folder, "_alive", lambda status: False)
     folder.claim_folder(tmp_path, overwrite=False)
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_somebody_elses_files_are_not_taken_for_a_runs(tmp_path):
@@ -272,3 +275,56 @@ def test_status_of_a_folder_without_a_run(tmp_path):
     assert status_of(tmp_path / "none") == status_of(tmp_path) == "absent"
     (tmp_path / "status.json").write_text("[]")
     assert status_of(tmp_path) == "absent"
+
+
+def _claims(folders: Sequence[Path], begin: Any, won: Any) -> None:
+    begin.wait()
+    for path in folders:
+        try:
+            folder.claim_folder(path, overwrite=False)
+            won.put(path.name)
+        except ConfigError:
+            continue
+
+
+def test_of_processes_that_race_for_a_folder_one_gets_it(tmp_path):
+    """New folders, and folders whose holder was killed."""
+    fork = multiprocessing.get_context("fork")
+    folders, won, begin = [tmp_path / f"{number:03}" for number in range(100)], fork.SimpleQueue(), fork.Barrier(2)
+    dead = {**folder.new_status(), "pid": 2**22 + 1}
+    for path in folders[::2]:
+        path.mkdir()
+        (path / "status.json").write_text(json.dumps(dead))
+        (path / "metrics.json").write_text("{}")
+    racers = [fork.Process(target=_claims, args=(folders, begin, won)) for _ in range(2)]
+    for racer in racers:
+        racer.start()
+    got = [won.get() for _ in folders]
+    for racer in racers:
+        racer.join()
+    assert won.empty() and sorted(got) == [path.name for path in folders]
+    for path in folders:
+        assert [file.name for file in path.iterdir()] == ["status.json"]
+        assert json.loads((path / "status.json").read_text())["pid"] in {racer.pid for racer in racers}
+
+
+def test_a_claim_needs_no_hard_links(tmp_path, monkeypatch):
+    def cannot(*paths):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", cannot)
+    folder.claim_folder(tmp_path / "run", overwrite=False)
+    assert folder.status_of(tmp_path / "run") == "running"
+    assert not create_whole(tmp_path / "run" / "status.json", "{}")
+    assert folder.status_of(tmp_path / "run") == "running"
+
+
+def test_a_run_on_another_machine_runs_until_its_cluster_job_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "status.json").write_text(json.dumps({**folder.new_status(), "host": "elsewhere"}))
+    with pytest.raises(ConfigError, match=r"^run.dir=.* of elsewhere is still writing .* or status.json removed where"):
+        check_folder(tmp_path, overwrite=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # preempted there, and put in the queue again
+    assert folder.status_of(tmp_path) == "interrupted"
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert folder.status_of(tmp_path) == "running"

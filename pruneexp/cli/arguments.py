@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from pruneexp.cli.explain import known_keys
 from pruneexp.conf_files import did_you_mean
+from pruneexp.files import process_name
 from pruneexp.types import ConfigError, RunError
 
 
@@ -41,7 +41,7 @@ def read_arguments(
 @contextmanager
 def made_aside(out: Path) -> Iterator[Path]:
     """Where to make what is then moved to `out`: nothing is left there. Raises RunError where it cannot be written."""
-    aside = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    aside = out.absolute().with_name(f".{out.absolute().name}.{process_name()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         yield aside

@@ -84,8 +84,11 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     ran = [path.parent for path, status in _statuses(folder).items() if before.get(path) != status]
     ours = [Path(job.config["run"]["dir"]) for job in jobs]  # where they are known: another sweep may write here, too
     ran = [job for job in ran if not ours or job in ours]
-    failed = sorted({job.name for job in ours or ran if status_of(job) != "done"})
+    states = {job.name: status_of(job) for job in ours or ran}
+    failed = sorted(name for name, state in states.items() if state not in ("done", "running"))
+    elsewhere = sorted(name for name, state in states.items() if state == "running")
     failures = f", failed: {', '.join(failed)}" if failed else ""
+    failures += f", left to the processes that run them: {', '.join(elsewhere)}" if elsewhere else ""
     print(f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran{failures}")
     print(f"all its jobs are in {summary}")
     if ran:
@@ -227,6 +230,9 @@ def _run_recorded(job: Composed, number: str, label: str, shared: DenseStates | 
     try:
         return _run(job, shared).metrics
     except Exception as error:
+        if status_of(folder) == "running":
+            print(f"job {number}: left to another process: {one_line(error)}", file=sys.stderr)
+            return None
         expected = isinstance(error, (ConfigError, RunError))
         reason = str(error) if expected else f"{type(error).__name__}: {one_line(error)}"
         print(f"pruneexp: job {number} failed: {reason}", file=sys.stderr)

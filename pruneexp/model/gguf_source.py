@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pruneexp.files import give_usual_mode
+from pruneexp.files import give_usual_mode, process_name
 from pruneexp.fingerprint import file_state
 from pruneexp.model.companions import TOKENIZER_CONFIG
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
@@ -86,7 +86,7 @@ def convert(file: Path, path: str, dtype: str) -> Path:
     from filelock import FileLock
 
     folder = converted_folder(file, dtype)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    aside = folder.with_name(f".{folder.name}.{process_name()}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):

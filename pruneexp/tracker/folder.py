@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
+from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from pruneexp.files import check_writable, read_object
+from pruneexp.files import check_writable, create_whole, process_name, read_object
 from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_checkpoint
 from pruneexp.types import ConfigError, RunError
 
@@ -59,8 +61,12 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     check_writable(folder, where)
     state = status_of(folder)
     if state == "running":
-        pid = _read_status(folder).get("pid")
-        raise ConfigError(f"{where}: process {pid} is still writing a run there; expected an empty folder")
+        status = _read_status(folder)
+        host, who, instead = status.get("host"), f"process {status.get('pid')}", "expected an empty folder"
+        if host not in (None, socket.gethostname()):
+            who += f" of {host}"
+            instead += ", or status.json removed where that machine or its run is gone"
+        raise ConfigError(f"{where}: {who} is still writing a run there; {instead}")
     foreign = checkpoint_files(folder)[1]
     if foreign:
         raise ConfigError(
@@ -69,7 +75,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         )
     if overwrite:
         return
-    if _is_finished(folder):
+    if state == "done":
         raise ConfigError(f"{where}: holds a finished run; expected an empty folder or run.overwrite=true")
     strangers = [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
     if state == "absent" and strangers:
@@ -78,14 +84,18 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def claim_folder(folder: Path, overwrite: bool) -> None:
-    """Makes `folder` ready for a new run: created, and an older run's files removed (those that a run writes, by name;
-    anything else stays). What a streamed run that did not end has noted and written of a checkpoint stays without
-    `overwrite`: this one may go on from there. Raises ConfigError as `check_folder`, RunError where it cannot be
-    written."""
+def claim_folder(folder: Path, overwrite: bool) -> dict[str, Any]:
+    """Makes `folder` ready for a new run, whose status it returns: created, and an older run's files removed (those
+    that a run writes, by name; anything else stays). What a streamed run that did not end has noted and written of a
+    checkpoint stays without `overwrite`: this one may go on from there. Of several processes that claim it at the same
+    time, one gets it. Raises ConfigError as `check_folder`, RunError where it cannot be written."""
+    before = _bytes(folder / "status.json")
     check_folder(folder, overwrite)
+    status = new_status()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not _take(folder / "status.json", before, json.dumps(status, indent=1) + "\n"):
+            raise ConfigError(f"run.dir={str(folder)!r}: another process has begun a run; expected an empty folder")
         for name in FILES:
             if name not in ("status.json", PROOF):  # these say whose the rest is
                 (folder / name).unlink(missing_ok=True)
@@ -94,9 +104,33 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
         _clear_samples(folder / "samples")
         if overwrite or not (folder / NOTES).is_dir():
             clear_unfinished(folder)
-        (folder / "status.json").unlink(missing_ok=True)  # last: until then, what is left is known to be a run's
     except OSError as error:
         raise RunError(f"run.dir={str(folder)!r}: cannot write there: {error.strerror or error}") from error
+    return status
+
+
+def _take(path: Path, before: bytes | None, status: str) -> bool:
+    """Puts a status where `before` is, the status of a run that is over; False where another process was faster."""
+    if before is not None:
+        old = path.with_name(f".{path.name}.{process_name()}.old")
+        try:
+            path.rename(old)
+            if old.read_bytes() != before:  # it was another's already: back with it
+                with suppress(FileExistsError):
+                    os.link(old, path)
+                return False
+        except FileNotFoundError:  # another has just taken it away
+            pass
+        finally:
+            old.unlink(missing_ok=True)
+    return create_whole(path, status)
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _clear_samples(folder: Path) -> None:
@@ -127,7 +161,14 @@ def new_status() -> dict[str, Any]:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "process": _started(os.getpid()),
+        **_scheduled(),
     }
+
+
+def _scheduled() -> dict[str, Any]:
+    """The cluster's job that this process belongs to, and how often SLURM has put that in the queue again."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {} if job is None else {"slurm": [job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))]}
 
 
 def timestamp() -> str:
@@ -138,8 +179,9 @@ def timestamp() -> str:
 def status_of(folder: Path) -> str:
     """ "done", "failed", "running", "interrupted" (its process is gone without a word), or "absent" (no run there).
 
-    A run that is still marked running on another host counts as running: its process cannot be asked from here. One
-    whose metrics.json is damaged counts as interrupted: there is nothing to take its figures from."""
+    A run that is still marked running on another host counts as running: its process cannot be asked from here. Not one
+    of this process's own SLURM job, which ends before it is started again. One whose metrics.json is damaged counts as
+    interrupted: there is nothing to take its figures from."""
     finished, status = _is_finished(folder), _read_status(folder)
     state = status.get("status")
     if state is None:
@@ -162,7 +204,8 @@ def _read_status(folder: Path) -> dict[str, Any]:
 
 def _alive(status: dict[str, Any]) -> bool:
     if status.get("host", socket.gethostname()) != socket.gethostname():
-        return True
+        recorded, own = status.get("slurm"), _scheduled().get("slurm")
+        return not (recorded and own and recorded[0] == own[0] and recorded[1] < own[1])
     pid, recorded = status.get("pid"), status.get("process")
     started = _started(pid) if isinstance(pid, int) and pid > 0 else None
     # Numbers are used again, in containers nearly always: the start time tells one process from the next.

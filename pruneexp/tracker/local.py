@@ -17,7 +17,7 @@ import torch
 
 from pruneexp.files import write_atomic
 from pruneexp.tracker.environment import environment
-from pruneexp.tracker.folder import claim_folder, new_status, timestamp
+from pruneexp.tracker.folder import claim_folder, timestamp
 from pruneexp.types import Plan, RunError, RunRecord, Scores, Site, unit_scores
 
 logger = logging.getLogger("pruneexp")
@@ -48,8 +48,7 @@ class LocalRun:
         """Claims the folder; writes status.json, config.yaml, environment.json; opens log.txt, to which everything
         logged under "pruneexp" goes from here on. Raises ConfigError where another run is in the way."""
         folder = record.folder
-        claim_folder(folder, self.overwrite)
-        self._folder, self._status = folder, new_status()
+        self._folder, self._status = folder, claim_folder(folder, self.overwrite)
         self._write_json("status.json", self._status)
         self._open_log()
         self._write("config.yaml", _yaml(record.config))

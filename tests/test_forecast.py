@@ -97,8 +97,6 @@ PASSES = [
     "recipe=shortgpt",
     "recipe=sleb",
     "recipe=cfsp",
-    "recipe=slimllm",
-    "recipe=slimllm compensator=least_squares",
     "recipe=llm_pruner criterion.element=param_mix",
     "recipe=mini_llm criterion.directions=3 criterion.windows=4",
     "recipe=mini_llm criterion.gradient=exact",
@@ -127,7 +125,8 @@ def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> No
         ("recipe=flap compensator=least_squares", 0.9),  # sites that keep all units need no evidence
         ("recipe=sleb search.granularity=[attention,ffn]", 0.8),
         ("recipe=sleb sparsity.ratio=0.5", 0.8),
-        ("recipe=2ssp sparsity.ratio=0.5", 0.8),
+        ("recipe=2ssp sparsity.ratio=0.5", 0.7),  # probes end as soon as enough has left
+        ("recipe=slimllm", 0.8),  # layers that stay whole are not run again
         ("recipe=ifso criterion.inverse=conjugate_gradient criterion.steps=2 criterion.damping=1", 0.9),
     ],
 )

@@ -176,7 +176,7 @@ def test_a_run(run: Callable[..., dict[str, float]]) -> None:
     loaded = ModelSource("again", "int4/model", None, "float32", "cpu", False, True, 4).load()
     figures = WeightOnly(4, 16, False)(loaded, "pruned", {}, None)
     assert figures["bytes"] == found["pruned/bytes"]
-    windows_NT = torch.from_numpy(np.load(PARITY / "test.npy")).reshape(-1, 64)
+    windows_NT = torch.from_numpy(np.load(PARITY / "test.npy")).long().reshape(-1, 64)
     ppl = loaded.token_losses(windows_NT, 4).mean().exp().item()
     assert ppl == pytest.approx(found["pruned/ppl/test@64"], rel=1e-6), (
         "the checkpoint, quantised, is what was measured"

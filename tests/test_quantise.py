@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,12 @@ def test_a_run(run: Callable[..., dict[str, float]]) -> None:
     assert json.loads(Path("int4", "environment.json").read_text())["choices"]["quantise"] == "int4"
     loaded = ModelSource("again", "int4/model", None, "float32", "cpu", False, True, 4).load()
     figures = WeightOnly(4, 16, False)(loaded, "pruned", {}, None)
-    assert figures["bytes"] == found["pruned/bytes"], "the checkpoint, quantised, is what was measured"
+    assert figures["bytes"] == found["pruned/bytes"]
+    windows_NT = torch.from_numpy(np.load(PARITY / "test.npy")).long().reshape(-1, 64)
+    ppl = loaded.token_losses(windows_NT, 4).mean().exp().item()
+    assert ppl == pytest.approx(found["pruned/ppl/test@64"], rel=1e-6), (
+        "the checkpoint, quantised, is what was measured"
+    )
 
 
 def test_from_python(loaded: Callable[..., Any], tokens_NT: Tensor, tmp_path: Path) -> None:
@@ -302,14 +308,17 @@ def test_gguf(run: Callable[..., dict[str, float]], llama: Engine) -> None:
     )
     assert small["pruned/bytes/gguf-q4_0"] < 0.35 * found["pruned/bytes/gguf-f16"]
     for side in ("dense", "pruned"):
-        four, sixteen = (
-            each[f"{side}/ppl/embedded@128[8]/gguf-{kind}"] for each, kind in ((small, "q4_0"), (found, "f16"))
-        )
+        name = f"{side}/ppl/embedded@128[8]/gguf-"
+        four, sixteen = small[f"{name}q4_0"], found[f"{name}f16"]
         assert four == pytest.approx(sixteen, rel=0.05) and four != sixteen
     assert small["pruned/bits/param/gguf-q4_0"] == 8 * small["pruned/bytes/gguf-q4_0"] / small["pruned/params"]
     assert all(small[f"{side}/latency/decode_tok_s@b1x128+16/gguf-q4_0"] > 0 for side in ("dense", "pruned"))
     assert contents(Path("q4", "model.gguf"))[0] == small["pruned/bytes/gguf-q4_0"]
-    assert "filled up with zeros to multiples of 32; matrices: 43 Q4_0" in Path("q4", "log.txt").read_text()
+    if (library := gguf_engine._in_package("xllamacpp", "xllamacpp*.so")) is not None:
+        windows_NT = torch.arange(64).reshape(2, 32)
+        ours, theirs = (each.losses(Path("q4", "model.gguf"), windows_NT, 886, "") for each in (llama, Engine(library)))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert "filled up with zeros to multiples of 32; matrices: 42 Q4_0, 1 " in Path("q4", "log.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pruneexp.calibrate import Bookmark, Meter, walk
+from pruneexp.cli.build import with_starts
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
-from pruneexp.criterion import Flap, FlapOfficial, LlmBip, Magnitude, Obs, Taylor, WandaSp
+from pruneexp.criterion import (
+    ActivationNorm,
+    BlockInfluence,
+    Flap,
+    FlapOfficial,
+    LlmBip,
+    Magnitude,
+    Obs,
+    SlimLlm,
+    Taylor,
+    WandaSp,
+)
 from pruneexp.evidence import InputMoments, Moments
 from pruneexp.model import Model, ModelSource
 from pruneexp.model.modeling_pruned import experts_of, router_of
@@ -24,7 +36,18 @@ from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.pruning.budget import as_searched, check_mixture, check_pruning
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
-from pruneexp.search import AlAm, Evolutionary, Global, Greedy, Layerwise, PolicyGradient, UlMm, Uniform
+from pruneexp.search import (
+    AlAm,
+    Evolutionary,
+    Global,
+    Greedy,
+    LayerShares,
+    Layerwise,
+    PolicyGradient,
+    TwoStage,
+    UlMm,
+    Uniform,
+)
 from pruneexp.sparsity import Linear, OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, padding, save, shrink_
 from pruneexp.tracker.structure import widths
@@ -351,3 +374,24 @@ def test_what_a_mixture_does_not_allow(made: Made) -> None:
         padding(model)
     model = made("qwen3")
     refused("expected no experts, qwen3 has none", search=Global(1, ["experts"], "none", 1))
+
+
+@pytest.mark.slow
+@each("granularity", [["experts"], ["heads", "channels"], ["channels"]])
+def test_layers_lose_shares_of_their_own(granularity: list[str], made: Made, tokens_NT: torch.Tensor) -> None:
+    search = LayerShares(1, granularity, {"by": BlockInfluence("angular")}, "softmax", 10.0, 1.0, 1, "nearest")
+    model = made("mixtral")
+    before = model.decoder_params
+    criterion = SlimLlm(True) if "channels" in granularity else WandaSp("sum", False)
+    found = pruned(model, tokens_NT, with_starts(criterion, search), search, 0.3)
+    assert 1 - model.decoder_params / before == pytest.approx(0.3, abs=0.12 if "experts" in granularity else 0.01)
+    assert len(found.plan.sites) and torch.isfinite(logits(model, tokens_NT)).all()
+
+
+@pytest.mark.slow
+def test_two_stages_of_a_mixture(made: Made, tokens_NT: torch.Tensor) -> None:
+    model = made("mixtral")
+    before = model.decoder_params
+    pruned(model, tokens_NT, ActivationNorm("tokens", "none", False), TwoStage(1, 1.5, 1), 0.4)
+    assert 1 - model.decoder_params / before == pytest.approx(0.4, abs=0.01)
+    assert torch.isfinite(logits(model, tokens_NT)).all()

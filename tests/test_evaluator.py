@@ -7,7 +7,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pruneexp.dataset import text, tokens
 from pruneexp.evaluator import Latency, Perplexity, Questions, Size
+from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import LLAMA
 from pruneexp.types import ConfigError, RunError
 from tests.cases import each
@@ -38,6 +39,8 @@ class Loaded:
     vocab_size: int = V
     max_length: int | None = 64
     kv_elements: int = 0
+    stored_bytes: ClassVar[dict[str, int]] = {}
+    bytes = Model.bytes
     family: Any = LLAMA
 
     def broken_layer(self, tokens_BT: Tensor) -> str | None:

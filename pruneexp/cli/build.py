@@ -35,6 +35,7 @@ DEFAULTS: dict[type, Mapping[str, Any]] = {
     types.Evaluator: defaults.EVALUATOR,
     types.Recovery: defaults.RECOVERY,
     types.Search: defaults.SEARCH,
+    types.Sparsity: defaults.SPARSITY,
     types.Tracker: defaults.TRACKER,
 }
 PROTOCOLS: dict[str, type | None] = {

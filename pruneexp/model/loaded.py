@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pruneexp.model.modeling_pruned import Family, experts_of, family_of
 from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
 from pruneexp.model.weights import check_finite, give_back_memory, load_into_, stored_tensors
 from pruneexp.progress import progress
-from pruneexp.types import Block, Site
+from pruneexp.types import Block, Site, Times
 
 PER_LAYER = ("layer_types", "no_rope_layers")  # config attributes with one value a layer
 
@@ -62,6 +62,7 @@ class Model:
         self.layers_path = f"{module.base_model_prefix}.{self.family.layers}"
         self.dtype = Counter(p.dtype for p in self.layers.parameters()).most_common(1)[0][0]
         self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
+        self.times: Times | None = None  # of its sublayers, once they are measured
         self._placement = placement or [device] * len(self.layers)  # of the checkpoint's layers
 
     @property
@@ -122,7 +123,11 @@ class Model:
         return self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}"
 
     def layer_sites(self, index: int) -> tuple[Site, ...]:
-        return layer_sites(*self._layer(index))
+        return self._priced(index, layer_sites(*self._layer(index)))
+
+    def _priced(self, index: int, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """With their units' times, where there is a table."""
+        return sites if self.times is None else tuple(self.times.priced(self.origin[index], site) for site in sites)
 
     def whole_experts(self, index: int) -> tuple[Site, ...]:
         """The experts of decoder layer `index` as one site whose units they are; none where its FFN is no mixture.
@@ -145,13 +150,18 @@ class Model:
         being whole sublayers."""
         sites = [as_whole(site) for site in self.layer_sites(index) if site.kind in kinds]
         if "block" in kinds:
-            sites.append(block_site(*self._layer(index)))
+            whole = block_site(*self._layer(index))
+            if self.times is not None:
+                time = self.times.total(self.origin[index], self.layer_sites(index))
+                whole = replace(whole, cost=replace(whole.cost, picoseconds=time))
+            sites.append(whole)
         return Block(f"{self.layers_path}.{index}", index, tuple(sites), {})
 
     def block(self, index: int, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Block:
         """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`. `read`: what stands for a
         parameter of a site, of its shape."""
-        return decoder_layer_block(*self._layer(index), read)
+        block = decoder_layer_block(*self._layer(index), read)
+        return replace(block, sites=self._priced(index, block.sites))
 
     @contextmanager
     def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:

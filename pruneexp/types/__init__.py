@@ -45,6 +45,7 @@ from pruneexp.types.protocols import (
 )
 from pruneexp.types.site import QUERY_HEADS, Block, Cost, Site, SiteWeights
 from pruneexp.types.sources import SOURCES, collected_by, source_of
+from pruneexp.types.times import PICOSECONDS, Curve, LayerTimes, Times, times_of
 from pruneexp.types.windows import Augmentation, Dataset
 
 __all__ = [
@@ -58,12 +59,15 @@ __all__ = [
     "ConfigErrors",
     "Cost",
     "Criterion",
+    "Curve",
     "Dataset",
     "Evaluator",
     "Evidence",
+    "LayerTimes",
     "Measured",
     "Objective",
     "Oracle",
+    "PICOSECONDS",
     "PLAN_VERSION",
     "Plan",
     "Recovery",
@@ -80,6 +84,7 @@ __all__ = [
     "SitePlan",
     "SiteWeights",
     "Sparsity",
+    "Times",
     "Tracker",
     "collected_by",
     "evidence_kinds",
@@ -88,6 +93,7 @@ __all__ = [
     "require_least",
     "source_of",
     "start_name",
+    "times_of",
     "unit_scores",
     "updated_",
     "updates_in_place",

@@ -64,6 +64,7 @@ SEARCH: Defaults = {
     "objective": "next_token",
     "tries": 0.0,
 }
+SPARSITY: Defaults = {"batch": 1, "phase": "decode", "table": None}
 RECOVERY: Defaults = {"seen": None, "looks": _zero, "batch": 0, "layerwise": False}
 EVALUATOR: Defaults = {
     "streams": False,

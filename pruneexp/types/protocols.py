@@ -163,11 +163,15 @@ class Search(Protocol):
 
 
 class Sparsity(Protocol):
-    """How much leaves, in which rounds."""
+    """How much leaves, in which rounds. `batch`, `phase` and `table`: what times are measured at, or the file that has
+    them."""
 
     ratio: float
     of: str
     context: int
+    batch: int
+    phase: Any
+    table: str | None
 
     def shares(self) -> tuple[float, ...]:
         """Cumulative share removed after each round; the last is `ratio`."""

@@ -206,8 +206,9 @@ class Model:
         reader.shutdown(wait=False)  # its thread ends with the layer
 
     @torch.no_grad()
-    def enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[Call]]:
-        """Hidden states [B, T, D] in front of the first decoder layer, and what each layer is called with."""
+    def enter(self, tokens_BT: Tensor, **how: Any) -> tuple[Tensor, list[Call]]:
+        """Hidden states [B, T, D] in front of the first decoder layer, and what each layer is called with. `how`: what
+        else the model is called with, a KV cache say."""
         calls: list[Call] = []
         entered: list[Tensor] = []  # one and the same, as layers hand it on
 
@@ -219,7 +220,7 @@ class Model:
         with ExitStack() as stand_ins:
             for layer in self.layers:
                 stand_ins.enter_context(forward_replaced(layer, record))
-            self.module.base_model(input_ids=tokens_BT.to(self.device), use_cache=False)
+            self.module.base_model(input_ids=tokens_BT.to(self.device), **{"use_cache": False, **how})
         return entered[0], calls
 
     @torch.no_grad()

@@ -80,6 +80,10 @@ class Times:
     def layer(self, index: int) -> LayerTimes:
         return next(each for each in self.of if index in each.layers)
 
+    def curve(self, kind: str, index: int) -> Curve:
+        """Of "attention" or "mlp" in the original layer `index`."""
+        return self.layer(index).attention if kind == "attention" else self.layer(index).ffn
+
     def total(self, index: int, sites: Sequence[Site]) -> int:
         """Picoseconds of the original layer `index` of which the sublayers `sites` are left."""
         own, there = self.layer(index), {site.kind: site for site in sites}
@@ -103,8 +107,7 @@ class Times:
         they leave together, each with its part of all that the sublayer takes."""
         if site.kind not in ("attention", "mlp"):
             return site
-        own = self.layer(index)
-        curve = own.attention if site.kind == "attention" else own.ffn
+        own, curve = self.layer(index), self.curve(site.kind, index)
         slope = max(0.0, curve.at(site.units) - curve.at(0)) / site.units if whole else curve.slope(site.units)
         cost, head_cost = replace(site.cost, picoseconds=round(slope * PICOSECONDS)), site.head_cost
         if head_cost is not None and own.query_heads is not None:

@@ -42,6 +42,16 @@ class Pool:
         return taken
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What decoder layers are called with in a pass of the model: hidden states, the rest by layer, and the KV cache
+    that this names."""
+
+    hidden: Tensor
+    calls: list[Call]
+    cache: Any
+
+
 @dataclass
 class Workload:
     """A pass through decoder layers: `context` tokens of `batch` sequences (prefill), or one token behind so many in a
@@ -51,69 +61,81 @@ class Workload:
     context: int
     phase: str
     model: Model
-    hidden: Tensor = field(init=False)
-    calls: list[Call] = field(init=False)
+    one: Pass = field(init=False)  # a single token, without a KV cache
+    all: Pass = field(init=False)
     cached: list[Any] = field(init=False)  # by layer, what the KV cache holds of it before the pass
-    cache: Any = field(init=False)  # the one that the calls name
     skeletons: list[nn.Module] = field(init=False)  # the layers before pruning, without weights
 
     def __post_init__(self) -> None:
-        from transformers import DynamicCache
-
-        model, layers = self.model, self.model.layers
-        self.cache = DynamicCache(config=model.module.config)
-        behind = self.context if self.phase == "decode" else 0
-        self.cached = [self._filled(index, behind) for index in range(len(layers))]
-        tokens_BT = torch.zeros((self.batch, 1 if self.phase == "decode" else self.context), dtype=torch.int64)
-        with torch.inference_mode():
-            entered, self.calls = model.enter(tokens_BT, past_key_values=self.cache, use_cache=True)
-            self.hidden = torch.randn_like(entered)
+        layers, decodes = self.model.layers, self.phase == "decode"
+        self.one = self._entered(1, self._cache())
+        cache, self.cached = self._cache(), [None] * len(layers)
+        for index, layer in enumerate(layers if decodes and self.context else ()):
+            self.cached[index] = self._behind(layer, index, cache)
+        self.all = self._entered(1 if decodes else self.context, cache)
         self.skeletons = [skeleton(layer) for layer in layers]
 
-    def _filled(self, index: int, tokens: int) -> Any:
-        """The KV cache's entry of a layer behind so many tokens. Its numbers take no memory: what counts here is how
-        many there are."""
+    def _cache(self) -> Any:
         from transformers import DynamicCache
 
-        model = self.model
-        attention: Any = model.layers[index].get_submodule(model.family.attention)
-        if not tokens or isinstance(attention, RemovedAttention):
+        return DynamicCache(config=self.model.module.config)
+
+    @torch.inference_mode()
+    def _entered(self, tokens: int, cache: Any) -> Pass:
+        tokens_BT = torch.zeros((self.batch, tokens), dtype=torch.int64)
+        hidden, calls = self.model.enter(tokens_BT, past_key_values=cache, use_cache=True)
+        return Pass(torch.randn_like(hidden), calls, cache)
+
+    def _behind(self, layer: nn.Module, index: int, cache: Any) -> Any:
+        """The entry of a layer in the KV cache behind the context, and puts it there. Its numbers take no memory: here
+        it counts how many there are."""
+        place, shape = self._place(layer), self._key_shape(layer, index)
+        if place is None or shape is None:
             return None
-        heads = layer_structure(model.layers[index], model.family, model.config).num_key_value_heads
-        size = head_layout(model.family, model.config).size
-        none = torch.zeros((1, 1, 1, 1), dtype=model.dtype, device=model.device)
-        entry = DynamicCache(config=model.module.config)
-        states = none.expand(self.batch, heads, tokens, size)
-        entry.update(states, states, attention.layer_idx)
-        filled = entry.layers[attention.layer_idx]
-        filled.keys = filled.values = none.expand(filled.keys.shape)
-        self.cache.layers[attention.layer_idx] = copy(filled)
-        return filled
+        none = torch.zeros((1, 1, 1, 1), dtype=self.model.dtype, device=self.model.device)
+        entry, states = cache.layers[place], none.expand(*shape[:2], self.context, shape[3])
+        entry.update(states, states)
+        entry.keys = entry.values = none.expand(entry.keys.shape)  # of a window, fewer than the context
+        return copy(entry)
+
+    def _place(self, layer: nn.Module) -> int | None:
+        """Of the layer's entry in the KV cache."""
+        attention: Any = layer.get_submodule(self.model.family.attention)
+        return None if isinstance(attention, RemovedAttention) else attention.layer_idx
+
+    @torch.inference_mode()
+    def _key_shape(self, layer: nn.Module, origin: int) -> torch.Size | None:
+        """[B, heads, 1, size] of what the layer puts into a KV cache for a token: some architectures put in a key for
+        every query head."""
+        place, call = self._place(layer), self.one.calls[origin]
+        if place is None:
+            return None
+        entries = self.one.cache.layers
+        entries[place] = emptied(entries[place])
+        layer(self.one.hidden, *call.args, **call.kwargs)
+        return entries[place].keys.shape
 
     def prepared(self, layer: nn.Module, origin: int, pool: Pool) -> Prepared:
         """A layer, made from that with the index `origin` before pruning, with a KV cache of its own."""
-        attention: Any = layer.get_submodule(self.model.family.attention)
-        entry, place = self.cached[origin], getattr(attention, "layer_idx", None)
-        if entry is not None and not isinstance(attention, RemovedAttention):
-            entry = copy(entry)
-            heads = layer_structure(layer, self.model.family, self.model.config).num_key_value_heads
-            batch, _, tokens, size = entry.keys.shape
-            entry.keys, entry.values = (pool.take((batch, heads, tokens, size)) for _ in range(2))
-        return Prepared(layer, self.calls[origin], place, entry)
+        place, entry = self._place(layer), copy(self.cached[origin])
+        if entry is not None and (shape := self._key_shape(layer, origin)) is not None:
+            tokens = entry.keys.shape[2]
+            entry.keys, entry.values = (pool.take((*shape[:2], tokens, shape[3])) for _ in range(2))
+        return Prepared(layer, self.all.calls[origin], place, entry)
 
     @torch.inference_mode()
     def run(self, layers: Sequence[Prepared]) -> None:
         """One after the other."""
-        hidden, entries = self.hidden, self.cache.layers
+        hidden, entries = self.all.hidden, self.all.cache.layers
         for own in layers:
             if own.place is not None:
-                entries[own.place] = type_of(entries[own.place]) if own.entry is None else copy(own.entry)
+                entries[own.place] = emptied(entries[own.place]) if own.entry is None else copy(own.entry)
             output = own.layer(hidden, *own.call.args, **own.call.kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
 
 
-def type_of(entry: Any) -> Any:
-    """An empty entry of a KV cache like this one."""
+def emptied(entry: Any) -> Any:
+    """An entry of a KV cache like this one, without a token."""
     entry = copy(entry)
     entry.reset()
     return entry

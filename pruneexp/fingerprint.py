@@ -55,6 +55,11 @@ NEW_KEYS: Mapping[str, Any] = {
 }
 
 
+def came_later(key: str) -> bool:
+    """Whether configs of older versions lack the key."""
+    return any(fnmatchcase(key, new) for new in NEW_KEYS)
+
+
 def value_before(key: str) -> Any:
     """The value of a key that came later that means what was done before there was the key; None for all others."""
     return next((before for new, before in NEW_KEYS.items() if fnmatchcase(key, new)), None)

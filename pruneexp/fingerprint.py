@@ -45,6 +45,9 @@ NEW_KEYS: Mapping[str, Any] = {
     "dataset.bos": False,
     "evaluator.*.dataset.bos": False,
     **{f"evaluator.{name}.bos": False for name in ("generation", "latency", "questions", "zeroshot")},
+    "sparsity.batch": 1,
+    "sparsity.phase": "decode",
+    "sparsity.table": None,
     "search.alike": False,
     "search.remainder": "nearest",
     "criterion.coupling": "attention",
@@ -52,6 +55,11 @@ NEW_KEYS: Mapping[str, Any] = {
     "search.held_out": 0.0,
     "search.objective": "next_token",
 }
+
+
+def came_later(key: str) -> bool:
+    """Whether configs of older versions lack the key."""
+    return any(fnmatchcase(key, new) for new in NEW_KEYS)
 
 
 def value_before(key: str) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+UNTIMED = (1, "decode", None)  # what times are measured at: of sparsities that count something else
+
 
 def pairwise(*parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Rows with a value of every parameter: any two values of any two parameters meet in at least one row.

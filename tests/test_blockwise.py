@@ -31,7 +31,7 @@ from pruneexp.search import AlAm, Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_
 from pruneexp.types import ConfigError, Plan, SitePlan
-from tests.cases import each
+from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES, PARITY
 from tests.messages import assert_told
 from tests.tiny_families import tiny_model
@@ -53,7 +53,7 @@ def pair(tiny_folder: Callable[..., Path], source: Callable[..., Any], tokens_NT
     def make(family: str, ratio: float = 0.3, search: Any = GLOBAL, **settings: Any) -> tuple[Model, Model]:
         origin = source(tiny_folder(family), **settings)
         model = origin.load()
-        method = Method(Flap("WIFV", False), OneShot(ratio, "decoder", 0), search, Bias(False))
+        method = Method(Flap("WIFV", False), OneShot(ratio, "decoder", 0, *UNTIMED), search, Bias(False))
         prune_(model, tokens_NT, method, ratio, Record())
         return model, origin.reference()
 
@@ -160,7 +160,7 @@ def test_a_layer_makes_up_for_those_that_are_gone_behind_it(pair: Callable[..., 
 
 def test_a_mixture_of_experts(loaded: Callable[..., Model], tokens_NT: Tensor) -> None:
     model, dense, tokens_NT = loaded("mixtral"), loaded("mixtral"), tokens_NT % 64
-    method = Method(Flap("WIFV", False), OneShot(0.3, "decoder", 0), GLOBAL, Bias(False))
+    method = Method(Flap("WIFV", False), OneShot(0.3, "decoder", 0, *UNTIMED), GLOBAL, Bias(False))
     prune_(model, tokens_NT, method, 0.3, Record())
     metrics = BLOCKWISE(model, tokens_NT, Meter(), 0, dense).metrics
     assert metrics["recovery/loss_last"] < 0.9 * metrics["recovery/loss_first"]

@@ -40,7 +40,7 @@ from pruneexp.search import (
 )
 from pruneexp.sparsity import OneShot
 from pruneexp.types import Budget, ConfigError, Cost, Site
-from tests.cases import each, pairwise
+from tests.cases import UNTIMED, each, pairwise
 from tests.conftest import FAMILIES, PARITY
 from tests.messages import assert_told
 from tests.tiny_families import tiny_model
@@ -82,7 +82,7 @@ def prune(model: Model, tokens_NT: Tensor | None, search: Any, sparsity: OneShot
 
 
 def counted(model: Model, search: Any, of: Any) -> int:
-    return whole_budget(model, search, OneShot(0.0, of, CONTEXT), 0.0).total
+    return whole_budget(model, search, OneShot(0.0, of, CONTEXT, *UNTIMED), 0.0).total
 
 
 # What is counted
@@ -128,7 +128,7 @@ def test_every_quantity_is_met_to_the_nearest_unit(
     model = tiny(family)
     before = counted(model, EXACT[search], of)
     # what 2 of 6 or 1 of 3 heads hold, so that a KV cache can be met at all
-    pruned = prune(model, tokens_NT[:4], EXACT[search], OneShot(1 / 3, of, CONTEXT))
+    pruned = prune(model, tokens_NT[:4], EXACT[search], OneShot(1 / 3, of, CONTEXT, *UNTIMED))
     after = counted(model, EXACT[search], of)
     prices = [p for p in map(Budget(0, 0, 0, None, COUNTS.get(of, of), CONTEXT, 8).price, pruned.sites) if p]
     assert abs(before - after - before / 3) <= min(prices) / 2 + 1e-6
@@ -146,7 +146,7 @@ def test_al_am_meets_every_quantity_as_near_as_a_threshold_can(
 ) -> None:
     model = tiny(family)
     before = counted(model, AlAm(), of)
-    sparsity = OneShot(0.4, of, CONTEXT)
+    sparsity = OneShot(0.4, of, CONTEXT, *UNTIMED)
     pruned = prune(model, tokens_NT, AlAm(), sparsity)
     dearest = max(map(whole_budget(model, AlAm(), sparsity, 0.4).price, pruned.sites))
     removed = pruned.plan.budget[f"removed_{COUNTS.get(of, of)}"]
@@ -156,7 +156,7 @@ def test_al_am_meets_every_quantity_as_near_as_a_threshold_can(
 
 @pytest.mark.parametrize("search", [UlUm(), AlAmOfficial()], ids=["ul_um", "al_am_official"])
 def test_what_goes_by_units_alone_does_not_care(search: Any, tiny: Callable[..., Model]) -> None:
-    plans = [prune(tiny("llama"), None, search, OneShot(0.4, of, CONTEXT)).plan for of in QUANTITIES]  # type: ignore
+    plans = [prune(tiny("llama"), None, search, OneShot(0.4, of, CONTEXT, *UNTIMED)).plan for of in QUANTITIES]  # type: ignore
     assert all(plan.sites == plans[0].sites for plan in plans)
 
 
@@ -167,18 +167,18 @@ def test_channels_make_up_for_given_heads_in_every_quantity_they_fill(
 ) -> None:
     model = tiny("llama")
     before = counted(model, search, of)
-    pruned = prune(model, None, search, OneShot(0.4, of, CONTEXT))
+    pruned = prune(model, None, search, OneShot(0.4, of, CONTEXT, *UNTIMED))
     left = sum(len(plan.kept) for plan in pruned.plan.sites.values() if plan.kind == "attention")
     assert left == 6
     after = counted(model, search, of)
-    channel = whole_budget(model, search, OneShot(0.4, of, CONTEXT), 0.4).price(pruned.sites[1])
+    channel = whole_budget(model, search, OneShot(0.4, of, CONTEXT, *UNTIMED), 0.4).price(pruned.sites[1])
     assert 0 <= 0.4 * before - (before - after) < 3 * channel, "rounded down, layer by layer"
 
 
 @pytest.mark.parametrize("search", [UlMm(1), AlMm(1)], ids=["ul_mm", "al_mm"])
 def test_given_heads_do_not_go_with_a_kv_cache(search: Any, tiny: Callable[..., Model]) -> None:
     with pytest.raises(ConfigError, match=r"^sparsity\.of='kv_cache': expected decoder, prunable, macs or bytes"):
-        prune(tiny("llama"), None, search, OneShot(0.4, "kv_cache", 0))
+        prune(tiny("llama"), None, search, OneShot(0.4, "kv_cache", 0, *UNTIMED))
 
 
 @each("search", [each for name, each in BUDGETED.items() if name != "blocks"])
@@ -191,7 +191,7 @@ def test_a_model_without_any_kv_cache_is_no_division_by_zero(
     model = tiny("llama")
     shrink_(model, Plan({s.name: SitePlan(s.kind, s.units, ()) for s in model.sites() if s.kind == "attention"}))
     with pytest.raises(ConfigError, match=r"^sparsity\.of='kv_cache': expected another quantity, this model has none"):
-        prune(model, tokens_NT, search, OneShot(0.2, "kv_cache", 0))
+        prune(model, tokens_NT, search, OneShot(0.2, "kv_cache", 0, *UNTIMED))
 
 
 # Out of reach
@@ -207,24 +207,26 @@ def test_the_largest_ratio_that_is_named_works(
 ) -> None:
     model, method = tiny("llama"), BUDGETED[search]
     if search == "al_am" and of != "decoder":  # it may remove everything
-        assert check_pruning(model, method, OneShot(0.999, of, 0), compensator).ratio == 0.999
+        assert check_pruning(model, method, OneShot(0.999, of, 0, *UNTIMED), compensator).ratio == 0.999
         return
     with pytest.raises(ConfigError) as refused:
-        check_pruning(model, method, OneShot(0.999, of, 0), compensator)
+        check_pruning(model, method, OneShot(0.999, of, 0, *UNTIMED), compensator)
     found = re.fullmatch(r"sparsity\.ratio=0\.999: expected at most (0\.\d+), all that .*", str(refused.value))
     assert found, refused.value
     largest = float(found[1])
     with pytest.raises(ConfigError, match=r"^sparsity\.ratio="):
-        check_pruning(model, method, OneShot(min(largest + 0.02, 0.9999), of, 0), compensator)
-    check_pruning(model, method, OneShot(largest, of, 0), compensator)
+        check_pruning(model, method, OneShot(min(largest + 0.02, 0.9999), of, 0, *UNTIMED), compensator)
+    check_pruning(model, method, OneShot(largest, of, 0, *UNTIMED), compensator)
     if search not in ("greedy", "evolutionary"):  # slow at such ratios, and the same check
-        pruned = prune(model, tokens_NT[:2], method, OneShot(largest, of, 0), compensator)
+        pruned = prune(model, tokens_NT[:2], method, OneShot(largest, of, 0, *UNTIMED), compensator)
         assert any(len(plan.kept) < plan.units for plan in pruned.plan.sites.values())
 
 
 def test_biases_of_sites_that_stay_whole_are_no_obstacle(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model, search = tiny("llama"), BUDGETED["heads"]
-    sparsity = OneShot(0.356, "decoder", 0)  # 6 heads of 2304 less 3 biases of 48; with those of the FFN it is too much
+    sparsity = OneShot(
+        0.356, "decoder", 0, *UNTIMED
+    )  # 6 heads of 2304 less 3 biases of 48; with those of the FFN it is too much
     assert 0.356 * 38304 + 6 * 48 > 6 * 2304 > 0.356 * 38304 + 3 * 48
     assert biases_added(model, sparsity, BIAS, model.sites()) == 6 * 48
     check_pruning(model, search, sparsity, BIAS)
@@ -310,7 +312,7 @@ def test_dense_targets_behind_post_norms_are_refused_before_a_weight_is_loaded(
     assert not Path("run").exists()
     blocks = Global(0, ["blocks"], "none", 1)  # leaves nothing to compensate
     outline = deepcopy(ModelSource("post", "post", None, "auto", "cpu", False, False, 4).outline())
-    check_pruning(outline, blocks, OneShot(0.3, "decoder", 0), LeastSquares(1e-3, "dense", True, "site"))
+    check_pruning(outline, blocks, OneShot(0.3, "decoder", 0, *UNTIMED), LeastSquares(1e-3, "dense", True, "site"))
 
 
 @pytest.mark.slow
@@ -363,7 +365,7 @@ def test_a_dry_run_counts_as_the_sparsity_does(cli: Any) -> None:
 
 def test_magnitudes_need_no_tokens_to_meet_a_budget_in_bytes(tiny: Callable[..., Model]) -> None:
     model = tiny("bloom")
-    sparsity = OneShot(0.2, "bytes", 1000)
+    sparsity = OneShot(0.2, "bytes", 1000, *UNTIMED)
     before = counted(model, AlAm(), "bytes")
     method = Method(Magnitude("reader", 2), sparsity, EXACT["global"], NONE)
     prune_(model, None, method, 0.2, Record())

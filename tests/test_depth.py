@@ -26,6 +26,7 @@ from pruneexp.search import Global, Greedy
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, Plan, RunError, Site, SitePlan
+from tests.cases import UNTIMED
 from tests.conftest import FAMILIES
 from tests.toy_sites import model_sites
 
@@ -160,7 +161,9 @@ def test_losses_that_are_not_finite_are_counted_whether_measured_or_cached(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    method = Method(LossDrop(), OneShot(0.3, "decoder", 1), Global(0, ["blocks"], "none", 1), NoCompensation(False))
+    method = Method(
+        LossDrop(), OneShot(0.3, "decoder", 1, *UNTIMED), Global(0, ["blocks"], "none", 1), NoCompensation(False)
+    )
     results = Results(Cache(str(tmp_path), 1.0), {})
 
     def left(results: Results) -> list[int]:

@@ -52,7 +52,7 @@ from pruneexp.sparsity import Linear, OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, padding, save, shrink_
 from pruneexp.tracker.structure import widths
 from pruneexp.types import Budget, ConfigError, Plan, SitePlan, unit_scores
-from tests.cases import each
+from tests.cases import UNTIMED, each
 from tests.tiny_families import tiny_model
 
 Made = Callable[[str], Model]
@@ -100,7 +100,7 @@ def pruned(
     compensator: Any = NONE,
     **other: Any,
 ) -> Pruned:
-    method = Method(criterion, OneShot(ratio, "decoder", 0), search, compensator)
+    method = Method(criterion, OneShot(ratio, "decoder", 0, *UNTIMED), search, compensator)
     return prune_(model, tokens_NT, method, ratio, Record(**{**settings(), **other}))
 
 
@@ -229,7 +229,7 @@ def test_a_search_never_leaves_fewer_experts_than_a_token_needs(made: Made, toke
     model = made("mixtral")
     search = Global(1, ["experts"], "none", 1)
     with pytest.raises(ConfigError, match=r"sparsity.ratio=0.6: expected at most 0\.\d+"):
-        check_pruning(model, search, OneShot(0.6, "decoder", 0), NONE)
+        check_pruning(model, search, OneShot(0.6, "decoder", 0, *UNTIMED), NONE)
     with pytest.raises(AssertionError, match="as many experts"):
         shrink_(model, without_experts(model, 0, 1, 2))
 
@@ -252,7 +252,9 @@ def test_a_probe_may_leave_fewer(made: Made, tokens_NT: torch.Tensor) -> None:
 
 def test_experts_in_rounds_are_counted_as_at_the_start(made: Made, tokens_NT: torch.Tensor) -> None:
     model, dense = made("mixtral"), made("mixtral")
-    method = Method(WandaSp("sum", False), Linear(0.3, "decoder", 0, 2), SEARCHES["global"](["experts"]), NONE)
+    method = Method(
+        WandaSp("sum", False), Linear(0.3, "decoder", 0, 2, *UNTIMED), SEARCHES["global"](["experts"]), NONE
+    )
     found = prune_in_rounds_(model, tokens_NT, method, Record(**settings()))
     assert len(found.plan.budget["rounds"]) == 2
     for index, layer in enumerate(model.layers):
@@ -369,7 +371,7 @@ def test_what_a_mixture_does_not_allow(made: Made) -> None:
     with pytest.raises(ConfigError, match="expected channels or experts"):
         Global(1, ["channels", "experts"], "none", 1)
     with pytest.raises(ConfigError, match="compensator.target='dense'"):
-        check_pruning(model, AlAm(), OneShot(0.2, "decoder", 0), LeastSquares(1e-3, "dense", True, "site"))
+        check_pruning(model, AlAm(), OneShot(0.2, "decoder", 0, *UNTIMED), LeastSquares(1e-3, "dense", True, "site"))
     with pytest.raises(ConfigError, match="format=padded"):
         padding(model)
     model = made("qwen3")

@@ -30,7 +30,7 @@ from pruneexp.search import AlAm, Global, UlUm, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_
 from pruneexp.types import Budget, ConfigError, Plan, RunError, Score, SitePlan, unit_scores
-from tests.cases import pairwise
+from tests.cases import UNTIMED, pairwise
 from tests.conftest import FAMILIES
 
 FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
@@ -42,7 +42,7 @@ UNIFORM, GLOBAL = (
 
 
 def method(criterion: Any, search: Any, compensator: Any, ratio: float = 0.4, of: Any = "decoder") -> Method:
-    return Method(criterion, OneShot(ratio, of, 0), search, compensator)
+    return Method(criterion, OneShot(ratio, of, 0, *UNTIMED), search, compensator)
 
 
 def prune(

@@ -39,7 +39,7 @@ from pruneexp.surgery import masked, padding, save, shrink_
 from pruneexp.surgery.shrink import check_plan
 from pruneexp.tracker.structure import widths
 from pruneexp.types import ColumnScores, ConfigError, Plan, RemovalPath, Reorderable, SitePlan, unit_scores
-from tests.cases import each
+from tests.cases import UNTIMED, each
 from tests.tiny_families import TINY, random_model
 
 GROUPED = ("llama", "qwen3", "phi3", "olmo2", "stablelm_2_12b", "falcon_40b", "gemma2", "granite", "mixtral")
@@ -183,7 +183,7 @@ def grouped(tmp_path: Path, source: Callable[..., Any]) -> Model:
 
 def pruned(model: Model, tokens_NT: torch.Tensor, *parts: Any, schedule: Any = None) -> Pruned:
     criterion, search, compensator = parts
-    method = Method(criterion, schedule or OneShot(0.25, "decoder", 0), search, compensator)
+    method = Method(criterion, schedule or OneShot(0.25, "decoder", 0, *UNTIMED), search, compensator)
     return prune_in_rounds_(model, tokens_NT % 64, method, Record(rng=torch.Generator().manual_seed(0)))
 
 
@@ -244,7 +244,7 @@ def test_least_squares_does_better_than_nothing(grouped: Model, tokens_NT: torch
     dense = grouped.module(tokens_NT).logits
     search, gaps = Global(1, ["query_heads"], "zscore", 1), []
     for model, compensator in ((grouped, LEAST_SQUARES), (other, NONE)):
-        pruned(model, tokens_NT, CRITERIA["obs"], search, compensator, schedule=OneShot(0.1, "decoder", 0))
+        pruned(model, tokens_NT, CRITERIA["obs"], search, compensator, schedule=OneShot(0.1, "decoder", 0, *UNTIMED))
         gaps.append((model.module(tokens_NT).logits - dense).square().mean().item())
     assert gaps[0] < 0.9 * gaps[1]
 
@@ -269,7 +269,7 @@ def test_refits_by_turn_are_those_of_the_heads_that_stay(grouped: Model) -> None
 def test_rounds_count_heads_as_the_original(grouped: Model, tokens_NT: torch.Tensor) -> None:
     dense = deepcopy(grouped)
     parts = (CRITERIA["flap"], Global(1, ["query_heads"], "zscore", 1), NONE)
-    found = pruned(grouped, tokens_NT, *parts, schedule=Linear(0.35, "decoder", 0, 3))
+    found = pruned(grouped, tokens_NT, *parts, schedule=Linear(0.35, "decoder", 0, 3, *UNTIMED))
     lost = [found.plan.lost_heads(site) for site in dense.sites() if site.kind == "attention"]
     assert max(lost) > 3 and len(found.plan.budget["rounds"]) == 3
     for site in (site for site in dense.sites() if site.kind == "attention"):

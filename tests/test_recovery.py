@@ -29,7 +29,7 @@ from pruneexp.search import AlAm, Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import prove_in_place, save
 from pruneexp.types import ConfigError, RunError
-from tests.cases import each
+from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES, PARITY
 from tests.messages import assert_told
 
@@ -49,7 +49,7 @@ def pruned(tiny: Callable[..., Model], tokens_NT: Tensor) -> Callable[..., Model
         prune_(
             model,
             tokens_NT,
-            Method(Flap("WIFV", False), OneShot(ratio, "decoder", 0), search or GLOBAL, Bias(False)),
+            Method(Flap("WIFV", False), OneShot(ratio, "decoder", 0, *UNTIMED), search or GLOBAL, Bias(False)),
             ratio,
             Record(),
         )

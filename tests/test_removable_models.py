@@ -28,7 +28,7 @@ from pruneexp.search import Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save
 from pruneexp.types import ConfigError, Plan, unit_scores
-from tests.cases import pairwise
+from tests.cases import UNTIMED, pairwise
 from tests.conftest import FAMILIES
 from tests.test_prune import built
 
@@ -43,7 +43,9 @@ def prune(model: Model, tokens_NT: Tensor, parts: Method, ratio: float | None = 
 
 def method(criterion: Any, granularity: list[str], compensator: Any, normalise: Any = "zscore", m: int = 1) -> Method:
     search = Global(1, granularity, normalise, m)
-    return Method(criterion, OneShot(0.4 if len(granularity) > 1 else 0.15, "decoder", 0), search, compensator)
+    return Method(
+        criterion, OneShot(0.4 if len(granularity) > 1 else 0.15, "decoder", 0, *UNTIMED), search, compensator
+    )
 
 
 def tokens_of_norms(model: Model, plan: Plan) -> int:

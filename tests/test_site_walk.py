@@ -23,7 +23,7 @@ from pruneexp.search import Evolutionary, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_layer_
 from pruneexp.types import Plan, SitePlan
-from tests.cases import each
+from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES
 
 BOTH = ["heads", "channels"]
@@ -130,7 +130,7 @@ def test_dense_targets_come_nearer_to_the_dense_model(family, tiny, tokens_NT):
         dense, model = tiny(family), tiny(family)
         method = Method(
             Obs(1e-3, 1, 8, "none", False, 8.0, "site"),
-            OneShot(0.3, "decoder", 0),
+            OneShot(0.3, "decoder", 0, *UNTIMED),
             Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
             LeastSquares(1e-3, target, True, "site"),
         )
@@ -146,7 +146,7 @@ def test_layer_by_layer_scores_are_those_of_the_pruned_layers_before(tiny, token
         model = tiny("llama")
         method = Method(
             WandaSp("sum", True),
-            OneShot(0.3, "decoder", 0),
+            OneShot(0.3, "decoder", 0, *UNTIMED),
             Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
             LeastSquares(1e-3, target, True, "site"),
         )
@@ -164,7 +164,7 @@ def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(fami
     before = model.decoder_params
     method = Method(
         Obs(1e-3, 1, 8, "none", False, 8.0, "site"),
-        OneShot(ratio, "decoder", 0),
+        OneShot(ratio, "decoder", 0, *UNTIMED),
         search,
         LeastSquares(1e-3, "dense", True, "site"),
     )
@@ -184,7 +184,7 @@ def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monk
         search = Evolutionary(1, BOTH, 8.0, 0.34, 2, 0.2, 4, None, 1, {}, 0.0, "next_token")
         method = Method(
             Obs(1e-3, 1, 8, "none", False, memory, "site"),
-            OneShot(0.3, "decoder", 0),
+            OneShot(0.3, "decoder", 0, *UNTIMED),
             search,
             LeastSquares(1e-3, "dense", True, "site"),
         )
@@ -196,7 +196,7 @@ def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monk
 
 LEAST_SQUARES = Method(
     Obs(1e-3, 1, 8, "none", False, 8.0, "site"),
-    OneShot(0.3, "decoder", 0),
+    OneShot(0.3, "decoder", 0, *UNTIMED),
     Uniform(1, BOTH, 0.0, 0.0, 1, alike=False, remainder="nearest"),
     LeastSquares(1e-3, "dense", True, "site"),
 )

@@ -26,6 +26,7 @@ from pruneexp.search.levels import Structures
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked
 from pruneexp.types import Budget, ConfigError, Cost, Plan, Site, SitePlan, own_scores, start_name, unit_scores
+from tests.cases import UNTIMED
 from tests.test_probe import candidate
 
 OBS = Obs(0.3, 1, 4, "none", False, 8.0, "site")
@@ -189,7 +190,7 @@ def test_scores_of_a_run_that_holds_out_are_of_all_windows(tiny, tokens_NT):
     plain = {"min_units": 1, "granularity": ("heads", "channels"), "tokens": 0.5, "rounds": 1, "distance": 0.3}
     plain |= {"effort": 4.0, "held_out": 0.5, "objective": "kl", "starts": {}, "offspring": 4, "steps": 1}
     search = Evolutionary(**plain, multiple=1)
-    method = Method(WandaSp("sum", False), OneShot(0.3, "decoder", 0), search, NoCompensation(False))
+    method = Method(WandaSp("sum", False), OneShot(0.3, "decoder", 0, *UNTIMED), search, NoCompensation(False))
     pruned = prune_(tiny("llama"), tokens_NT, method, 0.3, Record())
     expected = scores_of(tiny("llama"), tokens_NT, method.criterion)
     for site in pruned.sites:

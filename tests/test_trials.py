@@ -17,6 +17,7 @@ from pruneexp.search.starts import begun_with, standardised_share
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import shrink_
 from pruneexp.types import Budget, Candidate, Plan, RemovalPath, SitePlan, start_name
+from tests.cases import UNTIMED
 from tests.test_evolutionary import SITES, Loss, convex, paths, plan_of, search
 from tests.toy_sites import HEAD_COST, params
 
@@ -38,7 +39,7 @@ def weights_of(model):
 )
 def test_a_trial_is_the_model_that_the_run_would_make_and_changes_none(family, compensator, tiny, tokens_NT):
     model, made = tiny(family), tiny(family)
-    method = Method(Flap("WIFV", False), OneShot(0.3, "decoder", 0), AlAm(), compensator)
+    method = Method(Flap("WIFV", False), OneShot(0.3, "decoder", 0, *UNTIMED), AlAm(), compensator)
     plan = prune_(made, tokens_NT, method, 0.3, Record()).plan
     before, record = weights_of(model), Record()
     tried = _trial(Pruning(model, tokens_NT, method, 0.3, record), plan, tokens_NT)
@@ -57,7 +58,7 @@ def test_a_trial_may_lose_whole_sublayers_and_experts(family, compensator, tiny,
     gone = [site for site in model.sites() if site.layer == 1 and site.expert in (None, 0)]
     sites |= {site.name: SitePlan(site.kind, site.units, ()) for site in gone}
     sites |= {s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units))) for s in model.whole_experts(0)}
-    method = Method(Flap("WIFV", False), OneShot(0.3, "decoder", 0), AlAm(), compensator)
+    method = Method(Flap("WIFV", False), OneShot(0.3, "decoder", 0, *UNTIMED), AlAm(), compensator)
     tried = _trial(Pruning(model, tokens_NT, method, 0.3, Record()), Plan(sites), tokens_NT)
     _compensate_and_shrink(Pruning(made, tokens_NT, method, 0.3, Record()), Plan(sites), {}, "shrink")
     loss = float(Probe(model, tokens_NT, Meter()).losses([tried])[0])
@@ -193,7 +194,7 @@ def test_a_search_asks_for_trials_through_the_run(tiny, tokens_NT):
     settings |= {"rounds": 1, "distance": 0.3, "offspring": 4, "steps": 1, "multiple": 1, "min_units": 1, "starts": {}}
     method = Method(
         Flap("WIFV", False),
-        OneShot(0.3, "decoder", 0),
+        OneShot(0.3, "decoder", 0, *UNTIMED),
         Evolutionary(**settings),
         LeastSquares(1e-2, "dense", True, "channel"),
     )

@@ -22,7 +22,7 @@ from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
 from pruneexp.dataset.mixed import Share
 from pruneexp.experiment.settings import Experiment, RunSettings
-from pruneexp.fingerprint import value_before
+from pruneexp.fingerprint import came_later, value_before
 from pruneexp.model import ModelSource
 from pruneexp.search import scored_as
 from pruneexp.types import ConfigError, defaults, filled
@@ -36,6 +36,7 @@ DEFAULTS: dict[type, Mapping[str, Any]] = {
     types.Quantise: defaults.QUANTISE,
     types.Recovery: defaults.RECOVERY,
     types.Search: defaults.SEARCH,
+    types.Sparsity: defaults.SPARSITY,
     types.Tracker: defaults.TRACKER,
 }
 PROTOCOLS: dict[str, type | None] = {
@@ -216,8 +217,8 @@ def _as_before(target: Callable[..., Any], settings: dict[str, Any], key: str) -
     """Of a class of ours, settings that a config of an older version lacks, as they were before there was the key."""
     if not target.__module__.startswith("pruneexp."):
         return settings
-    lacking = {name: value_before(f"{key}.{name}") for name in inspect.signature(target).parameters}
-    return {name: value for name, value in lacking.items() if value is not None} | settings
+    names = [name for name in inspect.signature(target).parameters if came_later(f"{key}.{name}")]
+    return {name: value_before(f"{key}.{name}") for name in names} | settings
 
 
 def _under(key: str, parameters: Iterable[str], error: ConfigError) -> ConfigError:

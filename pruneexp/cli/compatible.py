@@ -22,6 +22,11 @@ def check_together(experiment: Experiment) -> None:
         )
     _check_quantity(experiment)
     if experiment.model.stream:
+        if experiment.sparsity.of == "latency":
+            raise ConfigError(
+                "sparsity.of='latency': with model.stream=true, times are those of a disk; expected another quantity, "
+                "or model.stream=false"
+            )
         _check_streamed(experiment)
     if experiment.quantise.applies and not experiment.recovery.merge:
         chosen = experiment.job["choices"]["quantise"]

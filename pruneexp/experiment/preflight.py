@@ -30,11 +30,13 @@ from pruneexp.experiment.forecast import (
     warn_of_files,
     warn_of_memory,
 )
+from pruneexp.experiment.latency import assumed, given_table, with_times, without_table
 from pruneexp.experiment.settings import Experiment
 from pruneexp.files import existing
+from pruneexp.latency import Table
 from pruneexp.model import Model
 from pruneexp.progress import waiting
-from pruneexp.pruning.budget import check_mixture, check_pruning, searched_sites
+from pruneexp.pruning.budget import check_mixture, check_pruning, searched_sites, whole_budget
 from pruneexp.pruning.query_heads import check_query_heads
 from pruneexp.tracker import memory_metrics
 from pruneexp.types import QUERY_HEADS, Budget, ConfigError, evidence_kinds, filled
@@ -56,6 +58,7 @@ class Inputs:
     tokenizer: Any
     tokens_NT: Tensor  # those that are given
     expected: Forecast
+    table: Table | None = None  # of a file, that times are counted by
 
 
 def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs:
@@ -67,13 +70,19 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
     parts = (experiment.criterion, experiment.search, experiment.compensator)
     check_mixture(outline, *parts, experiment.job["choices"])
     check_query_heads(outline, *parts[:2], experiment.job["choices"])
-    budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
+    table = given_table(experiment, outline)
+    if experiment.sparsity.of == "latency":
+        outline = with_times(outline, assumed(outline) if table is None else table.times)
+    if experiment.sparsity.of == "latency" and table is None:  # whether so much can leave is known once it is measured
+        budget = whole_budget(outline, experiment.search, experiment.sparsity, experiment.sparsity.ratio)
+    else:
+        budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
     experiment.quantise.prepare(outline)
     if not experiment.run.dry:
         check_disk(experiment, outline, budget)
     tokenizer, tokens_NT = read_inputs(experiment)
     expected = forecast_of(experiment, outline, budget, tokenizer, tokens_NT, shared)
-    return Inputs(experiment, outline, budget, tokenizer, tokens_NT, expected)
+    return Inputs(experiment, outline, budget, tokenizer, tokens_NT, expected, table)
 
 
 def settled(experiment: Experiment, model: Model) -> Experiment:
@@ -277,7 +286,10 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     added = experiment.augmentation.added(*tokens_NT.shape)
     own = f", and {added} that the model writes" if added else ""
     print(f"calibration: {tokens_NT.shape[0]} windows of {tokens_NT.shape[1]} tokens{own}")
-    print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
+    if experiment.sparsity.of == "latency" and inputs.table is None:
+        print(without_table(experiment.sparsity))
+    else:
+        print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
     if experiment.quantise.applies:
         print(f"quantised afterwards: {experiment.quantise.note()}")
     dtype = str(model.dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -21,6 +22,7 @@ from pruneexp.experiment.card import Card
 from pruneexp.experiment.deliver import card_of, deliver, finish_folder, prepare_delivery
 from pruneexp.experiment.failures import failures_recorded
 from pruneexp.experiment.identity import dense_identity, identify
+from pruneexp.experiment.latency import timing_of
 from pruneexp.experiment.measure import bos_worth, dense_figures, measured
 from pruneexp.experiment.preflight import Inputs, prepare, tell_forecast, warn
 from pruneexp.experiment.quantised import quantised, said
@@ -93,6 +95,8 @@ def _pruned(
     record = Record(rng=torch.Generator().manual_seed(experiment.seed))
     with record.clock("load"):
         model = experiment.model.load(inputs.tokenizer)
+    with record.clock("latency") if experiment.sparsity.of == "latency" else nullcontext():
+        timing = timing_of(experiment, model, inputs.table)
     measure = partial(measured, experiment.evaluators, model, folder, trackers)
     before = dense_identity(experiment, model, recorded=folder is not None)
     tokens_NT = augmented(experiment, model, inputs.tokens_NT, before.basis, record)
@@ -105,13 +109,15 @@ def _pruned(
         record.metrics |= figures
     quantise = partial(quantised, experiment, model, record, trackers)
     quantise("dense", None)
-    counted = _counted(experiment, model)
+    counted, origin = _counted(experiment, model), list(model.origin)
     record.results = Results(experiment.cache, {**before.basis, "tokens": known.tokens}, shared)
     delivery, record.notes = prepare_delivery(experiment, model, folder, tokens_NT, known.run)
     if delivery.streamed is not None:
         record.shrunk = delivery.streamed.layer
     pruned = prune_in_rounds_(model, tokens_NT, experiment.method, record)
     trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
+    if timing is not None:
+        timing.write(folder, pruned, origin)
     adapter = None
     if experiment.recovery.trains:
         with record.clock("recover"):
@@ -130,6 +136,9 @@ def _pruned(
     finally:
         delivery.clear()
     record.metrics |= _shares(experiment, record.metrics, counted, _counted(experiment, model))
+    if timing is not None:
+        with record.clock("latency"):
+            record.metrics |= timing.figures(model, record.metrics["sparsity/latency"])
     record.metrics |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
     record.metrics |= memory_metrics(model.devices)
     if folder is not None:

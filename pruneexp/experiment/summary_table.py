@@ -33,6 +33,8 @@ COUNTED = {  # share removed of what the sparsity counts
     "sparsity/macs": "multiply-accumulates",
     "sparsity/bytes": "weights and KV cache, bytes",
     "sparsity/kv_cache": "KV cache",
+    "sparsity/latency": "milliseconds of the decoder, by the table",
+    "sparsity/latency_measured": "milliseconds of the decoder, measured",
 }
 MOST_FIGURES = 4  # in a line
 ORDER = ("removed", "perplexity", "accuracy", "speed", "memory", "size", "other", "passes", "seconds")

@@ -2,8 +2,9 @@
 
 # ruff: noqa: F401
 
+from pruneexp.model.architecture import select_layers_
 from pruneexp.model.checkpoint import Checkpoint
-from pruneexp.model.loaded import Call, Model, select_layers_
+from pruneexp.model.loaded import Call, Model
 from pruneexp.model.losses import divergences, next_token_losses
 from pruneexp.model.sharing import sharing
 from pruneexp.model.sites import layer_structure

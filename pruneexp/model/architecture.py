@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from pruneexp.model import checks, modeling_pruned
 from pruneexp.model.refusal import refused
+
+PER_LAYER = ("layer_types", "no_rope_layers")  # config attributes with one value a layer
 
 
 def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pruned.Family]:
@@ -56,3 +59,16 @@ def skeleton(model_class: Any, config: Any, family: modeling_pruned.Family, dtyp
     for layer in module.base_model.get_submodule(family.layers):
         modeling_pruned.split_experts_(layer, family)
     return module
+
+
+def select_layers_(config: Any, kept: Sequence[int]) -> None:
+    """Makes a config that of a model with the layers `kept` alone, in that order."""
+    if getattr(config, "mlp_only_layers", None) is not None:  # Qwen3-MoE's layers that are no mixtures, by index
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers
+        config.mlp_only_layers = [new for new, old in enumerate(kept) if old in dense or (old + 1) % step]
+        config.decoder_sparse_step = 1
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [values[index] for index in kept])

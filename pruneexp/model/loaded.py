@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ from pruneexp.model.modeling_pruned import Family, experts_of, family_of
 from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
 from pruneexp.model.weights import check_finite, give_back_memory, load_into_, stored_tensors
 from pruneexp.progress import progress
-from pruneexp.types import Block, Site
-
-PER_LAYER = ("layer_types", "no_rope_layers")  # config attributes with one value a layer
+from pruneexp.types import Block, Site, Times
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class Model:
         self.dtype = Counter(p.dtype for p in self.layers.parameters()).most_common(1)[0][0]
         self.stored_bytes: dict[str, int] = {}  # of a parameter that is quantised, by its path
         self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
+        self.times: Times | None = None  # of its sublayers, once they are measured
         self._placement = placement or [device] * len(self.layers)  # of the checkpoint's layers
 
     @property
@@ -129,7 +128,11 @@ class Model:
         return self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}"
 
     def layer_sites(self, index: int) -> tuple[Site, ...]:
-        return layer_sites(*self._layer(index))
+        return self._priced(index, layer_sites(*self._layer(index)))
+
+    def _priced(self, index: int, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """With their units' times, where there is a table."""
+        return sites if self.times is None else tuple(self.times.priced(self.origin[index], site) for site in sites)
 
     def whole_experts(self, index: int) -> tuple[Site, ...]:
         """The experts of decoder layer `index` as one site whose units they are; none where its FFN is no mixture.
@@ -152,13 +155,18 @@ class Model:
         being whole sublayers."""
         sites = [as_whole(site) for site in self.layer_sites(index) if site.kind in kinds]
         if "block" in kinds:
-            sites.append(block_site(*self._layer(index)))
+            whole = block_site(*self._layer(index))
+            if self.times is not None:
+                time = self.times.total(self.origin[index], self.layer_sites(index))
+                whole = replace(whole, cost=replace(whole.cost, picoseconds=time))
+            sites.append(whole)
         return Block(f"{self.layers_path}.{index}", index, tuple(sites), {})
 
     def block(self, index: int, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Block:
         """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`. `read`: what stands for a
         parameter of a site, of its shape."""
-        return decoder_layer_block(*self._layer(index), read)
+        block = decoder_layer_block(*self._layer(index), read)
+        return replace(block, sites=self._priced(index, block.sites))
 
     @contextmanager
     def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
@@ -203,8 +211,9 @@ class Model:
         reader.shutdown(wait=False)  # its thread ends with the layer
 
     @torch.no_grad()
-    def enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[Call]]:
-        """Hidden states [B, T, D] in front of the first decoder layer, and what each layer is called with."""
+    def enter(self, tokens_BT: Tensor, **how: Any) -> tuple[Tensor, list[Call]]:
+        """Hidden states [B, T, D] in front of the first decoder layer, and what each layer is called with. `how`: what
+        else the model is called with, a KV cache say."""
         calls: list[Call] = []
         entered: list[Tensor] = []  # one and the same, as layers hand it on
 
@@ -216,7 +225,7 @@ class Model:
         with ExitStack() as stand_ins:
             for layer in self.layers:
                 stand_ins.enter_context(forward_replaced(layer, record))
-            self.module.base_model(input_ids=tokens_BT.to(self.device), use_cache=False)
+            self.module.base_model(input_ids=tokens_BT.to(self.device), **{"use_cache": False, **how})
         return entered[0], calls
 
     @torch.no_grad()
@@ -281,16 +290,3 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     finally:
         module.__dict__.pop("forward", None)
         module.__dict__.update(own)
-
-
-def select_layers_(config: Any, kept: Sequence[int]) -> None:
-    """Makes a config that of a model with the layers `kept` alone, in that order."""
-    if getattr(config, "mlp_only_layers", None) is not None:  # Qwen3-MoE's layers that are no mixtures, by index
-        step, dense = config.decoder_sparse_step, config.mlp_only_layers
-        config.mlp_only_layers = [new for new, old in enumerate(kept) if old in dense or (old + 1) % step]
-        config.decoder_sparse_step = 1
-    config.num_hidden_layers = len(kept)
-    for name in PER_LAYER:
-        values = getattr(config, name, None)
-        if values is not None:
-            setattr(config, name, [values[index] for index in kept])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,11 +14,12 @@ from pruneexp.calibrate import Probe
 from pruneexp.pruning.budget import biases_added, refusal, whole_budget
 from pruneexp.pruning.method import Pruning
 from pruneexp.search import Turns
-from pruneexp.types import QUERY_HEADS, Budget, Candidate, Oracle, Plan, Score, Site, evidence_kinds, filled
+from pruneexp.types import QUERY_HEADS, Budget, Candidate, Oracle, Plan, Score, Site, SitePlan, evidence_kinds, filled
 from pruneexp.types.defaults import EVIDENCE
 
 # of held-out windows: their spread is the standard error of a choice, and one alone is the least that can be asked for
 LEAST_BATCHES = 16
+TURNS, TURNS_OF_TIMES = 4, 12  # times that a search which spends nothing is asked
 
 Fit = Callable[[Pruning, Plan, Tensor], Candidate]
 
@@ -81,40 +83,82 @@ def _settled(
 ) -> tuple[Plan, float]:
     """As `plan_within_budget`, of turns."""
     answers: list[tuple[Plan, float]] = []
-    added = budget.added_params(_biases_added(work, sites))
+    added: float = budget.added_params(_biases_added(work, sites))
     if refusal(work.method.search, sites, replace(budget, added=budget.added + added)) is not None:
         added = 0  # most of these sites may have to stay whole
-    for _ in range(4):
+    by_times, search = budget.counts == "latency", work.method.search
+    if by_times and refusal(search, sites, replace(budget, added=budget.added + _expected(sites, budget))) is None:
+        added = _expected(sites, budget)
+    corrected = _Corrected(min((price for site in sites if (price := budget.price(site))), default=1) / 2)
+    for _ in range(TURNS_OF_TIMES if by_times else TURNS):
         paying = replace(budget, added=budget.added + added)
-        plan = work.method.search(scores, sites, paying, oracle, work.record.rng)
+        if by_times and answers and refusal(search, sites, paying) is not None:
+            added = corrected.less(added)
+            continue
+        probed = bool(answers) and oracle is not None and oracle.passes > 0
+        if probed:
+            plan = search.rebalanced(answers[-1][0], scores, sites, paying)
+        else:
+            plan = search(scores, sites, paying, oracle, work.record.rng)
         needed, short = _left_over(work, plan, sites, budget)
-        settled = needed == added or work.ratio == 0
-        if oracle is not None and oracle.passes:
-            return (plan, short) if settled else _rebalanced(work, plan, scores, sites, budget)
+        again = any(plan.sites == known.sites for known, _ in answers)
         answers.append((plan, short))
-        if settled:
+        if needed == added or work.ratio == 0 or (by_times and abs(short) <= corrected.slack):
             return answers[-1]
-        added = needed
+        dear = oracle is not None and oracle.passes > 0
+        if dear and (search.rebalanced is None or (probed and not by_times)):
+            return answers[-1]
+        added = corrected.more(added, needed, short, again) if by_times else needed
+        if corrected.high - corrected.low < corrected.slack:
+            break
     return min(answers, key=lambda answer: abs(answer[1]))
 
 
-def _rebalanced(
-    work: Pruning, plan: Plan, scores: Mapping[str, Score], sites: Sequence[Site], budget: Budget
-) -> tuple[Plan, float]:
-    """A probing search's plan at the biases that it really adds, where the search offers that for nothing."""
-    needed, short = _left_over(work, plan, sites, budget)
-    rebalanced = work.method.search.rebalanced
-    if rebalanced is None:
-        return plan, short
-    plan = rebalanced(plan, scores, sites, replace(budget, added=budget.added + needed))
-    return plan, _left_over(work, plan, sites, budget)[1]
+def _expected(sites: Sequence[Site], budget: Budget) -> float:
+    """What prices say too much, by the table, where every sublayer loses the same share of its units."""
+    inner = [site for site in sites if site.kind != "block" and budget.price(site)]
+    low, high, over = 0.0, 1.0, 0.0
+    for _ in range(20):
+        share = (low + high) / 2
+        gone = {s.name: SitePlan(s.kind, s.units, tuple(range(round((1 - share) * s.units)))) for s in inner}
+        plan = Plan(gone)
+        freed = sum(budget.freed(plan, site) for site in inner)
+        over = sum(plan.removed(site) * budget.price(site) for site in inner) - freed
+        low, high = (share, high) if freed < budget.remove else (low, share)
+    return over
 
 
-def _left_over(work: Pruning, plan: Plan, sites: Sequence[Site], budget: Budget) -> tuple[int, float]:
-    """What the biases that `plan` leads to add, and what is missing for the budget and them together."""
-    needed = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
-    removed = sum(plan.removed(site) * budget.price(site) for site in sites)
-    return needed, replace(budget, added=budget.added + needed).remove - removed
+class _Corrected:
+    """What to ask for on top of a budget in times, which are no multiples of a unit's: what the units' prices say too
+    much; and between what was too little and what was too much once there is both, since a step may lie between."""
+
+    def __init__(self, slack: float):
+        self.slack, self.low, self.high = slack, -math.inf, math.inf
+
+    def more(self, added: float, needed: float, short: float, again: bool) -> float:
+        """After a plan that was `short` by so much; one that was known already says nothing new."""
+        if short > 0:
+            self.low = max(self.low, added)
+        else:
+            self.high = min(self.high, added)
+        return needed if self.low < needed < self.high and not again else self._between(added + short)
+
+    def less(self, added: float) -> float:
+        """After what was out of reach."""
+        self.high = min(self.high, added)
+        return self._between(added)
+
+    def _between(self, otherwise: float) -> float:
+        return (self.low + self.high) / 2 if math.isfinite(self.high - self.low) else otherwise
+
+
+def _left_over(work: Pruning, plan: Plan, sites: Sequence[Site], budget: Budget) -> tuple[float, float]:
+    """What is to be asked for on top of the budget for it to be met: what the biases that `plan` leads to add, and what
+    its units' prices say too much; and what is missing for the budget and the biases together."""
+    biases = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
+    removed = sum(budget.freed(plan, site) for site in sites)
+    over = sum(plan.removed(site) * budget.price(site) for site in sites) - removed
+    return biases + over, replace(budget, added=budget.added + biases).remove - removed
 
 
 def _biases_added(work: Pruning, sites: Sequence[Site]) -> int:

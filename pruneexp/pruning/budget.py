@@ -10,7 +10,7 @@ from pruneexp.calibrate import require_sums
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.modeling_pruned import LayerStructure
 from pruneexp.pruning.method import walks_by_sites
-from pruneexp.search import in_turns
+from pruneexp.search import UNITS, in_turns
 from pruneexp.types import (
     QUERY_HEADS,
     Budget,
@@ -30,6 +30,9 @@ def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Si
     """A share of what these layers hold, counted as the sparsity says; `sites`: all of theirs that may lose units."""
     counts = COUNTS.get(sparsity.of, sparsity.of)
     budget = Budget(ratio, 0, 0, None, counts, sparsity.context, model.dtype.itemsize)
+    if counts == "latency" and model.times is not None:
+        total = sum(model.times.total(model.origin[index], model.layer_sites(index)) for index in layers)
+        return replace(budget, total=total, times=model.times, origin=tuple(model.origin))
     total = sum(site.units * budget.price(site) for site in sites)
     if sparsity.of in ("decoder", "bytes"):  # norms and out-projections' biases too
         params = sum(p.numel() for index in layers for p in model.layers[index].parameters())
@@ -66,6 +69,9 @@ def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Sit
 
 def as_planned(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
     """The sites of some layers, those of experts as one site of whole experts where these may leave."""
+    times = model.times
+    if times is not None and not set(UNITS.values()) & set(search.granularity):
+        sites = [times.priced(model.origin[site.layer], site, whole=True) for site in sites]
     if "experts" not in search.granularity:
         return list(sites)
     whole = [site for layer in sorted({site.layer for site in sites}) for site in model.whole_experts(layer)]

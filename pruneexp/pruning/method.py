@@ -24,7 +24,7 @@ from pruneexp.types import (
     evidence_kinds,
     filled,
 )
-from pruneexp.types.defaults import COMPENSATOR, CRITERION, SEARCH
+from pruneexp.types.defaults import COMPENSATOR, CRITERION, SEARCH, SPARSITY
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Method:
     def __post_init__(self) -> None:
         filled(self.criterion, CRITERION)
         filled(self.search, SEARCH)
+        filled(self.sparsity, SPARSITY)
         filled(self.compensator, COMPENSATOR)
         evidence_kinds(self.criterion.evidence)
         evidence_kinds(self.compensator.evidence)

@@ -221,8 +221,8 @@ def _channels(wanted: float, heads: int, sites: Sequence[Site], budget: Budget, 
         )
     channels = int((wanted - heads * head) / channel)
     there, all_channels = sum(site.units for site in attention), sum(site.units for site in ffn)
-    most = min(there, math.floor(wanted / head))
-    least = math.ceil((wanted - all_channels * channel) / head)
+    most = min(there, math.floor(wanted / head)) if head else there
+    least = math.ceil((wanted - all_channels * channel) / head) if head else 0
     if heads > most:
         why = "all heads (KV groups)" if most == there else "what the sparsity.ratio pays for"
         raise ConfigError(f"search.heads={asked}: expected at most {most * per}, {why}")

@@ -11,6 +11,7 @@ from pruneexp.search.removable import BLOCK, SUBLAYER, UNIT, Gone, Item, Removab
 from pruneexp.types import Plan, Site
 
 _EPSILON = 1e-3  # numbers that differ by rounding alone must not end on different sides of a tie
+_FINEST = 100_000  # parts of all times that sums of them are told apart by
 _MANY = 4096  # options of all layers, beyond which sums are not searched
 
 Event = tuple[Item, int, int]  # what left, how many of its units were gone before, what it took along
@@ -178,11 +179,13 @@ def _nearest(removable: Removable, gone: Gone, off: float) -> Gone:
         return gone
     options = [_options(removable, layer) for layer in layers]
     unit = math.gcd(*(cost for own in options for cost, _, _ in own)) or 1
+    if removable.budget.times is not None:  # times have no common measure, and sums to the picosecond would be too many
+        unit = max(unit, round(removable.budget.total / _FINEST))
     reach = [1]  # of the layers from each on: bit n for a sum of n
     for own in reversed(options):
         found = 0
         for cost, _, _ in own:
-            found |= reach[-1] << cost // unit
+            found |= reach[-1] << round(cost / unit)
         reach.append(found)
     sums = [n for n in range(reach[-1].bit_length()) if reach[-1] >> n & 1]
     rest = min(reversed(sums), key=lambda n: abs(n * unit - removable.budget.remove))
@@ -191,9 +194,9 @@ def _nearest(removable: Removable, gone: Gone, off: float) -> Gone:
     result = removable.nothing()
     for layer, own, after in zip(layers, options, reversed(reach[:-1]), strict=True):
         now = next(cost for cost, units, out in own if _is(gone, layer, units, out))
-        able = [o for o in own if o[0] // unit <= rest and after >> (rest - o[0] // unit) & 1]
+        able = [o for o in own if round(o[0] / unit) <= rest and after >> (rest - round(o[0] / unit)) & 1]
         cost, units, out = min(able, key=lambda option: abs(option[0] - now))
-        rest -= cost // unit
+        rest -= round(cost / unit)
         result.units.update(units)
         result.layers |= {layer} if out else set()
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pruneexp.model.loaded import PER_LAYER
+from pruneexp.model.architecture import PER_LAYER
 from pruneexp.model.modeling_pruned import FAMILIES
 
 # Its way through transformers wants attention behind transformers' interface (BLOOM and Falcon have their own), takes

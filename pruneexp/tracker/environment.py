@@ -29,7 +29,7 @@ def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
     return {
         "versions": dict(_versions()),
         "platform": " ".join([platform.system(), platform.machine(), *filter(None, platform.libc_ver())]),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
@@ -63,7 +63,7 @@ def _command() -> list[str]:
     return [*named, *sys.argv[1:]]
 
 
-def _cpu() -> str | None:
+def processor() -> str | None:
     """The processor's name, where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

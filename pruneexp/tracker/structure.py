@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruneexp.types import QUERY_HEADS, Plan, Site
+from pruneexp.types import QUERY_HEADS, Plan, Site, Times
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -121,6 +121,39 @@ class Frame:
     def bar(self, layer: int, units: int) -> tuple[float, float, float, float]:
         """Its left, upper, right and lower edge."""
         return self.x(layer - 0.4), self.y(units), self.x(layer + 0.4), self.y(0)
+
+
+def latency_figure(times: Times, plan: Plan, sites: Sequence[Site], origin: Sequence[int], path: Path) -> None:
+    """A PNG of a latency table: milliseconds by what a sublayer keeps, a dot for what each layer keeps. `origin`: which
+    layer of the table each layer of the sites is."""
+    from PIL import Image, ImageDraw
+
+    width, height, margin = 4.6, 3.0, 0.55  # inches of a panel
+    image = Image.new("RGB", (round(DPI * 2 * width), round(DPI * height)), "white")
+    draw = ImageDraw.Draw(image)
+    for column, kind in enumerate(("attention", "mlp")):
+        own = [site for site in sites if site.kind == kind]
+        curves = list(dict.fromkeys(times.curve(kind, origin[site.layer]) for site in own))
+        most = max((curve.most for curve in curves), default=1) or 1
+        tallest = max((ms for curve in curves for _, ms, _ in curve.points), default=1.0) or 1.0
+
+        def at(kept: float, ms: float, left=column * width, most=most, tallest=tallest) -> tuple[float, float]:
+            x = left + margin + kept / most * (width - 1.4 * margin)
+            return DPI * x, DPI * (height - margin - ms / tallest * (height - 2 * margin))
+
+        draw.line((*at(0, tallest), *at(0, 0), *at(most, 0)), fill="black")
+        for curve in curves:
+            draw.line([at(kept, ms) for kept, ms, _ in curve.points], fill=OUTLINE, width=2)
+        for site in own:
+            kept = site.units - plan.removed(site)
+            x, y = at(kept, times.curve(kind, origin[site.layer]).at(kept))
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=KEPT)
+        for kept in range(0, most + 1, _step(most, 5)):
+            _text(draw, (at(kept, 0)[0], at(0, 0)[1] + 5), str(kept), anchor="ma")
+        for share in (0.0, 0.5, 1.0):
+            _text(draw, (at(0, 0)[0] - 5, at(0, share * tallest)[1]), f"{share * tallest:.3g}", anchor="rm")
+        _text(draw, (at(0, 0)[0], 0.1 * DPI), f"ms by {UNITS[kind]} kept", anchor="la", fill="#444444")
+    image.save(path, format="PNG", compress_level=1)
 
 
 def _panel(draw: ImageDraw, frame: Frame, kind: str, found: Sequence[Width]) -> None:

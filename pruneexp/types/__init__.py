@@ -42,10 +42,11 @@ from pruneexp.types.protocols import (
     Recovery,
     Search,
     Sparsity,
-    Tracker,
 )
 from pruneexp.types.site import QUERY_HEADS, Block, Cost, Site, SiteWeights
 from pruneexp.types.sources import ALWAYS, SOURCES, Sequential, collected_by, source_of
+from pruneexp.types.times import PICOSECONDS, Curve, LayerTimes, Times, times_of
+from pruneexp.types.tracking import Tracker
 from pruneexp.types.windows import Augmentation, Dataset
 
 __all__ = [
@@ -60,12 +61,15 @@ __all__ = [
     "ConfigErrors",
     "Cost",
     "Criterion",
+    "Curve",
     "Dataset",
     "Evaluator",
     "Evidence",
+    "LayerTimes",
     "Measured",
     "Objective",
     "Oracle",
+    "PICOSECONDS",
     "PLAN_VERSION",
     "Plan",
     "QUERY_HEADS",
@@ -84,6 +88,7 @@ __all__ = [
     "SitePlan",
     "SiteWeights",
     "Sparsity",
+    "Times",
     "Tracker",
     "collected_by",
     "evidence_kinds",
@@ -92,6 +97,7 @@ __all__ = [
     "require_least",
     "source_of",
     "start_name",
+    "times_of",
     "unit_scores",
     "updated_",
     "updates_in_place",

@@ -65,6 +65,7 @@ SEARCH: Defaults = {
     "tries": 0.0,
 }
 RECOVERY: Defaults = {"seen": None, "looks": _zero, "batch": 0, "layerwise": False, "merge": True}
+SPARSITY: Defaults = {"batch": 1, "phase": "decode", "table": None}
 EVALUATOR: Defaults = {
     "streams": False,
     "check": _nothing,

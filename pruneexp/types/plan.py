@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.types.site import Cost, Site
+from pruneexp.types.times import Times
 
 PLAN_VERSION = 1
 
@@ -136,9 +137,11 @@ class Budget:
         0  # to be removed on top: parameters that compensation adds (new biases), what layers before left over
     )
     layers: int | None = None  # decoder layers of the whole run, where the sites given are not all; None: they are
-    counts: Literal["params", "macs", "bytes", "kv_cache"] = "params"
+    counts: Literal["params", "macs", "bytes", "kv_cache", "latency"] = "params"
     context: int = 0  # tokens of context that macs and bytes are counted at
     element_size: int = 1  # bytes of a weight, and of an entry of the KV cache
+    times: Times | None = None  # what latency is counted by, and
+    origin: tuple[int, ...] = ()  # which of the original layers each layer is
 
     @property
     def remove(self) -> float:
@@ -147,11 +150,13 @@ class Budget:
 
     def price(self, site: Site) -> int:
         """What leaves with one unit of `site`: parameters; multiply-accumulates per token, over `context` tokens; bytes
-        of weights and of the KV cache of `context` tokens; bytes of KV cache per token."""
+        of weights and of the KV cache of `context` tokens; bytes of KV cache per token; picoseconds, by the slope."""
         return self._counted(site.cost)
 
     def freed(self, plan: Plan, site: Site) -> int:
-        """What leaves `site` with a plan, as it counts."""
+        """What leaves `site` with a plan, as it counts: of times, which are no multiples of a unit's, by the table."""
+        if self.counts == "latency" and self.times is not None:
+            return self.times.freed(self.origin[site.layer], site, plan.removed(site), plan.lost_heads(site))
         freed = plan.removed(site) * self.price(site)
         return freed if site.head_cost is None else freed + plan.lost_heads(site) * self._counted(site.head_cost)
 
@@ -161,6 +166,7 @@ class Budget:
             "macs": cost.macs + self.context * cost.context_macs,
             "bytes": self.element_size * (cost.params + self.context * cost.kv),
             "kv_cache": self.element_size * cost.kv,
+            "latency": cost.picoseconds,
         }[self.counts]
 
     @property
@@ -171,6 +177,7 @@ class Budget:
             "macs": f"multiply-accumulates per token over {self.context} tokens",
             "bytes": f"bytes, the KV cache of {self.context} tokens with them",
             "kv_cache": "bytes of KV cache per token",
+            "latency": "picoseconds of a pass through the decoder layers",
         }[self.counts]
 
     def added_params(self, count: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 import torch
 from torch import Tensor
 
-from pruneexp.types.nouns import Candidate, Measured, RunRecord, Scores
+from pruneexp.types.nouns import Candidate, Measured, Scores
 from pruneexp.types.plan import Budget, Plan
 from pruneexp.types.site import Block, Site
 from pruneexp.types.sources import Sequential
@@ -165,11 +165,15 @@ class Search(Protocol):
 
 
 class Sparsity(Protocol):
-    """How much leaves, in which rounds."""
+    """How much leaves, in which rounds. `batch`, `phase` and `table`: what times are measured at, or the file that has
+    them."""
 
     ratio: float
     of: str
     context: int
+    batch: int
+    phase: Any
+    table: str | None
 
     def shares(self) -> tuple[float, ...]:
         """Cumulative share removed after each round; the last is `ratio`."""
@@ -279,21 +283,3 @@ class Evaluator(Protocol):
     def measured_on(self, tokenizer: Any, /) -> Any: ...
 
     def __call__(self, model: Any, tokenizer: Any) -> Measured | Mapping[str, float]: ...
-
-
-class Tracker(Protocol):
-    """Where a run's record goes. Called in this order; `fail` instead of `finish` when the run dies. `trace`: the
-    traceback of what killed it, where it is no user's mistake. `summarise(record, header, rows, figures)`, unless None:
-    takes a sweep's table and figures once it has ended."""
-
-    summarise: Any
-
-    def start(self, record: RunRecord) -> None: ...
-
-    def log(self, metrics: Mapping[str, float]) -> None: ...
-
-    def artifacts(self, plan: Plan, scores: Scores, sites: Sequence[Site]) -> None: ...
-
-    def finish(self, metrics: Mapping[str, float]) -> None: ...
-
-    def fail(self, reason: str, trace: str = "") -> None: ...

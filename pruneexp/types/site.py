@@ -19,6 +19,7 @@ class Cost:
     macs: int  # multiply-accumulates per token in those matrices
     kv: int  # KV-cache elements per token
     context_macs: int = 0  # multiply-accumulates of attention per token, for each token of context it looks at
+    picoseconds: int = 0  # of a pass, by the latency table; 0 where there is none
 
 
 @dataclass(frozen=True)

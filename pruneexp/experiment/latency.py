@@ -1,0 +1,188 @@
+"""A budget in time: the table that it is counted by, before pruning, and what the pruned layers take, after."""
+
+from __future__ import annotations
+
+import logging
+from copy import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from pruneexp.cache import Cache, NoCache
+from pruneexp.experiment.settings import Experiment
+from pruneexp.files import write_atomic
+from pruneexp.fingerprint import code_version
+from pruneexp.latency import Conditions, Table, Workload, check_table, compared, measured_table, read_table, same_device
+from pruneexp.latency.workload import widths
+from pruneexp.model import Model
+from pruneexp.model.modeling_pruned import head_size
+from pruneexp.pruning import Pruned
+from pruneexp.pruning.budget import check_pruning
+from pruneexp.tracker.environment import processor
+from pruneexp.tracker.structure import latency_figure
+from pruneexp.types import ConfigError, Curve, LayerTimes, Site, Sparsity, Times
+
+logger = logging.getLogger("pruneexp")
+
+FILE, FIGURE = "latency.json", "latency.png"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a run counts times by. `work`: the layers before pruning, None where the table is another device's."""
+
+    table: Table
+    work: Workload | None
+
+    def figures(self, model: Model, foretold: float) -> dict[str, float]:
+        """The pruned layers against what they were, measured in turns, beside the share that the table foretold."""
+        if self.work is None:
+            return {}
+        asked, found = self.table.conditions, compared(self.work, model)
+        name = f"latency/decoder_{asked.phase}_ms@b{asked.batch}x{asked.context}"
+        shares = [1 - pruned / dense for dense, pruned in zip(found.dense, found.pruned, strict=True)]
+        dense, pruned, share = median(found.dense), median(found.pruned), median(shares)
+        logger.info(
+            "latency: the table foretold %.1f %% less, measured are %.1f %% (%.1f to %.1f %% in %d repeats): %.4g ms "
+            "became %.4g",
+            *(100 * foretold, 100 * share, 100 * min(shares), 100 * max(shares), len(shares), dense, pruned),
+        )
+        return {f"dense/{name}": dense, f"pruned/{name}": pruned, "sparsity/latency_measured": share}
+
+    def write(self, folder: Path | None, pruned: Pruned, origin: list[int]) -> None:
+        """latency.json, which another run takes as its `sparsity.table`, and a picture of it."""
+        if folder is None:
+            return
+        write_atomic(folder / FILE, self.table.to_json())
+        try:
+            latency_figure(self.table.times, pruned.plan, pruned.sites, origin, folder / FIGURE)
+        except Exception as error:  # a picture is not worth a run
+            logger.warning("no %s: %s: %s", FIGURE, type(error).__name__, error)
+
+
+def given_table(experiment: Experiment, outline: Model) -> Table | None:
+    """The table of the file that `sparsity.table` names; None where times are to be measured, or not asked for. Raises
+    ConfigError for one of another model or at other conditions, and where times cannot be counted."""
+    sparsity = experiment.sparsity
+    if sparsity.of != "latency":
+        return None
+    if outline.mixture:
+        raise ConfigError(
+            "sparsity.of='latency': expected another quantity for a mixture of experts, whose times depend on where "
+            "tokens are routed to"
+        )
+    longest = sparsity.context + (sparsity.phase == "decode")
+    if outline.family.learned_positions and longest > (outline.max_length or longest):
+        raise ConfigError(
+            f"sparsity.context={sparsity.context}: expected fewer, the model has {outline.max_length} positions"
+        )
+    if sparsity.table is None:
+        return None
+    table = read_table(sparsity.table)
+    check_table(table, conditions_of(outline, sparsity))
+    return table
+
+
+def conditions_of(model: Model, sparsity: Sparsity) -> Conditions:
+    """What the sparsity asks to measure at, here."""
+    cpu = model.device.type != "cuda"
+    return Conditions(
+        device=(processor() or "cpu") if cpu else torch.cuda.get_device_name(model.device),
+        threads=torch.get_num_threads() if cpu else 0,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=str(model.module.config._attn_implementation),
+        torch=torch.__version__,
+        model={
+            "architecture": model.family.stock,
+            "hidden": model.config.hidden_size,
+            "head": head_size(model.config),
+            "widths": [list(widths(model.layer_sites(index))) for index in range(len(model.layers))],
+        },
+        batch=sparsity.batch,
+        context=sparsity.context,
+        phase=sparsity.phase,
+    )
+
+
+def with_times(model: Model, times: Times) -> Model:
+    """The same model, counted by a table."""
+    other = copy(model)
+    other.times = times
+    return other
+
+
+def assumed(model: Model) -> Times:
+    """In the place of what is not measured yet: times in proportion to parameters."""
+
+    def curve(site: Site | None) -> Curve:
+        whole = [] if site is None else [(site.units, site.units * site.cost.params * 1e-6, 0.0)]
+        return Curve(((0, 0.0, 0.0), *whole))
+
+    found = []
+    for index in range(len(model.layers)):
+        there = {site.kind: site for site in model.layer_sites(index)}
+        attention, ffn = curve(there.get("attention")), curve(there.get("mlp"))
+        site, heads = there.get("attention"), None
+        if site is not None and site.head_cost is not None:
+            ms = attention.at(site.units)
+            least = ms - (site.group - 1) * site.units * site.head_cost.params * 1e-6
+            heads = Curve(((1, max(0.0, least), 0.0), (site.group, ms, 0.0)))
+        found.append(LayerTimes((index,), attention, ffn, heads))
+    return Times(tuple(found))
+
+
+def timing_of(experiment: Experiment, model: Model, given: Table | None) -> Timing | None:
+    """The table that a run counts by, which its model then knows: the one that was `given`, or measured, once for a
+    device, a model's shapes and what is asked. None where no times are asked for.
+
+    Raises ConfigError where the search cannot remove so much, by what was measured, or where layers lie on several
+    devices."""
+    sparsity = experiment.sparsity
+    if sparsity.of != "latency":
+        return None
+    here = conditions_of(model, sparsity)
+    if given is not None and not same_device(given, here):
+        of = given.conditions
+        logger.info(
+            "sparsity.table=%r: times of %s (%d threads), this run is on %s (%d); what is pruned is not measured",
+            *(given.source, of.device, of.threads, here.device, here.threads),
+        )
+        model.times = given.times
+        return Timing(given, None)
+    if len(model.devices) > 1:
+        raise ConfigError("sparsity.of='latency': the model's layers lie on several devices; expected one, or a table")
+    work = Workload(sparsity.batch, sparsity.context, sparsity.phase, model)
+    if given is None:
+        given = _measured(experiment.cache, work, here, experiment.config["search"].get("multiple", 1))
+    model.times = given.times
+    check_pruning(model, experiment.search, sparsity, experiment.compensator)
+    return Timing(given, work)
+
+
+def _measured(cache: Cache | NoCache, work: Workload, here: Conditions, multiple: int) -> Table:
+    """From the cache, where it was measured before and steady."""
+    code = code_version("pruneexp.latency")
+    key = {"what": "the latency table", **asdict(here), "multiple": multiple, "code": code}
+    with cache.held([key]) as entries:
+        times = entries.get(key)
+        table = measured_table(work, here, multiple) if times is None else Table(here, times)
+        if times is None and table.steady:
+            entries.put(key, table.times)
+    if not table.steady:
+        logger.warning(
+            "latency: %d of %d times spread by more than a quarter of their median: something else was running; what "
+            "would help: an idle machine, or sparsity.table with times of one",
+            *table.unsteady(),
+        )
+    return table
+
+
+def without_table(sparsity: Sparsity) -> str:
+    """What a forecast says of a share of times that are not known yet."""
+    what = "one token behind" if sparsity.phase == "decode" else "a pass of"
+    return (
+        f"to remove: {sparsity.ratio:.1%} of the decoder layers' milliseconds ({what} {sparsity.context} tokens, "
+        f"{sparsity.batch} sequences), measured when the run starts; here as if times went with parameters"
+    )

@@ -1,0 +1,122 @@
+"""A latency table as data and as a file: what it was measured on, at what, and the times by what sublayers keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pruneexp.types import ConfigError, Curve, Times, times_of
+
+VERSION = 1
+SPREAD, MANY = 0.25, 0.25  # interquartile range over median that says little; share of the points that may have it
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What times depend on. `model`: hidden size, head size, and of each layer its KV groups, their query heads and its
+    FFN channels."""
+
+    device: str
+    threads: int
+    dtype: str
+    attention: str  # implementation
+    torch: str
+    model: Mapping[str, Any]
+    batch: int
+    context: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Times at some conditions; `source`: the file that they came from, None where they were measured here."""
+
+    conditions: Conditions
+    times: Times
+    source: str | None = None
+
+    def to_json(self) -> str:
+        """The file: `version`, the conditions, and `layers`: of those that are alike, by what is kept, [units,
+        milliseconds, interquartile range] of `attention` (KV groups), `ffn` (channels) and `query_heads` (of each
+        group; empty where a group has one)."""
+
+        def points(curve: Curve | None) -> str:
+            return json.dumps([[kept, round(ms, 6), round(iqr, 6)] for kept, ms, iqr in curve.points] if curve else [])
+
+        layers = ",\n".join(
+            f'  {{"layers": {json.dumps(list(own.layers))},\n   "attention": {points(own.attention)},\n'
+            f'   "query_heads": {points(own.query_heads)},\n   "ffn": {points(own.ffn)}}}'
+            for own in self.times.of
+        )
+        head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in asdict(self.conditions).items())
+        return f'{{"version": {VERSION},\n{head} "layers": [\n{layers}\n ]}}\n'
+
+    @property
+    def curves(self) -> list[Curve]:
+        return [c for own in self.times.of for c in (own.attention, own.ffn, own.query_heads) if c is not None]
+
+    def unsteady(self) -> tuple[int, int]:
+        """How many points spread too much to be trusted, and how many there are."""
+        points = [point for curve in self.curves for point in curve.points]
+        return sum(iqr > SPREAD * ms for _, ms, iqr in points), len(points)
+
+    @property
+    def steady(self) -> bool:
+        wide, points = self.unsteady()
+        return wide <= MANY * points
+
+
+def read_table(path: str) -> Table:
+    """Raises ConfigError, naming `sparsity.table`, for what is no table."""
+    where = f"sparsity.table={path!r}"
+    try:
+        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: {error.strerror or error}; expected a run's latency.json, or one like it"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: is no JSON ({error}); expected a run's latency.json, or one like it") from None
+    try:
+        if data["version"] != VERSION:
+            raise ValueError(f"version={data['version']!r}: expected {VERSION}")
+        conditions = Conditions(**{name: data[name] for name in Conditions.__dataclass_fields__})
+        return Table(conditions, times_of(data["layers"]), path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        lacks = f"has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ConfigError(f"{where}: {lacks}; expected a table as a run's latency.json is") from None
+
+
+def check_table(table: Table, asked: Conditions) -> None:
+    """Raises ConfigError where a table from a file is of another model, or at other conditions than those asked for.
+    Devices, threads and versions may differ."""
+    where = f"sparsity.table={table.source!r}"
+    for name in ("model", "dtype", "batch", "context", "phase"):
+        has, wanted = (json.loads(json.dumps(getattr(each, name))) for each in (table.conditions, asked))
+        if has != wanted and name == "model":
+            key = next(key for key in wanted if not isinstance(has, dict) or has.get(key) != wanted[key])
+            found = has.get(key) if isinstance(has, dict) else has
+            raise ConfigError(f"{where}: is of a model with {key}={found}; expected {wanted[key]}, as this one has")
+        if has != wanted:
+            key = "model.dtype" if name == "dtype" else f"sparsity.{name}"
+            raise ConfigError(f"{where}: is at {name}={has}; expected {key}={wanted}, as asked for")
+    widths: Sequence[Sequence[int]] = asked.model["widths"]
+    for index, (groups, heads, channels) in enumerate(widths):
+        own = next((each for each in table.times.of if index in each.layers), None)
+        if own is None:
+            raise ConfigError(f"{where}: has no times of layer {index}; expected those of all {len(widths)}")
+        ends = [("attention", own.attention, groups), ("ffn", own.ffn, channels)]
+        ends += [("query_heads", own.query_heads, heads)] if own.query_heads is not None else []
+        for name, curve, whole in ends:
+            if curve.most != whole or (whole and name != "query_heads" and curve.points[0][0] > 0):
+                raise ConfigError(
+                    f"{where}: {name} of layer {index} goes from {curve.points[0][0]} to {curve.most}; expected 0 to "
+                    f"{whole}, all that it has"
+                )
+
+
+def same_device(table: Table, here: Conditions) -> bool:
+    return (table.conditions.device, table.conditions.threads) == (here.device, here.threads)

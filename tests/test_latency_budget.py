@@ -1,0 +1,316 @@
+"""Budgets in time: plans by made-up tables in closed form, tables as files, and a measured run from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruneexp import progress
+from pruneexp.__main__ import main
+from pruneexp.compensator import NoCompensation
+from pruneexp.criterion import Random
+from pruneexp.experiment import latency as of_runs
+from pruneexp.experiment.latency import conditions_of
+from pruneexp.fingerprint import config_hash
+from pruneexp.latency import Conditions, Table, Workload, compared, measure, measured_table
+from pruneexp.latency.measure import spaced
+from pruneexp.model import Model
+from pruneexp.pruning import Method, Pruned
+from pruneexp.pruning.budget import whole_budget
+from pruneexp.pruning.record import Record
+from pruneexp.pruning.rounds import prune_in_rounds_
+from pruneexp.search import AlAm, AlAmQueryHeads, Global, UlMm
+from pruneexp.sparsity import Cubic, OneShot
+from pruneexp.types import Curve, LayerTimes, Times
+from tests.cases import UNTIMED, each
+from tests.messages import assert_told
+from tests.test_budget import BUDGETED, EXACT
+
+Time = Callable[[int], float]
+BLOCKS = BUDGETED["blocks"]
+SEARCHES: dict[str, Any] = {**EXACT, "al_am": AlAm(), "blocks": BLOCKS, "ul_mm": UlMm(3)}
+NONE = NoCompensation(False)
+
+
+def curve(time: Time, most: int) -> Curve:
+    """A point for every width: nothing is interpolated."""
+    return Curve(tuple((n, time(n), 0.0) for n in range(most + 1)))
+
+
+def with_table(model: Model, attention: Time, ffn: Time, heads: Time | None = None) -> Model:
+    """Times of every layer by KV groups and channels, and by query heads of each group."""
+    there = {site.kind: site for site in model.layer_sites(0)}
+    by_heads = None if heads is None else curve(heads, there["attention"].group)
+    own = (curve(attention, there["attention"].units), curve(ffn, there["mlp"].units), by_heads)
+    model.times = Times((LayerTimes(tuple(range(len(model.layers))), *own),))
+    return model
+
+
+def prune(model: Model, tokens_NT: Tensor, search: Any, sparsity: Any) -> Pruned:
+    record = Record(rng=torch.Generator().manual_seed(0))
+    return prune_in_rounds_(model, tokens_NT[:4], Method(Random(5), sparsity, search, NONE), record)
+
+
+def latency(ratio: float) -> OneShot:
+    return OneShot(ratio, "latency", 0, *UNTIMED)
+
+
+def total(model: Model) -> int:
+    """Picoseconds by the table."""
+    return whole_budget(model, AlAm(), latency(0.0), 0.0).total
+
+
+def test_between_points_a_curve_is_straight() -> None:
+    found = Curve(((0, 1.0, 0.0), (2, 3.0, 0.0), (6, 4.0, 0.0)))
+    assert [found.at(n) for n in (0, 1, 2, 4, 6)] == [1.0, 2.0, 3.0, 3.5, 4.0]
+    assert found.slope(6) == 0.25 and found.slope(2) == found.slope(1) == 1.0, "what stays to the last is no unit's"
+    assert Curve(((0, 1.0, 0.0), (3, 0.5, 0.0))).slope(3) == 0.0
+    with pytest.raises(ValueError, match="ascending"):
+        Curve(((2, 1.0, 0.0), (1, 1.0, 0.0)))
+
+
+@each("most, multiple", [(1536, 1), (1536, 64), (40, 1), (3, 1), (1, 1), (100, 8)])
+def test_a_grid_ends_with_all_and_has_the_widths_that_may_stay(most: int, multiple: int) -> None:
+    found = spaced(most, 13, multiple)
+    assert found[-1] == most and found == sorted(set(found)) and found[0] > 0 and len(found) <= 14
+    assert most <= 13 or all(n % multiple == 0 and (multiple > 1 or n % 2) for n in found[:-1])
+
+
+@pytest.mark.parametrize("search", [name for name in SEARCHES if name != "blocks"])
+def test_times_in_proportion_to_parameters_give_the_plan_of_parameters(
+    search: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    model = tiny("llama")
+    head, channel = (site.cost.params * 1e-6 for site in model.layer_sites(0))
+    by_params = prune(tiny("llama"), tokens_NT, SEARCHES[search], OneShot(0.3, "prunable", 0, *UNTIMED)).plan
+    timed = prune(
+        with_table(model, lambda n: n * head, lambda n: n * channel), tokens_NT, SEARCHES[search], latency(0.3)
+    )
+    assert timed.plan.sites == by_params.sites
+    budget = timed.plan.budget
+    assert budget["removed_latency"] == 1000 * by_params.budget["removed_params"] and budget["of"] == "latency"
+
+
+OVERHEAD = (lambda n: 0.3 + 0.2 * n if n else 0.1, lambda n: 0.5 + 0.05 * n if n else 0.1)
+CONCAVE = (lambda n: 0.4 * math.sqrt(n), lambda n: 0.3 * n**0.7)
+STEPS = (lambda n: 0.1 + 0.2 * n, lambda n: 0.1 + 0.4 * math.ceil(n / 8))  # kernels of 8 channels
+
+
+@pytest.mark.parametrize("times", [OVERHEAD, CONCAVE], ids=["overhead", "concave"])
+@pytest.mark.parametrize("search", [*EXACT, "query_heads"])
+def test_a_share_of_times_is_met_by_the_table_to_the_nearest_unit(
+    search: str, times: tuple[Time, Time], tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    whole = times[0](3)
+    model = with_table(tiny("llama"), *times, lambda n: whole * (0.7 + 0.15 * n))
+    before, chosen = total(model), AlAmQueryHeads() if search == "query_heads" else SEARCHES[search]
+    pruned = prune(model, tokens_NT, chosen, latency(0.3))
+    after = total(model)
+    assert pruned.plan.budget["removed_latency"] == pytest.approx(before - after) and pruned.counted == before
+    dearest = max(times[1](n + 1) - times[1](n) for n in range(4, 40)) * 1e9
+    slack = {"query_heads": 3 * dearest, "policy_gradient": 0.02 * before, "joint": 0.02 * before}
+    slack["greedy"] = 0.02 * before  # these ask for their losses once
+    assert abs(before - after - 0.3 * before) <= slack.get(search, 1.5 * dearest)
+
+
+@each("search", ["uniform", "global", "al_am", "evolutionary"])
+def test_steps_are_met_to_one_of_them(search: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    model = with_table(tiny("llama"), *STEPS)
+    before = total(model)
+    prune(model, tokens_NT, SEARCHES[search], latency(0.3))
+    assert abs(0.7 * before - total(model)) <= 0.4e9
+
+
+def test_where_an_ffn_takes_no_time_only_heads_leave(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    for search in (AlAm(), EXACT["global"], EXACT["uniform"]):
+        model = with_table(tiny("llama"), lambda n: 1.0 * n, lambda n: 0.0)
+        plan = prune(model, tokens_NT, search, latency(1 / 3)).plan
+        gone = {site.kind: 0 for site in plan.sites.values()}
+        for site in plan.sites.values():
+            gone[site.kind] += site.units - len(site.kept)
+        assert gone["mlp"] == 0 and abs(gone["attention"] - 3) <= isinstance(search, AlAm)
+
+
+def test_a_block_takes_all_its_time_along(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    model = with_table(tiny("llama"), *OVERHEAD)
+    before = total(model)
+    prune(model, tokens_NT, BLOCKS, latency(1 / 3))
+    assert len(model.layers) == 2 and total(model) == pytest.approx(2 / 3 * before)
+    model = with_table(tiny("llama"), *OVERHEAD)
+    sublayers = Global(0, ["attention", "ffn"], "per_parameter", 1)
+    pruned = prune(model, tokens_NT, sublayers, latency(0.25))
+    assert pruned.plan.budget["removed_latency"] == pytest.approx(before - total(model)) and total(model) < before
+
+
+def test_rounds_are_shares_of_the_original_times(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    model = with_table(tiny("llama"), *CONCAVE)
+    before = total(model)
+    budget = prune(model, tokens_NT, EXACT["global"], Cubic(0.4, "latency", 0, 3, *UNTIMED)).plan.budget
+    assert len(budget["rounds"]) == 3 and budget["total_latency"] == before
+    assert (before - total(model)) / before == pytest.approx(0.4, abs=0.02)
+    assert budget["removed_latency"] == pytest.approx(before - total(model))
+
+
+# Files and what is typed
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in `tmp_path`, measuring little: its exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
+    for name, value in (("SECONDS", 0.5), ("AT_ONCE", 1e-4), ("STACK_SECONDS", 0.02)):
+        monkeypatch.setattr(measure, name, value)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*typed: str) -> tuple[int, str, str]:
+        try:
+            code = main(typed)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return code, *capfd.readouterr()
+
+    return run
+
+
+OURS = ["sparsity.of=latency", "search=global", "dataset.samples=8", "evaluator=[size]", "run.save=false"]
+
+
+def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Conditions] = []
+
+    def counted(work: Workload, conditions: Conditions, multiple: int) -> Table:
+        measured.append(conditions)
+        found = measured_table(work, conditions, multiple)
+        # others compute beside the tests: straight lines up to what was measured of the whole
+        calm = [tuple((n, c.at(c.most) * (0.1 + 0.9 * n / c.most), 0.0) for n, _, _ in c.points) for c in found.curves]
+        own = replace(found.times.of[0], attention=Curve(calm[0]), ffn=Curve(calm[1]))
+        return replace(found, times=Times((own,)))
+
+    monkeypatch.setattr(of_runs, "measured_table", counted)
+    code, out, err = cli(*OURS, "cache.dir=cache", "run.dir=a")
+    assert code == 0, err
+    found = json.loads(Path("a/metrics.json").read_text())
+    plan = json.loads(Path("a/plan.json").read_text())["budget"]
+    assert found["sparsity/latency"] == pytest.approx(0.2, abs=0.01)
+    assert found["sparsity/latency"] == pytest.approx(plan["removed_latency"] / plan["total_latency"])
+    name = "latency/decoder_decode_ms@b1x0"
+    assert found[f"dense/{name}"] > 0 and found[f"pruned/{name}"] > 0 and "sparsity/latency_measured" in found
+    assert "the table foretold" in Path("a/log.txt").read_text() and Path("a/latency.png").stat().st_size > 1000
+    assert "milliseconds of the decoder, by the table" in out
+    assert cli(*OURS, "cache.dir=cache", "run.dir=b")[0] == 0 and len(measured) == 1, "from the cache"
+    assert cli(*OURS, "cache=off", "run.dir=c", "sparsity.table=a/latency.json")[0] == 0 and len(measured) == 1
+    plans = [json.loads(Path(run, "plan.json").read_text())["sites"] for run in "abc"]
+    assert plans[0] == plans[1] == plans[2]
+    assert Path("c/latency.json").read_text() == Path("a/latency.json").read_text()
+    foreign = json.loads(Path("a/latency.json").read_text()) | {"device": "another", "threads": 64}
+    Path("foreign.json").write_text(json.dumps(foreign))
+    assert cli(*OURS, "cache=off", "run.dir=d", "sparsity.table=foreign.json")[0] == 0
+    log, found = Path("d/log.txt").read_text(), json.loads(Path("d/metrics.json").read_text())
+    assert "times of another (64 threads)" in log and "sparsity/latency_measured" not in found
+    code, out, err = cli(*OURS, "run.dry=true")
+    assert code == 0 and "20.0% of the decoder layers' milliseconds" in out and len(measured) == 1, err
+    code, out, _ = cli(*OURS, "run.dry=true", "sparsity.table=a/latency.json")
+    assert code == 0 and "picoseconds of a pass through the decoder layers" in out
+
+
+def test_a_prefill_is_measured_from_python(monkeypatch: pytest.MonkeyPatch, tiny: Any, tokens_NT: Tensor) -> None:
+    import pruneexp
+
+    for name, value in (("SECONDS", 0.2), ("AT_ONCE", 1e-4), ("STACK_SECONDS", 0.01)):
+        monkeypatch.setattr(measure, name, value)
+    model = tiny("bloom").module.float()
+    typed = ["sparsity.of=latency", "sparsity.phase=prefill", "sparsity.context=16", "sparsity.batch=2"]
+    result = pruneexp.prune(model, None, tokens_NT, ratio=0.03, overrides=[*typed, "search=uniform"])
+    assert result.metrics["sparsity/latency"] > 0.01
+    assert result.metrics["pruned/latency/decoder_prefill_ms@b2x16"] > 0
+
+
+@pytest.mark.slow
+@each("name", ["falcon_40b", "falcon_rw", "gemma3", "gpt2", "phi3", "opt"])
+def test_layers_of_every_kind_can_be_measured(name: str, monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
+    for setting, value in (("SECONDS", 0.01), ("LEAST", 3), ("AT_ONCE", 0.0), ("STACK_SECONDS", 0.0)):
+        monkeypatch.setattr(measure, setting, value)
+    model = loaded(name)
+    for phase, context in (("decode", 9), ("decode", 0), ("prefill", 7)):
+        work = Workload(2, context, phase, model)
+        sparsity = OneShot(0.2, "latency", context, 2, phase, None)
+        model.times = measured_table(work, conditions_of(model, sparsity), 1).times
+        for index in range(len(model.layers)):
+            attention, ffn = (model.times.curve(site.kind, index) for site in model.layer_sites(index))
+            assert [attention.most, ffn.most] == [site.units for site in model.layer_sites(index)]
+            assert attention.at(attention.most) + ffn.at(ffn.most) > 0
+        assert min(compared(work, model).pruned) > 0
+
+
+@pytest.fixture
+def table(tiny: Any, tmp_path: Path) -> dict[str, Any]:
+    """A good table of the embedded model, as data."""
+    from pruneexp.model import ModelSource
+
+    outline = ModelSource("e", "embedded:llama", None, "auto", "cpu", False, False, 4).outline()
+    there = {site.kind: site.units for site in outline.layer_sites(0)}
+    points = {"attention": curve(lambda n: 1.0 + n, there["attention"]), "ffn": curve(lambda n: n / 9, there["mlp"])}
+    own = LayerTimes(tuple(range(len(outline.layers))), **points)
+    return json.loads(Table(conditions_of(outline, latency(0.2)), Times((own,))).to_json())
+
+
+REFUSED = [  # what is typed, what the line names, what it says besides
+    ("sparsity.table=none.json", "sparsity.table='none.json'", ["latency.json"]),
+    ("sparsity.table=text.json", "sparsity.table='text.json'", ["no JSON"]),
+    ("sparsity.table=t.json sparsity.batch=2", "sparsity.table='t.json'", ["batch=1", "sparsity.batch=2"]),
+    ("sparsity.table=t.json sparsity.context=9", "sparsity.table='t.json'", ["context=0", "sparsity.context=9"]),
+    ("sparsity.table=t.json model.dtype=bfloat16", "sparsity.table='t.json'", ["model.dtype=bfloat16"]),
+    ("sparsity.table=other.json", "sparsity.table='other.json'", ["hidden=7"]),
+    ("sparsity.table=short.json", "sparsity.table='short.json'", ["ffn of layer 0"]),
+    ("sparsity.table=lacks.json", "sparsity.table='lacks.json'", ["has no 'dtype'"]),
+    ("sparsity.table=t.json sparsity.ratio=0.99", "sparsity.ratio=0.99", ["at most"]),
+    ("sparsity.phase=prefill", "sparsity.context=0", ["phase=prefill"]),
+    ("sparsity.batch=0", "sparsity.batch=0", [">= 1"]),
+    ("model.stream=true", "sparsity.of='latency'", ["model.stream=false"]),
+]
+
+
+def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
+    cli: Any, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pruneexp.model import ModelSource
+
+    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("too late"))
+    short = {**table, "layers": [{**table["layers"][0], "ffn": table["layers"][0]["ffn"][:9]}]}
+    other = {**table, "model": {**table["model"], "hidden": 7}}
+    lacks = {key: value for key, value in table.items() if key != "dtype"}
+    for name, data in (("t", table), ("short", short), ("other", other), ("lacks", lacks)):
+        Path(f"{name}.json").write_text(json.dumps(data))
+    Path("text.json").write_text("milliseconds")
+    for command, named, told in REFUSED:
+        code, _, err = cli("sparsity.of=latency", "search=global", *command.split())
+        assert code == 2, command
+        assert_told(err, named, *told)
+
+
+def test_the_keys_of_times_leave_the_hash_where_they_are_as_they_come() -> None:
+    before = {"sparsity": {"ratio": 0.2, "of": "decoder", "context": 0}}
+    batch, phase, file = UNTIMED
+    after = {"sparsity": {**before["sparsity"], "batch": batch, "phase": phase, "table": file}}
+    assert config_hash(before) == config_hash(after)
+    assert config_hash({"sparsity": {**after["sparsity"], "phase": "prefill"}}) != config_hash(before)
+
+
+def test_a_noisy_table_is_said_to_be_one() -> None:
+    times = Times((LayerTimes((0,), Curve(((0, 0.1, 0.0), (1, 1.0, 0.5))), Curve(((0, 0.1, 0.0), (9, 1.0, 0.0)))),))
+    table = Table(Conditions("cpu", 1, "float32", "sdpa", "2", {}, 1, 0, "decode"), times)
+    assert table.unsteady() == (1, 4) and table.steady
+    wide = replace(times.of[0], ffn=Curve(((0, 0.1, 0.1), (9, 1.0, 0.3))))
+    assert not replace(table, times=Times((wide,))).steady

@@ -140,6 +140,7 @@ def test_starts_are_criteria_by_name(build_from):
     assert isinstance(experiment.criterion, Together)
     assert list(experiment.search.starts) == ["flap", "magnitude_coupled"]
     assert not isinstance(started(build_from, "search.starts=[]").criterion, Together)
+    assert started(build_from, "search.starts=[mini_llm]", "seed=3").search.starts["mini_llm"].seed == 3
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from pruneexp import types
 from pruneexp.cli.coerce import coerced, described
 from pruneexp.cli.compatible import check_together
@@ -161,7 +163,8 @@ class Builder:
                 raise ConfigError(
                     f"{key}={names!r}: {name!r} is {wrong}; expected some of {', '.join(sorted(known))}, each once"
                 )
-            part = self.node(option_content(known[name]), f"{key}.{name}")
+            own = OmegaConf.create({"seed": self.composed.config["seed"], "own": option_content(known[name])})
+            part = self.node(OmegaConf.to_container(own, resolve=True)["own"], f"{key}.{name}")  # type: ignore
             built[name] = satisfying(part, types.Criterion, f"{key}.{name}")
         return built
 

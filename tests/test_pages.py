@@ -374,6 +374,7 @@ def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path
     assert float(flap["difference"]) == pytest.approx(math.sqrt(14.5 * 15.0) - 14.62)
     assert float(flap["tolerance"]) == pytest.approx(0.05 * 14.62)
     assert found["wanda_sp", "22.12"]["verdict"] == "outside"
+    assert (flap["found by others"], found["flap", "69.63"]["found by others"]) == ("15.05", "")
     told = {(key, row["metric"], row["verdict"]) for key, row in found.items() if "acc/" in row["metric"]}
     assert told == {
         (("dense", "73.18"), "acc/boolq@0shot", "outside"),

@@ -95,6 +95,14 @@ def test_pruned_is_worse_than_dense_and_more_is_worse() -> None:
                 assert figure.value > max([dense, *milder])
 
 
+def test_what_others_found_is_known_and_within_the_tolerance() -> None:
+    found = {(f.method, f.ratio): f for f in TABLES["flap_perplexity"].figures if f.reproduced is not None}
+    assert len(found) == 6 and {figure.model for figure in found.values()} == {"llama_7b"}
+    assert all(abs(f.reproduced - f.value) <= f.tolerance and f.reproduced_by for f in found.values())
+    assert found["FLAP", 0.2].tolerance == pytest.approx(0.05 * 14.62), "they were nearer than that"
+    assert found["Wanda-sp", 0.2].tolerance == pytest.approx(25.02 - 22.12)
+
+
 def test_sizes_agree_with_their_ratios() -> None:
     dense = value("llm_pruner_statistics", "dense", 0.0, "params")
     for method, ratio in (("Block", 0.2), ("Channel", 0.2), ("Block", 0.5), ("Channel", 0.5)):
@@ -114,6 +122,8 @@ def test_sizes_agree_with_their_ratios() -> None:
         (lambda d: d["columns"].__setitem__("mean", {"metric": "m", "model": "l", "mean_of": ["7B"]}), "mean"),
         (lambda d: d["source"].__setitem__("url", "x"), "url"),
         (lambda d: d.__setitem__("reciepes", ["flap"]), "unknown reciepes"),
+        (lambda d: d["rows"][1].__setitem__("reproduced", {"7B": 15.05}), "FLAP at 0.2: expected `reproduced_by`"),
+        (lambda d: d["rows"][1].__setitem__("reproduced", {"13B": 15.05}), "FLAP at 0.2, reproduced: unknown 13B"),
     ],
 )
 def test_a_table_that_is_not_whole_is_refused(change, message: str, tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def _aspects(figure: Published, one: Described) -> list[Aspect]:
     aspects += _text("hardware", protocol.get("hardware"), None)
     read = f"{figure.source.read_in} ({figure.certainty.replace('_', ' ')})"
     remarks = [("note", protocol.get("note")), ("note", figure.note), ("paper", figure.source.paper), ("read in", read)]
+    remarks.append(("found by others", figure.reproduced_by))
     return aspects + [Aspect(what, str(text), "", None) for what, text in remarks if text]
 
 

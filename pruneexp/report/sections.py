@@ -25,6 +25,7 @@ from pruneexp.report.points import (
     points,
     priced,
 )
+from pruneexp.report.published import Published
 from pruneexp.report.statistics import Effect, grouped
 from pruneexp.report.tables import Cell, Table, count, number, ratio, table
 
@@ -155,8 +156,9 @@ def published_section(compared: Sequence[Comparison]) -> Section | None:
     if not compared:
         return None
     line = (
-        "Published figures (marked) are the papers' own; the tolerance is this project's. Where protocols differ, a "
-        "figure within it proves less, and one outside it need not be a mistake."
+        "Published figures (marked) are the papers' own; the tolerance is this project's, or how far others came from "
+        "them who ran the method. Where protocols differ, a figure within it proves less, and one outside it need not "
+        "be a mistake."
     )
     numbers = {id(one): k for k, one in enumerate(compared, 1)}
     columns: dict[str, Callable[[Comparison], Any]] = {
@@ -171,6 +173,7 @@ def published_section(compared: Sequence[Comparison]) -> Section | None:
         "published": lambda one: Cell(f"{one.published.value:g}", one.published.value, "published"),
         "their method": lambda one: Cell(one.published.method, mark="published"),
         "difference": lambda one: round(one.ours.mean - one.published.value, 9),  # no digits of rounding
+        "found by others": lambda one: _found_by_others(one.published),
         "tolerance": lambda one: one.published.tolerance,
         "verdict": lambda one: Cell("within") if one.within else Cell("outside", mark="flag"),
         "our ratio": lambda one: ratio(one.ratio),
@@ -181,6 +184,10 @@ def published_section(compared: Sequence[Comparison]) -> Section | None:
     }
     shown = table("published", "Ours and the published figure, in its unit", compared, columns)
     return Section("published", "Beside published figures", (line,), (shown, _protocols_table(compared)))
+
+
+def _found_by_others(figure: Published) -> Cell:
+    return Cell("") if figure.reproduced is None else Cell(f"{figure.reproduced:g}", figure.reproduced, "published")
 
 
 def _protocols_table(compared: Sequence[Comparison]) -> Table:

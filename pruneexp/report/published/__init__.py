@@ -5,7 +5,9 @@ in our naming, unit); a row is a method at a ratio. Tables whose figures were no
 
     certainty   read: in the authors' repository or a figure of the paper; second_hand: quoted elsewhere; inferred:
                 worked out from other figures; unknown: not found
-    tolerance   this project's own: how near ours should come, `relative` or, for percentages, in `points`
+    tolerance   this project's own: how near ours should come, `relative` or, for percentages, in `points`; as wide as
+                the distance of what others found, where that is wider
+    reproduced  of a row: what others found who ran the method themselves; `reproduced_by` says who, and how sure it is
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ __all__ = ["Claim", "Published", "Source", "Table", "read_table", "tables"]
 
 CERTAINTY = ("read", "second_hand", "inferred", "unknown")
 TABLE_KEYS = {"title", "source", "certainty", "model", "unit", "recipes", "protocol", "tolerance", "methods", "columns"}
-TABLE_KEYS |= {"rows", "missing", "claims"}
+TABLE_KEYS |= {"rows", "missing", "claims", "reproduced_by"}
 METHOD_KEYS = {"recipes", "settings", "recovery", "calibration", "note"}
 COLUMN_KEYS = {"model", "metric", "unit", "mean_of", "certainty"}
-ROW_KEYS = {"method", "ratio", "values", "note"}
+ROW_KEYS = {"method", "ratio", "values", "reproduced", "note"}
 PROTOCOL_KEYS = {"window", "bos", "split", "text", "checkpoint", "harness", "score", "hardware", "note"}
 ROUNDING = 0.011  # of a printed mean: two decimals, cut off rather than rounded in some rows
 
@@ -60,6 +62,8 @@ class Published:
     calibration: Mapping[str, Any] | None  # dataset, samples, length; None: not stated, or no data
     protocol: Mapping[str, Any]
     note: str
+    reproduced: float | None  # what others found
+    reproduced_by: str
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,13 @@ def _figures(data: Mapping[str, Any], source: Source) -> Iterator[Published]:
         method, ratio = methods[row["method"]], float(row["ratio"])
         if not 0 <= ratio < 1 or (ratio == 0) != ("dense" in method.get("recipes", ())):
             raise ValueError(f"{where}: expected a ratio in [0, 1), 0 for the dense model alone")
-        for name, value in _values(where, row["values"], columns).items():
-            column = columns[name]
+        values = _values(where, row["values"], columns)
+        by_others = _by_others(where, row, values, data)
+        for name, value in values.items():
+            column, others = columns[name], by_others.get(name)
             unit = str(column.get("unit") or data.get("unit") or "perplexity")
             tolerance = data["tolerance"]["points"] if unit == "percent" else data["tolerance"]["relative"] * value
+            tolerance = max(tolerance, 0.0 if others is None else abs(others - value))
             yield Published(
                 source=source,
                 model=str(column.get("model") or data["model"]),
@@ -154,7 +161,20 @@ def _figures(data: Mapping[str, Any], source: Source) -> Iterator[Published]:
                 calibration=method.get("calibration"),
                 protocol=dict(data.get("protocol") or {}),
                 note="; ".join(str(part["note"]) for part in (method, row) if part.get("note")),
+                reproduced=others,
+                reproduced_by="" if others is None else str(data["reproduced_by"]),
             )
+
+
+def _by_others(
+    where: str, row: Mapping[str, Any], values: Mapping[str, float], data: Mapping[str, Any]
+) -> dict[str, float]:
+    """What others found, by column. Raises ValueError where a figure stands beside none, or nobody is named."""
+    found = {name: _positive(f"{where}, {name}", value) for name, value in (row.get("reproduced") or {}).items()}
+    _known(f"{where}, reproduced", found, set(values))
+    if found and not data.get("reproduced_by"):
+        raise ValueError(f"{where}: expected `reproduced_by`, who reproduced it")
+    return found
 
 
 def _values(where: str, values: Any, columns: Mapping[str, Any]) -> dict[str, float]:
@@ -164,15 +184,19 @@ def _values(where: str, values: Any, columns: Mapping[str, Any]) -> dict[str, fl
             raise ValueError(f"{where}: {len(values)} values for {len(columns)} columns")
         values = dict(zip(columns, values, strict=True))
     _known(where, values, set(columns))
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{where}, {name}: {value!r}: expected a positive number")
+    values = {name: _positive(f"{where}, {name}", value) for name, value in values.items()}
     for name, column in columns.items():
         if parts := column.get("mean_of"):
             mean = sum(values[part] for part in parts) / len(parts)
             if abs(mean - values[name]) > ROUNDING:
-                raise ValueError(f"{where}: {name} is {float(values[name])}, the mean of its columns {mean:.3f}")
-    return {name: float(value) for name, value in values.items()}
+                raise ValueError(f"{where}: {name} is {values[name]}, the mean of its columns {mean:.3f}")
+    return values
+
+
+def _positive(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{where}: {value!r}: expected a positive number")
+    return float(value)
 
 
 def _certain(word: str) -> str:

@@ -552,7 +552,7 @@ def test_a_sweep_over_recipes_is_named_by_them(swept: str, name: str, cli: Cli, 
 def test_the_name_of_a_sweep_over_many_recipes_is_short(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "recipe=glob(*)").code == cli("--multirun", "recipe=glob(*,exclude=best)").code == 0
     names = [path.name for path in Path("outputs/sweeps").iterdir()]
-    assert len(names) == 2 and all(re.fullmatch(r"[a-z_+]+\+[0-9a-f]{6}", name) for name in names)
+    assert len(names) == 2 and all(re.fullmatch(r"[a-z0-9_+]+\+[0-9a-f]{6}", name) for name in names)
     assert max(map(len, names)) < 100
 
 

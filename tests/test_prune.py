@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from pruneexp.calibrate import Meter, Probe
-from pruneexp.cli.build import build
+from pruneexp.cli.build import build, with_starts
 from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import compose
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
@@ -397,7 +397,7 @@ def mandatory(group: str, option: str) -> list[str]:
 
 PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random", "sublayers": "criterion=random"}
 PARTNERS |= {"serve_safe": "search.multiple=8"}  # its FFNs are 40 channels wide
-PARTNERS |= {"block_influence": "search=blocks", "loss_drop": "search=blocks"}
+PARTNERS |= {name: "search=blocks" for name in ("block_influence", "block_influence_angular", "loss_drop")}
 
 
 @cache
@@ -417,6 +417,7 @@ def test_every_combination_runs_or_is_refused_before_it_starts(
 ) -> None:
     parts = {"criterion": criterion, "search": search, "compensator": compensator}
     chosen = {group: getattr(built(group, option), group) for group, option in parts.items()}
+    chosen["criterion"] = with_starts(chosen["criterion"], chosen["search"])
     experiment = replace(built("criterion", criterion), **chosen)
     try:
         check_together(experiment)

@@ -54,7 +54,7 @@ def test_a_sweep_runs_small(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     for folder in folders:
         plan = json.loads((folder / "plan.json").read_text())
         lost = {site["kind"] for site in plan["sites"].values() if len(site["kept"]) < site["units"]}
-        assert lost == LOSES[name] if name in LOSES else lost
+        assert lost == LOSES[name] if name in LOSES else lost or not plan["budget"]["ratio"]
 
 
 @each("name", sweep_files())

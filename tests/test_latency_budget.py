@@ -82,7 +82,7 @@ def test_between_points_a_curve_is_straight() -> None:
 @each("most, multiple", [(1536, 1), (1536, 64), (40, 1), (3, 1), (1, 1), (100, 8)])
 def test_a_grid_ends_with_all_and_has_the_widths_that_may_stay(most: int, multiple: int) -> None:
     found = spaced(most, 13, multiple)
-    assert found[-1] == most and found == sorted(set(found)) and found[0] > 0 and len(found) <= 14
+    assert found[-1] == most and found == sorted(set(found)) and 0 < found[0] <= multiple and len(found) <= 15
     assert most <= 13 or all(n % multiple == 0 and (multiple > 1 or n % 2) for n in found[:-1])
 
 
@@ -275,6 +275,11 @@ REFUSED = [  # what is typed, what the line names, what it says besides
     ("sparsity.table=other.json", "sparsity.table='other.json'", ["hidden=7"]),
     ("sparsity.table=short.json", "sparsity.table='short.json'", ["ffn of layer 0"]),
     ("sparsity.table=lacks.json", "sparsity.table='lacks.json'", ["has no 'dtype'"]),
+    ("sparsity.table=nan.json", "sparsity.table='nan.json'", ["ffn of layers [0", "[9, nan, 0.0]"]),
+    ("sparsity.table=below.json", "sparsity.table='below.json'", ["ffn of layers [0", "[9, -1.0, 0.0]"]),
+    ("sparsity.table=half.json", "sparsity.table='half.json'", ["[8.5, 1.0, 0.0]"]),
+    ("sparsity.table=list.json", "sparsity.table='list.json'", ["list"]),
+    ("sparsity.table=many.json", "sparsity.table='many.json'", ["threads='many'"]),
     ("sparsity.table=t.json sparsity.ratio=0.99", "sparsity.ratio=0.99", ["at most"]),
     ("sparsity.phase=prefill", "sparsity.context=0", ["phase=prefill"]),
     ("sparsity.batch=0", "sparsity.batch=0", [">= 1"]),
@@ -291,7 +296,18 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
     short = {**table, "layers": [{**table["layers"][0], "ffn": table["layers"][0]["ffn"][:9]}]}
     other = {**table, "model": {**table["model"], "hidden": 7}}
     lacks = {key: value for key, value in table.items() if key != "dtype"}
-    for name, data in (("t", table), ("short", short), ("other", other), ("lacks", lacks)):
+    files = {
+        "t": table,
+        "short": short,
+        "other": other,
+        "lacks": lacks,
+        "list": [],
+        "many": table | {"threads": "many"},
+    }
+    for name, point in {"nan": [9, math.nan, 0.0], "below": [9, -1.0, 0.0], "half": [8.5, 1.0, 0.0]}.items():
+        (own,) = table["layers"]
+        files[name] = {**table, "layers": [{**own, "ffn": [*own["ffn"][:9], point, *own["ffn"][10:]]}]}
+    for name, data in files.items():
         Path(f"{name}.json").write_text(json.dumps(data))
     Path("text.json").write_text("milliseconds")
     for command, named, told in REFUSED:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp.criterion import BlockInfluence
+from pruneexp.criterion import BlockInfluence, LossDrop
 from pruneexp.search import LayerShares
 from pruneexp.search.layer_shares import losing_shares
 from pruneexp.types import Budget, ConfigError, Plan, RunError, Site
@@ -93,3 +93,9 @@ def test_what_cannot_be_is_refused() -> None:
     own = {name: score for name, score in scores_of(SITES).items() if ":" not in name}
     with pytest.raises(RunError, match="layer 0: the criterion influence gave no scores"):
         search()(own, SITES, Budget(0.2, params(SITES)), None, RNG)
+
+
+def test_an_importance_that_the_walk_does_not_give_is_refused_before_it_starts() -> None:
+    by_losses = search(importance={"loss_drop": LossDrop()})
+    with pytest.raises(ConfigError, match=r"^search\.importance=\['loss_drop'\]: .*block_influence"):
+        by_losses.check(SITES, Budget(0.2, 1000))

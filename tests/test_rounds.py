@@ -15,12 +15,12 @@ from torch import Tensor
 from pruneexp import progress
 from pruneexp.__main__ import main
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
-from pruneexp.criterion import BlockInfluence, Flap, Magnitude, Random, WandaSp
+from pruneexp.criterion import BlockInfluence, Flap, LossDrop, Magnitude, Random, WandaSp
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
-from pruneexp.search import AlAm, Global, PolicyGradient, UlUm, Uniform
+from pruneexp.search import AlAm, Global, Greedy, PolicyGradient, UlUm, Uniform
 from pruneexp.sparsity import Cubic, Linear, OneShot
 from pruneexp.surgery import masked, prove_in_place, save, shrink_
 from pruneexp.types import ConfigError, Plan, unit_scores
@@ -169,6 +169,15 @@ def test_every_round_scores_what_the_one_before_left(tiny: Callable[..., Model],
     assert not intact
     shot = prune(at_once, tokens_NT, FLAP, OneShot(0.6, "decoder", 0, *UNTIMED), GLOBAL)
     assert shot.plan.sites != pruned.plan.sites, "other scores, other units"
+
+
+def test_sublayers_leave_round_by_round_by_what_the_loss_is_without_them(
+    tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    search = Greedy(1, ["attention", "ffn"], 0, 0, None, "scores", "none", 1)
+    pruned = prune(tiny("llama"), tokens_NT, LossDrop(), Linear(0.6, "decoder", 0, 2, *UNTIMED), search)
+    empty = [name for name, site in pruned.plan.sites.items() if not site.kept]
+    assert len(empty) >= 2 and all(len(unit_scores(score)) == 1 for score in pruned.scores.values())
 
 
 def test_blocks_leave_round_by_round_under_their_own_names(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from pruneexp.cli.compose import Composed, composed
 from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
 from pruneexp.conf_files import one_line, option_file, sweep_files
-from pruneexp.files import check_writable, write_atomic
+from pruneexp.files import check_writable, read_object, write_atomic
 from pruneexp.fingerprint import config_hash
 from pruneexp.report.sweep_table import write_summary
 from pruneexp.tracker import reset_peak_memory, status_of
@@ -83,7 +84,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     # The folders say how the jobs ended, whatever process or machine a launcher ran them on.
     ran = [path.parent for path, status in _statuses(folder).items() if before.get(path) != status]
     ours = [Path(job.config["run"]["dir"]) for job in jobs]  # where they are known: another sweep may write here, too
-    ran = [job for job in ran if not ours or job in ours]
+    ran = [job for job in ran if (not ours or job in ours) and not (here and _by_another(job))]
     states = {job.name: status_of(job) for job in ours or ran}
     failed = sorted(name for name, state in states.items() if state not in ("done", "running"))
     elsewhere = sorted(name for name, state in states.items() if state == "running")
@@ -268,6 +269,11 @@ def _record_failure(job: Composed, folder: Path, reason: str) -> None:
         status = {"status": "failed", "reason": reason, "started": timestamp(), "ended": timestamp()}
         write_atomic(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
         write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
+
+
+def _by_another(job: Path) -> bool:
+    """Whether another process ran it: one that shares the folder."""
+    return (read_object(job / "status.json") or {}).get("pid", os.getpid()) != os.getpid()
 
 
 def _statuses(folder: Path) -> dict[Path, bytes]:

@@ -67,6 +67,8 @@ def given_table(experiment: Experiment, outline: Model) -> Table | None:
     ConfigError for one of another model or at other conditions, and where times cannot be counted."""
     sparsity = experiment.sparsity
     if sparsity.of != "latency":
+        if sparsity.table is not None:
+            logger.warning("sparsity.table=%r: has no effect with sparsity.of=%s", sparsity.table, sparsity.of)
         return None
     if outline.mixture:
         raise ConfigError(

@@ -82,8 +82,9 @@ def grid(whole: Widths, multiple: int) -> list[Widths]:
 
 
 def spaced(most: int, points: int, multiple: int) -> list[int]:
-    """Counts from 1 (or so) to all, that are multiples; where any count may stay, those within are odd: kernels are
-    often faster, or slower, at round widths, which few plans leave."""
+    """Counts from the fewest that may stay to all, that are multiples; where any count may stay, those within are odd:
+    kernels are often faster, or slower, at round widths, which few plans leave. Without the fewest, what lies below the
+    next would be priced on a line to none at all, which takes far less than any width does."""
     if most <= points:
         return list(range(1, most + 1))
     inner = [most * n / points for n in range(1, points)]
@@ -91,7 +92,7 @@ def spaced(most: int, points: int, multiple: int) -> list[int]:
         found = [max(1, round(n / multiple)) * multiple for n in inner]
     else:
         found = [round(n / 2) * 2 - 1 for n in inner] + [most - 1 - most % 2]
-    return sorted({n for n in found if 0 < n < most} | {most})
+    return sorted({n for n in found if 0 < n < most} | {min(multiple, most), most})
 
 
 def _in_a_row(work: Workload, layer: Any, origin: int, pool: Pool, copies: int) -> list[Prepared]:

@@ -81,6 +81,10 @@ def read_table(path: str) -> Table:
     except ValueError as error:
         raise ConfigError(f"{where}: is no JSON ({error}); expected a run's latency.json, or one like it") from None
     try:
+        if not isinstance(data, dict):
+            raise ValueError(f"is a {type(data).__name__}, no object")
+        if wrong := [name for name in ("threads", "batch", "context") if not isinstance(data.get(name, 0), int)]:
+            raise ValueError(f"{wrong[0]}={data[wrong[0]]!r}: expected an integer")
         if data["version"] != VERSION:
             raise ValueError(f"version={data['version']!r}: expected {VERSION}")
         conditions = Conditions(**{name: data[name] for name in Conditions.__dataclass_fields__})

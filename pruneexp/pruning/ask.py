@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate import Probe
-from pruneexp.pruning.budget import biases_added, refusal, whole_budget
+from pruneexp.pruning.budget import biases_added, loses_units, refusal, whole_budget
 from pruneexp.pruning.method import Pruning
 from pruneexp.search import Turns
-from pruneexp.types import QUERY_HEADS, Budget, Candidate, Oracle, Plan, Score, Site, SitePlan, evidence_kinds, filled
+from pruneexp.types import (
+    QUERY_HEADS,
+    Budget,
+    Candidate,
+    Oracle,
+    Plan,
+    Score,
+    Search,
+    Site,
+    SitePlan,
+    evidence_kinds,
+    filled,
+)
 from pruneexp.types.defaults import EVIDENCE
 
 # of held-out windows: their spread is the standard error of a choice, and one alone is the least that can be asked for
@@ -87,8 +99,10 @@ def _settled(
     if refusal(work.method.search, sites, replace(budget, added=budget.added + added)) is not None:
         added = 0  # most of these sites may have to stay whole
     by_times, search = budget.counts == "latency", work.method.search
-    if by_times and refusal(search, sites, replace(budget, added=budget.added + _expected(sites, budget))) is None:
-        added = _expected(sites, budget)
+    if by_times:
+        over = _expected(search, sites, budget)
+        if refusal(search, sites, replace(budget, added=budget.added + over)) is None:
+            added = over
     corrected = _Corrected(min((price for site in sites if (price := budget.price(site))), default=1) / 2)
     for _ in range(TURNS_OF_TIMES if by_times else TURNS):
         paying = replace(budget, added=budget.added + added)
@@ -114,9 +128,9 @@ def _settled(
     return min(answers, key=lambda answer: abs(answer[1]))
 
 
-def _expected(sites: Sequence[Site], budget: Budget) -> float:
-    """What prices say too much, by the table, where every sublayer loses the same share of its units."""
-    inner = [site for site in sites if site.kind != "block" and budget.price(site)]
+def _expected(search: Search, sites: Sequence[Site], budget: Budget) -> float:
+    """What prices say too much, by the table, where every sublayer that may lose units loses the same share of them."""
+    inner = [site for site in sites if loses_units(search, site) and budget.price(site)]
     low, high, over = 0.0, 1.0, 0.0
     for _ in range(20):
         share = (low + high) / 2

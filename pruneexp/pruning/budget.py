@@ -70,12 +70,20 @@ def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Sit
 def as_planned(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
     """The sites of some layers, those of experts as one site of whole experts where these may leave."""
     times = model.times
-    if times is not None and not set(UNITS.values()) & set(search.granularity):
-        sites = [times.priced(model.origin[site.layer], site, whole=True) for site in sites]
+    if times is not None:
+        wholes = [site for site in sites if not loses_units(search, site)]
+        priced = {site.name: times.priced(model.origin[site.layer], site, whole=True) for site in wholes}
+        sites = [priced.get(site.name, site) for site in sites]
     if "experts" not in search.granularity:
         return list(sites)
     whole = [site for layer in sorted({site.layer for site in sites}) for site in model.whole_experts(layer)]
     return [site for site in sites if site.expert is None] + whole
+
+
+def loses_units(search: Search, site: Site) -> bool:
+    """Whether a search may take some of the site's units, and not only all of them."""
+    units = {UNITS.get(site.kind), QUERY_HEADS if site.kind == "attention" else None}
+    return bool(units & set(search.granularity))
 
 
 def blocks_alone(search: Search) -> bool:

@@ -111,6 +111,11 @@ def _all_heads(units: Sequence[int], group: int) -> tuple[int, ...]:
     return tuple(unit * group + head for unit in units for head in range(group))
 
 
+def _of_a_whole(score: Score, site: SitePlan) -> bool:
+    """Whether a score is of all units at once."""
+    return len(unit_scores(score)) < site.units
+
+
 def _scores_after(
     before: Mapping[str, Score], scores: Mapping[str, Score], plan: Plan, names: Mapping[str, str]
 ) -> dict[str, Score]:
@@ -119,7 +124,7 @@ def _scores_after(
     for name, score in scores.items():
         of_heads = name.endswith(f".{QUERY_HEADS}")
         known = plan.sites.get(names[name].removesuffix(f".{QUERY_HEADS}"))
-        if known is None or names[name] not in before:
+        if known is None or names[name] not in before or _of_a_whole(before[names[name]], known):
             after[names[name]] = score
             continue
         group = len(unit_scores(before[names[name]])) // known.units

@@ -14,7 +14,20 @@ from pruneexp.search.budgeted import nearest, removable
 from pruneexp.search.common import by_layer, masks, planned, prunable, removed, require
 from pruneexp.search.granularity import Granularity, check_multiple, chosen_sites
 from pruneexp.search.uniform import Uniform
-from pruneexp.types import Budget, ConfigError, Criterion, Oracle, Plan, RunError, Scores, Site, start_name, unit_scores
+from pruneexp.types import (
+    Budget,
+    ConfigError,
+    Criterion,
+    Oracle,
+    Plan,
+    RunError,
+    Scores,
+    Site,
+    collected_by,
+    evidence_kinds,
+    start_name,
+    unit_scores,
+)
 
 _SPREAD = 1.05  # by how much the layer that keeps most stays below all of it, where shares would pass that
 
@@ -114,6 +127,13 @@ class LayerShares:
         return max(1, nearest(self.pruned * layers))
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
+        for name, criterion in self.importance.items():
+            kinds = evidence_kinds(criterion.evidence)
+            if len(collected_by("walk", kinds)) < len(kinds):
+                raise ConfigError(
+                    f"search.importance={[name]!r}: {name} looks at the whole model at once; expected a criterion that "
+                    "goes by what a walk collects, such as block_influence"
+                )
         check_multiple(sites, self.granularity, self.multiple)
         layers = by_layer(chosen_sites(sites, self.granularity, budget))
         most = sorted(removable(own, self.min_units, budget, multiple=self.multiple) for own in layers.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -118,6 +119,9 @@ class Times:
 
 def curve_of(points: Sequence[Sequence[float]]) -> Curve:
     """From a table's lists. Raises ValueError."""
+    for kept, *times in points:
+        if kept != int(kept) or len(times) != 2 or not all(0 <= ms < math.inf for ms in times):
+            raise ValueError(f"{[kept, *times]}: expected [units kept, milliseconds, their interquartile range]")
     return Curve(tuple((int(kept), float(ms), float(iqr)) for kept, ms, iqr in points))
 
 
@@ -127,10 +131,17 @@ def times_of(data: Sequence[Mapping[str, Any]]) -> Times:
         tuple(
             LayerTimes(
                 tuple(int(index) for index in own["layers"]),
-                curve_of(own["attention"]),
-                curve_of(own["ffn"]),
-                curve_of(own["query_heads"]) if own.get("query_heads") else None,
+                _named("attention", own),
+                _named("ffn", own),
+                _named("query_heads", own) if own.get("query_heads") else None,
             )
             for own in data
         )
     )
+
+
+def _named(name: str, own: Mapping[str, Any]) -> Curve:
+    try:
+        return curve_of(own[name])
+    except ValueError as error:
+        raise ValueError(f"{name} of layers {list(own['layers'])}: {error}") from error

@@ -171,11 +171,18 @@ def test_every_round_scores_what_the_one_before_left(tiny: Callable[..., Model],
     assert shot.plan.sites != pruned.plan.sites, "other scores, other units"
 
 
-def test_sublayers_leave_round_by_round_by_what_the_loss_is_without_them(
-    tiny: Callable[..., Model], tokens_NT: Tensor
+@pytest.mark.parametrize(
+    ("criterion", "search"),
+    [
+        (LossDrop(), Greedy(1, ["attention", "ffn"], 0, 0, None, "scores", "none", 1)),
+        (BlockInfluence("cosine"), Global(0, ["attention", "ffn"], "per_parameter", 1)),
+    ],
+    ids=["loss_drop", "block_influence"],
+)
+def test_sublayers_leave_round_by_round_by_scores_of_wholes(
+    criterion: Any, search: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
-    search = Greedy(1, ["attention", "ffn"], 0, 0, None, "scores", "none", 1)
-    pruned = prune(tiny("llama"), tokens_NT, LossDrop(), Linear(0.6, "decoder", 0, 2, *UNTIMED), search)
+    pruned = prune(tiny("llama"), tokens_NT, criterion, Linear(0.6, "decoder", 0, 2, *UNTIMED), search)
     empty = [name for name, site in pruned.plan.sites.items() if not site.kept]
     assert len(empty) >= 2 and all(len(unit_scores(score)) == 1 for score in pruned.scores.values())
 

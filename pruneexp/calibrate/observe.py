@@ -99,7 +99,8 @@ def observe(
             x_BTD = x_BTD.to(device)  # the layer before may lie on another
             y_BTD = model.run_layer(layer, x_BTD, call[here.index])
             check_finite(y_BTD, block, number)
-            if middle and torch.equal(middle[0].view_as(x_BTD), x_BTD):
+            attends = any(site.kind == "attention" for site in block.sites)  # else nothing comes between
+            if middle and attends and torch.equal(middle[0].view_as(x_BTD), x_BTD):
                 raise _no_middle("runs its sublayers side by side")
             for kind in by_source["block"]:
                 for site in judged.sites:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,24 @@ def build_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         return build(composed(compose_raw(open_hydra(), list(overrides), RunMode.RUN)))
 
     return make
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in `tmp_path`: its exit code, stdout, stderr."""
+    from pruneexp import progress
+    from pruneexp.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*typed: str) -> tuple[int, str, str]:
+        try:
+            code = main(typed)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return code, *capfd.readouterr()
+
+    return run

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import signal
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -18,8 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp import progress
-from pruneexp.__main__ import main
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import Magnitude, Random
 from pruneexp.model import Model, ModelSource
@@ -254,24 +250,6 @@ REFUSED = [  # what is typed, what the line names, what it says to type instead
     ("search=ul_mm search.heads=0 sparsity.of=kv_cache", "sparsity.of='kv_cache'", ["FFN channels"]),
     ("search=global search.granularity=[channels] sparsity.of=kv_cache", "search.granularity=['channels']", []),
 ]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command in `tmp_path`: its exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*typed: str) -> tuple[int, str, str]:
-        try:
-            code = main(typed)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return code, *capfd.readouterr()
-
-    return run
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruneexp import progress
-from pruneexp.__main__ import main
 from pruneexp.compensator import NoCompensation
 from pruneexp.criterion import Random
 from pruneexp.experiment import latency as of_runs
@@ -165,23 +161,11 @@ def test_rounds_are_shares_of_the_original_times(tiny: Callable[..., Model], tok
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command in `tmp_path`, measuring little: its exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
+def cli(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command, measuring little."""
     for name, value in (("SECONDS", 0.5), ("AT_ONCE", 1e-4), ("STACK_SECONDS", 0.02)):
         monkeypatch.setattr(measure, name, value)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*typed: str) -> tuple[int, str, str]:
-        try:
-            code = main(typed)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return code, *capfd.readouterr()
-
-    return run
+    return cli
 
 
 OURS = ["sparsity.of=latency", "search=global", "dataset.samples=8", "evaluator=[size]", "run.save=false"]

@@ -102,7 +102,7 @@ class TwoStage:
 def _parted(sites: Sequence[Site], budget: Budget) -> tuple[list[Site], list[Site]]:
     """FFNs and attention sublayers that hold anything of what the budget counts."""
     chosen = chosen_sites(sites, ["channels", "attention"], budget)
-    return tuple([site for site in chosen if site.kind == kind] for kind in ("mlp", "attention"))  # type: ignore
+    return [s for s in chosen if s.kind == "mlp"], [s for s in chosen if s.kind == "attention"]
 
 
 @dataclass(frozen=True)

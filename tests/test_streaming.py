@@ -1,4 +1,4 @@
-"""How layers come from disk: read and not mapped, the next one on another thread, half precision multiplied wide."""
+"""How layers come from disk: read and not mapped, the next one on another thread."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from pruneexp.calibrate import Bookmark, Meter, walk, walk_sites
 from pruneexp.evidence import Gram, Moments, WantedOutput
-from pruneexp.model import Checkpoint, Model, half
-from pruneexp.model.half import WideLinear
+from pruneexp.model import Checkpoint, Model
 from pruneexp.model.tensor_file import places, read_tensor
 from pruneexp.types import RunError
 from tests.benchmarks.big_checkpoint import Shape, write_checkpoint
@@ -157,31 +155,6 @@ def test_an_abandoned_walk_lets_go_of_what_it_read(streamed: Model, tokens_NT: t
         name = "model.layers.2.mlp.down_proj.weight"
         file = streamed.checkpoint._places[name][0]  # type: ignore[union-attr]
         assert torch.equal(layer.state_dict()["mlp.down_proj.weight"], load_file(file)[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("biased", [True, False])
-def test_half_precision_is_rounded_once(biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half, "ROWS_BYTES", 4 * 48 * 7)  # seven rows at once: the last part is smaller
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((2, 20, 48), (33, 48), (33,)))
-    exact = functional.linear(x.double(), weight.double(), bias.double() if biased else None)
-    with WideLinear():
-        wide = functional.linear(x, weight, bias if biased else None)
-    assert wide.dtype == dtype and (wide == exact.to(dtype)).float().mean() > 0.999
-
-
-def test_a_streamed_run_multiplies_wide_where_the_processor_cannot(
-    tmp_path: Path, source: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_checkpoint(tmp_path, SHAPE, "bfloat16", seed=0)
-    tokens_NT = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
-    wide = []
-    monkeypatch.setattr(half, "_wide_linear", lambda *args: wide.append(1) or functional.linear(*args))
-    for native, expected in ((True, 0), (False, 7 * SHAPE.layers)):
-        monkeypatch.setattr(half, "_multiplied_natively", lambda _dtype, native=native: native)
-        source(tmp_path, stream=True).load().token_losses(tokens_NT, 2)
-        assert len(wide) == expected
 
 
 def test_a_gram_grows_in_its_own_memory() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset import bos_token
+from pruneexp.model.half import plain_linear
 from pruneexp.types import ConfigError
 
 SEED = 0  # of the prompts: the figures must not depend on which random tokens a run drew
@@ -74,7 +75,7 @@ class Latency:
         module, training, last = model.module, model.module.training, last_logits_only(model.module)
         module.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), plain_linear():
                 start = _now(model.device)
                 out = module(prompt_BT, use_cache=True, **last)
                 token_B1 = out.logits[:, -1:].argmax(-1)

@@ -29,6 +29,7 @@ from pruneexp.experiment.quantised import quantised, said
 from pruneexp.experiment.settings import Experiment
 from pruneexp.experiment.summary_table import print_summary, summary_line
 from pruneexp.model import Model
+from pruneexp.model.half import widened
 from pruneexp.pruning.budget import whole_budget
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
@@ -72,7 +73,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *,
             kind = "job" if job["sweep"] else "run"
             trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind, job))
         warn(experiment, inputs)
-        with experiment.model.on_a_device() as source:
+        with experiment.model.on_a_device() as source, widened(inputs.outline.dtype):
             outcome = _pruned(replace(experiment, model=source), inputs, folder, local, trackers, shared)
         trackers.finish(outcome.metrics)
     if job["sweep"]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Call, Model, layer_structure
+from pruneexp.model.half import plain_linear
 from pruneexp.model.modeling_pruned import RemovedAttention, head_layout, resize_layer_
 from pruneexp.types import Site
 
@@ -127,11 +128,12 @@ class Workload:
     def run(self, layers: Sequence[Prepared]) -> None:
         """One after the other."""
         hidden, entries = self.all.hidden, self.all.cache.layers
-        for own in layers:
-            if own.place is not None:
-                entries[own.place] = emptied(entries[own.place]) if own.entry is None else copy(own.entry)
-            output = own.layer(hidden, *own.call.args, **own.call.kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
+        with plain_linear():
+            for own in layers:
+                if own.place is not None:
+                    entries[own.place] = emptied(entries[own.place]) if own.entry is None else copy(own.entry)
+                output = own.layer(hidden, *own.call.args, **own.call.kwargs)
+                hidden = output[0] if isinstance(output, tuple) else output
 
 
 def emptied(entry: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pruneexp.model.architecture import stock_of
 from pruneexp.model.checkpoint import Checkpoint
-from pruneexp.model.half import WideLinear, widening_pays
 from pruneexp.model.losses import mean_next_token_loss, next_token_losses
 from pruneexp.model.modeling_pruned import Family, experts_of, family_of
 from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
@@ -231,8 +230,7 @@ class Model:
     @torch.no_grad()
     def run_layer(self, layer: nn.Module, hidden_BTD: Tensor, call: Call) -> Tensor:
         """One decoder layer's output [B, T, D]."""
-        with WideLinear() if self.streamed and widening_pays(hidden_BTD) else nullcontext():
-            output = layer(hidden_BTD, *call.args, **call.kwargs)
+        output = layer(hidden_BTD, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()

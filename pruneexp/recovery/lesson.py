@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from pruneexp.calibrate import Meter
 from pruneexp.model import Call, Model
-from pruneexp.model.half import widening_pays
+from pruneexp.model.half import HALF, widening_pays
 
-HALF = (torch.bfloat16, torch.float16)
 BETAS = (0.9, 0.95)  # of AdamW: a layer is trained in few steps
 
 

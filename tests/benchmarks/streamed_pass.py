@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pruneexp.model.half import widened
 from tests.benchmarks.pruning_cost import experiment_of, memory
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     start, waited = time.perf_counter(), 0.0
     for index in range(len(model.layers)):
         opened = time.perf_counter()
-        with model.loaded(index, None if asked.without_read_ahead else index + 1) as layer:
+        with model.loaded(index, None if asked.without_read_ahead else index + 1) as layer, widened(model.dtype):
             waited += time.perf_counter() - opened
             hidden = [model.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
     spent = time.perf_counter() - start

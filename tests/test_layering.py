@@ -117,3 +117,10 @@ def test_no_module_bears_the_name_of_a_function_of_the_door() -> None:
 def test_files_stay_readable() -> None:
     long = {dotted(path): len(path.read_text().splitlines()) for path in FILES if path.name not in LINES}
     assert max(long.values()) <= 300, f"{max(long, key=long.__getitem__)}: split it into a package of the same name"
+    functions = [
+        (node.end_lineno - node.lineno + 1, f"{dotted(path)}.{node.name}")
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    ]
+    assert max(functions)[0] <= 60, max(functions)

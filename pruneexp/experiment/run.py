@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pruneexp.calibrate import DenseStates
 from pruneexp.experiment.augmented import augmented
@@ -34,6 +35,7 @@ from pruneexp.pruning.budget import whole_budget
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
+from pruneexp.recovery import Adapter
 from pruneexp.tracker import LocalRun, Trackers, memory_metrics, run_folder
 from pruneexp.types import Plan, RunRecord
 
@@ -119,13 +121,7 @@ def _pruned(
     trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
     if timing is not None:
         timing.write(folder, pruned, origin)
-    adapter = None
-    if experiment.recovery.trains:
-        with record.clock("recover"):
-            dense_model = {"dense": experiment.model.reference()} if experiment.recovery.layerwise else {}
-            recovered = experiment.recovery(model, tokens_NT, record.meter, experiment.seed, **dense_model)
-        adapter = recovered.adapter
-        record.metrics |= recovered.metrics
+    adapter = _recovered(experiment, model, tokens_NT, record)
     card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
     card = replace(card, quantised=said(experiment.quantise, rounded=True))
     with record.clock("save"):
@@ -147,6 +143,17 @@ def _pruned(
         own_card = replace(card, metrics=record.metrics, quantised=unrounded)
         finish_folder(folder, own_card, pruned.chosen, saved=experiment.run.save)
     return Outcome(record.metrics, pruned.plan, model, card, folder)
+
+
+def _recovered(experiment: Experiment, model: Model, tokens_NT: Tensor, record: Record) -> Adapter | None:
+    """Trains what is left, where anything trains; the adapter, where that is what was trained."""
+    if not experiment.recovery.trains:
+        return None
+    with record.clock("recover"):
+        dense_model = {"dense": experiment.model.reference()} if experiment.recovery.layerwise else {}
+        recovered = experiment.recovery(model, tokens_NT, record.meter, experiment.seed, **dense_model)
+    record.metrics |= recovered.metrics
+    return recovered.adapter
 
 
 def _counted(experiment: Experiment, model: Model) -> int:

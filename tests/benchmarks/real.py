@@ -90,6 +90,7 @@ def judge(asked: Mapping[str, Any]) -> dict[str, Any]:
     from pruneexp.cli.build import build
     from pruneexp.cli.compose import compose
     from pruneexp.dataset import evaluation_parts
+    from pruneexp.model.half import widened
 
     def load(folder: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=folder != asked["model"])
@@ -103,15 +104,16 @@ def judge(asked: Mapping[str, Any]) -> dict[str, Any]:
     model = dense if asked["folder"] == asked["model"] else load(asked["folder"])
     found: dict[str, Any] = {"protocol": asked["protocol"], "ppl": {}, "kl": {}, "acc": {}}
     parts = evaluation_parts(windows.dataset, tokenizer, windows.length, windows.bos)
-    for name, (_, windows_NT) in parts.items():
-        found["ppl"][name], found["kl"][name] = compared(model, dense, windows_NT[: windows.samples])
-    del dense
-    if "zeroshot" in evaluators:
-        asks: Any = evaluators["zeroshot"]
-        devices = tuple(torch.device(name) for name in [asked["device"]] if name != "cpu")
-        held = SimpleNamespace(module=model, tokenizer=tokenizer, devices=devices, streamed=False)
-        tasks = json.loads(asks(held, tokenizer).files["json"])["tasks"]
-        found["acc"] = {name: task["scores"]["acc"] for name, task in tasks.items()}
+    with widened(dtype):
+        for name, (_, windows_NT) in parts.items():
+            found["ppl"][name], found["kl"][name] = compared(model, dense, windows_NT[: windows.samples])
+        del dense
+        if "zeroshot" in evaluators:
+            asks: Any = evaluators["zeroshot"]
+            devices = tuple(torch.device(name) for name in [asked["device"]] if name != "cpu")
+            held = SimpleNamespace(module=model, tokenizer=tokenizer, devices=devices, streamed=False)
+            tasks = json.loads(asks(held, tokenizer).files["json"])["tasks"]
+            found["acc"] = {name: task["scores"]["acc"] for name, task in tasks.items()}
     return found
 
 

@@ -16,6 +16,7 @@ __version__ = "0.1.0"  # of this package
 ASKED = "asked"  # top-level key of a config: what each `bos` was before it was resolved
 NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra", ASKED)  # where a run goes and is reported, not what it does
 PERPLEXITY = "pruneexp.evaluator.Perplexity"
+GGUF = "/gguf-"  # between a figure's name and the type of the file that llama.cpp measured it on
 NOTES_VERSION = 2  # of what a streamed run notes of how far it has come
 ROOT = Path(__file__).parent
 STATISTICS = (  # what gives scores and statistics, and what is made of them
@@ -118,11 +119,22 @@ def as_hashed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparable(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's metrics as they are named now. Where the config has no `asked`, "+bos" windows of T tokens had the
-    beginning-of-sequence token besides: those are windows of T+1."""
-    if ASKED in config:
-        return dict(metrics)
-    return {_longer(key) if "+bos" in key else key: value for key, value in metrics.items()}
+    """A run's metrics by names that compare. Where the config has no `asked`, "+bos" windows of T tokens had the
+    beginning-of-sequence token besides: those are windows of T+1. Of a run that quantises, what was measured on the
+    pruned model as it was before is "unquantised/..." in place of "pruned/...": with GGUF files, all that transformers
+    measured; with rounded weights, the speed, but where torchao's kernels ran."""
+    quantise, before = config.get("quantise") or {}, None
+    if any(GGUF in key for key in metrics):
+        before = rf"pruned/(?!params|macs|kv_bytes|.*{GGUF})"
+    elif "kernels" in quantise and not (
+        quantise["kernels"] and quantise.get("bits") == 8 and not quantise.get("group")
+    ):
+        before = "pruned/latency/"
+    named = {}
+    for key, value in metrics.items():
+        key = _longer(key) if "+bos" in key and ASKED not in config else key
+        named[key.replace("pruned", "unquantised", 1) if before and re.match(before, key) else key] = value
+    return named
 
 
 def _longer(key: str) -> str:

@@ -423,10 +423,12 @@ def test_another_ratio_window_metric_or_recovery_is_another_figure(tmp_path: Pat
         "ratio": {"sparsity.ratio": 0.25},
         "criterion": {"criterion.metric": "IFV"},
         "search": {"search._target_": "pruneexp.search.UlUm"},
+        "budget": {"sparsity.of": "latency"},
     }
     for name, change in changes.items():
         write_run(tmp_path / name, *llama(14.6, "recipe=flap", **change))
     write_run(tmp_path / "lora", *llama(14.6, "recipe=flap", "recovery=lora"))
+    write_run(tmp_path / "int8", *llama(14.6, "recipe=flap", "quantise=int8"))
     composed, measured = llama(14.6, "recipe=flap")
     renamed = {key.replace("@128", "@2048"): value for key, value in measured.items()}
     write_run(tmp_path / "window", composed, renamed | {"dense/ppl/wikitext2@2048": 5.7})
@@ -617,6 +619,37 @@ def test_accuracies_are_means_over_seeds_beside_the_dense_models(tmp_path: Path)
     columns = set(page.table("Every finished run")[0])
     assert f"pruned/{mean}" in columns and f"pruned/{task}" not in columns
     assert "the shares really removed differ at one ratio asked (15.0 to 20.0 % at 0.2)" in page.text
+
+
+def test_the_share_is_of_what_all_budgets_count(tmp_path: Path) -> None:
+    """Of another quantity where all runs count that, at one context; of the decoder's parameters where they differ."""
+    for recipe, at in (("flap", 0.5), ("magnitude", 0.4)):
+        typed = (f"recipe={recipe}", "sparsity.of=macs", "sparsity.context=64")
+        write_run(tmp_path / "alike" / recipe, config(*typed), metrics(4.0, 0.2, **{"sparsity/macs": at}))
+    other = config("recipe=wanda_sp", "sparsity.of=macs", "sparsity.context=9")
+    write_run(tmp_path / "context", other, metrics(5.0, 0.3, **{"sparsity/macs": 0.6}))
+    write_run(tmp_path / "of", config("recipe=wanda_sp"), metrics(5.0, 0.3))
+
+    def shown(*folders: Path) -> tuple[list[float], str, set[str]]:
+        out = tmp_path / "page"
+        assert report(*folders, f"out={out}", "overwrite=true") == 0
+        name = re.sub("[^A-Za-z0-9]+", "-", f"perplexity-{PPL}")
+        table, page = rows(out / "tables" / f"{name}.csv"), Page(out / "index.html")
+        (column,) = [key for key in table[0] if key.startswith("share removed")]
+        assert page.table(f"{PPL}: exp")[0][column][0] == f"{100 * float(table[0][column]):.2f} %"
+        return [float(row[column]) for row in table], column, set(page.table("Every finished run")[0])
+
+    shares, column, of_run = shown(tmp_path / "alike")
+    assert (shares, column) == ([0.5, 0.4], "share removed (sparsity/macs)")
+    assert {"sparsity/macs", "sparsity/decoder"} < of_run and "sparsity.of" not in of_run
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert f"{PPL} against the share removed (sparsity/macs), 1 seed a point." in text
+    assert "the shares really removed (sparsity/macs) differ at one ratio asked (40.0 to 50.0 % at 0.2)" in text
+    for name, differing in (("context", "sparsity.context"), ("of", "sparsity.of")):
+        shares, column, of_run = shown(tmp_path / "alike", tmp_path / name)
+        assert (shares, column) == (pytest.approx([0.2, 0.2, 0.3]), "share removed (sparsity/decoder)")
+        why = f"The share is of the decoder&#39;s parameters, since the runs differ in {differing}."
+        assert why in (tmp_path / "page" / "index.html").read_text() and "sparsity.of" in of_run
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:

@@ -22,11 +22,13 @@ from pruneexp.fingerprint import config_hash
 from pruneexp.model import ModelSource
 from pruneexp.model.modeling_pruned import as_matrix
 from pruneexp.quantise import NoQuantise, WeightOnly, linears, rounded
+from pruneexp.report.against_share import accuracy_section, perplexity_section
 from pruneexp.report.bytes_figure import bytes_section
 from pruneexp.report.figures import styles
 from pruneexp.report.folders import find
 from pruneexp.report.methods import describe
-from pruneexp.report.sections import pareto_section
+from pruneexp.report.sections import effects_section, pareto_section
+from pruneexp.report.sweep_table import sweep_table
 from pruneexp.types import ConfigError
 from tests.cases import each
 from tests.conftest import PARITY
@@ -36,6 +38,7 @@ from tests.report_samples import PPL, config, metrics, write_run
 DATA = ["dataset=tokens", f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
 QUICK = ["model=hf", f"model.path={PARITY}", *DATA, "dataset.length=64", "evaluator=[perplexity,size]", "cache=off"]
 INT8, INT4 = WeightOnly(8, None, False), WeightOnly(4, 32, False)
+SPEED = "latency/prefill_tok_s@b1x128"
 MIXTURES = ("mixtral", "qwen3_moe")
 
 
@@ -244,14 +247,16 @@ def test_without_torchao(build_from: Callable[..., Any], monkeypatch: pytest.Mon
     assert_told(f"{error.value}\n", "quantise.kernels=True", "pip install 'pruneexp[torchao]'")
 
 
-def test_the_figure_against_bytes(tmp_path: Path) -> None:
+def test_a_report_takes_no_model_for_a_quantised_one(tmp_path: Path) -> None:
     """A picture an engine, a point a method and ratio; what llama.cpp ran is not taken for what transformers did."""
     sizes = {"none": 4.0, "int8": 2.0, "gguf": 4.0, "gguf_q8_0": 4.0}
     for name, size in sizes.items():
         for at, share in ((0.0, 0.0), (0.2, 0.2)):
             kind = {"gguf": "/gguf-q4_k_m", "gguf_q8_0": "/gguf-q8_0"}.get(name)
             more = {"dense/bytes": 4.0 * 2**20, "pruned/bytes": size * (1 - share) * 2**20}
+            more |= {f"{side}/{SPEED}": 1000.0 for side in ("dense", "pruned")} | {"pruned/acc/a": 0.5}
             if kind:
+                more |= {f"{side}/{SPEED}{kind}": 4000.0 for side in ("dense", "pruned")}
                 more |= {f"pruned/bytes{kind}": 2.0**20 * (1 - share), f"pruned/bits/param{kind}": 8.0}
                 more |= {f"pruned/{PPL}{kind}": 5.0 + share, f"dense/{PPL}{kind}": 4.5}
             elif name == "int8":
@@ -259,23 +264,51 @@ def test_the_figure_against_bytes(tmp_path: Path) -> None:
             composed = config("recipe=flap", f"quantise={name}", f"sparsity.ratio={at}")
             write_run(tmp_path / f"{name}{at}", composed, metrics(4.0, share, **more))
     runs = describe(find([tmp_path], "same").runs)
-    assert {one.method for one in runs} == {"flap", *(f"quantise={name}" for name in sizes if name != "none")}
-    section = bytes_section(runs, styles(list(dict.fromkeys(one.method for one in runs))))
+    assert {one.method for one in runs} == {"flap", *(f"flap quantise={name}" for name in sizes if name != "none")}
+    looks = styles(list(dict.fromkeys(one.method for one in runs)))
+    section = bytes_section(runs, looks)
     assert section is not None
-    ours, theirs = section.tables
+    ours, theirs, _ = section.tables
     assert [[cell.text for cell in row] for row in ours.rows] == [
         ["flap", "0", "4.000", "", "4.000"],
         ["flap", "0.2", "3.200", "", "4.000"],
-        ["quantise=int8", "0", "2.000", "8.500", "4.000"],
-        ["quantise=int8", "0.2", "1.600", "8.500", "4.000"],
+        ["flap quantise=int8", "0", "2.000", "8.500", "4.000"],
+        ["flap quantise=int8", "0.2", "1.600", "8.500", "4.000"],
     ]
     assert len(theirs.rows) == 4 and "llama.cpp" in section.pictures[1].caption
     dash = section.pictures[0].figure.axes[0].lines
     assert [line.get_label() for line in dash if not str(line.get_label()).startswith("_")] == [
-        "dense", "flap", "quantise=int8",
+        "dense", "flap", "flap quantise=int8",
     ]  # fmt: skip
-    pareto = pareto_section(runs, styles([one.method for one in runs]))
-    assert pareto is None or not any("gguf" in picture.name for picture in pareto.pictures)
+    shown = perplexity_section(runs, [], [], looks), accuracy_section(runs, [], [], looks), pareto_section(runs, looks)
+    methods: dict[str, set[str]] = {}
+    for of_section in shown:
+        assert of_section is not None and any(line.startswith("Left out: ") for line in of_section.lines)
+        for each_table in of_section.tables:
+            place = each_table.header.index("method")
+            methods[each_table.title.partition(": ")[0]] = {row[place].text for row in each_table.rows}
+    ms = "prefill, ms per token (b1x128)"
+    q4, q8 = (f"{PPL}/gguf-{kind}" for kind in ("q4_k_m", "q8_0"))
+    assert methods == {
+        PPL: {"flap", "flap quantise=int8"},
+        q4: {"flap quantise=gguf"},
+        q8: {"flap quantise=gguf_q8_0"},
+        "acc/a": {"flap", "flap quantise=int8"},
+        f"{PPL} against {ms}": {"dense", "flap"},
+        f"{PPL} against weights, MiB": {"dense", "flap", "flap quantise=int8"},
+        f"{q4} against {ms}": {"dense, quantised", "flap quantise=gguf"},
+        f"{q8} against {ms}": {"dense, quantised", "flap quantise=gguf_q8_0"},
+    }
+    effects = effects_section(runs)
+    assert effects is not None
+    assert {row[1].text for row in effects.tables[0].rows if row[0].text == "quantise"} == {"none", "int8"}
+    alone = describe(find([tmp_path / "gguf0.2"], "same").runs)
+    assert alone[0].method == "flap quantise=gguf" and accuracy_section(alone, [], [], looks) is None
+    header, table = sweep_table(tmp_path)
+    filled = {key: sum(row[header.index(key)] != "" for row in table) for key in header}
+    assert [filled[f"{side}/{PPL}"] for side in ("pruned", "unquantised")] == [4, 4]
+    assert [filled[f"{side}/{SPEED}"] for side in ("pruned", "unquantised")] == [2, 6]
+    assert filled["pruned/params"] == filled[f"dense/{PPL}"] == 8
 
 
 def test_a_new_key_changes_no_hash() -> None:

@@ -12,7 +12,18 @@ from pruneexp.report.comparison import Comparison
 from pruneexp.report.figures import Looks, Picture
 from pruneexp.report.methods import Runs
 from pruneexp.report.page import Section
-from pruneexp.report.points import SHARE, Point, accuracies, dense, is_mean, perplexities, points
+from pruneexp.report.points import (
+    ACCURACY,
+    Point,
+    Removed,
+    accuracies,
+    dense,
+    is_mean,
+    left_out,
+    perplexities,
+    points,
+    removed,
+)
 from pruneexp.report.share_figure import share_figure
 from pruneexp.report.statistics import grouped
 from pruneexp.report.tables import Table, number, ratio, table
@@ -39,7 +50,8 @@ def named(context: str, short: tuple[str, ...], picture: Picture) -> Picture:
 
 def perplexity_section(runs: Runs, conflicting: Runs, compared: Sequence[Comparison], looks: Looks) -> Section | None:
     section = _section("perplexity", perplexities([*runs, *conflicting]), runs, conflicting, compared, looks)
-    return section if section.pictures else None
+    lines = [*section.lines, *left_out(runs, "perplexity", "ppl/.*")]
+    return replace(section, lines=lines) if section.pictures else None
 
 
 def accuracy_section(runs: Runs, conflicting: Runs, compared: Sequence[Comparison], looks: Looks) -> Section | None:
@@ -50,7 +62,8 @@ def accuracy_section(runs: Runs, conflicting: Runs, compared: Sequence[Compariso
     means = [metric for metric in metrics if is_mean(metric)]
     section = _section("accuracy", means or metrics, runs, conflicting, compared, looks)
     tables = [*section.tables, _tasks_table(runs, metrics)] if means and runs else section.tables
-    return replace(section, lines=[*section.lines, *_few_items(means or metrics)], tables=tables)
+    lines = [*section.lines, *_few_items(means or metrics), *left_out(runs, "accuracy", ACCURACY)]
+    return replace(section, lines=lines, tables=tables)
 
 
 def _few_items(metrics: Sequence[str]) -> list[str]:
@@ -90,9 +103,11 @@ def _section(
 ) -> Section:
     """A figure for every metric and model, and a table for every metric; files are named after `anchor`."""
     lines, tables, pictures = [], [], []
+    names = {f"pruned/{metric}" for metric in metrics}
+    share = removed([one for one in (*runs, *conflicting) if names.intersection(one.run.metrics)])
     for metric in metrics:
-        drawn = points(runs, metric)
-        measured = [one for one in conflicting if {f"pruned/{metric}", SHARE} <= set(one.run.metrics)]
+        drawn = points(runs, metric, share.metric)
+        measured = [one for one in conflicting if {f"pruned/{metric}", share.metric} <= set(one.run.metrics)]
         published = [one for one in compared if one.published.metric == metric and one.published.ratio]
         for context, short, members in by_context([*runs, *conflicting]):
             here = [point for point in drawn if point.context == context]
@@ -102,7 +117,9 @@ def _section(
             theirs = [one for one in published if one.runs[0].context == context]
             before = dense(members, metric)
             name = file_name(anchor, metric, *short)
-            pictures.append(named(context, short, share_figure(name, metric, here, before, odd, theirs, looks)))
+            pictures.append(
+                named(context, short, share_figure(name, metric, share, here, before, (odd, theirs), looks))
+            )
             if len(before) > 1:
                 values = ", ".join(f"{value:.6g}" for value in before[:FEW])
                 more = f" and {len(before) - FEW} more" if len(before) > FEW else ""
@@ -111,17 +128,17 @@ def _section(
                     "numeric precision or machines are mixed here."
                 )
         if drawn:
-            tables.append(_points_table(file_name(anchor, metric), metric, drawn))
+            tables.append(_points_table(file_name(anchor, metric), metric, share, drawn))
     return Section(anchor, f"{anchor.capitalize()} and share removed", lines, tables, pictures)
 
 
-def _points_table(name: str, metric: str, drawn: Sequence[Point]) -> Table:
+def _points_table(name: str, metric: str, share: Removed, drawn: Sequence[Point]) -> Table:
     mean, unit = ("exp of the mean log perplexity", "") if metric.startswith("ppl/") else ("mean accuracy", "accuracy")
     columns: dict[str, Callable[[Point], Any]] = {
         "model": lambda point: point.context,
         "method": lambda point: point.method,
         "ratio asked": lambda point: ratio(point.ratio),
-        "share removed": lambda point: number(point.share, "share"),
+        share.name: lambda point: number(point.share, "share"),
         metric: lambda point: number(point.value, unit),
     }
     title = f"{metric}: {mean} over seeds"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pruneexp.fingerprint import GGUF
 from pruneexp.report import figures
 from pruneexp.report.against_share import by_context, file_name, named
 from pruneexp.report.figures import FAINT, GRID, WHOLE, Looks, Picture, Style
@@ -14,8 +15,6 @@ from pruneexp.report.page import Section
 from pruneexp.report.points import accuracies, dense, is_mean, mean_of, metrics_of, perplexities, points
 from pruneexp.report.statistics import grouped
 from pruneexp.report.tables import Table, number, ratio, table
-
-GGUF = "/gguf-"  # between a figure's name and the type of the file that it was measured on
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,13 @@ def _protocol(metric: str) -> tuple[str, str]:
 
 
 def sized(runs: Runs, metric: str) -> list[Sized]:
-    """The points that have a size for the metric. In transformers a model that is converted is as it was before: what
-    runs that quantise nothing show."""
+    """The points that have a size for the metric."""
     _, there, kind = metric.partition(GGUF)
     suffix = there + kind
     found = []
     for point in points(runs, metric):
-        converted = any(key.startswith(f"pruned/bytes{GGUF}") for one in point.runs for key in one.run.metrics)
         size, bits = (mean_of(point, f"pruned/{key}{suffix}") for key in ("bytes", "bits/param"))
-        if size is not None and bool(there) == converted:
+        if size is not None:
             found.append(Sized(point.method, point.ratio, size / 2**20, bits, point.value))
     return found
 

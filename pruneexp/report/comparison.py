@@ -61,14 +61,16 @@ def comparisons(runs: Runs, tables: Sequence[Table]) -> list[Comparison]:
 
 
 def matches(one: Described, figure: Published) -> bool:
-    """Same model and metric; where the figure is of a pruned model, same recipe, ratio (as it is printed: LLM-Pruner's
-    20 % are 20.3 %), recovery and such settings as make the method."""
+    """Same model and metric; where the figure is of a pruned model, same recipe, ratio of parameters (as it is printed:
+    LLM-Pruner's 20 % are 20.3 %), recovery, such settings as make the method, and nothing quantised."""
     if figure.model not in model_names(one.run.config) or measured(one, figure) is None:
         return False
     return figure.ratio == 0 or (
         one.recipe in figure.recipes
         and abs(one.ratio - figure.ratio) <= NOMINAL
+        and one.run.flat.get("sparsity.of") in ("decoder", "prunable")
         and one.choices["recovery"].name == figure.recovery
+        and one.choices["quantise"].name == "none"
         and all(one.run.flat.get(key) == value for key, value in figure.settings.items())
     )
 

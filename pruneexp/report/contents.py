@@ -14,12 +14,12 @@ from pruneexp.report.figures import styles
 from pruneexp.report.folders import Found
 from pruneexp.report.methods import GROUPS, Runs, departures, describe
 from pruneexp.report.page import Folded, Report, Section
-from pruneexp.report.points import SHARE, accuracies, is_mean, kept_shares, machine, perplexities
+from pruneexp.report.points import ACCURACY, accuracies, is_mean, kept_shares, left_out, machine, perplexities, removed
 from pruneexp.report.published import tables as published_tables
 from pruneexp.report.sections import effects_section, pareto_section, published_section, widths_section
 from pruneexp.report.tables import Cell, Table, count, number, ratio, table
 
-UNITS = {SHARE: "share", "memory/peak_bytes": "bytes", "passes/forward": "count", "passes/backward": "count"}
+UNITS = {"memory/peak_bytes": "bytes", "passes/forward": "count", "passes/backward": "count"}
 LATER = ("seconds/calibrate", "seconds/search", "seconds/shrink")
 LATER += ("passes/forward", "passes/backward", "memory/peak_bytes")
 Show = Callable[[Any], Any]  # of a run, what a column has
@@ -74,13 +74,15 @@ def _header(runs: Runs, found: Found) -> list[str]:
 
 def _runs(runs: Runs, found: Found) -> Section:
     # What a choice brings along is told by the method's name.
-    keys = list(dict.fromkeys(key for one in runs for key in one.settings))
+    keys = [key for one in runs for key in one.settings] + (["sparsity.of"] if removed(runs).note else [])
+    keys = list(dict.fromkeys(keys))
     several = len({one.context for one in runs}) > 1
     names = perplexities(runs) + ([name for name in accuracies(runs) if is_mean(name)] or accuracies(runs))
     measured = [f"{side}/{name}" for name in names for side in ("dense", "pruned")]
     there = {key for one in runs for key in one.run.metrics}
-    metrics = [key for key in (SHARE, "pruned/params", *measured, *LATER) if key in there]
-    units = {key: UNITS.get(key, "accuracy" if "/acc" in key else "") for key in metrics}
+    shares = sorted(key for key in there if key.startswith("sparsity/") and key != "sparsity/model")
+    metrics = [*shares, *(key for key in ("pruned/params", *measured, *LATER) if key in there)]
+    units = {key: "share" if key in shares else UNITS.get(key, "accuracy" if "/acc" in key else "") for key in metrics}
     columns: dict[str, Show] = {
         "run": lambda one: Cell(one.run.name, mark="flag" if one.run.hash in found.conflicts else ""),
         **({"model": lambda one: one.context} if several else {}),
@@ -103,6 +105,7 @@ def _runs(runs: Runs, found: Found) -> Section:
         lines.append(
             f"Same config ({hashed}), another result: {names}: {why}. They are shown one by one and counted in no mean."
         )
+    lines += left_out(runs, "perplexity and accuracy", f"ppl/.*|{ACCURACY}")
     shown = table("runs", "Every finished run; all its metrics are in metrics.csv", runs, columns)
     return Section("runs", "Runs", lines, (shown,))
 

@@ -198,23 +198,27 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
     for run, recipe, of_run, head, near, own, ratio in zip(
         runs, recipes, choices, heads, by_recipe, extra, ratios, strict=True
     ):
-        head = {key: value for key, value in head.items() if key in several}
+        # Which figures are of a quantised model is always said.
+        head = {k: value for k, value in head.items() if k in several or (k == "quantise" and value != "none")}
         factors = head | {key: str(own.get(key, "-")) for key in keys}
         if len(set(ratios)) > 1:
             factors[RATIO] = f"{ratio:g}"
-        parts = [value for key, value in head.items() if key in ("recipe", *RECIPE)]
+        parts = [_word(key, value) for key, value in head.items() if key in ("recipe", *RECIPE)]
         rest = {key: value for key, value in head.items() if key in REST and not _goes_without(recipe, key, value)}
-        base = (near or parts) + [f"{key}={value}" for key, value in rest.items()]
-        if not base and recipe is not None:
-            base = [recipe]
-        elif not base and not own:  # parts that all runs share tell nothing beside settings that differ
-            base = [of_run[group].name for group in RECIPE]
-        method = " ".join([*base, *(f"{short[key]}={value}" for key, value in own.items())])
+        base = near or parts or ([] if recipe is None else [recipe])
+        if not base and not own:  # parts that all runs share tell nothing beside settings that differ
+            base = [_word(group, of_run[group].name) for group in RECIPE]
+        named = rest | {short[key]: value for key, value in own.items()}
+        method = " ".join([*base, *(f"{key}={value}" for key, value in named.items())])
         seeds = sorted(key for key in run.flat if _is_seed(key) and not key.startswith("evaluator."))
         seed = tuple((key, run.flat[key]) for key in seeds)
         shown = own | {key: value for key, value in seed if key in drawn}
         described.append(Described(run, recipe, of_run, context, method, ratio, seed, factors, shown))
     return described
+
+
+def _word(group: str, name: str) -> str:
+    return f"{group}=none" if name == "none" else name
 
 
 def _goes_without(recipe: str | None, group: str, name: str) -> bool:

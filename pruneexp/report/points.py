@@ -9,21 +9,50 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from pruneexp.fingerprint import GGUF, differing
 from pruneexp.report.folders import SAME
 from pruneexp.report.methods import Described, Runs
 from pruneexp.report.statistics import Effect, balanced, grouped, interval, main_effects, pareto_front
 from pruneexp.types import QUERY_HEADS, Plan
 
 SHARE = "sparsity/decoder"
+ACCURACY = r"(?!ppl/)(?:.*/)?acc\w*(?:[@/\[].*)?"
+COUNTED_AT = {"macs": ("context",), "bytes": ("context",), "latency": ("context", "batch", "phase")}
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What counts as removed where runs stand together: its share, that in words, and why it is not the budget's."""
+
+    metric: str
+    name: str
+    note: str = ""
+
+    @property
+    def axis(self) -> str:
+        return "share of the decoder's parameters removed, %" if self.metric == SHARE else f"{self.name}, %"
+
+
+def removed(runs: Runs) -> Removed:
+    """The quantity of all the runs' budgets, else the decoder's parameters."""
+    flat = [one.run.flat for one in runs]
+    of = str(flat[0].get("sparsity.of")) if flat else "decoder"
+    keys = ["sparsity.of", *(f"sparsity.{key}" for key in COUNTED_AT.get(of, ()))]
+    if differ := [key for key in keys if key in differing(flat)]:
+        note = f" The share is of the decoder's parameters, since the runs differ in {differ[0]}."
+        return Removed(SHARE, f"share removed ({SHARE})", note)
+    metric = f"sparsity/{of}"
+    if metric == SHARE or not all(metric in one.run.metrics for one in runs):
+        return Removed(SHARE, "share removed")
+    return Removed(metric, f"share removed ({metric})")
 
 
 @dataclass(frozen=True)
 class Point:
     """A method at a ratio, its seeds taken together.
 
-    `share`: mean real share removed of the decoder's parameters. `value`: the metric's mean over the `n` seeds, of
-    perplexities exp of the mean logarithm; `low`, `high`: its 95 % t-interval, None for one seed. `seeds`: the value of
-    each seed."""
+    `share`: mean real share removed. `value`: the metric's mean over the `n` seeds, of perplexities exp of the mean
+    logarithm; `low`, `high`: its 95 % t-interval, None for one seed. `seeds`: the value of each seed."""
 
     context: str
     method: str
@@ -54,7 +83,7 @@ def perplexities(runs: Runs) -> list[str]:
 
 def accuracies(runs: Runs) -> list[str]:
     """Means over tasks, then tasks."""
-    found = metrics_of(runs, r"(?!ppl/)(?:.*/)?acc\w*(?:[@/\[].*)?")
+    found = metrics_of(runs, ACCURACY)
     return sorted(found, key=lambda name: (not is_mean(name), name))
 
 
@@ -62,19 +91,27 @@ def is_mean(accuracy: str) -> bool:
     return re.search(r"/mean\d+(@|$)", accuracy) is not None
 
 
-def points(runs: Runs, metric: str) -> list[Point]:
+def left_out(runs: Runs, what: str, pattern: str) -> list[str]:
+    """The line that says of which runs figures are left out as those of a model that is not quantised."""
+    told = [one for one in runs if any(re.fullmatch(f"unquantised/(?:{pattern})", key) for key in one.run.metrics)]
+    methods = ", ".join(dict.fromkeys(one.method for one in told))
+    why = "which is that of a model that is not quantised (unquantised/... in metrics.csv)"
+    return [f"Left out: {what} of {methods} in transformers, {why}."] if told else []
+
+
+def points(runs: Runs, metric: str, share: str = SHARE) -> list[Point]:
     """One a context, method and ratio, in that order; of the runs that measured the metric."""
-    measured = [one for one in runs if {f"pruned/{metric}", SHARE} <= set(one.run.metrics)]
+    measured = [one for one in runs if {f"pruned/{metric}", share} <= set(one.run.metrics)]
     groups = grouped(measured, lambda one: (one.context, one.method, one.ratio))
     scale, back = (math.log, math.exp) if metric.startswith("ppl/") else (float, float)
     drawn = []
     for key, members in sorted(groups.items(), key=lambda item: item[0]):
         values = by_seed([scale(one.run.metrics[f"pruned/{metric}"]) for one in members], [one.seed for one in members])
         mean = interval(values)
-        share = fmean(one.run.metrics[SHARE] for one in members)
+        gone = fmean(one.run.metrics[share] for one in members)
         low, high = (None if mean.half is None else back(mean.mean + sign * mean.half) for sign in (-1, 1))
         seeds = tuple(map(back, values))
-        drawn.append(Point(*key, metric, share, back(mean.mean), low, high, seeds, tuple(members)))
+        drawn.append(Point(*key, metric, gone, back(mean.mean), low, high, seeds, tuple(members)))
     return drawn
 
 
@@ -82,6 +119,10 @@ def by_seed(values: Sequence[float], seeds: Sequence[Hashable]) -> list[float]:
     """The mean of each seed's values: two runs that differ in their evaluators, say, are one draw and not two."""
     draws = grouped(zip(seeds, values, strict=True), lambda draw: draw[0])
     return [fmean(value for _, value in same) for same in draws.values()]
+
+
+def dense_name(metric: str) -> str:
+    return "dense, quantised" if GGUF in metric else "dense"
 
 
 def dense(runs: Runs, metric: str) -> list[float]:
@@ -117,13 +158,13 @@ class Cost:
         return self.scale / value if self.inverse else self.scale * value
 
 
-def costs(runs: Runs) -> list[Cost]:
-    """Measured latency and bytes, as far as the runs have them."""
+def costs(runs: Runs, kind: str = "") -> list[Cost]:
+    """Measured latency and bytes, as far as the runs have them; with `kind` ("/gguf-q8_0"), latency in llama.cpp."""
     found = []
-    for metric in metrics_of(runs, r"latency/\w+_tok_s@[^/]+"):
-        stage, _, how = metric.removeprefix("latency/").partition("_tok_s@")
+    for metric in metrics_of(runs, rf"latency/\w+_tok_s@[^/]+{re.escape(kind)}"):
+        stage, _, how = metric.removeprefix("latency/").removesuffix(kind).partition("_tok_s@")
         found.append(Cost(metric, f"{stage}, ms per token ({how})", True, 1e3))
-    if metrics_of(runs, "bytes"):
+    if not kind and metrics_of(runs, "bytes"):
         found.append(Cost("bytes", "weights, MiB", False, 2**-20))
     return found
 
@@ -131,7 +172,7 @@ def costs(runs: Runs) -> list[Cost]:
 @dataclass(frozen=True)
 class Priced:
     """A point of a front: `cost` and `ppl`, both lower = better; `on_front` where no other point beats it. The dense
-    model is the method "dense", its ratio 0."""
+    model is a method of its own, its ratio 0."""
 
     method: str
     ratio: float
@@ -143,7 +184,9 @@ class Priced:
 def priced(points: Sequence[Point], cost: Cost) -> list[Priced]:
     """The points whose runs all measured the cost, and the dense model as the first of them has it."""
     sides = [(p.method, p.ratio, mean_of(p, f"pruned/{cost.metric}"), p.value) for p in points]
-    sides += [("dense", 0.0, mean_of(p, f"dense/{cost.metric}"), mean_of(p, f"dense/{p.metric}")) for p in points[:1]]
+    for p in points[:1]:
+        before = (mean_of(p, f"dense/{key}") for key in (cost.metric, p.metric))
+        sides.append((dense_name(p.metric), 0.0, *before))
     known = [(method, ratio, cost.of(value), ppl) for method, ratio, value, ppl in sides if value and ppl]
     front = pareto_front([(at, ppl) for _, _, at, ppl in known])
     return [Priced(*one, on_front=k in front) for k, one in enumerate(known)]

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pruneexp.fingerprint import GGUF
 from pruneexp.report.against_share import by_context, file_name, named
-from pruneexp.report.bytes_figure import GGUF
 from pruneexp.report.comparison import NOT_STATED, Aspect, Comparison
 from pruneexp.report.figures import Looks, effects_figure, pareto_figure, widths_figure
 from pruneexp.report.methods import Runs
 from pruneexp.report.page import Section
 from pruneexp.report.points import (
-    SHARE,
     Ablation,
     Cost,
     Priced,
     ablation,
     costs,
     kept_shares,
+    left_out,
     machine,
-    metrics_of,
     perplexities,
     points,
     priced,
+    removed,
 )
 from pruneexp.report.published import Published
 from pruneexp.report.statistics import Effect, grouped
@@ -36,8 +36,9 @@ def pareto_section(runs: Runs, looks: Looks) -> Section | None:
     lines, tables, pictures = [], [], []
     for context, short, members in by_context(runs):
         by_machine = grouped(members, lambda one: machine(one.run.environment))
-        for metric in metrics_of(members, rf"ppl/(?!.*{GGUF}).*"):  # those of another engine have costs of their own
-            for cost in costs(members):
+        for metric in perplexities(members):
+            _, there, kind = metric.partition(GGUF)  # another engine has costs of its own
+            for cost in costs(members, there + kind):
                 # A latency is of its machine; bytes are the same everywhere.
                 for k, (place, here) in enumerate(by_machine.items() if cost.inverse else [("", members)], 1):
                     several = (f"machine{k}",) if place and len(by_machine) > 1 else ()
@@ -49,6 +50,7 @@ def pareto_section(runs: Runs, looks: Looks) -> Section | None:
                         tables.append(_priced_table(name, metric, cost, front, where))
         if perplexities(members):
             lines += _noise(context, members)
+    lines += left_out(runs, "perplexity", "ppl/.*") + left_out(runs, "speed", "latency/.*")
     return Section("pareto", "Perplexity against latency and bytes", lines, tables, pictures) if pictures else None
 
 
@@ -104,6 +106,7 @@ def effects_section(runs: Runs) -> Section | None:
             lines.append(f"{context}, {', '.join(found.metric for found in alike)}: {design}")
         if ablations:
             lines += _unequal_shares(context, members)
+    lines += left_out(runs, "perplexity", "ppl/.*")
     return Section("effects", "Main effects", lines, tables, pictures) if pictures else None
 
 
@@ -119,10 +122,11 @@ def _design(found: Ablation) -> str:
 
 def _unequal_shares(context: str, runs: Runs) -> list[str]:
     """That runs asked for one ratio removed different shares: what removes less looks better for that alone."""
-    by_ratio = grouped((one for one in runs if SHARE in one.run.metrics), lambda one: one.ratio)
+    share = removed(runs)
+    by_ratio = grouped((one for one in runs if share.metric in one.run.metrics), lambda one: one.ratio)
     ends = {}
     for asked, members in sorted(by_ratio.items()):
-        shares = [one.run.metrics[SHARE] for one in members]
+        shares = [one.run.metrics[share.metric] for one in members]
         ends[asked] = min(shares), max(shares)
     apart = [
         f"{100 * least:.1f} to {100 * most:.1f} % at {asked:g}"
@@ -132,8 +136,9 @@ def _unequal_shares(context: str, runs: Runs) -> list[str]:
     if not apart:
         return []
     return [
-        f"{context}: the shares really removed differ at one ratio asked ({', '.join(apart)}); part of an effect is "
-        "that. The figures above, against the real share, do not have this flaw."
+        f"{context}: the shares really removed{share.name.removeprefix('share removed')} differ at one ratio asked "
+        f"({', '.join(apart)}); part of an effect is that. The figures above, against the real share, do not have this "
+        "flaw."
     ]
 
 

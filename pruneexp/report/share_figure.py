@@ -10,7 +10,7 @@ from pruneexp.report import figures
 from pruneexp.report.comparison import Comparison
 from pruneexp.report.figures import FAINT, GRID, INK, WHOLE, Looks, Picture, Style
 from pruneexp.report.methods import Runs
-from pruneexp.report.points import SHARE, Point
+from pruneexp.report.points import Point, Removed, dense_name
 from pruneexp.report.statistics import grouped
 
 if TYPE_CHECKING:
@@ -22,24 +22,29 @@ ENOUGH = 3  # seeds from which on an interval is drawn, and no longer each of th
 def share_figure(
     name: str,
     metric: str,
+    share: Removed,
     points: Sequence[Point],
     dense: Sequence[float],
-    conflicting: Runs,
-    published: Sequence[Comparison],
+    beside: tuple[Runs, Sequence[Comparison]],
     looks: Looks,
 ) -> Picture:
     """A perplexity or accuracy against the real share removed, a line a method, with its seeds or their 95 %
-    t-interval. Runs of one config with different results, and published figures, are marks on their own."""
+    t-interval. `beside`: runs of one config with different results, and published figures, are marks on their own."""
+    conflicting, published = beside
     methods = grouped(points, lambda point: point.method)
-    others = {"published, at its nominal ratio": published, "dense": dense, "same config, another result": conflicting}
+    others = {
+        "published, at its nominal ratio": published,
+        dense_name(metric): dense,
+        "same config, another result": conflicting,
+    }
     figure, axes = figures.new_figure(
         2.9, figures.legend_rows([*methods, *(label for label, there in others.items() if there)])
     )
     for k, value in enumerate(dense):
-        axes.axhline(value, label=None if k else "dense", color=FAINT, linewidth=1, linestyle=(0, (3, 3)))
+        axes.axhline(value, label=None if k else dense_name(metric), color=FAINT, linewidth=1, linestyle=(0, (3, 3)))
     for method, line in methods.items():
         _line(axes, method, sorted(line, key=lambda point: point.share), looks[method])
-    odd = [(100 * one.run.metrics[SHARE], one.run.metrics[f"pruned/{metric}"]) for one in conflicting]
+    odd = [(100 * one.run.metrics[share.metric], one.run.metrics[f"pruned/{metric}"]) for one in conflicting]
     if odd:
         axes.plot(*zip(*odd, strict=True), "x", color=INK, markersize=7, label="same config, another result", **WHOLE)
     theirs = [one.published.value / (100 if one.published.unit == "percent" else 1) for one in published]
@@ -55,12 +60,14 @@ def share_figure(
         figures.log_scale(axes, marks)
     cut = _scaled_by(axes, marks, [bound for point in points for bound in _bar(point)])
     axes.set_xlim(left=0)
-    axes.set_xlabel("share of the decoder's parameters removed, %")
+    axes.set_xlabel(share.axis)
     axes.set_ylabel(figures.upright(metric))
     axes.grid(axis="y", color=GRID, linewidth=0.6)
     figures.legend(figure, axes)
     told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
-    return Picture(name, f"{metric} against the share removed, {_caption(metric, points, cut)}.", told, figure)
+    return Picture(
+        name, f"{metric} against the {share.name}, {_caption(metric, points, cut)}.{share.note}", told, figure
+    )
 
 
 def _line(axes: Axes, label: str, line: Sequence[Point], look: Style) -> None:

@@ -185,9 +185,9 @@ def priced(points: Sequence[Point], cost: Cost) -> list[Priced]:
     """The points whose runs all measured the cost, and the dense model as the first of them has it."""
     sides = [(p.method, p.ratio, mean_of(p, f"pruned/{cost.metric}"), p.value) for p in points]
     for p in points[:1]:
-        before = (mean_of(p, f"dense/{key}") for key in (cost.metric, p.metric))
-        sides.append((dense_name(p.metric), 0.0, *before))
-    known = [(method, ratio, cost.of(value), ppl) for method, ratio, value, ppl in sides if value and ppl]
+        at, ppl = (mean_of(p, f"dense/{key}") for key in (cost.metric, p.metric))
+        sides += [(dense_name(p.metric), 0.0, at, ppl)] if ppl else []
+    known = [(method, ratio, cost.of(value), ppl) for method, ratio, value, ppl in sides if value]
     front = pareto_front([(at, ppl) for _, _, at, ppl in known])
     return [Priced(*one, on_front=k in front) for k, one in enumerate(known)]
 

@@ -208,7 +208,8 @@ def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) 
     fitting = [
         f"{group}={experiment.job['choices'].get(group)}"
         for group in ("criterion", "compensator")
-        if any(kind.fits for kind in evidence_kinds(getattr(experiment, group).evidence))
+        for method in [getattr(experiment, group)]
+        if not method.few_tokens and any(kind.fits for kind in evidence_kinds(method.evidence))
     ]
     sites = [
         site for site in searched_sites(model, experiment.search) if site.kind in ("attention", QUERY_HEADS, "mlp")

@@ -42,12 +42,13 @@ EVIDENCE: Defaults = {
     "held_bytes": None,  # what `empty` lays out
 }
 CRITERION: Defaults = {
+    "few_tokens": False,
     "judges": ("attention", "mlp"),
     "lost": _zero,
     "working_bytes": _zero,
     "kept_bytes": _two_zeros,
 }
-COMPENSATOR: Defaults = {"working_bytes": _zero, "settled": None}
+COMPENSATOR: Defaults = {"few_tokens": False, "working_bytes": _zero, "settled": None}
 SEARCH: Defaults = {
     "granularity": ("heads", "channels"),
     "heads": None,  # a count for all layers, in place of the ratio

@@ -84,7 +84,13 @@ EVALUATOR: Defaults = {
 }
 DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
 AUGMENTATION: Defaults = {"working_bytes": _zero}
-QUANTISE: Defaults = {"in_place": False, "check": _nothing, "prepare": _nothing}
+QUANTISE: Defaults = {
+    "in_place": False,
+    "check": _nothing,
+    "prepare": _nothing,
+    "scratch_bytes": _zero,
+    "measured_on": _nothing,
+}
 TRACKER: Defaults = {"summarise": None}
 
 

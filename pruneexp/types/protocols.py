@@ -234,7 +234,9 @@ class Quantise(Protocol):
     of it, without the "dense/" or "pruned/" in front. `in_place`: the pruned model is another one afterwards, and has
     the evaluators' figures; else it is converted, and the evaluators that can be are run on that. `folder`: where a
     file of it goes, None: it is not kept. `check()` says what the machine lacks, `prepare(model)` what a model's
-    structure does, before a weight is loaded."""
+    structure does, before a weight is loaded; `scratch_bytes(model)`, for forecasts: about what its files take
+    meanwhile, in the system's folder for such. `measured_on(model, evaluators)`: what its figures of the dense model
+    depend on beside the model (None: nothing says): those are then kept."""
 
     applies: ClassVar[bool]
     in_place: ClassVar[bool]
@@ -244,6 +246,10 @@ class Quantise(Protocol):
     def check(self) -> None: ...
 
     def prepare(self, model: Any, /) -> None: ...
+
+    def scratch_bytes(self, model: Any, /) -> int: ...
+
+    def measured_on(self, model: Any, evaluators: Mapping[str, Evaluator], /) -> Any: ...
 
     def __call__(
         self, model: Any, when: str, evaluators: Mapping[str, Evaluator], folder: Any, /

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import pruneexp
+from pruneexp.criterion import Flap
 from pruneexp.model.given import GivenModel
 from tests.tiny_families import TINY, tiny_model
 
@@ -318,6 +319,18 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         with pytest.raises(pruneexp.ConfigError, match=message):
             pruneexp.prune(model, tokenizer, tokens, **settings)
     assert not list(Path().iterdir())
+
+
+def test_an_object_asks_for_scores_behind_pruned_layers_where_there_are_some(
+    model: Any, tokenizer: Any, tokens: torch.Tensor
+) -> None:
+    own = Flap("WIFV", sequential=True)
+    with pytest.raises(pruneexp.ConfigError, match=r"^criterion.sequential=True: search=al_am decides over all layers"):
+        pruneexp.prune(model, tokenizer, tokens, criterion=own)
+    local = pruneexp.prune(model, tokenizer, tokens, overrides=["search=uniform"], criterion=own)
+    dense = pruneexp.prune(model, tokenizer, tokens, overrides=["search=uniform"])
+    assert local.plan.sites != dense.plan.sites
+    assert pruneexp.prune(model, tokenizer, tokens, "wanda_sp", overrides=["search=global"]).plan, "its choice's own"
 
 
 def test_other_windows_are_evaluated_where_a_dataset_is_named(

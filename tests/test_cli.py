@@ -684,6 +684,7 @@ def test_fits_to_few_tokens_are_told_what_would_do(told: str, cli: Cli, caplog: 
     ]
     caplog.clear()
     assert cli(*chosen, *short, "dataset.samples=43").code == cli("recipe=flap", *short, "dataset.samples=9").code == 0
+    assert cli("recipe=slimllm", *short, "dataset.samples=9").code == 0  # a scale and a shift an output
     assert not caplog.messages
 
 

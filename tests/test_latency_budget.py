@@ -22,12 +22,12 @@ from pruneexp.latency import Conditions, Table, Workload, compared, measure, mea
 from pruneexp.latency.measure import spaced
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned
-from pruneexp.pruning.budget import whole_budget
+from pruneexp.pruning.budget import check_pruning, whole_budget
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.search import AlAm, AlAmQueryHeads, Global, UlMm
 from pruneexp.sparsity import Cubic, OneShot
-from pruneexp.types import Curve, LayerTimes, Times
+from pruneexp.types import ConfigError, Curve, LayerTimes, Times
 from tests.cases import UNTIMED, each
 from tests.messages import assert_told
 from tests.test_budget import BUDGETED, EXACT
@@ -146,6 +146,24 @@ def test_a_block_takes_all_its_time_along(tiny: Callable[..., Model], tokens_NT:
     sublayers = Global(0, ["attention", "ffn"], "per_parameter", 1)
     pruned = prune(model, tokens_NT, sublayers, latency(0.25))
     assert pruned.plan.budget["removed_latency"] == pytest.approx(before - total(model)) and total(model) < before
+
+
+@each("search", ["global", "per_parameter", "joint", "evolutionary", "greedy"])
+def test_a_sublayer_takes_along_what_is_beside_its_units(
+    search: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    chosen = replace(SEARCHES[search], granularity=["heads", "channels", "attention", "ffn"])
+    units_left = OVERHEAD[0](1) + OVERHEAD[1](1) - 0.2  # of the layer that stays; nothing else but 0.1 a sublayer
+    for share in (0.3, 0.6):
+        model = with_table(tiny("llama"), *OVERHEAD)
+        before = total(model)
+        most = 1 - (6 * 0.1 + units_left) * 1e9 / before
+        check_pruning(model, chosen, latency(most - 1e-3), NONE)
+        with pytest.raises(ConfigError, match=f"expected at most {int(most * 1e4) / 1e4}, all that"):
+            check_pruning(model, chosen, latency(most + 1e-3), NONE)
+        budget = prune(model, tokens_NT, chosen, latency(share)).plan.budget
+        assert budget["removed_latency"] == pytest.approx(before - total(model))
+        assert abs(before - total(model) - share * before) <= 0.05 * before
 
 
 def test_rounds_are_shares_of_the_original_times(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:

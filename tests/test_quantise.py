@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 import pruneexp
 from pruneexp import quantise
 from pruneexp.__main__ import main
-from pruneexp.export import gguf_engine
+from pruneexp.export import gguf_engine, gguf_quantise
 from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_quantise import GgufQuantise, contents
 from pruneexp.fingerprint import config_hash
@@ -352,6 +355,63 @@ def test_gguf(run: Callable[..., dict[str, float]], llama: Engine) -> None:
         ours, theirs = (each.losses(Path("q4", "model.gguf"), windows_NT, 886, "") for each in (llama, Engine(library)))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert "filled up with zeros to multiples of 32; matrices: 42 Q4_0, 1 " in Path("q4", "log.txt").read_text()
+
+
+@dataclass(frozen=True)
+class Pretended:
+    """In the place of llama.cpp: of each call `called` has the name."""
+
+    called: list[str]
+    version: int = 1
+
+    def quantise(self, file: Path, out: Path, kind: str) -> None:
+        self.called.append("quantise")
+        shutil.copyfile(file, out)
+
+    def losses(self, file: Path, windows_NT: Tensor, vocabulary: int, stage: str) -> Tensor:
+        self.called.append("losses")
+        return torch.full((len(windows_NT), windows_NT.shape[1] - 1), float(len(self.called)))
+
+    def speeds(self, file: Path, vocabulary: int) -> dict[str, float]:
+        self.called.append("speeds")
+        return {"latency/prefill_tok_s": float(len(self.called))}
+
+
+def test_gguf_measures_the_dense_model_once(
+    run: Callable[..., dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    llama = Pretended([])
+    monkeypatch.setattr(gguf_quantise, "engine", lambda: llama)
+    quick = ["dataset.samples=4", "cache.dir=cache", "evaluator=[perplexity]", "run.save=false", "quantise=gguf"]
+    quick += ["evaluator.perplexity.samples=4"]
+
+    def calls(name: str, *typed: str) -> list[str]:
+        llama.called.clear()
+        found[name] = run(name, *typed, quick=quick)
+        return list(llama.called)
+
+    found: dict[str, dict[str, float]] = {}
+    pruned = ["quantise", "losses"]
+    assert calls("first") == 2 * pruned and calls("second", "sparsity.ratio=0.4") == pruned
+    names = [name for name in found["first"] if name.startswith("dense/") and name.endswith("/gguf-q4_k_m")]
+    assert len(names) == 3 and all(found["first"][name] == found["second"][name] for name in names)
+    for other in ("quantise.type=Q8_0", "evaluator.perplexity.samples=3", "model.dtype=bfloat16"):
+        assert calls(other.partition("=")[2], other) == 2 * pruned, other
+    assert calls("timed", "evaluator=[perplexity,latency]", "evaluator.latency.repeats=1") == 2 * [*pruned, "speeds"]
+    llama = replace(llama, version=2)
+    assert calls("newer") == 2 * pruned and calls("again") == pruned
+
+
+def test_a_forecast_has_the_files_of_gguf(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    monkeypatch.setattr(gguf_quantise, "engine", lambda: Pretended([]))
+    asked = ["run.dry=true", "dataset.samples=4", "evaluator=[]", "quantise=gguf", "quantise.type=Q4_0"]
+    _, out, err = cli(*asked)
+    assert "quantised afterwards: " in out and f"in files of {tempfile.gettempdir()} for a while: about " in out, err
+    found = pruneexp.run(asked).metrics
+    plain = found["forecast/bytes/dense"]  # but for FFN widths, filled up, and vectors in float32
+    assert found["forecast/disk/quantise_bytes"] == pytest.approx(plain * (1 + 6 / 32), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -328,3 +329,31 @@ def test_a_run_on_another_machine_runs_until_its_cluster_job_is_started_again(tm
     assert folder.status_of(tmp_path) == "interrupted"
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert folder.status_of(tmp_path) == "running"
+
+
+def test_a_status_that_is_claimed_is_never_away(tmp_path, monkeypatch):
+    """A late process that still knows the stale status opens no gap for a third one."""
+    path, rename = tmp_path / "status.json", Path.rename
+    path.write_text("stale")
+    won = [folder._take(path, b"stale", "first")]
+
+    def renamed(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        if not path.exists():  # the moment that a third one waits for
+            won.append(folder._take(path, None, "third"))
+        return moved
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    won.append(folder._take(path, b"stale", "late"))
+    assert won == [True, False] and path.read_text() == "first" and [*contents(tmp_path)] == ["status.json"]
+
+
+def test_a_claim_whose_process_has_ended_is_let_go(tmp_path):
+    path = tmp_path / "status.json"
+    path.write_text("stale")
+    claim = tmp_path / f".status.json.{hashlib.sha256(b'stale').hexdigest()[:16]}.claim"
+    claim.write_text(json.dumps(folder.new_status()))
+    assert not folder._take(path, b"stale", "another") and claim.exists(), "it is alive"
+    claim.write_text(json.dumps({**folder.new_status(), "process": 0.5}))
+    assert [folder._take(path, b"stale", "another") for _ in range(2)] == [False, True]
+    assert path.read_text() == "another" and not claim.exists()

@@ -85,13 +85,15 @@ def _check_granularity(experiment: Experiment) -> None:
 
 def _check_sequential(experiment: Experiment) -> None:
     """Raises ConfigError where a search over all layers would not go by scores as they were asked for: `true` is for
-    searches that decide layer by layer, and is refused where it was typed, since some criteria are set to it."""
+    searches that decide layer by layer, and is refused where it was typed, or is an object's from Python, since some
+    choices of a criterion are set to it."""
     search, criterion = experiment.search, experiment.criterion
     chosen, instead = experiment.job["choices"]["search"], "expected false"
     if search.local or criterion.evidence is None:
         return
     typed = [text.lstrip("+").lower() for text in experiment.job["overrides"]]
-    if criterion.sequential is True and "criterion.sequential=true" in typed:
+    asked = "criterion.sequential=true" in typed or "given" in experiment.config["criterion"]
+    if criterion.sequential is True and asked:
         raise ConfigError(
             f"criterion.sequential=True: search={chosen} decides over all layers at once; {instead}, always (scores "
             "behind masked layers), or a search that decides layer by layer"

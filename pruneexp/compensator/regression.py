@@ -26,6 +26,7 @@ class LinearRegression:
     """
 
     evidence: ClassVar[type[Gram]] = Gram
+    few_tokens: ClassVar[bool] = True
     adds_bias: ClassVar[bool] = True
 
     sequential: bool

@@ -37,6 +37,7 @@ class SlimLlm:
     """
 
     evidence: ClassVar[tuple[type[Gram], type[InputMoments]]] = (Gram, InputMoments)
+    few_tokens: ClassVar[bool] = True  # of a model with 344 channels a layer, 512 choose 94 % of those that 16,384 do
 
     sequential: Sequential
 

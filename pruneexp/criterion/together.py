@@ -30,6 +30,10 @@ class Together:
         return self.criterion.sequential
 
     @property
+    def few_tokens(self) -> bool:
+        return all(each.few_tokens or not any(k.fits for k in evidence_kinds(each.evidence)) for each in self.all)
+
+    @property
     def judges(self) -> Any:
         return self.criterion.judges
 

@@ -31,6 +31,7 @@ from pruneexp.experiment.forecast import (
     warn_of_memory,
 )
 from pruneexp.experiment.latency import assumed, given_table, with_times, without_table
+from pruneexp.experiment.quantised import tell_quantised, warn_of_scratch
 from pruneexp.experiment.settings import Experiment
 from pruneexp.files import existing
 from pruneexp.latency import Table
@@ -208,7 +209,8 @@ def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) 
     fitting = [
         f"{group}={experiment.job['choices'].get(group)}"
         for group in ("criterion", "compensator")
-        if any(kind.fits for kind in evidence_kinds(getattr(experiment, group).evidence))
+        for method in [getattr(experiment, group)]
+        if not method.few_tokens and any(kind.fits for kind in evidence_kinds(method.evidence))
     ]
     sites = [
         site for site in searched_sites(model, experiment.search) if site.kind in ("attention", QUERY_HEADS, "mlp")
@@ -263,6 +265,7 @@ def warn(experiment: Experiment, inputs: Inputs) -> None:
     """A line of the log for each thing that may go wrong."""
     warn_of_memory(inputs.expected, available_memory(*inputs.outline.devices))
     warn_of_files(inputs.expected)
+    warn_of_scratch(experiment.quantise, inputs.outline)
     warn_of_few_tokens(experiment, inputs.outline, inputs.tokens_NT)
     said = experiment.search.warning(searched_sites(inputs.outline, experiment.search), inputs.budget)
     if said:
@@ -290,8 +293,7 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
         print(without_table(experiment.sparsity))
     else:
         print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
-    if experiment.quantise.applies:
-        print(f"quantised afterwards: {experiment.quantise.note()}")
+    of_files = tell_quantised(experiment.quantise, model)
     dtype = str(model.dtype).removeprefix("torch.")
     print_forecast(expected, dtype=dtype, available=available_memory(*model.devices))
-    return expected.metrics()
+    return expected.metrics() | of_files

@@ -110,7 +110,7 @@ def _pruned(
     with record.clock("evaluate_dense"):
         figures, dense = measure("dense", partial(dense_figures, experiment.cache, before.basis, model))
         record.metrics |= figures
-    quantise = partial(quantised, experiment, model, record, trackers)
+    quantise = partial(quantised, experiment, before.basis, model, record, trackers)
     quantise("dense", None)
     counted, origin = _counted(experiment, model), list(model.origin)
     record.results = Results(experiment.cache, {**before.basis, "tokens": known.tokens}, shared)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.export.gguf_run import reason_of
+from pruneexp.fingerprint import file_state
 from pruneexp.progress import waiting
 from pruneexp.types import ConfigError, RunError
 
@@ -133,6 +134,12 @@ class Engine:
     loader: Path | None = None
     backend: Path | None = None
     quantiser: str | None = None
+
+    @property
+    def version(self) -> list[Any]:
+        """What its figures depend on: its files, and the threads that share sums."""
+        files = (self.library, self.loader, self.backend, self.quantiser and Path(self.quantiser))
+        return [torch.get_num_threads(), *(file and file_state(file) for file in files)]
 
     def quantise(self, file: Path, out: Path, kind: str) -> None:
         """Raises RunError."""

@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_file import GgufExporter, gguf_exporter
 from pruneexp.export.gguf_layout import BLOCK
 from pruneexp.export.single_file import GGUF_FILE
+from pruneexp.fingerprint import version_of
 from pruneexp.model import Model
 from pruneexp.types import ConfigError, Evaluator, Measured, RunError
 
@@ -56,6 +58,19 @@ class GgufQuantise:
     def prepare(self, model: Model) -> None:
         """Raises ConfigError for a model that the file cannot hold."""
         self._exporter(model)
+
+    def scratch_bytes(self, model: Model) -> int:
+        """The plain file, and beside it the one of fewer bits: some matrices have up to two more than its name says."""
+        plain, bits = self._exporter(model), int("".join(filter(str.isdigit, self.type.split("_")[0])))
+        return plain.bytes + plain.bytes * min(bits + 2, 16) // (8 * plain.layout.dtype.itemsize)
+
+    def measured_on(self, model: Model, evaluators: Mapping[str, Evaluator]) -> Any:
+        """Nothing where speeds are asked for, which differ each time."""
+        of_text = _of_text(evaluators, model.tokenizer)
+        inputs = {name: [version_of(each), each.measured_on(model.tokenizer)] for name, each in of_text.items()}
+        if "latency" in evaluators or any(own is None for _, own in inputs.values()):
+            return None
+        return {"engine": engine().version, "gguf": version("gguf"), "evaluators": inputs}
 
     def __call__(
         self, model: Model, when: str, evaluators: Mapping[str, Evaluator], folder: Path | None
@@ -119,11 +134,14 @@ class InEngine:
 def perplexities(model: InEngine, evaluators: Mapping[str, Evaluator], tokenizer: Any) -> dict[str, float]:
     """Of the evaluators that want losses of windows and nothing else of a model."""
     figures: dict[str, float] = {}
-    for evaluator in evaluators.values():
-        if evaluator.streams and evaluator.windows(tokenizer) is not None:
-            found = evaluator(model, tokenizer)
-            figures |= found.figures if isinstance(found, Measured) else found
+    for evaluator in _of_text(evaluators, tokenizer).values():
+        found = evaluator(model, tokenizer)
+        figures |= found.figures if isinstance(found, Measured) else found
     return figures
+
+
+def _of_text(evaluators: Mapping[str, Evaluator], tokenizer: Any) -> dict[str, Evaluator]:
+    return {name: each for name, each in evaluators.items() if each.streams and each.windows(tokenizer) is not None}
 
 
 def contents(file: Path) -> tuple[int, str]:

@@ -137,7 +137,7 @@ def _expected(search: Search, sites: Sequence[Site], budget: Budget) -> float:
         gone = {s.name: SitePlan(s.kind, s.units, tuple(range(round((1 - share) * s.units)))) for s in inner}
         plan = Plan(gone)
         freed = sum(budget.freed(plan, site) for site in inner)
-        over = sum(plan.removed(site) * budget.price(site) for site in inner) - freed
+        over = sum(budget.taken(site, plan.removed(site)) for site in inner) - freed
         low, high = (share, high) if freed < budget.remove else (low, share)
     return over
 
@@ -171,7 +171,7 @@ def _left_over(work: Pruning, plan: Plan, sites: Sequence[Site], budget: Budget)
     its units' prices say too much; and what is missing for the budget and the biases together."""
     biases = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
     removed = sum(budget.freed(plan, site) for site in sites)
-    over = sum(plan.removed(site) * budget.price(site) for site in sites) - removed
+    over = sum(budget.taken(site, plan.removed(site)) for site in sites) - removed
     return biases + over, replace(budget, added=budget.added + biases).remove - removed
 
 

@@ -10,7 +10,7 @@ from pruneexp.calibrate import require_sums
 from pruneexp.model import Model, layer_structure
 from pruneexp.model.modeling_pruned import LayerStructure
 from pruneexp.pruning.method import walks_by_sites
-from pruneexp.search import UNITS, in_turns
+from pruneexp.search import UNITS, WHOLE, in_turns
 from pruneexp.types import (
     QUERY_HEADS,
     Budget,
@@ -69,12 +69,11 @@ def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Sit
 
 def as_planned(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
     """The sites of some layers, those of experts as one site of whole experts where these may leave."""
-    times = model.times
+    times, granularity = model.times, search.granularity
     if times is not None:
-        wholes = [site for site in sites if not loses_units(search, site)]
-        priced = {site.name: times.priced(model.origin[site.layer], site, whole=True) for site in wholes}
-        sites = [priced.get(site.name, site) for site in sites]
-    if "experts" not in search.granularity:
+        ways = [(site, loses_units(search, site), WHOLE.get(site.kind) in granularity) for site in sites]
+        sites = [times.priced(model.origin[site.layer], site, units, whole) for site, units, whole in ways]
+    if "experts" not in granularity:
         return list(sites)
     whole = [site for layer in sorted({site.layer for site in sites}) for site in model.whole_experts(layer)]
     return [site for site in sites if site.expert is None] + whole

@@ -4,7 +4,7 @@ from pruneexp.search.budgeted import Global
 from pruneexp.search.common import layer_budgets
 from pruneexp.search.evolutionary import Evolutionary
 from pruneexp.search.flap import AlAm, AlAmOfficial, AlAmQueryHeads, AlMm, UlMm, UlUm
-from pruneexp.search.granularity import KIND, UNITS, scored_as
+from pruneexp.search.granularity import KIND, UNITS, WHOLE, scored_as
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.layer_shares import LayerShares
 from pruneexp.search.layerwise import Layerwise
@@ -33,6 +33,7 @@ __all__ = [
     "Turns",
     "TwoStage",
     "UNITS",
+    "WHOLE",
     "UlMm",
     "UlUm",
     "Uniform",

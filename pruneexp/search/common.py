@@ -72,12 +72,12 @@ def z_scores(x: Tensor) -> Tensor:
 
 def prunable(sites: Sequence[Site], budget: Budget) -> int:
     """What the sites' units hold, in what the budget counts."""
-    return sum(site.units * budget.price(site) for site in sites)
+    return sum(budget.taken(site, site.units) for site in sites)
 
 
 def removed(plan: Plan, sites: Sequence[Site], budget: Budget) -> int:
     """What leaves with a plan, in what the budget counts."""
-    return sum(plan.removed(site) * budget.price(site) for site in sites)
+    return sum(budget.taken(site, plan.removed(site)) for site in sites)
 
 
 def masks(plan: Plan, sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -38,13 +38,13 @@ class Gates:
     def _own(self, item: Item, number: Mapping[tuple[int, str], int]) -> int:
         """What leaves with one variable alone, and with no other."""
         tier, site = item
-        price = self.removable.budget.price(site)
+        budget = self.removable.budget
         if tier == UNIT:
-            return price
+            return budget.price(site)
         if tier == SUBLAYER:
-            return 0 if (UNIT, site.name) in number else site.units * price
+            return site.beside if (UNIT, site.name) in number else budget.taken(site, site.units)
         apart = [s for s in self.removable.inside[site.layer] if {(UNIT, s.name), (SUBLAYER, s.name)} & number.keys()]
-        return price - sum(inner.units * self.removable.budget.price(inner) for inner in apart)
+        return budget.price(site) - sum(budget.taken(inner, inner.units) for inner in apart)
 
     @property
     def depths(self) -> list[int]:

@@ -149,7 +149,8 @@ class _Rounds:
     def cost(self, choice: Choice) -> int:
         tier, site, units = choice
         if tier == UNIT:
-            return len(units) * self.removable.budget.price(site)
+            left, budget = site.units - int(self.keep[site.name].sum()), self.removable.budget
+            return budget.taken(site, left + len(units)) - budget.taken(site, left)
         gone = {name: len(keep_U) - int(keep_U.sum()) for name, keep_U in self.keep.items()}
         return self.removable.cost((tier, site), Gone({**self.removable.nothing().units, **gone}))
 

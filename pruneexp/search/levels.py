@@ -100,7 +100,7 @@ class Structures:
 
     def removed(self, levels: Levels) -> int:
         units = self.units(levels)
-        return sum(units[site.name] * self.budget.price(site) for site in self.chosen)
+        return sum(self.budget.taken(site, units[site.name]) for site in self.chosen)
 
     def plan(self, levels: Levels) -> Plan:
         keep = {name: self.place[name] >= count for name, count in self.units(levels).items()}
@@ -136,7 +136,7 @@ class Structures:
 
     def _cost_of(self, levels: Levels) -> int:
         units = self.units(levels)
-        return sum(units[site.name] * self.budget.price(site) for site in self.chosen if site.name in units)
+        return sum(self.budget.taken(site, units[site.name]) for site in self.chosen if site.name in units)
 
     def _filled(self, met: Levels) -> Levels:
         """The cheapest sites' levels changed until the budget is met; again where steps were not of one size."""
@@ -173,10 +173,12 @@ class Structures:
     def allotted(self, curves: Mapping[str, tuple[Sequence[int], Curve]]) -> Levels:
         """Levels of least total loss, where losses add up over sites: each site takes the level, of those given, with
         the least loss + price * parameters kept; the price of a parameter is found by bisection. Balanced."""
-        price = {site.name: self.budget.price(site) for site in self.chosen}
+        sites = {site.name: site for site in self.chosen}
         known = {
             name: (
-                torch.tensor([float(self.steps[name][n] * price[name]) for n in levels], dtype=torch.float64),
+                torch.tensor(
+                    [float(self.budget.taken(sites[name], self.steps[name][n])) for n in levels], dtype=torch.float64
+                ),
                 torch.tensor([curve(level) for level in levels], dtype=torch.float64),
                 levels,
             )

@@ -124,8 +124,8 @@ class _Walk:
         tier, site = item
         if tier != UNIT:
             return self.removable.cost(item, self.gone)
-        steps, at = self.removable.steps[site.name], self.at[site.name]
-        return (steps[at + 1] - steps[at]) * self.removable.budget.price(site)
+        steps, at, budget = self.removable.steps[site.name], self.at[site.name], self.removable.budget
+        return budget.taken(site, steps[at + 1]) - budget.taken(site, steps[at])
 
     def _take(self, item: Item) -> None:
         (tier, site), cost = item, self._cost(item)
@@ -210,7 +210,7 @@ def _options(removable: Removable, layer: int) -> list[tuple[int, dict[str, int]
     """What may leave a layer: its cost, the units of each site, whether the block leaves."""
     own, found = _inside(removable, layer), []
     for counts in itertools.product(*(removable.steps[site.name] for site in own)):
-        cost = sum(count * removable.budget.price(site) for count, site in zip(counts, own, strict=True))
+        cost = sum(removable.budget.taken(site, count) for count, site in zip(counts, own, strict=True))
         found.append((cost, {site.name: count for count, site in zip(counts, own, strict=True)}, False))
     blocks = [site for tier, site in removable.composites if tier == BLOCK and site.layer == layer]
     return found + [(removable.budget.price(site), {}, True) for site in blocks]

@@ -166,13 +166,13 @@ class Removable:
         inner = [site for site in self.chosen if site.kind != "block" and site.layer not in out]
         prices = [self.budget.price(site) for site in out.values()]
         stays = max(prices) if prices and self.one_stays else 0
-        return sum(prices) - stays + sum(self.steps[site.name][-1] * self.budget.price(site) for site in inner)
+        return sum(prices) - stays + sum(self.budget.taken(site, self.steps[site.name][-1]) for site in inner)
 
     @property
     def cheapest(self) -> int:
         """What leaves with the cheapest item."""
         units = [step_units(site, self.multiple) * self.budget.price(site) for site in self.fine]
-        wholes = [self.budget.price(s) * (s.units if tier == SUBLAYER else 1) for tier, s in self.composites]
+        wholes = [self.budget.taken(site, site.units) for _, site in self.composites]
         return min([*units, *wholes], default=1)
 
     def nothing(self) -> Gone:
@@ -182,8 +182,8 @@ class Removable:
         """What leaves with a composite, as the budget counts: what it still holds."""
         tier, site = item
         if tier == SUBLAYER:
-            return (site.units - gone.units[site.name]) * self.budget.price(site)
-        before = sum(gone.units[inner.name] * self.budget.price(inner) for inner in self.inside[site.layer])
+            return self.budget.taken(site, site.units) - self.budget.taken(site, gone.units[site.name])
+        before = sum(self.budget.taken(inner, gone.units[inner.name]) for inner in self.inside[site.layer])
         return self.budget.price(site) - before
 
     def loss(self, item: Item, gone: Gone) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import socket
-from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from pruneexp.files import check_writable, create_whole, process_name, read_object
+from pruneexp.files import check_writable, create_whole, read_object, write_atomic
 from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_checkpoint
 from pruneexp.types import ConfigError, RunError
 
@@ -110,20 +110,23 @@ def claim_folder(folder: Path, overwrite: bool) -> dict[str, Any]:
 
 
 def _take(path: Path, before: bytes | None, status: str) -> bool:
-    """Puts a status where `before` is, the status of a run that is over; False where another process was faster."""
-    if before is not None:
-        old = path.with_name(f".{path.name}.{process_name()}.old")
-        try:
-            path.rename(old)
-            if old.read_bytes() != before:  # it was another's already: back with it
-                with suppress(FileExistsError):
-                    os.link(old, path)
-                return False
-        except FileNotFoundError:  # another has just taken it away
-            pass
-        finally:
-            old.unlink(missing_ok=True)
-    return create_whole(path, status)
+    """Puts a status where `before` is, the status of a run that is over; False where another process was faster. Who
+    claims that status by its content may replace it, and nobody else: it is never away."""
+    if before is None:
+        return create_whole(path, status)
+    claim = path.with_name(f".{path.name}.{hashlib.sha256(before).hexdigest()[:16]}.claim")
+    if not create_whole(claim, status):
+        owner = read_object(claim)
+        if owner is not None and not _alive(owner):  # it ended in between: the next one may
+            claim.unlink(missing_ok=True)
+        return False
+    try:
+        if _bytes(path) != before:  # another has come and gone
+            return False
+        write_atomic(path, status)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -42,12 +42,13 @@ EVIDENCE: Defaults = {
     "held_bytes": None,  # what `empty` lays out
 }
 CRITERION: Defaults = {
+    "few_tokens": False,
     "judges": ("attention", "mlp"),
     "lost": _zero,
     "working_bytes": _zero,
     "kept_bytes": _two_zeros,
 }
-COMPENSATOR: Defaults = {"working_bytes": _zero, "settled": None}
+COMPENSATOR: Defaults = {"few_tokens": False, "working_bytes": _zero, "settled": None}
 SEARCH: Defaults = {
     "granularity": ("heads", "channels"),
     "heads": None,  # a count for all layers, in place of the ratio
@@ -83,7 +84,13 @@ EVALUATOR: Defaults = {
 }
 DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
 AUGMENTATION: Defaults = {"working_bytes": _zero}
-QUANTISE: Defaults = {"in_place": False, "check": _nothing, "prepare": _nothing}
+QUANTISE: Defaults = {
+    "in_place": False,
+    "check": _nothing,
+    "prepare": _nothing,
+    "scratch_bytes": _zero,
+    "measured_on": _nothing,
+}
 TRACKER: Defaults = {"summarise": None}
 
 

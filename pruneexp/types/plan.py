@@ -153,11 +153,16 @@ class Budget:
         of weights and of the KV cache of `context` tokens; bytes of KV cache per token; picoseconds, by the slope."""
         return self._counted(site.cost)
 
+    def taken(self, site: Site, units: int) -> int:
+        """What leaves with so many of its units, as searches count: by the price of each; with all, what else goes."""
+        beside = site.beside if self.counts == "latency" and units == site.units else 0
+        return units * self.price(site) + beside
+
     def freed(self, plan: Plan, site: Site) -> int:
         """What leaves `site` with a plan, as it counts: of times, which are no multiples of a unit's, by the table."""
         if self.counts == "latency" and self.times is not None:
             return self.times.freed(self.origin[site.layer], site, plan.removed(site), plan.lost_heads(site))
-        freed = plan.removed(site) * self.price(site)
+        freed = self.taken(site, plan.removed(site))
         return freed if site.head_cost is None else freed + plan.lost_heads(site) * self._counted(site.head_cost)
 
     def _counted(self, cost: Cost) -> int:

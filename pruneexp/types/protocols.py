@@ -76,7 +76,8 @@ class Criterion(Protocol):
     search decides layer by layer, layer l is scored on what the already pruned layers before it produce; "always":
     where it decides over all layers, too, on what the layers before produce once their lowest units are masked.
     `judges`: what it can score: units of "attention" and "mlp", "sublayer", "block", as a whole. `lost(scores)`: how
-    many of these stand for a loss that was not finite; the log says so.
+    many of these stand for a loss that was not finite; the log says so. `few_tokens`: it reads so few numbers off its
+    evidence that few tokens do, also where that is what others fit weights to.
 
     What it costs, for forecasts: `working_bytes(site, outputs)`, the bytes that it works in at one site beside its
     evidence, such as 24 C^2 for a covariance and two factors; `kept_bytes(sites, outputs, itemsize, refits)`, the bytes
@@ -84,6 +85,7 @@ class Criterion(Protocol):
     out-projections of each (see `Search`)."""
 
     evidence: ClassVar[Any]
+    few_tokens: ClassVar[bool]
     sequential: Sequential
     judges: Any
 
@@ -182,13 +184,14 @@ class Sparsity(Protocol):
 
 class Compensator(Protocol):
     """The out-projection's weight and bias after units are gone. `sequential`: its evidence is collected on what the
-    pruned layers before produce (a second walk). Calling it spends the evidence: it may be worked out in its memory.
-    `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one site beside that. `settled(sums)`,
-    unless None: itself as it is for a model whose hidden states are plain sums of what out-projections give, or are
-    none. What it chose for
-    the site by itself may come third, by name, {"ridge": 0.3}: compensation.json in the run folder has it."""
+    pruned layers before produce (a second walk). `few_tokens`: as of a `Criterion`. Calling it spends the evidence: it
+    may be worked out in its memory. `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one
+    site beside that. `settled(sums)`, unless None: itself as it is for a model whose hidden states are plain sums of
+    what out-projections give, or are none. What it chose for the site by itself may come third, by name, {"ridge":
+    0.3}: compensation.json in the run folder has it."""
 
     evidence: ClassVar[Any]
+    few_tokens: ClassVar[bool]
     adds_bias: ClassVar[bool]
     sequential: bool
     settled: Any
@@ -231,7 +234,9 @@ class Quantise(Protocol):
     of it, without the "dense/" or "pruned/" in front. `in_place`: the pruned model is another one afterwards, and has
     the evaluators' figures; else it is converted, and the evaluators that can be are run on that. `folder`: where a
     file of it goes, None: it is not kept. `check()` says what the machine lacks, `prepare(model)` what a model's
-    structure does, before a weight is loaded."""
+    structure does, before a weight is loaded; `scratch_bytes(model)`, for forecasts: about what its files take
+    meanwhile, in the system's folder for such. `measured_on(model, evaluators)`: what its figures of the dense model
+    depend on beside the model (None: nothing says): those are then kept."""
 
     applies: ClassVar[bool]
     in_place: ClassVar[bool]
@@ -241,6 +246,10 @@ class Quantise(Protocol):
     def check(self) -> None: ...
 
     def prepare(self, model: Any, /) -> None: ...
+
+    def scratch_bytes(self, model: Any, /) -> int: ...
+
+    def measured_on(self, model: Any, evaluators: Mapping[str, Evaluator], /) -> Any: ...
 
     def __call__(
         self, model: Any, when: str, evaluators: Mapping[str, Evaluator], folder: Any, /

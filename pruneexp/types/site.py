@@ -40,6 +40,7 @@ class Site:
     least: int = 0  # units that cannot do without each other: so many stay
     group: int = 1  # query heads of a unit of "attention"
     head_cost: Cost | None = None  # what leaves with one of them alone, where there are several
+    beside: int = 0  # picoseconds that only leave with the whole sublayer, where that and its units both may
 
     @property
     def channels(self) -> int:

@@ -103,18 +103,20 @@ class Times:
         before, after = own.sublayer(site.kind, site.units, site.group), own.sublayer(site.kind, kept, heads)
         return round((before - after) * PICOSECONDS)
 
-    def priced(self, index: int, site: Site, whole: bool = False) -> Site:
-        """A site of the original layer `index` with what leaves with one of its units: the slope of its curve. `whole`:
-        they leave together, each with its part of all that the sublayer takes."""
+    def priced(self, index: int, site: Site, units: bool = True, whole: bool = False) -> Site:
+        """A site of the original layer `index` with what leaves with one of its `units`: the slope of its curve; where
+        only the `whole` may leave, its part of all that the sublayer takes, and where both may, the rest beside."""
         if site.kind not in ("attention", "mlp"):
             return site
         own, curve = self.layer(index), self.curve(site.kind, index)
-        slope = max(0.0, curve.at(site.units) - curve.at(0)) / site.units if whole else curve.slope(site.units)
+        most = max(0.0, curve.at(site.units) - curve.at(0))
+        slope = curve.slope(site.units) if units else most / site.units
+        beside = max(0, round((most - site.units * slope) * PICOSECONDS)) if whole else 0
         cost, head_cost = replace(site.cost, picoseconds=round(slope * PICOSECONDS)), site.head_cost
         if head_cost is not None and own.query_heads is not None:
             each = own.query_heads.slope(site.group) / own.attention.most
             head_cost = replace(head_cost, picoseconds=round(each * PICOSECONDS))
-        return replace(site, cost=cost, head_cost=head_cost)
+        return replace(site, cost=cost, head_cost=head_cost, beside=beside)
 
 
 def curve_of(points: Sequence[Sequence[float]]) -> Curve:

@@ -92,7 +92,7 @@ def params_left(
     if sparsity.of == "decoder":
         removed = wanted
     else:
-        price = sum(site.units * budget.price(site) for site in inner)
+        price = sum(budget.taken(site, site.units) for site in inner)
         removed = wanted * sum(site.units * site.cost.params for site in inner) / price if price else 0.0
     added = 0
     if compensator.adds_bias and budget.ratio > 0 and sparsity.of not in ("decoder", "bytes"):

@@ -48,9 +48,10 @@ def save_form(model: Model) -> Form:
 
 def fits_config(model: Model) -> bool:
     """Whether the config that transformers' own `save_pretrained` writes is that of the model as it stands."""
+    if model.mixture:
+        return False
     before = original_structure(model)
-    alike = all(layer_structure(layer, model.family, model.config) == before for layer in model.layers)
-    return alike and not model.mixture
+    return all(layer_structure(layer, model.family, model.config) == before for layer in model.layers)
 
 
 def remote_code_form(model: Model, why: str) -> Form:
@@ -68,7 +69,8 @@ def uniform_form(model: Model, structure: LayerStructure, layer: nn.Module) -> F
 
 def _unchanged(model: Model) -> Form:
     config = deepcopy(model.config)
-    if any(name.startswith("Pruned") for name in config.architectures or ()):  # of the checkpoint that was read
+    read = config.architectures or ["Pruned"]  # a model that was never saved has none
+    if any(name.startswith("Pruned") for name in read):
         config.architectures = [stock_class(config.model_type).__name__]
     return Form("stock", "every width is as the config says", config)
 

@@ -201,6 +201,8 @@ def test_save_pretrained_of_what_no_config_says_is_one_line(model: Any, tokens: 
     [
         ("mistral_sliding", ["sparsity.ratio=0"]),  # was never saved before: its config names no architecture
         ("mistral_sliding", ["recovery=lora", "recovery.steps=2", "recovery.rate=0.01", "recovery.merge=false"]),
+        ("gpt2", ["recovery=lora", "recovery.steps=2", "recovery.rate=0.01"]),
+        ("gpt2", ["recovery=lora", "recovery.steps=2", "recovery.rate=0.01", "recovery.merge=false"]),
         ("mixtral", []),
     ],
 )

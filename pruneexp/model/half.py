@@ -65,8 +65,8 @@ def _wide_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 class _WideLinear(torch.autograd.Function):
-    """y = x W^T + b; dL/dx = dL/dy W, dL/dW = dL/dy^T x, dL/db = the sum of dL/dy. x: [..., in]; W: [out, in]. `backward`
-    is differentiated itself where second derivatives are asked for."""
+    """y = x W^T + b; dL/dx = dL/dy W, dL/dW = dL/dy^T x, dL/db = the sum of dL/dy. x: [..., in]; W: [out, in].
+    `backward` is differentiated itself where second derivatives are asked for."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

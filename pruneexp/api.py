@@ -56,7 +56,8 @@ class Result:
         target = _folder(folder)
         held = outcome.model
         held.dtype = next((p.dtype for p in held.layers.parameters()), held.dtype)  # it may have been cast since
-        save_checkpoint(held, outcome.plan, replace(outcome.card, metrics=outcome.metrics), target)
+        card = replace(outcome.card, metrics=outcome.metrics)
+        save_checkpoint(held, outcome.plan, outcome.adapter, card, target)
         return target
 
 

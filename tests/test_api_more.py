@@ -196,6 +196,26 @@ def test_save_pretrained_of_what_no_config_says_is_one_line(model: Any, tokens: 
     assert torch.equal(reloaded("fewer")(tokens).logits, fewer.model(tokens).logits)
 
 
+@pytest.mark.parametrize(
+    ("name", "typed"),
+    [
+        ("mistral_sliding", ["sparsity.ratio=0"]),  # was never saved before: its config names no architecture
+        ("mistral_sliding", ["recovery=lora", "recovery.steps=2", "recovery.rate=0.01", "recovery.merge=false"]),
+        ("gpt2", ["recovery=lora", "recovery.steps=2", "recovery.rate=0.01"]),
+        ("gpt2", ["recovery=lora", "recovery.steps=2", "recovery.rate=0.01", "recovery.merge=false"]),
+        ("mixtral", []),
+    ],
+)
+def test_what_is_saved_is_the_whole_result(name: str, typed: list[str], tokens: torch.Tensor) -> None:
+    from peft import PeftModel
+
+    result = pruneexp.prune(tiny_model(name).float(), None, tokens, overrides=typed)
+    read = reloaded(str(result.save("whole")))
+    if Path("whole", "adapter").exists():
+        read = PeftModel.from_pretrained(read, "whole/adapter").eval()
+    assert torch.allclose(read(tokens).logits, result.model(tokens).logits, rtol=0, atol=1e-5)
+
+
 def test_a_dry_multirun_gives_a_forecast_for_each_job() -> None:
     typed = ["dataset.samples=4", "dataset.length=32", "evaluator=[size]", "run.dry=true"]
     one = pruneexp.run([*typed, "sparsity.ratio=0.2"])

@@ -72,6 +72,23 @@ def test_gradients_are_those_that_are_asked_for() -> None:
     assert x.grad is None and bias.grad is None and weight.grad is not None
 
 
+def test_second_derivatives_are_those_of_plain_products(calls: list[int]) -> None:
+    def curvature(*inputs: Tensor) -> Tensor:
+        """Of the cube of what x W^T + b gives, along W."""
+        x, weight, bias = inputs
+        loss = functional.linear(input=x, weight=weight.requires_grad_()).pow(3).sum()  # by name: plain
+        loss = loss + functional.linear(x, weight, bias).pow(3).sum()
+        (slope,) = torch.autograd.grad(loss, weight, create_graph=True)
+        return torch.autograd.grad(slope.sum(), weight)[0]
+
+    *inputs, _ = drawn(torch.bfloat16)
+    expected = curvature(*(one.double() for one in inputs))
+    with WideLinear():
+        found = curvature(*inputs)
+    assert calls == [TOKENS]
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_only_what_gains_is_widened(calls: list[int]) -> None:
     layer, x = nn.Linear(48, 33, dtype=torch.bfloat16), torch.randn(TOKENS, 48).bfloat16()
     with WideLinear():

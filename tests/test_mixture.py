@@ -268,22 +268,28 @@ def test_experts_in_rounds_are_counted_as_at_the_start(made: Made, tokens_NT: to
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(("kept", "kind"), [(8, "stock"), (12, "remote_code")])  # 12: rows of 24 bytes in 16 bits
 def test_as_many_experts_of_one_width_everywhere_are_stock(
-    name: str, made: Made, tokens_NT: torch.Tensor, tmp_path: Path
+    kept: int, kind: str, name: str, made: Made, tokens_NT: torch.Tensor, tmp_path: Path
 ) -> None:
     model = made(name)
     plan = without_experts(model, 1)
-    channels = {s.name: SitePlan("mlp", 24, tuple(range(0, 24, 2))) for s in model.sites() if s.expert is not None}
+    channels = {s.name: SitePlan("mlp", 24, tuple(range(kept))) for s in model.sites() if s.expert is not None}
     both = plan.merged(Plan(channels))
     with masked(model, both):
         expected = logits(model, tokens_NT)
     shrink_(model, both)
     torch.testing.assert_close(logits(model, tokens_NT), expected, rtol=1e-6, atol=1e-6)
     form = save(model, tmp_path / "model")
-    assert form.kind == "stock"
+    assert form.kind == kind
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True, dtype=dtype)
+        assert torch.isfinite(logits(plain.eval(), tokens_NT)).all()
+    if kind == "remote_code":
+        return
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     width = "intermediate_size" if name == "mixtral" else "moe_intermediate_size"
-    assert (config["num_local_experts"], config[width]) == (3, 12)
+    assert (config["num_local_experts"], config[width]) == (3, kept)
     names = set(load_file(tmp_path / "model" / "model.safetensors"))
     own = {"mixtral": "block_sparse_moe.experts.2.w2", "qwen3_moe": "mlp.experts.2.down_proj"}[name]
     assert f"model.layers.0.{own}.weight" in names

@@ -160,15 +160,17 @@ def finish_folder(folder: Path, card: Card, chosen: Mapping[str, Any], *, saved:
     shutil.rmtree(folder / NOTES, ignore_errors=True)
 
 
-def save_checkpoint(model: Model, plan: Plan, card: Card, folder: Path) -> None:
-    """Writes what a run has in its model/: weights, config, tokenizer, plan and card. Raises ConfigError where `folder`
-    is there already and not empty, RunError where it cannot be written."""
+def save_checkpoint(model: Model, plan: Plan, adapter: Adapter | None, card: Card, folder: Path) -> None:
+    """Writes what a run has in its model/: weights, config, tokenizer, plan, adapter and card. Raises ConfigError where
+    `folder` is there already and not empty, RunError where it cannot be written."""
     check_writable(folder, f"folder={str(folder)!r}")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"folder={str(folder)!r}: is not empty; expected a new folder")
 
     def complete(form: Form, aside: Path) -> None:
         write_atomic(aside / "plan.json", plan.to_json() + "\n")
+        if adapter is not None:
+            adapter.save(aside / ADAPTER, folder)
 
     if folder.exists():
         folder.rmdir()

@@ -54,6 +54,7 @@ class Outcome:
     model: Model | None = None
     card: Card | None = None  # of the model, without figures
     folder: Path | None = None
+    adapter: Adapter | None = None  # on the model, where it is not merged
 
 
 def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *, recorded: bool = True) -> Outcome:
@@ -142,7 +143,7 @@ def _pruned(
         unrounded = said(experiment.quantise, rounded=False)  # its checkpoint was written before
         own_card = replace(card, metrics=record.metrics, quantised=unrounded)
         finish_folder(folder, own_card, pruned.chosen, saved=experiment.run.save)
-    return Outcome(record.metrics, pruned.plan, model, card, folder)
+    return Outcome(record.metrics, pruned.plan, model, card, folder, adapter)
 
 
 def _recovered(experiment: Experiment, model: Model, tokens_NT: Tensor, record: Record) -> Adapter | None:

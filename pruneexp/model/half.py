@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -44,7 +43,7 @@ class WideLinear(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is functional.linear and args[0].dtype in HALF and widening_pays(args[0]):
+        if func is functional.linear and args and args[0].dtype in HALF and widening_pays(args[0]):
             return _wide_linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -66,7 +65,8 @@ def _wide_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 class _WideLinear(torch.autograd.Function):
-    """y = x W^T + b; dL/dx = dL/dy W, dL/dW = dL/dy^T x, dL/db = the sum of dL/dy. x: [..., in]; W: [out, in]."""
+    """y = x W^T + b; dL/dx = dL/dy W, dL/dW = dL/dy^T x, dL/db = the sum of dL/dy. x: [..., in]; W: [out, in].
+    `backward` is differentiated itself where second derivatives are asked for."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,7 +78,6 @@ class _WideLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad

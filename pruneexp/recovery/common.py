@@ -27,7 +27,7 @@ class Adapter:
     tensors: Mapping[str, Tensor]  # as peft stores them
     active: bool = field(default=True, init=False)
 
-    def attach(self, linear: nn.Linear, down: nn.Linear, up: nn.Linear, scale: float) -> None:
+    def attach(self, linear: nn.Module, down: nn.Linear, up: nn.Linear, scale: float) -> None:
         """Adds `scale` * up(down(x)) to what `linear` gives."""
 
         def add(_linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

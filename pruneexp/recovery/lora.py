@@ -94,7 +94,7 @@ class Lora:
             raise RunError(f"recovery.targets={list(self.targets)!r}: pruning left none of these layers")
         with torch.random.fork_rng(devices=[device for device in model.devices if device.type == "cuda"]):
             torch.manual_seed(seed)  # of the updates' first values and of dropout
-            tuned = self._wrapped(model, list(linears))
+            tuned = self._wrapped(model, linears)
             losses = self._train(model, tuned, tokens_NT, meter, seed)
         count = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         metrics = {"recovery/params": count, "recovery/steps": len(losses)}
@@ -105,25 +105,24 @@ class Lora:
         logger.info("recovery: loss %.4f in the first step, %.4f in the last of %d", losses[0], losses[-1], len(losses))
         return Recovered(metrics, adapter)
 
-    def _linears(self, model: Model) -> dict[str, nn.Linear]:
-        """The layers to adapt, by their path; sublayers that are gone have none."""
-        linears: dict[str, nn.Linear] = {}
+    def _linears(self, model: Model) -> dict[str, nn.Module]:
+        """The layers to adapt, GPT-2's Conv1D too, by their path; sublayers that are gone have none."""
+        linears: dict[str, nn.Module] = {}
         for index, layer in enumerate(model.layers):
             for site in model.layer_sites(index):
                 in_projections, out_projection = site_parts(model.family, site)
                 roles = {in_projection.path: in_projection.roles for in_projection in in_projections}
                 roles[out_projection] = ("output" if site.kind == "attention" else "down",)
                 for path in (path for path, own in roles.items() if set(own) & set(self.targets)):
-                    linear = layer.get_submodule(path)
-                    assert isinstance(linear, nn.Linear)
-                    linears[f"{model.layers_path}.{index}.{path}"] = linear
+                    linears[f"{model.layers_path}.{index}.{path}"] = layer.get_submodule(path)
         return linears
 
-    def _wrapped(self, model: Model, names: list[str]) -> Any:
+    def _wrapped(self, model: Model, linears: Mapping[str, nn.Module]) -> Any:
         from peft import LoraConfig, get_peft_model
 
         sizes: dict[str, Any] = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
-        config = LoraConfig(task_type="CAUSAL_LM", target_modules=names, bias="none", **sizes)
+        sizes["fan_in_fan_out"] = any(type(linear).__name__ == "Conv1D" for linear in linears.values())
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=list(linears), bias="none", **sizes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks it
             tuned = get_peft_model(model.module, config).eval()
@@ -158,7 +157,7 @@ class Lora:
             raise RunError("recovery: the trained updates hold NaN or Inf; a smaller recovery.rate may help")
         return losses
 
-    def _adapter(self, tuned: Any, linears: Mapping[str, nn.Linear]) -> Adapter:
+    def _adapter(self, tuned: Any, linears: Mapping[str, nn.Module]) -> Adapter:
         from peft import get_peft_model_state_dict
 
         tensors = get_peft_model_state_dict(tuned, save_embedding_layers=False)

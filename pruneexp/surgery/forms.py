@@ -34,7 +34,7 @@ def save_form(model: Model) -> Form:
     modeling file beside the weights with the structure in `per_layer_config`."""
     structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
     if model.family.experts:
-        why = "layers or experts are not alike, or own biases that the stock class lacks"
+        why = "layers or experts are not alike, their width is no multiple of 8, or the stock class lacks their biases"
         return _uniform_mixture(model, structures) or _remote_code(model, structures, why)
     before = original_structure(model)
     if all(s == before for s in structures):
@@ -48,9 +48,10 @@ def save_form(model: Model) -> Form:
 
 def fits_config(model: Model) -> bool:
     """Whether the config that transformers' own `save_pretrained` writes is that of the model as it stands."""
+    if model.mixture:
+        return False
     before = original_structure(model)
-    alike = all(layer_structure(layer, model.family, model.config) == before for layer in model.layers)
-    return alike and not model.mixture
+    return all(layer_structure(layer, model.family, model.config) == before for layer in model.layers)
 
 
 def remote_code_form(model: Model, why: str) -> Form:
@@ -68,7 +69,8 @@ def uniform_form(model: Model, structure: LayerStructure, layer: nn.Module) -> F
 
 def _unchanged(model: Model) -> Form:
     config = deepcopy(model.config)
-    if any(name.startswith("Pruned") for name in config.architectures or ()):  # of the checkpoint that was read
+    read = config.architectures or ["Pruned"]  # a model that was never saved has none
+    if any(name.startswith("Pruned") for name in read):
         config.architectures = [stock_class(config.model_type).__name__]
     return Form("stock", "every width is as the config says", config)
 
@@ -185,7 +187,8 @@ def _uniform_own(model: Model, structure: LayerStructure, before: LayerStructure
 
 def _uniform_mixture(model: Model, structures: list[LayerStructure]) -> Form | None:
     """A mixture's own stock class: as many heads in every layer, as many experts of one width in every mixture, FFNs of
-    one width beside them, and no biases that pruning added."""
+    one width beside them, and no biases that pruning added. transformers runs fused experts by torch's grouped product,
+    which takes rows of whole 16 bytes alone: a pruned width is a multiple of 8, for half precision."""
     before = _stock_structures(model)
     if structures == before:
         return _unchanged(model)
@@ -195,7 +198,10 @@ def _uniform_mixture(model: Model, structures: list[LayerStructure]) -> Form | N
     experts, widths = {len(s.expert_sizes or ()) for s in mixed}, {size for s in mixed for size in s.expert_sizes or ()}
     ffns = {s.intermediate_size for s in plain}
     said = all(len(values) == 1 and 0 not in values for values in (experts, widths)) and len(heads) == 1 >= len(ffns)
+    narrowed = widths - {size for s in before for size in s.expert_sizes or ()}
     if not said or (0, 0) in heads or 0 in ffns or any(map(_other_biases, structures, before)):
+        return None
+    if any(width % 8 for width in narrowed):
         return None
     values = _values(model)
     ((values["num_attention_heads"], values["num_key_value_heads"]),) = heads

@@ -47,7 +47,8 @@ def test_a_finished_run_holds_what_the_contract_says(tmp_path):
     assert status_of(folder) == "done"
 
 
-def test_environment(tmp_path):
+def test_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest", "tests"])
     run = LocalRun(False)
     run.start(record(tmp_path))
     run.environment({"sha256": "abc"}, {"windows": 8})

@@ -606,6 +606,21 @@ def test_a_job_that_left_no_trace_is_no_success(
     assert ended.code == 1 and "0 jobs ran, failed: " in ended.out
 
 
+def test_a_job_that_another_process_ends_meanwhile_is_done(
+    cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sweeps started at once: the job began and ended while this one read its model."""
+    run = multirun._run
+
+    def second(*job: Any) -> None:
+        run(*job)
+        raise ConfigError("run.dir='x': holds a finished run; expected an empty folder")
+
+    monkeypatch.setattr(multirun, "_run", second)
+    ended = cli("--multirun", "seed=1", "sweep.dir=x")
+    assert ended.code == 0 and "job 0: done by another process meanwhile" in ended.err and "failed" not in ended.err
+
+
 def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: list[Experiment]) -> None:
     assert cli("--multirun", "seed=1,16,2", "sweep.dir=x").code == 130
     assert [run.seed for run in runs] == [1, 16]

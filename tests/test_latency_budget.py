@@ -280,6 +280,8 @@ REFUSED = [  # what is typed, what the line names, what it says besides
     ("sparsity.table=nan.json", "sparsity.table='nan.json'", ["ffn of layers [0", "[9, nan, 0.0]"]),
     ("sparsity.table=below.json", "sparsity.table='below.json'", ["ffn of layers [0", "[9, -1.0, 0.0]"]),
     ("sparsity.table=half.json", "sparsity.table='half.json'", ["[8.5, 1.0, 0.0]"]),
+    ("sparsity.table=endless.json", "sparsity.table='endless.json'", ["[inf, 1.0, 0.0]"]),
+    ("sparsity.table=ages.json", "sparsity.table='ages.json'", ["[9, 1e+300, 0.0]"]),
     ("sparsity.table=list.json", "sparsity.table='list.json'", ["list"]),
     ("sparsity.table=many.json", "sparsity.table='many.json'", ["threads='many'"]),
     ("sparsity.table=t.json sparsity.ratio=0.99", "sparsity.ratio=0.99", ["at most"]),
@@ -306,7 +308,9 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
         "list": [],
         "many": table | {"threads": "many"},
     }
-    for name, point in {"nan": [9, math.nan, 0.0], "below": [9, -1.0, 0.0], "half": [8.5, 1.0, 0.0]}.items():
+    points = {"nan": [9, math.nan, 0.0], "below": [9, -1.0, 0.0], "half": [8.5, 1.0, 0.0]}
+    points |= {"endless": [math.inf, 1.0, 0.0], "ages": [9, 1e300, 0.0]}
+    for name, point in points.items():
         (own,) = table["layers"]
         files[name] = {**table, "layers": [{**own, "ffn": [*own["ffn"][:9], point, *own["ffn"][10:]]}]}
     for name, data in files.items():

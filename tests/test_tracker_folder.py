@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -286,6 +287,7 @@ def _claims(folders: Sequence[Path], begin: Any, won: Any) -> None:
             won.put(path.name)
         except ConfigError:
             continue
+    begin.wait()  # whoever ends earlier makes room for the other
 
 
 def test_of_processes_that_race_for_a_folder_one_gets_it(tmp_path):
@@ -348,12 +350,29 @@ def test_a_status_that_is_claimed_is_never_away(tmp_path, monkeypatch):
     assert won == [True, False] and path.read_text() == "first" and [*contents(tmp_path)] == ["status.json"]
 
 
-def test_a_claim_whose_process_has_ended_is_let_go(tmp_path):
-    path = tmp_path / "status.json"
+def test_a_claim_whose_process_has_ended_is_taken_over(tmp_path, monkeypatch):
+    def stale(path: Path) -> Path:
+        return path.with_name(f".{path.name}.{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.claim")
+
+    monkeypatch.setattr(folder, "PATIENCE", 0.05)
+    path, dead = tmp_path / "status.json", json.dumps({**folder.new_status(), "process": 0.5})
+    path.write_text(dead)
+    stale(path).write_text(json.dumps(folder.new_status()))
+    assert not folder._take(path, dead.encode(), "another") and stale(path).exists(), "it is alive"
+    stale(path).write_text(dead)
+    stale(stale(path)).write_text(dead)  # who took that over was killed, too
+    assert len([*tmp_path.iterdir()]) == 3
+    folder.claim_folder(tmp_path, overwrite=False)
+    assert folder.status_of(tmp_path) == "running" and [*contents(tmp_path)] == ["status.json"]
+
+
+def test_who_comes_second_waits_for_the_status_of_the_first(tmp_path):
+    """What is told of a folder is then told by that status."""
+    path, status = tmp_path / "status.json", json.dumps(folder.new_status())
     path.write_text("stale")
-    claim = tmp_path / f".status.json.{hashlib.sha256(b'stale').hexdigest()[:16]}.claim"
-    claim.write_text(json.dumps(folder.new_status()))
-    assert not folder._take(path, b"stale", "another") and claim.exists(), "it is alive"
-    claim.write_text(json.dumps({**folder.new_status(), "process": 0.5}))
-    assert [folder._take(path, b"stale", "another") for _ in range(2)] == [False, True]
-    assert path.read_text() == "another" and not claim.exists()
+    claim = path.with_name(f".status.json.{hashlib.sha256(b'stale').hexdigest()[:16]}.claim")
+    claim.write_text(status)
+    timer = threading.Timer(0.1, lambda: (path.write_text(status), claim.unlink()))
+    timer.start()
+    assert not folder._take(path, b"stale", "second") and path.read_text() == status
+    timer.join()

@@ -231,6 +231,9 @@ def _run_recorded(job: Composed, number: str, label: str, shared: DenseStates | 
     try:
         return _run(job, shared).metrics
     except Exception as error:
+        if _done(job):
+            print(f"job {number}: done by another process meanwhile", file=sys.stderr)
+            return json.loads((folder / "metrics.json").read_text())
         if status_of(folder) == "running":
             print(f"job {number}: left to another process: {one_line(error)}", file=sys.stderr)
             return None

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,7 @@ NOTES = "resume"  # folder of a streamed run's notes of how far it has come, unt
 UNFINISHED = (NOTES, "model.partial", "streamed", "streamed.partial")  # folders of a run that has not ended
 FOLDERS = ("model", "samples", *UNFINISHED)
 SAMPLE_FILES = ("*.json", "*.md", ".*.tmp")
+PATIENCE = 1.0  # seconds, with a process that has claimed a status and not written its own yet
 
 
 def run_folder(settings_dir: str | None, recipe: str, name: str | None, now: datetime) -> Path:
@@ -99,8 +101,9 @@ def claim_folder(folder: Path, overwrite: bool) -> dict[str, Any]:
         for name in FILES:
             if name not in ("status.json", PROOF):  # these say whose the rest is
                 (folder / name).unlink(missing_ok=True)
-            for aside in folder.glob(f".{name}.*.tmp"):
-                aside.unlink(missing_ok=True)
+            for pattern in (f".{name}.*.tmp", f".*{name}.*.claim", f".*{name}.*.claim.*.tmp"):
+                for aside in folder.glob(pattern):
+                    aside.unlink(missing_ok=True)
         _clear_samples(folder / "samples")
         if overwrite or not (folder / NOTES).is_dir():
             clear_unfinished(folder)
@@ -115,11 +118,16 @@ def _take(path: Path, before: bytes | None, status: str) -> bool:
     if before is None:
         return create_whole(path, status)
     claim = path.with_name(f".{path.name}.{hashlib.sha256(before).hexdigest()[:16]}.claim")
-    if not create_whole(claim, status):
-        owner = read_object(claim)
-        if owner is not None and not _alive(owner):  # it ended in between: the next one may
-            claim.unlink(missing_ok=True)
-        return False
+    late = time.monotonic() + PATIENCE
+    while not create_whole(claim, status):
+        held, owner = _bytes(claim), read_object(claim)
+        if held is not None and owner is not None and not _alive(owner):  # killed in between: as with any stale status
+            if not _take(claim, held, status):
+                return False
+            break
+        if time.monotonic() > late:
+            return False
+        time.sleep(0.01)  # whose status it is shows in a moment
     try:
         if _bytes(path) != before:  # another has come and gone
             return False

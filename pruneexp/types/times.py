@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from pruneexp.types.site import QUERY_HEADS, Site
 
 PICOSECONDS = 1e9  # of a millisecond: whole numbers that no search rounds
+LONGEST = 1e8  # milliseconds, a day: in picoseconds, those of all layers are an int64
 
 Point = tuple[int, float, float]  # units kept, median milliseconds, their interquartile range
 
@@ -122,7 +122,7 @@ class Times:
 def curve_of(points: Sequence[Sequence[float]]) -> Curve:
     """From a table's lists. Raises ValueError."""
     for kept, *times in points:
-        if kept != int(kept) or len(times) != 2 or not all(0 <= ms < math.inf for ms in times):
+        if len(times) != 2 or not all(0 <= value < LONGEST for value in (kept, *times)) or kept != int(kept):
             raise ValueError(f"{[kept, *times]}: expected [units kept, milliseconds, their interquartile range]")
     return Curve(tuple((int(kept), float(ms), float(iqr)) for kept, ms, iqr in points))
 

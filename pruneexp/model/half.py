@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 HALF = (torch.bfloat16, torch.float16)
 ROWS_BYTES = 2**24  # of a weight, widened at once: what stays in the cache, and in the allocator's hands
+_active: ContextVar[WideLinear | None] = ContextVar("active", default=None)
 LEAST_TOKENS = 32  # fewer are done before the weights are widened
 
 
@@ -40,6 +42,14 @@ class WideLinear(TorchFunctionMode):
     """Inside, linear layers of half precision multiply and add in float32 and round once, at the end, where that pays:
     what processors do that know the type."""
 
+    def __enter__(self) -> WideLinear:
+        _active.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _active.set(None)
+        super().__exit__(*error)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -54,9 +64,19 @@ def widened(dtype: torch.dtype) -> AbstractContextManager[Any]:
     return WideLinear() if dtype in HALF and not _multiplied_natively(dtype) else nullcontext()
 
 
-def plain_linear() -> AbstractContextManager[Any]:
-    """Inside, nothing is widened: what is timed is what others will run."""
-    return torch._C.DisableTorchFunction()
+@contextmanager
+def plain_linear() -> Iterator[None]:
+    """Inside, nothing is widened: what is timed is what others will run. The mode is left altogether, since it takes a
+    little of every operation's time; it is the last that was entered."""
+    active = _active.get()
+    if active is None:
+        yield
+        return
+    active.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        active.__enter__()
 
 
 def _wide_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +18,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pruneexp import progress
-from pruneexp.__main__ import main
 from pruneexp.cache import NoCache
 from pruneexp.calibrate import DenseStates, Meter
 from pruneexp.criterion import spill
@@ -393,22 +389,10 @@ Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the command on a small LLaMA in `tmp_path`: its exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(progress, "BAR_AFTER", 3600.0)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*typed: str) -> tuple[int, str, str]:
-        try:
-            code = main(["model=hf", f"model.path={PARITY}", *DATA, "evaluator=[size]", "run.prove=off", *typed])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
+def cli(cli: Cli) -> Cli:
+    """The command on a small LLaMA."""
+    settings = ("model=hf", f"model.path={PARITY}", *DATA, "evaluator=[size]", "run.prove=off")
+    return lambda *typed: cli(*settings, *typed)
 
 
 LLAMA_70B = {

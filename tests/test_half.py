@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +114,13 @@ def test_runs_are_widened_and_their_timings_are_not(
     result = pruneexp.run(settings + ["evaluator.perplexity.samples=4"])
     assert any("latency/prefill" in key for key in result.metrics)
     assert bool(calls) == wide and prompt not in calls
+
+
+@pytest.mark.slow
+def test_checkpoints_are_proved_by_plain_products(tmp_path: Path) -> None:
+    """Otherwise the run's rounding would be held against the checkpoint."""
+    settings = ["model=embedded", "model.dtype=bfloat16", "recipe=flap", "dataset.samples=4", "cache=off"]
+    result = pruneexp.run([*settings, "evaluator=[size]", f"run.dir={tmp_path / 'run'}"])
+    proof = json.loads((tmp_path / "run/proof.json").read_text())
+    assert proof["prove"] == "process" and result.metrics["proof/max_logit_difference"] == 0
+    assert proof["source"]["max_logit_difference"] == 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.model import Model, ModelSource
+from pruneexp.model.half import plain_linear
 from pruneexp.model.placement import AUTO
 from pruneexp.progress import progress, waiting
 from pruneexp.surgery.prove_source import POSITIONS, Dense, compare_in_place, not_loaded
@@ -159,10 +160,13 @@ def _source(model: Model, folder: Path, stream: bool) -> ModelSource:
 
 @torch.no_grad()
 def logits_of(model: Model, tokens_BT: Tensor) -> Tensor:
-    return model.module(tokens_BT.to(model.device)).logits.float().cpu()
+    """By the products that plain transformers has."""
+    with plain_linear():
+        return model.module(tokens_BT.to(model.device)).logits.float().cpu()
 
 
 @torch.no_grad()
 def greedy_tokens(model: Model, tokens_BT: Tensor) -> Tensor:
     prompt = tokens_BT[:1, :8].to(model.device)
-    return model.module.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with plain_linear():
+        return model.module.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)

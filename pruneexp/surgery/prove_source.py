@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pruneexp.model import Model, ModelSource
 from pruneexp.model.given import GivenModel
+from pruneexp.model.half import plain_linear
 from pruneexp.types import RunError
 
 logger = logging.getLogger("pruneexp")
@@ -68,7 +69,8 @@ def dense_logits(model: Model, source: ModelSource | GivenModel, tokens_BT: Tens
 
 @torch.no_grad()
 def last_logits(module: Any, tokens_BT: Tensor) -> Tensor:
-    return module(tokens_BT.to(module.device)).logits[:, -POSITIONS:].float().cpu()
+    with plain_linear():  # what is compared is the model, not how this process multiplies
+        return module(tokens_BT.to(module.device)).logits[:, -POSITIONS:].float().cpu()
 
 
 def compare_in_place(dense: Dense, dtype: torch.dtype) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pruneexp.calibrate import Meter, Probe
+from pruneexp.calibrate.probe import predictions_apart
 from pruneexp.surgery import masked
 from pruneexp.types import Candidate, Plan, SitePlan
 from tests.conftest import FAMILIES
@@ -73,3 +76,22 @@ def test_a_removed_block_is_passed_over(tiny, tokens_NT):
     with masked(model, gone.plan):
         expected = float(model.token_losses(tokens_NT, 4).mean())
     assert float(Probe(model, tokens_NT, Meter()).losses([candidate(model, {}), gone])[1]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("apart", [1, 2, 5])
+def test_divergences_are_those_of_the_predictions_that_are_compared(apart, tiny, tokens_NT):
+    model, found = tiny("llama"), candidate(tiny("llama"), {0: 1, 3: 20})
+    probe = Probe(model, tokens_NT, Meter(), objective="kl")
+    assert probe.apart == 1  # 96 tokens
+    probe.apart = apart
+    (loss,) = probe.losses([found]).tolist()
+    p_BTV = model.module(tokens_NT).logits[:, ::apart].log_softmax(-1)
+    with masked(model, found.plan, found.out_projections):
+        q_BTV = model.module(tokens_NT).logits[:, ::apart].log_softmax(-1)
+    assert loss == pytest.approx(float((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1).mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("vocabulary, apart", [(100, 1), (1000, 1), (1001, 2), (2000, 2), (10**6, 8)])
+def test_an_output_head_costs_no_more_than_the_layers(vocabulary, apart):
+    model = SimpleNamespace(vocab_size=vocabulary, config=SimpleNamespace(hidden_size=16), decoder_params=16000)
+    assert predictions_apart(model) == apart

@@ -16,6 +16,8 @@ from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
 from pruneexp.types import Candidate, Objective, Plan
 
+MOST_APART = 8  # predictions
+
 
 @dataclass(frozen=True)
 class _Batch:
@@ -37,8 +39,9 @@ class Probe:
     are the same up to it, batch by batch. `passes` counts what was run so far, in plain passes of all decoder layers
     over the calibration windows, of which there are `windows` (None: these are all); `effort` is how many there will
     be, for a progress bar (until `close`). objective=kl: the divergence from the predictions of the model as it stands,
-    whose last hidden states are kept on the CPU once a batch is asked for. `fits`: what `trial` asks. The windows are
-    split into `least_batches` or more, where there are as many.
+    whose last hidden states are kept on the CPU once a batch is asked for; where an output head costs more than all
+    layers (a small model of a large vocabulary), not every prediction is compared, so that it costs no more. `fits`:
+    what `trial` asks. The windows are split into `least_batches` or more, where there are as many.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Probe:
         self.objective, self.windows, self.fits = objective, windows or len(tokens_NT), fits
         self.passes, self._shown = 0.0, 0
         self._bar = iter(progress(range(100), "search", 100, "%"))
+        self.apart = predictions_apart(model) if objective == "kl" else 1
         self._dense: dict[int, Tensor] = {}  # last hidden states of the model as it stands, by batch
 
     def close(self) -> None:
@@ -97,7 +101,7 @@ class Probe:
         """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
         model, tokens_BT = self.model, work.tokens_BT
         if index == len(model.layers):
-            work.sums[alike] += self._loss(model.leave(tokens_BT, hidden_BTD), tokens_BT, work.dense_BTV)
+            work.sums[alike] += self._loss(self._logits(tokens_BT, hidden_BTD), tokens_BT, work.dense_BTV)
             return
         variants: dict[Any, list[int]] = {}
         for number in alike:
@@ -116,7 +120,11 @@ class Probe:
                 hidden_BTD = self.model.run_layer(layer, hidden_BTD, calls[index])
             self._spend(len(tokens_BT))
             self._dense[number] = hidden_BTD.cpu()
-        return self.model.leave(tokens_BT, self._dense[number].to(hidden_BTD.device))
+        return self._logits(tokens_BT, self._dense[number].to(hidden_BTD.device))
+
+    def _logits(self, tokens_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """Of the predictions that are compared."""
+        return self.model.leave(tokens_BT[:, :: self.apart], hidden_BTD[:, :: self.apart])
 
     @staticmethod
     def _loss(logits_BTV: Tensor, tokens_BT: Tensor, dense_BTV: Tensor | None) -> float:
@@ -154,3 +162,10 @@ class Probe:
 def at_once(windows: int, batch_size: int, least_batches: int) -> int:
     """Windows in a batch, where there are to be so many batches of them."""
     return max(1, min(batch_size, windows // least_batches))
+
+
+def predictions_apart(model: Model) -> int:
+    """1: all predictions are compared, 2: every second one, ...: the fewest that leave the output head no dearer than
+    all layers, in multiplications, or an eighth of them."""
+    head = model.vocab_size * model.config.hidden_size
+    return min(MOST_APART, max(1, -(-head // max(1, model.decoder_params))))

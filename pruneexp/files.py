@@ -45,17 +45,18 @@ def create_whole(path: Path, data: str) -> bool:
     """Writes `data` where there is no file yet, whole or not at all; False where there is one. Of several processes,
     also on several machines with one NFS, one succeeds. Raises OSError."""
     aside = path.with_name(f".{path.name}.{process_name()}.tmp")
-    aside.write_text(data, encoding="utf-8")
     try:
-        os.link(aside, path)  # unlike a rename, it never replaces; unlike a lock, every NFS has it
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
+        aside.write_text(data, encoding="utf-8")
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(data)
+            os.link(aside, path)  # unlike a rename, it never replaces; unlike a lock, every NFS has it
         except FileExistsError:
             return False
+        except OSError:  # a file system without hard links
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
     finally:
         aside.unlink(missing_ok=True)
     return True

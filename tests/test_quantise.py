@@ -403,6 +403,23 @@ def test_gguf_measures_the_dense_model_once(
     assert calls("newer") == 2 * pruned and calls("again") == pruned
 
 
+def test_a_sweep_takes_a_job_by_what_llama_cpp_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gguf_quantise, "engine", lambda: Pretended([]))
+    sweep = ["--multirun", "dataset.samples=4", "evaluator=[perplexity]", "evaluator.perplexity.samples=4"]
+    sweep += ["cache=off", "quantise=gguf", "sweep.dir=swept"]
+    name = "ppl/embedded@128[4]"
+    assert main([*sweep, f"sweep.objective='pruned/{name}/gguf-q4_k_m'"]) == 0
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if "decoder parameters" in text]
+    assert f"{name}/gguf-q4_k_m " in line and f"{name} " not in line
+    assert main([*sweep, f"sweep.objective='pruned/{name}'"]) == 1
+    told = capsys.readouterr().err
+    assert f"sweep.objective='pruned/{name}': expected one of" in told and f"unquantised/{name}" in told
+
+
 def test_a_forecast_has_the_files_of_gguf(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf", reason="needs gguf")
     monkeypatch.setattr(gguf_quantise, "engine", lambda: Pretended([]))

@@ -121,6 +121,22 @@ def test_weights_that_are_not_targets_stay_to_the_bit(
     assert changed == {f"{model.layers_path}.{i}.{path}.weight" for i in layers for path in chosen}
 
 
+@pytest.mark.parametrize("targets", [["gate"], ["up", "down"], ALL])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_mixtures_experts_are_trained(
+    name: str, targets: Any, loaded: Callable[..., Model], tokens_NT: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = loaded(name)
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    lora, kind = replace(LORA, targets=targets, epochs=1), model.module.config.model_type
+    linears = lora._linears(model)
+    recovered = lora(model, tokens_NT % model.vocab_size, Meter(), 0)
+    assert recovered.metrics["recovery/params"] == sum(lora.r * sum(each.weight.shape) for each in linears.values())
+    changed = {name for name, tensor in model.module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed <= {f"{name}.weight" for name in linears} and any(".experts." in name for name in changed)
+    assert model.module.config.model_type == kind and not [said for said in recwarn if "peft" in said.filename]
+
+
 def test_the_same_seed_is_the_same_to_the_bit(pruned: Callable[..., Model], tokens_NT: Tensor) -> None:
     states = []
     for seed in (0, 0, 1):

@@ -218,17 +218,21 @@ def test_generation_with_a_cache_equals_generation_without(
     assert torch.equal(plain, cached)
 
 
-def test_a_full_disk_leaves_nothing_behind(
-    tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ended", [OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(143)])
+def test_what_stops_a_save_leaves_nothing_behind(
+    tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: BaseException
 ) -> None:
     import safetensors.torch
 
-    def full(*_args: Any, **_kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def stopped(tensors: Any, path: Path, *_args: Any) -> None:
+        path.write_bytes(b"half")
+        raise ended
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(RunError, match="cannot be written.*No space left"):
-        save(tiny("llama"), tmp_path / "model")
+    model = tiny("llama")
+    monkeypatch.setattr(safetensors.torch, "save_file", stopped)
+    told = (RunError, "cannot be written.*No space left") if isinstance(ended, OSError) else (type(ended), None)
+    with pytest.raises(told[0], match=told[1]):
+        save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -322,6 +322,17 @@ def test_a_claim_needs_no_hard_links(tmp_path, monkeypatch):
     assert folder.status_of(tmp_path / "run") == "running"
 
 
+def test_a_claim_on_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+    def full(path, data, **settings):
+        path.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"^run.dir=.*: cannot write there: No space left on device$"):
+        folder.claim_folder(tmp_path / "run", overwrite=False)
+    assert not any((tmp_path / "run").iterdir())
+
+
 def test_a_run_on_another_machine_runs_until_its_cluster_job_is_started_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     (tmp_path / "status.json").write_text(json.dumps({**folder.new_status(), "host": "elsewhere"}))

@@ -25,7 +25,7 @@ from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
 from pruneexp.conf_files import one_line, option_file, sweep_files
 from pruneexp.files import check_writable, read_object, write_atomic
-from pruneexp.fingerprint import config_hash
+from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
 from pruneexp.tracker import reset_peak_memory, status_of
 from pruneexp.tracker.folder import timestamp
@@ -188,12 +188,14 @@ def run_job(config: DictConfig) -> float | None:
 
 
 def _objective(job: Composed, metrics: Mapping[str, float] | None, worst: float) -> float | None:
-    """`sweep.objective` of a job's metrics (None: it failed). Raises RunError where they have no such figure."""
+    """`sweep.objective` of a job's metrics (None: it failed), by the names that compare: those of summary.csv. Raises
+    RunError where they have no such figure."""
     objective = job.config["sweep"]["objective"]
     if objective is None:
         return None
     if metrics is None:
         return worst
+    metrics = comparable(metrics, job.config)
     if objective not in metrics:
         raise RunError(f"sweep.objective={objective!r}: expected one of {', '.join(sorted(metrics))}")
     return metrics[objective]

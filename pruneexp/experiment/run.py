@@ -29,6 +29,7 @@ from pruneexp.experiment.preflight import Inputs, prepare, tell_forecast, warn
 from pruneexp.experiment.quantised import quantised, said
 from pruneexp.experiment.settings import Experiment
 from pruneexp.experiment.summary_table import print_summary, summary_line
+from pruneexp.fingerprint import comparable
 from pruneexp.model import Model
 from pruneexp.model.half import widened
 from pruneexp.pruning.budget import whole_budget
@@ -80,7 +81,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *,
             outcome = _pruned(replace(experiment, model=source), inputs, folder, local, trackers, shared)
         trackers.finish(outcome.metrics)
     if job["sweep"]:
-        print(f"  {summary_line(outcome.metrics)}", flush=True)
+        print(f"  {summary_line(comparable(outcome.metrics, experiment.config))}", flush=True)
     elif folder is not None and outcome.plan is not None:
         print_summary(outcome.metrics, outcome.plan, inputs.outline.sites(), folder)
     return outcome

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -123,7 +124,7 @@ class Lora:
         sizes: dict[str, Any] = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
         sizes["fan_in_fan_out"] = any(type(linear).__name__ == "Conv1D" for linear in linears.values())
         config = LoraConfig(task_type="CAUSAL_LM", target_modules=list(linears), bias="none", **sizes)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _as_its_modules_are(model.module.config):
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks it
             tuned = get_peft_model(model.module, config).eval()
         for name, module in tuned.named_modules():
@@ -166,3 +167,14 @@ class Lora:
             wrapper = tuned.base_model.model.get_submodule(name)
             adapter.attach(linear, wrapper.lora_A["default"], wrapper.lora_B["default"], wrapper.scaling["default"])
         return adapter
+
+
+@contextmanager
+def _as_its_modules_are(config: Any) -> Iterator[None]:
+    """The model without its type: by that, peft looks for a mixture's experts in fused weights, as the stock class has
+    them, and passes over linear layers of the same names."""
+    config.model_type = ""
+    try:
+        yield
+    finally:
+        del config.model_type  # the class's shows again

@@ -45,7 +45,7 @@ def save(model: Model, folder: Path, form: Form | None = None, complete: Complet
     """
     form = form or save_form(model)
     aside = folder.with_name(folder.name + ".partial")
-    with _writing(folder, aside):
+    with _writing(folder, aside, BaseException):  # nobody goes on from what an interrupted run had written
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _finish(ShardWriter(aside, model.family.stored_as), _tensors(model, form), model, form, complete)
@@ -178,11 +178,12 @@ class StreamedSave:
 
 
 @contextmanager
-def _writing(folder: Path, aside: Path) -> Iterator[None]:
-    """Whatever goes wrong while writing leaves nothing behind; a full or read-only disk becomes one clear line."""
+def _writing(folder: Path, aside: Path, ended: type[BaseException] = Exception) -> Iterator[None]:
+    """Whatever goes wrong while writing leaves nothing behind; a full or read-only disk becomes one clear line.
+    `ended`: what leaves nothing behind."""
     try:
         yield
-    except Exception as error:
+    except ended as error:
         shutil.rmtree(aside, ignore_errors=True)
         # safetensors reports the disk's errors as a kind of its own, with the system's words in the message
         if isinstance(error, OSError) or "os error" in str(error).lower() or "No space left" in str(error):

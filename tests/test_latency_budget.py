@@ -36,6 +36,7 @@ Time = Callable[[int], float]
 BLOCKS = BUDGETED["blocks"]
 SEARCHES: dict[str, Any] = {**EXACT, "al_am": AlAm(), "blocks": BLOCKS, "ul_mm": UlMm(3)}
 NONE = NoCompensation(False)
+DRY = ("run.dry=true", "dataset.samples=4", "dataset.length=16", "evaluator=[size]")
 
 
 def curve(time: Time, most: int) -> Curve:
@@ -225,6 +226,20 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
     assert code == 0 and "20.0% of the decoder layers' milliseconds" in out and len(measured) == 1, err
     code, out, _ = cli(*OURS, "run.dry=true", "sparsity.table=a/latency.json")
     assert code == 0 and "picoseconds of a pass through the decoder layers" in out
+
+
+def test_settings_of_times_without_times_are_told_of_one_run(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["sparsity.phase=prefill", "sparsity.batch=2", "sparsity.context=9"]
+    line = "no effect with sparsity.of="
+    assert f"sparsity.batch=2, sparsity.phase='prefill', sparsity.context=9: {line}decoder" in cli(*DRY, *typed)[2]
+    assert f"sparsity.batch=2, sparsity.phase='prefill': {line}bytes" in cli(*DRY, *typed, "sparsity.of=bytes")[2]
+    for quiet in ([], ["sparsity.of=macs", "sparsity.context=9"], ["sparsity.of=latency", *typed]):
+        assert line not in cli(*DRY, *quiet)[2]
+    code, out, err = cli("--multirun", *DRY, *typed, "sparsity.of=decoder,latency", "cache=off")
+    assert code == 0 and line not in out + err, "the sweep counts by them"
 
 
 def test_a_prefill_is_measured_from_python(monkeypatch: pytest.MonkeyPatch, tiny: Any, tokens_NT: Tensor) -> None:

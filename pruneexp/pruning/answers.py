@@ -29,9 +29,10 @@ def checked_scores(scores: Any, block: Block) -> dict[str, Score]:
             raise RunError(
                 f"{name}: the criterion's scores are of no site of {block.name}, expected {', '.join(known)}"
             )
-        given = score if isinstance(score, Tensor) else getattr(score, "scores_U", None)
         if isinstance(score, RemovalPath):
             given = _path(score, site)
+        else:
+            given = score if isinstance(score, Tensor) else getattr(score, "scores_U", None)
         if not (isinstance(given, Tensor) and given.is_floating_point() and given.layout == torch.strided):
             kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
             layout = "" if not isinstance(given, Tensor) or given.layout == torch.strided else f" ({given.layout})"
@@ -47,7 +48,8 @@ def checked_scores(scores: Any, block: Block) -> dict[str, Score]:
 def _path(path: RemovalPath, site: Site) -> Tensor:
     """Its costs. Raises RunError where its order is none."""
     order, costs = path.order_U, path.cost_U
-    if not isinstance(order, Tensor) or sorted(order.tolist()) != list(range(site.units)) or order.is_floating_point():
+    whole = isinstance(order, Tensor) and order.dtype == torch.int64
+    if not whole or sorted(order.cpu().tolist()) != list(range(site.units)):
         raise RunError(f"{site.name}: the removal path's order_U is no order of its {site.units} units, int64")
     if not isinstance(costs, Tensor) or costs.shape != order.shape:
         raise RunError(f"{site.name}: the removal path's cost_U has not one cost for each of its {site.units} units")
@@ -59,7 +61,7 @@ def _check_columns(score: ColumnScores, site: Site) -> None:
     if not isinstance(columns, Tensor) or columns.shape != (site.channels,):
         shape = list(columns.shape) if isinstance(columns, Tensor) else type(columns).__name__
         raise RunError(f"{site.name}: {shape} scores of columns, expected one for each of its {site.channels}")
-    if not torch.isfinite(columns).all():
+    if not torch.isfinite(columns.cpu()).all():
         raise RunError(f"{site.name}: scores of columns hold NaN or Inf")
 
 

@@ -124,10 +124,12 @@ def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
     no kind, and for one whose source nothing feeds."""
     kinds = wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
     for kind in kinds:
+        if hasattr(kind, "source"):
+            source_of(kind)
         if absent := [name for name in ("source", "empty") if not hasattr(kind, name)]:
             what = f"{kind!r} has no {' and no '.join(absent)}"
             raise ConfigError(f"{what}; expected statistics, several of them as a tuple, or None")
-        source_of(filled(kind, EVIDENCE))
+        filled(kind, EVIDENCE)
     return kinds
 
 

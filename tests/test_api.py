@@ -21,7 +21,9 @@ from torch import nn
 
 import pruneexp
 from pruneexp.criterion import Flap
+from pruneexp.evidence import Moments
 from pruneexp.model.given import GivenModel
+from pruneexp.types import unit_scores
 from tests.tiny_families import TINY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -51,6 +53,37 @@ def model(loaded_once: Any) -> Any:
 @pytest.fixture
 def tokenizer(loaded_once: Any) -> Any:
     return loaded_once[1]
+
+
+class _Mine:
+    """Members as they are given."""
+
+    def __init__(self, **members: Any):
+        vars(self).update(members)
+
+
+class Energy(_Mine):
+    evidence, sequential = Moments, False
+
+    def __call__(self, block: Any, evidence: Any) -> Any:
+        return {s.name: evidence[s.name].mean_square_C.view(s.units, s.width).sum(1) for s in block.sites}
+
+
+class Lowest(_Mine):
+    """A quarter of each site."""
+
+    local = False
+
+    def __call__(self, scores: Any, sites: Any, budget: Any, oracle: Any, rng: Any) -> pruneexp.Plan:
+        values = {s.name: unit_scores(scores[s.name]) for s in sites}
+        return pruneexp.Plan.from_masks(sites, {n: v > v.sort().values[len(v) // 4 - 1] for n, v in values.items()})
+
+
+class Slice(_Mine):
+    evidence, adds_bias, sequential = None, False, False
+
+    def __call__(self, weight_OC: Any, bias_O: Any, evidence: Any, keep_C: Any) -> Any:
+        return weight_OC[:, keep_C], bias_O
 
 
 @pytest.fixture
@@ -314,11 +347,45 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         ({"overrides": ["evaluator=[perplexity]"]}, "dataset.evaluation=null"),
         ({"criterio": object()}, "criterio=.*: unknown; expected one of criterion"),
         ({"criterion": object()}, "criterion: object has no evidence, sequential"),
+        ({"criterion": Energy(judges="attention")}, "criterion.judges='attention': expected a tuple of attention, mlp"),
+        ({"criterion": Energy(sequential="yes")}, "criterion.sequential='yes': expected True, False or 'always'"),
+        ({"criterion": Energy(evidence="Moments")}, "criterion.evidence: 'Moments' has no source and no empty; exp"),
+        ({"search": Lowest(granularity="heads")}, "search.granularity='heads': expected a list of heads, channels"),
+        ({"search": Lowest(granularity=["rows"])}, r"search.granularity=\['rows'\]: expected a list of heads"),
+        ({"search": Lowest(held_out=2)}, r"search.held_out=2: expected a share of the windows, in \[0, 1\)"),
+        ({"search": Lowest(objective="loss")}, "search.objective='loss': expected next_token or kl"),
+        ({"search": Lowest(starts=["flap"])}, r"search.starts=\['flap'\]: expected criteria by name"),
+        ({"search": Lowest(starts={"one": object()})}, "search.starts.one: object has no evidence, sequential"),
         ({"criterion": nn.Linear}, r"criterion: got the class Linear; expected an object of it, Linear\(...\)"),
     ):
         with pytest.raises(pruneexp.ConfigError, match=message):
             pruneexp.prune(model, tokenizer, tokens, **settings)
     assert not list(Path().iterdir())
+
+
+def test_objects_of_ones_own_prune(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
+    """With no more than their protocols ask for; beside each other, and with a start that is one's own, too."""
+    own = {"criterion": Energy(), "search": Lowest(), "compensator": Slice()}
+    together = pruneexp.prune(model, tokenizer, tokens, **own)
+    for alone in own:
+        result = pruneexp.prune(model, tokenizer, tokens, **{alone: own[alone]})
+        assert result.metrics["sparsity/decoder"] > 0.1
+    plan = pruneexp.prune(model, tokenizer, tokens, **{**own, "search": Lowest(starts={"mine": Energy()})}).plan
+    assert plan == together.plan and together.plan is not None
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, StopIteration])
+def test_an_object_that_raises_without_a_word_is_told_by_its_place(
+    error: type[Exception], model: Any, tokenizer: Any, tokens: torch.Tensor
+) -> None:
+    def unfinished(*_: Any) -> Any:
+        raise error
+
+    own = type("Unfinished", (Slice,), {"__call__": unfinished})()
+    with pytest.raises(
+        pruneexp.RunError, match=rf"^{error.__name__}: raised in unfinished \(.*test_api\.py, line \d+\)"
+    ):
+        pruneexp.prune(model, tokenizer, tokens, compensator=own)
 
 
 def test_an_object_asks_for_scores_behind_pruned_layers_where_there_are_some(

@@ -22,10 +22,10 @@ from pruneexp.experiment.run import run_experiment
 from pruneexp.model import Model
 from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.placement import connect_, devices_of, placed
-from pruneexp.pruning.dense_evidence import checked
+from pruneexp.pruning.answers import checked_scores
 from pruneexp.surgery import masked, save, shrink_
 from pruneexp.tracker import structure
-from pruneexp.types import ColumnScores, ConfigError, Plan, RemovalPath, RunError, SitePlan
+from pruneexp.types import Block, ColumnScores, ConfigError, Cost, Plan, RemovalPath, RunError, Site, SitePlan
 from tests.conftest import FAMILIES
 from tests.pretended_gpus import Mixed, pretended_gpus
 from tests.tiny_families import TINY, tiny_model
@@ -311,14 +311,16 @@ def test_out_of_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, er
 
 
 def test_scores_end_on_the_cpu() -> None:
+    sites = tuple(Site(name, "mlp", 0, units=3, width=1, cost=Cost(1, 1, 0)) for name in "abc")
+    block = Block("layer", 0, sites, {})
     with pretended_gpus():
         cost_U, order_U = torch.arange(3.0, device="cuda:1"), torch.arange(3, device="cuda:1")
         scores = {"a": cost_U, "b": ColumnScores(cost_U, cost_U), "c": RemovalPath(order_U, cost_U)}
-        found = checked(scores)
+        found = checked_scores(scores, block)
         tensors = [found["a"], found["b"].scores_U, found["b"].columns_C, found["c"].order_U, found["c"].cost_U]
         assert all(t.device == CPU for t in tensors)
         with pytest.raises(RunError, match="^a: scores hold NaN or Inf"):
-            checked({"a": cost_U / 0})
+            checked_scores({"a": cost_U / 0}, block)
 
 
 def test_cached_tensors_come_to_the_models_devices() -> None:

@@ -36,6 +36,7 @@ Time = Callable[[int], float]
 BLOCKS = BUDGETED["blocks"]
 SEARCHES: dict[str, Any] = {**EXACT, "al_am": AlAm(), "blocks": BLOCKS, "ul_mm": UlMm(3)}
 NONE = NoCompensation(False)
+DRY = ("run.dry=true", "dataset.samples=4", "dataset.length=16", "evaluator=[size]")
 
 
 def curve(time: Time, most: int) -> Curve:
@@ -225,6 +226,26 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
     assert code == 0 and "20.0% of the decoder layers' milliseconds" in out and len(measured) == 1, err
     code, out, _ = cli(*OURS, "run.dry=true", "sparsity.table=a/latency.json")
     assert code == 0 and "picoseconds of a pass through the decoder layers" in out
+
+
+def test_settings_of_times_without_times_are_told_of_one_run(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["sparsity.phase=prefill", "sparsity.batch=2", "sparsity.context=9"]
+
+    def told(*overrides: str) -> list[str]:
+        caplog.clear()
+        code, _, err = cli(*overrides, *DRY)
+        assert code == 0, err
+        return [text for text in caplog.messages if "no effect with sparsity.of=" in text]
+
+    both = "sparsity.batch=2, sparsity.phase='prefill'"
+    assert told(*typed) == [f"{both}, sparsity.context=9: no effect with sparsity.of=decoder"]
+    assert told(*typed, "sparsity.of=bytes") == [f"{both}: no effect with sparsity.of=bytes"]
+    for quiet in ([], ["sparsity.of=macs", "sparsity.context=9"], ["sparsity.of=latency", *typed]):
+        assert told(*quiet) == []
+    assert told("--multirun", *typed, "sparsity.of=decoder,latency", "cache=off") == [], "the sweep counts by them"
 
 
 def test_a_prefill_is_measured_from_python(monkeypatch: pytest.MonkeyPatch, tiny: Any, tokens_NT: Tensor) -> None:

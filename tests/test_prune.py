@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -29,7 +30,18 @@ from pruneexp.pruning.record import Record
 from pruneexp.search import AlAm, Global, UlUm, Uniform
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_
-from pruneexp.types import Budget, ConfigError, Plan, RunError, Score, SitePlan, unit_scores
+from pruneexp.types import (
+    Block,
+    Budget,
+    ColumnScores,
+    ConfigError,
+    Plan,
+    RemovalPath,
+    RunError,
+    Score,
+    SitePlan,
+    unit_scores,
+)
 from tests.cases import UNTIMED, pairwise
 from tests.conftest import FAMILIES
 
@@ -487,6 +499,10 @@ class _Own:
         return self.answer(*args)
 
 
+def _random(block: Block) -> dict[str, Tensor]:
+    return {site.name: torch.rand(site.units) for site in block.sites}
+
+
 @pytest.mark.parametrize(
     ("answer", "line"),
     [
@@ -499,8 +515,30 @@ class _Own:
             lambda block, evidence: {s.name: torch.arange(s.units) for s in block.sites},
             r"^model\.layers\.0\.\w+: the criterion's scores are torch\.int64, expected a floating-point tensor",
         ),
+        (
+            lambda block, evidence: {**_random(block), "lm_head": torch.ones(3)},
+            r"^lm_head: the criterion's scores are of no site of model\.layers\.0, expected model\.layers\.0\.\w+, ",
+        ),
+        (
+            lambda block, evidence: {n: RemovalPath(torch.zeros(len(s)).long(), s) for n, s in _random(block).items()},
+            r"^model\.layers\.0\.\w+: the removal path's order_U is no order of its \d+ units",
+        ),
+        (
+            lambda block, evidence: {n: RemovalPath(torch.arange(len(s)), s[1:]) for n, s in _random(block).items()},
+            r"^model\.layers\.0\.\w+: the removal path's cost_U has not one cost for each of its \d+ units",
+        ),
+        (
+            lambda block, evidence: {n: ColumnScores(s, s[:1]) for n, s in _random(block).items()},
+            r"^model\.layers\.0\.\w+: \[1\] scores of columns, expected one for each of its \d+",
+        ),
+        (
+            lambda block, evidence: {
+                s.name: ColumnScores(torch.ones(s.units), torch.full((s.channels,), math.nan)) for s in block.sites
+            },
+            r"^model\.layers\.0\.\w+: scores of columns hold NaN or Inf",
+        ),
     ],
-    ids=["nothing", "lists", "integers"],
+    ids=["nothing", "lists", "integers", "another site", "order", "costs", "columns", "NaN"],
 )
 def test_what_is_no_score_is_told_in_a_line(
     answer: Callable[..., Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
@@ -509,10 +547,55 @@ def test_what_is_no_score_is_told_in_a_line(
         prune(tiny("llama"), tokens_NT[:1], method(_Own(answer), UNIFORM, NONE))
 
 
-def test_a_compensator_must_give_the_kept_channels(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
-    whole = _Own(lambda weight_OC, bias_O, evidence, keep_C: (weight_OC, bias_O))
-    with pytest.raises(RunError, match=r"^model\.layers\.0\.\w+: the compensator gave weights \(\d+, \d+\), expected "):
-        prune(tiny("llama"), tokens_NT[:1], method(Magnitude("reader", 2), UNIFORM, whole))
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (lambda w, b, e, k: (w, b), r"weights \(\d+, \d+\), expected \(\d+, \d+\), the kept channels"),
+        (lambda w, b, e, k: w[:, k], "Tensor, expected weight and bias, or these and what it chose"),
+        (lambda w, b, e, k: None, "NoneType, expected weight and bias"),
+        (lambda w, b, e, k: (w[:, k], b, {}, {}), "4 values, expected weight and bias"),
+        (lambda w, b, e, k: (w[:, k].numpy(), b), r"weights as ndarray, expected \("),
+        (lambda w, b, e, k: (w[:, k].long(), b), "weights that are no dense floating-point numbers"),
+        (lambda w, b, e, k: (w[:, k], torch.zeros(7)), r"a bias \(7,\), expected \(\d+,\), the outputs, or None"),
+    ],
+    ids=["whole", "weight alone", "nothing", "four", "numpy", "integers", "bias"],
+)
+def test_a_compensator_must_give_the_kept_channels(
+    answer: Callable[..., Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    with pytest.raises(RunError, match=rf"^model\.layers\.0\.\w+: the compensator gave {line}"):
+        prune(tiny("llama"), tokens_NT[:1], method(Magnitude("reader", 2), UNIFORM, _Own(answer)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (lambda sites: None, "^the search gave NoneType, expected a Plan"),
+        (lambda sites: {site.name: [0] for site in sites}, "^the search gave dict, expected a Plan"),
+        (lambda sites: Plan({"model.layers.9.mlp": SitePlan("mlp", 2, (0,))}), r"^model\.layers\.9\.mlp: is in the se"),
+        (lambda sites: Plan({sites[0].name: [0]}), r"^\S+: is list in the search's plan, expected a SitePlan"),
+        (lambda sites: Plan({sites[0].name: SitePlan("mlp", 9, (0,))}), r"^\S+: is mlp of 9 units in .* expected att"),
+        (
+            lambda sites: Plan({sites[0].name: SitePlan("attention", sites[0].units, (0.0, 1.0))}),  # type: ignore
+            r"^\S+: keeps \(0\.0, 1\.0\) in the search's plan, expected indices of units",
+        ),
+    ],
+    ids=["nothing", "dict", "another site", "list", "units", "floats"],
+)
+def test_a_search_must_give_a_plan_of_its_sites(
+    answer: Callable[..., Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    search = _Own(lambda scores, sites, budget, oracle, rng: answer(sites))
+    with pytest.raises(RunError, match=line):
+        prune(tiny("llama"), tokens_NT[:1], method(Random(0), search, NONE))
+
+
+def test_units_may_stand_in_a_list(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    def halves(scores: Any, sites: Any, *_: Any) -> Plan:
+        return Plan({s.name: SitePlan(s.kind, s.units, list(range(s.units // 2))) for s in sites})  # type: ignore
+
+    pruned = prune(tiny("llama"), tokens_NT[:1], method(Random(0), _Own(halves), NONE))
+    assert all(own.kept == tuple(range(own.units // 2)) for own in pruned.plan.sites.values())
 
 
 def test_sites_that_a_search_does_not_name_stay_whole(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
@@ -534,7 +617,8 @@ def test_what_compensation_chose_is_by_the_names_of_the_original(
     sites = [site for site in model.sites() if site.layer > 0]
     plan = Plan({site.name: SitePlan(site.kind, site.units, tuple(range(1, site.units))) for site in sites})
     gone = Plan({f"{model.layers_path}.0": SitePlan("block", 1, ())})
-    search = _Own(lambda *args: plan.merged(gone))
+    search: Any = _Own(lambda *args: plan.merged(gone))
+    search.granularity = ["heads", "channels", "blocks"]
     pruned = prune(model, tokens_NT, method(Random(0), search, LeastSquares("auto", target, True, "site")))
     assert set(pruned.chosen) == set(plan.sites), "by the names of the model before"
     assert all(set(settings) == {"ridge"} for settings in pruned.chosen.values())

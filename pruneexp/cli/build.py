@@ -79,6 +79,10 @@ def build(composed: Composed) -> Experiment:
 
 def with_starts(criterion: Any, search: types.Search) -> Any:
     """The criterion, and beside it those that the search starts from; wholes have no units to order."""
+    if not isinstance(search.starts, Mapping):
+        raise ConfigError(f"search.starts={search.starts!r}: expected criteria by name")
+    for name, start in search.starts.items():
+        satisfying(start, types.Criterion, f"search.starts.{name}")
     by_units = search.starts and scored_as(search.granularity, criterion.judges) == "units"
     return Together(criterion, search.starts) if by_units else criterion
 
@@ -205,7 +209,10 @@ def satisfying(part: Any, protocol: type | None, key: str) -> Any:
     absent = [name for name in _members(protocol) if name not in optional and not hasattr(part, name)]
     if absent:
         raise ConfigError(f"{key}: {type(part).__name__} has no {', '.join(absent)}; see pruneexp.types")
-    return filled(part, optional)
+    try:
+        return filled(part, optional)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def _without_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:

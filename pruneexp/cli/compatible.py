@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pruneexp import types
 from pruneexp.experiment.settings import Experiment
-from pruneexp.search import scored_as
+from pruneexp.search import KIND, scored_as
 from pruneexp.types import ConfigError
+
+JUDGED = ("attention", "mlp", "sublayer", "block")
 
 
 def check_together(experiment: Experiment) -> None:
     """What no part can know alone. Raises ConfigError."""
+    check_members(experiment.criterion, experiment.search, experiment.compensator)
     _check_granularity(experiment)
     _check_sequential(experiment)
     _check_rounds(experiment)
@@ -34,6 +37,34 @@ def check_together(experiment: Experiment) -> None:
             f"recovery.merge=False: quantise={chosen} rounds the weights, and what was trained is beside them; "
             "expected recovery.merge=true, or quantise=none"
         )
+
+
+def check_members(criterion: types.Criterion, search: types.Search, compensator: types.Compensator) -> None:
+    """Raises ConfigError where a member of a class, which is no setting that an annotation checks, is none of what its
+    protocol allows."""
+    granularity, judges, share = search.granularity, criterion.judges, search.held_out
+    named = isinstance(granularity, (list, tuple)) and granularity and all(name in KIND for name in granularity)
+    whats = isinstance(judges, (list, tuple, set, frozenset)) and set(judges) <= set(JUDGED)
+    of_windows = isinstance(share, (int, float)) and 0 <= share < 1
+    for key, value, holds, expected in (
+        (
+            "criterion.sequential",
+            criterion.sequential,
+            criterion.sequential in (True, False, types.ALWAYS),
+            "True, False or 'always'",
+        ),
+        ("criterion.judges", judges, whats, f"a tuple of {', '.join(JUDGED)}"),
+        ("search.granularity", granularity, named, f"a list of {', '.join(KIND)}"),
+        ("search.held_out", share, of_windows, "a share of the windows, in [0, 1)"),
+        ("search.objective", search.objective, search.objective in ("next_token", "kl"), "next_token or kl"),
+    ):
+        if not holds:
+            raise ConfigError(f"{key}={value!r}: expected {expected}")
+    for group, part in (("criterion", criterion), ("compensator", compensator)):
+        try:
+            types.evidence_kinds(part.evidence)
+        except ConfigError as error:
+            raise ConfigError(f"{group}.evidence: {error}") from None
 
 
 def _check_streamed(experiment: Experiment) -> None:

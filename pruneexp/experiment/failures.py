@@ -30,7 +30,16 @@ def failures_recorded(trackers: Trackers, folder: Path | None) -> Iterator[None]
             spread = ", model.device=auto less of each" if torch.cuda.device_count() > 1 else ""
             reason = told = f"{where}; a smaller model.batch_size or model.stream=true needs less{spread}"
         else:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()) or f'raised in {_raised_in(error)}'}"
             told = reason if folder is None else f"{reason} (the traceback is in {folder / 'log.txt'})"
         trackers.fail(reason, traceback.format_exc())
+        if isinstance(error, StopIteration):  # contextlib takes an error that comes of one for that one
+            raise RunError(told) from None
         raise RunError(told) from error
+
+
+def _raised_in(error: BaseException) -> str:
+    """Where in the code an error comes from that says nothing itself."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1]
+    return f"{last.name} ({last.filename}, line {last.lineno})"

@@ -67,8 +67,9 @@ def given_table(experiment: Experiment, outline: Model) -> Table | None:
     ConfigError for one of another model or at other conditions, and where times cannot be counted."""
     sparsity = experiment.sparsity
     if sparsity.of != "latency":
-        if sparsity.table is not None:
-            logger.warning("sparsity.table=%r: has no effect with sparsity.of=%s", sparsity.table, sparsity.of)
+        if unused := _unused(experiment):
+            said = ", ".join(f"sparsity.{key}={getattr(sparsity, key)!r}" for key in unused)
+            logger.warning("%s: no effect with sparsity.of=%s", said, sparsity.of)
         return None
     if outline.mixture:
         raise ConfigError(
@@ -85,6 +86,15 @@ def given_table(experiment: Experiment, outline: Model) -> Table | None:
     table = read_table(sparsity.table)
     check_table(table, conditions_of(outline, sparsity))
     return table
+
+
+def _unused(experiment: Experiment) -> list[str]:
+    """Settings that only count with times, or with a context, where neither is counted: those that were typed, and a
+    table. A sweep's jobs may have them for others that count by them."""
+    keys = ["batch", "phase", *([] if experiment.sparsity.of in ("macs", "bytes") else ["context"])]
+    typed = {text.lstrip("+").partition("=")[0] for text in experiment.job["overrides"]}
+    of_one = [] if experiment.job["sweep"] else [key for key in keys if f"sparsity.{key}" in typed]
+    return of_one + ([] if experiment.sparsity.table is None else ["table"])
 
 
 def conditions_of(model: Model, sparsity: Sparsity) -> Conditions:

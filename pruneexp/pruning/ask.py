@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate import Probe
+from pruneexp.pruning.answers import checked_plan
 from pruneexp.pruning.budget import biases_added, loses_units, refusal, whole_budget
 from pruneexp.pruning.method import Pruning
 from pruneexp.search import Turns
@@ -111,9 +112,10 @@ def _settled(
             continue
         probed = bool(answers) and oracle is not None and oracle.passes > 0
         if probed:
-            plan = search.rebalanced(answers[-1][0], scores, sites, paying)
+            answer = search.rebalanced(answers[-1][0], scores, sites, paying)
         else:
-            plan = search(scores, sites, paying, oracle, work.record.rng)
+            answer = search(scores, sites, paying, oracle, work.record.rng)
+        plan = checked_plan(answer, sites)
         needed, short = _left_over(work, plan, sites, budget)
         again = any(plan.sites == known.sites for known, _ in answers)
         answers.append((plan, short))

@@ -16,18 +16,17 @@ from pruneexp.calibrate import Bookmark, DenseStates, Meter, walk
 from pruneexp.criterion.together import Together
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
+from pruneexp.pruning.answers import checked_scores
 from pruneexp.pruning.notes import Notes
 from pruneexp.pruning.query_heads import with_query_heads
 from pruneexp.types import (
     QUERY_HEADS,
     Criterion,
     RemovalPath,
-    RunError,
     Score,
     Site,
     collected_by,
     evidence_kinds,
-    unit_scores,
 )
 
 SMALL = 64  # bytes a channel
@@ -126,7 +125,8 @@ def _collected(
     for visit in walked:
         if criterion is not None:
             block, seen = visit.whole or visit.block, visit.of(wanted)
-            found = checked(criterion(*(with_query_heads(block, seen) if by_head else (block, seen))))
+            block, seen = with_query_heads(block, seen) if by_head else (block, seen)
+            found = checked_scores(criterion(block, seen), block)
             scores.update(without_out_projections(found) if model.streamed else found)
         for kind, own in zip(kept, evidence, strict=True):
             own.update(visit.of(kind))
@@ -175,27 +175,3 @@ def without_out_projections(scores: Mapping[str, Score]) -> dict[str, Score]:
         n: replace(score, out_projections={}) if isinstance(score, RemovalPath) else score
         for n, score in scores.items()
     }
-
-
-def checked(scores: Mapping[str, Score]) -> dict[str, Score]:
-    """A criterion's answer, on the CPU, where searches work; out-projections of removal paths stay. Raises RunError
-    where it is none, or its scores are no numbers."""
-    if not isinstance(scores, Mapping):
-        raise RunError(f"the criterion gave {type(scores).__name__}, expected scores by site name")
-    for name, score in scores.items():
-        given = score if isinstance(score, Tensor) else getattr(score, "scores_U", None)
-        if not (isinstance(given, Tensor) and given.is_floating_point()):
-            kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
-            raise RunError(f"{name}: the criterion's scores are {kind}, expected a floating-point tensor")
-    found = {name: _on_cpu(score) for name, score in scores.items()}
-    for name, score in found.items():
-        if not torch.isfinite(unit_scores(score)).all():
-            raise RunError(f"{name}: scores hold NaN or Inf")
-    return found
-
-
-def _on_cpu(score: Score) -> Score:
-    if isinstance(score, Tensor):
-        return score.cpu()
-    names = ("order_U", "cost_U") if isinstance(score, RemovalPath) else ("scores_U", "columns_C")
-    return replace(score, **{name: getattr(score, name).cpu() for name in names})

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from pruneexp.calibrate import Bookmark, Meter, walk
+from pruneexp.pruning.answers import checked_scores
 from pruneexp.pruning.ask import parted
 from pruneexp.pruning.budget import whole_budget
-from pruneexp.pruning.dense_evidence import checked, distinct, without_out_projections
+from pruneexp.pruning.dense_evidence import distinct, without_out_projections
 from pruneexp.pruning.method import Pruning
 from pruneexp.pruning.notes import Notes
 from pruneexp.search import KIND, UlUm, expert_scores
@@ -37,7 +38,7 @@ def masked_scores(work: Pruning) -> dict[str, Score]:
     with masks:
         for visit in walk(work.model, work.tokens_NT, distinct(criterion.evidence), note):
             masks.close()  # of the layer before
-            found = checked(criterion(visit.block, visit.of(criterion.evidence)))
+            found = checked_scores(criterion(visit.block, visit.of(criterion.evidence)), visit.block)
             scores.update(without_out_projections(found) if work.model.streamed else found)
             sites = [site for site in visit.block.sites if site.kind in kinds]
             plan = UlUm()(own_scores(found), sites, Budget(work.ratio, 1), None, work.record.rng)

@@ -120,11 +120,16 @@ def fill_in(package: Mapping[str, Any], names: Sequence[str], defaults: Defaults
 
 
 def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
-    """What a method's `evidence` names, as a tuple: nothing, one kind, or several. Raises ConfigError for a kind whose
-    source nothing feeds."""
+    """What a method's `evidence` names, as a tuple: nothing, one kind, or several. Raises ConfigError for what is
+    no kind, and for one whose source nothing feeds."""
     kinds = wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
     for kind in kinds:
-        source_of(filled(kind, EVIDENCE))
+        if hasattr(kind, "source"):
+            source_of(kind)
+        if absent := [name for name in ("source", "empty") if not hasattr(kind, name)]:
+            what = f"{kind!r} has no {' and no '.join(absent)}"
+            raise ConfigError(f"{what}; expected statistics, several of them as a tuple, or None")
+        filled(kind, EVIDENCE)
     return kinds
 
 

@@ -1,0 +1,136 @@
+"""What a criterion, a search and a compensator answer, as they were asked: somebody's own may give anything."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneexp.types import Block, ColumnScores, Plan, RemovalPath, RunError, Score, Site, SitePlan, unit_scores
+
+Compensated = tuple[Tensor, Tensor | None, Mapping[str, float] | None]
+
+
+def checked_scores(scores: Any, block: Block) -> dict[str, Score]:
+    """A criterion's answer, on the CPU, where searches work; out-projections of removal paths stay. Raises RunError
+    where it is none, or its scores are no numbers."""
+    if not isinstance(scores, Mapping):
+        raise RunError(f"the criterion gave {type(scores).__name__}, expected scores by site name")
+    known = {site.name: site for site in block.sites}
+    found = {}
+    for name, score in scores.items():
+        site = known.get(str(name).rpartition(":")[2])  # a start's name may stand in front
+        if site is None:
+            raise RunError(
+                f"{name}: the criterion's scores are of no site of {block.name}, expected {', '.join(known)}"
+            )
+        if isinstance(score, RemovalPath):
+            given = _path(score, site)
+        else:
+            given = score if isinstance(score, Tensor) else getattr(score, "scores_U", None)
+        if not (isinstance(given, Tensor) and given.is_floating_point() and given.layout == torch.strided):
+            kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
+            layout = "" if not isinstance(given, Tensor) or given.layout == torch.strided else f" ({given.layout})"
+            raise RunError(f"{name}: the criterion's scores are {kind}{layout}, expected a floating-point tensor")
+        found[name] = _on_cpu(score)
+        if isinstance(score, ColumnScores):
+            _check_columns(score, site)
+        if not torch.isfinite(unit_scores(found[name])).all():
+            raise RunError(f"{name}: scores hold NaN or Inf")
+    return found
+
+
+def _path(path: RemovalPath, site: Site) -> Tensor:
+    """Its costs. Raises RunError where its order is none."""
+    order, costs = path.order_U, path.cost_U
+    whole = isinstance(order, Tensor) and order.dtype == torch.int64
+    if not whole or sorted(order.cpu().tolist()) != list(range(site.units)):
+        raise RunError(f"{site.name}: the removal path's order_U is no order of its {site.units} units, int64")
+    if not isinstance(costs, Tensor) or costs.shape != order.shape:
+        raise RunError(f"{site.name}: the removal path's cost_U has not one cost for each of its {site.units} units")
+    return costs
+
+
+def _check_columns(score: ColumnScores, site: Site) -> None:
+    columns = score.columns_C
+    if not isinstance(columns, Tensor) or columns.shape != (site.channels,):
+        shape = list(columns.shape) if isinstance(columns, Tensor) else type(columns).__name__
+        raise RunError(f"{site.name}: {shape} scores of columns, expected one for each of its {site.channels}")
+    if not torch.isfinite(columns.cpu()).all():
+        raise RunError(f"{site.name}: scores of columns hold NaN or Inf")
+
+
+def _on_cpu(score: Score) -> Score:
+    if isinstance(score, Tensor):
+        return score.cpu()
+    names = ("order_U", "cost_U") if isinstance(score, RemovalPath) else ("scores_U", "columns_C")
+    return replace(score, **{name: getattr(score, name).cpu() for name in names})
+
+
+def checked_plan(plan: Any, sites: Sequence[Site]) -> Plan:
+    """A search's answer. Raises RunError where it is no plan of the sites that it was given."""
+    if not isinstance(plan, Plan):
+        raise RunError(f"the search gave {type(plan).__name__}, expected a Plan")
+    known, found = {site.name: site for site in sites}, {}
+    for name, own in plan.sites.items():
+        site = known.get(name)
+        if site is None:
+            raise RunError(f"{name}: is in the search's plan, expected only sites that the search was given")
+        if not isinstance(own, SitePlan):
+            raise RunError(f"{name}: is {type(own).__name__} in the search's plan, expected a SitePlan")
+        if (own.kind, own.units) != (site.kind, site.units):
+            has, fits = f"{own.kind} of {own.units} units", f"{site.kind} of {site.units}"
+            raise RunError(f"{name}: is {has} in the search's plan, expected {fits}")
+        kept = _indices(own.kept)
+        if kept is None:
+            raise RunError(f"{name}: keeps {_short(own.kept)} in the search's plan, expected indices of units")
+        if own.kept_query_heads is not None:
+            raise RunError(f"{name}: has kept_query_heads in the search's plan, expected turns, as it was given them")
+        found[name] = replace(own, kept=kept)
+    return replace(plan, sites=found)
+
+
+def _indices(kept: Any) -> tuple[int, ...] | None:
+    """As a tuple of integers, None where they are none: of a mask, say."""
+    try:
+        units = tuple(kept)
+        return None if any(isinstance(unit, bool) for unit in units) else tuple(map(operator.index, units))
+    except TypeError:
+        return None
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def checked_compensation(answer: Any, site: Site, outputs: int, kept: int) -> Compensated:
+    """A compensator's answer: weight, bias, and what it chose. Raises RunError where it is none."""
+    if not isinstance(answer, (tuple, list)) or len(answer) not in (2, 3):
+        what = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else type(answer).__name__
+        raise RunError(
+            f"{site.name}: the compensator gave {what}, expected weight and bias, or these and what it chose"
+        )
+    weight, bias, *more = answer
+    for name, tensor, fits in (("weights", weight, (outputs, kept)), ("a bias", bias, (outputs,))):
+        if tensor is None and name == "a bias":
+            continue
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != fits:
+            has = tuple(tensor.shape) if isinstance(tensor, Tensor) else f"as {type(tensor).__name__}"
+            of = "the kept channels" if name == "weights" else "the outputs, or None"
+            raise RunError(f"{site.name}: the compensator gave {name} {has}, expected {fits}, {of}")
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            raise RunError(f"{site.name}: the compensator gave {name} that are no dense floating-point numbers")
+    chosen = more[0] if more else None
+    if chosen is not None and not (isinstance(chosen, Mapping) and all(map(_is_number, chosen.values()))):
+        raise RunError(f"{site.name}: the compensator chose {_short(chosen)}, expected numbers by name")
+    return weight, bias, chosen
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

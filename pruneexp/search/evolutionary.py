@@ -74,7 +74,8 @@ class Evolutionary:
     structures are judged with are then of the others alone, so that nothing is judged by what it was fitted to. Which
     units leave is told by scores of all windows in the end, in the order that was chosen. 0: all windows do both.
     `objective`: next_token, the mean loss of the next token, or kl, the divergence KL(p || q) of the
-    structure's predictions q from the dense model's p, in nats per token.
+    structure's predictions q from the dense model's p, in nats per token (where an output head costs more than all
+    layers, of every second token, or of fewer).
 
     Raises:
         RunError: no loss is finite.

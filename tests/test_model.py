@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -543,3 +544,12 @@ def test_a_tokenizer_is_shared_until_a_file_changes(source, tmp_path):
     again = source(folder).describe().tokenizer
     assert again is not first and again.model_max_length == 7 != first.model_max_length
     assert source(folder).fingerprint()["files"]["config.json"]["sha256"] != before
+
+
+def test_logits_are_gone_before_the_next_batch_has_some(tiny: Callable[..., Model], tokens_NT: torch.Tensor) -> None:
+    """A large vocabulary's are most of what an evaluation takes."""
+    model, logits, held = tiny("llama"), [], []
+    model.module.register_forward_pre_hook(lambda *_: held.append(sum(one() is not None for one in logits)))
+    model.module.register_forward_hook(lambda *of: logits.append(weakref.ref(of[2].logits)))
+    model.token_losses(tokens_NT, 4)
+    assert held == [0, 0, 0]

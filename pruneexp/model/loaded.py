@@ -247,15 +247,17 @@ class Model:
         """Nats of every predicted token, float64 [N, T-1] on the CPU. Streamed: one walk through the blocks."""
         batches = tokens_NT.split(batch_size)
         if not self.streamed:
-            logits = (self.module(b.to(self.device), use_cache=False).logits for b in batches)
-            shown = progress(zip(logits, batches, strict=True), stage, len(batches), "batches")
-            return torch.cat([next_token_losses(of_batch, batch) for of_batch, batch in shown])
+            shown = progress(batches, stage, len(batches), "batches")
+            return torch.cat([next_token_losses(self._logits(batch), batch) for batch in shown])
         entered = [self.enter(b) for b in batches]
         hidden, calls = [h for h, _ in entered], [c for _, c in entered]
         for index in progress(range(len(self.layers)), stage, len(self.layers), "blocks"):
             with self.loaded(index, index + 1) as layer:
                 hidden = [self.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
         return torch.cat([next_token_losses(self.leave(b, h), b) for h, b in zip(hidden, batches, strict=True)])
+
+    def _logits(self, tokens_BT: Tensor) -> Tensor:
+        return self.module(tokens_BT.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
     def broken_layer(self, tokens_BT: Tensor) -> str | None:

@@ -254,14 +254,14 @@ def test_token_files_that_are_no_arrays(tmp_path):
 
 
 def test_embedded_windows_begin_with_stories(byte_tokenizer):
-    from pruneexp.embedded.language import CALIBRATION, stories
+    from pruneexp.embedded.language import CALIBRATION, texts
     from tests.embedded_process import windows
 
     dataset = Embedded(samples=3, length=40, seed=5, evaluation_samples=4, bos=False)
     found = dataset.calibration(byte_tokenizer)
     assert found.shape == (3, 40) and dataset.evaluation(byte_tokenizer, 24).shape == (4, 24)
     assert torch.equal(found, torch.from_numpy(windows(byte_tokenizer, CALIBRATION[5], 3, 40)[0]))
-    assert bytes(found[0].tolist()).decode() == next(stories(CALIBRATION[5])).text[:40]
+    assert bytes(found[0].tolist()).decode() == next(texts(CALIBRATION[5]))[:40]
 
 
 def test_embedded_seeds(byte_tokenizer):

@@ -54,6 +54,12 @@ def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = Fal
     return source(dtype)
 
 
+def exact_source(checkpoint: Path, stream: bool = False) -> ModelSource:
+    """The checkpoint in float32 (or in float64, if it is stored so)."""
+    stored = stored_source(checkpoint).dtype
+    return stored_source(checkpoint, "float64" if stored == "float64" else "float32", stream)
+
+
 def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single_file: bool = False) -> None:
     """Raises ConfigError where nothing may be written."""
     from pruneexp.export.single_file import check_file

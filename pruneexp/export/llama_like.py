@@ -107,15 +107,18 @@ def rounded_up(channels: int, multiple: int) -> int:
 
 def rounded_note(model: Model, layers: Sequence[LlamaLayer], multiple: int) -> str:
     """What rounding changed, "" where it did nothing."""
-    own = (layer_structure(model.layers[layer.index], model.family, model.config).intermediate_size for layer in layers)
-    count = sum(width < layer.channels for width, layer in zip(own, layers, strict=True))
+    structures = model.structures
+    count = sum(structures[layer.index].intermediate_size < layer.channels for layer in layers)
     return f", {count} FFNs filled up with zeros to multiples of {multiple}" if multiple > 1 and count else ""
 
 
-def adds_something(model: Model, index: int) -> bool:
-    """Whether a layer changes the hidden states at all."""
-    own = layer_structure(model.layers[index], model.family, model.config)
-    return bool(own.num_attention_heads or own.intermediate_size or own.attention_output_bias or own.mlp_output_bias)
+def layers_with_effect(model: Model) -> list[int]:
+    """The indices of the layers that change the hidden states at all."""
+    return [
+        index
+        for index, own in enumerate(model.structures)
+        if own.num_attention_heads or own.intermediate_size or own.attention_output_bias or own.mlp_output_bias
+    ]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruneexp.model import Call, Model, layer_structure
 from pruneexp.model.half import plain_linear
-from pruneexp.model.modeling_pruned import RemovedAttention, head_layout, resize_layer_
+from pruneexp.model.modeling_pruned import RemovedAttention, resize_layer_
 from pruneexp.types import Site
 
 POOL_BYTES = 2**30  # of weights at most: more than any processor's cache holds
@@ -178,7 +178,7 @@ def filled_(layer: nn.Module, pool: Pool) -> nn.Module:
 
 def resized(layer: nn.Module, model: Model, groups: int, heads: int, channels: int) -> nn.Module:
     """A skeleton with so many KV groups of `heads` query heads each, and FFN channels."""
-    other, layout = skeleton(layer), head_layout(model.family, model.config)
+    other, layout = skeleton(layer), model.head_layout
     structure = layer_structure(other, model.family, model.config)
     kept = groups * heads
     structure = replace(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruneexp.model import modeling_pruned
 from pruneexp.model.refusal import refused
+from pruneexp.model.weights import tied_names
 from pruneexp.types import ConfigError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def building(path: str, model_type: str) -> Iterator[None]:
 
 def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
     """Raises ConfigError, naming tensors, where checkpoint and config do not fit or weights are quantised."""
-    tied = set(module.all_tied_weights_keys) if module.config.tie_word_embeddings else set()
+    tied = tied_names(module)
     expected = [name for name in module.state_dict() if name not in tied]
     missing = [name for name in expected if name not in checkpoint]
     shapes = {name: tuple(t.shape) for name, t in module.state_dict().items() if name in checkpoint}

@@ -171,23 +171,22 @@ class ModelSource:
             logger.info("model.path=%r: %s is another than the embedding, whatever its config says", self.path, head)
         with checks.building(self.path, config_json["model_type"]):
             module = skeleton(model_class, config, family, dtype)
-        layers_path = f"{module.base_model_prefix}.{family.layers}"
         checks.check_tensors(module, checkpoint, self.path)
         mixed = checks.precisions(checkpoint.dtypes())
         if mixed:
             logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, dtype)
         model = self._model(module, tokenizer, family, dtype, checkpoint if self.stream else None)
-        load_outside_(module, config, layers_path, checkpoint, model.device, dtype)
+        load_outside_(module, model.layers_path, checkpoint, model.device, dtype)
         if not self.stream:
-            layers = list(model.layers)
-            for index, layer in enumerate(progress(layers, "load", len(layers), "blocks")):
-                prefix = f"{layers_path}.{index}."
+            for index, layer in enumerate(progress(model.layers, "load", len(model.layers), "blocks")):
+                prefix = f"{model.layers_path}.{index}."
                 load_into_(layer, stored_tensors(layer, checkpoint, prefix), prefix, model.layer_device(index), dtype)
                 check_finite(layer, prefix)
         module.eval().requires_grad_(False)
         if len(model.devices) > 1:
-            connect_(module, model.layers, [model.layer_device(i) for i in range(len(model.layers))], model.device)
-            counts = Counter(model.layer_device(i) for i in range(len(model.layers)))
+            placement = [model.layer_device(i) for i in range(len(model.layers))]
+            connect_(module, model.layers, placement, model.device)
+            counts = Counter(placement)
             logger.info("decoder layers: %s", ", ".join(f"{n} on {device}" for device, n in counts.items()))
         if tokenizer is None:
             model.tokenizer = self.tokenizer(folder)

@@ -22,10 +22,8 @@ OutProjections = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> we
 
 @contextmanager
 def masked(model: Model, plan: Plan, out_projections: OutProjections | None = None) -> Iterator[Model]:
-    """Runs `model` as if `plan`'s units were gone: what they hand to the out-projection is
-    zeroed.
-
-    A whole expert's tokens go to the experts that stay, as they will once it is gone.
+    """Runs `model` as if the units that `plan` drops were gone: what they hand to the out-projection is zeroed. A whole
+    expert's tokens go to the experts that stay, as they will once it is gone.
 
     Where `out_projections` names a site, its out-projection is replaced by that weight and bias on the kept channels (a
     compensated candidate). No weight is copied or written; on exit the model is as before.
@@ -84,12 +82,12 @@ def _fewer_heads(model: Model, layer: nn.Module, site: Site, plan: Plan) -> Iter
     the others are gone. The others' channels become zeros."""
     if site.kind != "attention" or not plan.changes(site) or not plan.sites[site.name].kept:
         return
-    rows = unit_rows(model.family, site, model.config)
-    for in_projection in model.family.head_norms:
-        norm: Any = layer.get_submodule(in_projection.path)
-        if hasattr(norm, "norms") or in_projection.roles[0] in model.family.shared_roles:
+    rows = unit_rows(site, model.config)
+    for head_norm in model.family.head_norms:
+        norm: Any = layer.get_submodule(head_norm.path)
+        role, own = head_norm.roles[0], plan.sites[site.name]
+        if hasattr(norm, "norms") or role in model.family.shared_roles:
             continue
-        role, own = in_projection.roles[0], plan.sites[site.name]
         keep = own.keep_C(site) if role == "query" else replace(site, width=rows[role]).keep_C(own.kept)
         yield norm, _narrowed(norm, keep.to(model.layer_device(site.layer)))
 

@@ -14,7 +14,6 @@ from pruneexp.model.modeling_pruned import (
     LayerStructure,
     UnitRows,
     as_matrix,
-    head_layout,
     join_parts,
     keep_experts_,
     number_caches_,
@@ -86,7 +85,7 @@ def _narrow_(model: Model, index: int, plan: Plan, out_projections: OutProjectio
     for site in sites:
         tensors.update(_kept_tensors(model, layer, site, plan, out_projections.get(site.name)))
     structure = _structure_after(model, layer, sites, plan, out_projections)
-    resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
+    resize_layer_(layer, model.family, structure, model.head_layout)
     _set_(layer, tensors)
     number_caches_(model.layers, model.family, model.configs)
 
@@ -97,7 +96,7 @@ def replace_out_projections_(model: Model, index: int, out_projections: OutProje
     layer = model.layers[index]
     sites = [site for site in model.layer_sites(index) if site.name in out_projections]
     structure = _structure_after(model, layer, sites, Plan({}), out_projections)  # one may get a bias
-    resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
+    resize_layer_(layer, model.family, structure, model.head_layout)
     for site in sites:
         path = site_parts(model.family, site)[1]
         linear: Any = layer.get_submodule(path)
@@ -136,7 +135,7 @@ def _structure_after(
         bias = out_projections[site.name][1] is not None if site.name in out_projections else None
         if site.kind == "attention":
             heads, before = own.heads(site), structure.kept_heads
-            shared = head_layout(model.family, model.config).shared
+            shared = model.head_layout.shared
             structure = replace(
                 structure,
                 num_attention_heads=len(heads),
@@ -184,7 +183,7 @@ def _kept_tensors(
     for norm in model.family.head_norms if site.kind == "attention" else ():
         for name, weight in head_norm_rows(layer, norm).items():
             scales = _kept_rows(model, weight, norm, site, own)
-            heads = scales.split(head_layout(model.family, model.config).size)
+            heads = scales.split(model.head_layout.size)
             by_head = {f"{norm.path}.{name.format(i)}": head for i, head in enumerate(heads)}
             tensors.update(by_head if "{}" in name else {f"{norm.path}.{name}": scales})
     linear: Any = layer.get_submodule(out_path)
@@ -213,7 +212,7 @@ def _named(path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
 def _kept_rows(model: Model, rows: Tensor, in_projection: UnitRows, site: Site, own: SitePlan) -> Tensor:
     """The rows of the kept units, of these the kept query heads' alone, and those that belong to none."""
     shared = model.family.shared_roles
-    parts = split_parts(rows, in_projection, site.units, unit_rows(model.family, site, model.config), shared)
+    parts = split_parts(rows, in_projection, site.units, unit_rows(site, model.config), shared)
     units = torch.as_tensor(own.kept, dtype=torch.int64, device=rows.device)
     kept = {role: part if role in shared else part.index_select(0, units) for role, part in parts.items()}
     if own.kept_query_heads is not None and "query" in kept:

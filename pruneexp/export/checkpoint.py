@@ -13,7 +13,18 @@ from torch import Tensor
 from pruneexp.export.folders import exact_source, stored_source
 from pruneexp.export.streamed import prove_streamed, save_streamed
 from pruneexp.model import Model
-from pruneexp.surgery import Form, Padding, padding, period_warning, remote_code_form, save, save_form
+from pruneexp.surgery import (
+    Form,
+    Padding,
+    pad_,
+    padding,
+    period_warning,
+    prove_in_place,
+    prove_in_process,
+    remote_code_form,
+    save,
+    save_form,
+)
 from pruneexp.types import ConfigError, RunError
 
 TOLERANCE = 1e-3  # of a logit, in float32
@@ -61,8 +72,6 @@ class CheckpointExporter:
         return self.own_form.why
 
     def write(self, model: Model, folder: Path) -> list[str]:
-        from pruneexp.surgery import pad_
-
         warning = period_warning(self.own_form.config) if self.own_form.kind == "stock" else ""
         if model.streamed:
             save_streamed(model, folder, self.own_form, self.padding)
@@ -74,8 +83,6 @@ class CheckpointExporter:
 
     def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
         """Compares the export with its source, both in float32 (or more). Raises RunError where they differ."""
-        from pruneexp.surgery import prove_in_place, prove_in_process
-
         if stream:
             proof = prove_streamed(checkpoint, proof_tokens(stored_source(checkpoint).outline()), folder)
         else:

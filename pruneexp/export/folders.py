@@ -60,7 +60,7 @@ def exact_source(checkpoint: Path, stream: bool = False) -> ModelSource:
     return stored_source(checkpoint, "float64" if stored == "float64" else "float32", stream)
 
 
-def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single_file: bool = False) -> None:
+def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single_file: bool) -> None:
     """Raises ConfigError where nothing may be written."""
     from pruneexp.export.single_file import check_file
     from pruneexp.files import check_replaceable

@@ -38,7 +38,7 @@ def found(folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-def copy_files(source: Path, folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
+def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> list[str]:
     """Copies the files in `source` that fit, byte for byte; returns them as paths in the folder. Raises OSError."""
     names = found(source, patterns)
     for name in names:

@@ -66,17 +66,13 @@ def _first_free(locks: Sequence[FileLock]) -> int | None:
         except Timeout:
             continue
         except OSError as error:
-            raise ConfigError(
-                f"model.device={ANY!r}: locks of GPUs are files in {str(_folder())!r}: {error.strerror or error}; "
-                "expected TMPDIR to be a folder that can be written to"
-            ) from error
+            locked = f"locks of GPUs are files in {tempfile.gettempdir()!r}: {error.strerror or error}"
+            expected = "expected TMPDIR to be a folder that can be written to"
+            raise ConfigError(f"model.device={ANY!r}: {locked}; {expected}") from error
     return None
-
-
-def _folder() -> Path:
-    return Path(tempfile.gettempdir())
 
 
 def _lock_file(number: int) -> Path:
     user = os.getuid() if hasattr(os, "getuid") else 0
-    return _folder() / f"pruneexp-{user}-{torch.cuda.get_device_properties(number).uuid}.lock"
+    name = f"pruneexp-{user}-{torch.cuda.get_device_properties(number).uuid}.lock"
+    return Path(tempfile.gettempdir(), name)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pruneexp.dataset.files import stem_of
+from pruneexp.dataset.files import existing_file, stem_of
 from pruneexp.dataset.rows import DocumentSource, Rows
 from pruneexp.dataset.windows import Sampling
 from pruneexp.fingerprint import FileState, file_state
@@ -108,10 +108,8 @@ class DocumentFiles(DocumentSource):
             raise ConfigError(f"dataset.{part}=null: expected {EXPECTED}")
         states, rows = [], []
         for path in self._files(part) or ():
-            file, key = Path(path).expanduser(), f"dataset.{part}={path}"
-            if not file.is_file():
-                what = "this is a directory" if file.is_dir() else "no such file"
-                raise ConfigError(f"{key}: {what}; expected {EXPECTED}")
+            key = f"dataset.{part}={path}"
+            file = existing_file(path, key, EXPECTED)
             if not holds_documents(path):
                 raise ConfigError(
                     f"{key}: expected {EXPECTED} ({', '.join(ENDINGS)}); a plain text is for dataset=text"

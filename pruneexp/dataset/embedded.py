@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset.windows import begin_with, check_common, encode, windows_of
+from pruneexp.dataset.windows import begin_with, check_seed, encode, windows_of
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError
+from pruneexp.types import require_least
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Embedded:
     contiguous: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_common(None, self.samples, self.length, self.seed, "random")
-        if self.evaluation_samples < 1:
-            raise ConfigError(f"evaluation_samples={self.evaluation_samples!r}: expected an int >= 1")
+        require_least(self, 1, "samples", "evaluation_samples")
+        require_least(self, 2, "length")
+        check_seed(self.seed)
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         """Nothing that could be missing."""

@@ -22,10 +22,11 @@ from pruneexp.dataset import (
     evaluation_windows,
     windows_of,
 )
+from pruneexp.dataset.files import existing_file, text_of
 from pruneexp.evaluator.latency import last_logits_only
 from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, Measured
+from pruneexp.types import ConfigError, Measured, require_least
 
 Tokens = list[int]
 PROMPTS = "a UTF-8 text file, one prompt a line"
@@ -68,9 +69,9 @@ class Generation:
     streams: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_tokens", 1), ("samples", 1), ("new_tokens", 4), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= {least}")
+        require_least(self, 0, "seed")
+        require_least(self, 1, "prompt_tokens", "samples", "batch_size")
+        require_least(self, 4, "new_tokens")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature!r}: expected a number >= 0; 0 takes the likeliest token")
         if self.prompts is None:
@@ -133,18 +134,9 @@ class Generation:
     def _lines(self) -> list[str]:
         """The prompts of the file."""
         assert self.prompts is not None
-        key, path = f"evaluator.generation.prompts={self.prompts}", Path(self.prompts).expanduser()
-        if not path.is_file():
-            raise ConfigError(
-                f"{key}: {'this is a directory' if path.is_dir() else 'no such file'}; expected {PROMPTS}"
-            )
-        try:
-            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{key}: byte {error.start} is not UTF-8; expected {PROMPTS}") from None
-        if not lines:
-            raise ConfigError(f"{key}: the file is empty; expected {PROMPTS}")
-        return lines[: self.samples]
+        key = f"evaluator.generation.prompts={self.prompts}"
+        text = text_of(existing_file(self.prompts, key, PROMPTS), key, PROMPTS)
+        return [line for line in text.splitlines() if line.strip()][: self.samples]
 
     def _write(self, model: Any, prompts: Sequence[Tensor]) -> list[Tokens]:
         """The continuation of each prompt."""

@@ -54,7 +54,7 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
         ConfigError: a name that the harness does not know, or a task that cannot be run here.
         RunError: neither the hub nor its cache has a task's data.
     """
-    from lm_eval.tasks import TaskManager
+    import lm_eval.tasks
 
     asks_hub = any(name not in rows for name in names)
     with (
@@ -63,10 +63,11 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
         seeded(),
         waiting("loading the evaluation tasks"),
     ):
-        known = [_definitions(name) for name in names if name in TASKS]
+        root = lm_eval.tasks.__path__[0]
+        known = [f"{root}/{TASKS[name].definition}" for name in names if name in TASKS]
         # Indexing every definition takes seconds; a few folders of them do not.
         whole = len(known) < len(names)
-        manager = TaskManager(include_path=None if whole else sorted(set(known)), include_defaults=whole)
+        manager = lm_eval.tasks.TaskManager(include_path=None if whole else sorted(set(known)), include_defaults=whole)
         for name in names:
             if name not in manager.all_tasks:
                 near = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -75,13 +76,6 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
                     f"{TASKS_KEY}: lm-eval has no task {name!r}; expected its tasks, groups or tags{hint}"
                 )
         return [_loaded(manager, name, rows.get(name), unreachable) for name in names]
-
-
-def _definitions(name: str) -> str:
-    """The folder of a task's definition."""
-    import lm_eval.tasks
-
-    return f"{lm_eval.tasks.__path__[0]}/{TASKS[name].definition}"
 
 
 def _loaded(manager: Any, name: str, rows: TaskRows | None, unreachable: str) -> Loaded:
@@ -153,11 +147,13 @@ def answer(
     with quiet(), seeded(model.devices), waiting(f"evaluating {loaded.name}"):
         # A copy: the harness gives a tokenizer without a padding token one, which must not be saved with the model.
         tokenizer = copy.deepcopy(model.tokenizer)
+        if bos and not begins(tokenizer):  # the harness asks the tokenizer to begin its texts so, by this setting
+            tokenizer.add_bos_token = True
         wrapper: Any = huggingface.HFLM  # its decorator hides its parameters from type checkers
         lm = wrapper(
             pretrained=model.module,
             backend="causal",
-            tokenizer=_begins_(tokenizer) if bos else tokenizer,
+            tokenizer=tokenizer,
             batch_size=batch_size,
             add_bos_token=bos or None,
         )
@@ -177,14 +173,6 @@ def answer(
 def begins(tokenizer: Any) -> bool:
     """Whether the tokenizer begins a text with its beginning-of-sequence token by itself."""
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-
-
-def _begins_(tokenizer: Any) -> Any:
-    """The tokenizer, made to begin a text with its beginning-of-sequence token where it does not by itself: that is
-    what the harness's own setting asks it for."""
-    if not begins(tokenizer):
-        tokenizer.add_bos_token = True
-    return tokenizer
 
 
 def _begun_once(lm: Any, rolling: Callable[..., list[float]]) -> Callable[..., list[float]]:

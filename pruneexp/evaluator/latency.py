@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruneexp.dataset import bos_token
 from pruneexp.model.half import plain_linear
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 SEED = 0  # of the prompts: the figures must not depend on which random tokens a run drew
 
@@ -37,9 +37,8 @@ class Latency:
     streams: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt", 1), ("new_tokens", 1), ("repeats", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= {least}")
+        require_least(self, 0, "warmup")
+        require_least(self, 1, "prompt", "new_tokens", "repeats")
         if not self.batch_sizes or any(batch < 1 for batch in self.batch_sizes):
             raise ConfigError(f"batch_sizes={list(self.batch_sizes)!r}: expected ints >= 1")
 
@@ -61,8 +60,9 @@ class Latency:
             prompt_BT = torch.randint(
                 model.vocab_size, (batch, self.prompt), generator=torch.Generator().manual_seed(SEED)
             ).to(model.device)
-            if self.bos:
-                prompt_BT[:, 0] = _bos(model, tokenizer)
+            if self.bos:  # where there is no tokenizer, the token that the model's config names
+                named = model.config if tokenizer is None else tokenizer
+                prompt_BT[:, 0] = bos_token(named, "evaluator.latency.bos")
             rounds = [self._round(model, prompt_BT) for _ in range(self.warmup + self.repeats)][self.warmup :]
             prefill, decode = torch.tensor(rounds, dtype=torch.float64).T
             size = f"@b{batch}x{self.prompt}"
@@ -86,11 +86,6 @@ class Latency:
                 return middle - start, _now(model.device) - middle
         finally:
             module.train(training)
-
-
-def _bos(model: Any, tokenizer: Any) -> int:
-    """The tokenizer's beginning-of-sequence token; where there is no tokenizer, the one in the model's config."""
-    return bos_token(model.config if tokenizer is None else tokenizer, "evaluator.latency.bos")
 
 
 def last_logits_only(module: Any) -> dict[str, int]:

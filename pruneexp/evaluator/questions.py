@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset import bos_token, check_vocabulary, fingerprint
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,7 @@ class Questions:
     streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= 1")
+        require_least(self, 1, "samples", "batch_size")
 
     def check(self) -> None:
         """Needs no files."""
@@ -74,7 +71,8 @@ class Questions:
         rows = [_row(tokenizer, q.context, choice, room) for q in asked for choice in q.choices]
         rows = [([*begin, *ids], n) for ids, n in rows]
         length = max(len(ids) for ids, _ in rows)
-        rows_NT = torch.tensor([_padded(ids, length) for ids, _ in rows])
+        # Padding stands on the right, where a causal model's earlier tokens cannot see it; it is never scored.
+        rows_NT = torch.tensor([[*ids, *[ids[-1]] * (length - len(ids))] for ids, _ in rows])
         position_T = torch.arange(length)
         scored_NT = torch.stack([(position_T >= len(ids) - n) & (position_T < len(ids)) for ids, n in rows])
         return rows_NT, scored_NT, [q.answer for q in asked]
@@ -86,8 +84,3 @@ def _row(tokenizer: Any, context: str, choice: str, max_length: int | None) -> t
     ids = tokenizer.encode(f"{context} {choice}", add_special_tokens=False)
     choice_tokens = len(ids) - len(before)
     return ids[-max_length:] if max_length else ids, choice_tokens
-
-
-def _padded(ids: Sequence[int], length: int) -> list[int]:
-    """Padding stands on the right, where a causal model's earlier tokens cannot see it; it is never scored."""
-    return [*ids, *[ids[-1]] * (length - len(ids))]

@@ -28,7 +28,7 @@ from pruneexp.model.refusal import refused
 from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 logger = logging.getLogger("pruneexp")
 
@@ -71,8 +71,7 @@ class ModelSource:
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r}: expected auto or one of {', '.join(DTYPES)}")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
+        require_least(self, 1, "batch_size")
         if self.device == AUTO:
             if self.stream:
                 raise ConfigError(

@@ -147,7 +147,7 @@ def levels(weight_OGI: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nearest(value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Of a scale of 0, it does not matter. Times the inverse, as torchao has it: ties fall alike."""
+    """Where the scale is 0, any answer will do. Times the inverse, as torchao has it: ties fall alike."""
     return (value * (1 / scale.where(scale > 0, 1))).round().clamp(low, high)
 
 

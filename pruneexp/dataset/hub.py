@@ -44,12 +44,11 @@ class HubText(DocumentSource):
         return hash(repr(self))  # lists and dicts are among the settings
 
     def rows(self, part: str) -> Rows:
-        documents = self._documents(self.calibration_split if part == "calibration" else self.evaluation_split)
+        documents = self._documents(getattr(self, f"{part}_split"))
         return Rows(getattr(documents, "_fingerprint", None) or "", documents)
 
     def key(self, part: str) -> str:
-        split = self.calibration_split if part == "calibration" else self.evaluation_split
-        return f"dataset.{part}_split={split} (of {self.path})"
+        return f"dataset.{part}_split={getattr(self, f'{part}_split')} (of {self.path})"
 
     def description(self) -> Mapping[str, Any]:
         as_they_are = ("path", "config", "revision", "data_files", "special_tokens")

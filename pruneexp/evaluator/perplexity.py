@@ -101,7 +101,7 @@ class Perplexity:
         return self._figures(losses_NT, self._parts(tokenizer))
 
     def _figures(self, losses_NT: Tensor, parts: Mapping[str, tuple[float, Tensor]]) -> dict[str, float]:
-        """Of each source, and of all by weights; of those there are none where nothing of what is measured weighs."""
+        """Perplexity of each source, and of all by weights, unless all that are measured have the weight 0."""
         apart = losses_NT.split([len(windows_NT) for _, windows_NT in parts.values()])
         means = {
             self._name(windows_NT, source): (weight, self._mean(each_NT))

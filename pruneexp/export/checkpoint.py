@@ -32,7 +32,7 @@ WINDOWS, LENGTH = 2, 48  # tokens of the proof
 
 
 def checkpoint_exporter(model: Model, format: str, multiple: int) -> CheckpointExporter:
-    """The form, from the model's structure alone. Raises ConfigError where there is none of what was asked for."""
+    """From the model's structure alone. Raises ConfigError where the model has no such form."""
     size = model.dtype.itemsize
     if format == "padded":
         zeros = padding(model, multiple)

@@ -40,7 +40,7 @@ def checkpoint_folder(source: Path) -> Path:
 
 
 def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = False) -> ModelSource:
-    """The checkpoint as it is stored: a CPU's own choice of precision is nothing to write down."""
+    """The checkpoint in `dtype`; None: as it is stored, whatever precision a CPU would choose by itself."""
     from pruneexp.model import ModelSource
     from pruneexp.model.source import DTYPES
 

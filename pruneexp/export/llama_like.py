@@ -63,7 +63,7 @@ def other_formats(model: Model) -> str:
 
 
 def context_length(model: Model) -> int:
-    """Tokens for which the export computes what the model does: none of the two knows of sliding windows."""
+    """The longest text for which the export computes what the model does: neither server knows sliding windows."""
     limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
     return min(limit for limit in limits if limit)
 
@@ -154,7 +154,7 @@ def _in_projections(
     shapes: dict[str, tuple[int, int]],
     like: Tensor,
 ) -> dict[str, Tensor]:
-    """Those of a sublayer with so many units, `rows` a unit, by LLaMA's names; zeros up to `shapes`."""
+    """A sublayer's in-projections by LLaMA's names, of so many units with `rows` each; zeros up to `shapes`."""
     parts: dict[str, dict[str, Tensor]] = {role: {} for role in shapes}  # "weight" and, where there is one, "bias"
     for in_projection in in_projections if units else ():
         for leaf, parameter in module.get_submodule(in_projection.path).named_parameters():
@@ -181,7 +181,7 @@ def _out_projection(name: str, module: nn.Module, path: str, inputs: int, like: 
 
 
 def _filled_up(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """With zeros behind, up to `size`."""
+    """The tensor with zeros behind it, up to `size`."""
     missing = list(tensor.shape)
     missing[dim] = size - tensor.shape[dim]
     return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor

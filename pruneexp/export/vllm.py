@@ -138,7 +138,7 @@ class VllmExporter:
 
 
 def _query_heads(model: Model) -> int:
-    """Of every layer that has attention. Raises ConfigError where they differ, or none has any."""
+    """The query heads of each layer that has attention. Raises ConfigError where layers differ, or none has any."""
     structures = model.structures
     counts = [s.num_attention_heads for s in structures if s.num_attention_heads]
     if not counts:

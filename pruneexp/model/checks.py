@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, A
 
 
 def _quantised_how(settings: Any) -> str:
-    """ " (GPTQ, 4 bits)": what a config says about it."""
+    """How a checkpoint is quantised, as its config says: " (GPTQ, 4 bits)"."""
     if not isinstance(settings, Mapping):
         return ""
     method = settings.get("quant_method")
@@ -79,8 +79,8 @@ def _quantised_how(settings: Any) -> str:
 
 
 def check_counts(config: Any, path: str) -> None:
-    """Raises ConfigError, naming the value, where a config counts less than one of what a model needs, or query heads
-    that no whole number of which share a key/value head."""
+    """Raises ConfigError, naming the value, where a count in the config is below one, or the query heads are no
+    multiple of the key/value heads."""
     called = getattr(config, "attribute_map", {})
     for name in COUNTS:
         value = getattr(config, name, None)
@@ -95,8 +95,8 @@ def check_counts(config: Any, path: str) -> None:
 
 @contextmanager
 def building(path: str, model_type: str) -> Iterator[None]:
-    """What goes wrong while a model's structure is made of its config becomes a ConfigError that names the version of
-    transformers: the class that is there may not know all that the config says."""
+    """Inside, every error becomes a ConfigError that names the version of transformers: its class may not know all that
+    the config says."""
     try:
         yield
     except ConfigError:
@@ -122,7 +122,14 @@ def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
     beside = checkpoint.names_beside([*expected, *tied])
     extra = [name for name in beside if not any(re.search(pattern, name) for pattern in ignored)]
     extra = [name for name in extra if 0 not in checkpoint.shape(name)]  # of sublayers that older versions had emptied
-    check_precision(checkpoint.dtypes(), set(beside) - set(extra), path)
+    needless = set(beside) - set(extra)
+    for name, kind in checkpoint.dtypes().items():
+        if kind not in FLOATS and name not in needless:  # integers, or floats of eight bits, whatever the config says
+            raise refused(
+                path,
+                f"{name} is stored as {kind}: the checkpoint is quantised; expected the "
+                f"full-precision checkpoint that it was made from ({', '.join(FLOATS)})",
+            )
     problems = [
         f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         for what, names in (("lacks", missing), ("has besides", extra), ("has in another shape", misshapen))
@@ -130,21 +137,6 @@ def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
     ]
     if problems:
         raise refused(path, f"the checkpoint does not fit its config: it {' and '.join(problems)}")
-
-
-def check_precision(stored: Mapping[str, str], needless: Collection[str], path: str) -> None:
-    """`stored`: tensor name -> dtype in the files' headers; `needless`: those that no weight is made of.
-
-    Raises:
-        ConfigError: integers or floats of eight bits: a quantised checkpoint, whatever its config says.
-    """
-    for name, kind in stored.items():
-        if kind not in FLOATS and name not in needless:
-            raise refused(
-                path,
-                f"{name} is stored as {kind}: the checkpoint is quantised; expected the "
-                f"full-precision checkpoint that it was made from ({', '.join(FLOATS)})",
-            )
 
 
 def precisions(stored: Mapping[str, str]) -> str:

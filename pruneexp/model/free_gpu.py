@@ -26,8 +26,8 @@ WAIT = 0.5  # seconds between two looks at GPUs that are all taken
 
 @contextmanager
 def held_gpu(device: str) -> Iterator[str]:
-    """`device`, or, of "cuda:any", a visible GPU that no other run of this user's has taken so. It is held until the
-    end, also the end of a process that is killed; while all are taken, this waits.
+    """Gives `device`; for "cuda:any", a visible GPU that no other run of this user has taken in this way. The GPU is
+    held until the end, also that of a process that is killed. While all are taken, this waits.
 
     A GPU is a lock file in the folder of temporary files, named by the GPU's own id: processes that see other GPUs, or
     the same ones under other numbers, agree. Programs that take no such lock are not noticed.

@@ -25,9 +25,9 @@ from pruneexp.model.source import DTYPES, Described
 from pruneexp.model.weights import check_finite
 from pruneexp.types import ConfigError
 
-PLACEMENT = "accelerate."  # package of the hooks that only bring inputs to their device
-LINEARS = ("torch", "transformers", "transformers_modules", "pruneexp")  # whose linear layers are plain ones
-OBSERVERS = "transformers."  # and of those that only look
+PLACEMENT = "accelerate."  # package whose hooks only bring inputs to their device
+OBSERVERS = "transformers."  # package whose hooks only look
+LINEARS = ("torch", "transformers", "transformers_modules", "pruneexp")  # packages whose linear layers are plain ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class GivenModel:
         yield self
 
     def reference(self) -> Model:
-        """What a pruned model is compared with: the very module, to be read only, of a source that is not spent."""
+        """The model that a pruned one is compared with: the very module, to be read only. Not with `in_place`."""
         return self._wrapped(self.module)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class GivenModel:
         return made
 
     def _wrapped(self, module: Any) -> Model:
-        """The module as it is."""
+        """A `Model` of the module as it is."""
         layers = module.get_submodule(f"{module.base_model_prefix}.{family_of(stock_of(module.config)).layers}")
         home = next(module.get_input_embeddings().parameters()).device
         placement = [next((p.device for p in layer.parameters()), home) for layer in layers]

@@ -333,7 +333,8 @@ class LayerStructure:
     kept_experts: tuple[int, ...] | None = None  # original expert indices, where some have left
 
     def to_config(self, layout: HeadLayout) -> dict[str, Any]:
-        """Where attention is gone, the heads of one unit, which servers make room for, and that it is."""
+        """As it stands in `per_layer_config`. A layer without attention says so, and has the heads of one unit, because
+        servers make room for some."""
         own = asdict(self) | {"attention_removed": self.num_attention_heads == 0}
         if self.num_attention_heads == 0:
             own |= {"num_attention_heads": layout.group, "num_key_value_heads": 1}

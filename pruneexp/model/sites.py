@@ -96,8 +96,8 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
 
 
 def _expert_sites(layer: nn.Module, index: int, family: Family, prefix: str) -> Iterator[Site]:
-    """Channels of each expert. Only some experts are run for a token: multiply-accumulates are those of a token on
-    average, were they chosen equally often."""
+    """The channels of each expert as a site. A token runs only some experts: multiply-accumulates are a token's average
+    if all experts are chosen equally often."""
     cost: Cost | None = None  # of a channel, the same in all of them
     for number, out_projection in enumerate(_ffn_outs(layer, family)):
         if channels := inputs_of(layer, out_projection):
@@ -117,8 +117,8 @@ def experts_name(family: Family, prefix: str) -> str:
 def experts_sites(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> tuple[Site, ...]:
     """The experts of a mixture as the units of one site; none where the FFN is no mixture, or all experts are empty.
 
-    With an expert leave its matrices and its row of the router. Another is run in its place for as many tokens, so that
-    of the multiply-accumulates only those of the row leave.
+    An expert takes its matrices and its row of the router with it. Its tokens go to other experts: of the
+    multiply-accumulates only those of the row leave.
 
     Raises:
         ConfigError: the layer's experts are not alike any more.
@@ -175,7 +175,7 @@ def as_whole(site: Site) -> Site:
 
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[UnitRows, ...], str]:
-    """The in-projections and the path of the out-projection of a site. What serves all units alike is none."""
+    """A site's in-projections, without those that serve all units alike, and the path of its out-projection."""
     if site.kind == "attention":
         own = (w for w in family.attention_in if not set(w.roles) <= set(family.shared_roles))
         return tuple(own), family.attention_out
@@ -216,7 +216,7 @@ def _linear(layer: nn.Module, path: str) -> Any:
 
 
 def inputs_of(layer: nn.Module, path: str) -> int:
-    """Of a linear layer."""
+    """The number of inputs of a linear layer."""
     return linear_sizes(layer.get_submodule(path))[0]
 
 

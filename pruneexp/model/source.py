@@ -195,7 +195,7 @@ class ModelSource:
 
     @contextmanager
     def on_a_device(self) -> Iterator[ModelSource]:
-        """The source with its device at hand: of `cuda:any`, a GPU that no other run has meanwhile."""
+        """The source with its device held: for `cuda:any`, a GPU that no other run has meanwhile."""
         with held_gpu(self.device) as device:
             yield replace(self, device=device)
 

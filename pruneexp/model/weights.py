@@ -30,7 +30,8 @@ def stored_tensors(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> di
 def load_into_(
     module: nn.Module, tensors: MutableMapping[str, Tensor], prefix: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Gives `module`'s parameters and persistent buffers the `tensors` called `prefix` + name, which are taken out."""
+    """Gives `module`'s parameters and persistent buffers the `tensors` called `prefix` + name, and takes them out of
+    `tensors`."""
     for name, tensor in list(module.state_dict().items()):
         kind = dtype if tensor.is_floating_point() else None
         loaded = tensors.pop(prefix + name).to(device=device, dtype=kind)

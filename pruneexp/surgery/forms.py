@@ -186,9 +186,9 @@ def _uniform_own(model: Model, structure: LayerStructure, before: LayerStructure
 
 
 def _uniform_mixture(model: Model, structures: list[LayerStructure]) -> Form | None:
-    """A mixture's own stock class: as many heads in every layer, as many experts of one width in every mixture, FFNs of
-    one width beside them, and no biases that pruning added. transformers runs fused experts by torch's grouped product,
-    which takes rows of whole 16 bytes alone: a pruned width is a multiple of 8, for half precision."""
+    """A mixture's own stock class. All layers must have the same heads, all mixtures as many experts of one width, all
+    other FFNs one width, and pruning must not have added biases. A pruned width must be a multiple of 8: transformers
+    runs fused experts by torch's grouped product, which only takes rows of whole 16 bytes."""
     before = _stock_structures(model)
     if structures == before:
         return _unchanged(model)

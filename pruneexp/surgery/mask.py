@@ -78,8 +78,8 @@ def _replacement(site: Site, plan: Plan, weight_OK: Tensor, bias_O: Tensor | Non
 
 
 def _fewer_heads(model: Model, layer: nn.Module, site: Site, plan: Plan) -> Iterator[tuple[nn.Module, Any]]:
-    """Norms over the queries or keys of all heads (OLMo 2): of the kept heads they see those alone, as they will once
-    the others are gone. The others' channels become zeros."""
+    """Norms over the queries or keys of all heads (OLMo 2), and what they compute: over the kept heads alone, as they
+    will once the others are gone. The others' channels become zeros."""
     if site.kind != "attention" or not plan.changes(site) or not plan.sites[site.name].kept:
         return
     rows = unit_rows(site, model.config)
@@ -104,8 +104,8 @@ def _narrowed(norm: Any, keep: Tensor) -> Any:
 
 
 def _fewer_experts(router: Any, kept: Sequence[int]) -> Any:
-    """Routing among the kept experts alone; the others' logits are -inf. To all of them, where a probe keeps fewer than
-    a token is routed to."""
+    """Routing among the kept experts alone; the others' logits are -inf. Where a probe keeps fewer experts than a token
+    is routed to, tokens go to all of them."""
     rows = torch.tensor(kept, dtype=torch.int64, device=router.weight.device)
     own = copy(router)
     own._parameters, own.top_k = {"weight": router.weight[rows]}, min(router.top_k, len(kept))

@@ -183,8 +183,7 @@ class StreamedSave:
 
 @contextmanager
 def _writing(folder: Path, aside: Path, ended: type[BaseException] = Exception) -> Iterator[None]:
-    """Whatever goes wrong while writing leaves nothing behind; a full or read-only disk becomes one clear line.
-    `ended`: what leaves nothing behind."""
+    """Inside, an error of the kind `ended` leaves nothing behind. A full or read-only disk becomes one clear line."""
     try:
         yield
     except ended as error:
@@ -204,8 +203,8 @@ def tensors_of(file: Path) -> set[str] | None:
 
 
 class ShardWriter:
-    """Writes tensors as they come into safetensors shards of about 4 GiB, and the index when closed. `stored_as`: as
-    the family's, for the names to be those of the stock class's checkpoints."""
+    """Writes tensors as they come into safetensors shards of about 4 GiB, and the index when closed. `stored_as`: the
+    family's, which gives tensors the names that checkpoints of the stock class have."""
 
     def __init__(self, folder: Path, stored_as: Sequence[tuple[str, str]] = (), shard_bytes: int = SHARD_BYTES):
         self.folder, self.stored_as, self.shard_bytes = folder, stored_as, shard_bytes
@@ -233,7 +232,7 @@ class ShardWriter:
         self.pending, self._pending_bytes = {}, 0
 
     def file(self, number: int) -> Path:
-        """A shard's, until the writer is closed."""
+        """The file of a shard, until the writer is closed."""
         return self.folder / f"shard-{number:05d}"
 
     def restore(self, shards: list[list[str]], pending: dict[str, Tensor]) -> None:

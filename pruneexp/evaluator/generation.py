@@ -101,8 +101,6 @@ class Generation:
         return max(len(prompt_T) for prompt_T in self._prompts(tokenizer)) + self.new_tokens
 
     def __call__(self, model: Any, tokenizer: Any) -> Measured:
-        if model.streamed:
-            raise ConfigError("evaluator.generation: not possible with model.stream=true")
         written = self._write(model, self._prompts(tokenizer))
         return Measured(self._named(text_figures(written), len(written)), seen=written)
 

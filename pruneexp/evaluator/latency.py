@@ -53,8 +53,6 @@ class Latency:
         return self.prompt + self.new_tokens
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        if model.streamed:
-            raise ConfigError("evaluator.latency: not possible with model.stream=true")
         figures: dict[str, float] = {}
         for batch in self.batch_sizes:
             prompt_BT = torch.randint(

@@ -85,7 +85,6 @@ class Perplexity:
         return fingerprint(self.windows(tokenizer))
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        self.prepare(tokenizer, model.vocab_size)
         windows_NT = self.windows(tokenizer)
         name = self._name(windows_NT, self.dataset.name)
         length = windows_NT.shape[1]

@@ -71,8 +71,6 @@ class Zeroshot:
 
     def __call__(self, model: Any, tokenizer: Any) -> Measured:
         """The figures, and a file of what every item scored."""
-        if model.streamed:
-            raise ConfigError("evaluator.zeroshot: not possible with model.stream=true")
         found: dict[str, Answered] = {}
         for loaded in self._asked.loaded:
             found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size, self.bos)

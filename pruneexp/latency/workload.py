@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pruneexp.model import Call, Model, layer_structure
 from pruneexp.model.half import plain_linear
 from pruneexp.model.modeling_pruned import RemovedAttention, resize_layer_
+from pruneexp.model.weights import set_tensor_
 from pruneexp.types import Site
 
 POOL_BYTES = 2**30  # of weights at most: more than any processor's cache holds
@@ -171,8 +172,7 @@ def filled_(layer: nn.Module, pool: Pool) -> nn.Module:
         numbers = pool.numbers
         of_pool = old.dtype == numbers.dtype
         values = pool.take(old.shape) if of_pool else torch.ones(old.shape, dtype=old.dtype, device=numbers.device)
-        owner, _, name = path.rpartition(".")
-        layer.get_submodule(owner)._parameters[name] = nn.Parameter(values, requires_grad=False)
+        set_tensor_(layer, path, values)
     return layer
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from pruneexp.dataset import (
     evaluation_windows,
     windows_of,
 )
-from pruneexp.dataset.files import existing_file, text_of
+from pruneexp.dataset.files import existing_file, stem_of, text_of
 from pruneexp.evaluator.latency import last_logits_only
 from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.progress import progress
@@ -163,7 +162,7 @@ class Generation:
         """Figures by names that carry the protocol."""
         source, prompt = self.dataset.name, str(self.prompt_tokens)
         if self.prompts is not None:
-            source, prompt = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(self.prompts).stem) or "prompts", ""
+            source, prompt = stem_of(self.prompts, "prompts"), ""
         drawn_at = f"t{self.temperature:g}" if self.temperature else ""
         begun = "+bos" if self.bos else ""
         protocol = f"{source}@{prompt}+{self.new_tokens}{drawn_at}{begun}[{prompts}]"

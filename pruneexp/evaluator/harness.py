@@ -6,13 +6,13 @@ Importing this loads neither the harness nor the libraries that it brings along;
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from pruneexp.conf_files import did_you_mean
 from pruneexp.dataset.offline import hub
 from pruneexp.evaluator.harness_world import SEEDS, quiet, seeded
 from pruneexp.evaluator.task_files import TASKS, TaskRows
@@ -70,11 +70,8 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
         manager = lm_eval.tasks.TaskManager(include_path=None if whole else sorted(set(known)), include_defaults=whole)
         for name in names:
             if name not in manager.all_tasks:
-                near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(
-                    f"{TASKS_KEY}: lm-eval has no task {name!r}; expected its tasks, groups or tags{hint}"
-                )
+                expected = f"expected its tasks, groups or tags{did_you_mean(name, manager.all_tasks)}"
+                raise ConfigError(f"{TASKS_KEY}: lm-eval has no task {name!r}; {expected}")
         return [_loaded(manager, name, rows.get(name), unreachable) for name in names]
 
 

@@ -42,12 +42,6 @@ class Latency:
         if not self.batch_sizes or any(batch < 1 for batch in self.batch_sizes):
             raise ConfigError(f"batch_sizes={list(self.batch_sizes)!r}: expected ints >= 1")
 
-    def check(self) -> None:
-        """Needs no files."""
-
-    def prepare(self, tokenizer: Any, vocabulary: int) -> None:
-        """Needs no windows."""
-
     def longest(self, tokenizer: Any) -> int:
         """Tokens of a prompt and what is written after it."""
         return self.prompt + self.new_tokens

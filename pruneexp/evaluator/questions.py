@@ -31,9 +31,6 @@ class Questions:
     def __post_init__(self) -> None:
         require_least(self, 1, "samples", "batch_size")
 
-    def check(self) -> None:
-        """Needs no files."""
-
     def prepare(self, tokenizer: Any, vocabulary: int) -> None:
         """Raises ConfigError for a model without a tokenizer, or with one of another vocabulary."""
         rows_NT, _, _ = self._rows(tokenizer, None)

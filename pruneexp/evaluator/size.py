@@ -24,12 +24,6 @@ class Size:
 
     streams: ClassVar[bool] = True
 
-    def check(self) -> None:
-        """Needs no files."""
-
-    def prepare(self, tokenizer: Any, vocabulary: int) -> None:
-        """Needs no windows."""
-
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         head = model.module.get_output_embeddings()
         return {

@@ -172,17 +172,12 @@ class Generation:
 @torch.inference_mode()
 def continued(module: Any, prompt_BT: Tensor, choose: Callable[[Tensor, int], Tensor], steps: int) -> Tensor:
     """`steps` tokens after each prompt, on the KV cache: int64 [B, S] on the CPU."""
-    training = module.training
-    module.eval()
-    try:
-        out = module(prompt_BT, use_cache=True, **last_logits_only(module))
-        tokens = [choose(out.logits[:, -1], 0)]
-        for step in range(1, steps):
-            out = module(tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
-            tokens.append(choose(out.logits[:, -1], step))
-        return torch.stack(tokens, dim=1).cpu()
-    finally:
-        module.train(training)
+    out = module(prompt_BT, use_cache=True, **last_logits_only(module))
+    tokens = [choose(out.logits[:, -1], 0)]
+    for step in range(1, steps):
+        out = module(tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+        tokens.append(choose(out.logits[:, -1], step))
+    return torch.stack(tokens, dim=1).cpu()
 
 
 def drawn(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:

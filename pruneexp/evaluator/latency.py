@@ -64,20 +64,16 @@ class Latency:
 
     def _round(self, model: Any, prompt_BT: Tensor) -> tuple[float, float]:
         """Seconds of one prefill and of the decoding after it."""
-        module, training, last = model.module, model.module.training, last_logits_only(model.module)
-        module.eval()
-        try:
-            with torch.inference_mode(), plain_linear():
-                start = _now(model.device)
-                out = module(prompt_BT, use_cache=True, **last)
+        module, last = model.module, last_logits_only(model.module)
+        with torch.inference_mode(), plain_linear():
+            start = _now(model.device)
+            out = module(prompt_BT, use_cache=True, **last)
+            token_B1 = out.logits[:, -1:].argmax(-1)
+            middle = _now(model.device)
+            for _ in range(self.new_tokens):
+                out = module(token_B1, past_key_values=out.past_key_values, use_cache=True)
                 token_B1 = out.logits[:, -1:].argmax(-1)
-                middle = _now(model.device)
-                for _ in range(self.new_tokens):
-                    out = module(token_B1, past_key_values=out.past_key_values, use_cache=True)
-                    token_B1 = out.logits[:, -1:].argmax(-1)
-                return middle - start, _now(model.device) - middle
-        finally:
-            module.train(training)
+            return middle - start, _now(model.device) - middle
 
 
 def last_logits_only(module: Any) -> dict[str, int]:

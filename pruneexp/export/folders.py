@@ -80,9 +80,10 @@ def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single
 
 def check_space(out: Path, needed: int) -> None:
     """Raises ConfigError where the disk has no room for so many bytes."""
+    from pruneexp.files import existing
     from pruneexp.types import ConfigError
 
-    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.is_dir())).free
+    free = shutil.disk_usage(existing(out.absolute().parent)).free
     if free < needed:
         raise ConfigError(
             f"out={str(out)!r}: the export takes {needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there"

@@ -172,7 +172,7 @@ def _kept_tensors(
     model: Model, layer: nn.Module, site: Site, plan: Plan, out_projection: tuple[Tensor, Tensor | None] | None
 ) -> dict[str, Tensor]:
     """New tensors of the site's projections, by parameter name below the layer."""
-    own, device = _own(plan, site), model.layer_device(site.layer)
+    own = _own(plan, site)
     in_projections, out_path = site_parts(model.family, site)
     tensors = {}
     for in_projection in in_projections:
@@ -189,7 +189,7 @@ def _kept_tensors(
     linear: Any = layer.get_submodule(out_path)
     if out_projection is None:
         matrix = as_matrix(linear, linear.weight)
-        out_projection = matrix.index_select(1, own.keep_C(site).to(device)), linear.bias
+        out_projection = matrix.index_select(1, own.keep_C(site).to(matrix.device)), linear.bias
     else:
         out_projection = _fitted(site, out_projection, linear.weight)
     return {**tensors, **_named(out_path, *out_projection)}

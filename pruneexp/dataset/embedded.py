@@ -39,7 +39,7 @@ class Embedded:
         check_seed(self.seed)
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
-        """Nothing that could be missing."""
+        """There is nothing to check."""
 
     def calibration(self, tokenizer: Any) -> Tensor:
         return _windows(tokenizer, self._seeds()[0], self.samples, self.length, begin_with(tokenizer, self.bos))
@@ -69,7 +69,7 @@ class Embedded:
 
 @lru_cache(maxsize=8)
 def _windows(tokenizer: Any, seed: int, samples: int, length: int, bos: int | None) -> Tensor:
-    """For any tokenizer: it need not keep words apart."""
+    """Windows for any tokenizer, also one that joins words."""
     from pruneexp.embedded.language import texts
 
     source, windows_NT = texts(seed), torch.empty(samples, length, dtype=torch.int64)

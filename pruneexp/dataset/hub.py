@@ -38,7 +38,7 @@ class HubText(DocumentSource):
                 raise ConfigError(f"{part}={split[0]!r}: expected one of data_files, {', '.join(self.data_files)}")
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
-        """Nothing that could be told without asking the hub."""
+        """There is nothing to check without asking the hub."""
 
     def __hash__(self) -> int:
         return hash(repr(self))  # lists and dicts are among the settings

@@ -78,7 +78,7 @@ class Drawn:
             raise ConfigError(f"sampling={self.sampling!r}: expected one of {', '.join(get_args(Sampling))}")
 
     def drawing(self) -> dict[str, Any]:
-        """For the description of a dataset."""
+        """How windows are drawn, for the description of a dataset."""
         return {name: getattr(self, name) for name in ("sampling", "samples", "length", "seed", "bos")}
 
 

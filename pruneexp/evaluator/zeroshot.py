@@ -177,7 +177,7 @@ def _asked(request: _Request) -> _Asked:
 
 
 def _digest(requests: Sequence[tuple[Any, ...]]) -> str:
-    """Of every context and continuation: two runs that agree in it were asked the same."""
+    """A hash of every context and continuation: two runs that agree in it were asked the same."""
     return hashlib.sha256(json.dumps(requests, default=str).encode()).hexdigest()
 
 
@@ -186,7 +186,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _standard_error(scores: Sequence[Any]) -> float | None:
-    """Of the mean of the items' scores; None where they are not numbers, or too few."""
+    """The standard error of the mean of the items' scores; None where they are not numbers, or too few."""
     if len(scores) < 2 or not all(isinstance(score, (int, float)) for score in scores):
         return None
     mean = _mean(scores)

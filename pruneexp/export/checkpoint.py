@@ -32,7 +32,8 @@ WINDOWS, LENGTH = 2, 48  # tokens of the proof
 
 
 def checkpoint_exporter(model: Model, format: str, multiple: int) -> CheckpointExporter:
-    """From the model's structure alone. Raises ConfigError where the model has no such form."""
+    """What writes `format`, chosen by the model's structure alone. Raises ConfigError where the model has no such
+    form."""
     size = model.dtype.itemsize
     if format == "padded":
         zeros = padding(model, multiple)

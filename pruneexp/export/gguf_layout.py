@@ -114,7 +114,7 @@ def stored_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def as_array(tensor: Tensor, dtype: torch.dtype, name: str) -> numpy.ndarray:
-    """As it lies in the file: 16-bit numbers as int16. Raises RunError where the dtype cannot hold a value."""
+    """A tensor as it lies in the file: 16-bit numbers as int16. Raises RunError where the dtype cannot hold a value."""
     own = tensor.detach().to("cpu", stored_dtype(tensor, dtype)).contiguous()
     if not torch.isfinite(own).all():
         raise RunError(f"dtype={str(dtype).removeprefix('torch.')}: {name} holds values too large for it")

@@ -58,8 +58,8 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, vocab_size: int, stops: Sequence[int] = ()) -> Vocabulary:
-    """Of a tokenizer of transformers (None: there is none); padded with unused tokens to the model's size. `stops`: the
-    tokens that end a text, as the model's generation settings name them."""
+    """The vocabulary of a tokenizer of transformers (None: there is none), padded with unused tokens to the model's
+    size. `stops`: the tokens that end a text, as the model's generation settings name them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spec: dict[str, Any] = {"model": {}} if backend is None else json.loads(backend.to_str())
     split = _split_name(spec)

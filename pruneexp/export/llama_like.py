@@ -69,6 +69,7 @@ def context_length(model: Model) -> int:
 
 
 def window_note(model: Model) -> list[str]:
+    """What to tell of a sliding window that is shorter than the model's context."""
     window = getattr(model.config, "sliding_window", None)
     if not window or window >= (model.max_length or window):
         return []

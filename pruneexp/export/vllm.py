@@ -39,7 +39,8 @@ NOT_SERVED = (
 
 
 def vllm_exporter(model: Model, multiple: int) -> VllmExporter:
-    """From the model's structure alone; FFN widths are rounded up to `multiple` with channels of zeros.
+    """What writes the files, made of the model's structure alone. FFN widths are rounded up to `multiple` with channels
+    of zeros.
 
     Raises ConfigError where vLLM's class cannot hold the model.
     """

@@ -161,7 +161,7 @@ def _layer_times(layers: tuple[int, ...], found: Mapping[Widths, tuple[float, fl
 
 
 def compared(work: Workload, pruned: Model) -> Compared:
-    """All layers before pruning, with random weights, against the pruned model's own, one run of each in turn."""
+    """Times all layers before pruning, with random weights, and the pruned model's own, one run of each in turn."""
     pool = Pool(min(POOL_BYTES, bytes_of(work.skeletons)), pruned.dtype, pruned.device)
     dense = [work.prepared(filled_(skeleton(layer), pool), n, pool) for n, layer in enumerate(work.skeletons)]
     left = [work.prepared(layer, origin, pool) for layer, origin in zip(pruned.layers, pruned.origin, strict=True)]

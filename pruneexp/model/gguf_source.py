@@ -149,7 +149,7 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
 
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
-    """Whatever transformers and gguf have against a file becomes one line; their bars are shown nowhere."""
+    """Inside, any error of transformers and gguf becomes one line, and their bars are not shown."""
     try:
         with redirect_stderr(io.StringIO()):
             yield

@@ -62,7 +62,7 @@ class GivenModel:
         check_module(self.module)
 
     def local_folder(self) -> None:
-        """It lies in memory."""
+        """None: it lies in memory."""
 
     def describe(self) -> Described:
         config = stock_of(self.module.config)
@@ -92,7 +92,7 @@ class GivenModel:
 
     @contextmanager
     def on_a_device(self) -> Iterator[GivenModel]:
-        """It lies where it lies."""
+        """The source itself: the module stays on its device."""
         yield self
 
     def reference(self) -> Model:

@@ -127,7 +127,7 @@ class Model:
 
     @property
     def bytes(self) -> int:
-        """Of all parameters, tied ones once: in their own dtype, or as they are quantised."""
+        """Bytes of all parameters, tied ones once: in their own dtype, or as they are quantised."""
         own: dict[str, int] = {name: p.numel() * p.element_size() for name, p in self.module.named_parameters()}
         return sum({**own, **self.stored_bytes}.values())
 
@@ -140,7 +140,7 @@ class Model:
         return self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}"
 
     def layer_sites(self, index: int) -> tuple[Site, ...]:
-        """Those of decoder layer `index`, with their units' times where there is a table."""
+        """The sites of decoder layer `index`, with their units' times where there is a table."""
         sites = layer_sites(*self._layer(index))
         return sites if self.times is None else tuple(self.times.priced(self.origin[index], site) for site in sites)
 

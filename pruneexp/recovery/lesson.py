@@ -32,7 +32,7 @@ class States:
 
     @classmethod
     def entering(cls, model: Model, tokens_NT: Tensor, meter: Meter) -> States:
-        """In front of the first layer."""
+        """The states in front of the first layer."""
         hidden_NTD = torch.cat([model.enter(batch)[0] for batch in tokens_NT.split(model.batch_size)])
         return cls(model, tokens_NT, hidden_NTD, meter)
 

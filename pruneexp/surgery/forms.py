@@ -89,7 +89,7 @@ def _stock_layer(config: Any, family: Family) -> nn.Module:
 
 
 def stock_layers(model: Model) -> nn.ModuleList:
-    """All decoder layers as the stock class has them, without weights."""
+    """The decoder layers as the stock class has them, without weights."""
     with torch.device("meta"):
         stock = stock_class(model.config.model_type)._from_config(model.config, dtype=model.dtype)
     return stock.base_model.get_submodule(model.family.layers)

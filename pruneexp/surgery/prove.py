@@ -159,7 +159,7 @@ def _source(model: Model, folder: Path, stream: bool) -> ModelSource:
 
 @torch.no_grad()
 def logits_of(model: Model, tokens_BT: Tensor) -> Tensor:
-    """By the products that plain transformers has."""
+    """Logits [B, T, V], multiplied as plain transformers does it."""
     with plain_linear():
         return model.module(tokens_BT.to(model.device)).logits.float().cpu()
 

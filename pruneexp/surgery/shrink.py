@@ -155,7 +155,7 @@ def _structure_after(
 
 
 def _with_expert(structure: LayerStructure, expert: int, channels: int, bias: bool | None) -> LayerStructure:
-    """With another width (and bias, unless None) of one expert."""
+    """The structure with another width (and bias, unless None) of one expert."""
     sizes, biases = list(structure.expert_sizes or ()), list(structure.expert_output_biases or ())
     sizes[expert], biases[expert] = channels, biases[expert] if bias is None else bias
     return replace(

@@ -19,7 +19,7 @@ from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
 from pruneexp.cli.sources import MIXED, with_shared
 from pruneexp.cli.targets import Parameters, located, signature
-from pruneexp.conf_files import did_you_mean, one_line, option_content
+from pruneexp.conf_files import did_you_mean, option_content
 from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
 from pruneexp.dataset.mixed import Share
@@ -28,7 +28,7 @@ from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import came_later, value_before
 from pruneexp.model import ModelSource
 from pruneexp.search import scored_as
-from pruneexp.types import ConfigError, defaults, filled
+from pruneexp.types import ConfigError, defaults, filled, one_line
 
 DEFAULTS: dict[type, Mapping[str, Any]] = {
     types.Augmentation: defaults.AUGMENTATION,

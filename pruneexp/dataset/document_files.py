@@ -19,7 +19,7 @@ from pruneexp.dataset.files import existing_file, stem_of
 from pruneexp.dataset.rows import DocumentSource, Rows
 from pruneexp.dataset.windows import Sampling
 from pruneexp.fingerprint import FileState, file_state
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, one_line
 
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 EXPECTED = "a jsonl or parquet file of documents, or a list of such files"
@@ -163,7 +163,7 @@ def _parquet(path: str, fields: Sequence[str], key: str) -> list[dict[str, str]]
         missing = [field for field in fields if field not in file.schema_arrow.names]
         rows = [] if missing else file.read(columns=list(fields)).to_pylist()
     except Exception as error:
-        raise ConfigError(f"{key}: cannot be read ({' '.join(str(error).split())}); expected {EXPECTED}") from None
+        raise ConfigError(f"{key}: cannot be read ({one_line(error)}); expected {EXPECTED}") from None
     if missing:
         columns = ", ".join(file.schema_arrow.names)
         raise ConfigError(f"{key}: no column {missing[0]!r} (there are {columns}); dataset.fields names them")

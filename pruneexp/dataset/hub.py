@@ -9,7 +9,7 @@ from typing import Any
 
 from pruneexp.dataset.offline import hub
 from pruneexp.dataset.rows import DocumentSource, Rows
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, one_line
 
 SPLIT = re.compile(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?")
 
@@ -76,7 +76,7 @@ class HubText(DocumentSource):
                 rows = datasets.load_dataset(self.path, split=base, **options).skip(int(start or 0))
                 return list(rows.take(int(stop) - int(start or 0)) if stop else rows)
             except Exception as error:  # the client raises OSError, ValueError, RuntimeError, its http library's own
-                reason = unreachable or f"{type(error).__name__}: {' '.join(str(error).split())}"
+                reason = unreachable or one_line(f"{type(error).__name__}: {error}")
                 offline = "offline, use dataset=text dataset.calibration=FILE dataset.evaluation=FILE"
                 message = f"dataset.path={self.path}: cannot be loaded from the hub or its cache ({reason}); {offline}"
                 raise RunError(message) from error

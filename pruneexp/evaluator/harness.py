@@ -17,7 +17,7 @@ from pruneexp.dataset.offline import hub
 from pruneexp.evaluator.harness_world import SEEDS, quiet, seeded
 from pruneexp.evaluator.task_files import TASKS, TaskRows
 from pruneexp.progress import waiting
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, one_line
 
 TASKS_KEY = "evaluator.zeroshot.tasks"
 
@@ -83,7 +83,7 @@ def _loaded(manager: Any, name: str, rows: TaskRows | None, unreachable: str) ->
     except (ConfigError, MemoryError):
         raise
     except Exception as error:  # the hub's client raises OSError, ValueError, RuntimeError, its http library's own
-        reason = unreachable or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = unreachable or one_line(f"{type(error).__name__}: {error}")
         offline = "offline, evaluator.zeroshot.data=FOLDER reads local files"
         raise RunError(f"{TASKS_KEY}: {name}'s data cannot be loaded ({reason}); {offline}") from error
     if rows is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pruneexp.model import modeling_pruned
 from pruneexp.model.refusal import refused
 from pruneexp.model.weights import tied_names
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, one_line
 
 if TYPE_CHECKING:
     from pruneexp.model.checkpoint import Checkpoint
@@ -104,7 +104,7 @@ def building(path: str, model_type: str) -> Iterator[None]:
     except Exception as error:
         import transformers
 
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise refused(
             path,
             f"transformers {transformers.__version__} cannot make a {model_type} model of this config.json ({reason})",

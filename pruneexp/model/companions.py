@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pruneexp.types import one_line
+
 logger = logging.getLogger("pruneexp")
 
 CARD = "README.md"
@@ -54,7 +56,7 @@ def generation_settings(folder: Path) -> Any:
     try:
         return GenerationConfig.from_pretrained(folder) if (folder / GENERATION).is_file() else None
     except (OSError, ValueError) as error:
-        logger.warning("%s: not read (%s)", folder / GENERATION, " ".join(str(error).split()))
+        logger.warning("%s: not read (%s)", folder / GENERATION, one_line(error))
         return None
 
 

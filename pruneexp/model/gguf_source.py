@@ -23,7 +23,7 @@ from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
 from pruneexp.model.gguf_words import restore_split_
 from pruneexp.model.refusal import refused
 from pruneexp.progress import waiting
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, one_line
 
 logger = logging.getLogger("pruneexp")
 
@@ -154,7 +154,7 @@ def _reading(path: str) -> Iterator[None]:
         with redirect_stderr(io.StringIO()):
             yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         cannot = f"transformers {metadata.version('transformers')} cannot dequantise it"
         raise refused(path, f"{cannot} ({reason})") from error
 

@@ -23,7 +23,7 @@ from pruneexp.model.modeling_pruned import Experts, Family, experts_of, family_o
 from pruneexp.model.placement import connect_
 from pruneexp.model.source import DTYPES, Described
 from pruneexp.model.weights import check_finite
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, one_line
 
 PLACEMENT = "accelerate."  # package whose hooks only bring inputs to their device
 OBSERVERS = "transformers."  # package whose hooks only look
@@ -79,7 +79,7 @@ class GivenModel:
         try:
             copied = copy.deepcopy(self.module, meta)
         except Exception as error:  # tensors that are computed, or what else somebody hung on it
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            why = one_line(f"{type(error).__name__}: {error}")
             raise ConfigError(f"model: cannot be copied ({why}); expected a model as transformers loads it") from error
         return self._model(copied)
 

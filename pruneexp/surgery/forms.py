@@ -277,7 +277,8 @@ def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Fo
     if told and getattr(model.config, "num_key_value_heads", None) is None:
         for layer in per_layer.values():
             layer.pop("num_key_value_heads")
-    if not hasattr(model.config, "head_dim"):  # out-projections would divide the hidden size by a layer's heads
+    # Without a head size, out-projections would divide the hidden size by a layer's own number of heads.
+    if not hasattr(model.config, "head_dim"):
         values["head_dim"] = head_size(model.config)
     config = modeling_pruned.__getattr__(f"{stock}Config")(**values, per_layer_config=per_layer)
     config.architectures = [f"{stock}ForCausalLM"]

@@ -111,7 +111,3 @@ def did_you_mean(word: str, known: Iterable[str], template: str = "{}") -> str:
     """'; did you mean ...?' for the nearest of the known words, "" where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {template.format(near[0])}?" if near else ""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import as_matrix
-from pruneexp.types import ConfigError, Evaluator
+from pruneexp.types import ConfigError, Evaluator, require_least
 from pruneexp.types.defaults import QUANTISE, fill_in
 
 __all__ = ["NoQuantise", "WeightOnly"]
@@ -65,8 +65,7 @@ class WeightOnly:
     kernels: bool
 
     def __post_init__(self) -> None:
-        if self.group is not None and self.group < 1:
-            raise ConfigError(f"group={self.group!r}: expected null or an int >= 1, such as 32, 64 or 128")
+        require_least(self, 1, "group", besides=", such as 32, 64 or 128, or null for whole rows")
 
     def note(self) -> str:
         groups = "a row" if self.group is None else f"{self.group} inputs"
@@ -148,7 +147,7 @@ def levels(weight_OGI: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nearest(value: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Of a scale of 0, it does not matter. Times the inverse, as torchao has it: ties fall alike."""
+    """Where the scale is 0, any answer will do. Times the inverse, as torchao has it: ties fall alike."""
     return (value * (1 / scale.where(scale > 0, 1))).round().clamp(low, high)
 
 

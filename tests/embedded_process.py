@@ -1,17 +1,55 @@
-"""The embedded language's exact information token by token, and how well a causal language model knows it."""
+"""The embedded language's exact information word by word and token by token, and how well a causal language model knows
+it. Nats are -ln p of the true process, given everything before."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pruneexp.embedded.language import Question, Telling, information, piece, pieces, tellings
+from pruneexp.embedded import lexicon
+from pruneexp.embedded.language import Question, Telling, piece, pieces, tellings, texts
+
+
+@dataclass(frozen=True)
+class Story:
+    text: str  # ends with the newline that is the last word
+    words: tuple[str, ...]
+    nats: tuple[float, ...]  # -ln p(word | all words before it in the story)
+    kinds: tuple[str, ...]  # what decides each word: fixed, choice, recall, agreement, count
+
+
+def stories(seed: int) -> Iterator[Story]:
+    """An endless stream of independent stories, those of `texts`."""
+    for telling in tellings(seed):
+        yield Story(
+            text="".join(pieces(telling)),
+            words=tuple(word for _, word in telling),
+            nats=tuple(information(step.probs[word]) for step, word in telling),
+            kinds=tuple(step.kind for step, _ in telling),
+        )
+
+
+def text(seed: int, stories: int) -> str:
+    """That many stories, each closed by a newline."""
+    return "".join(itertools.islice(texts(seed), stories))
+
+
+def split(text: str) -> list[str]:
+    """The words of a text, newline and punctuation included; the inverse of joining the pieces."""
+    for mark in (".", ",", lexicon.END):
+        text = text.replace(mark, f" {mark} ")
+    return [word for word in text.split(" ") if word]
+
+
+def information(p: float) -> float:
+    return -math.log(p) + 0.0  # no minus zero
 
 
 class _Coder:

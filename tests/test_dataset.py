@@ -175,9 +175,9 @@ def test_text_needs_a_tokenizer_and_enough_text(files, byte_tokenizer):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("samples", 0, "samples=0: expected an int >= 1"),
-        ("length", 1, "length=1: expected an int >= 2"),
-        ("seed", -1, "seed=-1: expected an int >= 0"),
+        ("samples", 0, "samples=0: expected an integer >= 1"),
+        ("length", 1, "length=1: expected an integer >= 2"),
+        ("seed", -1, "seed=-1: expected an integer >= 0"),
         ("sampling", "all", "sampling='all': expected one of random, consecutive"),
     ],
 )
@@ -254,14 +254,14 @@ def test_token_files_that_are_no_arrays(tmp_path):
 
 
 def test_embedded_windows_begin_with_stories(byte_tokenizer):
-    from pruneexp.embedded.language import CALIBRATION, stories
+    from pruneexp.embedded.language import CALIBRATION, texts
     from tests.embedded_process import windows
 
     dataset = Embedded(samples=3, length=40, seed=5, evaluation_samples=4, bos=False)
     found = dataset.calibration(byte_tokenizer)
     assert found.shape == (3, 40) and dataset.evaluation(byte_tokenizer, 24).shape == (4, 24)
     assert torch.equal(found, torch.from_numpy(windows(byte_tokenizer, CALIBRATION[5], 3, 40)[0]))
-    assert bytes(found[0].tolist()).decode() == next(stories(CALIBRATION[5])).text[:40]
+    assert bytes(found[0].tolist()).decode() == next(texts(CALIBRATION[5]))[:40]
 
 
 def test_embedded_seeds(byte_tokenizer):
@@ -269,7 +269,7 @@ def test_embedded_seeds(byte_tokenizer):
     assert not torch.equal(one.calibration(byte_tokenizer), two.calibration(byte_tokenizer))
     assert torch.equal(one.evaluation(byte_tokenizer, 64), two.evaluation(byte_tokenizer, 64))
     assert not torch.equal(one.calibration(byte_tokenizer), one.evaluation(byte_tokenizer, 64))
-    with pytest.raises(ConfigError, match="^evaluation_samples=0: expected an int >= 1"):
+    with pytest.raises(ConfigError, match="^evaluation_samples=0: expected an integer >= 1"):
         Embedded(samples=2, length=64, seed=0, evaluation_samples=0, bos=False)
 
 
@@ -334,7 +334,7 @@ def test_slices_and_streaming(hub, byte_tokenizer, streaming):
         ({"evaluation_split": "test["}, r"evaluation_split='test\[': expected a split"),
         ({"streaming": True, "calibration_split": "train[-9:]"}, "calibration_split=.*from its start"),
         ({"data_files": {"train": "a.json"}}, "evaluation_split='test': expected one of data_files, train"),
-        ({"evaluation_windows": 0}, "evaluation_windows=0: expected null or an int >= 1"),
+        ({"evaluation_windows": 0}, "evaluation_windows=0: expected an integer >= 1, or null"),
     ],
 )
 def test_hub_config_errors(changes, expected):

@@ -15,8 +15,9 @@ import pytest
 
 from pruneexp.embedded import FOLDER as ROOT
 from pruneexp.embedded import language, lexicon
-from pruneexp.embedded.language import CALIBRATION, EVALUATION, KINDS, TRAINING, Process, piece, split
+from pruneexp.embedded.language import CALIBRATION, EVALUATION, KINDS, TRAINING, Process, piece
 from tests import embedded_process
+from tests.embedded_process import Story, split, stories, text
 
 MEGABYTES = {"llama": 4, "opt": 3, "bloom": 3}
 # seeds that neither training nor its own evaluation used
@@ -24,8 +25,8 @@ WINDOWS, QUESTIONS = EVALUATION[100], EVALUATION[101]
 
 
 @pytest.fixture(scope="module")
-def sample() -> list[language.Story]:
-    return list(itertools.islice(language.stories(CALIBRATION[5]), 1500))
+def sample() -> list[Story]:
+    return list(itertools.islice(stories(CALIBRATION[5]), 1500))
 
 
 @pytest.fixture(scope="module", params=sorted(MEGABYTES))
@@ -47,7 +48,7 @@ def tokenizer() -> Any:
 
 @pytest.mark.slow
 def test_importing_stays_light() -> None:
-    code = "import sys; from pruneexp.embedded.language import text; text(1, 1)"
+    code = "import sys; from pruneexp.embedded.language import texts; next(texts(1))"
     code += "; print({'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
@@ -72,18 +73,18 @@ def test_a_word_has_one_class() -> None:
 
 
 def test_deterministic() -> None:
-    assert language.text(7, 3) == language.text(7, 3) != language.text(8, 3)
+    assert text(7, 3) == text(7, 3) != text(8, 3)
     assert language.questions(EVALUATION[3], 12) == language.questions(EVALUATION[3], 12)
-    assert language.text(7, 3) == "".join(s.text for s in itertools.islice(language.stories(7), 3))
+    assert text(7, 3) == "".join(s.text for s in itertools.islice(stories(7), 3))
 
 
 def test_the_stream_is_the_same_everywhere() -> None:
-    assert language.text(EVALUATION[0], 1).startswith(
+    assert text(EVALUATION[0], 1).startswith(
         "Rosa Page put the blue doll in the broad field. Yesterday the small bears near the goats were happy."
     )
 
 
-def test_text_alone_gives_the_probabilities(sample: list[language.Story]) -> None:
+def test_text_alone_gives_the_probabilities(sample: list[Story]) -> None:
     """A state replayed from the bare text finds every word's nats; every distribution sums to 1."""
     process = Process()
     for story in sample[:200]:
@@ -100,7 +101,7 @@ def test_process_refuses_what_cannot_come() -> None:
         Process().advance("barn")
 
 
-def test_information_averages_to_the_entropy(sample: list[language.Story]) -> None:
+def test_information_averages_to_the_entropy(sample: list[Story]) -> None:
     """mean(-ln p(word)) and mean(entropy of the distribution) have the same expectation."""
     process, gaps = Process(), []
     for story in sample[:600]:
@@ -113,7 +114,7 @@ def test_information_averages_to_the_entropy(sample: list[language.Story]) -> No
     assert abs(np.mean(gaps)) < 4 * standard_error
 
 
-def test_frequencies_agree_with_probabilities(sample: list[language.Story]) -> None:
+def test_frequencies_agree_with_probabilities(sample: list[Story]) -> None:
     """Counted apart from the sampler: how often each word comes against the sum of its probabilities."""
     process = Process()
     count: dict[str, float] = defaultdict(float)
@@ -131,7 +132,7 @@ def test_frequencies_agree_with_probabilities(sample: list[language.Story]) -> N
     assert len(z) > 200 and max(map(abs, z)) < 5 and 0.8 < np.std(z) < 1.2
 
 
-def test_facts_come_back_often(sample: list[language.Story]) -> None:
+def test_facts_come_back_often(sample: list[Story]) -> None:
     """A model that cannot recall loses: recall, agreement and sums are a real share, and certain."""
     kinds = Counter(kind for story in sample for kind in story.kinds)
     certain = kinds["recall"] + kinds["agreement"] + kinds["count"]
@@ -145,7 +146,7 @@ def test_windows(tokenizer: Any) -> None:
     again, _ = embedded_process.windows(tokenizer, CALIBRATION[0], 6, 200)
     assert (tokens == again).all()
     process = Process()
-    first = next(language.stories(CALIBRATION[0]))
+    first = next(stories(CALIBRATION[0]))
     assert tokenizer.decode(tokens[0]).startswith(first.text[:100])
     for row, information in zip(tokens, nats, strict=True):
         process = Process()
@@ -164,7 +165,7 @@ class _Letters:
 
 def test_nats_of_a_word_in_several_tokens() -> None:
     """They sum to the word's, and each is the token's own conditional probability."""
-    story = next(language.stories(CALIBRATION[9]))
+    story = next(stories(CALIBRATION[9]))
     length = len(story.text)
     tokens, nats = embedded_process.windows(_Letters(), CALIBRATION[9], 1, length)
     assert "".join(map(chr, tokens[0])) == story.text
@@ -183,7 +184,7 @@ def test_a_tokenizer_that_joins_words_is_refused() -> None:
         embedded_process.windows(Joined(), CALIBRATION[0], 1, 32)
 
 
-def test_tokenizer(tokenizer: Any, sample: list[language.Story]) -> None:
+def test_tokenizer(tokenizer: Any, sample: list[Story]) -> None:
     """Lossless, one token a word, no special token added, specials at 0, 1, 2."""
     vocabulary = {piece(word, i == 0) for story in sample for i, word in enumerate(story.words)}
     assert all(len(tokenizer.encode(word)) == 1 for word in vocabulary)

@@ -14,7 +14,7 @@ import torch
 
 from pruneexp.export import KEYS, main
 from pruneexp.model import Model
-from pruneexp.surgery import save, shrink_
+from pruneexp.surgery import pad_, save, shrink_
 from pruneexp.types import Plan, SitePlan
 from tests.conftest import FAMILIES
 from tests.messages import assert_told, says
@@ -272,10 +272,7 @@ def test_another_model_is_not_kept(
         with torch.no_grad():
             model.layers[0].get_submodule(model.family.mlp_out).weight.mul_(1.5)
 
-    from pruneexp import surgery
-
-    pad_ = surgery.pad_
-    monkeypatch.setattr(surgery, "pad_", wrong)
+    monkeypatch.setattr("pruneexp.export.checkpoint.pad_", wrong)
     arguments = (str(checkpoint("opt")), "format=padded", f"out={tmp_path / 'out'}", "prove=in_place")
     assert "computes something else" in refused(capsys, *arguments, code=1)
     assert not list(tmp_path.iterdir())

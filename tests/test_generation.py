@@ -194,11 +194,11 @@ def test_a_run_shows_the_samples_side_by_side(build_from, tmp_path):
 @each(
     "changes, expected",
     [
-        ({"prompt_tokens": 0}, "prompt_tokens=0: expected an int >= 1"),
-        ({"samples": 0}, "samples=0: expected an int >= 1"),
-        ({"new_tokens": 3}, "new_tokens=3: expected an int >= 4"),
-        ({"batch_size": 0}, "batch_size=0: expected an int >= 1"),
-        ({"seed": -1}, "seed=-1: expected an int >= 0"),
+        ({"prompt_tokens": 0}, "prompt_tokens=0: expected an integer >= 1"),
+        ({"samples": 0}, "samples=0: expected an integer >= 1"),
+        ({"new_tokens": 3}, "new_tokens=3: expected an integer >= 4"),
+        ({"batch_size": 0}, "batch_size=0: expected an integer >= 1"),
+        ({"seed": -1}, "seed=-1: expected an integer >= 0"),
         ({"temperature": -0.1}, "temperature=-0.1: expected a number >= 0; 0 takes the likeliest token"),
         ({"temperature": float("nan")}, "temperature=nan: expected a number >= 0; 0 takes the likeliest token"),
     ],

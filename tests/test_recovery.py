@@ -24,7 +24,8 @@ from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import FAMILIES as TABLES
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
-from pruneexp.recovery import Lora, NoRecovery, rate_factor
+from pruneexp.recovery import Lora, NoRecovery
+from pruneexp.recovery.common import rate_factor
 from pruneexp.search import AlAm, Global
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import prove_in_place, save

@@ -381,9 +381,9 @@ def test_a_model_that_gives_no_numbers(data, llama):
     [
         ({"tasks": []}, r"tasks=\[\]: expected one task or more, each once"),
         ({"tasks": ["piqa", "piqa"]}, r"tasks=\['piqa', 'piqa'\]: expected one task or more, each once"),
-        ({"num_fewshot": -1}, "num_fewshot=-1: expected null or an int >= 0"),
-        ({"limit": 0}, "limit=0: expected null or an int >= 1"),
-        ({"batch_size": 0}, "batch_size=0: expected an int >= 1"),
+        ({"num_fewshot": -1}, "num_fewshot=-1: expected an integer >= 0, or null"),
+        ({"limit": 0}, "limit=0: expected an integer >= 1, or null"),
+        ({"batch_size": 0}, "batch_size=0: expected an integer >= 1"),
         ({"tasks": ["pika"]}, "tasks: 'pika' has no format of local files; expected some of boolq, .* you mean piqa"),
     ],
 )

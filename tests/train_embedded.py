@@ -53,7 +53,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([language.text(language.TRAINING[0], TOKENIZER_STORIES)], trainer)
+    tokenizer.train_from_iterator([process.text(language.TRAINING[0], TOKENIZER_STORIES)], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=CONTEXT,

@@ -3,6 +3,6 @@
 `Cache` is `cache=on`, `NoCache` is `cache=off`.
 """
 
-from pruneexp.cache.store import Cache, Entries, NoCache
+from pruneexp.cache.store import Cache, NoCache
 
-__all__ = ["Cache", "Entries", "NoCache"]
+__all__ = ["Cache", "NoCache"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
 from pruneexp.files import existing, save_tensors, written_aside
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ class Cache:
         except FileNotFoundError:
             return None
         except Exception as error:  # cut short, changed, of another format: whatever it is, it is no result
-            logger.warning("cache: %s is damaged and is made anew (%s)", path, " ".join(str(error).split()))
+            logger.warning("cache: %s is damaged and is made anew (%s)", path, one_line(error))
             path.unlink(missing_ok=True)
             return None
         os.utime(path)  # used now: leaves last

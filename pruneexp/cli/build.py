@@ -19,15 +19,16 @@ from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
 from pruneexp.cli.sources import MIXED, with_shared
 from pruneexp.cli.targets import Parameters, located, signature
-from pruneexp.conf_files import did_you_mean, one_line, option_content
+from pruneexp.conf_files import did_you_mean, option_content
 from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
 from pruneexp.dataset.mixed import Share
+from pruneexp.dataset.windows import check_seed
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import came_later, value_before
 from pruneexp.model import ModelSource
 from pruneexp.search import scored_as
-from pruneexp.types import ConfigError, defaults, filled
+from pruneexp.types import ConfigError, defaults, filled, one_line
 
 DEFAULTS: dict[type, Mapping[str, Any]] = {
     types.Augmentation: defaults.AUGMENTATION,
@@ -63,8 +64,7 @@ def build(composed: Composed) -> Experiment:
     config = composed.config
     check_asked(config)
     seed = coerced(config.get("seed"), int, "seed")  # first: other settings are made of it
-    if not 0 <= seed < 2**63:  # what generators take
-        raise ConfigError(f"seed={seed!r}: expected an integer {'>= 0' if seed < 0 else 'below 2**63'}")
+    check_seed(seed)
     run = builder.call(RunSettings, config["run"], "run")
     parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
     parts["criterion"] = with_starts(parts["criterion"], parts["search"])

@@ -23,13 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from pruneexp.cli.compose import Composed, composed
 from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
-from pruneexp.conf_files import one_line, option_file, sweep_files
+from pruneexp.conf_files import option_file, sweep_files
 from pruneexp.files import check_writable, read_object, write_atomic
 from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
 from pruneexp.tracker import reset_peak_memory, status_of
 from pruneexp.tracker.folder import timestamp
-from pruneexp.types import ConfigError, ConfigErrors, RunError
+from pruneexp.types import ConfigError, ConfigErrors, RunError, one_line
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra

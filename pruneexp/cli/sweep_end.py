@@ -8,10 +8,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from pruneexp.cli.compose import Composed
-from pruneexp.conf_files import one_line
 from pruneexp.progress import progress
 from pruneexp.report.sweep_table import sweep_table
-from pruneexp.types import RunRecord, Tracker
+from pruneexp.types import RunRecord, Tracker, one_line
 
 
 def hand_over(config: DictConfig, folder: Path, group: str) -> None:

@@ -11,8 +11,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pruneexp.conf_files import did_you_mean, one_line
-from pruneexp.types import ConfigError
+from pruneexp.conf_files import did_you_mean
+from pruneexp.types import ConfigError, one_line
 
 Parameters = Mapping[str, inspect.Parameter]
 

@@ -9,6 +9,7 @@ tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecut
 from pruneexp.dataset.document_files import DocumentFiles, documents
 from pruneexp.dataset.embedded import Embedded
 from pruneexp.dataset.files import Text, Tokens, text, tokens
+from pruneexp.dataset.given import GivenTokens
 from pruneexp.dataset.hub import HubText
 from pruneexp.dataset.mixed import Mixed
 from pruneexp.dataset.windows import (
@@ -28,5 +29,5 @@ from pruneexp.dataset.windows import (
 from pruneexp.types import filled
 from pruneexp.types.defaults import DATASET
 
-for _kind in (DocumentFiles, Embedded, HubText, Mixed, Text, Tokens):
+for _kind in (DocumentFiles, Embedded, GivenTokens, HubText, Mixed, Text, Tokens):
     filled(_kind, DATASET)

@@ -15,11 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pruneexp.dataset.files import stem_of
+from pruneexp.dataset.files import existing_file, stem_of
 from pruneexp.dataset.rows import DocumentSource, Rows
 from pruneexp.dataset.windows import Sampling
 from pruneexp.fingerprint import FileState, file_state
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, one_line
 
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 EXPECTED = "a jsonl or parquet file of documents, or a list of such files"
@@ -108,10 +108,8 @@ class DocumentFiles(DocumentSource):
             raise ConfigError(f"dataset.{part}=null: expected {EXPECTED}")
         states, rows = [], []
         for path in self._files(part) or ():
-            file, key = Path(path).expanduser(), f"dataset.{part}={path}"
-            if not file.is_file():
-                what = "this is a directory" if file.is_dir() else "no such file"
-                raise ConfigError(f"{key}: {what}; expected {EXPECTED}")
+            key = f"dataset.{part}={path}"
+            file = existing_file(path, key, EXPECTED)
             if not holds_documents(path):
                 raise ConfigError(
                     f"{key}: expected {EXPECTED} ({', '.join(ENDINGS)}); a plain text is for dataset=text"
@@ -165,7 +163,7 @@ def _parquet(path: str, fields: Sequence[str], key: str) -> list[dict[str, str]]
         missing = [field for field in fields if field not in file.schema_arrow.names]
         rows = [] if missing else file.read(columns=list(fields)).to_pylist()
     except Exception as error:
-        raise ConfigError(f"{key}: cannot be read ({' '.join(str(error).split())}); expected {EXPECTED}") from None
+        raise ConfigError(f"{key}: cannot be read ({one_line(error)}); expected {EXPECTED}") from None
     if missing:
         columns = ", ".join(file.schema_arrow.names)
         raise ConfigError(f"{key}: no column {missing[0]!r} (there are {columns}); dataset.fields names them")

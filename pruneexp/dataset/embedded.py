@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.dataset.windows import begin_with, check_common, encode, windows_of
+from pruneexp.dataset.windows import begin_with, check_seed, encode, windows_of
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError
+from pruneexp.types import require_least
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Embedded:
     contiguous: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_common(None, self.samples, self.length, self.seed, "random")
-        if self.evaluation_samples < 1:
-            raise ConfigError(f"evaluation_samples={self.evaluation_samples!r}: expected an int >= 1")
+        require_least(self, 1, "samples", "evaluation_samples")
+        require_least(self, 2, "length")
+        check_seed(self.seed)
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
-        """Nothing that could be missing."""
+        """There is nothing to check."""
 
     def calibration(self, tokenizer: Any) -> Tensor:
         return _windows(tokenizer, self._seeds()[0], self.samples, self.length, begin_with(tokenizer, self.bos))
@@ -69,7 +69,7 @@ class Embedded:
 
 @lru_cache(maxsize=8)
 def _windows(tokenizer: Any, seed: int, samples: int, length: int, bos: int | None) -> Tensor:
-    """For any tokenizer: it need not keep words apart."""
+    """Windows for any tokenizer, also one that joins words."""
     from pruneexp.embedded.language import texts
 
     source, windows_NT = texts(seed), torch.empty(samples, length, dtype=torch.int64)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruneexp.dataset.windows import Drawn, Sampling, begin_with, check_common, cut, draw, encode, windows_of
+from pruneexp.dataset.windows import Drawn, Sampling, begin_with, check_name, cut, draw, encode, windows_of
 from pruneexp.fingerprint import FileState, file_state
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 TEXT = "a UTF-8 text file"
 NPY = "an .npy file of integer token windows [N, T]"
@@ -54,6 +54,26 @@ def stem_of(path: str | None, otherwise: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", Path(path).stem if path else otherwise) or otherwise
 
 
+def existing_file(path: str, key: str, expected: str) -> Path:
+    """A file of the user's. Raises ConfigError, naming the `key`, where there is none."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        what = "this is a directory" if file.is_dir() else "no such file"
+        raise ConfigError(f"{key}: {what}; expected {expected}")
+    return file
+
+
+def text_of(file: Path, key: str, expected: str) -> str:
+    """The text of a file, without a byte order mark. Raises ConfigError where it is empty, or not UTF-8."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}: byte {error.start} is not UTF-8; expected {expected}") from None
+    if not text.strip():
+        raise ConfigError(f"{key}: the file is empty; expected {expected}")
+    return text
+
+
 @dataclass(frozen=True)
 class _Files:
     """What datasets of the user's own files share. `name` is the evaluation file's stem unless given."""
@@ -72,11 +92,7 @@ class _Files:
         path = self._path(part)
         if path is None:
             raise ConfigError(f"dataset.{part}=null: expected {expected}")
-        file = Path(path).expanduser()
-        if not file.is_file():
-            what = "this is a directory" if file.is_dir() else "no such file"
-            raise ConfigError(f"dataset.{part}={path}: {what}; expected {expected}")
-        return file
+        return existing_file(path, self.key(part), expected)
 
     def _records(self) -> dict[str, dict[str, str] | None]:
         """The files that are given, by what identifies them."""
@@ -103,7 +119,7 @@ class Text(_Files, Drawn):
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         for part, needed in (("calibration", calibration), ("evaluation", evaluation)):
             if needed:
-                _read(Path(self._state(part)[0]), self.key(part))
+                text_of(self._file(part, TEXT), self.key(part), TEXT)
 
     def calibration(self, tokenizer: Any) -> Tensor:
         drawn, bos = (self.samples, self.length, self.seed, self.sampling), begin_with(tokenizer, self.bos)
@@ -125,21 +141,11 @@ def _text_windows(
     state: FileState, tokenizer: Any, wanted: int | tuple[int, int, int, Sampling], key: str, bos: int | None
 ) -> Tensor:
     """Windows [N, T] of a text file: all that are `wanted` tokens wide, or drawn (samples, length, seed, sampling)."""
-    stream_M = encode(tokenizer, _read(Path(state[0]), key), special_tokens=False)
+    stream_M = encode(tokenizer, text_of(Path(state[0]), key, TEXT), special_tokens=False)
     if isinstance(wanted, int):
         return windows_of(stream_M, wanted, bos, lambda text_M, width: cut(text_M, width, key))
     samples, length, seed, sampling = wanted
     return windows_of(stream_M, length, bos, lambda text_M, width: draw(text_M, samples, width, seed, sampling, key))
-
-
-def _read(file: Path, key: str) -> str:
-    content = file.read_bytes()
-    if not content.strip():
-        raise ConfigError(f"{key}: the file is empty; expected {TEXT}")
-    try:
-        return content.decode("utf-8-sig")  # a byte order mark is no text
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{key}: byte {error.start} is not UTF-8; expected {TEXT}") from None
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,8 @@ class Tokens(_Files):
     contiguous: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_common(self.name, 1, 2 if self.length is None else self.length, 0, "consecutive")
+        check_name(self.name)
+        require_least(self, 2, "length", besides=", or null")
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         if calibration:

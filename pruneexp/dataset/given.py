@@ -20,11 +20,6 @@ class GivenTokens:
 
     name: ClassVar[str] = "tokens"
     contiguous: ClassVar[bool] = False
-    samples: ClassVar[None] = None  # as many as there are
-    length: ClassVar[None] = None
-    evaluation_samples: ClassVar[None] = None
-    origins: ClassVar[None] = None
-    apart: ClassVar[None] = None
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         pass

@@ -9,7 +9,7 @@ from typing import Any
 
 from pruneexp.dataset.offline import hub
 from pruneexp.dataset.rows import DocumentSource, Rows
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, one_line
 
 SPLIT = re.compile(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?")
 
@@ -38,18 +38,17 @@ class HubText(DocumentSource):
                 raise ConfigError(f"{part}={split[0]!r}: expected one of data_files, {', '.join(self.data_files)}")
 
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
-        """Nothing that could be told without asking the hub."""
+        """There is nothing to check without asking the hub."""
 
     def __hash__(self) -> int:
         return hash(repr(self))  # lists and dicts are among the settings
 
     def rows(self, part: str) -> Rows:
-        documents = self._documents(self.calibration_split if part == "calibration" else self.evaluation_split)
+        documents = self._documents(getattr(self, f"{part}_split"))
         return Rows(getattr(documents, "_fingerprint", None) or "", documents)
 
     def key(self, part: str) -> str:
-        split = self.calibration_split if part == "calibration" else self.evaluation_split
-        return f"dataset.{part}_split={split} (of {self.path})"
+        return f"dataset.{part}_split={getattr(self, f'{part}_split')} (of {self.path})"
 
     def description(self) -> Mapping[str, Any]:
         as_they_are = ("path", "config", "revision", "data_files", "special_tokens")
@@ -77,7 +76,7 @@ class HubText(DocumentSource):
                 rows = datasets.load_dataset(self.path, split=base, **options).skip(int(start or 0))
                 return list(rows.take(int(stop) - int(start or 0)) if stop else rows)
             except Exception as error:  # the client raises OSError, ValueError, RuntimeError, its http library's own
-                reason = unreachable or f"{type(error).__name__}: {' '.join(str(error).split())}"
+                reason = unreachable or one_line(f"{type(error).__name__}: {error}")
                 offline = "offline, use dataset=text dataset.calibration=FILE dataset.evaluation=FILE"
                 message = f"dataset.path={self.path}: cannot be loaded from the hub or its cache ({reason}); {offline}"
                 raise RunError(message) from error

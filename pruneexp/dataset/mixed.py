@@ -43,13 +43,13 @@ class Mixed(Drawn):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, share in (self.sources or {}).items():
+        for name, share in self._shares.items():
             if name == self.name:
                 raise ConfigError(f"name={name!r}: a source has this name; expected another one, part of metric names")
             if not 0 <= share.weight < math.inf:
                 raise ConfigError(f"sources.{name}.weight={share.weight:g}: expected a number >= 0")
-        if self.sources and not sum(share.weight for share in self.sources.values()):
-            weights = ", ".join(f"{name}: {share.weight:g}" for name, share in self.sources.items())
+        if self._shares and not sum(share.weight for share in self._shares.values()):
+            weights = ", ".join(f"{name}: {share.weight:g}" for name, share in self._shares.items())
             raise ConfigError(f"sources={{{weights}}}: the weights sum to 0; expected one above 0")
         for name, count in self._counts().items():
             if not count and self._shares[name].weight:

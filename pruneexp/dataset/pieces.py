@@ -71,9 +71,11 @@ def _between(piece_M4: np.ndarray, first: int, last: int) -> slice:
 
 
 def _join(here_M4: np.ndarray, there_M4: np.ndarray, ranked: bool) -> int | None:
-    """Which of the tokens that two pieces share may be the first one of the second piece: one that begins a word, as
-    words are tokenised each for itself. In a text that is one word any one may, provided that its tokens go by ranks
-    (`ranked`: sums of probabilities over a whole text round otherwise) and are no repetition, in which ends reach far.
+    """Which of the tokens that two pieces share may be the first one of the second piece; None where none may.
+
+    It is the first that begins a word, as each word is tokenised by itself. In a text that is one word any token may,
+    provided that tokens go by ranks (`ranked`: sums of probabilities over a whole text round otherwise) and are no
+    repetition, in which what comes at the ends matters far from them.
     """
     if not np.array_equal(here_M4[:, :3], there_M4[:, :3]):
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.windows import Drawn, begin_with, cut, draw, encode, windows_of
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class DocumentSource(Drawn, ABC):
         super().__post_init__()
         if not self.fields:
             raise ConfigError(f"fields={list(self.fields)!r}: expected at least one column of the documents")
-        if self.evaluation_windows is not None and self.evaluation_windows < 1:
-            raise ConfigError(f"evaluation_windows={self.evaluation_windows!r}: expected null or an int >= 1")
+        require_least(self, 1, "evaluation_windows", besides=", or null")
 
     @abstractmethod
     def rows(self, part: str) -> Rows:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.pieces import in_pieces
-from pruneexp.types import ConfigError, Dataset, filled
+from pruneexp.types import ConfigError, Dataset, filled, require_least
 from pruneexp.types.defaults import DATASET
 
 Sampling = Literal["random", "consecutive"]
@@ -48,18 +48,14 @@ class WindowSource(Dataset, Protocol):
         ...
 
 
-def check_common(name: str | None, samples: int, length: int, seed: int, sampling: str) -> None:
-    """The fields that datasets share. Raises ConfigError."""
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+def check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ConfigError(f"name={name!r}: expected letters, digits, '_', '.', '-' (it is part of metric names)")
-    if samples < 1:
-        raise ConfigError(f"samples={samples!r}: expected an int >= 1")
-    if length < 2:
-        raise ConfigError(f"length={length!r}: expected an int >= 2")
+
+
+def check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:  # what generators take
-        raise ConfigError(f"seed={seed!r}: expected an int {'>= 0' if seed < 0 else 'below 2**63'}")
-    if sampling not in get_args(Sampling):
-        raise ConfigError(f"sampling={sampling!r}: expected one of {', '.join(get_args(Sampling))}")
+        raise ConfigError(f"seed={seed!r}: expected an integer {'>= 0' if seed < 0 else 'below 2**63'}")
 
 
 @dataclass(frozen=True)
@@ -74,10 +70,15 @@ class Drawn:
     bos: bool
 
     def __post_init__(self) -> None:
-        check_common(self.name, self.samples, self.length, self.seed, self.sampling)
+        check_name(self.name)
+        require_least(self, 1, "samples")
+        require_least(self, 2, "length")
+        check_seed(self.seed)
+        if self.sampling not in get_args(Sampling):
+            raise ConfigError(f"sampling={self.sampling!r}: expected one of {', '.join(get_args(Sampling))}")
 
     def drawing(self) -> dict[str, Any]:
-        """For the description of a dataset."""
+        """How windows are drawn, for the description of a dataset."""
         return {name: getattr(self, name) for name in ("sampling", "samples", "length", "seed", "bos")}
 
 

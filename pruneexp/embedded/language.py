@@ -1,14 +1,11 @@
-"""Text in the embedded language: stories with their exact information, and questions.
+"""Text in the embedded language: stories, and questions about them.
 
 Seeds are split so that nothing evaluated was ever trained or calibrated on: `TRAINING`, `CALIBRATION` and
-`EVALUATION` are disjoint ranges, one random stream per seed. Nats are -ln p of the true process, given
-everything before.
+`EVALUATION` are disjoint ranges, one random stream per seed.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,14 +16,6 @@ from pruneexp.embedded.grammar import Ask, Step
 TRAINING = range(0, 1_000_000)
 CALIBRATION = range(1_000_000, 2_000_000)
 EVALUATION = range(2_000_000, 3_000_000)
-
-
-@dataclass(frozen=True)
-class Story:
-    text: str  # ends with the newline that is the last word
-    words: tuple[str, ...]
-    nats: tuple[float, ...]  # -ln p(word | all words before it in the story)
-    kinds: tuple[str, ...]  # what decides each word: fixed, choice, recall, agreement, count
 
 
 @dataclass(frozen=True)
@@ -66,17 +55,6 @@ def piece(word: str, first: bool) -> str:
     return word if first or word in (".", ",", lexicon.END) else " " + word
 
 
-def split(text: str) -> list[str]:
-    """The words of a text, newline and punctuation included; the inverse of joining the pieces."""
-    for mark in (".", ",", lexicon.END):
-        text = text.replace(mark, f" {mark} ")
-    return [word for word in text.split(" ") if word]
-
-
-def information(p: float) -> float:
-    return -math.log(p) + 0.0  # no minus zero
-
-
 def _draw(probs: Mapping[str, float], uniform: float) -> str:
     for word, p in probs.items():
         uniform -= p
@@ -112,26 +90,9 @@ def tellings(seed: int) -> Iterator[Telling]:
         yield telling
 
 
-def stories(seed: int) -> Iterator[Story]:
-    """An endless stream of independent stories."""
-    for telling in tellings(seed):
-        words = tuple(word for _, word in telling)
-        yield Story(
-            text=_text(telling),
-            words=words,
-            nats=tuple(information(step.probs[word]) for step, word in telling),
-            kinds=tuple(step.kind for step, _ in telling),
-        )
-
-
 def texts(seed: int) -> Iterator[str]:
-    """The texts of the same stories."""
+    """An endless stream of independent stories, each closed by a newline."""
     return map(_text, tellings(seed))
-
-
-def text(seed: int, stories: int) -> str:
-    """That many stories, each closed by a newline."""
-    return "".join(itertools.islice(texts(seed), stories))
 
 
 KINDS = ("thing", "place", "visit", "object", "owner", "family", "food", "count", "agreement", "pronoun")

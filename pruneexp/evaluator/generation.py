@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +21,11 @@ from pruneexp.dataset import (
     evaluation_windows,
     windows_of,
 )
+from pruneexp.dataset.files import existing_file, stem_of, text_of
 from pruneexp.evaluator.latency import last_logits_only
 from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, Measured
+from pruneexp.types import ConfigError, Measured, require_least
 
 Tokens = list[int]
 PROMPTS = "a UTF-8 text file, one prompt a line"
@@ -68,9 +68,9 @@ class Generation:
     streams: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_tokens", 1), ("samples", 1), ("new_tokens", 4), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= {least}")
+        require_least(self, 0, "seed")
+        require_least(self, 1, "prompt_tokens", "samples", "batch_size")
+        require_least(self, 4, "new_tokens")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature!r}: expected a number >= 0; 0 takes the likeliest token")
         if self.prompts is None:
@@ -100,8 +100,6 @@ class Generation:
         return max(len(prompt_T) for prompt_T in self._prompts(tokenizer)) + self.new_tokens
 
     def __call__(self, model: Any, tokenizer: Any) -> Measured:
-        if model.streamed:
-            raise ConfigError("evaluator.generation: not possible with model.stream=true")
         written = self._write(model, self._prompts(tokenizer))
         return Measured(self._named(text_figures(written), len(written)), seen=written)
 
@@ -133,18 +131,9 @@ class Generation:
     def _lines(self) -> list[str]:
         """The prompts of the file."""
         assert self.prompts is not None
-        key, path = f"evaluator.generation.prompts={self.prompts}", Path(self.prompts).expanduser()
-        if not path.is_file():
-            raise ConfigError(
-                f"{key}: {'this is a directory' if path.is_dir() else 'no such file'}; expected {PROMPTS}"
-            )
-        try:
-            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{key}: byte {error.start} is not UTF-8; expected {PROMPTS}") from None
-        if not lines:
-            raise ConfigError(f"{key}: the file is empty; expected {PROMPTS}")
-        return lines[: self.samples]
+        key = f"evaluator.generation.prompts={self.prompts}"
+        text = text_of(existing_file(self.prompts, key, PROMPTS), key, PROMPTS)
+        return [line for line in text.splitlines() if line.strip()][: self.samples]
 
     def _write(self, model: Any, prompts: Sequence[Tensor]) -> list[Tokens]:
         """The continuation of each prompt."""
@@ -173,7 +162,7 @@ class Generation:
         """Figures by names that carry the protocol."""
         source, prompt = self.dataset.name, str(self.prompt_tokens)
         if self.prompts is not None:
-            source, prompt = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(self.prompts).stem) or "prompts", ""
+            source, prompt = stem_of(self.prompts, "prompts"), ""
         drawn_at = f"t{self.temperature:g}" if self.temperature else ""
         begun = "+bos" if self.bos else ""
         protocol = f"{source}@{prompt}+{self.new_tokens}{drawn_at}{begun}[{prompts}]"
@@ -183,17 +172,12 @@ class Generation:
 @torch.inference_mode()
 def continued(module: Any, prompt_BT: Tensor, choose: Callable[[Tensor, int], Tensor], steps: int) -> Tensor:
     """`steps` tokens after each prompt, on the KV cache: int64 [B, S] on the CPU."""
-    training = module.training
-    module.eval()
-    try:
-        out = module(prompt_BT, use_cache=True, **last_logits_only(module))
-        tokens = [choose(out.logits[:, -1], 0)]
-        for step in range(1, steps):
-            out = module(tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
-            tokens.append(choose(out.logits[:, -1], step))
-        return torch.stack(tokens, dim=1).cpu()
-    finally:
-        module.train(training)
+    out = module(prompt_BT, use_cache=True, **last_logits_only(module))
+    tokens = [choose(out.logits[:, -1], 0)]
+    for step in range(1, steps):
+        out = module(tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+        tokens.append(choose(out.logits[:, -1], step))
+    return torch.stack(tokens, dim=1).cpu()
 
 
 def drawn(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:

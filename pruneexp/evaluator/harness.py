@@ -6,18 +6,18 @@ Importing this loads neither the harness nor the libraries that it brings along;
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from pruneexp.conf_files import did_you_mean
 from pruneexp.dataset.offline import hub
 from pruneexp.evaluator.harness_world import SEEDS, quiet, seeded
 from pruneexp.evaluator.task_files import TASKS, TaskRows
 from pruneexp.progress import waiting
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, one_line
 
 TASKS_KEY = "evaluator.zeroshot.tasks"
 
@@ -54,7 +54,7 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
         ConfigError: a name that the harness does not know, or a task that cannot be run here.
         RunError: neither the hub nor its cache has a task's data.
     """
-    from lm_eval.tasks import TaskManager
+    import lm_eval.tasks
 
     asks_hub = any(name not in rows for name in names)
     with (
@@ -63,25 +63,16 @@ def load_tasks(names: Sequence[str], rows: Mapping[str, TaskRows]) -> list[Loade
         seeded(),
         waiting("loading the evaluation tasks"),
     ):
-        known = [_definitions(name) for name in names if name in TASKS]
+        root = lm_eval.tasks.__path__[0]
+        known = [f"{root}/{TASKS[name].definition}" for name in names if name in TASKS]
         # Indexing every definition takes seconds; a few folders of them do not.
         whole = len(known) < len(names)
-        manager = TaskManager(include_path=None if whole else sorted(set(known)), include_defaults=whole)
+        manager = lm_eval.tasks.TaskManager(include_path=None if whole else sorted(set(known)), include_defaults=whole)
         for name in names:
             if name not in manager.all_tasks:
-                near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(
-                    f"{TASKS_KEY}: lm-eval has no task {name!r}; expected its tasks, groups or tags{hint}"
-                )
+                expected = f"expected its tasks, groups or tags{did_you_mean(name, manager.all_tasks)}"
+                raise ConfigError(f"{TASKS_KEY}: lm-eval has no task {name!r}; {expected}")
         return [_loaded(manager, name, rows.get(name), unreachable) for name in names]
-
-
-def _definitions(name: str) -> str:
-    """The folder of a task's definition."""
-    import lm_eval.tasks
-
-    return f"{lm_eval.tasks.__path__[0]}/{TASKS[name].definition}"
 
 
 def _loaded(manager: Any, name: str, rows: TaskRows | None, unreachable: str) -> Loaded:
@@ -92,7 +83,7 @@ def _loaded(manager: Any, name: str, rows: TaskRows | None, unreachable: str) ->
     except (ConfigError, MemoryError):
         raise
     except Exception as error:  # the hub's client raises OSError, ValueError, RuntimeError, its http library's own
-        reason = unreachable or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = unreachable or one_line(f"{type(error).__name__}: {error}")
         offline = "offline, evaluator.zeroshot.data=FOLDER reads local files"
         raise RunError(f"{TASKS_KEY}: {name}'s data cannot be loaded ({reason}); {offline}") from error
     if rows is not None:
@@ -153,11 +144,13 @@ def answer(
     with quiet(), seeded(model.devices), waiting(f"evaluating {loaded.name}"):
         # A copy: the harness gives a tokenizer without a padding token one, which must not be saved with the model.
         tokenizer = copy.deepcopy(model.tokenizer)
+        if bos and not begins(tokenizer):  # the harness asks the tokenizer to begin its texts so, by this setting
+            tokenizer.add_bos_token = True
         wrapper: Any = huggingface.HFLM  # its decorator hides its parameters from type checkers
         lm = wrapper(
             pretrained=model.module,
             backend="causal",
-            tokenizer=_begins_(tokenizer) if bos else tokenizer,
+            tokenizer=tokenizer,
             batch_size=batch_size,
             add_bos_token=bos or None,
         )
@@ -177,14 +170,6 @@ def answer(
 def begins(tokenizer: Any) -> bool:
     """Whether the tokenizer begins a text with its beginning-of-sequence token by itself."""
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-
-
-def _begins_(tokenizer: Any) -> Any:
-    """The tokenizer, made to begin a text with its beginning-of-sequence token where it does not by itself: that is
-    what the harness's own setting asks it for."""
-    if not begins(tokenizer):
-        tokenizer.add_bos_token = True
-    return tokenizer
 
 
 def _begun_once(lm: Any, rolling: Callable[..., list[float]]) -> Callable[..., list[float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruneexp.dataset import bos_token
 from pruneexp.model.half import plain_linear
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 SEED = 0  # of the prompts: the figures must not depend on which random tokens a run drew
 
@@ -37,32 +37,24 @@ class Latency:
     streams: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt", 1), ("new_tokens", 1), ("repeats", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= {least}")
+        require_least(self, 0, "warmup")
+        require_least(self, 1, "prompt", "new_tokens", "repeats")
         if not self.batch_sizes or any(batch < 1 for batch in self.batch_sizes):
             raise ConfigError(f"batch_sizes={list(self.batch_sizes)!r}: expected ints >= 1")
-
-    def check(self) -> None:
-        """Needs no files."""
-
-    def prepare(self, tokenizer: Any, vocabulary: int) -> None:
-        """Needs no windows."""
 
     def longest(self, tokenizer: Any) -> int:
         """Tokens of a prompt and what is written after it."""
         return self.prompt + self.new_tokens
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        if model.streamed:
-            raise ConfigError("evaluator.latency: not possible with model.stream=true")
         figures: dict[str, float] = {}
         for batch in self.batch_sizes:
             prompt_BT = torch.randint(
                 model.vocab_size, (batch, self.prompt), generator=torch.Generator().manual_seed(SEED)
             ).to(model.device)
-            if self.bos:
-                prompt_BT[:, 0] = _bos(model, tokenizer)
+            if self.bos:  # where there is no tokenizer, the token that the model's config names
+                named = model.config if tokenizer is None else tokenizer
+                prompt_BT[:, 0] = bos_token(named, "evaluator.latency.bos")
             rounds = [self._round(model, prompt_BT) for _ in range(self.warmup + self.repeats)][self.warmup :]
             prefill, decode = torch.tensor(rounds, dtype=torch.float64).T
             size = f"@b{batch}x{self.prompt}"
@@ -72,25 +64,16 @@ class Latency:
 
     def _round(self, model: Any, prompt_BT: Tensor) -> tuple[float, float]:
         """Seconds of one prefill and of the decoding after it."""
-        module, training, last = model.module, model.module.training, last_logits_only(model.module)
-        module.eval()
-        try:
-            with torch.inference_mode(), plain_linear():
-                start = _now(model.device)
-                out = module(prompt_BT, use_cache=True, **last)
+        module, last = model.module, last_logits_only(model.module)
+        with torch.inference_mode(), plain_linear():
+            start = _now(model.device)
+            out = module(prompt_BT, use_cache=True, **last)
+            token_B1 = out.logits[:, -1:].argmax(-1)
+            middle = _now(model.device)
+            for _ in range(self.new_tokens):
+                out = module(token_B1, past_key_values=out.past_key_values, use_cache=True)
                 token_B1 = out.logits[:, -1:].argmax(-1)
-                middle = _now(model.device)
-                for _ in range(self.new_tokens):
-                    out = module(token_B1, past_key_values=out.past_key_values, use_cache=True)
-                    token_B1 = out.logits[:, -1:].argmax(-1)
-                return middle - start, _now(model.device) - middle
-        finally:
-            module.train(training)
-
-
-def _bos(model: Any, tokenizer: Any) -> int:
-    """The tokenizer's beginning-of-sequence token; where there is no tokenizer, the one in the model's config."""
-    return bos_token(model.config if tokenizer is None else tokenizer, "evaluator.latency.bos")
+            return middle - start, _now(model.device) - middle
 
 
 def last_logits_only(module: Any) -> dict[str, int]:

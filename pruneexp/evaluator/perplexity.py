@@ -23,7 +23,7 @@ from pruneexp.dataset import (
 )
 from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.model.half import overflow_hint
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, require_least
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +58,11 @@ class Perplexity:
     streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.length is not None and self.length < 2:
-            raise ConfigError(f"length={self.length!r}: expected null or an int >= 2")
+        require_least(self, 2, "length", besides=", or null")
         if self.stride is not None and not 1 <= self.stride <= (self.length or 0):
             raise ConfigError(f"stride={self.stride!r}: expected null or an int from 1 to length={self.length}")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
-        if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"samples={self.samples!r}: expected null or an int >= 1")
+        require_least(self, 1, "batch_size")
+        require_least(self, 1, "samples", besides=", or null")
         check_takes_bos(self.bos, self.dataset)
         if self.stride not in (None, self.length) and not self.dataset.contiguous:
             only = f"dataset {self.dataset.name!r} has separate windows, not one text"
@@ -88,7 +85,6 @@ class Perplexity:
         return fingerprint(self.windows(tokenizer))
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        self.prepare(tokenizer, model.vocab_size)
         windows_NT = self.windows(tokenizer)
         name = self._name(windows_NT, self.dataset.name)
         length = windows_NT.shape[1]
@@ -104,7 +100,7 @@ class Perplexity:
         return self._figures(losses_NT, self._parts(tokenizer))
 
     def _figures(self, losses_NT: Tensor, parts: Mapping[str, tuple[float, Tensor]]) -> dict[str, float]:
-        """Of each source, and of all by weights; of those there are none where nothing of what is measured weighs."""
+        """Perplexity of each source, and of all by weights, unless all that are measured have the weight 0."""
         apart = losses_NT.split([len(windows_NT) for _, windows_NT in parts.values()])
         means = {
             self._name(windows_NT, source): (weight, self._mean(each_NT))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset import bos_token, check_vocabulary, fingerprint
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,7 @@ class Questions:
     streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an int >= 1")
-
-    def check(self) -> None:
-        """Needs no files."""
+        require_least(self, 1, "samples", "batch_size")
 
     def prepare(self, tokenizer: Any, vocabulary: int) -> None:
         """Raises ConfigError for a model without a tokenizer, or with one of another vocabulary."""
@@ -53,7 +47,6 @@ class Questions:
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         rows_NT, scored_NT, answers = self._rows(tokenizer, model.max_length)
-        check_vocabulary(rows_NT, model.vocab_size, "evaluator.questions")
         losses_NT = model.token_losses(rows_NT, self.batch_size).double().cpu()
         # `where`, not a product: what a broken model makes of the padding must not count, even if it is not a number.
         nats_N = torch.where(scored_NT[:, 1:], losses_NT, 0.0).sum(dim=1)
@@ -74,7 +67,8 @@ class Questions:
         rows = [_row(tokenizer, q.context, choice, room) for q in asked for choice in q.choices]
         rows = [([*begin, *ids], n) for ids, n in rows]
         length = max(len(ids) for ids, _ in rows)
-        rows_NT = torch.tensor([_padded(ids, length) for ids, _ in rows])
+        # Padding stands on the right, where a causal model's earlier tokens cannot see it; it is never scored.
+        rows_NT = torch.tensor([[*ids, *[ids[-1]] * (length - len(ids))] for ids, _ in rows])
         position_T = torch.arange(length)
         scored_NT = torch.stack([(position_T >= len(ids) - n) & (position_T < len(ids)) for ids, n in rows])
         return rows_NT, scored_NT, [q.answer for q in asked]
@@ -86,8 +80,3 @@ def _row(tokenizer: Any, context: str, choice: str, max_length: int | None) -> t
     ids = tokenizer.encode(f"{context} {choice}", add_special_tokens=False)
     choice_tokens = len(ids) - len(before)
     return ids[-max_length:] if max_length else ids, choice_tokens
-
-
-def _padded(ids: Sequence[int], length: int) -> list[int]:
-    """Padding stands on the right, where a causal model's earlier tokens cannot see it; it is never scored."""
-    return [*ids, *[ids[-1]] * (length - len(ids))]

@@ -24,19 +24,11 @@ class Size:
 
     streams: ClassVar[bool] = True
 
-    def check(self) -> None:
-        """Needs no files."""
-
-    def prepare(self, tokenizer: Any, vocabulary: int) -> None:
-        """Needs no windows."""
-
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        parameters = list(model.module.parameters())  # PyTorch yields a shared parameter once
-        decoder = {id(p): p for layer in model.layers for p in layer.parameters()}
         head = model.module.get_output_embeddings()
         return {
-            "params": sum(p.numel() for p in parameters),
-            "params/decoder": sum(p.numel() for p in decoder.values()),
+            "params": model.params,
+            "params/decoder": model.decoder_params,
             "bytes": model.bytes,
             "macs/token": round(sum(_matrices(layer, model.family) for layer in model.layers)) + head.weight.numel(),
             "kv_bytes/token": model.kv_elements * model.dtype.itemsize,

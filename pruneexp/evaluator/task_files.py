@@ -6,7 +6,6 @@ The table TASKS says where each task's files lie below a folder, and how one of 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruneexp.conf_files import did_you_mean
 from pruneexp.types import ConfigError
 
 KEY = "evaluator.zeroshot.data"
@@ -174,11 +174,8 @@ def check_known(tasks: Sequence[str]) -> None:
     """Raises ConfigError where a task has no local format."""
     for name in tasks:
         if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(
-                f"tasks: {name!r} has no format of local files; expected some of {', '.join(TASKS)}{hint}"
-            )
+            expected = f"expected some of {', '.join(TASKS)}{did_you_mean(name, TASKS)}"
+            raise ConfigError(f"tasks: {name!r} has no format of local files; {expected}")
 
 
 def read_task(folder: str, task: str, shots: int) -> TaskRows:

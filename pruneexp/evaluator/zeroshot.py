@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from pruneexp.dataset import bos_token
 from pruneexp.evaluator.harness import Answered, Loaded, answer, begins, identified, load_tasks
 from pruneexp.evaluator.task_files import TaskRows, check_known, read_task
-from pruneexp.types import ConfigError, Measured
+from pruneexp.types import ConfigError, Measured, require_least
 
 PUBLISHED = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
@@ -51,12 +51,9 @@ class Zeroshot:
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"tasks={list(self.tasks)!r}: expected one task or more, each once")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError(f"num_fewshot={self.num_fewshot!r}: expected null or an int >= 0")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit={self.limit!r}: expected null or an int >= 1")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
+        require_least(self, 0, "num_fewshot", besides=", or null")
+        require_least(self, 1, "limit", besides=", or null")
+        require_least(self, 1, "batch_size")
         if self.data is not None:
             check_known(self.tasks)
 
@@ -74,8 +71,6 @@ class Zeroshot:
 
     def __call__(self, model: Any, tokenizer: Any) -> Measured:
         """The figures, and a file of what every item scored."""
-        if model.streamed:
-            raise ConfigError("evaluator.zeroshot: not possible with model.stream=true")
         found: dict[str, Answered] = {}
         for loaded in self._asked.loaded:
             found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size, self.bos)
@@ -182,7 +177,7 @@ def _asked(request: _Request) -> _Asked:
 
 
 def _digest(requests: Sequence[tuple[Any, ...]]) -> str:
-    """Of every context and continuation: two runs that agree in it were asked the same."""
+    """A hash of every context and continuation: two runs that agree in it were asked the same."""
     return hashlib.sha256(json.dumps(requests, default=str).encode()).hexdigest()
 
 
@@ -191,7 +186,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _standard_error(scores: Sequence[Any]) -> float | None:
-    """Of the mean of the items' scores; None where they are not numbers, or too few."""
+    """The standard error of the mean of the items' scores; None where they are not numbers, or too few."""
     if len(scores) < 2 or not all(isinstance(score, (int, float)) for score in scores):
         return None
     mean = _mean(scores)

@@ -10,10 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.export.folders import stored_source
+from pruneexp.export.folders import exact_source, stored_source
 from pruneexp.export.streamed import prove_streamed, save_streamed
-from pruneexp.model import Model, layer_structure
-from pruneexp.surgery import Form, Padding, padding, period_warning, remote_code_form, save, save_form
+from pruneexp.model import Model
+from pruneexp.surgery import (
+    Form,
+    Padding,
+    pad_,
+    padding,
+    period_warning,
+    prove_in_place,
+    prove_in_process,
+    remote_code_form,
+    save,
+    save_form,
+)
 from pruneexp.types import ConfigError, RunError
 
 TOLERANCE = 1e-3  # of a logit, in float32
@@ -21,7 +32,8 @@ WINDOWS, LENGTH = 2, 48  # tokens of the proof
 
 
 def checkpoint_exporter(model: Model, format: str, multiple: int) -> CheckpointExporter:
-    """The form, from the model's structure alone. Raises ConfigError where there is none of what was asked for."""
+    """What writes `format`, chosen by the model's structure alone. Raises ConfigError where the model has no such
+    form."""
     size = model.dtype.itemsize
     if format == "padded":
         zeros = padding(model, multiple)
@@ -61,8 +73,6 @@ class CheckpointExporter:
         return self.own_form.why
 
     def write(self, model: Model, folder: Path) -> list[str]:
-        from pruneexp.surgery import pad_
-
         warning = period_warning(self.own_form.config) if self.own_form.kind == "stock" else ""
         if model.streamed:
             save_streamed(model, folder, self.own_form, self.padding)
@@ -74,22 +84,14 @@ class CheckpointExporter:
 
     def prove(self, checkpoint: Path, how: str, stream: bool, folder: Path) -> dict[str, Any]:
         """Compares the export with its source, both in float32 (or more). Raises RunError where they differ."""
-        from pruneexp.surgery import prove_in_place, prove_in_process
-
         if stream:
             proof = prove_streamed(checkpoint, proof_tokens(stored_source(checkpoint).outline()), folder)
         else:
-            model = exact_model(checkpoint)
+            model = exact_source(checkpoint).load()
             prove = prove_in_process if how == "process" else prove_in_place
             proof = prove(model, folder, proof_tokens(model))
-        check_difference(proof["max_logit_difference"], TOLERANCE)
+        check_difference(proof["max_logit_difference"])
         return proof | {"tolerance": TOLERANCE}
-
-
-def exact_model(checkpoint: Path) -> Model:
-    """The checkpoint in float32 (or in float64, if it is stored so)."""
-    stored = stored_source(checkpoint)
-    return stored_source(checkpoint, "float64" if stored.dtype == "float64" else "float32").load()
 
 
 def proof_tokens(model: Model) -> Tensor:
@@ -98,18 +100,17 @@ def proof_tokens(model: Model) -> Tensor:
     return torch.randint(1, model.vocab_size, (WINDOWS, length), generator=torch.Generator().manual_seed(0))
 
 
-def check_difference(difference: float, tolerance: float) -> None:
-    """Raises RunError where the largest difference of a logit is more than `tolerance`."""
-    if not difference <= tolerance:  # NaN, too
+def check_difference(difference: float) -> None:
+    """Raises RunError where the largest difference of a logit is more than `TOLERANCE`."""
+    if not difference <= TOLERANCE:  # NaN, too
         raise RunError(
-            f"the export computes something else: a logit differs by {difference:.3g}, more than {tolerance:g}; "
+            f"the export computes something else: a logit differs by {difference:.3g}, more than {TOLERANCE:g}; "
             "nothing was kept"
         )
 
 
 def uneven(model: Model) -> str:
     """Which layers' widths differ from the others', "" where all are alike."""
-    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
     what: dict[str, Callable[[Any], Any]] = {
         "heads": lambda s: (s.num_attention_heads, s.kept_heads),
         "FFN channels": lambda s: s.intermediate_size,
@@ -117,7 +118,7 @@ def uneven(model: Model) -> str:
     }
     differences = []
     for name, of in what.items():
-        values = [of(structure) for structure in structures]
+        values = [of(structure) for structure in model.structures]
         usual = max(values, key=values.count)
         if odd := [index for index, value in enumerate(values) if value != usual]:
             differences.append(f"{name} in {layers_text(odd)}")

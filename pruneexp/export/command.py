@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pruneexp.cli.exit_codes import run_small_command
-from pruneexp.export.request import Request
-from pruneexp.export.write import export
+from pruneexp.export.write import Request, export
 
 HELP = """\
 usage: pruneexp-export RUN_FOLDER out=PATH [format=auto] [key=value ...]

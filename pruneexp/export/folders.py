@@ -40,7 +40,7 @@ def checkpoint_folder(source: Path) -> Path:
 
 
 def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = False) -> ModelSource:
-    """The checkpoint as it is stored: a CPU's own choice of precision is nothing to write down."""
+    """The checkpoint in `dtype`; None: as it is stored, whatever precision a CPU would choose by itself."""
     from pruneexp.model import ModelSource
     from pruneexp.model.source import DTYPES
 
@@ -54,7 +54,13 @@ def stored_source(checkpoint: Path, dtype: str | None = None, stream: bool = Fal
     return source(dtype)
 
 
-def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single_file: bool = False) -> None:
+def exact_source(checkpoint: Path, stream: bool = False) -> ModelSource:
+    """The checkpoint in float32 (or in float64, if it is stored so)."""
+    stored = stored_source(checkpoint).dtype
+    return stored_source(checkpoint, "float64" if stored == "float64" else "float32", stream)
+
+
+def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single_file: bool) -> None:
     """Raises ConfigError where nothing may be written."""
     from pruneexp.export.single_file import check_file
     from pruneexp.files import check_replaceable
@@ -74,9 +80,10 @@ def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single
 
 def check_space(out: Path, needed: int) -> None:
     """Raises ConfigError where the disk has no room for so many bytes."""
+    from pruneexp.files import existing
     from pruneexp.types import ConfigError
 
-    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.is_dir())).free
+    free = shutil.disk_usage(existing(out.absolute().parent)).free
     if free < needed:
         raise ConfigError(
             f"out={str(out)!r}: the export takes {needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there"

@@ -21,8 +21,8 @@ from pruneexp.types import ConfigError
 
 
 def gguf_exporter(model: Model, dtype: str | None, multiple: int | None) -> GgufExporter:
-    """From the model's structure alone. `dtype` of the matrices; None: the model's, float32 for float64. `multiple`:
-    what FFN widths are rounded up to; None: BLOCK.
+    """What writes the file, made of the model's structure alone. `dtype`: that of the matrices; None: the model's,
+    float32 for float64. `multiple`: what FFN widths are rounded up to; None: BLOCK.
 
     Raises ConfigError where `deci` cannot hold the model, or the package gguf is not there.
     """

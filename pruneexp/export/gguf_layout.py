@@ -25,7 +25,7 @@ from torch import Tensor
 from pruneexp.export import llama_like
 from pruneexp.export.gguf_vocabulary import Vocabulary
 from pruneexp.export.llama_like import LlamaLayer
-from pruneexp.model import Model, layer_structure
+from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import head_size
 from pruneexp.types import RunError
 
@@ -75,9 +75,10 @@ class GgufLayout:
 
 def deci_layers(model: Model, multiple: int) -> Iterator[LlamaLayer]:
     """The layers that llama.cpp shall see. Of a model that has none left: one of zeros."""
-    kept = [index for index in range(len(model.layers)) if llama_like.adds_something(model, index)] or [0]
+    structures = model.structures
+    kept = llama_like.layers_with_effect(model) or [0]
     for index in kept:
-        own = layer_structure(model.layers[index], model.family, model.config)
+        own = structures[index]
         heads, kv_heads = own.num_attention_heads, own.num_key_value_heads
         if heads == 0 and (index == kept[0] or own.attention_output_bias):
             heads = kv_heads = 1
@@ -113,7 +114,7 @@ def stored_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def as_array(tensor: Tensor, dtype: torch.dtype, name: str) -> numpy.ndarray:
-    """As it lies in the file: 16-bit numbers as int16. Raises RunError where the dtype cannot hold a value."""
+    """A tensor as it lies in the file: 16-bit numbers as int16. Raises RunError where the dtype cannot hold a value."""
     own = tensor.detach().to("cpu", stored_dtype(tensor, dtype)).contiguous()
     if not torch.isfinite(own).all():
         raise RunError(f"dtype={str(dtype).removeprefix('torch.')}: {name} holds values too large for it")

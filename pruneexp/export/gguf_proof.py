@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.export.checkpoint import TOLERANCE, check_difference, exact_model, proof_tokens
-from pruneexp.export.folders import stored_source
+from pruneexp.export.checkpoint import TOLERANCE, check_difference, proof_tokens
+from pruneexp.export.folders import exact_source, stored_source
 from pruneexp.export.gguf_layout import GgufLayout, as_array, tensors
 from pruneexp.export.gguf_run import Answer, installed, run_file
 from pruneexp.export.gguf_vocabulary import stand_in, vocabulary
@@ -65,7 +65,7 @@ def read_back(layout: GgufLayout, model: Model, file: Path) -> dict[str, Any]:
 
 
 def _run(layout: GgufLayout, checkpoint: Path, file: Path, package: str) -> dict[str, Any]:
-    model = exact_model(checkpoint)
+    model = exact_source(checkpoint).load()
     words = vocabulary(model.tokenizer, model.vocab_size)
     tokens_BT = proof_tokens(model)[:, : context_length(model)]
     texts = TEXTS if words.tokens else ()
@@ -95,7 +95,7 @@ def _compared(model: Model, tokens_BT: Tensor, answer: Answer, dtype: torch.dtyp
     difference = gap.abs().max().item()
     if dtype == torch.float32:
         tolerance = {"tolerance": TOLERANCE}
-        check_difference(difference, TOLERANCE)
+        check_difference(difference)
     else:
         tolerance = {"relative_tolerance": TOLERANCE_16_BIT}
         if not relative <= TOLERANCE_16_BIT:

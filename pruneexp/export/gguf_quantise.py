@@ -65,7 +65,7 @@ class GgufQuantise:
         return plain.bytes + plain.bytes * min(bits + 2, 16) // (8 * plain.layout.dtype.itemsize)
 
     def measured_on(self, model: Model, evaluators: Mapping[str, Evaluator]) -> Any:
-        """Nothing where speeds are asked for, which differ each time."""
+        """None where speeds are asked for, which differ each time."""
         of_text = _of_text(evaluators, model.tokenizer)
         inputs = {name: [version_of(each), each.measured_on(model.tokenizer)] for name, each in of_text.items()}
         if "latency" in evaluators or any(own is None for _, own in inputs.values()):
@@ -132,7 +132,7 @@ class InEngine:
 
 
 def perplexities(model: InEngine, evaluators: Mapping[str, Evaluator], tokenizer: Any) -> dict[str, float]:
-    """Of the evaluators that want losses of windows and nothing else of a model."""
+    """The figures of the evaluators that want losses of windows and nothing else of a model."""
     figures: dict[str, float] = {}
     for evaluator in _of_text(evaluators, tokenizer).values():
         found = evaluator(model, tokenizer)

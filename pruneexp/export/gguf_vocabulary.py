@@ -58,16 +58,17 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, vocab_size: int, stops: Sequence[int] = ()) -> Vocabulary:
-    """Of a tokenizer of transformers (None: there is none); padded with unused tokens to the model's size. `stops`: the
-    tokens that end a text, as the model's generation settings name them."""
-    if reason := unreadable(tokenizer, vocab_size):
+    """The vocabulary of a tokenizer of transformers (None: there is none), padded with unused tokens to the model's
+    size. `stops`: the tokens that end a text, as the model's generation settings name them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spec: dict[str, Any] = {"model": {}} if backend is None else json.loads(backend.to_str())
+    split = _split_name(spec)
+    scores = None if split or space_prefix(spec) is None else piece_scores(spec)
+    if reason := _unreadable(tokenizer, vocab_size, bool(split or scores)):
         return Vocabulary(notes=(f"the file has no tokenizer, only tokens go in and out: {reason}",))
-    spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["id"]: token for token in spec.get("added_tokens", ())}
     words = {token: word for word, token in spec["model"]["vocab"].items()}
     words |= {token: own["content"] for token, own in added.items()}
-    split = _split_name(spec)
-    scores = None if split else piece_scores(spec)
     pairs = spec["model"]["merges"] if split else ()
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     text = tokenizer("a").input_ids
@@ -123,13 +124,11 @@ def _type(token: int, words: dict[int, str], added: dict[int, Any], unknown: str
     return BYTE if is_byte(words[token]) else NORMAL
 
 
-def unreadable(tokenizer: Any, vocab_size: int) -> str:
-    """Why llama.cpp cannot read the tokenizer; "" where it can."""
+def _unreadable(tokenizer: Any, vocab_size: int, known: bool) -> str:
+    """Why llama.cpp cannot read the tokenizer; "" where it can. `known`: it is of a kind that llama.cpp has."""
     if tokenizer is None:
         return "the checkpoint has none"
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    spec = None if backend is None else json.loads(backend.to_str())
-    if spec is None or not (_split_name(spec) or (space_prefix(spec) is not None and piece_scores(spec))):
+    if not known:
         return f"{type(tokenizer).__name__} is no BPE, of bytes or of pieces, that llama.cpp knows"
     if len(tokenizer) > vocab_size:
         return f"its {len(tokenizer)} tokens are more than the model's {vocab_size}"

@@ -63,12 +63,13 @@ def other_formats(model: Model) -> str:
 
 
 def context_length(model: Model) -> int:
-    """Tokens for which the export computes what the model does: none of the two knows of sliding windows."""
+    """The longest text for which the export computes what the model does: neither server knows sliding windows."""
     limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
     return min(limit for limit in limits if limit)
 
 
 def window_note(model: Model) -> list[str]:
+    """What to tell of a sliding window that is shorter than the model's context."""
     window = getattr(model.config, "sliding_window", None)
     if not window or window >= (model.max_length or window):
         return []
@@ -107,15 +108,18 @@ def rounded_up(channels: int, multiple: int) -> int:
 
 def rounded_note(model: Model, layers: Sequence[LlamaLayer], multiple: int) -> str:
     """What rounding changed, "" where it did nothing."""
-    own = (layer_structure(model.layers[layer.index], model.family, model.config).intermediate_size for layer in layers)
-    count = sum(width < layer.channels for width, layer in zip(own, layers, strict=True))
+    structures = model.structures
+    count = sum(structures[layer.index].intermediate_size < layer.channels for layer in layers)
     return f", {count} FFNs filled up with zeros to multiples of {multiple}" if multiple > 1 and count else ""
 
 
-def adds_something(model: Model, index: int) -> bool:
-    """Whether a layer changes the hidden states at all."""
-    own = layer_structure(model.layers[index], model.family, model.config)
-    return bool(own.num_attention_heads or own.intermediate_size or own.attention_output_bias or own.mlp_output_bias)
+def layers_with_effect(model: Model) -> list[int]:
+    """The indices of the layers that change the hidden states at all."""
+    return [
+        index
+        for index, own in enumerate(model.structures)
+        if own.num_attention_heads or own.intermediate_size or own.attention_output_bias or own.mlp_output_bias
+    ]
 
 
 @torch.no_grad()
@@ -151,7 +155,7 @@ def _in_projections(
     shapes: dict[str, tuple[int, int]],
     like: Tensor,
 ) -> dict[str, Tensor]:
-    """Those of a sublayer with so many units, `rows` a unit, by LLaMA's names; zeros up to `shapes`."""
+    """A sublayer's in-projections by LLaMA's names, of so many units with `rows` each; zeros up to `shapes`."""
     parts: dict[str, dict[str, Tensor]] = {role: {} for role in shapes}  # "weight" and, where there is one, "bias"
     for in_projection in in_projections if units else ():
         for leaf, parameter in module.get_submodule(in_projection.path).named_parameters():
@@ -178,7 +182,7 @@ def _out_projection(name: str, module: nn.Module, path: str, inputs: int, like: 
 
 
 def _filled_up(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """With zeros behind, up to `size`."""
+    """The tensor with zeros behind it, up to `size`."""
     missing = list(tensor.shape)
     missing[dim] = size - tensor.shape[dim]
     return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor

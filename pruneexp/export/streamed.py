@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from pruneexp.experiment.forecast import available_memory
-from pruneexp.export.folders import stored_source
+from pruneexp.export.folders import exact_source
 from pruneexp.model import Model
+from pruneexp.model.weights import tied_names
 from pruneexp.progress import progress
 from pruneexp.surgery import BlockProof, Form, Padding
 from pruneexp.surgery.pad import padded_layer, stock_layers
-from pruneexp.surgery.save import STREAMED_SHARD_BYTES, ShardWriter, write_description
+from pruneexp.surgery.save import STREAMED_SHARD_BYTES, ShardWriter, write_description, zero_biases
 
 
 def wants_streaming(model: Model) -> bool:
@@ -27,7 +28,7 @@ def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | Non
     """Writes a streamed model in `form`, padded where asked: what lies outside the layers, then layer by layer."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, model.family.stored_as, shard_bytes=STREAMED_SHARD_BYTES)
-    tied = set(model.module.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    tied = tied_names(model.module)
     writer.add({n: t for n, t in model.module.state_dict().items() if not t.is_meta and n not in tied})
     fresh = stock_layers(model) if padding is not None else None
     for index in progress(range(len(model.layers)), "export", len(model.layers), "blocks"):
@@ -35,11 +36,7 @@ def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | Non
             layer: Any = own
             if padding is not None and fresh is not None:
                 layer = padded_layer(model, index, padding.structure, fresh[index])
-            part = dict(layer.state_dict())
-            for path in form.zero_biases:
-                linear = layer.get_submodule(path)
-                if linear.bias is None:
-                    part[f"{path}.bias"] = torch.zeros(linear.out_features, dtype=model.dtype)
+            part = {**layer.state_dict(), **dict(zero_biases(layer, form, model.dtype))}
             writer.add({f"{model.layers_path}.{index}.{name}": tensor for name, tensor in part.items()})
             layer.to("meta")  # a padded one holds weights of its own
     writer.close()
@@ -48,8 +45,7 @@ def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | Non
 
 def prove_streamed(checkpoint: Path, tokens_BT: Tensor, folder: Path) -> dict[str, Any]:
     """Compares what every block computes, and the logits, in float32 (or more); each side holds one block at a time."""
-    dtype = "float64" if stored_source(checkpoint).dtype == "float64" else "float32"
-    model = stored_source(checkpoint, dtype, stream=True).load()
+    model = exact_source(checkpoint, stream=True).load()
     proof = BlockProof(model, tokens_BT)
     for index in range(len(model.layers)):
         with model.loaded(index):

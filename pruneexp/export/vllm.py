@@ -23,7 +23,7 @@ from pruneexp.export import llama_like, vllm_proof
 from pruneexp.export.checkpoint import layers_text
 from pruneexp.export.folders import stored_source
 from pruneexp.export.llama_like import LlamaLayer
-from pruneexp.model import Model, layer_structure
+from pruneexp.model import Model
 from pruneexp.model.companions import carry
 from pruneexp.model.modeling_pruned import head_size
 from pruneexp.surgery.save import SHARD_BYTES, STREAMED_SHARD_BYTES, ShardWriter
@@ -38,8 +38,9 @@ NOT_SERVED = (
 )
 
 
-def vllm_exporter(model: Model, multiple: int = 1) -> VllmExporter:
-    """From the model's structure alone; FFN widths are rounded up to `multiple` with channels of zeros.
+def vllm_exporter(model: Model, multiple: int) -> VllmExporter:
+    """What writes the files, made of the model's structure alone. FFN widths are rounded up to `multiple` with channels
+    of zeros.
 
     Raises ConfigError where vLLM's class cannot hold the model.
     """
@@ -138,8 +139,8 @@ class VllmExporter:
 
 
 def _query_heads(model: Model) -> int:
-    """Of every layer that has attention. Raises ConfigError where they differ, or none has any."""
-    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    """The query heads of each layer that has attention. Raises ConfigError where layers differ, or none has any."""
+    structures = model.structures
     counts = [s.num_attention_heads for s in structures if s.num_attention_heads]
     if not counts:
         raise ConfigError(f"format=vllm: no layer has attention; expected one that has, or {INSTEAD}")
@@ -153,9 +154,9 @@ def _query_heads(model: Model) -> int:
 
 
 def _layers(model: Model, heads: int, multiple: int) -> Iterator[LlamaLayer]:
-    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    structures = model.structures
     usual = next(s.num_key_value_heads for s in structures if s.num_attention_heads)
-    kept = [index for index in range(len(model.layers)) if llama_like.adds_something(model, index)]
+    kept = llama_like.layers_with_effect(model)
     for index in kept:
         own = structures[index]
         attention = own.num_attention_heads or own.attention_output_bias or index == kept[0]

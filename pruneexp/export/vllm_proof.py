@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.export.checkpoint import TOLERANCE, check_difference, exact_model, proof_tokens
+from pruneexp.export.checkpoint import TOLERANCE, check_difference, proof_tokens
+from pruneexp.export.folders import exact_source
 from pruneexp.model import Checkpoint, Model, modeling_pruned
+from pruneexp.model.weights import tied_names
 from pruneexp.surgery.prove import greedy_tokens, logits_of
 from pruneexp.types import RunError
 
@@ -41,11 +43,11 @@ def read_back(parts: Iterable[dict[str, Tensor]], folder: Path) -> dict[str, Any
 def prove_by_own_modeling(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Reloads the weights by the written config alone, with pruneexp's own modeling, and compares logits and greedy
     tokens. Raises RunError."""
-    model = exact_model(checkpoint)
+    model = exact_source(checkpoint).load()
     reloaded = own_model(folder, model)
     tokens_BT = proof_tokens(model)[:, : reloaded.max_length]
     difference = (logits_of(reloaded, tokens_BT) - logits_of(model, tokens_BT)).abs().max().item()
-    check_difference(difference, TOLERANCE)
+    check_difference(difference)
     return {
         "prove": "own_modeling",
         "served": False,
@@ -161,7 +163,7 @@ def own_model(folder: Path, like: Model) -> Model:
     pruned = modeling_pruned.__getattr__("PrunedLlamaConfig")(**values, **biased, per_layer_config=per_layer)
     module: Any = modeling_pruned.__getattr__("PrunedLlamaForCausalLM")._from_config(pruned, dtype=like.dtype)
     files = Checkpoint(folder)
-    tied = set(module.all_tied_weights_keys) if config["tie_word_embeddings"] else set()
+    tied = tied_names(module)
     for name, tensor in module.state_dict().items():
         if name not in tied and tensor.numel():
             tensor.copy_(torch.zeros(()) if name.endswith(".bias") and name not in files else files[name])

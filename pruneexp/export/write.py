@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pruneexp.export.folders import RECORD, check_out, check_space, checkpoint_folder, stored_source
-from pruneexp.export.request import Request
 from pruneexp.export.single_file import GGUF_FILE, place_file
 
 if TYPE_CHECKING:
     from pruneexp.model import Model
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `pruneexp-export` is asked for."""
+
+    source: Path
+    out: Path
+    format: str = "auto"
+    prove: str = "process"
+    overwrite: bool = False
+    multiple: int | None = None  # None: the format's own
+    dtype: str | None = None  # None: the checkpoint's
+    stream: bool | None = None  # None: by the memory that is free
+
+    @property
+    def single_file(self) -> bool:
+        """Whether `out` is the file itself, not a folder for it."""
+        return self.format == "gguf" and self.out.suffix == ".gguf"
 
 
 class Exporter(Protocol):

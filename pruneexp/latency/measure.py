@@ -17,11 +17,11 @@ from pruneexp.latency.workload import (
     Pool,
     Prepared,
     Workload,
+    alike,
     bytes_of,
     filled_,
     resized,
     skeleton,
-    structures,
     widths,
 )
 from pruneexp.model import Model
@@ -55,7 +55,7 @@ def measured_table(work: Workload, conditions: Conditions, multiple: int) -> Tab
     from memory, as in a whole model."""
     model = work.model
     pool = Pool(min(POOL_BYTES, bytes_of(model.layers)), model.dtype, model.device)
-    kinds = list(structures(model).values())
+    kinds = list(alike(model).values())
     asked = {(n, w): None for n, own in enumerate(kinds) for w in grid(widths(model.layer_sites(own[0])), multiple)}
     layers = {point: resized(model.layers[kinds[point[0]][0]], model, *point[1]) for point in asked}
     copies = max(1, -(-len(pool.numbers) * model.dtype.itemsize // max(1, bytes_of(list(layers.values())))))
@@ -82,9 +82,9 @@ def grid(whole: Widths, multiple: int) -> list[Widths]:
 
 
 def spaced(most: int, points: int, multiple: int) -> list[int]:
-    """Counts from the fewest that may stay to all, that are multiples; where any count may stay, those within are odd:
-    kernels are often faster, or slower, at round widths, which few plans leave. Without the fewest, what lies below the
-    next would be priced on a line to none at all, which takes far less than any width does."""
+    """Counts to measure, multiples, from the fewest that may stay to all. Where any count may stay, those between are
+    odd: kernels are often faster, or slower, at round widths, which few plans leave. The fewest is always among them:
+    counts below the next would otherwise lie on a line to none at all, which takes far less time than any width."""
     if most <= points:
         return list(range(1, most + 1))
     inner = [most * n / points for n in range(1, points)]
@@ -96,7 +96,7 @@ def spaced(most: int, points: int, multiple: int) -> list[int]:
 
 
 def _in_a_row(work: Workload, layer: Any, origin: int, pool: Pool, copies: int) -> list[Prepared]:
-    """So many of a layer as are timed at once."""
+    """As many copies of a layer as are timed together."""
 
     def one() -> Prepared:
         return work.prepared(filled_(skeleton(layer), pool), origin, pool)
@@ -109,7 +109,7 @@ def _in_a_row(work: Workload, layer: Any, origin: int, pool: Pool, copies: int) 
 
 
 def timed(work: Workload, layers: Sequence[Prepared]) -> float:
-    """Seconds."""
+    """Seconds that the layers take."""
     device = work.model.device
     start = _now(device)
     work.run(layers)
@@ -161,7 +161,7 @@ def _layer_times(layers: tuple[int, ...], found: Mapping[Widths, tuple[float, fl
 
 
 def compared(work: Workload, pruned: Model) -> Compared:
-    """All layers before pruning, with random weights, against the pruned model's own, one run of each in turn."""
+    """Times all layers before pruning, with random weights, and the pruned model's own, one run of each in turn."""
     pool = Pool(min(POOL_BYTES, bytes_of(work.skeletons)), pruned.dtype, pruned.device)
     dense = [work.prepared(filled_(skeleton(layer), pool), n, pool) for n, layer in enumerate(work.skeletons)]
     left = [work.prepared(layer, origin, pool) for layer, origin in zip(pruned.layers, pruned.origin, strict=True)]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pruneexp.types import ConfigError, Curve, Times, times_of
+from pruneexp.types import ConfigError, Curve, Times, one_line, times_of
 
 VERSION = 1
 SPREAD, MANY = 0.25, 0.25  # interquartile range over median that says little; share of the points that may have it
@@ -90,7 +90,7 @@ def read_table(path: str) -> Table:
         conditions = Conditions(**{name: data[name] for name in Conditions.__dataclass_fields__})
         return Table(conditions, times_of(data["layers"]), path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        lacks = f"has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        lacks = f"has no {error}" if isinstance(error, KeyError) else one_line(error)
         raise ConfigError(f"{where}: {lacks}; expected a table as a run's latency.json is") from None
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pruneexp.model import Call, Model, layer_structure
 from pruneexp.model.half import plain_linear
-from pruneexp.model.modeling_pruned import RemovedAttention, head_layout, resize_layer_
+from pruneexp.model.modeling_pruned import RemovedAttention, resize_layer_
+from pruneexp.model.weights import set_tensor_
 from pruneexp.types import Site
 
 POOL_BYTES = 2**30  # of weights at most: more than any processor's cache holds
@@ -45,8 +46,8 @@ class Pool:
 
 @dataclass(frozen=True)
 class Pass:
-    """What decoder layers are called with in a pass of the model: hidden states, the rest by layer, and the KV cache
-    that this names."""
+    """What decoder layers are called with in a pass of the model: hidden states, by layer the other arguments, and the
+    KV cache that is among them."""
 
     hidden: Tensor
     calls: list[Call]
@@ -88,8 +89,8 @@ class Workload:
         return Pass(torch.randn_like(hidden), calls, cache)
 
     def _behind(self, layer: nn.Module, index: int, cache: Any) -> Any:
-        """The entry of a layer in the KV cache behind the context, and puts it there. Its numbers take no memory: here
-        it counts how many there are."""
+        """Fills a layer's entry in the KV cache as it is behind the context, and gives a copy of it. Its numbers take
+        no memory: here only their count matters."""
         place, shape = self._place(layer), self._key_shape(layer, index)
         if place is None or shape is None:
             return None
@@ -100,7 +101,7 @@ class Workload:
         return copy(entry)
 
     def _place(self, layer: nn.Module) -> int | None:
-        """Of the layer's entry in the KV cache."""
+        """The index of the layer's entry in the KV cache; None where it has no attention."""
         attention: Any = layer.get_submodule(self.model.family.attention)
         return None if isinstance(attention, RemovedAttention) else attention.layer_idx
 
@@ -171,14 +172,13 @@ def filled_(layer: nn.Module, pool: Pool) -> nn.Module:
         numbers = pool.numbers
         of_pool = old.dtype == numbers.dtype
         values = pool.take(old.shape) if of_pool else torch.ones(old.shape, dtype=old.dtype, device=numbers.device)
-        owner, _, name = path.rpartition(".")
-        layer.get_submodule(owner)._parameters[name] = nn.Parameter(values, requires_grad=False)
+        set_tensor_(layer, path, values)
     return layer
 
 
 def resized(layer: nn.Module, model: Model, groups: int, heads: int, channels: int) -> nn.Module:
     """A skeleton with so many KV groups of `heads` query heads each, and FFN channels."""
-    other, layout = skeleton(layer), head_layout(model.family, model.config)
+    other, layout = skeleton(layer), model.head_layout
     structure = layer_structure(other, model.family, model.config)
     kept = groups * heads
     structure = replace(
@@ -192,8 +192,8 @@ def resized(layer: nn.Module, model: Model, groups: int, heads: int, channels: i
     return other
 
 
-def structures(model: Model) -> dict[tuple[Any, ...], list[int]]:
-    """Layers that are alike, widths and kind of attention: what they are -> their indices."""
+def alike(model: Model) -> dict[tuple[Any, ...], list[int]]:
+    """Layers that are alike, in widths and kind of attention: what they are -> their indices."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for index, layer in enumerate(model.layers):
         attention: Any = layer.get_submodule(model.family.attention)

@@ -11,6 +11,7 @@ import torch
 
 from pruneexp.model import checks, modeling_pruned
 from pruneexp.model.refusal import refused
+from pruneexp.types import one_line
 
 PER_LAYER = ("layer_types", "no_rope_layers")  # config attributes with one value a layer
 
@@ -37,8 +38,7 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
         stock = stock_of(config)
         family = modeling_pruned.family_of(stock)
     except Exception as error:  # each config class checks itself in its own way
-        reason = " ".join(str(error).split())
-        raise refused(folder, f"config.json does not describe a {model_type} model ({reason})") from error
+        raise refused(folder, f"config.json does not describe a {model_type} model ({one_line(error)})") from error
     checks.check_counts(stock, str(folder))
     for name, value in family.impossible:
         if getattr(stock, name) == value:

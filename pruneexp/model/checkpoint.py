@@ -57,15 +57,15 @@ class Checkpoint:
         return self._place(name)[1].shape
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it: "BF16"."""
+        """The dtype as safetensors calls it: "BF16"."""
         return self._place(name)[1].kind
 
     def dtypes(self) -> dict[str, str]:
-        """Of every tensor, by its name in the files, as safetensors calls it: "BF16"."""
+        """The dtype of every tensor, by its name in the files."""
         return {name: place.kind for name, (_, place) in self._places.items()}
 
     def names_beside(self, expected: Iterable[str]) -> list[str]:
-        """Tensors of the checkpoint that go by none of the expected names."""
+        """Tensors of the checkpoint that have none of the expected names."""
         return sorted(set(self._places) - {self._spelling(name) for name in expected})
 
     def _place(self, name: str) -> tuple[Path, Place]:
@@ -133,7 +133,7 @@ def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
 
 @lru_cache(maxsize=256)
 def _sha256(state: FileState) -> str:
-    """Of a file, or of a large one's safetensors header."""
+    """The hash of a file; of a large one, that of its safetensors header."""
     path, _, size, _ = state
     with open(path, "rb") as file:
         content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
@@ -141,7 +141,7 @@ def _sha256(state: FileState) -> str:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether any lie there, in whatever form."""
+    """Whether the folder holds weights, as safetensors or pickled."""
     return any(folder.glob("*.safetensors")) or bool(_pickled(folder))
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruneexp.model import modeling_pruned
 from pruneexp.model.refusal import refused
-from pruneexp.types import ConfigError
+from pruneexp.model.weights import tied_names
+from pruneexp.types import ConfigError, one_line
 
 if TYPE_CHECKING:
     from pruneexp.model.checkpoint import Checkpoint
@@ -67,7 +68,7 @@ def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, A
 
 
 def _quantised_how(settings: Any) -> str:
-    """ " (GPTQ, 4 bits)": what a config says about it."""
+    """How a checkpoint is quantised, as its config says: " (GPTQ, 4 bits)"."""
     if not isinstance(settings, Mapping):
         return ""
     method = settings.get("quant_method")
@@ -78,8 +79,8 @@ def _quantised_how(settings: Any) -> str:
 
 
 def check_counts(config: Any, path: str) -> None:
-    """Raises ConfigError, naming the value, where a config counts less than one of what a model needs, or query heads
-    that no whole number of which share a key/value head."""
+    """Raises ConfigError, naming the value, where a count in the config is below one, or the query heads are no
+    multiple of the key/value heads."""
     called = getattr(config, "attribute_map", {})
     for name in COUNTS:
         value = getattr(config, name, None)
@@ -94,8 +95,8 @@ def check_counts(config: Any, path: str) -> None:
 
 @contextmanager
 def building(path: str, model_type: str) -> Iterator[None]:
-    """What goes wrong while a model's structure is made of its config becomes a ConfigError that names the version of
-    transformers: the class that is there may not know all that the config says."""
+    """Inside, every error becomes a ConfigError that names the version of transformers: its class may not know all that
+    the config says."""
     try:
         yield
     except ConfigError:
@@ -103,7 +104,7 @@ def building(path: str, model_type: str) -> Iterator[None]:
     except Exception as error:
         import transformers
 
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise refused(
             path,
             f"transformers {transformers.__version__} cannot make a {model_type} model of this config.json ({reason})",
@@ -112,7 +113,7 @@ def building(path: str, model_type: str) -> Iterator[None]:
 
 def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
     """Raises ConfigError, naming tensors, where checkpoint and config do not fit or weights are quantised."""
-    tied = set(module.all_tied_weights_keys) if module.config.tie_word_embeddings else set()
+    tied = tied_names(module)
     expected = [name for name in module.state_dict() if name not in tied]
     missing = [name for name in expected if name not in checkpoint]
     shapes = {name: tuple(t.shape) for name, t in module.state_dict().items() if name in checkpoint}
@@ -121,7 +122,14 @@ def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
     beside = checkpoint.names_beside([*expected, *tied])
     extra = [name for name in beside if not any(re.search(pattern, name) for pattern in ignored)]
     extra = [name for name in extra if 0 not in checkpoint.shape(name)]  # of sublayers that older versions had emptied
-    check_precision(checkpoint.dtypes(), set(beside) - set(extra), path)
+    needless = set(beside) - set(extra)
+    for name, kind in checkpoint.dtypes().items():
+        if kind not in FLOATS and name not in needless:  # integers, or floats of eight bits, whatever the config says
+            raise refused(
+                path,
+                f"{name} is stored as {kind}: the checkpoint is quantised; expected the "
+                f"full-precision checkpoint that it was made from ({', '.join(FLOATS)})",
+            )
     problems = [
         f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         for what, names in (("lacks", missing), ("has besides", extra), ("has in another shape", misshapen))
@@ -131,23 +139,10 @@ def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
         raise refused(path, f"the checkpoint does not fit its config: it {' and '.join(problems)}")
 
 
-def check_precision(stored: Mapping[str, str], needless: Collection[str], path: str) -> None:
-    """`stored`: tensor name -> dtype in the files' headers; `needless`: those that no weight is made of.
-
-    Raises:
-        ConfigError: integers or floats of eight bits: a quantised checkpoint, whatever its config says.
-    """
-    for name, kind in stored.items():
-        if kind not in FLOATS and name not in needless:
-            raise refused(
-                path,
-                f"{name} is stored as {kind}: the checkpoint is quantised; expected the "
-                f"full-precision checkpoint that it was made from ({', '.join(FLOATS)})",
-            )
-
-
 def precisions(stored: Mapping[str, str]) -> str:
     """ "290 tensors as BF16, 1 as F32"; "" where all floats are stored alike."""
-    found = Counter(kind for kind in stored.values() if kind in FLOATS)
-    first, *others = [f"{count} tensors as {kind}" for kind, count in found.most_common()] or [""]
-    return ", ".join([first, *(other.replace(" tensors", "") for other in others)]) if others else ""
+    found = Counter(kind for kind in stored.values() if kind in FLOATS).most_common()
+    if len(found) < 2:
+        return ""
+    (most, number), *others = found
+    return ", ".join([f"{number} tensors as {most}", *(f"{count} as {kind}" for kind, count in others)])

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pruneexp.types import one_line
+
 logger = logging.getLogger("pruneexp")
 
 CARD = "README.md"
@@ -33,13 +35,13 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def found(folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
-    """The files in `folder` that fit, as paths in it."""
+    """The files in `folder` that match the patterns, as paths in it."""
     files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-def copy_files(source: Path, folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
-    """Copies the files in `source` that fit, byte for byte; returns them as paths in the folder. Raises OSError."""
+def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> list[str]:
+    """Copies the files in `source` that match, byte for byte; returns their paths in the folder. Raises OSError."""
     names = found(source, patterns)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -48,21 +50,21 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str] = TRAVELS) ->
 
 
 def generation_settings(folder: Path) -> Any:
-    """The folder's own, as transformers reads them; None where it has none that can be read."""
+    """The folder's generation settings, as transformers reads them; None where it has none that can be read."""
     from transformers import GenerationConfig
 
     try:
         return GenerationConfig.from_pretrained(folder) if (folder / GENERATION).is_file() else None
     except (OSError, ValueError) as error:
-        logger.warning("%s: not read (%s)", folder / GENERATION, " ".join(str(error).split()))
+        logger.warning("%s: not read (%s)", folder / GENERATION, one_line(error))
         return None
 
 
 def carry(source: Path | None, tokenizer: Any, generation: Any, folder: Path) -> None:
-    """Takes along to the checkpoint in `folder`, which has its config.json, what lies beside the weights in `source`.
+    """Copies what lies beside the weights in `source` to the checkpoint in `folder`, which has its config.json already.
 
-    `tokenizer`, `generation`: the model's own in memory (None: it has none), written by transformers where there is no
-    source; a tokenizer also where the files say another one than the model has. Raises OSError.
+    `tokenizer`, `generation`: the model's own in memory (None: it has none). transformers writes them where there is no
+    source, and the tokenizer also where the source's files give another one. Raises OSError.
     """
     if source is None:
         if generation is not None:
@@ -81,8 +83,8 @@ def carry(source: Path | None, tokenizer: Any, generation: Any, folder: Path) ->
 
 
 def _adapted(source: Path, tokenizer: Any, folder: Path) -> bool:
-    """Makes the tokenizer's files in `folder` those of a checkpoint with another config.json than `source` has, as far
-    as they must be; whether they are this tokenizer then."""
+    """Adapts the tokenizer's files in `folder`, copied from `source`, to the config.json there, as far as they must be.
+    Returns whether they give this tokenizer then."""
     file = folder / TOKENIZER_CONFIG
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     own = type(tokenizer).__name__
@@ -116,7 +118,7 @@ def _reads_as(folder: Path, tokenizer: Any) -> bool:
 
 
 def _state(tokenizer: Any) -> dict[str, Any]:
-    """What decides a tokenizer's answers, but for how it was last called."""
+    """What decides a tokenizer's answers; not how it was told to truncate and to pad when it was last called."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spec = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     called = ("truncation", "padding")

@@ -26,8 +26,8 @@ WAIT = 0.5  # seconds between two looks at GPUs that are all taken
 
 @contextmanager
 def held_gpu(device: str) -> Iterator[str]:
-    """`device`, or, of "cuda:any", a visible GPU that no other run of this user's has taken so. It is held until the
-    end, also the end of a process that is killed; while all are taken, this waits.
+    """Gives `device`; for "cuda:any", a visible GPU that no other run of this user has taken in this way. The GPU is
+    held until the end, also that of a process that is killed. While all are taken, this waits.
 
     A GPU is a lock file in the folder of temporary files, named by the GPU's own id: processes that see other GPUs, or
     the same ones under other numbers, agree. Programs that take no such lock are not noticed.
@@ -66,17 +66,13 @@ def _first_free(locks: Sequence[FileLock]) -> int | None:
         except Timeout:
             continue
         except OSError as error:
-            raise ConfigError(
-                f"model.device={ANY!r}: locks of GPUs are files in {str(_folder())!r}: {error.strerror or error}; "
-                "expected TMPDIR to be a folder that can be written to"
-            ) from error
+            locked = f"locks of GPUs are files in {tempfile.gettempdir()!r}: {error.strerror or error}"
+            expected = "expected TMPDIR to be a folder that can be written to"
+            raise ConfigError(f"model.device={ANY!r}: {locked}; {expected}") from error
     return None
-
-
-def _folder() -> Path:
-    return Path(tempfile.gettempdir())
 
 
 def _lock_file(number: int) -> Path:
     user = os.getuid() if hasattr(os, "getuid") else 0
-    return _folder() / f"pruneexp-{user}-{torch.cuda.get_device_properties(number).uuid}.lock"
+    name = f"pruneexp-{user}-{torch.cuda.get_device_properties(number).uuid}.lock"
+    return Path(tempfile.gettempdir(), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,9 +65,7 @@ def _header(state: FileState) -> Header:
         found = {}
         for _ in range(tensor_count):
             name, (dimensions,) = _string(file), _unpack(file, "I")
-            count = 1
-            for length in _unpack(file, f"{dimensions}Q"):
-                count *= length
+            count = math.prod(_unpack(file, f"{dimensions}Q"))
             found[name] = (count, *_unpack(file, "IQ"))
         alignment = int(values.get("general.alignment", 32))
         data = -(-file.tell() // alignment) * alignment

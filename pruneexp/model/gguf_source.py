@@ -23,7 +23,7 @@ from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
 from pruneexp.model.gguf_words import restore_split_
 from pruneexp.model.refusal import refused
 from pruneexp.progress import waiting
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, one_line
 
 logger = logging.getLogger("pruneexp")
 
@@ -42,7 +42,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def check_gguf(file: Path, path: str, stream: bool) -> None:
-    """What its header tells, without transformers. `path`: what the user calls it. Raises ConfigError."""
+    """Checks what the header tells, without transformers. `path`: what the user calls the file. Raises ConfigError."""
     if stream:
         raise ConfigError(
             "model.stream=true: expected false with a GGUF file, which is dequantised as a whole; to stream, give "
@@ -137,10 +137,10 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
         give_usual_mode(weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        settings = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-        if settings.get("tokenizer_class") == "TokenizersBackend":  # of no model's own: as transformers 4 calls it
-            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-            (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        written = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        if written.get("tokenizer_class") == "TokenizersBackend":  # of no model's own: as transformers 4 calls it
+            written["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (folder / TOKENIZER_CONFIG).write_text(json.dumps(written, indent=2) + "\n")
     (folder / "README.md").write_text(_card(header.values, file))
     made = f"dequantised by transformers {metadata.version('transformers')}, gguf {metadata.version('gguf')}"
     record = {"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file), "made": made}
@@ -149,19 +149,19 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
 
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
-    """Whatever transformers and gguf have against a file becomes one line; their bars are shown nowhere."""
+    """Inside, any error of transformers and gguf becomes one line, and their bars are not shown."""
     try:
         with redirect_stderr(io.StringIO()):
             yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         cannot = f"transformers {metadata.version('transformers')} cannot dequantise it"
         raise refused(path, f"{cannot} ({reason})") from error
 
 
 def _rope(file: Path, header: Header, path: str) -> dict[str, Any]:
-    """How rotary positions are stretched, as a config's `rope_parameters` say it: transformers reads nothing of it.
-    Raises ConfigError where that is in another way than linear or LLaMA 3's."""
+    """How rotary positions are scaled, as `rope_parameters` of a config; transformers does not read it from GGUF files.
+    Raises ConfigError for a scaling that is neither linear nor LLaMA 3's."""
     values, tensors = header.values, [name for name in header.tensors if name.startswith("rope_")]
     architecture = values["general.architecture"]
     kind = values.get(f"{architecture}.rope.scaling.type", "none")
@@ -182,8 +182,8 @@ def _rope(file: Path, header: Header, path: str) -> dict[str, Any]:
 
 
 def _llama3(factors: Sequence[float], base: float) -> dict[str, Any] | None:
-    """The parameters of LLaMA 3's stretching that give these factors, one for each pair of a head's elements; None
-    where there are none."""
+    """The parameters of LLaMA 3's scaling that give these factors, one for each pair of a head's channels; None where
+    none do."""
     largest, low, high = max(factors), LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
     expected = []
     for index in range(len(factors)):
@@ -196,7 +196,7 @@ def _llama3(factors: Sequence[float], base: float) -> dict[str, Any] | None:
 
 
 def _complete_(config: Any, header: Header, rope: dict[str, Any]) -> None:
-    """What a config lacks that transformers made of a header. `rope`: as `_rope` gives it."""
+    """Adds to a config what transformers does not read from the header. `rope`: as `_rope` gives it."""
     values = header.values
     architecture = values["general.architecture"]
     if rope:
@@ -209,7 +209,7 @@ def _complete_(config: Any, header: Header, rope: dict[str, Any]) -> None:
 
 
 def _special_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of generation: where it begins, what pads, and where it stops: at the end of the text, and of a turn."""
+    """Generation settings: the first token, the padding, and where to stop: at the end of the text and of a turn."""
     ids = {name: values.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")}
     stops = list(dict.fromkeys(ids[name] for name in ("eos", "eot") if ids[name] is not None))
     stop = stops if len(stops) > 1 else next(iter(stops), None)

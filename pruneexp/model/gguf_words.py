@@ -20,7 +20,7 @@ ALIASES = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
 def restore_split_(tokenizer: Any, name: str, path: str) -> None:
     """Makes a byte-level BPE tokenizer, read from a GGUF file by transformers, split words as the file says, which
-    transformers passes over. A word where the name is not among `SPLITS`."""
+    transformers passes over. Warns where the name is not among `SPLITS`."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 

@@ -23,11 +23,11 @@ from pruneexp.model.modeling_pruned import Experts, Family, experts_of, family_o
 from pruneexp.model.placement import connect_
 from pruneexp.model.source import DTYPES, Described
 from pruneexp.model.weights import check_finite
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, one_line
 
-PLACEMENT = "accelerate."  # package of the hooks that only bring inputs to their device
-LINEARS = ("torch", "transformers", "transformers_modules", "pruneexp")  # whose linear layers are plain ones
-OBSERVERS = "transformers."  # and of those that only look
+PLACEMENT = "accelerate."  # package whose hooks only bring inputs to their device
+OBSERVERS = "transformers."  # package whose hooks only look
+LINEARS = ("torch", "transformers", "transformers_modules", "pruneexp")  # packages whose linear layers are plain ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class GivenModel:
         check_module(self.module)
 
     def local_folder(self) -> None:
-        """It lies in memory."""
+        """None: it lies in memory."""
 
     def describe(self) -> Described:
         config = stock_of(self.module.config)
@@ -79,7 +79,7 @@ class GivenModel:
         try:
             copied = copy.deepcopy(self.module, meta)
         except Exception as error:  # tensors that are computed, or what else somebody hung on it
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            why = one_line(f"{type(error).__name__}: {error}")
             raise ConfigError(f"model: cannot be copied ({why}); expected a model as transformers loads it") from error
         return self._model(copied)
 
@@ -92,11 +92,11 @@ class GivenModel:
 
     @contextmanager
     def on_a_device(self) -> Iterator[GivenModel]:
-        """It lies where it lies."""
+        """The source itself: the module stays on its device."""
         yield self
 
     def reference(self) -> Model:
-        """What a pruned model is compared with: the very module, to be read only, of a source that is not spent."""
+        """The model that a pruned one is compared with: the very module, to be read only. Not with `in_place`."""
         return self._wrapped(self.module)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class GivenModel:
         return made
 
     def _wrapped(self, module: Any) -> Model:
-        """The module as it is."""
+        """A `Model` of the module as it is."""
         layers = module.get_submodule(f"{module.base_model_prefix}.{family_of(stock_of(module.config)).layers}")
         home = next(module.get_input_embeddings().parameters()).device
         placement = [next((p.device for p in layer.parameters()), home) for layer in layers]

@@ -27,7 +27,7 @@ def widening_pays(hidden_BTD: Tensor) -> bool:
 
 
 def overflow_hint(dtype: torch.dtype) -> str:
-    """What to say of NaN or Inf in a model of `dtype`, where that ends early."""
+    """What a message about NaN or Inf adds for a model of float16, which overflows early."""
     return "; float16 ends at 65504: model.dtype=bfloat16 or float32 may help" if dtype == torch.float16 else ""
 
 
@@ -66,8 +66,8 @@ def widened(dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 @contextmanager
 def plain_linear() -> Iterator[None]:
-    """Inside, nothing is widened: what is timed is what others will run. The mode is left altogether, since it takes a
-    little of every operation's time; it is the last that was entered."""
+    """Inside, nothing is widened, so that what is timed is what others will run. The mode is left altogether, because
+    it slows every operation a little. It must be the last mode that was entered."""
     active = _active.get()
     if active is None:
         yield

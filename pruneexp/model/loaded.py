@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from pruneexp.model.architecture import stock_of
 from pruneexp.model.checkpoint import Checkpoint
 from pruneexp.model.losses import mean_next_token_loss, next_token_losses
-from pruneexp.model.modeling_pruned import Family, experts_of, family_of
-from pruneexp.model.sites import as_whole, block_site, decoder_layer_block, experts_site, kv_elements, layer_sites
+from pruneexp.model.modeling_pruned import Family, LayerStructure, experts_of, family_of, head_layout
+from pruneexp.model.sites import (
+    as_whole,
+    block_site,
+    decoder_layer_block,
+    experts_sites,
+    layer_sites,
+    layer_structure,
+)
 from pruneexp.model.weights import check_finite, give_back_memory, load_into_, stored_tensors
 from pruneexp.progress import progress
 from pruneexp.types import Block, Site, Times
@@ -54,6 +61,7 @@ class Model:
         self.name, self.device, self.batch_size, self.checkpoint = name, device, batch_size, checkpoint
         self.config = stock_of(module.config)
         self.family = family_of(self.config)
+        self.head_layout = head_layout(self.family, self.config)  # of the original model
         self.source_folder: Path | None = None  # where it was read, with all that lies beside the weights
         self._ahead: tuple[int, Future] | None = None  # the layer that is being read, and its tensors by name
         self.layers_path = f"{module.base_model_prefix}.{self.family.layers}"
@@ -83,6 +91,11 @@ class Model:
         return layers
 
     @property
+    def structures(self) -> list[LayerStructure]:
+        """The widths of every decoder layer."""
+        return [layer_structure(layer, self.family, self.config) for layer in self.layers]
+
+    @property
     def configs(self) -> tuple[Any, ...]:
         """The configs that the model goes by: its stock one, and what its module and base model hold."""
         held = (self.config, self.module.config, self.module.base_model.config)
@@ -100,7 +113,7 @@ class Model:
     @property
     def kv_elements(self) -> int:
         """KV-cache elements per token, over all layers."""
-        return sum(kv_elements(layer, self.family, self.config) for layer in self.layers)
+        return 2 * self.head_layout.size * sum(own.num_key_value_heads for own in self.structures)
 
     @property
     def params(self) -> int:
@@ -114,7 +127,7 @@ class Model:
 
     @property
     def bytes(self) -> int:
-        """Of all parameters, tied ones once: in their own dtype, or as they are quantised."""
+        """Bytes of all parameters, tied ones once: in their own dtype, or as they are quantised."""
         own: dict[str, int] = {name: p.numel() * p.element_size() for name, p in self.module.named_parameters()}
         return sum({**own, **self.stored_bytes}.values())
 
@@ -127,17 +140,14 @@ class Model:
         return self.layers[index], index, self.family, self.config, f"{self.layers_path}.{index}"
 
     def layer_sites(self, index: int) -> tuple[Site, ...]:
-        return self._priced(index, layer_sites(*self._layer(index)))
-
-    def _priced(self, index: int, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """With their units' times, where there is a table."""
+        """The sites of decoder layer `index`, with their units' times where there is a table."""
+        sites = layer_sites(*self._layer(index))
         return sites if self.times is None else tuple(self.times.priced(self.origin[index], site) for site in sites)
 
     def whole_experts(self, index: int) -> tuple[Site, ...]:
         """The experts of decoder layer `index` as one site whose units they are; none where its FFN is no mixture.
         Raises ConfigError where they differ in width."""
-        site = experts_site(*self._layer(index))
-        return () if site is None else (site,)
+        return experts_sites(*self._layer(index))
 
     def experts_origin(self, index: int) -> tuple[int, ...]:
         """Which of the original experts decoder layer `index` has; none where its FFN is no mixture."""
@@ -164,8 +174,7 @@ class Model:
     def block(self, index: int, read: Callable[[Tensor], Tensor] = Tensor.detach) -> Block:
         """Decoder layer `index` as tensors; streamed, only inside `loaded(index)`. `read`: what stands for a
         parameter of a site, of its shape."""
-        block = decoder_layer_block(*self._layer(index), read)
-        return replace(block, sites=self._priced(index, block.sites))
+        return decoder_layer_block(*self._layer(index), self.layer_sites(index), read)
 
     @contextmanager
     def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
@@ -272,8 +281,7 @@ class Model:
 
     def mean_loss(self, tokens_BT: Tensor) -> Tensor:
         """Mean next-token loss in nats, differentiable; of a model in memory."""
-        logits = self.module(input_ids=tokens_BT.to(self.device), use_cache=False).logits
-        return mean_next_token_loss(logits, tokens_BT)
+        return mean_next_token_loss(self._logits(tokens_BT), tokens_BT)
 
     def as_output(self, hidden: Tensor) -> Any:
         """What a decoder layer returns that computed these hidden states."""

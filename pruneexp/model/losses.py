@@ -21,7 +21,7 @@ def next_token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
 
 
 def mean_next_token_loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Their mean, differentiable."""
+    """Mean nats of the predicted tokens, differentiable."""
     logits_NV, next_N = logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].to(logits_BTV.device).flatten()
     return nn.functional.cross_entropy(_wide(logits_NV), next_N)
 

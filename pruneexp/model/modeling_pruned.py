@@ -284,13 +284,13 @@ class HeadLayout:
         return {"query": self.group * self.size, "key": self.size, "value": self.size}
 
     def key_value_heads(self, heads: int) -> int:
-        """Of so many query heads."""
+        """How many of them so many query heads have."""
         assert heads % self.group == 0, "the heads of a group leave together"
         return min(heads, 1) if self.shared else heads // self.group
 
 
 def head_layout(family: Family, config: Any) -> HeadLayout:
-    """From a stock config, which tells the original numbers of heads."""
+    """The layout of a stock config, which tells the original numbers of heads."""
     group = config.num_attention_heads // _key_value_heads(family, config)
     shared = bool(family.shared_roles)
     return HeadLayout(head_size(config), 1 if shared else group, shared)
@@ -333,7 +333,8 @@ class LayerStructure:
     kept_experts: tuple[int, ...] | None = None  # original expert indices, where some have left
 
     def to_config(self, layout: HeadLayout) -> dict[str, Any]:
-        """Where attention is gone, the heads of one unit, which servers make room for, and that it is."""
+        """As it stands in `per_layer_config`. A layer without attention says so, and has the heads of one unit, because
+        servers make room for some."""
         own = asdict(self) | {"attention_removed": self.num_attention_heads == 0}
         if self.num_attention_heads == 0:
             own |= {"num_attention_heads": layout.group, "num_key_value_heads": 1}
@@ -390,7 +391,7 @@ class RemovedFFN(nn.Module):
 
 
 class RemovedAttention(RemovedFFN):
-    """The same of attention that lost all its heads.
+    """Attention that lost all its heads: what it still adds is its output bias, if it owns one.
 
     vLLM gives every layer a cache and an attention of its own, told by `config` and `layer_idx`, where it finds a call
     of the attention interface in `forward`, and refuses models with layers that have none. Here is one, never run.

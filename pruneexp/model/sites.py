@@ -43,11 +43,8 @@ def layer_layout(layer: nn.Module, family: Family, config: Any) -> HeadLayout:
 
 def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStructure:
     """The layer's widths, as it stands."""
-    layout, experts, out_projections = (
-        layer_layout(layer, family, config),
-        experts_of(layer, family),
-        _ffn_outs(layer, family),
-    )
+    layout, experts = layer_layout(layer, family, config), experts_of(layer, family)
+    out_projections = _ffn_outs(layer, family)
     heads = inputs_of(layer, family.attention_out) // layout.size
     sizes = tuple(inputs_of(layer, path) for path in out_projections)
     biases = tuple(_linear(layer, path).bias is not None for path in out_projections)
@@ -99,8 +96,8 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
 
 
 def _expert_sites(layer: nn.Module, index: int, family: Family, prefix: str) -> Iterator[Site]:
-    """Channels of each expert. Only some experts are run for a token: multiply-accumulates are those of a token on
-    average, were they chosen equally often."""
+    """The channels of each expert as a site. A token runs only some experts: multiply-accumulates are a token's average
+    if all experts are chosen equally often."""
     cost: Cost | None = None  # of a channel, the same in all of them
     for number, out_projection in enumerate(_ffn_outs(layer, family)):
         if channels := inputs_of(layer, out_projection):
@@ -117,25 +114,25 @@ def experts_name(family: Family, prefix: str) -> str:
     return f"{prefix}.{family.mlp}.{family.experts}"
 
 
-def experts_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site | None:
-    """The experts of a mixture as the units of one site; None where the FFN is none, or they are all empty.
+def experts_sites(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> tuple[Site, ...]:
+    """The experts of a mixture as the units of one site; none where the FFN is no mixture, or all experts are empty.
 
-    With an expert leave its matrices and its row of the router. Another is run in its place for as many tokens, so that
-    of the multiply-accumulates only those of the row leave.
+    An expert takes its matrices and its row of the router with it. Its tokens go to other experts: of the
+    multiply-accumulates only those of the row leave.
 
     Raises:
         ConfigError: the layer's experts are not alike any more.
     """
     experts = experts_of(layer, family)
     if experts is None or not layer_structure(layer, family, config).intermediate_size:
-        return None
+        return ()
     router = router_of(layer, family)
     held = {sum(p.numel() for p in expert.parameters()) for expert in experts}
     if len(held) > 1:
         differ = f"where they differ in width (those of layer {index} do)"
         raise ConfigError(f"search.granularity: expected no experts {differ}")
     cost = Cost(held.pop() + config.hidden_size, config.hidden_size, 0)
-    return Site(experts_name(family, prefix), "experts", index, len(experts), 0, cost, least=router.top_k)
+    return (Site(experts_name(family, prefix), "experts", index, len(experts), 0, cost, least=router.top_k),)
 
 
 def decoder_layer_block(
@@ -144,14 +141,14 @@ def decoder_layer_block(
     family: Family,
     config: Any,
     prefix: str,
-    read: Callable[[Tensor], Tensor] = Tensor.detach,
+    sites: tuple[Site, ...],
+    read: Callable[[Tensor], Tensor],
 ) -> Block:
-    """The layer as tensors by role. The tensors are views: never write to them. `read`: what stands for a parameter of
-    the sites, of its shape (its gradient, say)."""
-    sites = layer_sites(layer, index, family, config, prefix)
+    """The layer as tensors by role. The tensors are views: never write to them. `sites`: as `layer_sites` finds them.
+    `read`: what stands for a parameter of the sites, of its shape (its gradient, say)."""
     weights, norms = {}, {}
     for site in sites:
-        weights[site.name] = _site_weights(layer, family, site, unit_rows(family, site, config), read)
+        weights[site.name] = _site_weights(layer, family, site, unit_rows(site, config), read)
         path = family.attention_norm if site.kind == "attention" else family.mlp_norm
         scale = None if path is None else getattr(layer.get_submodule(path), "weight", None)
         if isinstance(scale, Tensor):
@@ -167,7 +164,8 @@ def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix
     if experts_of(layer, family) is not None:
         macs += router_of(layer, family).weight.numel()
     params = sum(p.numel() for p in layer.parameters())
-    return Site(prefix, "block", index, 1, 0, Cost(params, macs, kv_elements(layer, family, config), context_macs))
+    kv = 2 * head_size(config) * layer_structure(layer, family, config).num_key_value_heads
+    return Site(prefix, "block", index, 1, 0, Cost(params, macs, kv, context_macs))
 
 
 def as_whole(site: Site) -> Site:
@@ -177,7 +175,7 @@ def as_whole(site: Site) -> Site:
 
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[UnitRows, ...], str]:
-    """The in-projections and the path of the out-projection of a site. What serves all units alike is none."""
+    """A site's in-projections, without those that serve all units alike, and the path of its out-projection."""
     if site.kind == "attention":
         own = (w for w in family.attention_in if not set(w.roles) <= set(family.shared_roles))
         return tuple(own), family.attention_out
@@ -187,17 +185,11 @@ def site_parts(family: Family, site: Site) -> tuple[tuple[UnitRows, ...], str]:
     return tuple(own), expert_path(family, family.mlp_out, site.expert)
 
 
-def unit_rows(family: Family, site: Site, config: Any) -> dict[str, int]:
+def unit_rows(site: Site, config: Any) -> dict[str, int]:
     """Rows of one of the site's units in each part of its in-projections."""
     if site.kind != "attention":
         return FFN_ROWS
     return {"query": site.width, "key": head_size(config), "value": head_size(config)}
-
-
-def kv_elements(layer: nn.Module, family: Family, config: Any) -> int:
-    """KV-cache elements per token of one layer."""
-    layout = head_layout(family, config)
-    return 2 * layout.size * layer_structure(layer, family, config).num_key_value_heads
 
 
 def head_norm_rows(layer: nn.Module, norm: UnitRows) -> dict[str, Tensor]:
@@ -224,7 +216,7 @@ def _linear(layer: nn.Module, path: str) -> Any:
 
 
 def inputs_of(layer: nn.Module, path: str) -> int:
-    """Of a linear layer."""
+    """The number of inputs of a linear layer."""
     return linear_sizes(layer.get_submodule(path))[0]
 
 

@@ -28,7 +28,7 @@ from pruneexp.model.refusal import refused
 from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 logger = logging.getLogger("pruneexp")
 
@@ -71,8 +71,7 @@ class ModelSource:
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r}: expected auto or one of {', '.join(DTYPES)}")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size!r}: expected an int >= 1")
+        require_least(self, 1, "batch_size")
         if self.device == AUTO:
             if self.stream:
                 raise ConfigError(
@@ -171,23 +170,22 @@ class ModelSource:
             logger.info("model.path=%r: %s is another than the embedding, whatever its config says", self.path, head)
         with checks.building(self.path, config_json["model_type"]):
             module = skeleton(model_class, config, family, dtype)
-        layers_path = f"{module.base_model_prefix}.{family.layers}"
         checks.check_tensors(module, checkpoint, self.path)
         mixed = checks.precisions(checkpoint.dtypes())
         if mixed:
             logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, dtype)
         model = self._model(module, tokenizer, family, dtype, checkpoint if self.stream else None)
-        load_outside_(module, config, layers_path, checkpoint, model.device, dtype)
+        load_outside_(module, model.layers_path, checkpoint, model.device, dtype)
         if not self.stream:
-            layers = list(model.layers)
-            for index, layer in enumerate(progress(layers, "load", len(layers), "blocks")):
-                prefix = f"{layers_path}.{index}."
+            for index, layer in enumerate(progress(model.layers, "load", len(model.layers), "blocks")):
+                prefix = f"{model.layers_path}.{index}."
                 load_into_(layer, stored_tensors(layer, checkpoint, prefix), prefix, model.layer_device(index), dtype)
                 check_finite(layer, prefix)
         module.eval().requires_grad_(False)
         if len(model.devices) > 1:
-            connect_(module, model.layers, [model.layer_device(i) for i in range(len(model.layers))], model.device)
-            counts = Counter(model.layer_device(i) for i in range(len(model.layers)))
+            placement = [model.layer_device(i) for i in range(len(model.layers))]
+            connect_(module, model.layers, placement, model.device)
+            counts = Counter(placement)
             logger.info("decoder layers: %s", ", ".join(f"{n} on {device}" for device, n in counts.items()))
         if tokenizer is None:
             model.tokenizer = self.tokenizer(folder)
@@ -197,7 +195,7 @@ class ModelSource:
 
     @contextmanager
     def on_a_device(self) -> Iterator[ModelSource]:
-        """The source with its device at hand: of `cuda:any`, a GPU that no other run has meanwhile."""
+        """The source with its device held: for `cuda:any`, a GPU that no other run has meanwhile."""
         with held_gpu(self.device) as device:
             yield replace(self, device=device)
 

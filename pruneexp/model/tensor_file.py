@@ -77,7 +77,7 @@ def places(file: Path) -> dict[str, Place]:
 
 
 def pieces(place: Place) -> Iterator[Place]:
-    """The same elements, flat, `PIECE` of them at a time."""
+    """Where the same elements lie, flat, `PIECE` of them at a time."""
     count = prod(place.shape)
     for start in range(0, count, PIECE):
         yield Place(place.start + start * DTYPES[place.kind].itemsize, place.kind, (min(PIECE, count - start),))

@@ -9,9 +9,9 @@ from pruneexp.model.checks import FLOATS
 
 
 def settle_ties_(model_class: Any, config: Any, checkpoint: Checkpoint) -> str | None:
-    """Makes `tie_word_embeddings` of a config say what the files hold, as transformers loads them: another head than
-    the embedding is a head of its own; an equal copy of it, or one of the two alone, is both. Returns the name of a
-    head that the config said was the embedding, and is not."""
+    """Makes `tie_word_embeddings` of a config say what the files hold, as transformers loads them. Head and embedding
+    are one where both hold the same numbers, or only one of them is there. Returns the name of a head that is not the
+    embedding although the config says so."""
     if not config.tie_word_embeddings:
         return None
     for head, embedding in (model_class._tied_weights_keys or {}).items():

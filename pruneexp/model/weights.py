@@ -30,7 +30,8 @@ def stored_tensors(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> di
 def load_into_(
     module: nn.Module, tensors: MutableMapping[str, Tensor], prefix: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Gives `module`'s parameters and persistent buffers the `tensors` called `prefix` + name, which are taken out."""
+    """Gives `module`'s parameters and persistent buffers the `tensors` called `prefix` + name, and takes them out of
+    `tensors`."""
     for name, tensor in list(module.state_dict().items()):
         kind = dtype if tensor.is_floating_point() else None
         loaded = tensors.pop(prefix + name).to(device=device, dtype=kind)
@@ -38,6 +39,11 @@ def load_into_(
             shapes = f"shape {tuple(loaded.shape)}, expected {tuple(tensor.shape)}"
             raise RunError(f"{prefix}{name}: the checkpoint holds {shapes}")
         set_tensor_(module, name, loaded)
+
+
+def tied_names(module: Any) -> set[str]:
+    """Second names of shared parameters, which checkpoints leave out."""
+    return set(module.all_tied_weights_keys) if module.config.tie_word_embeddings else set()
 
 
 def set_tensor_(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -48,12 +54,12 @@ def set_tensor_(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def load_outside_(
-    module: Any, config: Any, layers_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    module: Any, layers_path: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Loads everything outside the decoder layers: embeddings, final norm, head."""
     layers = module.get_submodule(layers_path)
     module.set_submodule(layers_path, nn.ModuleList())
-    tied = set(module.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    tied = tied_names(module)
     for path, part in list(module.named_modules()):
         _compute_buffers_(module, part, device)
         own = nn.Module()  # the part's own tensors alone
@@ -63,7 +69,7 @@ def load_outside_(
         load_into_(own, stored_tensors(own, checkpoint, prefix), prefix, device, dtype)
         part._parameters.update(own._parameters)
         part._buffers.update(own._buffers)
-    if config.tie_word_embeddings:
+    if module.config.tie_word_embeddings:
         module.tie_weights()
     check_finite(module, "")
     module.set_submodule(layers_path, layers)

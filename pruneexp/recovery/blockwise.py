@@ -17,7 +17,7 @@ from pruneexp.model.modeling_pruned import Family
 from pruneexp.progress import progress
 from pruneexp.recovery.common import Recovered, rate_factor
 from pruneexp.recovery.lesson import Lesson, States
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, require_least
 
 logger = logging.getLogger("pruneexp")
 
@@ -52,9 +52,7 @@ class Blockwise:
     held_out: float
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer >= 1")
+        require_least(self, 1, "epochs", "batch")
         if not 0 < self.rate < math.inf:
             raise ConfigError(f"rate={self.rate!r}: expected a number > 0")
         if not 0 <= self.warmup <= 1:

@@ -81,7 +81,8 @@ class NoRecovery:
 
 
 def rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Up to 1 over the warm-up, then down towards 0: min((s + 1) / w, (n - s) / (n - w)), s from 0."""
+    """The rate as a share of its peak: it rises over the warm-up to 1 and falls towards 0 after it,
+    min((s + 1) / w, (n - s) / (n - w)), s from 0."""
     return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
 
 

@@ -32,7 +32,7 @@ class States:
 
     @classmethod
     def entering(cls, model: Model, tokens_NT: Tensor, meter: Meter) -> States:
-        """In front of the first layer."""
+        """The states in front of the first layer."""
         hidden_NTD = torch.cat([model.enter(batch)[0] for batch in tokens_NT.split(model.batch_size)])
         return cls(model, tokens_NT, hidden_NTD, meter)
 
@@ -43,7 +43,7 @@ class States:
         return self._calls[windows][self.index]
 
     def run_to(self, index: int) -> None:
-        """Through all layers before layer `index`."""
+        """Runs them through all layers before layer `index`."""
         while self.index < index:
             device = self.model.layer_device(self.index)
             with self.model.loaded(self.index, self.index + 1) as layer:
@@ -99,22 +99,22 @@ class Lesson:
         return True
 
     def weights(self) -> list[Tensor]:
-        """As they are now."""
+        """A copy of the trained weights as they are now."""
         return [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def give_(self, weights: list[Tensor]) -> None:
-        """Gives them to the model's layer."""
+        """Gives `weights` to the model's layer."""
         for parameter, weight in zip(self.own.parameters(), weights, strict=True):
             parameter.copy_(weight)
 
     def _parts(self, windows_B: Tensor) -> tuple[Tensor, ...]:
-        """As many windows as are run at once."""
+        """The windows in batches, whose forward passes are charged."""
         self.states.meter.forward += self._share(windows_B)
         return windows_B.split(self.states.model.batch_size)
 
     def _share(self, windows_B: Tensor) -> float:
-        """Of a plain pass over all windows and layers."""
+        """What one layer's pass over these windows is of a plain pass over all windows and layers."""
         return len(windows_B) / (len(self.states.tokens_NT) * len(self.states.model.layers))
 
     def _loss(self, windows_B: Tensor) -> Tensor:

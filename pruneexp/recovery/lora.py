@@ -19,7 +19,7 @@ from pruneexp.model.modeling_pruned import Family
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.recovery.common import Adapter, Recovered, batches_of, rate_factor
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, require_least
 
 logger = logging.getLogger("pruneexp")
 
@@ -53,12 +53,8 @@ class Lora:
     merge: bool
 
     def __post_init__(self) -> None:
-        for name in ("samples", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected null or an integer >= 1")
-        for name in ("epochs", "batch", "r", "alpha"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected an integer >= 1")
+        require_least(self, 1, "samples", "steps", besides=", or null")
+        require_least(self, 1, "epochs", "batch", "r", "alpha")
         for name in ("rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number > 0")

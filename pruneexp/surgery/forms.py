@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pruneexp.model import Model, layer_structure, modeling_pruned, select_layers_
-from pruneexp.model.modeling_pruned import FAMILIES, Family, LayerStructure, family_of, head_layout, head_size
+from pruneexp.model.modeling_pruned import FAMILIES, Family, LayerStructure, family_of, head_size
 
 logger = logging.getLogger("pruneexp")
 
@@ -32,7 +32,7 @@ class Form:
 def save_form(model: Model) -> Form:
     """The simplest faithful form: a stock architecture where all layers are alike and one can say so, else the
     modeling file beside the weights with the structure in `per_layer_config`."""
-    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    structures = model.structures
     if model.family.experts:
         why = "layers or experts are not alike, their width is no multiple of 8, or the stock class lacks their biases"
         return _uniform_mixture(model, structures) or _remote_code(model, structures, why)
@@ -51,12 +51,12 @@ def fits_config(model: Model) -> bool:
     if model.mixture:
         return False
     before = original_structure(model)
-    return all(layer_structure(layer, model.family, model.config) == before for layer in model.layers)
+    return all(own == before for own in model.structures)
 
 
 def remote_code_form(model: Model, why: str) -> Form:
     """The modeling file beside the weights, even where a stock architecture could hold them."""
-    return _remote_code(model, [layer_structure(layer, model.family, model.config) for layer in model.layers], why)
+    return _remote_code(model, model.structures, why)
 
 
 def uniform_form(model: Model, structure: LayerStructure, layer: nn.Module) -> Form | None:
@@ -89,7 +89,7 @@ def _stock_layer(config: Any, family: Family) -> nn.Module:
 
 
 def stock_layers(model: Model) -> nn.ModuleList:
-    """All decoder layers as the stock class has them, without weights."""
+    """The decoder layers as the stock class has them, without weights."""
     with torch.device("meta"):
         stock = stock_class(model.config.model_type)._from_config(model.config, dtype=model.dtype)
     return stock.base_model.get_submodule(model.family.layers)
@@ -186,9 +186,9 @@ def _uniform_own(model: Model, structure: LayerStructure, before: LayerStructure
 
 
 def _uniform_mixture(model: Model, structures: list[LayerStructure]) -> Form | None:
-    """A mixture's own stock class: as many heads in every layer, as many experts of one width in every mixture, FFNs of
-    one width beside them, and no biases that pruning added. transformers runs fused experts by torch's grouped product,
-    which takes rows of whole 16 bytes alone: a pruned width is a multiple of 8, for half precision."""
+    """A mixture's own stock class. All layers must have the same heads, all mixtures as many experts of one width, all
+    other FFNs one width, and pruning must not have added biases. A pruned width must be a multiple of 8: transformers
+    runs fused experts by torch's grouped product, which only takes rows of whole 16 bytes."""
     before = _stock_structures(model)
     if structures == before:
         return _unchanged(model)
@@ -268,7 +268,7 @@ def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -
 def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Form:
     stock = f"Pruned{model.family.stock}"
     values = _values(model)
-    layout = head_layout(model.family, model.config)
+    layout = model.head_layout
     per_layer = {index: structure.to_config(layout) for index, structure in enumerate(structures)}
     named = {name for layer in per_layer.values() for name in layer}
     for layer in per_layer.values():  # transformers wants them alike: layers without experts have lists of none
@@ -277,9 +277,8 @@ def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Fo
     if told and getattr(model.config, "num_key_value_heads", None) is None:
         for layer in per_layer.values():
             layer.pop("num_key_value_heads")
-    if not hasattr(
-        model.config, "head_dim"
-    ):  # else out-projections would divide the hidden size by a layer's number of heads
+    # Without a head size, out-projections would divide the hidden size by a layer's own number of heads.
+    if not hasattr(model.config, "head_dim"):
         values["head_dim"] = head_size(model.config)
     config = modeling_pruned.__getattr__(f"{stock}Config")(**values, per_layer_config=per_layer)
     config.architectures = [f"{stock}ForCausalLM"]

@@ -22,10 +22,8 @@ OutProjections = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> we
 
 @contextmanager
 def masked(model: Model, plan: Plan, out_projections: OutProjections | None = None) -> Iterator[Model]:
-    """Runs `model` as if `plan`'s units were gone: what they hand to the out-projection is
-    zeroed.
-
-    A whole expert's tokens go to the experts that stay, as they will once it is gone.
+    """Runs `model` as if the units that `plan` drops were gone: what they hand to the out-projection is zeroed. A whole
+    expert's tokens go to the experts that stay, as they will once it is gone.
 
     Where `out_projections` names a site, its out-projection is replaced by that weight and bias on the kept channels (a
     compensated candidate). No weight is copied or written; on exit the model is as before.
@@ -80,16 +78,16 @@ def _replacement(site: Site, plan: Plan, weight_OK: Tensor, bias_O: Tensor | Non
 
 
 def _fewer_heads(model: Model, layer: nn.Module, site: Site, plan: Plan) -> Iterator[tuple[nn.Module, Any]]:
-    """Norms over the queries or keys of all heads (OLMo 2): of the kept heads they see those alone, as they will once
-    the others are gone. The others' channels become zeros."""
+    """Norms over the queries or keys of all heads (OLMo 2), and what they compute: over the kept heads alone, as they
+    will once the others are gone. The others' channels become zeros."""
     if site.kind != "attention" or not plan.changes(site) or not plan.sites[site.name].kept:
         return
-    rows = unit_rows(model.family, site, model.config)
-    for in_projection in model.family.head_norms:
-        norm: Any = layer.get_submodule(in_projection.path)
-        if hasattr(norm, "norms") or in_projection.roles[0] in model.family.shared_roles:
+    rows = unit_rows(site, model.config)
+    for head_norm in model.family.head_norms:
+        norm: Any = layer.get_submodule(head_norm.path)
+        role, own = head_norm.roles[0], plan.sites[site.name]
+        if hasattr(norm, "norms") or role in model.family.shared_roles:
             continue
-        role, own = in_projection.roles[0], plan.sites[site.name]
         keep = own.keep_C(site) if role == "query" else replace(site, width=rows[role]).keep_C(own.kept)
         yield norm, _narrowed(norm, keep.to(model.layer_device(site.layer)))
 
@@ -106,8 +104,8 @@ def _narrowed(norm: Any, keep: Tensor) -> Any:
 
 
 def _fewer_experts(router: Any, kept: Sequence[int]) -> Any:
-    """Routing among the kept experts alone; the others' logits are -inf. To all of them, where a probe keeps fewer than
-    a token is routed to."""
+    """Routing among the kept experts alone; the others' logits are -inf. Where a probe keeps fewer experts than a token
+    is routed to, tokens go to all of them."""
     rows = torch.tensor(kept, dtype=torch.int64, device=router.weight.device)
     own = copy(router)
     own._parameters, own.top_k = {"weight": router.weight[rows]}, min(router.top_k, len(kept))

@@ -17,7 +17,6 @@ from pruneexp.model.modeling_pruned import (
     RemovedAttention,
     UnitRows,
     as_matrix,
-    head_layout,
     resize_layer_,
     split_parts,
 )
@@ -43,9 +42,8 @@ def padding(model: Model, multiple: int = 1) -> Padding:
     """
     if model.mixture:
         raise ConfigError("format=padded: expected format=remote_code for a mixture of experts, which is not padded")
-    structures = [layer_structure(layer, model.family, model.config) for layer in model.layers]
+    structures, layout = model.structures, model.head_layout
     before = original_structure(model)
-    layout = head_layout(model.family, model.config)
     if any(s.num_attention_heads != s.num_key_value_heads * layout.group for s in structures if not layout.shared):
         raise ConfigError(
             "format=padded: expected format=remote_code for KV groups that lost query heads, which are not padded"
@@ -107,7 +105,7 @@ def pad_(model: Model, padding: Padding) -> None:
 def padded_layer(model: Model, index: int, structure: LayerStructure, layer: Any) -> nn.Module:
     """Gives the stock `layer` the widths of `structure` and the weights of decoder layer `index`, zeros beyond them."""
     family, old = model.family, model.layers[index]
-    resize_layer_(layer, family, structure, head_layout(family, model.config))
+    resize_layer_(layer, family, structure, model.head_layout)
     own, device = old.state_dict(), model.module.get_input_embeddings().weight.device
     for name, tensor in layer.state_dict().items():
         if name in own and own[name].shape == tensor.shape:
@@ -125,7 +123,7 @@ def padded_layer(model: Model, index: int, structure: LayerStructure, layer: Any
 
 
 def _pad_attention_(model: Model, old: Any, layer: Any) -> None:
-    family, layout = model.family, head_layout(model.family, model.config)
+    family, layout = model.family, model.head_layout
     units = inputs_of(old, family.attention_out) // (layout.group * layout.size)
     kept_heads = layer_structure(old, family, model.config).kept_heads
     slots = None if kept_heads is None else torch.tensor(kept_heads[:: layout.group]) // layout.group
@@ -184,7 +182,6 @@ def _pad_joint_norm_(model: Model, old: Any, layer: Any, norm: UnitRows, units: 
     in_projection = next(w for w in model.family.attention_in if w.roles == norm.roles)
     for parameter in layer.get_submodule(in_projection.path).parameters():
         parameter.data = parameter.data * factor
-    rows = head_layout(model.family, model.config).rows
-    _pad_in_projection_(model, old, layer, norm, rows, units, slots=None)
+    _pad_in_projection_(model, old, layer, norm, model.head_layout.rows, units, slots=None)
     target.weight.data = target.weight.data / factor
     assert len(head_norm_rows(layer, norm)) == 1, "a bias would have to stay as it is"

@@ -59,10 +59,9 @@ json.dump({"class": type(model).__name__, **said}, open(out_file + ".json", "w")
 
 
 def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense | None = None) -> dict[str, Any]:
-    """Reloads `folder` in a clean process without this package, on the CPU, and compares logits and greedy tokens; so
-    it does with the model's source, where `dense` gives what is to come of it for the same tokens. `tolerance`: what
-    rounding explains of the difference, where a GPU's half precision is compared with a CPU's: 5 % of the logits' root
-    mean square.
+    """Reloads `folder` in a clean process without this package, on the CPU, and compares logits and greedy tokens. With
+    `dense`, the process also loads the model's source and compares that. `tolerance`: what rounding explains of the
+    difference; where a GPU's half precision is compared with a CPU's, 5 % of the logits' root mean square.
 
     Raises RunError where it does not reload.
     """
@@ -98,8 +97,8 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense
 
 
 def prove_in_place(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense | None = None) -> dict[str, Any]:
-    """Reloads `folder` here, with the modeling file of this package, and compares logits; so it does with the model's
-    source, with plain transformers, where `dense` gives what is to come of it."""
+    """Reloads `folder` here, with the modeling file of this package, and compares logits. With `dense`, plain
+    transformers also loads the model's source, which is compared with that."""
     source = {} if dense is None else {"source": compare_in_place(dense, model.dtype)}
     reloaded = _source(model, folder, stream=False).load()
     difference = (logits_of(reloaded, tokens_BT) - logits_of(model, tokens_BT)).abs().max().item()
@@ -160,7 +159,7 @@ def _source(model: Model, folder: Path, stream: bool) -> ModelSource:
 
 @torch.no_grad()
 def logits_of(model: Model, tokens_BT: Tensor) -> Tensor:
-    """By the products that plain transformers has."""
+    """Logits [B, T, V], multiplied as plain transformers does it."""
     with plain_linear():
         return model.module(tokens_BT.to(model.device)).logits.float().cpu()
 

@@ -94,7 +94,7 @@ def not_loaded(error: object) -> dict[str, Any]:
 
 
 def check_source(record: Mapping[str, Any], path: str) -> None:
-    """Says where plain transformers did not load the source. Raises RunError where it made another model of it.
+    """Warns where plain transformers did not load the source. Raises RunError where it made another model of it.
     `record`: what proof.json says of the source; `path`: as `model.path`."""
     if record["compared"] and not record["relative_difference"] <= record["tolerance"]:  # NaN, too
         raise RunError(

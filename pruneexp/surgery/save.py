@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruneexp.files import save_tensors
-from pruneexp.model import Checkpoint, Model, layer_structure
+from pruneexp.model import Checkpoint, Model
 from pruneexp.model.checkpoint import INDEX, SINGLE, safetensors_files, stored_name
 from pruneexp.model.companions import carry
-from pruneexp.model.modeling_pruned import head_layout, number_caches_, resize_layer_
+from pruneexp.model.modeling_pruned import number_caches_, resize_layer_
 from pruneexp.model.tensor_file import places
+from pruneexp.model.weights import tied_names
 from pruneexp.surgery.forms import REMOTE_CODE, Form, save_form
 from pruneexp.surgery.old_keys import with_old_keys
 from pruneexp.surgery.prove import BlockProof
@@ -82,16 +83,21 @@ def write_description(model: Model, form: Form, folder: Path) -> None:
 def _tensors(model: Model, form: Form) -> Iterable[tuple[str, Tensor]]:
     """Every tensor to store, as the modules call it; tied ones once, and the zero biases that a stock class insists
     on."""
-    tied = set(model.module.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    tied = tied_names(model.module)
     for name, tensor in model.module.state_dict().items():
         if name not in tied:
             yield name, tensor
     for index, layer in enumerate(model.layers):
-        for path in form.zero_biases:
-            linear: Any = layer.get_submodule(path)
-            if linear.bias is None:
-                zeros = torch.zeros(linear.out_features, dtype=model.dtype)
-                yield f"{model.layers_path}.{index}.{path}.bias", zeros
+        for name, zeros in zero_biases(layer, form, model.dtype):
+            yield f"{model.layers_path}.{index}.{name}", zeros
+
+
+def zero_biases(layer: nn.Module, form: Form, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The biases of a decoder layer that only its stock class wants, by their names below the layer."""
+    for path in form.zero_biases:
+        linear: Any = layer.get_submodule(path)
+        if linear.bias is None:
+            yield f"{path}.bias", torch.zeros(linear.out_features, dtype=dtype)
 
 
 class StreamedSave:
@@ -126,9 +132,8 @@ class StreamedSave:
     def state(self) -> dict[str, Any]:
         """The layers so far: what they look like, where they are written, what waits to be written, what they compute.
         Together with the files, enough for another process to go on."""
-        layers = self.model.layers[: len(self.proof.outputs)]
         return {
-            "structures": [layer_structure(layer, self.model.family, self.model.config) for layer in layers],
+            "structures": self.model.structures[: len(self.proof.outputs)],
             "shards": self.writer.shards,
             "waiting": self.writer.pending,
             "outputs": self.proof.outputs,
@@ -145,10 +150,9 @@ class StreamedSave:
         if not self.finished:
             self.writer.restore(state["shards"], state["waiting"])
         self.proof.restore(state["outputs"])
-        layout = head_layout(self.model.family, self.model.config)
-        for layer, structure in zip(self.model.layers, state["structures"], strict=False):
-            if layer_structure(layer, self.model.family, self.model.config) != structure:
-                resize_layer_(layer, self.model.family, structure, layout)
+        for layer, own, wanted in zip(self.model.layers, self.model.structures, state["structures"], strict=False):
+            if own != wanted:
+                resize_layer_(layer, self.model.family, wanted, self.model.head_layout)
         number_caches_(self.model.layers, self.model.family, self.model.configs)
         return True
 
@@ -179,8 +183,7 @@ class StreamedSave:
 
 @contextmanager
 def _writing(folder: Path, aside: Path, ended: type[BaseException] = Exception) -> Iterator[None]:
-    """Whatever goes wrong while writing leaves nothing behind; a full or read-only disk becomes one clear line.
-    `ended`: what leaves nothing behind."""
+    """Inside, an error of the kind `ended` leaves nothing behind. A full or read-only disk becomes one clear line."""
     try:
         yield
     except ended as error:
@@ -200,8 +203,8 @@ def tensors_of(file: Path) -> set[str] | None:
 
 
 class ShardWriter:
-    """Writes tensors as they come into safetensors shards of about 4 GiB, and the index when closed. `stored_as`: as
-    the family's, for the names to be those of the stock class's checkpoints."""
+    """Writes tensors as they come into safetensors shards of about 4 GiB, and the index when closed. `stored_as`: the
+    family's, which gives tensors the names that checkpoints of the stock class have."""
 
     def __init__(self, folder: Path, stored_as: Sequence[tuple[str, str]] = (), shard_bytes: int = SHARD_BYTES):
         self.folder, self.stored_as, self.shard_bytes = folder, stored_as, shard_bytes
@@ -229,7 +232,7 @@ class ShardWriter:
         self.pending, self._pending_bytes = {}, 0
 
     def file(self, number: int) -> Path:
-        """A shard's, until the writer is closed."""
+        """The file of a shard, until the writer is closed."""
         return self.folder / f"shard-{number:05d}"
 
     def restore(self, shards: list[list[str]], pending: dict[str, Tensor]) -> None:

@@ -24,8 +24,8 @@ def vllm_note(config: Any) -> str:
 
 
 def broken_period(config: Any) -> str:
-    """The attribute of a stock config with one value a layer that is not what the config's class gives by itself for so
-    many layers; "" where all are. Software that assumes the period then computes another model, in silence."""
+    """The per-layer attribute of a stock config that does not have the values which the config's class gives to so many
+    layers; "" where all have. Software that assumes the class's period computes another model, without an error."""
     named = [name for name in PER_LAYER if getattr(config, name, None)]
     if not named:
         return ""

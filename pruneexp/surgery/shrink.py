@@ -14,7 +14,6 @@ from pruneexp.model.modeling_pruned import (
     LayerStructure,
     UnitRows,
     as_matrix,
-    head_layout,
     join_parts,
     keep_experts_,
     number_caches_,
@@ -86,7 +85,7 @@ def _narrow_(model: Model, index: int, plan: Plan, out_projections: OutProjectio
     for site in sites:
         tensors.update(_kept_tensors(model, layer, site, plan, out_projections.get(site.name)))
     structure = _structure_after(model, layer, sites, plan, out_projections)
-    resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
+    resize_layer_(layer, model.family, structure, model.head_layout)
     _set_(layer, tensors)
     number_caches_(model.layers, model.family, model.configs)
 
@@ -97,7 +96,7 @@ def replace_out_projections_(model: Model, index: int, out_projections: OutProje
     layer = model.layers[index]
     sites = [site for site in model.layer_sites(index) if site.name in out_projections]
     structure = _structure_after(model, layer, sites, Plan({}), out_projections)  # one may get a bias
-    resize_layer_(layer, model.family, structure, head_layout(model.family, model.config))
+    resize_layer_(layer, model.family, structure, model.head_layout)
     for site in sites:
         path = site_parts(model.family, site)[1]
         linear: Any = layer.get_submodule(path)
@@ -136,7 +135,7 @@ def _structure_after(
         bias = out_projections[site.name][1] is not None if site.name in out_projections else None
         if site.kind == "attention":
             heads, before = own.heads(site), structure.kept_heads
-            shared = head_layout(model.family, model.config).shared
+            shared = model.head_layout.shared
             structure = replace(
                 structure,
                 num_attention_heads=len(heads),
@@ -156,7 +155,7 @@ def _structure_after(
 
 
 def _with_expert(structure: LayerStructure, expert: int, channels: int, bias: bool | None) -> LayerStructure:
-    """With another width (and bias, unless None) of one expert."""
+    """The structure with another width (and bias, unless None) of one expert."""
     sizes, biases = list(structure.expert_sizes or ()), list(structure.expert_output_biases or ())
     sizes[expert], biases[expert] = channels, biases[expert] if bias is None else bias
     return replace(
@@ -173,7 +172,7 @@ def _kept_tensors(
     model: Model, layer: nn.Module, site: Site, plan: Plan, out_projection: tuple[Tensor, Tensor | None] | None
 ) -> dict[str, Tensor]:
     """New tensors of the site's projections, by parameter name below the layer."""
-    own, device = _own(plan, site), model.layer_device(site.layer)
+    own = _own(plan, site)
     in_projections, out_path = site_parts(model.family, site)
     tensors = {}
     for in_projection in in_projections:
@@ -184,13 +183,13 @@ def _kept_tensors(
     for norm in model.family.head_norms if site.kind == "attention" else ():
         for name, weight in head_norm_rows(layer, norm).items():
             scales = _kept_rows(model, weight, norm, site, own)
-            heads = scales.split(head_layout(model.family, model.config).size)
+            heads = scales.split(model.head_layout.size)
             by_head = {f"{norm.path}.{name.format(i)}": head for i, head in enumerate(heads)}
             tensors.update(by_head if "{}" in name else {f"{norm.path}.{name}": scales})
     linear: Any = layer.get_submodule(out_path)
     if out_projection is None:
         matrix = as_matrix(linear, linear.weight)
-        out_projection = matrix.index_select(1, own.keep_C(site).to(device)), linear.bias
+        out_projection = matrix.index_select(1, own.keep_C(site).to(matrix.device)), linear.bias
     else:
         out_projection = _fitted(site, out_projection, linear.weight)
     return {**tensors, **_named(out_path, *out_projection)}
@@ -213,7 +212,7 @@ def _named(path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
 def _kept_rows(model: Model, rows: Tensor, in_projection: UnitRows, site: Site, own: SitePlan) -> Tensor:
     """The rows of the kept units, of these the kept query heads' alone, and those that belong to none."""
     shared = model.family.shared_roles
-    parts = split_parts(rows, in_projection, site.units, unit_rows(model.family, site, model.config), shared)
+    parts = split_parts(rows, in_projection, site.units, unit_rows(site, model.config), shared)
     units = torch.as_tensor(own.kept, dtype=torch.int64, device=rows.device)
     kept = {role: part if role in shared else part.index_select(0, units) for role, part in parts.items()}
     if own.kept_query_heads is not None and "query" in kept:

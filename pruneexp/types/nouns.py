@@ -31,6 +31,11 @@ class RunError(RuntimeError):
     """A run that failed for a reason the user can act on. The message is one line. Exit code 1."""
 
 
+def one_line(said: object) -> str:
+    """What an error says, as the one line that a message takes; its kind where it says nothing."""
+    return " ".join(str(said).split()) or type(said).__name__
+
+
 def require_least(part: Any, least: int, *names: str, besides: str = "") -> None:
     """Raises ConfigError where a setting of one of these names, unless None, is below `least`; `besides` ends it."""
     for name in names:

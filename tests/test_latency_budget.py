@@ -214,6 +214,7 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
     assert "the table foretold" in Path("a/log.txt").read_text() and Path("a/latency.png").stat().st_size > 1000
     assert "milliseconds of the decoder, by the table" in out
     assert cli(*OURS, "cache.dir=cache", "run.dir=b")[0] == 0 and len(measured) == 1, "from the cache"
+    assert ["is from the cache" in Path(run, "log.txt").read_text() for run in "ab"] == [False, True]
     assert cli(*OURS, "cache=off", "run.dir=c", "sparsity.table=a/latency.json")[0] == 0 and len(measured) == 1
     plans = [json.loads(Path(run, "plan.json").read_text())["sites"] for run in "abc"]
     assert plans[0] == plans[1] == plans[2]
@@ -312,6 +313,22 @@ REFUSED = [  # what is typed, what the line names, what it says besides
     ("sparsity.table=ages.json", "sparsity.table='ages.json'", ["[9, 1e+300, 0.0]"]),
     ("sparsity.table=list.json", "sparsity.table='list.json'", ["list"]),
     ("sparsity.table=many.json", "sparsity.table='many.json'", ["threads='many'"]),
+    ("sparsity.table=down.json", "sparsity.table='down.json'", ["[8, 0.5, 0.0] comes after 8 units"]),
+    ("sparsity.table=words.json", "sparsity.table='words.json'", ["ffn of layers [0", "['9', '1', '0']"]),
+    ("sparsity.table=flat.json", "sparsity.table='flat.json'", ["ffn of layers [0", "9: expected [units"]),
+    ("sparsity.table=number.json", "sparsity.table='number.json'", ["attention of layers [0", "7: expected a list"]),
+    ("sparsity.table=twice.json", "sparsity.table='twice.json'", ["layer 0 a second time"]),
+    ("sparsity.table=index.json", "sparsity.table='index.json'", ["layers='0': expected a list of"]),
+    ("sparsity.table=named.json", "sparsity.table='named.json'", ["layers={'0': ", "a list of objects"]),
+    ("sparsity.table=more.json", "sparsity.table='more.json'", ["has model=", "an object of architecture, "]),
+    ("sparsity.table=device.json", "sparsity.table='device.json'", ["device=None: expected text"]),
+    ("sparsity.table=deep.json", "sparsity.table='deep.json'", ["no JSON"]),
+    ("sparsity.table=slower.json", "sparsity.of='latency'", ["fewer units take no less"]),
+    (
+        "sparsity.table=t.json search.granularity=[query_heads,channels]",
+        "sparsity.table='t.json'",
+        ["no query_heads of layer 0", "1 to 2"],
+    ),
     ("sparsity.table=t.json sparsity.ratio=0.99", "sparsity.ratio=0.99", ["at most"]),
     ("sparsity.phase=prefill", "sparsity.context=0", ["phase=prefill"]),
     ("sparsity.batch=0", "sparsity.batch=0", [">= 1"]),
@@ -325,6 +342,7 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
     from pruneexp.model import ModelSource
 
     monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("too late"))
+    slower = {name: [[n, 99.0 - n / 9, iqr] for n, _, iqr in table["layers"][0][name]] for name in ("attention", "ffn")}
     short = {**table, "layers": [{**table["layers"][0], "ffn": table["layers"][0]["ffn"][:9]}]}
     other = {**table, "model": {**table["model"], "hidden": 7}}
     lacks = {key: value for key, value in table.items() if key != "dtype"}
@@ -335,8 +353,16 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
         "lacks": lacks,
         "list": [],
         "many": table | {"threads": "many"},
+        "device": table | {"device": None},
+        "twice": {**table, "layers": table["layers"] * 2},
+        "index": {**table, "layers": [{**table["layers"][0], "layers": "0"}]},
+        "named": {**table, "layers": {"0": table["layers"][0]}},
+        "number": {**table, "layers": [{**table["layers"][0], "attention": 7}]},
+        "more": {**table, "model": {**table["model"], "experts": 2}},
+        "slower": {**table, "layers": [{**table["layers"][0], **slower}]},
     }
     points = {"nan": [9, math.nan, 0.0], "below": [9, -1.0, 0.0], "half": [8.5, 1.0, 0.0]}
+    points |= {"down": [8, 0.5, 0.0], "words": ["9", "1", "0"], "flat": 9}
     points |= {"endless": [math.inf, 1.0, 0.0], "ages": [9, 1e300, 0.0]}
     for name, point in points.items():
         (own,) = table["layers"]
@@ -344,6 +370,7 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
     for name, data in files.items():
         Path(f"{name}.json").write_text(json.dumps(data))
     Path("text.json").write_text("milliseconds")
+    Path("deep.json").write_text("[" * 100_000)
     for command, named, told in REFUSED:
         code, _, err = cli("sparsity.of=latency", "search=global", *command.split())
         assert code == 2, command

@@ -168,6 +168,24 @@ def test_a_sublayer_takes_along_what_is_beside_its_units(
         assert abs(before - total(model) - share * before) <= 0.05 * before
 
 
+@each("search", ["global", "uniform", "evolutionary", "al_am"])
+def test_where_the_last_unit_may_leave_all_times_may(
+    search: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    chosen = SEARCHES[search] if search == "al_am" else replace(SEARCHES[search], min_units=0)
+    before = total(with_table(tiny("llama"), *OVERHEAD))
+    most = 1 - 6 * 0.1e9 / before
+    by_prices = 1 - 3 * (0.3 + 0.5) * 1e9 / before
+    for share in (most - 1e-3, by_prices + 0.03):
+        model = with_table(tiny("llama"), *OVERHEAD)
+        check_pruning(model, chosen, latency(share), NONE)
+        prune(model, tokens_NT, chosen, latency(share))
+        near = 0.7e9 if search == "evolutionary" else 0.25e9  # half of what leaves with a last channel, or with three
+        assert abs(before - total(model) - share * before) <= near
+    with pytest.raises(ConfigError, match=f"expected at most {int(most * 1e4) / 1e4}, all that"):
+        check_pruning(with_table(tiny("llama"), *OVERHEAD), chosen, latency(most + 1e-3), NONE)
+
+
 def test_rounds_are_shares_of_the_original_times(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model = with_table(tiny("llama"), *CONCAVE)
     before = total(model)

@@ -168,6 +168,24 @@ def test_a_sublayer_takes_along_what_is_beside_its_units(
         assert abs(before - total(model) - share * before) <= 0.05 * before
 
 
+@each("search", ["global", "uniform", "evolutionary", "al_am"])
+def test_where_the_last_unit_may_leave_all_times_may(
+    search: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    chosen = SEARCHES[search] if search == "al_am" else replace(SEARCHES[search], min_units=0)
+    before = total(with_table(tiny("llama"), *OVERHEAD))
+    most = 1 - 6 * 0.1e9 / before
+    by_prices = 1 - 3 * (0.3 + 0.5) * 1e9 / before
+    for share in (most - 1e-3, by_prices + 0.03):
+        model = with_table(tiny("llama"), *OVERHEAD)
+        check_pruning(model, chosen, latency(share), NONE)
+        prune(model, tokens_NT, chosen, latency(share))
+        near = 0.7e9 if search == "evolutionary" else 0.25e9  # half of what leaves with a last channel, or with three
+        assert abs(before - total(model) - share * before) <= near
+    with pytest.raises(ConfigError, match=f"expected at most {int(most * 1e4) / 1e4}, all that"):
+        check_pruning(with_table(tiny("llama"), *OVERHEAD), chosen, latency(most + 1e-3), NONE)
+
+
 def test_rounds_are_shares_of_the_original_times(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model = with_table(tiny("llama"), *CONCAVE)
     before = total(model)
@@ -214,6 +232,7 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
     assert "the table foretold" in Path("a/log.txt").read_text() and Path("a/latency.png").stat().st_size > 1000
     assert "milliseconds of the decoder, by the table" in out
     assert cli(*OURS, "cache.dir=cache", "run.dir=b")[0] == 0 and len(measured) == 1, "from the cache"
+    assert ["is from the cache" in Path(run, "log.txt").read_text() for run in "ab"] == [False, True]
     assert cli(*OURS, "cache=off", "run.dir=c", "sparsity.table=a/latency.json")[0] == 0 and len(measured) == 1
     plans = [json.loads(Path(run, "plan.json").read_text())["sites"] for run in "abc"]
     assert plans[0] == plans[1] == plans[2]
@@ -312,6 +331,22 @@ REFUSED = [  # what is typed, what the line names, what it says besides
     ("sparsity.table=ages.json", "sparsity.table='ages.json'", ["[9, 1e+300, 0.0]"]),
     ("sparsity.table=list.json", "sparsity.table='list.json'", ["list"]),
     ("sparsity.table=many.json", "sparsity.table='many.json'", ["threads='many'"]),
+    ("sparsity.table=down.json", "sparsity.table='down.json'", ["[8, 0.5, 0.0] comes after 8 units"]),
+    ("sparsity.table=words.json", "sparsity.table='words.json'", ["ffn of layers [0", "['9', '1', '0']"]),
+    ("sparsity.table=flat.json", "sparsity.table='flat.json'", ["ffn of layers [0", "9: expected [units"]),
+    ("sparsity.table=number.json", "sparsity.table='number.json'", ["attention of layers [0", "7: expected a list"]),
+    ("sparsity.table=twice.json", "sparsity.table='twice.json'", ["layer 0 a second time"]),
+    ("sparsity.table=index.json", "sparsity.table='index.json'", ["layers='0': expected a list of"]),
+    ("sparsity.table=named.json", "sparsity.table='named.json'", ["layers={'0': ", "a list of objects"]),
+    ("sparsity.table=more.json", "sparsity.table='more.json'", ["has model=", "an object of architecture, "]),
+    ("sparsity.table=device.json", "sparsity.table='device.json'", ["device=None: expected text"]),
+    ("sparsity.table=deep.json", "sparsity.table='deep.json'", ["no JSON"]),
+    ("sparsity.table=slower.json", "sparsity.of='latency'", ["fewer units take no less"]),
+    (
+        "sparsity.table=t.json search.granularity=[query_heads,channels]",
+        "sparsity.table='t.json'",
+        ["no query_heads of layer 0", "1 to 2"],
+    ),
     ("sparsity.table=t.json sparsity.ratio=0.99", "sparsity.ratio=0.99", ["at most"]),
     ("sparsity.phase=prefill", "sparsity.context=0", ["phase=prefill"]),
     ("sparsity.batch=0", "sparsity.batch=0", [">= 1"]),
@@ -325,6 +360,7 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
     from pruneexp.model import ModelSource
 
     monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("too late"))
+    slower = {name: [[n, 99.0 - n / 9, iqr] for n, _, iqr in table["layers"][0][name]] for name in ("attention", "ffn")}
     short = {**table, "layers": [{**table["layers"][0], "ffn": table["layers"][0]["ffn"][:9]}]}
     other = {**table, "model": {**table["model"], "hidden": 7}}
     lacks = {key: value for key, value in table.items() if key != "dtype"}
@@ -335,8 +371,16 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
         "lacks": lacks,
         "list": [],
         "many": table | {"threads": "many"},
+        "device": table | {"device": None},
+        "twice": {**table, "layers": table["layers"] * 2},
+        "index": {**table, "layers": [{**table["layers"][0], "layers": "0"}]},
+        "named": {**table, "layers": {"0": table["layers"][0]}},
+        "number": {**table, "layers": [{**table["layers"][0], "attention": 7}]},
+        "more": {**table, "model": {**table["model"], "experts": 2}},
+        "slower": {**table, "layers": [{**table["layers"][0], **slower}]},
     }
     points = {"nan": [9, math.nan, 0.0], "below": [9, -1.0, 0.0], "half": [8.5, 1.0, 0.0]}
+    points |= {"down": [8, 0.5, 0.0], "words": ["9", "1", "0"], "flat": 9}
     points |= {"endless": [math.inf, 1.0, 0.0], "ages": [9, 1e300, 0.0]}
     for name, point in points.items():
         (own,) = table["layers"]
@@ -344,6 +388,7 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
     for name, data in files.items():
         Path(f"{name}.json").write_text(json.dumps(data))
     Path("text.json").write_text("milliseconds")
+    Path("deep.json").write_text("[" * 100_000)
     for command, named, told in REFUSED:
         code, _, err = cli("sparsity.of=latency", "search=global", *command.split())
         assert code == 2, command

@@ -22,6 +22,7 @@ from pruneexp.cli.compose import compose
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
 from pruneexp.conf_files import choices, conf_folder, inherited
 from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
+from pruneexp.evidence import Moments
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned, prune_
@@ -588,6 +589,92 @@ def test_a_search_must_give_a_plan_of_its_sites(
     search = _Own(lambda scores, sites, budget, oracle, rng: answer(sites))
     with pytest.raises(RunError, match=line):
         prune(tiny("llama"), tokens_NT[:1], method(Random(0), search, NONE))
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (lambda plan: None, "^the search's rescored gave NoneType, expected a Plan"),
+        (lambda plan: Plan(None), "^the search's rescored gave a Plan of NoneType, dict, expected mappings"),
+        (
+            lambda plan: Plan(plan.sites, None),
+            "^the search's rescored gave a Plan of dict, NoneType, expected mappings",
+        ),
+        (lambda plan: Plan({"lm_head": SitePlan("mlp", 2, (0,))}), "^lm_head: is in the search's plan, expected only"),
+        (
+            lambda plan: Plan({name: SitePlan(own.kind, 99, (0,)) for name, own in plan.sites.items()}),
+            r"^\S+: is attention of 99 units in the search's plan, expected attention of 3",
+        ),
+        (
+            lambda plan: Plan({name: replace(own, kept=(0.0,)) for name, own in plan.sites.items()}),
+            r"^\S+: keeps \(0\.0,\) in the search's plan, expected indices of units",
+        ),
+        (
+            lambda plan: Plan({name: SitePlan("attention", 3, (0, 1, 2), 3, (0, 1, 2)) for name in [*plan.sites][:1]}),
+            r"^\S+: has kept_query_heads in the search's plan, expected turns",
+        ),
+    ],
+    ids=["nothing", "sites", "budget", "another site", "units", "floats", "query heads"],
+)
+def test_a_plan_by_all_windows_is_checked_as_the_search_s_own(
+    answer: Callable[[Plan], Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    search = _halving()
+    search.rescored = lambda plan, before, after, sites, budget: answer(plan)
+    with pytest.raises(RunError, match=line):
+        prune(tiny("llama"), tokens_NT, method(Random(0), search, NONE))
+
+
+def _halving() -> Any:
+    """A search that keeps half of the units and judges by half of the windows."""
+
+    def halves(scores: Any, sites: Any, *_: Any) -> Plan:
+        return Plan({s.name: SitePlan(s.kind, s.units, tuple(range(s.units - s.units // 2))) for s in sites})
+
+    search: Any = _Own(halves)
+    search.held_out = 0.5
+    return search
+
+
+def test_query_heads_by_all_windows_are_some_that_there_are(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
+    def by(heads: int, kept: tuple[Any, ...]) -> Pruned:
+        search = _halving()
+        search.granularity = ["query_heads", "channels"]
+
+        def rescored(plan: Plan, *_: Any) -> Plan:
+            own = {n: SitePlan("attention", 3, (0, 1, 2), heads, kept) for n, s in plan.sites.items() if s.units == 3}
+            return Plan({**plan.sites, **own})
+
+        search.rescored = rescored
+        return prune(tiny("llama"), tokens_NT, method(Random(0), search, NONE))
+
+    assert [own.kept_query_heads for own in by(6, (1, 2, 4)).plan.sites.values() if own.units == 3] == [(1, 2, 4)] * 3
+    for heads, kept in ((3, (0, 1, 2)), (6, (1.0, 2.0, 4.0))):
+        with pytest.raises(RunError, match=r"keeps .* query heads in the search's plan, expected indices of 6"):
+            by(heads, kept)
+
+
+@pytest.mark.parametrize("what", ["evidence", "weights", "norms", "out-projection"])
+def test_a_method_must_not_write_into_what_others_read(
+    what: str, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    def scores(block: Block, evidence: Any) -> dict[str, Tensor]:
+        if what == "evidence":
+            evidence[block.sites[1].name].m2_C.sqrt_()
+        if what == "weights":
+            block.weights[block.sites[1].name].out_projection.abs_()
+        if what == "norms":
+            block.norms[block.sites[1].name].zero_()
+        return _random(block)
+
+    def compensated(weight_OC: Tensor, bias_O: Any, evidence: Any, keep_C: Tensor) -> Any:
+        return (weight_OC.mul_(2) if what == "out-projection" else weight_OC)[:, keep_C], bias_O
+
+    criterion: Any = _Own(scores)
+    criterion.evidence = Moments
+    by = "compensator" if what == "out-projection" else "criterion"
+    with torch.no_grad(), pytest.raises(RunError, match=rf"^model\.layers\.0\.\w+: the {by} wrote into what it was"):
+        prune(tiny("llama"), tokens_NT, method(criterion, UNIFORM, _Own(compensated)))
 
 
 def test_units_may_stand_in_a_list(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:

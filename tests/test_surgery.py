@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from pruneexp.model import Model
-from pruneexp.surgery import masked, prove_in_place, prove_in_process, save, shrink_
+from pruneexp.surgery import masked, prove, prove_in_place, prove_in_process, save, shrink_
 from pruneexp.types import Plan, RunError, SitePlan
 from tests.conftest import FAMILIES
 
@@ -244,3 +247,26 @@ def test_a_reader_with_nan_is_refused(tiny: Callable[..., Model]) -> None:
     out_projections[name] = (out_projections[name][0] * float("nan"), out_projections[name][1])
     with pytest.raises(RunError, match=name):
         shrink_(model, plan, out_projections)
+
+
+def test_a_clean_process_that_is_killed_is_told_as_that(
+    tiny: Callable[..., Model], tokens_NT: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "RELOAD", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(RunError, match=r"model: the clean process .* was killed \(signal 9\); expected memory for"):
+        prove_in_process(tiny("llama"), tmp_path / "model", tokens_NT)
+
+
+def test_a_clean_process_ends_with_the_run_that_wants_its_answer(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    begins = prove.RELOAD.partition("import torch\n")[0] + "print(os.getpid(), flush=True); time.sleep(120)"
+    command = [sys.executable, "-I", "-c", begins, *["-"] * 3, str(scratch), *["-"] * 4]
+    dies = "import os, subprocess, sys; child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE); "
+    dies += "os.write(1, child.stdout.readline()); os.kill(os.getpid(), 9)"
+    run = subprocess.Popen([sys.executable, "-c", dies, *command], stdout=subprocess.PIPE, text=True)
+    assert int(run.communicate()[0]) > 0 and run.returncode == -9
+    end = time.monotonic() + 30
+    while scratch.exists():  # the last that it does
+        assert time.monotonic() < end, "it waits for nobody"
+        time.sleep(0.05)

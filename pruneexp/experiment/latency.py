@@ -22,7 +22,7 @@ from pruneexp.pruning import Pruned
 from pruneexp.pruning.budget import check_pruning
 from pruneexp.tracker.environment import processor
 from pruneexp.tracker.structure import latency_figure
-from pruneexp.types import ConfigError, Curve, LayerTimes, Site, Sparsity, Times
+from pruneexp.types import QUERY_HEADS, ConfigError, Curve, LayerTimes, Site, Sparsity, Times
 
 logger = logging.getLogger("pruneexp")
 
@@ -84,7 +84,7 @@ def given_table(experiment: Experiment, outline: Model) -> Table | None:
     if sparsity.table is None:
         return None
     table = read_table(sparsity.table)
-    check_table(table, conditions_of(outline, sparsity))
+    check_table(table, conditions_of(outline, sparsity), QUERY_HEADS in experiment.search.granularity)
     return table
 
 
@@ -155,6 +155,8 @@ def timing_of(experiment: Experiment, model: Model, given: Table | None) -> Timi
     if sparsity.of != "latency":
         return None
     here = conditions_of(model, sparsity)
+    if given is not None:
+        _tell_unsteady(given)
     if given is not None and not same_device(given, here):
         of = given.conditions
         logger.info(
@@ -182,13 +184,19 @@ def _measured(cache: Cache | NoCache, work: Workload, here: Conditions, multiple
         table = measured_table(work, here, multiple) if times is None else Table(here, times)
         if times is None and table.steady:
             entries.put(key, table.times)
+    if times is not None:
+        logger.info("latency: the table is from the cache, measured before on this device")
+    _tell_unsteady(table)
+    return table
+
+
+def _tell_unsteady(table: Table) -> None:
     if not table.steady:
         logger.warning(
             "latency: %d of %d times spread by more than a quarter of their median: something else was running; what "
             "would help: an idle machine, or sparsity.table with times of one",
             *table.unsteady(),
         )
-    return table
 
 
 def without_table(sparsity: Sparsity) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from pruneexp.types import ConfigError, Curve, Times, one_line, times_of
 
 VERSION = 1
+KINDS = {"int": "an integer", "str": "text"}
 SPREAD, MANY = 0.25, 0.25  # interquartile range over median that says little; share of the points that may have it
 
 
@@ -73,18 +75,19 @@ def read_table(path: str) -> Table:
     """Raises ConfigError, naming `sparsity.table`, for what is no table."""
     where = f"sparsity.table={path!r}"
     try:
-        data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        data = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{where}: {error.strerror or error}; expected a run's latency.json, or one like it"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: is no JSON ({error}); expected a run's latency.json, or one like it") from None
     try:
         if not isinstance(data, dict):
             raise ValueError(f"is a {type(data).__name__}, no object")
-        if wrong := [name for name in ("threads", "batch", "context") if not isinstance(data.get(name, 0), int)]:
-            raise ValueError(f"{wrong[0]}={data[wrong[0]]!r}: expected an integer")
+        for name, kind in Conditions.__annotations__.items():
+            if kind in ("int", "str") and name in data and type(data[name]).__name__ != kind:
+                raise ValueError(f"{name}={data[name]!r:.60}: expected {KINDS[kind]}")
         if data["version"] != VERSION:
             raise ValueError(f"version={data['version']!r}: expected {VERSION}")
         conditions = Conditions(**{name: data[name] for name in Conditions.__dataclass_fields__})
@@ -94,16 +97,17 @@ def read_table(path: str) -> Table:
         raise ConfigError(f"{where}: {lacks}; expected a table as a run's latency.json is") from None
 
 
-def check_table(table: Table, asked: Conditions) -> None:
-    """Raises ConfigError where a table from a file is of another model, or at other conditions than those asked for.
-    Devices, threads and versions may differ."""
+def check_table(table: Table, asked: Conditions, by_query_head: bool = False) -> None:
+    """Raises ConfigError where a table from a file is of another model, or at other conditions than those asked for, or
+    has no times of query heads, which are to leave `by_query_head`. Devices, threads and versions may differ."""
     where = f"sparsity.table={table.source!r}"
     for name in ("model", "dtype", "batch", "context", "phase"):
         has, wanted = (json.loads(json.dumps(getattr(each, name))) for each in (table.conditions, asked))
         if has != wanted and name == "model":
-            key = next(key for key in wanted if not isinstance(has, dict) or has.get(key) != wanted[key])
-            found = has.get(key) if isinstance(has, dict) else has
-            raise ConfigError(f"{where}: is of a model with {key}={found}; expected {wanted[key]}, as this one has")
+            if not isinstance(has, dict) or has.keys() != wanted.keys():
+                raise ConfigError(f"{where}: has model={has!r:.60}; expected an object of {', '.join(wanted)}")
+            key = next(key for key in wanted if has[key] != wanted[key])
+            raise ConfigError(f"{where}: is of a model with {key}={has[key]}; expected {wanted[key]}, as this one has")
         if has != wanted:
             key = "model.dtype" if name == "dtype" else f"sparsity.{name}"
             raise ConfigError(f"{where}: is at {name}={has}; expected {key}={wanted}, as asked for")
@@ -113,7 +117,10 @@ def check_table(table: Table, asked: Conditions) -> None:
         if own is None:
             raise ConfigError(f"{where}: has no times of layer {index}; expected those of all {len(widths)}")
         ends = [("attention", own.attention, groups), ("ffn", own.ffn, channels)]
-        ends += [("query_heads", own.query_heads, heads)] if own.query_heads is not None else []
+        if own.query_heads is not None:
+            ends.append(("query_heads", own.query_heads, heads))
+        elif by_query_head and heads > 1:
+            raise ConfigError(f"{where}: has no query_heads of layer {index}; expected times of 1 to {heads}")
         for name, curve, whole in ends:
             if curve.most != whole or (whole and name != "query_heads" and curve.points[0][0] > 0):
                 raise ConfigError(

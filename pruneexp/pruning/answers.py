@@ -4,16 +4,71 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pruneexp.types import Block, ColumnScores, Plan, RemovalPath, RunError, Score, Site, SitePlan, unit_scores
+from pruneexp.types import (
+    Block,
+    ColumnScores,
+    Compensator,
+    Criterion,
+    Plan,
+    RemovalPath,
+    RunError,
+    Score,
+    Site,
+    SitePlan,
+    SiteWeights,
+    unit_scores,
+)
 
 Compensated = tuple[Tensor, Tensor | None, Mapping[str, float] | None]
+
+
+def scores_of(criterion: Criterion, block: Block, evidence: Mapping[str, Any]) -> dict[str, Score]:
+    """A criterion's answer, checked. Raises RunError where it wrote into what it was given."""
+    given = (block.weights, block.norms, evidence)
+    return checked_scores(_asked("criterion", given, lambda: criterion(block, evidence)), block)
+
+
+def compensation_of(
+    compensator: Compensator, site: Site, weights: SiteWeights, evidence: Any, keep_C: Tensor
+) -> Compensated:
+    """A compensator's answer, checked. Raises RunError where it wrote into the weights that it was given."""
+    weight, bias = weights.out_projection, weights.out_projection_bias
+    answer = _asked("compensator", {site.name: (weight, bias)}, lambda: compensator(weight, bias, evidence, keep_C))
+    return checked_compensation(answer, site, len(weight), len(keep_C))
+
+
+def _asked(by: str, given: Any, answer: Callable[[], Any]) -> Any:
+    """The answer. Raises RunError where a tensor of what was given was written to meanwhile: another method may read it
+    after this one, or the model itself, and nobody would know."""
+    before = [(name, tensor, tensor._version) for name, tensor in _tensors("", given)]
+    found = answer()
+    for name, tensor, version in before:
+        if tensor._version != version:
+            raise RunError(f"{name}: the {by} wrote into what it was given, expected it to work on a copy")
+    return found
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Those in a value that count how often they are written to, by the nearest key they stand under."""
+    if isinstance(value, Tensor):
+        if not value.is_inference():
+            yield name, value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            yield from _tensors(name, getattr(value, each.name, None))
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _tensors(name or str(key), each)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(name, each)
 
 
 def checked_scores(scores: Any, block: Block) -> dict[str, Score]:
@@ -72,27 +127,39 @@ def _on_cpu(score: Score) -> Score:
     return replace(score, **{name: getattr(score, name).cpu() for name in names})
 
 
-def checked_plan(plan: Any, sites: Sequence[Site]) -> Plan:
-    """A search's answer. Raises RunError where it is no plan of the sites that it was given."""
+def checked_plan(plan: Any, sites: Sequence[Site], by: str = "the search", by_query_head: bool = False) -> Plan:
+    """A search's answer, or that of the method of its `by`. Raises RunError where it is no plan of the sites that it
+    was given; `by_query_head`: of which attention may lose single query heads."""
     if not isinstance(plan, Plan):
-        raise RunError(f"the search gave {type(plan).__name__}, expected a Plan")
-    known, found = {site.name: site for site in sites}, {}
-    for name, own in plan.sites.items():
-        site = known.get(name)
-        if site is None:
-            raise RunError(f"{name}: is in the search's plan, expected only sites that the search was given")
-        if not isinstance(own, SitePlan):
-            raise RunError(f"{name}: is {type(own).__name__} in the search's plan, expected a SitePlan")
-        if (own.kind, own.units) != (site.kind, site.units):
-            has, fits = f"{own.kind} of {own.units} units", f"{site.kind} of {site.units}"
-            raise RunError(f"{name}: is {has} in the search's plan, expected {fits}")
-        kept = _indices(own.kept)
-        if kept is None:
-            raise RunError(f"{name}: keeps {_short(own.kept)} in the search's plan, expected indices of units")
-        if own.kept_query_heads is not None:
-            raise RunError(f"{name}: has kept_query_heads in the search's plan, expected turns, as it was given them")
-        found[name] = replace(own, kept=kept)
-    return replace(plan, sites=found)
+        raise RunError(f"{by} gave {type(plan).__name__}, expected a Plan")
+    if not isinstance(plan.sites, Mapping) or not isinstance(plan.budget, Mapping):
+        what = ", ".join(type(part).__name__ for part in (plan.sites, plan.budget))
+        raise RunError(f"{by} gave a Plan of {what}, expected mappings of sites and of figures")
+    known = {site.name: site for site in sites}
+    return replace(plan, sites={name: _site_plan(name, own, known, by_query_head) for name, own in plan.sites.items()})
+
+
+def _site_plan(name: str, own: Any, known: Mapping[str, Site], by_query_head: bool) -> SitePlan:
+    site = known.get(name)
+    if site is None:
+        raise RunError(f"{name}: is in the search's plan, expected only sites that the search was given")
+    if not isinstance(own, SitePlan):
+        raise RunError(f"{name}: is {type(own).__name__} in the search's plan, expected a SitePlan")
+    if (own.kind, own.units) != (site.kind, site.units):
+        has, fits = f"{own.kind} of {own.units} units", f"{site.kind} of {site.units}"
+        raise RunError(f"{name}: is {has} in the search's plan, expected {fits}")
+    kept = _indices(own.kept)
+    if kept is None:
+        raise RunError(f"{name}: keeps {_short(own.kept)} in the search's plan, expected indices of units")
+    if own.kept_query_heads is None:
+        return replace(own, kept=kept)
+    if not by_query_head:
+        raise RunError(f"{name}: has kept_query_heads in the search's plan, expected turns, as it was given them")
+    heads = _indices(own.kept_query_heads)
+    if heads is None or own.query_heads != site.units * site.group:
+        has = f"{_short(own.kept_query_heads)} of {own.query_heads} query heads"
+        raise RunError(f"{name}: keeps {has} in the search's plan, expected indices of {site.units * site.group}")
+    return replace(own, kept=kept, kept_query_heads=heads)
 
 
 def _indices(kept: Any) -> tuple[int, ...] | None:

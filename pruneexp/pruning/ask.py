@@ -133,14 +133,20 @@ def _settled(
 def _expected(search: Search, sites: Sequence[Site], budget: Budget) -> float:
     """What prices say too much, by the table, where every sublayer that may lose units loses the same share of them."""
     inner = [site for site in sites if loses_units(search, site) and budget.price(site)]
-    low, high, over = 0.0, 1.0, 0.0
-    for _ in range(20):
-        share = (low + high) / 2
+
+    def with_share(share: float) -> tuple[float, float]:
         gone = {s.name: SitePlan(s.kind, s.units, tuple(range(round((1 - share) * s.units)))) for s in inner}
         plan = Plan(gone)
         freed = sum(budget.freed(plan, site) for site in inner)
-        over = sum(budget.taken(site, plan.removed(site)) for site in inner) - freed
+        return freed, sum(budget.taken(site, plan.removed(site)) for site in inner) - freed
+
+    low, high, over = 0.0, 1.0, 0.0
+    for _ in range(20):
+        share = (low + high) / 2
+        freed, over = with_share(share)
         low, high = (share, high) if freed < budget.remove else (low, share)
+    if budget.remove + over > sum(budget.taken(site, site.units) for site in inner):
+        return with_share(high)[1]  # the last units take more along than their prices say: no more can be asked for
     return over
 
 

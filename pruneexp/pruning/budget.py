@@ -17,8 +17,10 @@ from pruneexp.types import (
     Compensator,
     ConfigError,
     Criterion,
+    Plan,
     Search,
     Site,
+    SitePlan,
     Sparsity,
     evidence_kinds,
 )
@@ -152,8 +154,22 @@ def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator:
     if not blocks_alone(search) and walks_by_sites(compensator):
         require_sums(model)
     budget, sites = whole_budget(model, search, sparsity, sparsity.ratio), searched_sites(model, search)
+    budget = replace(budget, added=_all_cost_too_much(search, sites, budget))
     biases = budget.added_params(biases_added(model, sparsity, compensator, sites))
-    error = refusal(search, sites, replace(budget, added=biases))
+    error = refusal(search, sites, replace(budget, added=budget.added + biases))
     if error is not None and refusal(search, sites, budget) is not None:
         raise error
-    return budget
+    return replace(budget, added=0)
+
+
+def _all_cost_too_much(search: Search, sites: Sequence[Site], budget: Budget) -> float:
+    """What the prices of all units say too much, by a table of times, where the search may take them all (below 0: the
+    last units of a sublayer take along what it takes beside them)."""
+    if budget.counts != "latency":
+        return 0
+    prices = sum(budget.taken(site, site.units) for site in sites)
+    all_but_rounding = prices * (1 - 1e-9)
+    if refusal(search, sites, replace(budget, added=all_but_rounding - budget.ratio * budget.total)) is not None:
+        return 0
+    nothing = Plan({site.name: SitePlan(site.kind, site.units, ()) for site in sites})
+    return prices - sum(budget.freed(nothing, site) for site in sites)

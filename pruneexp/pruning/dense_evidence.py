@@ -16,7 +16,7 @@ from pruneexp.calibrate import Bookmark, DenseStates, Meter, walk
 from pruneexp.criterion.together import Together
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
-from pruneexp.pruning.answers import checked_scores
+from pruneexp.pruning.answers import scores_of
 from pruneexp.pruning.notes import Notes
 from pruneexp.pruning.query_heads import with_query_heads
 from pruneexp.types import (
@@ -126,7 +126,7 @@ def _collected(
         if criterion is not None:
             block, seen = visit.whole or visit.block, visit.of(wanted)
             block, seen = with_query_heads(block, seen) if by_head else (block, seen)
-            found = checked_scores(criterion(block, seen), block)
+            found = scores_of(criterion, block, seen)
             scores.update(without_out_projections(found) if model.streamed else found)
         for kind, own in zip(kept, evidence, strict=True):
             own.update(visit.of(kind))

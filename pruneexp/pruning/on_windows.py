@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pruneexp.calibrate import Bookmark, Meter, walk
-from pruneexp.pruning.answers import checked_scores
+from pruneexp.pruning.answers import checked_plan, scores_of
 from pruneexp.pruning.ask import parted
 from pruneexp.pruning.budget import whole_budget
 from pruneexp.pruning.dense_evidence import distinct, without_out_projections
@@ -17,7 +17,7 @@ from pruneexp.pruning.method import Pruning
 from pruneexp.pruning.notes import Notes
 from pruneexp.search import KIND, UlUm, expert_scores
 from pruneexp.surgery import masked_layer
-from pruneexp.types import Budget, Criterion, Plan, Score, Site, own_scores
+from pruneexp.types import QUERY_HEADS, Budget, Criterion, Plan, Score, Site, own_scores
 
 
 def dense_results(
@@ -38,7 +38,7 @@ def masked_scores(work: Pruning) -> dict[str, Score]:
     with masks:
         for visit in walk(work.model, work.tokens_NT, distinct(criterion.evidence), note):
             masks.close()  # of the layer before
-            found = checked_scores(criterion(visit.block, visit.of(criterion.evidence)), visit.block)
+            found = scores_of(criterion, visit.block, visit.of(criterion.evidence))
             scores.update(without_out_projections(found) if work.model.streamed else found)
             sites = [site for site in visit.block.sites if site.kind in kinds]
             plan = UlUm()(own_scores(found), sites, Budget(work.ratio, 1), None, work.record.rng)
@@ -71,4 +71,9 @@ def by_all_windows(work: Pruning, plan: Plan, sites: Sequence[Site], shown: tupl
     work.scores = {**found, **expert_scores(found, sites)}
     budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
     rescored = work.method.search.rescored
-    return plan if rescored is None else rescored(plan, before, work.scores, sites, budget)
+    if rescored is None:
+        return plan
+    whole = {f"{site.name}.{QUERY_HEADS}": site for site in work.model.sites()}
+    there = [whole.get(site.name, site) for site in sites]  # what turns stand for, as the plan has it
+    answer = rescored(plan, before, work.scores, sites, budget)
+    return checked_plan(answer, there, "the search's rescored", by_query_head=there != list(sites))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruneexp.calibrate import Bookmark, Visit, walk, walk_sites
 from pruneexp.model import Model, sharing
-from pruneexp.pruning.answers import checked_compensation, checked_scores
+from pruneexp.pruning.answers import compensation_of, scores_of
 from pruneexp.pruning.ask import plan_all_layers, plan_within_budget
 from pruneexp.pruning.budget import as_planned, as_searched, blocks_alone, budget_of, searched_sites, whole_budget
 from pruneexp.pruning.dense_evidence import distinct, without_out_projections
@@ -230,7 +230,7 @@ class _Decided:
         block, evidence = visit.block, visit.of(work.method.criterion.evidence)
         if QUERY_HEADS in work.method.search.granularity:
             block, evidence = with_query_heads(block, evidence)
-        scores = checked_scores(work.method.criterion(block, evidence), block)
+        scores = scores_of(work.method.criterion, block, evidence)
         scores = {**scores, **expert_scores(scores, sites)}
         work.scores.update(without_out_projections(scores))
         held = as_planned(work.model, work.method.search, visit.block.sites)
@@ -269,8 +269,7 @@ def _compensated(
             own = weights[site.name]
             keep_C = plan.keep_C(site)
             found = evidence.get(site.name)
-            answer = compensator(own.out_projection, own.out_projection_bias, found, keep_C)
-            weight, bias, chosen = checked_compensation(answer, site, len(own.out_projection), len(keep_C))
+            weight, bias, chosen = compensation_of(compensator, site, own, found, keep_C)
             out_projections[site.name] = weight, bias
             if chosen is not None:
                 work.chosen[site.name] = chosen

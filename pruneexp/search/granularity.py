@@ -93,6 +93,8 @@ def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget
     chosen = [site for site in priced if site.kind in {KIND[name] for name in granularity}]
     if not chosen and complete(sites, budget):
         there = [name for name, kind in KIND.items() if any(site.kind == kind for site in priced)]
+        if not there:  # by times of which none falls
+            raise ConfigError(f"sparsity.of={budget.counts!r}: expected another quantity, fewer units take no less")
         raise ConfigError(f"search.granularity={list(granularity)!r}: expected some of {', '.join(there)}")
     return chosen
 

@@ -23,8 +23,15 @@ TOLERANCE = 1e-2  # of a logit's difference
 
 # Runs in a process of its own, isolated from this package (-I: no working directory, no PYTHONPATH).
 RELOAD = """
-import json, os, sys
+import json, os, shutil, sys, threading, time
 folder, tokens_file, out_file, cache, dtype, source, positions, trust = sys.argv[1:9]
+run = os.getppid()
+def alone():  # where the run was killed, nobody waits for an answer, and nobody clears up
+    while os.getppid() == run:
+        time.sleep(0.2)
+    shutil.rmtree(cache, ignore_errors=True)
+    os._exit(1)
+threading.Thread(target=alone, daemon=True).start()
 os.environ["HF_MODULES_CACHE"] = cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
@@ -75,6 +82,11 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense
         command += ["", "", ""] if dense is None else [str(dense.folder), str(POSITIONS), str(dense.trust_remote_code)]
         with waiting("verifying the checkpoint in a clean process"):
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode < 0:
+            raise RunError(
+                f"{folder}: the clean process that reloads it was killed (signal {-done.returncode}); expected memory "
+                "for the model once more, or run.prove=in_place or off"
+            )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RunError(f"{folder}: the saved checkpoint does not reload in a clean process ({reason})")

@@ -77,7 +77,8 @@ class Criterion(Protocol):
     where it decides over all layers, too, on what the layers before produce once their lowest units are masked.
     `judges`: what it can score: units of "attention" and "mlp", "sublayer", "block", as a whole. `lost(scores)`: how
     many of these stand for a loss that was not finite; the log says so. `few_tokens`: it reads so few numbers off its
-    evidence that few tokens do, also where that is what others fit weights to.
+    evidence that few tokens do, also where that is what others fit weights to. Others read the evidence after it, and
+    the weights are the model's: it writes into neither.
 
     What it costs, for forecasts: `working_bytes(site, outputs)`, the bytes that it works in at one site beside its
     evidence, such as 24 C^2 for a covariance and two factors; `kept_bytes(sites, outputs, itemsize, refits)`, the bytes
@@ -185,10 +186,10 @@ class Sparsity(Protocol):
 class Compensator(Protocol):
     """The out-projection's weight and bias after units are gone. `sequential`: its evidence is collected on what the
     pruned layers before produce (a second walk). `few_tokens`: as of a `Criterion`. Calling it spends the evidence: it
-    may be worked out in its memory. `working_bytes(site, outputs)`, for forecasts: the bytes that it works in at one
-    site beside that. `settled(sums)`, unless None: itself as it is for a model whose hidden states are plain sums of
-    what out-projections give, or are none. What it chose for the site by itself may come third, by name, {"ridge":
-    0.3}: compensation.json in the run folder has it."""
+    may be worked out in its memory, though not in that of the weights. `working_bytes(site, outputs)`, for forecasts:
+    the bytes that it works in at one site beside that. `settled(sums)`, unless None: itself as it is for a model whose
+    hidden states are plain sums of what out-projections give, or are none. What it chose for the site by itself may
+    come third, by name, {"ridge": 0.3}: compensation.json in the run folder has it."""
 
     evidence: ClassVar[Any]
     few_tokens: ClassVar[bool]

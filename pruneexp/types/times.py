@@ -12,6 +12,7 @@ PICOSECONDS = 1e9  # of a millisecond: whole numbers that no search rounds
 LONGEST = 1e8  # milliseconds, a day: in picoseconds, those of all layers are an int64
 
 Point = tuple[int, float, float]  # units kept, median milliseconds, their interquartile range
+POINT = "[units kept, milliseconds, their interquartile range]"
 
 
 @dataclass(frozen=True)
@@ -121,25 +122,34 @@ class Times:
 
 def curve_of(points: Sequence[Sequence[float]]) -> Curve:
     """From a table's lists. Raises ValueError."""
-    for kept, *times in points:
-        if len(times) != 2 or not all(0 <= value < LONGEST for value in (kept, *times)) or kept != int(kept):
-            raise ValueError(f"{[kept, *times]}: expected [units kept, milliseconds, their interquartile range]")
+    if not isinstance(points, list) or not points:
+        raise ValueError(f"{points!r:.60}: expected a list of {POINT}")
+    before = -1
+    for point in points:
+        numbers = isinstance(point, list) and len(point) == 3 and all(type(value) in (int, float) for value in point)
+        if not numbers or not all(0 <= value < LONGEST for value in point) or point[0] != int(point[0]):
+            raise ValueError(f"{point!r:.60}: expected {POINT}")
+        if point[0] <= before:
+            raise ValueError(f"{point!r:.60} comes after {before} units: expected units ascending")
+        before = int(point[0])
     return Curve(tuple((int(kept), float(ms), float(iqr)) for kept, ms, iqr in points))
 
 
 def times_of(data: Sequence[Mapping[str, Any]]) -> Times:
-    """From a table's `layers`. Raises ValueError, KeyError, TypeError."""
-    return Times(
-        tuple(
-            LayerTimes(
-                tuple(int(index) for index in own["layers"]),
-                _named("attention", own),
-                _named("ffn", own),
-                _named("query_heads", own) if own.get("query_heads") else None,
-            )
-            for own in data
-        )
-    )
+    """From a table's `layers`. Raises ValueError, KeyError."""
+    if not isinstance(data, list) or not all(isinstance(own, dict) for own in data):
+        raise ValueError(f"layers={data!r:.60}: expected a list of objects")
+    found, known = [], set()
+    for own in data:
+        layers = own["layers"]
+        if not isinstance(layers, list) or not all(type(index) is int for index in layers):
+            raise ValueError(f"layers={layers!r:.60}: expected a list of layers' indices")
+        if twice := sorted(known & {*layers}):
+            raise ValueError(f"layers={layers!r:.60}: has times of layer {twice[0]} a second time")
+        known |= {*layers}
+        heads = _named("query_heads", own) if own.get("query_heads") else None
+        found.append(LayerTimes(tuple(layers), _named("attention", own), _named("ffn", own), heads))
+    return Times(tuple(found))
 
 
 def _named(name: str, own: Mapping[str, Any]) -> Curve:

@@ -103,11 +103,18 @@ def _check_granularity(experiment: Experiment) -> None:
     if scored_as(granularity, judges) is not None:
         return
     if not {"attention", "mlp"} & set(judges) and not {"attention", "ffn", "blocks"} & set(granularity):
+        typed = any(text.lstrip("+").startswith("search.granularity=") for text in experiment.job["overrides"])
+        own = f" search.granularity={list(granularity)!r}" if typed else ""
         raise ConfigError(
-            f"criterion={criterion} scores whole blocks, which search={search} does not remove; "
-            "expected search=blocks, sublayers or greedy, or a criterion of heads and channels"
+            f"criterion={criterion} scores whole blocks, which search={search}{own} does not remove; "
+            "expected search=blocks, sublayers or greedy as they are, or a criterion of heads and channels"
         )
     unscored = [name for name in granularity if scored_as([name], judges) is None]
+    if "granularity" not in experiment.config["search"]:
+        raise ConfigError(
+            f"criterion={criterion} has no scores of {', '.join(unscored)}, which search={search} removes; "
+            "expected a criterion of heads and channels, or another search"
+        )
     raise ConfigError(
         f"search.granularity={list(granularity)!r}: criterion={criterion} has no scores of {', '.join(unscored)}, "
         f"which search={search} removes; expected a criterion of heads and channels, or search.granularity without them"

@@ -177,8 +177,8 @@ def _check_quantity(experiment: Experiment) -> None:
             f"sparsity.of='kv_cache': FFN channels, which make up for the rest of search.heads={heads}, fill none; "
             "expected decoder, prunable, macs or bytes"
         )
-    if not {"heads", "blocks"} & set(granularity):
+    if not {"heads", "attention", "blocks"} & set(granularity):
         raise ConfigError(
-            f"search.granularity={list(granularity)!r}: expected heads or blocks with sparsity.of=kv_cache, "
-            "which nothing else fills"
+            f"search.granularity={list(granularity)!r}: expected heads, attention or blocks with "
+            "sparsity.of=kv_cache, which nothing else fills"
         )

@@ -304,6 +304,17 @@ def test_best_runs_as_typed_behind_post_norms(name: str, tmp_path: Path, cli: An
     assert code == 0, err
 
 
+@pytest.mark.slow
+def test_whole_attention_sublayers_free_a_kv_cache(cli: Any) -> None:
+    code, _, err = cli(
+        *("search=sublayers", "sparsity.of=kv_cache", "sparsity.ratio=0.5", "criterion=magnitude", "run.dir=run"),
+        *("evaluator=[size]", "run.save=false", "run.prove=off", "dataset.samples=2"),
+    )
+    assert code == 0, err
+    found = json.loads(Path("run/metrics.json").read_text())
+    assert found["sparsity/kv_cache"] == pytest.approx(0.5) and found["pruned/params"] < found["dense/params"]
+
+
 # What a run says
 
 

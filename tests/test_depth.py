@@ -324,6 +324,14 @@ def test_a_run_saves_what_is_left_and_it_reloads(
             r"^search.granularity=\['heads', 'ffn'\]: criterion=loss_drop has no scores of heads, which search=global",
         ),
         (["criterion=block_influence"], r"^criterion=block_influence scores whole blocks, which search=al_am does not"),
+        (
+            ["recipe=shortgpt", "search.granularity=[heads]"],
+            r"^criterion=block_influence scores whole blocks, which .*=blocks search\.granularity=\['heads'\] does not",
+        ),
+        (
+            ["recipe=sleb", "search=two_stage"],
+            r"^criterion=loss_drop has no scores of channels, which search=two_stage removes; .*another search$",
+        ),
         (["recipe=sleb", "search=uniform"], r"^criterion=loss_drop scores whole blocks, which search=uniform does not"),
         (
             ["search=uniform", "search.granularity=[blocks]"],

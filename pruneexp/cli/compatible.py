@@ -103,11 +103,18 @@ def _check_granularity(experiment: Experiment) -> None:
     if scored_as(granularity, judges) is not None:
         return
     if not {"attention", "mlp"} & set(judges) and not {"attention", "ffn", "blocks"} & set(granularity):
+        typed = any(text.lstrip("+").startswith("search.granularity=") for text in experiment.job["overrides"])
+        own = f" search.granularity={list(granularity)!r}" if typed else ""
         raise ConfigError(
-            f"criterion={criterion} scores whole blocks, which search={search} does not remove; "
-            "expected search=blocks, sublayers or greedy, or a criterion of heads and channels"
+            f"criterion={criterion} scores whole blocks, which search={search}{own} does not remove; "
+            "expected search=blocks, sublayers or greedy as they are, or a criterion of heads and channels"
         )
     unscored = [name for name in granularity if scored_as([name], judges) is None]
+    if "granularity" not in experiment.config["search"]:
+        raise ConfigError(
+            f"criterion={criterion} has no scores of {', '.join(unscored)}, which search={search} removes; "
+            "expected a criterion of heads and channels, or another search"
+        )
     raise ConfigError(
         f"search.granularity={list(granularity)!r}: criterion={criterion} has no scores of {', '.join(unscored)}, "
         f"which search={search} removes; expected a criterion of heads and channels, or search.granularity without them"
@@ -170,8 +177,8 @@ def _check_quantity(experiment: Experiment) -> None:
             f"sparsity.of='kv_cache': FFN channels, which make up for the rest of search.heads={heads}, fill none; "
             "expected decoder, prunable, macs or bytes"
         )
-    if not {"heads", "blocks"} & set(granularity):
+    if not {"heads", "attention", "blocks"} & set(granularity):
         raise ConfigError(
-            f"search.granularity={list(granularity)!r}: expected heads or blocks with sparsity.of=kv_cache, "
-            "which nothing else fills"
+            f"search.granularity={list(granularity)!r}: expected heads, attention or blocks with "
+            "sparsity.of=kv_cache, which nothing else fills"
         )

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pruneexp.conf_files import one_line
 from pruneexp.fingerprint import __version__, comparable, config_hash, settings
 from pruneexp.progress import progress
 from pruneexp.report.statistics import grouped
@@ -79,7 +80,7 @@ def find(folders: Sequence[Path], versions: str) -> Found:
         try:
             runs.append(_read(path, name, versions))
         except _Unusable as reason:
-            skipped.append(Skipped(name, " ".join(str(reason).split())))
+            skipped.append(Skipped(name, one_line(reason)))
     kept, repeats, conflicts = _told_apart(runs)
     return Found(kept, skipped, repeats, conflicts)
 

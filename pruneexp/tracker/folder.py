@@ -113,8 +113,9 @@ def claim_folder(folder: Path, overwrite: bool) -> dict[str, Any]:
 
 
 def _take(path: Path, before: bytes | None, status: str) -> bool:
-    """Puts a status where `before` is, the status of a run that is over; False where another process was faster. Who
-    claims that status by its content may replace it, and nobody else: it is never away."""
+    """Replaces `before`, the status of a run that is over; False where another process was faster. A process first
+    claims the old status, by a file named after its content, and only the claimant replaces it. So a status is always
+    there."""
     if before is None:
         return create_whole(path, status)
     claim = path.with_name(f".{path.name}.{hashlib.sha256(before).hexdigest()[:16]}.claim")
@@ -193,18 +194,13 @@ def status_of(folder: Path) -> str:
     A run that is still marked running on another host counts as running: its process cannot be asked from here. Not one
     of this process's own SLURM job, which ends before it is started again. One whose metrics.json is damaged counts as
     interrupted: there is nothing to take its figures from."""
-    finished, status = _is_finished(folder), _read_status(folder)
+    finished, status = read_object(folder / "metrics.json") is not None, _read_status(folder)
     state = status.get("status")
     if state is None:
         return "done" if finished else "absent"
     if state == "failed" or (state == "done" and finished):
         return state
     return "running" if _alive(status) else "interrupted"
-
-
-def _is_finished(folder: Path) -> bool:
-    """Whether a metrics.json is there that can be read."""
-    return read_object(folder / "metrics.json") is not None
 
 
 def _read_status(folder: Path) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, int | float]:
 
 
 def _number(key: str, value: Any) -> int | float:
-    plain = value.item() if hasattr(value, "item") and getattr(value, "shape", None) in ((), torch.Size()) else value
+    plain = value.item() if getattr(value, "shape", None) == () else value  # of numpy or torch
     if not isinstance(plain, numbers.Real) or not math.isfinite(plain):
         raise RunError(f"{key}={value!r}: expected a finite number")
     return int(plain) if isinstance(plain, numbers.Integral) else float(plain)

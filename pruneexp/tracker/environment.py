@@ -58,7 +58,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _command() -> list[str]:
-    """As it would be typed: where the program is installed says nothing."""
+    """The command as one types it, without the folder where the program is installed."""
     program = Path(sys.argv[0])
     named = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
     return [*named, *sys.argv[1:]]
@@ -96,8 +96,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def reset_peak_memory() -> None:
-    """Lets what `memory_metrics` gives begin anew, so that no job of a sweep has the peak of those before it; where the
-    system cannot (it is no Linux), they go on."""
+    """Starts the peaks of `memory_metrics` anew, so that no job of a sweep has the peak of those before it. Only Linux
+    can do so."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM, back to what is resident now
     except OSError:
@@ -108,8 +108,8 @@ def reset_peak_memory() -> None:
 
 
 def memory_metrics(devices: Sequence[torch.device]) -> dict[str, int]:
-    """memory/peak_bytes: the largest resident memory of this process, since `reset_peak_memory` where that was called,
-    or what all GPUs had allocated at most where that is more; of each GPU memory/cuda:N/peak_bytes."""
+    """memory/peak_bytes is the largest resident memory of this process since `reset_peak_memory` or, where that is
+    more, the most that all GPUs had allocated. Each GPU has its own memory/cuda:N/peak_bytes."""
     try:  # not getrusage's: a child process starts with its parent's peak there
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

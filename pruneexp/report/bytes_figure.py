@@ -29,7 +29,8 @@ class Sized:
 
 
 def bytes_section(runs: Runs, looks: Looks) -> Section | None:
-    """Of reports with quantised runs: a figure for every model, metric and engine, whose figures do not compare."""
+    """The section of reports with quantised runs: a picture for every model, metric and engine, since figures of two
+    engines do not compare."""
     if not metrics_of(runs, "bits/param(/.*)?"):
         return None
     tables, pictures = [], []

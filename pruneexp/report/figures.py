@@ -135,8 +135,8 @@ def pareto_figure(name: str, metric: str, cost: Cost, prices: Sequence[Priced], 
 
 
 def widths_figure(name: str, kind: str, rows: Mapping[str, Runs]) -> Picture | None:
-    """Share of its units that each layer keeps: a row a method and ratio (mean over its runs), a column a layer. None
-    where no plan names such units."""
+    """The share of its units that each layer keeps: a row for each method and ratio (mean over its runs), a column for
+    each layer. None where no plan names such units."""
     shares = {label: [kept_shares(one.run.plan) for one in members] for label, members in rows.items()}
     plans = [plan for of_row in shares.values() for plan in of_row]
     layers = 1 + max((layer for plan in plans for of_kind in plan.values() for layer in of_kind), default=0)

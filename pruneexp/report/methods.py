@@ -230,8 +230,8 @@ def _goes_without(recipe: str | None, group: str, name: str) -> bool:
 
 
 def _heads(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[dict[str, str]]:
-    """The option names that tell methods apart: of the recipe where every run has one, and they are not just a crossing
-    of its parts; else of each group."""
+    """The option names that tell methods apart: the recipe's, where every run has one and the runs are not just a
+    crossing of its parts; else those of each group."""
     parts = _parts(choices)
     several = sum(len(set(place)) > 1 for place in zip(*parts, strict=True)) > 1
     by_recipe = None not in recipes and not (crossed(parts) and several)

@@ -73,8 +73,8 @@ class Point:
 
 
 def metrics_of(runs: Runs, pattern: str) -> list[str]:
-    """Names, without "dense/" or "pruned/", of what some run measured on the pruned model, and that match the pattern
-    whole."""
+    """Names, without "dense/" or "pruned/", of what some run measured on the pruned model, where the pattern matches
+    the whole name."""
     names = {key.removeprefix("pruned/") for one in runs for key in one.run.metrics if key.startswith("pruned/")}
     return sorted(name for name in names if re.fullmatch(pattern, name))
 
@@ -215,7 +215,7 @@ class Ablation:
 
 
 def ablation(runs: Runs, metric: str) -> Ablation | None:
-    """Of runs of one context; None where nothing differs between them."""
+    """The main effects in runs of one context; None where nothing differs between them."""
     known = [one for one in runs if {f"dense/{metric}", f"pruned/{metric}"} <= set(one.run.metrics)]
     if not known:
         return None

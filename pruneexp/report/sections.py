@@ -121,7 +121,8 @@ def _design(found: Ablation) -> str:
 
 
 def _unequal_shares(context: str, runs: Runs) -> list[str]:
-    """That runs asked for one ratio removed different shares: what removes less looks better for that alone."""
+    """A line where runs that asked for one ratio removed different shares: what removes less looks better for that
+    alone."""
     share = removed(runs)
     by_ratio = grouped((one for one in runs if share.metric in one.run.metrics), lambda one: one.ratio)
     apart = []

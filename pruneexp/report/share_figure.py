@@ -78,7 +78,7 @@ def _line(axes: Axes, label: str, line: Sequence[Point], look: Style) -> None:
 
 
 def _seeds(point: Point) -> Sequence[float]:
-    """Those drawn as marks: each of a few."""
+    """The seeds that are drawn as marks: only where they are few."""
     return point.seeds if 1 < point.n < ENOUGH else ()
 
 

@@ -49,8 +49,8 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, by the first coordinate, of the points that none beats: lower is better in both, and a point is beaten
-    by one that is nowhere worse and somewhere better."""
+    """Indices of the points that no other beats, in the order of the first coordinate. Lower is better in both; a point
+    is beaten by one that is nowhere worse and somewhere better."""
 
     def beaten(point: tuple[float, float]) -> bool:
         return any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)

@@ -17,9 +17,9 @@ from pruneexp.tracker import status_of
 
 
 def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: a row for every job in `folder`, with its status, why it failed and the recipe (where any job
-    failed, or not all have the same), the settings in which the jobs differ, and its metrics. A job that is not done
-    has none; what a job lacks is ""."""
+    """Header and rows: a row for every job in `folder`. It has the job's status, why it failed (where any job did), its
+    recipe (where not all have the same), the settings in which the jobs differ, and its metrics, once it is done. What
+    a job lacks is ""."""
     jobs = sorted(path.parent for path in folder.glob("*/status.json"))
     configs = [_object(job / "config.yaml") for job in jobs]
     flat = [settings(config) for config in configs]

@@ -82,11 +82,10 @@ def _command(arguments: argparse.Namespace) -> int:
     hydra, overrides = open_hydra(arguments.config_dir), arguments.overrides
     if arguments.cfg or arguments.info or arguments.shell_completion:
         return _show(hydra, arguments)
-    from pruneexp.cli.single import asked_for_one
+    from pruneexp.cli.single import asked_for_one, single_experiment
 
     config = asked_for_one(hydra, overrides, arguments.multirun)
     if config is not None:
-        from pruneexp.cli.single import single_experiment
         from pruneexp.experiment.run import run_experiment
 
         run_experiment(single_experiment(hydra, config))

@@ -17,7 +17,7 @@ from pruneexp.types import ConfigError, Plan, RunError
 
 __all__ = ["ConfigError", "Plan", "Result", "RunError", "apply", "prune", "run"]
 
-PARTS = ("criterion", "search", "compensator")  # which objects may stand for
+PARTS = ("criterion", "search", "compensator")  # groups for which Python may give an object
 _ONE_AT_A_TIME = threading.RLock()  # Hydra, logging and random numbers are the process's
 
 
@@ -34,7 +34,7 @@ class Result:
     _outcome: Any = None
 
     def __repr__(self) -> str:
-        """In a line: a plan takes pages."""
+        """One line; the plan alone would take pages."""
         share = self.metrics.get("sparsity/decoder")
         what = "a forecast" if share is None else f"{share:.1%} of the decoder removed"
         left = self.metrics.get("pruned/params")
@@ -98,13 +98,13 @@ def prune(
 ) -> Result:
     """Prunes a model that is in memory by what it computes for `tokens`, integers [N, T], used exactly as they are.
 
-    `model`: a transformers PreTrainedModel in evaluation mode. It stays as it was, and the Result has another one, with
-    gradients required where its own are; `in_place` spends it instead. `overrides`: as for `run`, after the recipe
-    ("search.effort=10"); the evaluator is `size` unless they say otherwise, the cache off. `folder`: where a run folder
-    is written; None: nothing is. `parts`: a criterion, search or compensator as an object, in place of the recipe's.
+    `model`: a transformers PreTrainedModel in evaluation mode. It stays as it was, and the Result has another one,
+    whose parameters require gradients where its own do; with `in_place` it is itself pruned. `overrides`: as for `run`,
+    after the recipe ("search.effort=10"); the evaluator is `size` unless they say otherwise, the cache off. `folder`:
+    where a run folder is written; None: nothing is. `parts`: a criterion, search or compensator as an object, in place
+    of the recipe's.
 
-    Raises ConfigError for what cannot work, before anything is changed, and RunError for a run that failed.
-    """
+    Raises ConfigError for what cannot work, before anything is changed, and RunError for a run that failed."""
     from pruneexp.cli.given import given_experiment
     from pruneexp.experiment.run import run_experiment
 
@@ -144,8 +144,8 @@ def _result(outcome: Any, flags: Mapping[str, bool] | None = None) -> Result:
 
 
 def _handed_out(model: Any, flags: Mapping[str, bool]) -> Any:
-    """A pruned model's module, new parts too in evaluation mode. `flags`: which of the parameters that it came from
-    required gradients; one that has no counterpart (a new bias, a split expert) does where any did."""
+    """The module of a pruned model, in evaluation mode. `flags`: which parameters of the original model required
+    gradients. A parameter without a counterpart there (a new bias, a split expert) requires them where any did."""
     from pruneexp.surgery.forms import fits_config
 
     for name, parameter in model.module.named_parameters():
@@ -156,7 +156,7 @@ def _handed_out(model: Any, flags: Mapping[str, bool]) -> Any:
 
 
 def _original_name(model: Any, name: str) -> str:
-    """A parameter's before layers left."""
+    """The parameter's name before layers were removed."""
     prefix = f"{model.layers_path}."
     if not name.startswith(prefix):
         return name
@@ -165,7 +165,7 @@ def _original_name(model: Any, name: str) -> str:
 
 
 def _not_saved(folder: Any, *args: Any, **kwargs: Any) -> None:
-    """What a pruned model has in the place of `save_pretrained`, which would write what cannot be loaded."""
+    """Replaces a pruned model's `save_pretrained`, which would write a checkpoint that cannot be loaded."""
     raise ConfigError(
         f"save_pretrained({str(folder)!r}): its config cannot say its widths; expected Result.save(folder)"
     )
@@ -191,7 +191,7 @@ def _path(given: Any, what: str, expected: str) -> Path:
 
 
 def _read(folder: Path) -> Result:
-    """Of a sweep's job, from its folder."""
+    """The Result of a sweep's job, from its folder."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return Result(None, None, _plan(folder / "plan.json"), metrics, folder)
 
@@ -207,7 +207,7 @@ def _plan(file: Path) -> Plan:
 
 @contextmanager
 def _flags_kept(model: Any) -> Iterator[dict[str, bool]]:
-    """Which of a model's parameters require gradients, by name; they do again where what is done inside fails."""
+    """Which parameters of a model require gradients, by name. The flags are restored where the code inside fails."""
     parameters = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
@@ -220,8 +220,8 @@ def _flags_kept(model: Any) -> Iterator[dict[str, bool]]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """One call at a time, outside the caller's autocast and inference mode; Hydra, random numbers and transformers'
-    messages are the caller's again afterwards."""
+    """Runs one call at a time, outside the caller's autocast and inference mode. Afterwards Hydra, random numbers and
+    transformers' messages are as the caller had them."""
     import numpy
     import torch
     from hydra.core.global_hydra import GlobalHydra

@@ -27,9 +27,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes it whole or not at all. Raises OSError."""
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`: whole or not at all, it is flushed to the disk, then renamed."""
+    """A file to write in place of `path`. It is then flushed to the disk and renamed, so that `path` is whole or not
+    there."""
     aside = path.with_name(f".{path.name}.{process_name()}.tmp")
     try:
         yield aside
@@ -77,8 +83,8 @@ def files_in(folder: Path) -> list[str]:
 
 
 def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the permissions of any new file there; safetensors' own are its owner's alone. Raises
-    OSError, and safetensors' own error for the disk's."""
+    """Writes a safetensors file with the permissions of any new file; safetensors itself lets only the owner read it.
+    Raises OSError, or safetensors' own error where the disk fails."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), path, None if metadata is None else dict(metadata))
@@ -98,7 +104,7 @@ def give_usual_mode(path: Path) -> None:
 
 
 def check_writable(folder: Path, where: str) -> None:
-    """Raises ConfigError, saying `where`, for what is no folder and cannot be made one, or does not let us write."""
+    """Raises ConfigError, saying `where`, unless `folder` is, or can be made, a folder that we may write to."""
     try:
         folder.exists()
     except OSError as error:  # a name that is too long
@@ -124,8 +130,8 @@ def existing(folder: Path) -> Path:
 
 
 def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> None:
-    """Raises ConfigError where `out` is there and is no earlier `what` to be replaced, told by its file `record`, or
-    holds what that, under `files`, does not list."""
+    """Raises ConfigError where `out` exists and must not be replaced: it is no earlier `what`, which has a file
+    `record`, or it holds files that this record does not list under `files`."""
     where = f"out={str(out)!r}"
     if not out.exists():
         return

@@ -38,8 +38,8 @@ def file_state(path: Path) -> FileState:
 
 # Configs
 
-# Patterns of dotted names, and the value that means what was done before there was the key: with it they leave the
-# hash, so that finished jobs stay finished.
+# Patterns of keys that came later, each with the value that means what was done before the key existed. A key with this
+# value is left out of the hash, so that finished jobs stay finished.
 NEW_KEYS: Mapping[str, Any] = {
     "augmentation": {"_target_": "pruneexp.calibrate.NoAugmentation"},
     "quantise": {"_target_": "pruneexp.quantise.NoQuantise"},
@@ -64,7 +64,7 @@ def came_later(key: str) -> bool:
 
 
 def value_before(key: str) -> Any:
-    """The value of a key that came later that means what was done before there was the key; None for all others."""
+    """Of a key that came later, the value that means what was done before the key existed; None for all others."""
     return next((before for new, before in NEW_KEYS.items() if fnmatchcase(key, new)), None)
 
 
@@ -81,7 +81,8 @@ def without_new_keys(node: Any, name: str = "") -> Any:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """12 hex digits that say what a run computes: over everything but where it runs, is kept and is reported."""
+    """12 hex digits that say what a run computes: a hash of the config without the sections of where it runs and
+    reports."""
     content = {key: value for key, value in as_hashed(config).items() if key not in NOT_HASHED}
     text = json.dumps(without_new_keys(content), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -106,9 +107,9 @@ def with_bos(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 
 
 def as_hashed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved config as its hash takes it: without what decides nothing (the `bos` of an evaluator's dataset, since
-    the evaluator's own decides), and perplexities with `bos` told from those of configs without `asked`, whose windows
-    were a token longer."""
+    """A resolved config as it is hashed. The `bos` of an evaluator's dataset is left out, since the evaluator's own
+    decides. Perplexities with `bos` are marked where the config has `asked`: without it, their windows were a token
+    longer."""
     asked, values = config.get(ASKED, {}), {}
     for key, node in bos_nodes(config):
         if is_inner(key) and "bos" in node:
@@ -119,10 +120,12 @@ def as_hashed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparable(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's metrics by names that compare. Where the config has no `asked`, "+bos" windows of T tokens had the
-    beginning-of-sequence token besides: those are windows of T+1. Of a run that quantises, what was measured on the
-    pruned model as it was before is "unquantised/..." in place of "pruned/...": with GGUF files, all that transformers
-    measured; with rounded weights, the speed, but where torchao's kernels ran."""
+    """A run's metrics by names that compare.
+
+    Configs without `asked` come from versions whose "+bos" windows of T tokens had the token besides: they become
+    windows of T+1. In a run that quantises, what was measured on the unquantised pruned model becomes "unquantised/..."
+    in place of "pruned/...": with GGUF files all that transformers measured, with rounded weights the speed, unless
+    torchao's kernels ran."""
     quantise, before = config.get("quantise") or {}, None
     if any(GGUF in key for key in metrics):
         before = rf"pruned/(?!params|macs|kv_bytes|.*{GGUF})"
@@ -139,9 +142,7 @@ def comparable(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
 
 def _longer(key: str) -> str:
     """ "dense/ppl/ptb@2048s512+bos" -> "dense/ppl/ptb@2049s512+bos"."""
-    front, _, protocol = key.rpartition("@")
-    digits = protocol[: len(protocol) - len(protocol.lstrip("0123456789"))]
-    return f"{front}@{int(digits) + 1}{protocol[len(digits) :]}" if digits else key
+    return re.sub(r"@(\d+)(?=[^@]*$)", lambda length: f"@{int(length[1]) + 1}", key)
 
 
 def bos_nodes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -162,8 +163,8 @@ def is_inner(key: str) -> bool:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config computes, flat: {"sparsity.ratio": 0.2}; lists as they are typed where they hold plain words,
-    "[heads,channels]", and as JSON otherwise."""
+    """What a config computes, flat: {"sparsity.ratio": 0.2}. A list of plain words is written as one types it,
+    "[heads,channels]", any other as JSON."""
     return dict(_flat({key: value for key, value in config.items() if key not in NOT_HASHED}))
 
 
@@ -181,8 +182,8 @@ def _typed(values: list[Any]) -> str:
 
 
 def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys whose value is not the same in all settings that are not empty. A key that came later is as good as there
-    where it is absent, with the value that means what was done before."""
+    """Keys whose value is not the same in all settings; empty settings are passed over. An absent key that came later
+    counts as the value that means what was done before."""
     known = [setting for setting in found if setting]
     keys = dict.fromkeys(key for setting in known for key in setting)
     return [key for key in keys if len({str(setting.get(key, value_before(key))) for setting in known}) > 1]
@@ -198,8 +199,8 @@ _IMPORT = re.compile(r"^[ \t]*(?:from (pruneexp[\w.]*) import (\([^)]*\)|.*)|imp
 
 @cache
 def code_version(*more: str) -> str:
-    """16 hex digits over the code that gives an answer: that of `STATISTICS`, of the modules or packages `more`, and of
-    all of ours that these import, and the versions of torch and transformers. Comments and docstrings are left out."""
+    """16 hex digits over the code that gives an answer, without comments and docstrings: `STATISTICS`, the modules or
+    packages `more`, all of ours that these import, and the versions of torch and transformers."""
     from importlib.metadata import version
 
     digest = hashlib.sha256(f"torch {version('torch')} transformers {version('transformers')}".encode())
@@ -209,7 +210,8 @@ def code_version(*more: str) -> str:
 
 
 def import_closure(*names: str) -> set[str]:
-    """These modules of ours (of packages, all in them), and what they import, and so on, as dotted names."""
+    """Dotted names of these modules of ours (of packages, all in them) and of all of ours that they import, at any
+    depth."""
     files = (path.relative_to(ROOT.parent).with_suffix("") for path in ROOT.rglob("*.py"))
     modules = {".".join(file.parts).removesuffix(".__init__") for file in files} - {"pruneexp"}
     found: set[str] = set()
@@ -228,8 +230,8 @@ def import_closure(*names: str) -> set[str]:
 
 @cache
 def _code(name: str) -> tuple[str, frozenset[str]]:
-    """The code of one of our modules without comments, docstrings and empty lines, as a hash, and the dotted names of
-    ours that it imports. (By pattern: a syntax tree of all these modules takes half a second.)"""
+    """Of one of our modules, a hash of its code without comments, docstrings and empty lines, and the dotted names of
+    ours that it imports. Both are found by patterns: syntax trees of all modules would take half a second."""
     text = _PIECE.sub(lambda piece: piece[1] or "", _file(name).read_text(encoding="utf-8"))
     imported: set[str] = set()
     for module, listed, alone in _IMPORT.findall(text):
@@ -245,8 +247,8 @@ def _file(name: str) -> Path:
 
 
 def version_of(part: object) -> str:
-    """What a method or a type of evidence is: its class and settings and, of one that is not ours, a hash of its
-    module's file. Ours are in `code_version`."""
+    """What identifies a method or a type of evidence: its class, its settings and, where it is not ours, a hash of its
+    module's file. Our own code is in `code_version`."""
     kind = part if isinstance(part, type) else type(part)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     ours = file is None or kind.__module__.startswith("pruneexp.")
@@ -258,7 +260,7 @@ def version_of(part: object) -> str:
 
 
 def identity(**what: Any) -> str:
-    """What a run's results depend on, and the versions of what computes them, as one hash."""
+    """One hash over `what` a run's results depend on and the versions of what computes them."""
     text = json.dumps({"version": NOTES_VERSION, **_versions(), **what}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -50,8 +50,8 @@ def _in_notebook() -> bool:
 
 
 def _bar(notebook: bool) -> tuple[Any, dict[str, Any]]:
-    """What draws it, and how wide: as the terminal, or as a notebook's cell (there a widget or, where there are none, a
-    line of text that fits)."""
+    """What draws the bar, and its width: the terminal's, or that of a notebook's cell (a widget or, where there are
+    none, a line of text)."""
     from tqdm import tqdm
 
     if notebook and find_spec("ipywidgets") is not None:
@@ -68,8 +68,8 @@ def _bar(notebook: bool) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def waiting(stage: str) -> Iterator[None]:
-    """Says on stderr what is being done, for work that cannot be counted: once it has lasted as long as a bar waits, or
-    where stderr is a file or a pipe, as long as lines are apart."""
+    """Says on stderr what is being done, for work that cannot be counted and lasts: after BAR_AFTER seconds or, where
+    stderr is a file or a pipe, after LINE_EVERY."""
     stderr = sys.stderr  # also where it is redirected inside
     timer = threading.Timer(
         BAR_AFTER if stderr.isatty() or _in_notebook() else LINE_EVERY,

@@ -20,6 +20,8 @@ METRICS = {
     "pruned/acc/arc_easy@0shot": 0.7,
     "dense/latency/prefill_ms": 40.0,
     "pruned/latency/prefill_ms": 30.0,
+    "dense/kv_bytes/token": 4096,
+    "pruned/kv_bytes/token": 2048,
     "memory/peak_bytes": 3 * 2**30,
     "passes/forward": 1.5,
     "seconds/calibrate": 12.25,
@@ -106,6 +108,7 @@ def test_summary_sets_the_pruned_figure_beside_the_dense_one():
     assert told["perplexity", "ptb@2048"] == ("", "9", "")
     assert told["accuracy", "acc/arc_easy@0shot"] == ("0.75", "0.7", "-5.0 points")
     assert told["speed", "latency/prefill_ms"] == ("40", "30", "x0.75")
+    assert told["memory", "kv_bytes/token"] == ("4.00 KiB", "2.00 KiB", "x0.5")
     assert told["memory", "peak_bytes"] == ("", "3.00 GiB", "")
     assert told["passes", "forward"] == ("", "1.5", "")
     assert told["seconds", "calibrate"] == ("", "12.25", "")

@@ -98,12 +98,13 @@ def test_metrics_are_the_last_thing_written(tmp_path, monkeypatch):
     written: list[str] = []
 
     def record(path: Path, data: bytes | str) -> None:
+        assert (path.parent / "status.json").is_file()  # the claim comes before everything
         written.append(path.name)
         write_atomic(path, data)
 
     monkeypatch.setattr("pruneexp.tracker.local.write_atomic", record)
     finished(tmp_path)
-    assert written[0] == "status.json" and written[-2:] == ["status.json", "metrics.json"]
+    assert written[0] == "config.yaml" and written[-2:] == ["status.json", "metrics.json"]
 
 
 def test_a_full_disk_names_the_folder_and_the_file(tmp_path, monkeypatch):

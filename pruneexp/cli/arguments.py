@@ -40,7 +40,8 @@ def read_arguments(
 
 @contextmanager
 def made_aside(out: Path) -> Iterator[Path]:
-    """Where to make what is then moved to `out`: nothing is left there. Raises RunError where it cannot be written."""
+    """A folder in which to make what is then moved to `out`; nothing is left of it. Raises RunError where it cannot be
+    written."""
     aside = out.absolute().with_name(f".{out.absolute().name}.{process_name()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:

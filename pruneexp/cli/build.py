@@ -69,7 +69,7 @@ def build(composed: Composed) -> Experiment:
     parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
     parts["criterion"] = with_starts(parts["criterion"], parts["search"])
     evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}
-    if parts["model"].stream and not _typed(composed, "evaluator"):
+    if parts["model"].stream and not _chosen(composed, "evaluator"):
         # The default list is for a model in memory; what was typed is checked below instead.
         evaluators = {name: each for name, each in evaluators.items() if each.streams}
     experiment = Experiment(**parts, evaluators=evaluators, run=run, seed=seed, config=config, job=composed.job)
@@ -78,7 +78,7 @@ def build(composed: Composed) -> Experiment:
 
 
 def with_starts(criterion: Any, search: types.Search) -> Any:
-    """The criterion, and beside it those that the search starts from; wholes have no units to order."""
+    """The criterion together with those that the search starts from, where it orders units: whole layers have none."""
     if not isinstance(search.starts, Mapping):
         raise ConfigError(f"search.starts={search.starts!r}: expected criteria by name")
     for name, start in search.starts.items():
@@ -87,7 +87,7 @@ def with_starts(criterion: Any, search: types.Search) -> Any:
     return Together(criterion, search.starts) if by_units else criterion
 
 
-def _typed(composed: Composed, group: str) -> bool:
+def _chosen(composed: Composed, group: str) -> bool:
     """Whether the command line or a sweep's job chose `group`, rather than the defaults."""
     return any(text.lstrip("+~").startswith(f"{group}=") for text in composed.job["overrides"])
 
@@ -216,15 +216,15 @@ def satisfying(part: Any, protocol: type | None, key: str) -> Any:
 
 
 def _without_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Of a class that knows no beginning-of-sequence token, the settings without a false `bos`, which a sweep's file
-    may have."""
+    """The settings without `bos: false`, which a sweep's file may set, where the class has no such key."""
     if settings.get("bos") is not False or "bos" in inspect.signature(target).parameters:
         return settings
     return {name: value for name, value in settings.items() if name != "bos"}
 
 
 def _as_before(target: Callable[..., Any], settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """Of a class of ours, settings that a config of an older version lacks, as they were before there was the key."""
+    """The settings of a class of ours. Keys that a config of an older version lacks have the value that means what was
+    done before."""
     if not target.__module__.startswith("pruneexp."):
         return settings
     names = [name for name in inspect.signature(target).parameters if came_later(f"{key}.{name}")]

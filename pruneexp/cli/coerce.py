@@ -65,7 +65,7 @@ def described(annotation: Any) -> str:
 
 
 def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What it is, without what it is of, and what that is."""
+    """A type without its arguments, and the arguments."""
     kind = typing.get_origin(annotation) or annotation
     return Union if kind is types.UnionType else kind, typing.get_args(annotation)
 

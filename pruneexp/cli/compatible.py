@@ -40,8 +40,8 @@ def check_together(experiment: Experiment) -> None:
 
 
 def check_members(criterion: types.Criterion, search: types.Search, compensator: types.Compensator) -> None:
-    """Raises ConfigError where a member of a class, which is no setting that an annotation checks, is none of what its
-    protocol allows."""
+    """Raises ConfigError where a member has a value that its protocol does not allow. Settings are checked by their
+    annotations, but members of a class are not."""
     granularity, judges, share = search.granularity, criterion.judges, search.held_out
     named = isinstance(granularity, (list, tuple)) and granularity and all(name in KIND for name in granularity)
     whats = isinstance(judges, (list, tuple, set, frozenset)) and set(judges) <= set(JUDGED)
@@ -122,9 +122,9 @@ def _check_granularity(experiment: Experiment) -> None:
 
 
 def _check_sequential(experiment: Experiment) -> None:
-    """Raises ConfigError where a search over all layers would not go by scores as they were asked for: `true` is for
-    searches that decide layer by layer, and is refused where it was typed, or is an object's from Python, since some
-    choices of a criterion are set to it."""
+    """Raises ConfigError where a search over all layers cannot go by scores as they were asked for. `true` is for
+    searches that decide layer by layer. It is refused where it was typed or belongs to an object from Python, but not
+    where it is merely the default of a criterion's choice."""
     search, criterion = experiment.search, experiment.criterion
     chosen, instead = experiment.job["choices"]["search"], "expected false"
     if search.local or criterion.evidence is None:

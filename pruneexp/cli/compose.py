@@ -34,7 +34,7 @@ from pruneexp.cli.targets import located, signature
 from pruneexp.conf_files import YamlLoader, conf_folder, sweep_files
 from pruneexp.dataset.bos import resolved
 from pruneexp.fingerprint import ASKED
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, one_line
 
 CONFIG_NAME = "config"
 SECTIONS = ("model", "dataset", "augmentation", "criterion", "sparsity", "search", "compensator", "recovery")
@@ -68,7 +68,7 @@ def open_hydra(config_dir: str | None = None) -> Hydra:
         try:
             node = OmegaConf.create(yaml.load(path.read_text(), YamlLoader) or {})
         except Exception as error:
-            raise ConfigError(f"sweeps/{path.name}: not YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"sweeps/{path.name}: not YAML: {one_line(error)}") from error
         ConfigStore.instance().store(name, node, group="sweep", package="_global_", provider="sweeps")
     hydra_version.setbase("1.3")
     GlobalHydra.instance().clear()
@@ -81,8 +81,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
 
 
 def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode) -> DictConfig:
-    """As Hydra composes it, with the `hydra` node. Comma lists are mistakes, unless this is, or says that it is, a
-    multirun."""
+    """The config as Hydra composes it, with the `hydra` node. Comma lists are mistakes, except in a multirun."""
     try:
         config = hydra.compose_config(
             CONFIG_NAME, list(overrides), mode, with_log_configuration=False, validate_sweep_overrides=False
@@ -98,8 +97,8 @@ def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode) -> DictCo
 
 
 def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Composed:
-    """Resolved and in plain containers. `hydra_node`: for a config that has lost its own. Raises ConfigError for
-    missing values, interpolations that lead nowhere and top-level keys that nothing reads."""
+    """The config, resolved, in plain containers. `hydra_node`: for a config that has lost its own. Raises ConfigError
+    for missing values, interpolations that lead nowhere and top-level keys that nothing reads."""
     node = config.hydra if hydra_node is None else hydra_node
     folders, job = _folders(node), _job(node)
     plain = config
@@ -137,8 +136,8 @@ def unswept(config: DictConfig, overrides: Sequence[str]) -> Composed:
 
 
 def check_dataset(hydra: Hydra, run: Composed) -> None:
-    """Raises ConfigError where another model than the embedded ones would be calibrated on the embedded language though
-    nobody chose it: no override, no file of a sweep, a recipe or the like."""
+    """Raises ConfigError where a model that is not embedded would be calibrated on the embedded language, and neither
+    an override nor a file (of a sweep, a recipe or the like) chose that."""
     model, path = run.job["choices"].get("model"), (run.config.get("model") or {}).get("path")
     if run.job["choices"].get("dataset") != "embedded" or str(path).startswith("embedded:"):
         return
@@ -153,8 +152,8 @@ def check_dataset(hydra: Hydra, run: Composed) -> None:
 
 @lru_cache(maxsize=4)  # a sweep's jobs mostly differ in values
 def _dataset_chosen(hydra: Hydra, overrides: tuple[str, ...]) -> bool:
-    """Whether these, or a file that they name, override the default choice, or write out a dataset in its place, as a
-    finished run's config.yaml does."""
+    """Whether the overrides, or a file that they name, choose a dataset, or write one out, as a finished run's
+    config.yaml does."""
     loader = ConfigLoaderImpl(hydra.config_loader.get_search_path())
     defaults = loader.compute_defaults_list(CONFIG_NAME, list(overrides), RunMode.RUN)
     if defaults.overrides.override_choices.get("dataset") is not None:
@@ -165,7 +164,7 @@ def _dataset_chosen(hydra: Hydra, overrides: tuple[str, ...]) -> bool:
 
 
 def _one_choice_each(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for a list where one choice is expected, of which Hydra would make a mixture."""
+    """Raises ConfigError for a list where one choice is expected; Hydra would merge its choices."""
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if value.startswith("[") and key in (*SECTIONS, "recipe") and key != "evaluator":

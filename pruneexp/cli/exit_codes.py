@@ -14,9 +14,9 @@ NOT_READ = 128 + 13  # that SIGPIPE ended, which not every system has
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
-    """Runs the command called `name` and gives its exit code: its own, 2 for a ConfigError, 1 for anything else that
-    failed, what a shell gives for a signal where it was interrupted, terminated, or its output is no longer read.
-    What there is to say goes to stderr, with the traceback where HYDRA_FULL_ERROR asks for it."""
+    """Runs the command called `name` and gives its exit code: its own, 2 for a ConfigError, 1 for any other failure.
+    Where it was interrupted or terminated, or its output is no longer read, it is what a shell gives for that signal.
+    Messages go to stderr, with the traceback where HYDRA_FULL_ERROR asks for it."""
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def explained(
     error: BaseException, hydra: Hydra | None, overrides: Sequence[str], swept: Sequence[str] = ()
 ) -> ConfigError:
-    """The ConfigError for what composing `overrides` raised; of several that cannot be read, or choose what is not
-    there, all. `swept`: the overrides of the multirun that they are one job of."""
+    """The ConfigError for what composing `overrides` raised. Of several overrides that cannot be read, or choose what
+    is not there, it tells all. `swept`: the overrides of the multirun that they are one job of."""
     if isinstance(error, ConfigError):
         return error
     if hydra is not None:
@@ -113,7 +113,7 @@ def _unknown_choice(override: Override, hydra: Hydra) -> Iterator[str]:
 
 
 def _meant(group: str, choice: Any) -> str:
-    """What somebody meant who gave a group the value of one of its choice's keys."""
+    """What to suggest where a group was given the value of one of its choice's keys."""
     if group == "model" and isinstance(choice, str):
         if re.search(r"[/\\]|^[.~]|\.gguf$", choice) or Path(choice).exists():
             return f"; did you mean model=hf model.path={choice}?"
@@ -161,7 +161,8 @@ def _unknown_key(key: str, parsed: Sequence[Override], swept: Sequence[Override]
 def _choice_as_key(
     group: str, option: str, typed: str, value: str, chosen: Sequence[Any], keys: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
-    """A group's choice that stands where one of its keys was expected. `keys`: of all choices, and which have them."""
+    """What to say of a group's choice that was typed as one of its keys. `keys`: those of all choices, with the choices
+    that have them."""
     if group == "evaluator":
         if option not in chosen:
             having = ",".join(map(str, [*chosen, option]))

@@ -20,7 +20,7 @@ from pruneexp.model.given import GivenModel, check_module
 from pruneexp.types import ConfigError
 
 GIVEN = ("model", "run", "run.dir", "run.dry", "hydra")  # decided by what is given
-DRAWN = ("dataset.calibration", "dataset.samples", "dataset.seed")  # of windows that are given
+DRAWN = ("dataset.calibration", "dataset.samples", "dataset.seed")  # would draw the windows, which are given
 
 
 def given_experiment(

@@ -15,7 +15,7 @@ USAGE = """\
 usage: pruneexp [group=choice ...] [key=value ...] [options]
 
 Composes a run from one choice of each group, prunes the model, measures what that did and writes a run folder.
-Without arguments: the main job on the model that travels with the package, offline."""
+Without arguments: recipe=flap on the small model that travels with the package, offline."""
 
 OPTIONS = """\
 options:

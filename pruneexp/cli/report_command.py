@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,13 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: Sequence[str]) -> int:
+    from pruneexp.report.tables import count
+
     asked = request(argv)
     found = write_report(asked)
     for one in (*found.skipped, *found.repeats):
         print(f"left out: {one.name}: {one.reason}")
     for hashed, why in found.conflicts.items():
         print(f"same config, another result ({hashed}): {why}")
-    print(f"{len(found.runs)} run{'' if len(found.runs) == 1 else 's'}; the report is {asked.out / 'index.html'}")
+    print(f"{count(len(found.runs), 'run')}; the report is {asked.out / 'index.html'}")
     return 0
 
 
@@ -121,6 +122,7 @@ def _check_out(asked: Request, runs: Sequence[Path]) -> None:
 
 
 def _write(made: Report, found: Found, folder: Path) -> None:
+    from pruneexp.files import write_json
     from pruneexp.progress import progress
     from pruneexp.report.figures import as_png
     from pruneexp.report.page import page
@@ -140,7 +142,7 @@ def _write(made: Report, found: Found, folder: Path) -> None:
         "left_out": {one.name: one.reason for one in (*found.skipped, *found.repeats)},
         "conflicts": dict(found.conflicts),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, record)
 
 
 if __name__ == "__main__":

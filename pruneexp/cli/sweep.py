@@ -20,13 +20,14 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from pruneexp.cli.compose import Composed, composed
+from pruneexp.cli.compose import Composed, check_dataset, composed
 from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
 from pruneexp.conf_files import option_file, sweep_files
-from pruneexp.files import check_writable, read_object, write_atomic
+from pruneexp.files import check_writable, read_object, write_atomic, write_json
 from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
+from pruneexp.report.tables import count
 from pruneexp.tracker import reset_peak_memory, status_of
 from pruneexp.tracker.folder import timestamp
 from pruneexp.types import ConfigError, ConfigErrors, RunError, one_line
@@ -52,8 +53,8 @@ class Ended:
 
 
 def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
-    """Runs every job. Raises ConfigError, before the first job and for all of them at once, for jobs that cannot be
-    built (where the sweeper decides its jobs beforehand)."""
+    """Runs every job. Raises ConfigError for jobs that cannot be built: before the first job runs and for all of them
+    at once, where the sweeper decides its jobs beforehand."""
     overrides, config = whole(hydra, [*overrides, "hydra.mode=MULTIRUN"])
     folder = sweep_folder(hydra, config)
     jobs, by_sites = _composed_jobs(hydra, config, folder)
@@ -90,7 +91,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     elsewhere = sorted(name for name, state in states.items() if state == "running")
     failures = f", failed: {', '.join(failed)}" if failed else ""
     failures += f", left to the processes that run them: {', '.join(elsewhere)}" if elsewhere else ""
-    print(f"sweep in {folder}: {len(ran)} job{'' if len(ran) == 1 else 's'} ran{failures}")
+    print(f"sweep in {folder}: {count(len(ran), 'job')} ran{failures}")
     print(f"all its jobs are in {summary}")
     if ran:
         hand_over(config, folder, _sweep_name(config) or folder.name)
@@ -107,7 +108,9 @@ def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list
     listed, composer = job_overrides(hydra, config), JobComposer(hydra, config)
     for overrides in listed:
         try:
-            jobs.append(as_job(composer.checked(overrides), folder))
+            job = composer.job(overrides)
+            check_dataset(hydra, job)
+            jobs.append(as_job(job, folder))
             by_sites |= by_site(build(jobs[-1]).compensator)
         except ConfigErrors as error:
             mistakes.update(error.lines)
@@ -152,8 +155,8 @@ def _forecast(folder: Path, jobs: Sequence[Composed], shared: DenseStates | None
 
 
 def _runs_here(node: DictConfig) -> bool:
-    """Whether Hydra would run the jobs one by one in this process, and only that: it then has nothing to add to what is
-    composed and checked already, and composing each job twice more costs as much as a small job."""
+    """Whether Hydra would do no more than run the jobs one by one in this process. We then do that ourselves: Hydra
+    would compose each job twice more, which costs as much as a small job."""
     own = str(node.launcher.get("_target_")).endswith(".BasicLauncher")
     return own and not node.callbacks and not node.job.env_set and not node.job.chdir
 
@@ -172,8 +175,8 @@ def _sweep_name(config: DictConfig) -> str | None:
 
 
 def run_job(config: DictConfig) -> float | None:
-    """One job, as Hydra's launchers call it, in this process or another. Gives `sweep.objective`, for a sweeper that
-    optimises; a failed job is the worst there is."""
+    """Runs one job, called by Hydra's launchers in this process or another. Gives `sweep.objective`, for a sweeper that
+    optimises; a failed job counts as the worst."""
     node = HydraConfig.get()
     try:
         job = as_job(composed(config, cast(DictConfig, node)), Path(node.sweep.dir))
@@ -207,14 +210,14 @@ def as_job(run: Composed, folder: Path) -> Composed:
     if settings["dir"] is not None:
         raise ConfigError(f"run.dir={settings['dir']!r}: expected null in a multirun: its jobs lie in sweep.dir/<hash>")
     settings["dir"] = str(folder / config_hash(run.config))
-    typed = _typed(run)
+    typed = _run_keys(run)
     settings |= {key: value for key, value in (("save", False), ("prove", "off")) if key not in typed}
     sweep = {**run.config["sweep"], "dir": str(folder)}
     job = {**run.job, "sweep": run.job["sweep"] or folder.name}
     return Composed({**run.config, "run": settings, "sweep": sweep}, job, run.folders)
 
 
-def _typed(run: Composed) -> set[str]:
+def _run_keys(run: Composed) -> set[str]:
     """Keys of `run` that were typed, swept over, or set by the sweep's file."""
     keys = {text.lstrip("+~").partition("=")[0] for text in run.job["overrides"]}
     name = run.job["sweep"]
@@ -256,7 +259,7 @@ def _run(job: Composed, shared: DenseStates | None) -> Outcome:
 
 
 def _done(job: Composed) -> bool:
-    """Whether there is nothing left to do; a job that lacks the checkpoint now asked for is set to be done anew."""
+    """Whether the job is done. One that lacks the checkpoint now asked for is not, and is set to run again."""
     settings = job.config["run"]
     folder = Path(settings["dir"])
     if status_of(folder) != "done" or settings["overwrite"]:
@@ -273,7 +276,7 @@ def _record_failure(job: Composed, folder: Path, reason: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         status = {"status": "failed", "reason": reason, "started": timestamp(), "ended": timestamp()}
         write_atomic(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
-        write_atomic(folder / "status.json", json.dumps(status, indent=1) + "\n")
+        write_json(folder / "status.json", status)
 
 
 def _by_another(job: Path) -> bool:

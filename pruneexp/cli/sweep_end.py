@@ -14,8 +14,8 @@ from pruneexp.types import RunRecord, Tracker, one_line
 
 
 def hand_over(config: DictConfig, folder: Path, group: str) -> None:
-    """Hands the sweep, as its folders hold it, to a tracker that takes sweeps, as its `group`. Whatever goes wrong, the
-    sweep is done."""
+    """Hands the sweep, as its folders hold it, to a tracker that takes sweeps, under the name `group`. Whatever goes
+    wrong here, the sweep is done."""
     from pruneexp.cli.build import Builder
 
     try:

@@ -31,9 +31,9 @@ LONGEST_NAME = 80  # of a sweep over recipes, in characters
 
 
 def whole(hydra: Hydra, overrides: list[str]) -> tuple[list[str], DictConfig]:
-    """The multirun as Hydra composes it, and the overrides that it is made of. Hydra holds `search.steps=3` against the
-    default search even where `search` is swept over; such a setting is then written as a sweep of one value, which is
-    left to the jobs. Raises ConfigError."""
+    """The overrides of a multirun, and its config as Hydra composes it. Hydra checks `search.steps=3` against the
+    default search even where `search` is swept over; such a setting is then written as a sweep of one value, so that
+    only the jobs have it. Raises ConfigError."""
     try:
         return overrides, compose_raw(hydra, overrides, RunMode.MULTIRUN)
     except ConfigError as error:
@@ -109,8 +109,8 @@ class _Files(ConfigRepository):
 
 
 class JobComposer:
-    """Composes a multirun's jobs as Hydra does, but what several of them choose alike once: each job's values are then
-    set in a copy of it, which takes a tenth of the time."""
+    """Composes a multirun's jobs as Hydra does. What several jobs choose alike is composed once, and each job's values
+    are set in a copy of it, which takes a tenth of the time."""
 
     def __init__(self, hydra: Hydra, config: DictConfig):
         self.hydra, self.config = hydra, config
@@ -129,12 +129,6 @@ class JobComposer:
             raise
         except Exception:  # what is wrong with it, Hydra tells of the whole
             return self._by_hydra(overrides)
-
-    def checked(self, overrides: Sequence[str]) -> Composed:
-        """One job that is to run. Raises ConfigError, also for a dataset that nobody chose."""
-        job = self.job(overrides)
-        check_dataset(self.hydra, job)
-        return job
 
     def _by_hydra(self, overrides: Sequence[str]) -> Composed:
         try:
@@ -183,8 +177,8 @@ class JobComposer:
 
 
 def recipes_name(hydra: Hydra, config: DictConfig) -> str | None:
-    """The recipe's name; of several that are swept over "magnitude+flap", which Hydra reads without quotes; of very
-    many the first ones and a hash of all."""
+    """The recipe's name. Where several are swept over, it is "magnitude+flap", which Hydra reads without quotes; where
+    they are very many, the first ones and a hash of all."""
     for text in reversed(_typed(config)):
         if text.startswith("recipe="):
             (override,) = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides([text])

@@ -19,8 +19,9 @@ from pruneexp.pruning.record import Record
 def augmented(
     experiment: Experiment, model: Model, given_NT: Tensor, basis: Mapping[str, Any], record: Record
 ) -> Tensor:
-    """All windows, from the cache where they are there: text that a model writes differs between machines. `basis`:
-    what identifies the dense model, and how it is run. The meter is charged in either case."""
+    """The given windows and those that join them. What a model wrote before comes from the cache, since its text
+    differs between machines; the meter is charged in either case. `basis`: what identifies the dense model, and how it
+    is run."""
     join = experiment.augmentation
     if not join.added(*given_NT.shape):
         return given_NT

@@ -33,8 +33,9 @@ def check_bos(experiment: Experiment, tokenizer: Any) -> None:
 def tell_of_bos(
     experiment: Experiment, model: Model, tokens_NT: Tensor, known: Callable[[str, Callable[[], float]], float]
 ) -> None:
-    """Logs a line where a token that the family needs is missing, or one is not used that is worth more than
-    `WORTH_SAYING` to a model in memory. `known`: gives what was measured before on what the text says, or measures."""
+    """Logs a line where windows lack a beginning-of-sequence token that the family needs, or that is worth more than
+    `WORTH_SAYING` to a model in memory. `known`: gives what was measured before on windows of this fingerprint, or
+    measures."""
     token = getattr(model.config if model.tokenizer is None else model.tokenizer, "bos_token_id", None)
     if token is None or not 0 <= token < model.vocab_size:
         return
@@ -65,13 +66,13 @@ def begun(tokens_NT: Tensor, token: int, max_length: int | None) -> Tensor:
 
 
 def measured_windows(seen: Windows) -> Windows:
-    """Those on which it is measured, of the calibration windows `seen`, for forecasts."""
+    """The windows that `worth_of` would see, of the calibration windows `seen`: for forecasts."""
     return replace(seen, count=min(WINDOWS, seen.count), length=min(LENGTH + 1, seen.length))
 
 
 def worth_of(model: Model, begun_NT: Tensor) -> float:
-    """By how many nats a token the loss is less with a beginning-of-sequence token in front of the windows than without
-    it, over the tokens that are scored in both; 0 where there are none."""
+    """How much lower the loss is, in nats a token, with a beginning-of-sequence token in front of the windows than
+    without: over the tokens that are scored in both, 0 where there are none."""
     if begun_NT.shape[1] < 3:
         return 0.0
     without, with_it = (model.token_losses(each, model.batch_size) for each in (begun_NT[:, 1:], begun_NT))

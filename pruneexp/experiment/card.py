@@ -78,8 +78,8 @@ below, which are those of the model without them.
 @dataclass(frozen=True)
 class Written:
     """A checkpoint as its readers meet it. `form`: a key of LOADERS; `since`: the first transformers that reads it;
-    `hollow`: layers that lost a whole sublayer have something else in the place of a linear layer; `padded`: zeros fill
-    layers up to the widest one."""
+    `hollow`: some layers lost a whole sublayer and have no linear layers there; `padded`: zeros fill layers up to the
+    widest one."""
 
     form: str
     architecture: str = ""
@@ -211,8 +211,7 @@ def _without_folders(override: str) -> str:
 
 
 def base_model(path: str, folder: Path | None) -> str:
-    """The id on the Hub of the model that was read from `path`, or else its name; never a path. `folder`: where it
-    lies."""
+    """The Hub id, or else the name, of the model that was read from `path`; never a path. `folder`: where it lies."""
     if path.startswith(EMBEDDED):
         return f"{TAG}-embedded-{path.removeprefix(EMBEDDED)}"
     place = Path(os.path.expanduser(path))

@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from pruneexp.experiment.card import Card, Written, base_model, card_text, license_of
-from pruneexp.experiment.resume import take_up
 from pruneexp.experiment.settings import Experiment
-from pruneexp.files import check_writable, files_in, read_object, write_atomic
+from pruneexp.files import check_writable, files_in, read_object, write_atomic, write_json
 from pruneexp.model import Model
 from pruneexp.model.companions import CARD
 from pruneexp.model.modeling_pruned import FAMILIES, Family
@@ -38,7 +37,7 @@ from pruneexp.surgery import (
     vllm_note,
 )
 from pruneexp.tracker import CHOSEN, NOTES, PROOF, clear_unfinished
-from pruneexp.types import ConfigError, Plan
+from pruneexp.types import ConfigError, Plan, RunError
 
 logger = logging.getLogger("pruneexp")
 
@@ -67,8 +66,8 @@ class Delivery:
 def prepare_delivery(
     experiment: Experiment, model: Model, folder: Path | None, tokens_NT: Tensor, identity: str
 ) -> tuple[Delivery, Notes]:
-    """What must be there before the model is pruned, and the notes of how far a streamed run has come. `identity`: of
-    what its results depend on."""
+    """What must be there before the model is pruned, and the notes of how far a streamed run has come. `identity`: a
+    hash of what the run's results depend on."""
     probe_BT = tokens_NT[:PROOF_WINDOWS, :PROOF_LENGTH]
     prove = experiment.run.prove if experiment.run.save else "off"
     dense = dense_logits(model, experiment.model, probe_BT, prove)
@@ -81,15 +80,32 @@ def prepare_delivery(
     return Delivery(folder, prove, probe_BT, dense, streamed), Notes(folder / NOTES, streamed, model.devices)
 
 
-def deliver(delivery: Delivery, model: Model, adapter: Adapter | None, path: str) -> dict[str, float]:
-    """Writes and proves the run folder's `model/`, and proof.json; what the proof measured. `path`: as `model.path`. A
-    checkpoint that differs is worth a warning, not a lost run.
+def take_up(run: Path, key: str) -> bool:
+    """Whether a streamed run of the identity `key` that has died left notes in its folder `run`, from which this one
+    goes on. Another run's notes are removed, with what it had written of a checkpoint, and a place is made for new
+    ones. Raises RunError where that cannot be done."""
+    file = run / NOTES / "identity"
+    try:
+        if file.is_file() and file.read_text() == key:
+            return True
+        clear_unfinished(run)
+        file.parent.mkdir()
+        write_atomic(file, key)
+    except OSError as error:
+        raise RunError(f"{file.parent}: cannot be written ({error.strerror or error})") from error
+    return False
 
-    Raises RunError where the dense model was another than its source: so is everything that was measured."""
+
+def deliver(delivery: Delivery, model: Model, adapter: Adapter | None, path: str) -> dict[str, float]:
+    """Writes the run folder's `model/`, compares it with the model, writes proof.json, and gives what was measured.
+    `path`: as `model.path`. A checkpoint that differs costs a warning, not the run.
+
+    Raises RunError where the dense model computes something else than its source: everything was then measured on
+    another model."""
     if delivery.folder is None:
         return {}
     proof = _proof(delivery, delivery.folder, model, adapter)
-    write_atomic(delivery.folder / PROOF, json.dumps(proof, indent=1) + "\n")
+    write_json(delivery.folder / PROOF, proof)
     difference = proof.get("max_logit_difference")
     if difference is not None and difference > proof.get("tolerance", 1e-2):
         logger.warning("the reloaded checkpoint's logits differ by up to %g", difference)
@@ -133,8 +149,7 @@ def _completed(run: Path) -> Callable[[Form, Path], None]:
     def complete(form: Form, folder: Path) -> None:
         write_atomic(folder / "plan.json", (run / "plan.json").read_bytes())
         files = sorted({*files_in(folder), CARD})  # the card comes once there are figures
-        proof = {"form": form.kind, "why": form.why, "files": files}
-        write_atomic(run / PROOF, json.dumps(proof, indent=1) + "\n")
+        write_json(run / PROOF, {"form": form.kind, "why": form.why, "files": files})
 
     return complete
 
@@ -156,7 +171,7 @@ def finish_folder(folder: Path, card: Card, chosen: Mapping[str, Any], *, saved:
     if saved:
         write_card(card, folder / "model")
     if chosen:
-        write_atomic(folder / CHOSEN, json.dumps(chosen, indent=1) + "\n")
+        write_json(folder / CHOSEN, chosen)
     shutil.rmtree(folder / NOTES, ignore_errors=True)
 
 

@@ -39,7 +39,6 @@ def failures_recorded(trackers: Trackers, folder: Path | None) -> Iterator[None]
 
 
 def _raised_in(error: BaseException) -> str:
-    """Where in the code an error comes from that says nothing itself."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1]
+    """The place in the code that raised an error without a message."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{last.name} ({last.filename}, line {last.lineno})"

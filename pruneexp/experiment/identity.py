@@ -17,14 +17,6 @@ from pruneexp.model import Model
 
 
 @dataclass(frozen=True)
-class Dense:
-    """The model before pruning. `weights`: as environment.json has them. `basis`: these, and how it is run."""
-
-    weights: Mapping[str, Any]
-    basis: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Identity:
     """`data`: as environment.json has it. `tokens`: SHA-256 of the calibration windows. `run`: everything, the dense
     model too, as one hash."""
@@ -34,19 +26,20 @@ class Identity:
     run: str
 
 
-def dense_identity(experiment: Experiment, model: Model, recorded: bool) -> Dense:
-    """Of a model that is loaded. Where neither a record nor the cache asks, weights are not looked through."""
+def dense_identity(experiment: Experiment, model: Model, recorded: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Fingerprints of the weights of a model that is loaded, as environment.json has them; these, and how the model is
+    run. Where neither a record nor the cache asks, weights are not looked through."""
     asked = recorded or not isinstance(experiment.cache, NoCache)
     weights = experiment.model.fingerprint() if asked else {"files": {}}
     gpus = sorted({torch.cuda.get_device_name(device) for device in model.devices if device.type == "cuda"})
     how = {"dtype": str(model.dtype), "device": gpus or "cpu", "batch_size": model.batch_size}
-    return Dense(weights, {"weights": weights["files"], **how})
+    return weights, {"weights": weights["files"], **how}
 
 
-def identify(experiment: Experiment, dense: Dense, tokens_NT: Tensor) -> Identity:
-    """Of a run whose calibration windows are all there."""
+def identify(experiment: Experiment, weights: Mapping[str, Any], tokens_NT: Tensor) -> Identity:
+    """Of a run whose calibration windows are all there. `weights`: as `dense_identity` gives them."""
     tokens = fingerprint(tokens_NT)
     windows = {"calibration_windows": list(tokens_NT.shape), "calibration_tokens_sha256": tokens}
     method = {key: value for key, value in experiment.config.items() if key not in NOT_HASHED}
-    whole = identity(config=method, save=experiment.run.save, weights=dense.weights, tokens=tokens)
+    whole = identity(config=method, save=experiment.run.save, weights=weights, tokens=tokens)
     return Identity({**experiment.dataset.description(), **windows}, tokens, whole)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -89,8 +88,8 @@ def given_table(experiment: Experiment, outline: Model) -> Table | None:
 
 
 def _unused(experiment: Experiment) -> list[str]:
-    """Settings that only count with times, or with a context, where neither is counted: those that were typed, and a
-    table. A sweep's jobs may have them for others that count by them."""
+    """Keys of `sparsity` without effect, where it counts no times, or nothing that depends on a context: those that
+    were typed, and a table. A sweep's jobs may have typed ones for the sake of other jobs."""
     keys = ["batch", "phase", *([] if experiment.sparsity.of in ("macs", "bytes") else ["context"])]
     typed = {text.lstrip("+").partition("=")[0] for text in experiment.job["overrides"]}
     of_one = [] if experiment.job["sweep"] else [key for key in keys if f"sparsity.{key}" in typed]
@@ -118,15 +117,8 @@ def conditions_of(model: Model, sparsity: Sparsity) -> Conditions:
     )
 
 
-def with_times(model: Model, times: Times) -> Model:
-    """The same model, counted by a table."""
-    other = copy(model)
-    other.times = times
-    return other
-
-
 def assumed(model: Model) -> Times:
-    """In the place of what is not measured yet: times in proportion to parameters."""
+    """Times in proportion to parameters, which stand in until some are measured."""
 
     def curve(site: Site | None) -> Curve:
         whole = [] if site is None else [(site.units, site.units * site.cost.params * 1e-6, 0.0)]
@@ -146,8 +138,8 @@ def assumed(model: Model) -> Times:
 
 
 def timing_of(experiment: Experiment, model: Model, given: Table | None) -> Timing | None:
-    """The table that a run counts by, which its model then knows: the one that was `given`, or measured, once for a
-    device, a model's shapes and what is asked. None where no times are asked for.
+    """The table that a run counts by, set in its model: the `given` one or a measured one, which is cached for a
+    device, a model's shapes and the conditions asked for. None where no times are counted.
 
     Raises ConfigError where the search cannot remove so much, by what was measured, or where layers lie on several
     devices."""

@@ -31,9 +31,9 @@ def measured(
     known: Known = anew,
     dense: Mapping[str, Measured] = MappingProxyType({}),
 ) -> tuple[dict[str, float], dict[str, Measured]]:
-    """Figures of the model as it is `when` ("dense", "pruned"), which their names begin with, and what
-    each found. `known`: gives what was measured before, or measures. `dense`: what each found before pruning. Files go
-    to samples/ in `folder`; None: nowhere."""
+    """Figures of all evaluators, under names that begin with `when` ("dense" or "pruned"), and what each evaluator
+    found. `known`: gives what was measured before, or measures. `dense`: what each found before pruning. Files go to
+    samples/ in `folder`; None: nowhere."""
     figures: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
     found = {}
     for name, evaluator in evaluators.items():

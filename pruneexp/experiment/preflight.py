@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pruneexp.experiment.forecast import (
     warn_of_files,
     warn_of_memory,
 )
-from pruneexp.experiment.latency import assumed, given_table, with_times, without_table
+from pruneexp.experiment.latency import assumed, given_table, without_table
 from pruneexp.experiment.quantised import tell_quantised, warn_of_scratch
 from pruneexp.experiment.settings import Experiment
 from pruneexp.files import existing
@@ -73,7 +74,8 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
     check_query_heads(outline, *parts[:2], experiment.job["choices"])
     table = given_table(experiment, outline)
     if experiment.sparsity.of == "latency":
-        outline = with_times(outline, assumed(outline) if table is None else table.times)
+        outline = copy(outline)  # another run may have the same one
+        outline.times = assumed(outline) if table is None else table.times
     if experiment.sparsity.of == "latency" and table is None:  # whether so much can leave is known once it is measured
         budget = whole_budget(outline, experiment.search, experiment.sparsity, experiment.sparsity.ratio)
     else:
@@ -87,7 +89,7 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
 
 
 def settled(experiment: Experiment, model: Model) -> Experiment:
-    """With the compensator as it is for this model."""
+    """The experiment, its compensator's `auto` settings decided for this model."""
     settle = experiment.compensator.settled
     if settle is None:
         return experiment
@@ -99,8 +101,7 @@ def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
     settings = experiment.run
     if not settings.save and not experiment.model.stream:
         return
-    method = experiment.method
-    params, _ = params_left(model, method.search, method.sparsity, method.compensator, budget)
+    params, _ = params_left(model, experiment.method, budget)
     folder = Path(settings.dir or "outputs")
     needed, free = params * model.dtype.itemsize, shutil.disk_usage(existing(folder)).free
     if settings.overwrite:  # an older checkpoint makes room
@@ -114,8 +115,8 @@ def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
 
 
 def check_room(experiment: Experiment) -> None:
-    """Raises ConfigError where windows, int64 [N, T], of which any number can be had, take more memory than is free:
-    it would be hours until that is found while they are made."""
+    """Raises ConfigError where the windows that are asked for, int64 [N, T], take more memory than is free. Datasets
+    that make any number of windows would find out after hours."""
     dataset = experiment.dataset
     asked = [("dataset.samples", dataset.samples or 0, dataset.length or 0)]
     for name, evaluator in experiment.evaluators.items():
@@ -125,7 +126,7 @@ def check_room(experiment: Experiment) -> None:
         asked.append((key, (source and source.evaluation_samples) or 0, length))
     free = available_memory(torch.device("cpu"))
     for key, samples, length in asked:
-        needed = 8 * samples * (length or 0)
+        needed = 8 * samples * length
         if needed > free:
             raise ConfigError(
                 f"{key}={samples}: so many windows of {length} tokens take {size(needed)} of memory, {size(free)} are "
@@ -206,16 +207,14 @@ def _check_windows(experiment: Experiment, windows: int) -> None:
 
 def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) -> None:
     """A word where weights are fitted to fewer tokens than `FITTED` times the inputs of the widest out-projection."""
+    methods = {"criterion": experiment.criterion, "compensator": experiment.compensator}
     fitting = [
         f"{group}={experiment.job['choices'].get(group)}"
-        for group in ("criterion", "compensator")
-        for method in [getattr(experiment, group)]
+        for group, method in methods.items()
         if not method.few_tokens and any(kind.fits for kind in evidence_kinds(method.evidence))
     ]
-    sites = [
-        site for site in searched_sites(model, experiment.search) if site.kind in ("attention", QUERY_HEADS, "mlp")
-    ]
-    widest = max((site.channels for site in sites), default=0)
+    sites = searched_sites(model, experiment.search)
+    widest = max((s.channels for s in sites if s.kind in ("attention", QUERY_HEADS, "mlp")), default=0)
     windows, length = tokens_NT.shape
     if not fitting or windows * length >= FITTED * widest:
         return

@@ -95,7 +95,7 @@ def _pruned(
     trackers: Trackers,
     shared: DenseStates | None,
 ) -> Outcome:
-    """The algorithm box, with everything that it takes at hand."""
+    """The run once everything that it takes is at hand: the steps of the module's docstring."""
     torch.manual_seed(experiment.seed)
     record = Record(rng=torch.Generator().manual_seed(experiment.seed))
     with record.clock("load"):
@@ -103,19 +103,19 @@ def _pruned(
     with record.clock("latency") if experiment.sparsity.of == "latency" else nullcontext():
         timing = timing_of(experiment, model, inputs.table)
     measure = partial(measured, experiment.evaluators, model, folder, trackers)
-    before = dense_identity(experiment, model, recorded=folder is not None)
-    tokens_NT = augmented(experiment, model, inputs.tokens_NT, before.basis, record)
-    known = identify(experiment, before, tokens_NT)
+    weights, basis = dense_identity(experiment, model, recorded=folder is not None)
+    tokens_NT = augmented(experiment, model, inputs.tokens_NT, basis, record)
+    known = identify(experiment, weights, tokens_NT)
     if folder is not None:
-        local.environment(before.weights, known.data)
-    tell_of_bos(experiment, model, inputs.tokens_NT, partial(bos_worth, experiment.cache, before.basis))
+        local.environment(weights, known.data)
+    tell_of_bos(experiment, model, inputs.tokens_NT, partial(bos_worth, experiment.cache, basis))
     with record.clock("evaluate_dense"):
-        figures, dense = measure("dense", partial(dense_figures, experiment.cache, before.basis, model))
+        figures, dense = measure("dense", partial(dense_figures, experiment.cache, basis, model))
         record.metrics |= figures
-    quantise = partial(quantised, experiment, before.basis, model, record, trackers)
+    quantise = partial(quantised, experiment, basis, model, record, trackers)
     quantise("dense", None)
     counted, origin = _counted(experiment, model), list(model.origin)
-    record.results = Results(experiment.cache, {**before.basis, "tokens": known.tokens}, shared)
+    record.results = Results(experiment.cache, {**basis, "tokens": known.tokens}, shared)
     delivery, record.notes = prepare_delivery(experiment, model, folder, tokens_NT, known.run)
     if delivery.streamed is not None:
         record.shrunk = delivery.streamed.layer

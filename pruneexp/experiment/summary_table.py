@@ -18,12 +18,10 @@ SUBLAYERS = {"attention": "attention sublayers", "mlp": "FFN sublayers"}
 GROUPS = {  # first part of a metric's name -> heading
     "ppl": "perplexity",
     "latency": "speed",
-    "throughput": "speed",
     "memory": "memory",
     "bytes": "memory",
     "bits": "memory",
-    "kv": "memory",
-    "size": "size",
+    "kv_bytes": "memory",
     "passes": "passes",
     "seconds": "seconds",
 }
@@ -37,7 +35,7 @@ COUNTED = {  # share removed of what the sparsity counts
     "sparsity/latency_measured": "milliseconds of the decoder, measured",
 }
 MOST_FIGURES = 4  # in a line
-ORDER = ("removed", "perplexity", "accuracy", "speed", "memory", "size", "other", "passes", "seconds")
+ORDER = ("removed", "perplexity", "accuracy", "speed", "memory", "other", "passes", "seconds")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pruneexp.files import read_object, write_atomic
+from pruneexp.files import read_object, write_json
 
 GGUF_FILE = "model.gguf"  # its name in a folder
 
@@ -38,4 +37,4 @@ def place_file(written: Path, out: Path, record: dict[str, object]) -> None:
     """Puts a finished file and its record in their places."""
     own = {name: value for name, value in record.items() if name != "files"} | {"bytes": written.stat().st_size}
     written.replace(out)
-    write_atomic(record_beside(out), json.dumps(own, indent=1) + "\n")
+    write_json(record_beside(out), own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -106,7 +105,7 @@ def chosen(model: Model, asked: Request) -> Exporter:
 def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter, aside: Path) -> dict[str, Any]:
     """Writes and proves the export in `aside`."""
     from pruneexp.export.card import card
-    from pruneexp.files import files_in, write_atomic
+    from pruneexp.files import files_in, write_atomic, write_json
     from pruneexp.model.companions import CARD, GENERATION, LEGAL, copy_files
 
     model = stored_source(checkpoint, stream=stream).load()
@@ -131,5 +130,5 @@ def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter,
     if notes:
         record["notes"] = notes
     record["files"] = [*files_in(aside), RECORD]
-    write_atomic(aside / RECORD, json.dumps(record, indent=1) + "\n")
+    write_json(aside / RECORD, record)
     return record

@@ -67,8 +67,8 @@ def accuracy_section(runs: Runs, conflicting: Runs, compared: Sequence[Compariso
 
 
 def _few_items(metrics: Sequence[str]) -> list[str]:
-    """How far chance moves accuracies of so few items that their names say how many: two standard errors, each at most
-    1 / (2 sqrt(n))."""
+    """Lines that say how far chance moves accuracies of few items, whose names say how many: by two standard errors,
+    each at most 1 / (2 sqrt(n))."""
     sizes = {metric: int(match[1]) for metric in metrics if (match := re.search(r"\[(\d+)\]$", metric))}
     return [
         f"{', '.join(names)}: {items} items, whose draw alone moves an accuracy by up to "

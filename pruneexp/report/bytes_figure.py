@@ -9,7 +9,7 @@ from typing import Any
 from pruneexp.fingerprint import GGUF
 from pruneexp.report import figures
 from pruneexp.report.against_share import by_context, file_name, named
-from pruneexp.report.figures import FAINT, GRID, WHOLE, Looks, Picture, Style
+from pruneexp.report.figures import FAINT, WHOLE, Looks, Picture, Style
 from pruneexp.report.methods import Runs
 from pruneexp.report.page import Section
 from pruneexp.report.points import accuracies, dense, is_mean, mean_of, metrics_of, perplexities, points
@@ -29,7 +29,8 @@ class Sized:
 
 
 def bytes_section(runs: Runs, looks: Looks) -> Section | None:
-    """Of reports with quantised runs: a figure for every model, metric and engine, whose figures do not compare."""
+    """The section of reports with quantised runs: a picture for every model, metric and engine, since figures of two
+    engines do not compare."""
     if not metrics_of(runs, "bits/param(/.*)?"):
         return None
     tables, pictures = [], []
@@ -87,10 +88,7 @@ def bytes_figure(name: str, metric: str, shown: Sequence[Sized], before: Sequenc
     if metric.startswith("ppl/"):
         figures.log_scale(axes, [*before, *(one.value for one in shown)])
     axes.set_xlim(left=0)
-    axes.set_xlabel("weights, MiB")
-    axes.set_ylabel(figures.upright(metric))
-    axes.grid(color=GRID, linewidth=0.6)
-    figures.legend(figure, axes)
+    figures.finish(figure, axes, "weights, MiB", metric)
     told = "; ".join(f"{one.method} {one.ratio:g} ({one.size:.4g} MiB, {one.value:.4g})" for one in shown)
     return Picture(name, f"{metric} against the size of the weights. Filled: nothing is pruned.", told, figure)
 

@@ -61,8 +61,9 @@ def comparisons(runs: Runs, tables: Sequence[Table]) -> list[Comparison]:
 
 
 def matches(one: Described, figure: Published) -> bool:
-    """Same model and metric; where the figure is of a pruned model, same recipe, ratio of parameters (as it is printed:
-    LLM-Pruner's 20 % are 20.3 %), recovery, such settings as make the method, and nothing quantised."""
+    """Whether the run is what the figure is of: same model and metric; for a pruned model also the same recipe, ratio
+    of parameters (to 0.005: LLM-Pruner's 20 % are 20.3 %), recovery and settings that make the method, and nothing
+    quantised."""
     if figure.model not in model_names(one.run.config) or measured(one, figure) is None:
         return False
     return figure.ratio == 0 or (
@@ -76,8 +77,8 @@ def matches(one: Described, figure: Published) -> bool:
 
 
 def measured(one: Described, figure: Published) -> float | None:
-    """Ours, as metrics.json has it; of a mean over tasks the mean of ours on the same tasks, each scored as the paper
-    scores it. None where the run did not measure it."""
+    """The run's own figure, as metrics.json has it. For a mean over tasks, it is our mean over the same tasks, each
+    scored as in the paper. None where the run did not measure it."""
     side = "pruned" if figure.ratio else "dense"
     keys = [f"{side}/{metric}" for metric in figure.mean_of or (figure.metric,)]
     return fmean(one.run.metrics[key] for key in keys) if set(keys) <= set(one.run.metrics) else None

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pruneexp.report.methods import Runs
 from pruneexp.report.points import Ablation, Cost, Priced, kept_shares
 from pruneexp.report.statistics import grouped
+from pruneexp.tracker.structure import UNITS, tick_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,12 +26,7 @@ INK, FAINT, GRID = "#1c2126", "#6a737c", "#d3d8dd"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b98500", "#3f9fd8")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
-KIND_NAMES = {
-    "attention": "attention heads (KV groups)",
-    "query_heads": "query heads",
-    "mlp": "FFN channels",
-    "block": "layers",
-}
+KIND_NAMES = UNITS | {"attention": "attention heads (KV groups)"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,6 @@ def wrapped(label: str, characters: int) -> str:
     return textwrap.fill(label, characters, break_on_hyphens=False)
 
 
-def upright(metric: str) -> str:
-    """A metric's name beside an axis: on two lines where one would be longer than the axis."""
-    return metric.replace("/", "/\n", 1) if len(metric) > 24 else metric
-
-
 def _legend_columns(labels: Sequence[str]) -> int:
     return 2 if all(len(label) <= 28 for label in labels) else 1
 
@@ -97,7 +88,11 @@ def legend_rows(labels: Sequence[str]) -> int:
     return -(-lines // _legend_columns(labels))
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def finish(figure: Figure, axes: Axes, cost: str, metric: str, grid: Literal["both", "y"] = "both") -> None:
+    """What stands beside the axes, the grid, and the legend of what has been drawn."""
+    axes.set_xlabel(cost)
+    axes.set_ylabel(metric.replace("/", "/\n", 1) if len(metric) > 24 else metric)  # no longer than the axis
+    axes.grid(axis=grid, color=GRID, linewidth=0.6)
     handles, labels = axes.get_legend_handles_labels()
     style: Style = {"frameon": False, "fontsize": 9, "labelcolor": INK, "ncols": _legend_columns(labels)}
     if handles:
@@ -133,18 +128,15 @@ def pareto_figure(name: str, metric: str, cost: Cost, prices: Sequence[Priced], 
             style["label"] = None
     log_scale(axes, [one.ppl for one in prices])
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(cost.label)
-    axes.set_ylabel(upright(metric))
-    axes.grid(color=GRID, linewidth=0.6)
-    legend(figure, axes)
+    finish(figure, axes, cost.label, metric)
     told = "; ".join(f"{one.method} {one.ratio:g} ({one.cost:.4g}, {one.ppl:.4g})" for one in front)
     caption = f"{metric} against {cost.label}; lower is better in both. Filled: no other point beats it."
     return Picture(name, caption, f"on the front: {told}", figure)
 
 
 def widths_figure(name: str, kind: str, rows: Mapping[str, Runs]) -> Picture | None:
-    """Share of its units that each layer keeps: a row a method and ratio (mean over its runs), a column a layer. None
-    where no plan names such units."""
+    """The share of its units that each layer keeps: a row for each method and ratio (mean over its runs), a column for
+    each layer. None where no plan names such units."""
     shares = {label: [kept_shares(one.run.plan) for one in members] for label, members in rows.items()}
     plans = [plan for of_row in shares.values() for plan in of_row]
     layers = 1 + max((layer for plan in plans for of_kind in plan.values() for layer in of_kind), default=0)
@@ -162,8 +154,7 @@ def widths_figure(name: str, kind: str, rows: Mapping[str, Runs]) -> Picture | N
     figure.set_figwidth(max(WIDTH, 2.2 + 0.075 * longest + 0.13 * layers))
     image = axes.imshow(list(table.values()), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(labels)), labels)
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if layers <= 16 * step)
-    axes.set_xticks(range(0, layers, step))
+    axes.set_xticks(range(0, layers, tick_step(layers, 16)))
     axes.set_xlabel("layer")
     axes.set_title(f"{KIND_NAMES.get(kind, kind)} kept", fontsize=10, color=INK, loc="left")
     axes.spines[:].set_visible(False)

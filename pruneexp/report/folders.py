@@ -17,7 +17,7 @@ from pruneexp.fingerprint import __version__, comparable, config_hash, settings
 from pruneexp.progress import progress
 from pruneexp.report.statistics import grouped
 from pruneexp.tracker import status_of
-from pruneexp.types import ConfigError, Plan
+from pruneexp.types import ConfigError, Plan, one_line
 
 NOT_COMPARED = ("seconds/", "memory/", "proof/")  # not what was computed
 NOT_COMPARED += ("dense/latency/", "pruned/latency/", "unquantised/latency/")
@@ -79,7 +79,7 @@ def find(folders: Sequence[Path], versions: str) -> Found:
         try:
             runs.append(_read(path, name, versions))
         except _Unusable as reason:
-            skipped.append(Skipped(name, " ".join(str(reason).split())))
+            skipped.append(Skipped(name, one_line(reason)))
     kept, repeats, conflicts = _told_apart(runs)
     return Found(kept, skipped, repeats, conflicts)
 

@@ -76,8 +76,9 @@ def _recipes() -> dict[str, dict[str, str]]:
 
 
 def choice(group: str, config: Mapping[str, Any], preferred: str | None = None) -> Choice:
-    """The option of the group that the config is: of those of its class the one it departs from in nothing, else the
-    preferred one, else the nearest. For a class that no option has, the class's name."""
+    """The option of the group that the config has. Of the options of its class, it is the one from which the config
+    departs in nothing, else the preferred one, else the nearest. For a class that no option has, it is the class's
+    name."""
     node = config.get(group)
     if not isinstance(node, Mapping):
         return Choice("none", {})
@@ -91,7 +92,8 @@ def choice(group: str, config: Mapping[str, Any], preferred: str | None = None) 
 
 
 def _departing(name: str, given: Mapping[str, Any], option: Mapping[str, Any]) -> Choice:
-    """The option, and the settings at another value than it has, but for those it leaves to the user or another key."""
+    """The option, and the settings that have another value there, except those it leaves to the user or takes from
+    another key."""
     departures = {}
     for key, value in given.items():
         expected = option.get(key)
@@ -101,7 +103,7 @@ def _departing(name: str, given: Mapping[str, Any], option: Mapping[str, Any]) -
 
 
 def _recorded(group: str, config: Mapping[str, Any], name: str | None) -> Choice:
-    """The option that was chosen, with what the config departs from it in."""
+    """The option that was chosen, and the settings in which the config departs from it."""
     node, option = config.get(group), options(group).get(str(name))
     if name is None or option is None or not isinstance(node, Mapping):  # of a folder of one's own
         return choice(group, config) if name is None else Choice(name, {})
@@ -222,13 +224,14 @@ def _word(group: str, name: str) -> str:
 
 
 def _goes_without(recipe: str | None, group: str, name: str) -> bool:
-    """Whether the recipe's name says the choice: it makes it, or the choice is none where it makes no other."""
+    """Whether the recipe's name implies the choice: the recipe makes it, or it is none and the recipe makes no
+    other."""
     return recipe is not None and name == _recipes()[recipe].get(group, "none")
 
 
 def _heads(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[dict[str, str]]:
-    """The option names that tell methods apart: of the recipe where every run has one, and they are not just a crossing
-    of its parts; else of each group."""
+    """The option names that tell methods apart: the recipe's, where every run has one and the runs are not just a
+    crossing of its parts; else those of each group."""
     parts = _parts(choices)
     several = sum(len(set(place)) > 1 for place in zip(*parts, strict=True)) > 1
     by_recipe = None not in recipes and not (crossed(parts) and several)
@@ -240,9 +243,10 @@ def _heads(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None
 
 
 def _by_recipe(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[list[str]]:
-    """Names where recipes lie beside runs of no recipe: the recipe; else the one that lies there too and differs in one
-    group, with what that group is instead ("flap search=greedy"; another criterion is another method). Empty for a run
-    that is near to none, and for all runs where their parts are just a crossing."""
+    """Names of runs by recipes, where runs with a recipe lie beside runs without. A run is named by its own recipe,
+    else by one of the others that it departs from in one group, with its choice there: "flap search=greedy". Another
+    criterion is another method. Empty for a run that is near to none, and for all runs where their parts are just a
+    crossing."""
     parts = _parts(choices)
     beside = [] if crossed(parts) else sorted({recipe for recipe in recipes if recipe is not None})
     words = []

@@ -13,6 +13,7 @@ from pruneexp.fingerprint import GGUF, differing
 from pruneexp.report.folders import SAME
 from pruneexp.report.methods import Described, Runs
 from pruneexp.report.statistics import Effect, balanced, grouped, interval, main_effects, pareto_front
+from pruneexp.report.tables import count
 from pruneexp.types import QUERY_HEADS, Plan
 
 SHARE = "sparsity/decoder"
@@ -22,7 +23,8 @@ COUNTED_AT = {"macs": ("context",), "bytes": ("context",), "latency": ("context"
 
 @dataclass(frozen=True)
 class Removed:
-    """What counts as removed where runs stand together: its share, that in words, and why it is not the budget's."""
+    """The quantity by which runs that stand together are compared: its share's metric, that in words, and why it is not
+    the budget's."""
 
     metric: str
     name: str
@@ -71,8 +73,8 @@ class Point:
 
 
 def metrics_of(runs: Runs, pattern: str) -> list[str]:
-    """Names, without "dense/" or "pruned/", of what some run measured on the pruned model, and that match the pattern
-    whole."""
+    """Names, without "dense/" or "pruned/", of what some run measured on the pruned model, where the pattern matches
+    the whole name."""
     names = {key.removeprefix("pruned/") for one in runs for key in one.run.metrics if key.startswith("pruned/")}
     return sorted(name for name in names if re.fullmatch(pattern, name))
 
@@ -92,7 +94,8 @@ def is_mean(accuracy: str) -> bool:
 
 
 def left_out(runs: Runs, what: str, pattern: str) -> list[str]:
-    """The line that says of which runs figures are left out as those of a model that is not quantised."""
+    """A line that names the methods whose figures are left out, since they are those of a model that is not
+    quantised."""
     told = [one for one in runs if any(re.fullmatch(f"unquantised/(?:{pattern})", key) for key in one.run.metrics)]
     methods = ", ".join(dict.fromkeys(one.method for one in told))
     why = "which is that of a model that is not quantised (unquantised/... in metrics.csv)"
@@ -196,8 +199,7 @@ def machine(run: Mapping[str, Any]) -> str:
     """What a latency was measured on, from environment.json."""
     cpus = ", ".join(str(run[key]) for key in ("platform", "cpu") if run.get(key))
     where = ", ".join(run.get("gpus") or ()) or f"{cpus}, {run.get('cpus')} CPUs"
-    threads = run.get("threads")
-    return f"{where}, {threads} thread{'' if threads == 1 else 's'}"
+    return f"{where}, {count(run.get('threads'), 'thread')}"
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Ablation:
 
 
 def ablation(runs: Runs, metric: str) -> Ablation | None:
-    """Of runs of one context; None where nothing differs between them."""
+    """The main effects in runs of one context; None where nothing differs between them."""
     known = [one for one in runs if {f"dense/{metric}", f"pruned/{metric}"} <= set(one.run.metrics)]
     if not known:
         return None

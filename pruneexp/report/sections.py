@@ -121,18 +121,15 @@ def _design(found: Ablation) -> str:
 
 
 def _unequal_shares(context: str, runs: Runs) -> list[str]:
-    """That runs asked for one ratio removed different shares: what removes less looks better for that alone."""
+    """A line where runs that asked for one ratio removed different shares: what removes less looks better for that
+    alone."""
     share = removed(runs)
     by_ratio = grouped((one for one in runs if share.metric in one.run.metrics), lambda one: one.ratio)
-    ends = {}
+    apart = []
     for asked, members in sorted(by_ratio.items()):
         shares = [one.run.metrics[share.metric] for one in members]
-        ends[asked] = min(shares), max(shares)
-    apart = [
-        f"{100 * least:.1f} to {100 * most:.1f} % at {asked:g}"
-        for asked, (least, most) in ends.items()
-        if most - least > UNEQUAL
-    ]
+        if max(shares) - min(shares) > UNEQUAL:
+            apart.append(f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % at {asked:g}")
     if not apart:
         return []
     return [

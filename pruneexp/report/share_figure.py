@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pruneexp.report import figures
 from pruneexp.report.comparison import Comparison
-from pruneexp.report.figures import FAINT, GRID, INK, WHOLE, Looks, Picture, Style
+from pruneexp.report.figures import FAINT, INK, WHOLE, Looks, Picture, Style
 from pruneexp.report.methods import Runs
 from pruneexp.report.points import Point, Removed, dense_name
 from pruneexp.report.statistics import grouped
@@ -60,10 +60,7 @@ def share_figure(
         figures.log_scale(axes, marks)
     cut = _scaled_by(axes, marks, [bound for point in points for bound in _bar(point)])
     axes.set_xlim(left=0)
-    axes.set_xlabel(share.axis)
-    axes.set_ylabel(figures.upright(metric))
-    axes.grid(axis="y", color=GRID, linewidth=0.6)
-    figures.legend(figure, axes)
+    figures.finish(figure, axes, share.axis, metric, grid="y")
     told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
     return Picture(
         name, f"{metric} against the {share.name}, {_caption(metric, points, cut)}.{share.note}", told, figure
@@ -81,7 +78,7 @@ def _line(axes: Axes, label: str, line: Sequence[Point], look: Style) -> None:
 
 
 def _seeds(point: Point) -> Sequence[float]:
-    """Those drawn as marks: each of a few."""
+    """The seeds that are drawn as marks: only where they are few."""
     return point.seeds if 1 < point.n < ENOUGH else ()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -50,8 +49,8 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, by the first coordinate, of the points that none beats: lower is better in both, and a point is beaten
-    by one that is nowhere worse and somewhere better."""
+    """Indices of the points that no other beats, in the order of the first coordinate. Lower is better in both; a point
+    is beaten by one that is nowhere worse and somewhere better."""
 
     def beaten(point: tuple[float, float]) -> bool:
         return any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
@@ -76,9 +75,7 @@ class Effect:
 
 def balanced(cells: Sequence[tuple[Hashable, ...]]) -> bool:
     """Whether every combination of the factors' levels is there, each equally often."""
-    counts = Counter(cells)
-    levels = [{cell[k] for cell in counts} for k in range(len(cells[0]))] if cells else []
-    return len(counts) == math.prod(map(len, levels)) and len(set(counts.values())) == 1
+    return crossed(cells) and len(set(Counter(cells).values())) == 1
 
 
 def main_effects(
@@ -113,7 +110,4 @@ def main_effects(
 
 def crossed(groups: Sequence[tuple[Hashable, ...]]) -> bool:
     """Whether every combination of the values that occur in each place occurs."""
-    if not groups:
-        return True
-    places = [dict.fromkeys(group[k] for group in groups) for k in range(len(groups[0]))]
-    return set(itertools.product(*places)) == set(groups)
+    return not groups or math.prod(len(set(place)) for place in zip(*groups, strict=True)) == len(set(groups))

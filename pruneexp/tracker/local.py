@@ -45,11 +45,10 @@ class LocalRun:
         return self._folder
 
     def start(self, record: RunRecord) -> None:
-        """Claims the folder; writes status.json, config.yaml, environment.json; opens log.txt, to which everything
-        logged under "pruneexp" goes from here on. Raises ConfigError where another run is in the way."""
+        """Claims the folder, by status.json; opens log.txt, to which everything logged under "pruneexp" goes from here
+        on; writes config.yaml and environment.json. Raises ConfigError where another run is in the way."""
         folder = record.folder
         self._folder, self._status = folder, claim_folder(folder, self.overwrite)
-        self._write_json("status.json", self._status)
         self._open_log()
         self._write("config.yaml", _yaml(record.config))
         self._choices = record.job.get("choices", {})
@@ -158,7 +157,7 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, int | float]:
 
 
 def _number(key: str, value: Any) -> int | float:
-    plain = value.item() if hasattr(value, "item") and getattr(value, "shape", None) in ((), torch.Size()) else value
+    plain = value.item() if getattr(value, "shape", None) == () else value  # of numpy or torch
     if not isinstance(plain, numbers.Real) or not math.isfinite(plain):
         raise RunError(f"{key}={value!r}: expected a finite number")
     return int(plain) if isinstance(plain, numbers.Integral) else float(plain)
@@ -172,7 +171,7 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=64)
 def _remembered(key: str, value: str) -> str:
-    """Of a value given as JSON: most sections of a job's config are those of the job before."""
+    """The YAML of a section given as JSON, remembered: most sections of a job's config are those of the job before."""
     return _dumped({key: json.loads(value)})
 
 

@@ -148,7 +148,7 @@ def latency_figure(times: Times, plan: Plan, sites: Sequence[Site], origin: Sequ
             kept = site.units - plan.removed(site)
             x, y = at(kept, times.curve(kind, origin[site.layer]).at(kept))
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=KEPT)
-        for kept in range(0, most + 1, _step(most, 5)):
+        for kept in range(0, most + 1, tick_step(most, 5)):
             _text(draw, (at(kept, 0)[0], at(0, 0)[1] + 5), str(kept), anchor="ma")
         for share in (0.0, 0.5, 1.0):
             _text(draw, (at(0, 0)[0] - 5, at(0, share * tallest)[1]), f"{share * tallest:.3g}", anchor="rm")
@@ -169,10 +169,10 @@ def _panel(draw: ImageDraw, frame: Frame, kind: str, found: Sequence[Width]) -> 
             draw.line((x - arm, y + arm, x + arm, y - arm), fill=MARK, width=2)
     left, bottom, tick = DPI * frame.left, frame.y(0), 0.05 * DPI
     draw.line((left, DPI * frame.top, left, bottom, DPI * (frame.left + frame.width), bottom), fill="black")
-    for layer in range(0, frame.layers, _step(frame.layers, 22)):
+    for layer in range(0, frame.layers, tick_step(frame.layers, 22)):
         draw.line((frame.x(layer), bottom, frame.x(layer), bottom + tick), fill="black")
         _text(draw, (frame.x(layer), bottom + 1.6 * tick), str(layer), anchor="ma")
-    for units in range(0, frame.units + 1, _step(frame.units, 5)):
+    for units in range(0, frame.units + 1, tick_step(frame.units, 5)):
         draw.line((left - tick, frame.y(units), left, frame.y(units)), fill="black")
         _text(draw, (left - 1.6 * tick, frame.y(units)), str(units), anchor="rm")
     _text(draw, (left, DPI * (frame.top - 0.05)), _caption(found, UNITS.get(kind, kind)), anchor="ld", fill="#444444")
@@ -199,7 +199,7 @@ def _font(size: float) -> Any:
     return ImageFont.load_default(size)
 
 
-def _step(count: int, most: int) -> int:
+def tick_step(count: int, most: int) -> int:
     """The least of 1, 2, 5, 10, ... of which `count` holds at most `most`."""
     return next(digit * 10**power for power in range(12) for digit in (1, 2, 5) if count <= most * digit * 10**power)
 

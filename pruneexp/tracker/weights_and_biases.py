@@ -139,8 +139,8 @@ class Wandb:
     def summarise(
         self, record: RunRecord, header: Sequence[str], rows: Sequence[Sequence[Any]], figures: Mapping[str, Figure]
     ) -> None:
-        """A sweep that has ended, as a run of its own: a row a job as the table `jobs`, `figures/<name>` as images. Of
-        a sweep that is W&B's own (`wandb agent`) nothing: each of its agents would add one."""
+        """Makes a sweep that has ended a run of its own: a row for each job in the table `jobs`, `figures/<name>` as
+        images. Not of a sweep of W&B's own (`wandb agent`): each of its agents would add one."""
         if os.environ.get("WANDB_SWEEP_ID"):
             return
         self.start(record)
@@ -176,8 +176,9 @@ class Wandb:
 
 
 def _own_id(record: RunRecord) -> str | None:
-    """The run's id, None: what the environment says, or a new one. WANDB_RUN_ID names one run: a sweep's jobs and its
-    summary each get one made of it, except those of a sweep that is W&B's own, which starts a process a run."""
+    """The run's id; None leaves it to W&B: what the environment says, or a new one. WANDB_RUN_ID names a single run, so
+    a sweep's jobs and its summary get ids made from it. A sweep of W&B's own starts a process for each run and needs
+    none."""
     given = os.environ.get("WANDB_RUN_ID")
     if not given or os.environ.get("WANDB_SWEEP_ID") or record.job_type not in ("job", "summary"):
         return None
@@ -226,8 +227,9 @@ def _servers() -> set[str]:
 
 
 def _histograms(scores: Scores, sites: Sequence[Site]) -> dict[str, Any]:
-    """All finite scores of a kind of site as one histogram: {"scores/attention": ...}; of their logarithms where none
-    is negative, {"log10_scores/mlp": ...}: a few channels' scores are so large that the others would share one bar."""
+    """A histogram of all finite scores of each kind of site, {"scores/attention": ...}. Where none is negative, it is
+    of their logarithms, {"log10_scores/mlp": ...}: a few channels' scores are so large that the others would share one
+    bar."""
     import wandb
 
     kinds = {site.name: site.kind for site in sites}

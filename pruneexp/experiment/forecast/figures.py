@@ -29,12 +29,12 @@ class Forecast:
 
     @property
     def bytes_left(self) -> int:
-        """Of the pruned checkpoint."""
+        """Size of the pruned checkpoint."""
         return self.params_left * self.shape.itemsize
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """Those of the way that was asked for."""
+        """The stages of the way, held or streamed, that was asked for."""
         return self.streamed if self.streams else self.held
 
     @property
@@ -79,7 +79,7 @@ def forecast(
     """Figures for an outline `model`. `seen`: the calibration windows; `measured`: those of each evaluator that has
     some."""
     shape = shape_of(model)
-    left, decoder_left = params_left(model, method.search, method.sparsity, method.compensator, budget)
+    left, decoder_left = params_left(model, method, budget)
     trains = min(model.batch_size, recovery.batch) if recovery.trains else 0
     how = replace(how, shared=_in_common(method, shape, seen, how.shared))
     held = Memory(method, shape, seen, measured, left, trains, recovery.layerwise, replace(how, stream=False))

@@ -36,7 +36,7 @@ def _free_in_groups() -> Iterator[int]:
         if controllers == "":
             base, limit, used, cached = CGROUPS, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            base, limit, used, cached = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ""
+            base, limit, used = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
             cached = "total_inactive_file"
         else:
             continue

@@ -53,7 +53,7 @@ class Stage:
 
     @property
     def needed(self) -> int:
-        """Beside what the process holds already."""
+        """Bytes beside what the process holds already."""
         return self.total - self.parts.get("process", 0)
 
 
@@ -72,9 +72,9 @@ class Running:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of which the stages are asked. `measured`: the windows of each evaluator that has some; `left`: parameters of the
-    pruned model; `trains`: windows in a batch of training after pruning, 0 for none, `layerwise` through one layer
-    after the other."""
+    """What the stages are worked out from. `measured`: the windows of each evaluator that has some; `left`: parameters
+    of the pruned model; `trains`: windows in a batch of training after pruning, 0 for none, `layerwise` through one
+    layer after the other."""
 
     method: Method
     shape: Shape
@@ -86,7 +86,7 @@ class Memory:
     how: Running
 
     def stages(self) -> list[Stage]:
-        """In their order. Of evaluators, the one that takes most."""
+        """All stages in their order. Of the evaluators, the one that takes most."""
         shape, found = self.shape, []
         if self.how.reached > self.how.process:
             found.append(Stage("start", {"process": self.how.reached}))
@@ -182,8 +182,8 @@ class Memory:
         copies = self._copies
         if by_site(compensator):
             times, held = 3, self._fitted()
-            shape, widest = self.shape, max((site.channels for site in self.shape.sites), default=0)
-            copies -= shape.block_bytes - widest * shape.hidden * shape.itemsize  # in-projections are let go by then
+            shape = self.shape  # whose in-projections are let go by then
+            copies -= shape.block_bytes - shape.most_channels * shape.hidden * shape.itemsize
         elif compensator.sequential and kinds:
             times, held = 2, self._of_any_layer(kinds)
         else:
@@ -198,9 +198,9 @@ class Memory:
         )
 
     def _recovering(self) -> Stage:
-        """Layer by layer: hidden states of both models, a dense layer beside what the files hold of it, and of the
-        layer that is trained float32 weights, the best ones, their gradients and AdamW's two moments; what waits for
-        the way back is in float32, too, and so is a batch of windows held out."""
+        """Layer by layer, the hidden states of both models and a dense layer as it is read. Of the layer in training,
+        float32 weights, the best ones so far, gradients and AdamW's two moments; and float32 activations, those that
+        wait for the backward pass or a batch of windows held out."""
         shape, batch = self.shape, Windows(self.trains, self.seen.length, self.trains)
         if not self.layerwise:
             kept = activations(shape, batch, with_gradients(shape)) + len(shape.layers) * activations(shape, batch)
@@ -212,17 +212,17 @@ class Memory:
         return self._stage("recover", self._hidden(self.seen.tokens, 2), activations=kept, copies=dense + trained)
 
     def _collecting(self, kinds: Sequence[Any]) -> int:
-        """A batch in flight; or an out-projection's input and what second moments make of it, the in-projections'
-        outputs being gone by then. Nothing without kinds."""
+        """A batch in flight or, where it is more, an out-projection's input and what second moments make of it: the
+        in-projections' outputs are gone by then. Nothing without kinds."""
         if not kinds:
             return 0
         batch = min(self.seen.batch_size, self.seen.count) * self.seen.length
-        given = batch * max((site.channels for site in self.shape.sites), default=0)
+        given = batch * self.shape.most_channels
         read = self.shape.itemsize * (given + 3 * batch * self.shape.hidden) + 8 * min(CONVERTED, given)
         return max(activations(self.shape, self.seen), read if any(kind.fits for kind in kinds) else 0)
 
     def _passes(self, kinds: Sequence[Any]) -> int:
-        """Of whole passes to the loss, and of what waits for the way back."""
+        """Activations of whole passes to the loss, and of what waits for backward passes."""
         found = 0
         for kind in kinds:
             forward, backward = kind.passes(self.seen.count, self.shape.sites)
@@ -242,16 +242,15 @@ class Memory:
     def _fitted(self) -> int:
         """Evidence of the site whose out-projection is fitted, and the out-projections' inputs that are held until the
         layer runs."""
-        widest = max((site.channels for site in self.shape.sites), default=0)
-        inputs = min(KEPT_BYTES, widest * self.seen.tokens * self.shape.itemsize)
+        inputs = min(KEPT_BYTES, self.shape.most_channels * self.seen.tokens * self.shape.itemsize)
         return self._widest_of(evidence_kinds(self.method.compensator.evidence)) + inputs
 
     def _of_all(self, kinds: Sequence[Any]) -> int:
         return sum(held_bytes(kind, self.shape.sites, self.shape) for kind in kinds)
 
     def _of_any_layer(self, kinds: Sequence[Any]) -> int:
-        """Evidence of the layer that has most, and the new value of the largest site's beside the old one, where it
-        does not grow in place."""
+        """Evidence of the layer that has most and, where it does not grow in place, a second copy of the largest
+        site's."""
         layers = (self.shape.of_layer(index) for index in range(len(self.shape.layers)))
         sums = (sum(held_bytes(kind, sites, self.shape) for kind in kinds) for sites in layers)
         return max(sums, default=0) + self._widest_of([kind for kind in kinds if not updates_in_place(kind)])
@@ -264,13 +263,14 @@ class Memory:
 
 
 def with_gradients(shape: Shape) -> int:
-    """Bytes for each logit on the way to a loss and back: as it comes, once more in float32 (float64 for such a model),
-    and its log-softmax."""
+    """Bytes for each logit in a forward and backward pass: as the model gives it, a copy in float32 (float64 for such a
+    model), and its log-softmax."""
     return shape.itemsize + 2 * max(4, shape.itemsize)
 
 
 def activations(shape: Shape, seen: Windows, logits: int = 0) -> int:
-    """Of a batch in flight: the most that one sublayer holds at a time, or the logits, which take so many bytes each.
+    """Bytes of a batch in flight: the most that one sublayer holds at a time or, where it is more, the logits, of
+    `logits` bytes each.
 
     Attention: queries, keys and values, before and after their rotation, what heads give, three hidden states; T x T
     scores and their softmax where they are written out. FFN: its C channels once for every in-projection and once for
@@ -290,8 +290,8 @@ def activations(shape: Shape, seen: Windows, logits: int = 0) -> int:
 
 
 def held_bytes(kind: Any, sites: Sequence[Site], shape: Shape) -> int:
-    """Of one kind of evidence for these sites: as it says, else as its `empty` lays it out (0 where that needs real
-    tensors: a forecast must not stop a run)."""
+    """Bytes of one kind of evidence for these sites: as the kind says, else as its `empty` lays it out (0 where that
+    needs real tensors: a forecast must not stop a run)."""
     if kind.held_bytes is not None:
         return sum(kind.held_bytes(site, shape.hidden, shape.itemsize) for site in sites)
     try:

@@ -17,8 +17,8 @@ from pruneexp.types import Budget, Recovery, Site, collected_by, evidence_kinds
 
 @dataclass(frozen=True)
 class Passes:
-    """Plain passes of all decoder layers over the calibration windows, counted as `passes/forward` and
-    `passes/backward` of a run are; a search's are what it may spend."""
+    """Plain passes of all decoder layers over the calibration windows, as a run counts them in `passes/forward` and
+    `passes/backward`. A search is taken to spend all that it may."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -28,8 +28,8 @@ class Passes:
 
 
 def passes_of(method: Method, recovery: Recovery, model: Model, shape: Shape, budget: Budget, seen: Windows) -> Passes:
-    """Of pruning, in all rounds, and of training after it. Layers and sites that keep all units are taken to be as much
-    work as others; searches that probe are taken to spend all they may."""
+    """The passes of pruning, in all rounds, and of training after it. Layers and sites that keep all units are taken to
+    be as much work as others."""
     one = _layer_by_layer(method, shape, seen) if goes_layer_by_layer(method) else _at_once(method, model, shape, seen)
     spends = method.search.spends
     if spends is not None and budget.ratio > 0:

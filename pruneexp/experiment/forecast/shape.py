@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pruneexp.model import Model
+from pruneexp.pruning import Method
 from pruneexp.pruning.budget import new_biases, searched_sites
-from pruneexp.types import Budget, Compensator, Cost, Search, Site, Sparsity
+from pruneexp.types import Budget, Cost, Site
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,18 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Of the whole model."""
+        """Size of the whole model."""
         return self.params * self.itemsize
 
     @property
     def block_bytes(self) -> int:
-        """Of the largest decoder layer."""
+        """Size of the largest decoder layer."""
         return max((layer.params for layer in self.layers), default=0) * self.itemsize
+
+    @property
+    def most_channels(self) -> int:
+        """Inputs of the widest out-projection."""
+        return max((site.channels for site in self.sites), default=0)
 
     def of_layer(self, index: int) -> list[Site]:
         return [site for site in self.sites if site.layer == index]
@@ -76,9 +82,7 @@ def shape_of(model: Model) -> Shape:
     )
 
 
-def params_left(
-    model: Model, search: Search, sparsity: Sparsity, compensator: Compensator, budget: Budget
-) -> tuple[int, int]:
+def params_left(model: Model, method: Method, budget: Budget) -> tuple[int, int]:
     """Parameters of the whole model and of its decoder layers once `budget` has left.
 
     Exact, to the unit that a search rounds to, where the budget counts parameters. Where it counts something else, all
@@ -86,16 +90,16 @@ def params_left(
     in parameters or bytes of the decoder pays for them.
     """
     total, decoder = model.params, model.decoder_params
-    sites = [site for site in searched_sites(model, search) if budget.price(site)]
+    sites = [site for site in searched_sites(model, method.search) if budget.price(site)]
     inner = [site for site in sites if site.kind != "block"] or sites
     wanted = replace(budget, added=0).remove
-    if sparsity.of == "decoder":
+    if method.sparsity.of == "decoder":
         removed = wanted
     else:
         price = sum(budget.taken(site, site.units) for site in inner)
         removed = wanted * sum(site.units * site.cost.params for site in inner) / price if price else 0.0
     added = 0
-    if compensator.adds_bias and budget.ratio > 0 and sparsity.of not in ("decoder", "bytes"):
+    if method.compensator.adds_bias and budget.ratio > 0 and method.sparsity.of not in ("decoder", "bytes"):
         added = new_biases(model, inner)
     left = round(removed) - added
     return total - left, decoder - left

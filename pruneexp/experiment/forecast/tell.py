@@ -43,13 +43,12 @@ def _sizes(found: Forecast, dtype: str) -> Table:
     shape = found.shape
     for what, value in _structure(shape):
         table.add_row(what, value, "", "")
-    e = shape.itemsize
     for what, dense, pruned in (
         ("parameters", shape.params, found.params_left),
         ("decoder parameters", shape.decoder, found.decoder_left),
     ):
         table.add_row(what, f"{dense:,}", f"{pruned:,}", f"{100 * (pruned / dense - 1):+.1f} %" if dense else "")
-    table.add_row(f"on disk, {dtype}", size(shape.params * e), size(found.params_left * e), "")
+    table.add_row(f"on disk, {dtype}", size(shape.bytes), size(found.bytes_left), "")
     return table
 
 

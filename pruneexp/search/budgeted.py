@@ -141,11 +141,11 @@ def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
     return gone
 
 
-def removable(sites: Sequence[Site], min_units: int, budget: Budget, all_blocks: bool = True, multiple: int = 1) -> int:
-    """What may leave at most. `all_blocks`: where sites are blocks, there are no others."""
+def removable(sites: Sequence[Site], min_units: int, budget: Budget, multiple: int = 1) -> int:
+    """What may leave at most, as the budget counts; of blocks, one always stays."""
     most = sum(removal_steps(site, min_units, multiple)[-1] * budget.price(site) for site in sites)
     blocks = [budget.price(site) for site in sites if site.kind == "block"]
-    return most - max(blocks) if blocks and all_blocks else most
+    return most - max(blocks, default=0)
 
 
 def nearest(x: float) -> int:

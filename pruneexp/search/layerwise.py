@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from pruneexp.search.budgeted import Global, removable
-from pruneexp.search.common import by_layer, layer_budgets, masks, planned, removed, require
+from pruneexp.search.common import by_layer, completed, layer_budgets, removed, require
 from pruneexp.search.granularity import UNITS, Granularity, chosen_sites
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
 
@@ -58,7 +58,7 @@ class Layerwise:
                 part = self._inside(scores, own, within, oracle, rng)
                 plan = plan.merged(part)
                 over -= removed(plan, own, budget)
-        return planned(masks(plan, chosen), sites, budget)
+        return completed(plan, sites, budget)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         if budget.layers is None:

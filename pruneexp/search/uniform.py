@@ -77,7 +77,6 @@ class Uniform:
                 f"alike={self.alike!r}: expected false with protect_first={self.protect_first!r} and protect_last="
                 f"{self.protect_last!r}, which leave some layers wider than others"
             )
-
         if self.alike and self.remainder == "carried":
             raise ConfigError(
                 f"remainder={self.remainder!r}: expected nearest or down with alike=true; what is carried leaves some "

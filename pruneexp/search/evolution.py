@@ -20,8 +20,8 @@ from pruneexp.search.starts import (
     HEAD_SHARES,
     RAMPS,
     begun_with,
+    by_score_over_cost,
     cheapest,
-    ranked,
     same_share,
     standardised_share,
 )
@@ -95,12 +95,12 @@ class Evolution:
 
     def price(self, structures: int, share: float) -> float:
         """Passes that judging so many structures costs at most: those that begin alike share layers."""
-        return structures * self.count(share) / self.oracle.batches * (self.method.held_out or 1.0)
+        return structures * self.count(share) / self.oracle.batches * self.method.deciding
 
     def affordable(self, structures: int, part: float) -> float | None:
         """The share of the windows that decide, `tokens` at most, on which so many structures cost no more than a part
         of the effort; None where a single batch is too dear."""
-        share = part * self.method.effort / (structures * (self.method.held_out or 1.0))
+        share = part * self.method.effort / (structures * self.method.deciding)
         share = min(self.method.tokens, math.floor(share * self.oracle.batches) / self.oracle.batches)
         return share if share > 0 and self.left >= self.price(structures, share) else None
 
@@ -130,7 +130,7 @@ class Evolution:
         if all(isinstance(path, RemovalPath) for path in scores):
             starts.append(cheapest(structures))
         if structures.composites:
-            starts.append(ranked(structures, method.granularity, method.min_units, method.multiple))
+            starts.append(by_score_over_cost(structures, method))
         others = {start: found for start in method.starts if (found := self._scores_of(start))}
         if others:
             return self._among_criteria(starts, others)
@@ -234,7 +234,7 @@ class Evolution:
         for _ in range(self.method.rounds):
             around = self._around(levels, distance)
             structures = 1 + len(around) + _STEPS
-            whole = 2 * structures * (self.method.held_out or 1.0)
+            whole = 2 * structures * self.method.deciding
             share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / whole)
             if self.left < self.price(structures, share):
                 break

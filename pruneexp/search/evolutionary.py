@@ -173,6 +173,11 @@ class Evolutionary:
         return len(HEAD_SHARES) + 1 + self.effort
 
     @property
+    def deciding(self) -> float:
+        """The share of the calibration windows that decides between structures."""
+        return self.held_out or 1.0
+
+    @property
     def trials(self) -> int:
         """Structures that it compensates: two, unless they take more than half of the effort; as many as a third of it
         pays for, up to three and one for every other criterion."""
@@ -188,7 +193,7 @@ class Evolutionary:
     @property
     def trial_price(self) -> float:
         """Passes that one takes, about."""
-        return self.tokens * (_TRIAL * (1 - self.held_out) + (self.held_out or 1.0))
+        return self.tokens * (_TRIAL * (1 - self.held_out) + self.deciding)
 
     @property
     def tries(self) -> float:

@@ -40,7 +40,7 @@ _FROM_UNITS = {
 
 
 class Amounts(Protocol):
-    """What a search's settings say of how much may leave."""
+    """The settings of a search that say what may leave, and by how much at a time."""
 
     @property
     def min_units(self) -> int: ...
@@ -63,6 +63,14 @@ def check_settings(method: Amounts) -> None:
     if "query_heads" in granularity and {"heads", "attention"} & set(granularity):
         raise ConfigError(
             f"granularity={granularity!r}: expected query_heads, or heads (KV groups) or attention, which hold them"
+        )
+
+
+def check_units_alone(granularity: Granularity, why: str) -> None:
+    """Raises ConfigError, saying why, where whole sublayers or blocks may leave."""
+    if not set(granularity) <= set(UNITS.values()):
+        raise ConfigError(
+            f"granularity={granularity!r}: expected heads, channels or both (or query_heads, experts); {why}"
         )
 
 

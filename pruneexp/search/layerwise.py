@@ -10,8 +10,8 @@ import torch
 
 from pruneexp.search.budgeted import Global, removable
 from pruneexp.search.common import by_layer, completed, layer_budgets, removed, require
-from pruneexp.search.granularity import UNITS, Granularity, chosen_sites
-from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
+from pruneexp.search.granularity import Granularity, check_units_alone, chosen_sites
+from pruneexp.types import Budget, Oracle, Plan, Scores, Site
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,7 @@ class Layerwise:
 
     def __post_init__(self) -> None:
         _ = self._inside  # raises ConfigError for settings that cannot be
-        if not set(self.granularity) <= set(UNITS.values()):
-            raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both (or query_heads, experts); "
-                "a layer has no second sublayer"
-            )
+        check_units_alone(self.granularity, "a layer has no second sublayer")
 
     @property
     def _inside(self) -> Global:

@@ -16,6 +16,7 @@ from pruneexp.search.granularity import (
     Granularity,
     check_multiple,
     check_settings,
+    check_units_alone,
     chosen_sites,
     complete,
     removal_steps,
@@ -59,11 +60,7 @@ class Uniform:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not set(self.granularity) <= set(UNITS.values()):
-            raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both (or query_heads, experts); "
-                "a whole sublayer or block has no share to lose"
-            )
+        check_units_alone(self.granularity, "a whole sublayer or block has no share to lose")
         for name in ("protect_first", "protect_last"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share of the layers, in [0, 1)")

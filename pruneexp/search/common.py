@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -10,6 +11,15 @@ import torch
 from torch import Tensor
 
 from pruneexp.types import Budget, ColumnScores, ConfigError, Plan, RunError, Score, Scores, Site, unit_scores
+
+# Numbers that differ by rounding alone (0.3 * 10 against 3) must not end on different sides of a tie.
+UNITS_EPSILON = 1e-9
+PARAMS_EPSILON = 1e-3
+
+
+def nearest(x: float) -> int:
+    """Nearest whole number, halves up."""
+    return math.floor(x + 0.5 + UNITS_EPSILON)
 
 
 def in_order(sites: Sequence[Site]) -> list[Site]:
@@ -118,7 +128,7 @@ def completed(plan: Plan, sites: Sequence[Site], budget: Budget) -> Plan:
 
 def require(budget: Budget, most: float) -> None:
     """Raises ConfigError, naming the largest ratio, where more is to leave than `most`."""
-    if budget.remove > most + 1e-3:  # more than rounding
+    if budget.remove > most + PARAMS_EPSILON:
         largest = max(0.0, (most - budget.added) / budget.total)
         raise ConfigError(
             f"sparsity.ratio={budget.ratio!r}: expected at most {int(largest * 1e4) / 1e4}, all that search may remove"

@@ -54,7 +54,7 @@ class Evolution:
 
     def __post_init__(self) -> None:
         self.spent_before = self.oracle.passes
-        self.kept_back = self.method.trial_passes
+        self.kept_back = self.method.trials * self.method.trial_price
 
     @property
     def left(self) -> float:
@@ -62,8 +62,8 @@ class Evolution:
         return self.method.effort - self.kept_back - (self.oracle.passes - self.spent_before)
 
     def decided(self) -> Plan:
-        """The structure found, unless the one it began with is as good once both are compensated as the run will do it:
-        other sites' fits make up for much of what a probe's do not."""
+        """The structure found, or the one it began with where that is as good. Both are judged as the run will
+        compensate them: fits at other sites make up for much that a probe's fits do not."""
         levels, share = self.start(), self.method.tokens
         if self.tried is not None and self.kept_back < self.method.trial_price:
             return self.tried[0]  # nothing is left to try what would be found
@@ -170,8 +170,8 @@ class Evolution:
     def _best_compensated(
         self, ranking: Sequence[str], starts: Mapping[str, Levels], orders: Mapping[str, Structures]
     ) -> str:
-        """Of the first and of what AL-AM removes by each criterion, the best once compensated: of as many as there are
-        trials for, but one for what is found, where there are more than two."""
+        """The best once compensated, of the first and of what AL-AM removes by each criterion. As many are tried as
+        there are trials; of more than two, one is left for what the search finds."""
         names = [ranking[0], *(name for name in ranking[1:] if name.startswith(AL_AM))]
         names = names[: self.method.trials - (self.method.trials > 2)]
         if len(names) < 2:
@@ -202,8 +202,8 @@ class Evolution:
         return {site: self.structures.scores[name] for site, name in named.items() if name in self.structures.scores}
 
     def _order_each(self, orders: Sequence[Scores], levels: Levels) -> None:
-        """Each site's own order of units, where it has a lower loss with it than with the one of all; taken together
-        where that is better, too."""
+        """Gives each site the order of units by which its loss is lowest, where all these orders together are better,
+        too."""
         there = self.structures
         now = there.plan(levels).sites
         owns = [{name: scores[name]} for name, level in levels.items() if level for scores in orders if name in scores]

@@ -179,16 +179,11 @@ class Evolutionary:
 
     @property
     def trials(self) -> int:
-        """Structures that it compensates: two, unless they take more than half of the effort; as many as a third of it
-        pays for, up to three and one for every other criterion."""
+        """How many structures are tried with compensation: none where two take more than half of the effort; else as
+        many as a third of it pays for, from two up to two, or with `starts` to three and one for each start."""
         most = 3 + len(self.starts) if self.starts else 2
         able = math.floor(self.effort / 3 / self.trial_price)
         return max(2, min(most, able)) if 2 * self.trial_price <= self.effort / 2 else 0
-
-    @property
-    def trial_passes(self) -> float:
-        """Kept back for them."""
-        return self.trials * self.trial_price
 
     @property
     def trial_price(self) -> float:

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.search.budgeted import nearest, removable
-from pruneexp.search.common import by_layer, completed, prunable, removed, require
+from pruneexp.search.budgeted import removable
+from pruneexp.search.common import by_layer, completed, nearest, prunable, removed, require
 from pruneexp.search.granularity import Granularity, check_multiple, chosen_sites
 from pruneexp.search.uniform import Uniform
 from pruneexp.types import (

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from pruneexp.search.budgeted import Global, removable
-from pruneexp.search.common import by_layer, completed, layer_budgets, removed, require
+from pruneexp.search.common import completed, layer_budgets, removed, require
 from pruneexp.search.granularity import Granularity, check_units_alone, chosen_sites
 from pruneexp.types import Budget, Oracle, Plan, Scores, Site
 
@@ -44,7 +44,7 @@ class Layerwise:
         self.check(sites, budget)
         plan, over = Plan({}), 0.0
         for layer, share in layer_budgets(budget, sites).items():
-            own = [site for site in by_layer(sites)[layer] if site in chosen]
+            own = [site for site in chosen if site.layer == layer]
             share = replace(share, added=share.added + over)
             over = share.remove
             if own:

@@ -9,8 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from pruneexp.search.budgeted import nearest
-from pruneexp.search.common import checked, in_order, planned
+from pruneexp.search.common import checked, in_order, nearest, planned
 from pruneexp.search.granularity import removal_steps, step_units
 from pruneexp.search.removable import Removable, unit_order
 from pruneexp.types import Budget, Candidate, Plan, RemovalPath, Reorderable, Scores, Site

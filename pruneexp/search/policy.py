@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.budgeted import Global
-from pruneexp.search.common import completed, planned, prunable, removed, require
+from pruneexp.search.common import PARAMS_EPSILON, completed, planned, prunable, removed, require
 from pruneexp.search.gates import Gates, as_groups, projected
 from pruneexp.search.granularity import KIND, UNITS, Granularity, check_settings, is_nested, is_plain, step_units
 from pruneexp.search.ranking import ranked
@@ -191,7 +191,7 @@ class PolicyGradient:
             part = replace(budget, total=0, added=min(max(wanted, 0.0), float(most)))
             plan = plan.merged(search(scores, own, part, None, torch.Generator()))
             left -= removed(plan, own, budget)
-        off = abs(left) > self._step_price(names[-1], chosen, budget) / 2 + 1e-3
+        off = abs(left) > self._step_price(names[-1], chosen, budget) / 2 + PARAMS_EPSILON
         if off and not is_plain(self.granularity, self.multiple):
             return together(scores, sites, budget, None, torch.Generator())  # what is left of one kind is too much
         return completed(plan, sites, budget)

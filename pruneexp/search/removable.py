@@ -70,7 +70,7 @@ def expert_scores(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
 
 
 def bundled(values: Tensor, steps: Sequence[int]) -> list[float]:
-    """Means of what leaves with each step, of values in the order in which units leave."""
+    """The mean value of the units that leave with each step; `values` are in the order in which units leave."""
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), values.double().cumsum(0)])[torch.tensor(steps)]
     return (sums.diff() / torch.tensor(steps).diff()).tolist()
 
@@ -145,7 +145,7 @@ class Removable:
         return [(BLOCK if s.kind == "block" else SUBLAYER, s) for s in composites if s.name not in stay]
 
     def rescored(self, scores: Scores) -> Removable:
-        """With other scores of units, to the same effect on what may leave."""
+        """With other scores of units; what may leave is the same."""
         other = copy(self)
         other.scores = {**self.scores, **scores}
         return other

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.budgeted import removable
-from pruneexp.search.common import completed, prunable, require
+from pruneexp.search.common import UNITS_EPSILON, completed, prunable, require
 from pruneexp.search.granularity import chosen_sites
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.uniform import Uniform
@@ -81,7 +81,8 @@ class TwoStage:
         layers = max(1, len({site.layer for site in ffns}))
         share = max(0.0, budget.remove / budget.total)
         wanted = round(count * share ** (prunable(ffns, budget) / layers / each / self.alpha))
-        least, greatest = math.ceil((budget.remove - most) / each - 1e-9), math.floor(budget.remove / each + 1e-9)
+        least = math.ceil((budget.remove - most) / each - UNITS_EPSILON)
+        greatest = math.floor(budget.remove / each + UNITS_EPSILON)
         leave = min(max(min(wanted, greatest), least, 0), count - 1)
         return replace(budget, ratio=1.0, total=round(leave * each), added=0.0)
 
@@ -119,11 +120,8 @@ class _Behind:
     def batches(self) -> int:
         return self.of.batches
 
-    def _whole(self, plan: Plan) -> Plan:
-        return Plan({**self.plan.sites, **plan.sites}, plan.budget)
-
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-        return self.of.losses([replace(each, plan=self._whole(each.plan)) for each in candidates], batch)
+        return self.of.losses([replace(each, plan=self.plan.merged(each.plan)) for each in candidates], batch)
 
     def trial(self, plan: Plan, share: float) -> Candidate:
-        return self.of.trial(self._whole(plan), share)
+        return self.of.trial(self.plan.merged(plan), share)

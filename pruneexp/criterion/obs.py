@@ -184,7 +184,7 @@ class _RemainingUnits:
         self.here_U = torch.ones_like(self.units_U, dtype=torch.bool)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     """Out-projections fitted anew once the first 1, 2, ... units of an order have left; each is worked out when it is
     asked for, from G = H^-1 (zeros for inputs that never change):
@@ -207,13 +207,12 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     made: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inverse_CC", spilled(self.inverse_CC, self.memory * 2**30))
+        self.inverse_CC = spilled(self.inverse_CC, self.memory * 2**30)
 
     def in_order(self, order_U: Tensor) -> Refits:
         """The same for units that leave in another order; H^-1 is shared."""
         other = copy(self)
-        object.__setattr__(other, "order_U", order_U.to(self.order_U.device))
-        object.__setattr__(other, "made", {})
+        other.order_U, other.made = order_U.to(self.order_U.device), {}
         return other
 
     def __getitem__(self, removed: int) -> tuple[Tensor, Tensor | None]:

@@ -14,12 +14,12 @@ from pruneexp.types import ConfigError, RunError
 
 RidgePer = Literal["channel", "site"]
 
-_LEAST_VARIANCE = 1e-4  # of the mean: what channels that hardly ever change are held back by
+_LEAST_VARIANCE = 1e-4  # of the mean: the least variance that a channel counts with
 
 
 def held_back(variance_C: Tensor, per: RidgePer, mean: Tensor | None = None) -> Tensor:
-    """What a ridge is multiplied by: each channel's variance [C], so that the fit does not depend on the scale of the
-    channels, or their mean (`mean` where that is not it)."""
+    """What a ridge is multiplied by. per=channel: each channel's variance [C], so that the fit does not depend on how
+    channels are scaled. per=site: the mean variance, which may be given as `mean`."""
     mean = variance_C.mean() if mean is None else mean
     return mean if per == "site" else variance_C.maximum(_LEAST_VARIANCE * mean)
 

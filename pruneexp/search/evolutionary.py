@@ -179,8 +179,8 @@ class Evolutionary:
 
     @property
     def trials(self) -> int:
-        """How many structures are tried with compensation: none where two take more than half of the effort; else as
-        many as a third of it pays for, from two up to two, or with `starts` to three and one for each start."""
+        """How many structures are tried with compensation: none where two take more than half of the effort; else two,
+        or with `starts` as many as a third of it pays for, from two to three and one for each start."""
         most = 3 + len(self.starts) if self.starts else 2
         able = math.floor(self.effort / 3 / self.trial_price)
         return max(2, min(most, able)) if 2 * self.trial_price <= self.effort / 2 else 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from pruneexp.calibrate.meter import Meter
 from pruneexp.progress import progress
 
-SHARE = 0.1  # of the time that walking takes, at most, goes into noting how far it has come
+SHARE = 0.1  # of the time that walking takes: so much may go into notes
 
 
 @dataclass

@@ -37,7 +37,7 @@ class DenseStates:
             self.entered = [got for got, _ in read]
 
     def keeps(self, model: Model, index: int, hidden: Sequence[Tensor]) -> bool:
-        """Whether what a layer gives is to be kept, where hidden states are such: it is not yet known, of use to
-        `walk_sites`, and there is room for that of all layers."""
+        """Whether a layer's states are to be kept: they are not yet known, `walk_sites` can use them, and there is room
+        for those of all layers, each as large as `hidden`."""
         size = (2 * len(model.layers) + 1) * sum(x_BTD.nbytes for x_BTD in hidden)
         return index not in self.layers and size <= self.limit and model.family.adds_up and not model.mixture

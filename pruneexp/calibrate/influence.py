@@ -83,7 +83,7 @@ class Landscape:
         self.loss, self.batches, self.weights, self.units = loss, batches, list(weights), units
         self.kind, self.device, self.spend = kind, device, spend
         self.windows = sum(len(batch) for batch in batches)
-        self.wide = torch.float64 if self.weights[0].dtype == torch.float64 else torch.float32
+        self.wide = torch.promote_types(self.weights[0].dtype, torch.float32)
 
     def together(self) -> BatchDerivatives:
         """Row sums: the derivatives along a move of all gates at once."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +15,7 @@ from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
 from pruneexp.types import Candidate, Objective, Plan
 
-MOST_APART = 8  # predictions
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch on its way through all candidates. `layers`: what tells each one's layers from another's; `dense_BTV`:
-    the predictions to be compared with; `sums`: of the losses so far."""
-
-    candidates: Sequence[Candidate]
-    layers: Sequence[Sequence[Any]]
-    tokens_BT: Tensor
-    calls: list[Call]
-    dense_BTV: Tensor | None
-    sums: Tensor
+MOST_APART = 8  # of the predictions, one in so many is compared at least
 
 
 class Probe:
@@ -85,33 +71,42 @@ class Probe:
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean loss in nats per token of each candidate, float64 [len(candidates)]."""
         batches = self.tokens_NT.split(self.batch_size)
-        layers = [self._layer_keys(candidate) for candidate in candidates]
+        keys, everyone = [self._layer_keys(candidate) for candidate in candidates], list(range(len(candidates)))
         sums, windows = torch.zeros(len(candidates), dtype=torch.float64), 0
         for number in range(len(batches)) if batch is None else [batch]:
             tokens_BT = batches[number]
-            hidden, calls = self.model.enter(tokens_BT)
-            dense_BTV = self._predicted(number, tokens_BT, hidden, calls) if self.objective == "kl" else None
-            work = _Batch(candidates, layers, tokens_BT, calls, dense_BTV, sums)
-            self._descend(work, 0, hidden, list(range(len(candidates))))
+            hidden_BTD, calls = self.model.enter(tokens_BT)
+            dense_BTV = self._predicted(number, tokens_BT, hidden_BTD, calls) if self.objective == "kl" else None
+            for alike, last_BTD in self._run(candidates, keys, calls, 0, hidden_BTD, everyone):
+                sums[alike] += self._loss(self._logits(tokens_BT, last_BTD), tokens_BT, dense_BTV)
             windows += len(tokens_BT)
             self._show()
         return sums / windows
 
-    def _descend(self, work: _Batch, index: int, hidden_BTD: Tensor, alike: list[int]) -> None:
-        """Runs layer `index` once for each of its variants among the candidates that are alike up to it."""
-        model, tokens_BT = self.model, work.tokens_BT
+    def _run(
+        self,
+        candidates: Sequence[Candidate],
+        keys: Sequence[Sequence[Any]],
+        calls: list[Call],
+        index: int,
+        hidden_BTD: Tensor,
+        alike: list[int],
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Last hidden states, of a batch, of the candidates `alike`, which are the same up to layer `index`. Each layer
+        is run once for each of its variants, which the candidates' `keys` tell apart."""
+        model = self.model
         if index == len(model.layers):
-            work.sums[alike] += self._loss(self._logits(tokens_BT, hidden_BTD), tokens_BT, work.dense_BTV)
+            yield alike, hidden_BTD
             return
         variants: dict[Any, list[int]] = {}
         for number in alike:
-            variants.setdefault(work.layers[number][index], []).append(number)
+            variants.setdefault(keys[number][index], []).append(number)
         for same in variants.values():
-            first = work.candidates[same[0]]
+            first = candidates[same[0]]
             with masked_layer(model, index, first.plan, first.out_projections) as layer:
-                output_BTD = model.run_layer(layer, hidden_BTD, work.calls[index])
-            self._spend(len(tokens_BT) / len(model.layers))
-            self._descend(work, index + 1, output_BTD, same)
+                output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
+            self._spend(len(hidden_BTD) / len(model.layers))
+            yield from self._run(candidates, keys, calls, index + 1, output_BTD, same)
 
     def _predicted(self, number: int, tokens_BT: Tensor, hidden_BTD: Tensor, calls: list[Call]) -> Tensor:
         """Logits of the model as it stands."""

@@ -176,28 +176,32 @@ class _Parts:
 
     def attention_(self, given: list[Tensor]) -> None:
         """Puts into `given` what attention's out-projection gives."""
-        inputs, (before, whole) = self.inputs.pop("attention", {}), self.shares["attention"]
         for number, x_BTD in enumerate(self.windows.hidden):
-            kept_BTK = inputs.pop(number, None)
+            kept_BTK = self._kept("attention", number)
             if kept_BTK is None:
                 given[number] = self._part(x_BTD, number, self.model.family.attention_out, True)[1].view_as(x_BTD)
             else:
                 given[number] = self._read(self.model.family.attention_out, kept_BTK)
-            self._count(whole if kept_BTK is None else whole - before)
 
     def on_(self, given: list[Tensor]) -> None:
         """Runs the layer from what attention's out-projection gives to the end, in place."""
-        inputs, (before, whole) = self.inputs.pop("mlp", {}), self.shares["mlp"]
         hidden = self.windows.hidden
         for number, (x_BTD, given_BTD) in enumerate(zip(hidden, given, strict=True)):
-            kept_BTK = inputs.pop(number, None)
+            kept_BTK = self._kept("mlp", number)
             if kept_BTK is None:
                 hidden[number] = self._on(x_BTD, number, given_BTD)
             else:
                 added_BTD = self._read(self.model.family.mlp_out, kept_BTK)
                 hidden[number] = x_BTD.add(given_BTD, alpha=self.scale).add_(added_BTD, alpha=self.scale)
                 check_finite(hidden[number], self.visit.block, number)
-            self._count(whole if kept_BTK is None else whole - before)
+
+    def _kept(self, kind: str, number: int) -> Tensor | None:
+        """A batch's input of the shrunk out-projection, where it was kept; it is held no longer. Charges for the rest
+        of the sublayer's run, or for all of it where nothing was kept."""
+        kept_BTK = self.inputs.get(kind, {}).pop(number, None)
+        before, whole = self.shares[kind]
+        self._count(whole if kept_BTK is None else whole - before)
+        return kept_BTK
 
     def evidence(
         self,

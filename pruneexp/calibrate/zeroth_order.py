@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pruneexp.calibrate.gradients import site_modules
 from pruneexp.calibrate.meter import Meter
 from pruneexp.evidence import Perturbation
+from pruneexp.evidence.statistics import wide
 from pruneexp.model import Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
@@ -90,8 +91,8 @@ def perturbed(model: Model, kind: Perturbation, number: int, step: float) -> Ite
             if kind.perturb == "gates":
                 for site in model.layer_sites(index):
                     z_U = kind.draw(number, site.name, torch.Size([site.units]), model.layer_device(index))
-                    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-                    gates_C = (1 + step * z_U.to(wide)).repeat_interleave(site.width)
+                    dtype = torch.promote_types(model.dtype, torch.float32)
+                    gates_C = (1 + step * z_U.to(dtype)).repeat_interleave(site.width)
                     out_projection = layer.get_submodule(site_parts(model.family, site)[1])
                     hooks.enter_context(out_projection.register_forward_pre_hook(partial(_scaled, gates_C)))
             else:
@@ -118,9 +119,8 @@ class _Moved:
                 return
             own = parameter.data
             z = self.kind.draw(self.number, name, parameter.shape, own.device)
-            wide = own if own.dtype == torch.float64 else own.float()
             self.own.append((parameter, own))
-            parameter.data = (wide + self.step * z).to(own.dtype)
+            parameter.data = (wide(own) + self.step * z).to(own.dtype)
 
     def leave(self, *_: Any) -> None:
         for parameter, own in self.own:

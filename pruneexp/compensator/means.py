@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.evidence import Moments, RunningFluctuation
+from pruneexp.evidence import Moments, RunningFluctuation, others
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ def _with_means(
 ) -> tuple[Tensor, Tensor | None]:
     if len(keep_C) == weight_OC.shape[1]:
         return weight_OC, bias_O
-    gone_C = torch.ones(weight_OC.shape[1], dtype=torch.bool, device=weight_OC.device)
-    gone_C[keep_C.to(weight_OC.device)] = False
+    gone_C = others(keep_C.to(weight_OC.device), weight_OC.shape[1])
     lost_O = weight_OC[:, gone_C].double() @ mean_C.to(weight_OC.device, torch.float64)[gone_C]
     bias_O = lost_O if bias_O is None else bias_O.double() + lost_O
     return _columns(weight_OC, keep_C), bias_O.to(weight_OC.dtype)

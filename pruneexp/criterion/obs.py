@@ -41,9 +41,9 @@ class Obs:
 
     While a search may ask for out-projections, the inverse covariances of all sites (float32, 4 C^2 bytes each) and the
     out-projections asked for last (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them
-    in memory, the
-    rest in files of TMPDIR (or /var/tmp), which are mapped, read when needed, and gone with the search. Memory beside
-    the model is then at most `memory`, one layer's evidence, and 24 C^2 bytes for the site that is worked on.
+    in memory, the rest in files of TMPDIR (or /var/tmp), which are mapped, read when needed, and gone with the search.
+    Memory beside the model is then at most `memory`, one layer's evidence, and 24 C^2 bytes for the site that is worked
+    on.
 
     Raises:
         RunError: H is singular (a ridge of 0 and constant or dependent channels); no room on the disk.
@@ -87,18 +87,17 @@ class Obs:
 
     def _path(self, site: Site, weights: SiteWeights, evidence: Gram | Halved) -> RemovalPath:
         gram = evidence.whole if isinstance(evidence, Halved) else evidence
-        device = weights.out_projection.device
-        cov_CC, mean_C = gram.covariance_CC.to(device), gram.mean_C.to(device)
+        weight_OC, bias_O = weights.out_projection, weights.out_projection_bias
+        cov_CC, mean_C = gram.covariance_CC.to(weight_OC.device), gram.mean_C.to(weight_OC.device)
         ridge = self._ridge(site, weights, evidence, cov_CC.diagonal())
         inverse_CC = _inverse(cov_CC, ridge, self.ridge_per)
         kept_CC = cov_CC if inverse_CC is None else inverse_CC
-        kept_CC = kept_CC.to(torch.promote_types(weights.out_projection.dtype, torch.float32), copy=True)
-        order_U, cost_U = self._removal(site, weights.out_projection.double(), inverse_CC)
+        kept_CC = kept_CC.to(torch.promote_types(weight_OC.dtype, torch.float32), copy=True)
+        wide_OC = weight_OC.double()
+        order_U, cost_U = self._removal(site, wide_OC, inverse_CC)
         if self.scale == "output":
-            weight = weights.out_projection.double()
-            cost_U = cost_U / ((weight @ cov_CC) * weight).sum().clamp_min(1e-300)
-        own, bias = weights.out_projection, weights.out_projection_bias
-        out_projections = Refits(site, own, bias, kept_CC, mean_C, order_U, self.levels, self.memory)
+            cost_U = cost_U / ((wide_OC @ cov_CC) * wide_OC).sum().clamp_min(1e-300)
+        out_projections = Refits(site, weight_OC, bias_O, kept_CC, mean_C, order_U, self.levels, self.memory)
         return RemovalPath(order_U.cpu(), cost_U.cpu(), out_projections)
 
     def _ridge(self, site: Site, weights: SiteWeights, evidence: Gram | Halved, variance_C: Tensor) -> float:
@@ -185,7 +184,7 @@ class _RemainingUnits:
         self.here_U = torch.ones_like(self.units_U, dtype=torch.bool)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     """Out-projections fitted anew once the first 1, 2, ... units of an order have left; each is worked out when it is
     asked for, from G = H^-1 (zeros for inputs that never change):
@@ -208,13 +207,12 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     made: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inverse_CC", spilled(self.inverse_CC, self.memory * 2**30))
+        self.inverse_CC = spilled(self.inverse_CC, self.memory * 2**30)
 
     def in_order(self, order_U: Tensor) -> Refits:
         """The same for units that leave in another order; H^-1 is shared."""
         other = copy(self)
-        object.__setattr__(other, "order_U", order_U.to(self.order_U.device))
-        object.__setattr__(other, "made", {})
+        other.order_U, other.made = order_U.to(self.order_U.device), {}
         return other
 
     def __getitem__(self, removed: int) -> tuple[Tensor, Tensor | None]:

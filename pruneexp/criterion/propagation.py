@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruneexp.criterion.common import of_columns, powers_C, weighted_C
 from pruneexp.evidence import AbsoluteMoments, Moments
-from pruneexp.types import Block, Score, Sequential, Site, SiteWeights
+from pruneexp.types import Block, Score, Sequential, Site
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,16 @@ class LlmBip:
         return scores
 
     def _path_D(self, block: Block) -> Tensor | None:
-        """u [D]: what the FFN and the residual path make of a change of a hidden channel; None without FFN behind."""
+        """u [D]: what the residual path and the FFN make of a change of a hidden channel; None where no FFN follows."""
         behind = [] if block.side_by_side else [site for site in block.sites if site.kind == "mlp"]
         return 1 + torch.stack([self._through_ffn_D(block, site) for site in behind]).mean(0) if behind else None
 
     def _through_ffn_D(self, block: Block, site: Site) -> Tensor:
         ffn = block.weights[site.name]
-        through_D = self._through_D(ffn, powers_C(ffn.out_projection, 1))
+        down_F = powers_C(ffn.out_projection, 1)
+        roles = ("up", "gate") if self.gate == "up_plus_gate" else ("up",)
+        ups = [ffn.in_projections[role].flatten(0, 1) for role in roles if role in ffn.in_projections]
+        through_D = torch.stack([weighted_C(up_FD, down_F) for up_FD in ups]).sum(0)
         if self.norm == "scale" and site.name in block.norms:
             through_D = through_D * block.norms[site.name].abs()
         return through_D
-
-    def _through_D(self, ffn: SiteWeights, down_F: Tensor) -> Tensor:
-        roles = ("up", "gate") if self.gate == "up_plus_gate" else ("up",)
-        parts = [
-            weighted_C(ffn.in_projections[role].flatten(0, 1), down_F) for role in roles if role in ffn.in_projections
-        ]
-        return torch.stack(parts).sum(0)

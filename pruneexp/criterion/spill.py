@@ -35,7 +35,7 @@ def spilled(tensor: Tensor, limit: float) -> Tensor:
     Raises:
         RunError: the disk has no room for it.
     """
-    size = tensor.numel() * tensor.element_size()
+    size = tensor.nbytes
     if size <= SMALL:
         return tensor
     if held_bytes() + size <= limit:

@@ -52,18 +52,12 @@ class Taylor:
         return {s.name: self._score_U(s, block.weights[s.name], evidence[s.name]) for s in block.sites}
 
     def _score_U(self, site: Site, weights: SiteWeights, seen: Gradient | PerSampleGradient) -> Tensor:
-        gradient = seen.mean
-        second = seen.mean_square if isinstance(seen, PerSampleGradient) else None
-        parts_UR = []
-        for role, w_URD in weights.in_projections.items():
-            parts_UR.append(
-                self._rows(
-                    w_URD, gradient.in_projections[role], None if second is None else second.in_projections[role]
-                )
-            )
-        columns_C = self._rows(
-            weights.out_projection.T, gradient.out_projection.T, None if second is None else second.out_projection.T
-        )
+        found = (seen.mean, seen.mean_square) if isinstance(seen, PerSampleGradient) else (seen.mean,)
+        parts_UR = [
+            self._rows(w_URD, *(each.in_projections[role] for each in found))
+            for role, w_URD in weights.in_projections.items()
+        ]
+        columns_C = self._rows(weights.out_projection.T, *(each.out_projection.T for each in found))
         columns_UR = columns_C.reshape(site.units, -1)
         parts_UR.sort(key=lambda part: part.shape[1])  # stable: a group's key stands before its many query rows
         shortest = parts_UR[0].shape[1]
@@ -75,7 +69,7 @@ class Taylor:
             folded = [part.reshape(site.units, -1, shortest).sum(1) for part in parts_UR]
         return MEMBERS[self.members](torch.stack(folded)).sum(1)
 
-    def _rows(self, w: Tensor, g: Tensor, a: Tensor | None) -> Tensor:
+    def _rows(self, w: Tensor, g: Tensor, a: Tensor | None = None) -> Tensor:
         """Scores of all rows: the last dimension is summed over, in float64."""
         w = w.to(g.dtype)
         if self.element == "vectorize":

@@ -11,8 +11,8 @@ from pruneexp.types import Block, Criterion, Score, Scores, Sequential, Site, ev
 
 @dataclass(frozen=True)
 class Together:
-    """A criterion and `starts`, others by name, whose evidence comes from the same pass. It is to a run what
-    `criterion` is; scores of a start have its name in front: "flap:model.layers.0.mlp"."""
+    """A criterion and `starts`, others by name, whose evidence comes from the same pass. It stands in the place of
+    `criterion`; scores of a start have its name in front: "flap:model.layers.0.mlp"."""
 
     criterion: Criterion
     starts: Mapping[str, Criterion]

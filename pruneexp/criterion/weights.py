@@ -40,15 +40,15 @@ class Random:
 class Magnitude:
     """Size of a unit's weights.
 
-    members=reader: sum over the unit's channels j of (sum_i |W_ij|^p)^(1/p), W [O,C] the out-projection, p = `norm`; p
-    = 2 is FLAP's baseline mag_sp (released code, commit 3bb57db).
-    members=coupled: mean over the site's matrices of sum |w|^p over the unit's rows (in-projections) or columns
-    (out-projection), no
-    root: the L1 and L2 baselines of LLM-Pruner (Ma et al., NeurIPS 2023), biases not counted.
+    members=reader: the sum over the unit's channels j of (sum_i |W_ij|^p)^(1/p), with W [O,C] the out-projection and
+    p = `norm`. p = 2 is FLAP's baseline mag_sp (released code, commit 3bb57db).
+    members=coupled: the mean over the site's matrices of sum |w|^p, without a root, over the unit's rows
+    (in-projections) or columns (out-projection): the L1 and L2 baselines of LLM-Pruner (Ma et al., NeurIPS 2023).
+    Biases are not counted.
 
-    It may be worse than random: norms of FFN channels differ by 6 to 9 % in small trained models, what the channels
-    carry by 20 to 50 %, and the latter decides. The product of in-projection's and out-projection's norms does no
-    better.
+    It may be worse than random. In small trained models the norms of FFN channels differ by 6 to 9 %, the activations
+    that they carry by 20 to 50 %, and the latter decide. The product of the in-projection's and the out-projection's
+    norms does no better.
     """
 
     evidence: ClassVar[None] = None

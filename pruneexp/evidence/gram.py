@@ -1,7 +1,7 @@
 """Second moments of an out-projection's input, alone or with the output that is wanted of it.
 
-What has a `_` at the end of its name (`update_`, `covariance_`) works in the memory of the value, which is then spent:
-for whoever alone holds it, and cannot hold two.
+A method whose name ends in `_` (`update_`, `covariance_`) works in the memory of the value, which is then spent. It is
+for callers that alone hold the value and have no room for two.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ class WantedOutput:
     """The inputs that an out-projection is left with, beside the output that is wanted of it: sums, centred when they
     are read.
 
-    `update(x_BTK, y_BTO)`: y is what the out-projection would have to give for the hidden state behind it to be the
-    dense model's, x what the layers before give it as they are: the channels `keep_C`, or all, of which these are
-    taken. inputs is the Gram of x, cross_KO = sum_t x_t y_t^T, wanted_O = sum_t y_t; all float64.
+    `update(x_BTK, y_BTO)`: x is the out-projection's input in the partly pruned model, of the channels `keep_C` or of
+    all, from which these are taken. y is the output that would make the hidden state behind the out-projection the
+    dense model's. inputs is the Gram of x, cross_KO = sum_t x_t y_t^T, wanted_O = sum_t y_t; all float64.
     """
 
     source: ClassVar[str] = "wanted"
@@ -173,7 +173,7 @@ class WantedOutput:
         return replace(self, inputs=self.inputs.merge(other.inputs), **sums)
 
     def narrowed(self, keep_C: Tensor) -> WantedOutput:
-        """Of some of its channels (ascending, each once); itself, for those that it is of."""
+        """Evidence of some of its channels (ascending, each once); of all of them, itself."""
         keep_C = keep_C.to(self.keep_C.device).contiguous()
         if torch.equal(keep_C, self.keep_C):
             return self
@@ -200,7 +200,7 @@ class WantedOutput:
 
 
 def _chunks_beside(x_NK: Tensor, y_NO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Runs of tokens of both; an out-projection may be left without inputs."""
+    """Both in runs of the same tokens. An out-projection may have no inputs left."""
     chunks = list(_chunks_NC(x_NK, _CHUNK)) if x_NK.numel() else [x_NK]
     return zip(chunks, y_NO.split(len(chunks[0])), strict=True)
 

@@ -13,9 +13,9 @@ from pruneexp.types.defaults import EVIDENCE, filled
 
 @dataclass(frozen=True)
 class Halves:
-    """A kind of evidence: two of `kind`, of alternate windows. What is collected is `Halved`.
+    """A kind of evidence that holds two of `kind`, of alternate windows. What is collected is `Halved`.
 
-    An expert sees the tokens of many windows as one run; the halves of each run are then apart.
+    An expert sees the tokens of many windows as one run: each run is then split in two.
     """
 
     kind: Any

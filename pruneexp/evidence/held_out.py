@@ -47,8 +47,8 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
 def _wanted(
     half: Gram | WantedOutput, weight_OC: Tensor, bias_O: Tensor | None, keep_C: Tensor
 ) -> tuple[WantedOutput, Tensor | None]:
-    """A half on the kept channels, with what is wanted of them (of a `Gram`: what the whole weight gives), and the mean
-    variance that a ridge may be relative to, where that is not theirs."""
+    """A half as evidence of the kept channels and their wanted output, which for a `Gram` is that of the whole weight;
+    and the mean variance that a ridge may be relative to, None for that of the kept channels."""
     device = weight_OC.device
     if isinstance(half, WantedOutput):
         return half.narrowed(keep_C), None

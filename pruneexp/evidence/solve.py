@@ -14,12 +14,12 @@ from pruneexp.types import ConfigError, RunError
 
 RidgePer = Literal["channel", "site"]
 
-_LEAST_VARIANCE = 1e-4  # of the mean: what channels that hardly ever change are held back by
+_LEAST_VARIANCE = 1e-4  # of the mean: the least variance that a channel counts with
 
 
 def held_back(variance_C: Tensor, per: RidgePer, mean: Tensor | None = None) -> Tensor:
-    """What a ridge is multiplied by: each channel's variance [C], so that the fit does not depend on the scale of the
-    channels, or their mean (`mean` where that is not it)."""
+    """What a ridge is multiplied by. per=channel: each channel's variance [C], so that the fit does not depend on how
+    channels are scaled. per=site: the mean variance, which may be given as `mean`."""
     mean = variance_C.mean() if mean is None else mean
     return mean if per == "site" else variance_C.maximum(_LEAST_VARIANCE * mean)
 
@@ -54,12 +54,18 @@ def refitted_(
     return _rounded(solved_KO.add_(weight_OC[:, keep_C].T), weight_OC.dtype), bias.to(weight_OC.dtype)
 
 
-def fitted_(
-    weight_OK: Tensor, cov_KK: Tensor, mean_K: Tensor, cov_KO: Tensor, wanted_O: Tensor, strength: Tensor, ridge: float
+def fitted_to_(
+    seen: WantedOutput, weight_OK: Tensor, ridge: float, per: RidgePer, mean: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The least-squares weights from the kept inputs' covariance and mean, their covariance with the wanted output and
-    its mean, float64, in the memory of the covariances: (S_y,keep + W[:,keep] L) (S_keep,keep + L)^-1 with L diagonal,
-    `strength` (of all, or of each)."""
+    """The least-squares weights for the wanted output y, from covariances, float64, and in the memory of `seen`:
+    (S_y,keep + W[:,keep] L) (S_keep,keep + L)^-1 with L diagonal, `ridge` times what is `held_back` of the inputs,
+    whose `mean` variance may be given."""
+    device = weight_OK.device
+    mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
+    cov_KK = seen.inputs.covariance_().to(device)
+    variance_K = cov_KK.diagonal()
+    mean = variance_K.sum() / max(1, len(mean_K)) if mean is None else mean
+    strength = ridge * held_back(variance_K, per, mean)  # of all, or of each
     # inputs that never change, as an expert's without tokens, leave nothing to fit
     towards_K = (strength if strength.any() or not ridge else torch.ones_like(strength)).expand(len(cov_KO))
     for rows in _parts(len(cov_KO)):
@@ -67,20 +73,6 @@ def fitted_(
     solved_KO = _solved_(cov_KO, cov_KK, strength, ridge)
     bias_O = wanted_O - solved_KO.T @ mean_K
     return _rounded(solved_KO, weight_OK.dtype), bias_O.to(weight_OK.dtype)
-
-
-def fitted_to_(
-    seen: WantedOutput, weight_OK: Tensor, ridge: float, per: RidgePer, mean: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The least-squares weights for the wanted output, in the memory of `seen`; the ridge is relative to what is
-    `held_back` of its inputs (whose `mean` variance may be given)."""
-    device = weight_OK.device
-    mean_K, wanted_O, cov_KO = (t.to(device) for t in (seen.inputs.mean_C, seen.wanted_mean_O, seen.covariance_()))
-    cov_KK = seen.inputs.covariance_().to(device)
-    variance_K = cov_KK.diagonal()
-    mean = variance_K.sum() / max(1, len(mean_K)) if mean is None else mean
-    strength = ridge * held_back(variance_K, per, mean)
-    return fitted_(weight_OK, cov_KK, mean_K, cov_KO, wanted_O, strength, ridge)
 
 
 def _solved_(right_KO: Tensor, cov_KK: Tensor, strength: Tensor, ridge: float) -> Tensor:

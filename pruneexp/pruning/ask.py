@@ -43,12 +43,18 @@ def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, S
     oracle, search = None, work.method.search
     if work.tokens_NT is not None and not work.model.streamed:
         fitting, judging = parted(work.tokens_NT, search.held_out, work.record.rng.initial_seed())
-        fits = None if fit is None else partial(_fitted, work, fit, fitting)
-        windows = len(work.tokens_NT)
-        least, meter = LEAST_BATCHES if search.held_out else 1, work.record.meter
-        oracle = Probe(work.model, judging, meter, search.effort, search.objective, windows, fits, least)
+        oracle = Probe(
+            work.model,
+            judging,
+            work.record.meter,
+            search.effort,
+            search.objective,
+            windows=len(work.tokens_NT),
+            fits=None if fit is None else partial(_fitted, work, fit, fitting),
+            least_batches=LEAST_BATCHES if search.held_out else 1,
+        )
     try:
-        budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
+        budget = whole_budget(work.model, search, work.method.sparsity, work.ratio)
         return plan_within_budget(work, scores, sites, budget, oracle)[0]
     finally:
         if oracle is not None:
@@ -131,7 +137,8 @@ def _settled(
 
 
 def _expected(search: Search, sites: Sequence[Site], budget: Budget) -> float:
-    """What prices say too much, by the table, where every sublayer that may lose units loses the same share of them."""
+    """By how much prices exceed the table's times at this budget, where every sublayer that may lose units loses the
+    same share of them."""
     inner = [site for site in sites if loses_units(search, site) and budget.price(site)]
 
     def with_share(share: float) -> tuple[float, float]:
@@ -151,8 +158,9 @@ def _expected(search: Search, sites: Sequence[Site], budget: Budget) -> float:
 
 
 class _Corrected:
-    """What to ask for on top of a budget in times, which are no multiples of a unit's: what the units' prices say too
-    much; and between what was too little and what was too much once there is both, since a step may lie between."""
+    """What to ask for on top of a budget in times, which are no multiples of a unit's price. At first it is what prices
+    count too much. Once one amount was too little and another too much, it is the middle of the two: times may have a
+    step between them."""
 
     def __init__(self, slack: float):
         self.slack, self.low, self.high = slack, -math.inf, math.inf
@@ -175,8 +183,8 @@ class _Corrected:
 
 
 def _left_over(work: Pruning, plan: Plan, sites: Sequence[Site], budget: Budget) -> tuple[float, float]:
-    """What is to be asked for on top of the budget for it to be met: what the biases that `plan` leads to add, and what
-    its units' prices say too much; and what is missing for the budget and the biases together."""
+    """What to ask for on top of the budget: what the biases that `plan` leads to add, and what its units' prices count
+    too much. Beside it, what the plan misses of the budget and the biases together."""
     biases = budget.added_params(_biases_added(work, [site for site in sites if plan.removed(site)]))
     removed = sum(budget.freed(plan, site) for site in sites)
     over = sum(budget.taken(site, plan.removed(site)) for site in sites) - removed

@@ -43,7 +43,8 @@ def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Si
 
 
 def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float) -> Budget:
-    """The share of all layers, of the sites that the search removes. Raises ConfigError where nothing is counted."""
+    """The budget over all layers, of the sites that the search may remove. Raises ConfigError where these hold
+    nothing of what is counted."""
     sites = [] if blocks_alone(search) else as_planned(model, search, model.sites())  # what blocks hold is counted once
     held = sites or searched_sites(model, search)
     budget = budget_of(model, sparsity, ratio, held, range(len(model.layers)))
@@ -61,8 +62,8 @@ def searched_sites(model: Model, search: Search) -> list[Site]:
 
 
 def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
-    """The sites of some layers, as a search chooses from them: where query heads may leave, the turns in which they
-    do stand in the place of attention."""
+    """The sites of some layers, as a search chooses from them. Where query heads may leave, their turns stand in the
+    place of attention."""
     sites = as_planned(model, search, sites)
     if QUERY_HEADS not in search.granularity:
         return sites
@@ -70,7 +71,8 @@ def as_searched(model: Model, search: Search, sites: Sequence[Site]) -> list[Sit
 
 
 def as_planned(model: Model, search: Search, sites: Sequence[Site]) -> list[Site]:
-    """The sites of some layers, those of experts as one site of whole experts where these may leave."""
+    """The sites of some layers, priced by the latency table where there is one. Where whole experts may leave, one site
+    of these stands in the place of a layer's experts."""
     times, granularity = model.times, search.granularity
     if times is not None:
         ways = [(site, loses_units(search, site), WHOLE.get(site.kind) in granularity) for site in sites]
@@ -88,7 +90,7 @@ def loses_units(search: Search, site: Site) -> bool:
 
 
 def blocks_alone(search: Search) -> bool:
-    """Whether whole blocks leave and nothing else, so that no out-projection is there to be compensated."""
+    """Whether whole blocks leave and nothing else, so that there is no out-projection to compensate."""
     return set(search.granularity) == {"blocks"}
 
 

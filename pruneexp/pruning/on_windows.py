@@ -11,9 +11,9 @@ from typing import Any
 from pruneexp.calibrate import Bookmark, Meter, walk
 from pruneexp.pruning.answers import checked_plan, scores_of
 from pruneexp.pruning.ask import parted
-from pruneexp.pruning.budget import whole_budget
+from pruneexp.pruning.budget import blocks_alone, whole_budget
 from pruneexp.pruning.dense_evidence import distinct, without_out_projections
-from pruneexp.pruning.method import Pruning
+from pruneexp.pruning.method import Method, Pruning
 from pruneexp.pruning.notes import Notes
 from pruneexp.search import KIND, UlUm, expert_scores
 from pruneexp.surgery import masked_layer
@@ -23,9 +23,17 @@ from pruneexp.types import QUERY_HEADS, Budget, Criterion, Plan, Score, Site, ow
 def dense_results(
     work: Pruning, criterion: Criterion | None, kind: Any, shown: tuple[str, ...]
 ) -> tuple[dict[str, Score], dict[str, Any]]:
-    return work.record.results.of(
-        work.model, work.tokens_NT, criterion, kind, shown, work.record.meter, work.record.notes
-    )
+    """Scores by site name, and evidence of type `kind` by site name, both of the dense model; see `Results.of`."""
+    if criterion is None and kind is None:
+        return {}, {}
+    record = work.record
+    return record.results.of(work.model, work.tokens_NT, criterion, kind, shown, record.meter, record.notes)
+
+
+def dense_kind(method: Method) -> Any:
+    """The compensator's kind of statistics where it goes by those of the dense model, else None."""
+    unused = method.compensator.sequential or blocks_alone(method.search)
+    return None if unused else method.compensator.evidence
 
 
 def masked_scores(work: Pruning) -> dict[str, Score]:

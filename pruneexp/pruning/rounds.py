@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -102,18 +102,14 @@ def _on_top(known: SitePlan, site: SitePlan) -> SitePlan:
     if not kept or (known.query_heads, site.query_heads) == (None, None):
         return SitePlan(site.kind, known.units, kept)
     heads = known.query_heads or (site.query_heads or 0) // site.units * known.units
-    left = known.kept_query_heads or _all_heads(known.kept, heads // known.units)
-    chosen = site.kept_query_heads or _all_heads(site.kept, len(left) // site.units)
+    left = _heads(known, heads // known.units)
+    chosen = _heads(site, len(left) // site.units)
     return SitePlan(site.kind, known.units, kept, heads, tuple(left[head] for head in chosen))
 
 
-def _all_heads(units: Sequence[int], group: int) -> tuple[int, ...]:
-    return tuple(unit * group + head for unit in units for head in range(group))
-
-
-def _of_a_whole(score: Score, site: SitePlan) -> bool:
-    """Whether a score is of all units at once."""
-    return len(unit_scores(score)) < site.units
+def _heads(plan: SitePlan, group: int) -> tuple[int, ...]:
+    """Query heads that stay, of units that held `group` of them each."""
+    return plan.kept_query_heads or tuple(unit * group + head for unit in plan.kept for head in range(group))
 
 
 def _scores_after(
@@ -122,14 +118,14 @@ def _scores_after(
     """One round's scores over those before it; `plan`: of the rounds before."""
     after = dict(before)
     for name, score in scores.items():
-        of_heads = name.endswith(f".{QUERY_HEADS}")
-        known = plan.sites.get(names[name].removesuffix(f".{QUERY_HEADS}"))
-        if known is None or names[name] not in before or _of_a_whole(before[names[name]], known):
-            after[names[name]] = score
+        original = names[name]
+        known = plan.sites.get(original.removesuffix(f".{QUERY_HEADS}"))
+        if known is None or original not in before or len(unit_scores(before[original])) < known.units:
+            after[original] = score  # the first of this site, or one for all units at once
             continue
-        group = len(unit_scores(before[names[name]])) // known.units
-        kept = known.kept_query_heads or _all_heads(known.kept, group) if of_heads else known.kept
-        all_U = unit_scores(before[names[name]]).clone()
+        all_U = unit_scores(before[original]).clone()
+        of_heads = original.endswith(f".{QUERY_HEADS}")
+        kept = _heads(known, len(all_U) // known.units) if of_heads else known.kept
         all_U[list(kept)] = unit_scores(score).to(all_U)
-        after[names[name]] = all_U
+        after[original] = all_U
     return after

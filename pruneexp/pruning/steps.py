@@ -24,7 +24,7 @@ from pruneexp.pruning.method import (
     scores_behind_masks,
     shown_to,
 )
-from pruneexp.pruning.on_windows import by_all_windows, dense_results, masked_scores, scores_of_part
+from pruneexp.pruning.on_windows import by_all_windows, dense_kind, dense_results, masked_scores, scores_of_part
 from pruneexp.pruning.query_heads import with_query_heads
 from pruneexp.pruning.record import Record
 from pruneexp.search import block_scores, expert_scores
@@ -74,33 +74,30 @@ def prune_(
 def _all_at_once(work: Pruning) -> Plan:
     """Scores of the dense model, or behind masks, one search over all layers, then a walk that compensates and
     shrinks."""
-    criterion, compensator = work.method.criterion, work.method.compensator
-    shown, compensates = shown_to(work.method), not blocks_alone(work.method.search)
-    dense_kind = compensator.evidence if compensates and not compensator.sequential else None
+    criterion, search, kind = work.method.criterion, work.method.search, dense_kind(work.method)
+    shown, compensates = shown_to(work.method), not blocks_alone(search)
     with work.record.clock("calibrate"):
-        if work.method.search.held_out and work.tokens_NT is not None:
-            scores = scores_of_part(work, criterion, shown)
-            kept_evidence = dense_results(work, None, dense_kind, shown)[1] if dense_kind is not None else {}
-        elif scores_behind_masks(work.method):
-            scores = masked_scores(work)
-            kept_evidence = dense_results(work, None, dense_kind, shown)[1] if dense_kind is not None else {}
+        held_out = search.held_out and work.tokens_NT is not None
+        if held_out or scores_behind_masks(work.method):
+            scores = scores_of_part(work, criterion, shown) if held_out else masked_scores(work)
+            _, kept_evidence = dense_results(work, None, kind, shown)
         else:
-            scores, kept_evidence = dense_results(work, criterion, dense_kind, shown)
+            scores, kept_evidence = dense_results(work, criterion, kind, shown)
         if lost := criterion.lost(scores):  # said of scores from the cache, too
             logger.warning("calibrate: %d of %d losses were not finite and count as the dearest", lost, len(scores))
         work.scores.update(scores)
     with work.record.clock("search"):
-        sites = searched_sites(work.model, work.method.search)
+        sites = searched_sites(work.model, search)
         work.scores.update(expert_scores(work.scores, sites))
         scores = work.scores if compensates or shown else block_scores(work.scores, sites)
         plan = plan_all_layers(work, sites, scores, _trial if compensates else None)
     work.scores = without_out_projections(work.scores)
     del scores  # and with them the covariances of removal paths
-    if work.method.search.held_out and any(0 < plan.removed(site) < site.units for site in sites):
+    if search.held_out and any(0 < plan.removed(site) < site.units for site in sites):
         with work.record.clock("calibrate"):
             plan = by_all_windows(work, plan, sites, shown)
     work.scores = own_scores(work.scores)
-    plan, moved = _remove_blocks(work.model, plan, work.method.search)
+    plan, moved = _remove_blocks(work.model, plan, search)
     renamed = Plan({new: plan.sites[old] for new, old in moved.items() if old in plan.sites})
     dense = {new: kept_evidence[old] for new, old in moved.items() if old in kept_evidence}
     with work.record.clock("shrink"):
@@ -126,7 +123,7 @@ def _compensate_and_shrink(work: Pruning, plan: Plan, dense: Mapping[str, Any], 
 
 def _trial(work: Pruning, plan: Plan, tokens_NT: Tensor) -> Candidate:
     """`plan` with the out-projections that compensation gives it on these windows; the model stays as it is."""
-    model, compensator = sharing(work.model), work.method.compensator
+    model = sharing(work.model)
 
     def let_go(index: int) -> None:
         """Of the shrunk layer, once the walk is through it."""
@@ -134,9 +131,7 @@ def _trial(work: Pruning, plan: Plan, tokens_NT: Tensor) -> Candidate:
 
     record, given = Record(rng=work.record.rng, shrunk=let_go), {}
     own = Pruning(model, tokens_NT, work.method, work.ratio, record, given=given)
-    dense: dict[str, Any] = {}
-    if compensator.evidence is not None and not compensator.sequential:
-        _, dense = dense_results(own, None, compensator.evidence, ())
+    _, dense = dense_results(own, None, dense_kind(work.method), ())
     _compensate_and_shrink(own, plan, dense, "search: fits")
     assert work.tokens_NT is not None
     work.record.meter.forward += record.meter.forward * len(tokens_NT) / len(work.tokens_NT)
@@ -144,8 +139,8 @@ def _trial(work: Pruning, plan: Plan, tokens_NT: Tensor) -> Candidate:
 
 
 def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:
-    """Takes out the blocks that `plan` drops. The plan returned names them, and the sites of those that stay; beside
-    it, the sites' names from here on (layers behind a gap move up), and what they are called in the plan."""
+    """Takes out the blocks that `plan` drops. Returns the plan of these blocks and of the sites that stay; and the
+    names of these sites from here on (layers behind a gap move up), each with its name in the plan."""
     blocks = {name: site for name, site in plan.sites.items() if site.kind == "block"}
     gone = {name: site for name, site in blocks.items() if not site.kept}
     there = as_planned(model, search, model.sites())
@@ -173,13 +168,12 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
         alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
         if plan.changes(site):
             keep_C = plan.keep_C(site)
-            whole = work.model.block(visit.index).weights[site.name]  # whose rows leave, and are not held
-            weights = {site.name: replace(whole, in_projections={}, in_projection_biases={})}
-            del whole
+            weights = work.model.block(visit.index).weights[site.name]
+            weights = replace(weights, in_projections={}, in_projection_biases={})  # rows leave, and are not held
             before = wanted.of is not None and len(keep_C) > 0  # evidence of what stays alone: nothing else need run
             if before:
                 shrink_layer_(work.model, visit.index, alone)
-            out_projections = _compensated(work, weights, [site], plan, {site.name: collect(keep_C)})
+            out_projections = {site.name: _compensated(work, site, weights, collect(keep_C), keep_C)}
             if before:
                 replace_out_projections_(work.model, visit.index, out_projections)
             else:
@@ -193,10 +187,8 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
 def _layer_by_layer(work: Pruning, sites: Sequence[Site]) -> Plan:
     """Each layer is scored, searched and shrunk on what the pruned layers before it produce."""
     criterion, compensator = work.method.criterion, work.method.compensator
-    dense: dict[str, Any] = {}
-    if compensator.evidence is not None and not compensator.sequential:
-        with work.record.clock("calibrate"):
-            _, dense = dense_results(work, None, compensator.evidence, ())
+    with work.record.clock("calibrate"):
+        _, dense = dense_results(work, None, dense_kind(work.method), ())
     sitewise = by_site(compensator)
     kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
     decided = _Decided(work)
@@ -251,28 +243,25 @@ class _Decided:
 
 
 def _shrink(work: Pruning, visit: Visit, plan: Plan, evidence: Mapping[str, Any]) -> None:
-    """Compensates and shrinks the visited layer. Sites that keep all units are left untouched."""
-    out_projections = _compensated(work, visit.block.weights, visit.block.sites, plan, evidence)
+    """Compensates and shrinks the visited layer. Sites that keep all units are left untouched. Evidence may be spent,
+    a site's being used once."""
+    weights = visit.block.weights
+    out_projections = {
+        site.name: _compensated(work, site, weights[site.name], evidence.get(site.name), plan.keep_C(site))
+        for site in visit.block.sites
+        if plan.changes(site)
+    }
     shrink_layer_(work.model, visit.index, plan, out_projections)
     work.record.shrunk(visit.index)
 
 
 def _compensated(
-    work: Pruning, weights: Mapping[str, SiteWeights], sites: Sequence[Site], plan: Plan, evidence: Mapping[str, Any]
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Compensated out-projections of the sites that lose units; evidence may be spent on it, a site's being used
-    once."""
-    compensator = work.method.compensator
-    out_projections = {}
-    for site in sites:
-        if plan.changes(site):
-            own = weights[site.name]
-            keep_C = plan.keep_C(site)
-            found = evidence.get(site.name)
-            weight, bias, chosen = compensation_of(compensator, site, own, found, keep_C)
-            out_projections[site.name] = weight, bias
-            if chosen is not None:
-                work.chosen[site.name] = chosen
+    work: Pruning, site: Site, weights: SiteWeights, evidence: Any, keep_C: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The compensated out-projection of a site that loses units; the evidence may be spent on it."""
+    weight, bias, chosen = compensation_of(work.method.compensator, site, weights, evidence, keep_C)
+    if chosen is not None:
+        work.chosen[site.name] = chosen
     if work.given is not None:
-        work.given.update(out_projections)
-    return out_projections
+        work.given[site.name] = weight, bias
+    return weight, bias

@@ -10,15 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import planned, raw, require, standardised, z_scores
+from pruneexp.search.common import PARAMS_EPSILON, planned, raw, require, standardised, z_scores
 from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain, least_units, removal_steps
 from pruneexp.search.ranking import ranked
 from pruneexp.search.removable import Gone, Item, Removable, bundled, losses_in_order, unit_order, within_reach
 from pruneexp.types import Budget, Oracle, Plan, Scores, Site
-
-# Numbers that differ by rounding alone (0.3 * 10 against 3) must not end on different sides of a tie.
-UNITS_EPSILON = 1e-9
-PARAMS_EPSILON = 1e-3
 
 
 @dataclass(frozen=True)
@@ -141,16 +137,11 @@ def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
     return gone
 
 
-def removable(sites: Sequence[Site], min_units: int, budget: Budget, all_blocks: bool = True, multiple: int = 1) -> int:
-    """What may leave at most. `all_blocks`: where sites are blocks, there are no others."""
+def removable(sites: Sequence[Site], min_units: int, budget: Budget, multiple: int = 1) -> int:
+    """What may leave at most, as the budget counts; of blocks, one always stays."""
     most = sum(removal_steps(site, min_units, multiple)[-1] * budget.price(site) for site in sites)
     blocks = [budget.price(site) for site in sites if site.kind == "block"]
-    return most - max(blocks) if blocks and all_blocks else most
-
-
-def nearest(x: float) -> int:
-    """Nearest whole number, halves up."""
-    return math.floor(x + 0.5 + UNITS_EPSILON)
+    return most - max(blocks, default=0)
 
 
 def all_but_lowest(score_U: Tensor, n: int) -> Tensor:

@@ -16,8 +16,8 @@ def distinct(population: Sequence[Levels]) -> list[Levels]:
 
 
 def least(losses: Tensor) -> int:
-    """The structure of least loss, of [batches, structures]; the first where the other's lead is within the standard
-    error of the difference over batches."""
+    """The number of the structure of least mean loss, of `losses` [batches, structures]; 0 where its lead over the
+    first is within the standard error of the difference over batches."""
     best = int(losses.mean(0).argmin())
     lead = losses[:, 0] - losses[:, best]
     error = lead.std() / math.sqrt(len(lead)) if len(lead) > 1 else torch.zeros(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -10,6 +11,15 @@ import torch
 from torch import Tensor
 
 from pruneexp.types import Budget, ColumnScores, ConfigError, Plan, RunError, Score, Scores, Site, unit_scores
+
+# Numbers that differ by rounding alone (0.3 * 10 against 3) must not end on different sides of a tie.
+UNITS_EPSILON = 1e-9
+PARAMS_EPSILON = 1e-3
+
+
+def nearest(x: float) -> int:
+    """Nearest whole number, halves up."""
+    return math.floor(x + 0.5 + UNITS_EPSILON)
 
 
 def in_order(sites: Sequence[Site]) -> list[Site]:
@@ -22,18 +32,21 @@ def by_layer(sites: Sequence[Site]) -> dict[int, list[Site]]:
 
 
 def checked(scores: Scores, sites: Sequence[Site]) -> dict[str, Score]:
-    """The sites' scores. Raises RunError, naming the site, where they are missing, of another length or not finite."""
-    for site in sites:
-        if site.name not in scores:
-            raise RunError(f"{site.name}: the criterion gave no scores")
-        values_U = unit_scores(scores[site.name])
-        if values_U.shape != (site.units,):
-            raise RunError(
-                f"{site.name}: {list(values_U.shape)} scores, expected one for each of its {site.units} units"
-            )
-        if not torch.isfinite(values_U).all():
-            raise RunError(f"{site.name}: scores hold NaN or Inf")
-    return {site.name: scores[site.name] for site in sites}
+    """The sites' scores. Raises RunError as `checked_score` does."""
+    return {site.name: checked_score(scores, site) for site in sites}
+
+
+def checked_score(scores: Scores, site: Site, or_one: bool = False) -> Score:
+    """The site's scores, one for each unit; with `or_one`, a single one for all of them will do. Raises RunError,
+    naming the site, where they are missing, of another length or not finite."""
+    if site.name not in scores:
+        raise RunError(f"{site.name}: the criterion gave no scores")
+    values_U = unit_scores(scores[site.name])
+    if values_U.shape != (site.units,) and not (or_one and values_U.shape == (1,)):
+        raise RunError(f"{site.name}: {list(values_U.shape)} scores, expected one for each of its {site.units} units")
+    if not torch.isfinite(values_U).all():
+        raise RunError(f"{site.name}: scores hold NaN or Inf")
+    return scores[site.name]
 
 
 def raw(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -80,16 +93,11 @@ def removed(plan: Plan, sites: Sequence[Site], budget: Budget) -> int:
     return sum(budget.taken(site, plan.removed(site)) for site in sites)
 
 
-def masks(plan: Plan, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Boolean masks [U] of the units that stay, by site."""
-    return {s.name: torch.isin(torch.arange(s.units), torch.tensor(plan.sites[s.name].kept).long()) for s in sites}
-
-
 def layer_budgets(budget: Budget, sites: Sequence[Site]) -> dict[int, Budget]:
-    """The share of each layer, in proportion to what its units hold; in whole numbers, adding up to the budget's.
+    """The share of each layer, in proportion to what its units hold; in whole numbers that add up to the budget's.
 
-    For a runner that decides layer by layer: what a layer left over (or took too much: its plan's target -
-    removed) goes into `added` of the next one's budget, which then meets the budget as a whole.
+    A caller that decides layer by layer adds what a layer's plan misses of its target (or removes too much, below 0) to
+    `added` of the next layer's budget. All layers together then meet the whole budget.
     """
     layers, whole = by_layer(sites), max(1, prunable(sites, budget))
     shares, before = {}, 0
@@ -103,21 +111,24 @@ def layer_budgets(budget: Budget, sites: Sequence[Site]) -> dict[int, Budget]:
 
 
 def planned(keep: Mapping[str, Tensor], sites: Sequence[Site], budget: Budget) -> Plan:
-    """The plan of boolean masks [U] (True = kept; sites without a mask stay whole), with the budget and what leaves."""
-    masked = [site for site in in_order(sites) if site.name in keep]
-    whole = [site for site in sites if site.name not in keep]
-    plan = Plan.from_masks(masked, keep).merged(Plan.keep_all(whole))
+    """The plan of boolean masks [U] (True = kept), completed."""
+    return completed(Plan.from_masks([site for site in sites if site.name in keep], keep), sites, budget)
+
+
+def completed(plan: Plan, sites: Sequence[Site], budget: Budget) -> Plan:
+    """The plan of all sites in order, those that it does not name whole, with the budget and what leaves."""
+    plan = Plan.keep_all(in_order(sites)).merged(plan)
     figures = {
         "ratio": budget.ratio,
         f"target_{budget.counts}": budget.remove,
         f"removed_{budget.counts}": removed(plan, sites, budget),
     }
-    return Plan({site.name: plan.sites[site.name] for site in in_order(sites)}, figures)
+    return Plan(plan.sites, figures)
 
 
 def require(budget: Budget, most: float) -> None:
     """Raises ConfigError, naming the largest ratio, where more is to leave than `most`."""
-    if budget.remove > most + 1e-3:  # more than rounding
+    if budget.remove > most + PARAMS_EPSILON:
         largest = max(0.0, (most - budget.added) / budget.total)
         raise ConfigError(
             f"sparsity.ratio={budget.ratio!r}: expected at most {int(largest * 1e4) / 1e4}, all that search may remove"

@@ -20,8 +20,8 @@ from pruneexp.search.starts import (
     HEAD_SHARES,
     RAMPS,
     begun_with,
+    by_score_over_cost,
     cheapest,
-    ranked,
     same_share,
     standardised_share,
 )
@@ -54,7 +54,7 @@ class Evolution:
 
     def __post_init__(self) -> None:
         self.spent_before = self.oracle.passes
-        self.kept_back = self.method.trial_passes
+        self.kept_back = self.method.trials * self.method.trial_price
 
     @property
     def left(self) -> float:
@@ -62,8 +62,8 @@ class Evolution:
         return self.method.effort - self.kept_back - (self.oracle.passes - self.spent_before)
 
     def decided(self) -> Plan:
-        """The structure found, unless the one it began with is as good once both are compensated as the run will do it:
-        other sites' fits make up for much of what a probe's do not."""
+        """The structure found, or the one it began with where that is as good. Both are judged as the run will
+        compensate them: fits at other sites make up for much that a probe's fits do not."""
         levels, share = self.start(), self.method.tokens
         if self.tried is not None and self.kept_back < self.method.trial_price:
             return self.tried[0]  # nothing is left to try what would be found
@@ -95,12 +95,12 @@ class Evolution:
 
     def price(self, structures: int, share: float) -> float:
         """Passes that judging so many structures costs at most: those that begin alike share layers."""
-        return structures * self.count(share) / self.oracle.batches * (self.method.held_out or 1.0)
+        return structures * self.count(share) / self.oracle.batches * self.method.deciding
 
     def affordable(self, structures: int, part: float) -> float | None:
         """The share of the windows that decide, `tokens` at most, on which so many structures cost no more than a part
         of the effort; None where a single batch is too dear."""
-        share = part * self.method.effort / (structures * (self.method.held_out or 1.0))
+        share = part * self.method.effort / (structures * self.method.deciding)
         share = min(self.method.tokens, math.floor(share * self.oracle.batches) / self.oracle.batches)
         return share if share > 0 and self.left >= self.price(structures, share) else None
 
@@ -130,7 +130,7 @@ class Evolution:
         if all(isinstance(path, RemovalPath) for path in scores):
             starts.append(cheapest(structures))
         if structures.composites:
-            starts.append(ranked(structures, method.granularity, method.min_units, method.multiple))
+            starts.append(by_score_over_cost(structures, method))
         others = {start: found for start in method.starts if (found := self._scores_of(start))}
         if others:
             return self._among_criteria(starts, others)
@@ -170,8 +170,8 @@ class Evolution:
     def _best_compensated(
         self, ranking: Sequence[str], starts: Mapping[str, Levels], orders: Mapping[str, Structures]
     ) -> str:
-        """Of the first and of what AL-AM removes by each criterion, the best once compensated: of as many as there are
-        trials for, but one for what is found, where there are more than two."""
+        """The best once compensated, of the first and of what AL-AM removes by each criterion. As many are tried as
+        there are trials; of more than two, one is left for what the search finds."""
         names = [ranking[0], *(name for name in ranking[1:] if name.startswith(AL_AM))]
         names = names[: self.method.trials - (self.method.trials > 2)]
         if len(names) < 2:
@@ -202,8 +202,8 @@ class Evolution:
         return {site: self.structures.scores[name] for site, name in named.items() if name in self.structures.scores}
 
     def _order_each(self, orders: Sequence[Scores], levels: Levels) -> None:
-        """Each site's own order of units, where it has a lower loss with it than with the one of all; taken together
-        where that is better, too."""
+        """Gives each site the order of units by which its loss is lowest, where all these orders together are better,
+        too."""
         there = self.structures
         now = there.plan(levels).sites
         owns = [{name: scores[name]} for name, level in levels.items() if level for scores in orders if name in scores]
@@ -234,7 +234,7 @@ class Evolution:
         for _ in range(self.method.rounds):
             around = self._around(levels, distance)
             structures = 1 + len(around) + _STEPS
-            whole = 2 * structures * (self.method.held_out or 1.0)
+            whole = 2 * structures * self.method.deciding
             share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / whole)
             if self.left < self.price(structures, share):
                 break

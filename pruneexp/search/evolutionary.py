@@ -173,22 +173,22 @@ class Evolutionary:
         return len(HEAD_SHARES) + 1 + self.effort
 
     @property
+    def deciding(self) -> float:
+        """The share of the calibration windows that decides between structures."""
+        return self.held_out or 1.0
+
+    @property
     def trials(self) -> int:
-        """Structures that it compensates: two, unless they take more than half of the effort; as many as a third of it
-        pays for, up to three and one for every other criterion."""
+        """How many structures are tried with compensation: none where two take more than half of the effort; else two,
+        or with `starts` as many as a third of it pays for, from two to three and one for each start."""
         most = 3 + len(self.starts) if self.starts else 2
         able = math.floor(self.effort / 3 / self.trial_price)
         return max(2, min(most, able)) if 2 * self.trial_price <= self.effort / 2 else 0
 
     @property
-    def trial_passes(self) -> float:
-        """Kept back for them."""
-        return self.trials * self.trial_price
-
-    @property
     def trial_price(self) -> float:
         """Passes that one takes, about."""
-        return self.tokens * (_TRIAL * (1 - self.held_out) + (self.held_out or 1.0))
+        return self.tokens * (_TRIAL * (1 - self.held_out) + self.deciding)
 
     @property
     def tries(self) -> float:

@@ -173,9 +173,9 @@ def _at_least(score_U: Tensor, n: int) -> Tensor:
     return score_U >= score_U.sort().values[n]
 
 
-def _nth_lowest(scores: Sequence[Tensor], n: int) -> float:
+def _nth_lowest(scores: list[Tensor], n: int) -> float:
     """The n-th lowest of all scores; -inf for n = 0."""
-    return torch.cat(list(scores)).sort().values[n - 1].item() if n > 0 else -torch.inf
+    return torch.cat(scores).sort().values[n - 1].item() if n > 0 else -torch.inf
 
 
 def _above_closest(

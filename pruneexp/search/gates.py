@@ -48,7 +48,7 @@ class Gates:
 
     @property
     def depths(self) -> list[int]:
-        """By item: how many variables what it holds depends on, itself included."""
+        """By item: the most variables that anything in it depends on, its own included."""
         depths = [1 + len(holders) for holders in self.holders]
         for holders in self.holders:
             for holder in holders:

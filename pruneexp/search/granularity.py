@@ -40,7 +40,7 @@ _FROM_UNITS = {
 
 
 class Amounts(Protocol):
-    """What a search's settings say of how much may leave."""
+    """The settings of a search that say what may leave, and by how much at a time."""
 
     @property
     def min_units(self) -> int: ...
@@ -66,6 +66,14 @@ def check_settings(method: Amounts) -> None:
         )
 
 
+def check_units_alone(granularity: Granularity, why: str) -> None:
+    """Raises ConfigError, saying why, where whole sublayers or blocks may leave."""
+    if not set(granularity) <= set(UNITS.values()):
+        raise ConfigError(
+            f"granularity={granularity!r}: expected heads, channels or both (or query_heads, experts); {why}"
+        )
+
+
 def is_plain(granularity: Granularity, multiple: int) -> bool:
     """Units one by one, nothing that holds others: heads, channels or both; or blocks alone."""
     if set(granularity) <= set(UNITS.values()):
@@ -80,8 +88,8 @@ def is_nested(granularity: Granularity) -> bool:
 
 
 def scored_as(granularity: Sequence[str], judges: Collection[str]) -> Literal["wholes", "units"] | None:
-    """What a criterion is shown for a search to have the scores it needs: whole sublayers and blocks, or units, whose
-    scores add up to those of wholes; None where it judges neither."""
+    """How a criterion can score what a search may remove: as whole sublayers and blocks, or by units, whose scores add
+    up to those of wholes; None where it can do neither."""
     if all(_AS_WHOLE.get(name) in judges for name in granularity):
         return "wholes"
     return "units" if all(_FROM_UNITS[name] <= set(judges) for name in granularity) else None
@@ -111,8 +119,8 @@ def least_units(site: Site, min_units: int) -> int:
 
 
 def removal_steps(site: Site, min_units: int, multiple: int, units: bool = True, whole: bool = False) -> list[int]:
-    """How many units may have left, ascending from 0. What stays of an FFN is a multiple, of any site at least
-    `min_units`; `units`: they may leave; `whole`: all of them together may."""
+    """The numbers of units that may have left, ascending from 0. An FFN keeps a multiple of `multiple`, every site at
+    least `min_units`. `units`: single units may leave. `whole`: all of them together may."""
     multiple = multiple if site.kind == "mlp" else 1
     steps = [0]
     if units:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import require
+from pruneexp.search.common import PARAMS_EPSILON, require
 from pruneexp.search.granularity import KIND, UNITS, Granularity, check_settings, least_units, step_units
 from pruneexp.search.removable import BLOCK, SUBLAYER, UNIT, Gone, Removable, losses_in_order, unit_order, within_reach
 from pruneexp.types import (
@@ -126,7 +126,7 @@ class _Rounds:
         self.place = {site.name: place for place, site in enumerate(removable.sites)}
 
     def choices(self) -> list[Choice]:
-        """What may leave, and whose removal brings what is removed nearer to the budget, or as near."""
+        """What may leave next and takes what is removed no farther from the budget."""
         found: list[Choice] = []
         for site in self.removable.fine:
             kept = torch.nonzero(self.keep[site.name]).flatten()
@@ -137,7 +137,7 @@ class _Rounds:
             units = [(unit,) for unit in kept.tolist()] if size == 1 == self._multiple(site) else [tuple(lowest)]
             found.extend((UNIT, site, each) for each in units if each)
         found.extend((tier, site, ()) for tier, site in self.removable.composites if site.layer not in self.out)
-        return [choice for choice in found if 0 < self.cost(choice) <= 2 * self.left + 1e-3]
+        return [choice for choice in found if 0 < self.cost(choice) <= 2 * self.left + PARAMS_EPSILON]
 
     def _multiple(self, site: Site) -> int:
         return self.method.multiple if site.kind == "mlp" else 1

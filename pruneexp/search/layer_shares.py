@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruneexp.search.budgeted import nearest, removable
-from pruneexp.search.common import by_layer, masks, planned, prunable, removed, require
+from pruneexp.search.budgeted import removable
+from pruneexp.search.common import by_layer, completed, nearest, prunable, removed, require
 from pruneexp.search.granularity import Granularity, check_multiple, chosen_sites
 from pruneexp.search.uniform import Uniform
 from pruneexp.types import (
@@ -93,7 +93,7 @@ class LayerShares:
             part = self._inside(scores, own, share, oracle, rng)
             over = share.remove - removed(part, own, budget)
             plan = plan.merged(part)
-        return planned(masks(plan, sites), sites, budget)
+        return completed(plan, sites, budget)
 
     def _importance_L(self, scores: Scores, layers: Mapping[int, Sequence[Site]]) -> Tensor:
         """Mean over the units of each layer: float64 [L]."""

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 
 from pruneexp.search.budgeted import Global, removable
-from pruneexp.search.common import by_layer, layer_budgets, masks, planned, removed, require
-from pruneexp.search.granularity import UNITS, Granularity, chosen_sites
-from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
+from pruneexp.search.common import completed, layer_budgets, removed, require
+from pruneexp.search.granularity import Granularity, check_units_alone, chosen_sites
+from pruneexp.types import Budget, Oracle, Plan, Scores, Site
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,7 @@ class Layerwise:
 
     def __post_init__(self) -> None:
         _ = self._inside  # raises ConfigError for settings that cannot be
-        if not set(self.granularity) <= set(UNITS.values()):
-            raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both (or query_heads, experts); "
-                "a layer has no second sublayer"
-            )
+        check_units_alone(self.granularity, "a layer has no second sublayer")
 
     @property
     def _inside(self) -> Global:
@@ -48,7 +44,7 @@ class Layerwise:
         self.check(sites, budget)
         plan, over = Plan({}), 0.0
         for layer, share in layer_budgets(budget, sites).items():
-            own = [site for site in by_layer(sites)[layer] if site in chosen]
+            own = [site for site in chosen if site.layer == layer]
             share = replace(share, added=share.added + over)
             over = share.remove
             if own:
@@ -58,7 +54,7 @@ class Layerwise:
                 part = self._inside(scores, own, within, oracle, rng)
                 plan = plan.merged(part)
                 over -= removed(plan, own, budget)
-        return planned(masks(plan, chosen), sites, budget)
+        return completed(plan, sites, budget)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         if budget.layers is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -10,7 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import in_order, planned, raw
+from pruneexp.search.common import checked, in_order, nearest, planned
 from pruneexp.search.granularity import removal_steps, step_units
 from pruneexp.search.removable import Removable, unit_order
 from pruneexp.types import Budget, Candidate, Plan, RemovalPath, Reorderable, Scores, Site
@@ -18,16 +17,15 @@ from pruneexp.types import Budget, Candidate, Plan, RemovalPath, Reorderable, Sc
 Levels = dict[str, int]  # site name -> steps taken: units that leave, or multiples of them
 Curve = Callable[[int], float]  # level of a site -> loss
 
-_EPSILON = 1e-9
-_TURNS = 8
+_TURNS = 8  # times that the cheapest sites' levels are changed, at most
 
 
 class Structures:
-    """The structures that a search may choose from: for each site an order in which units leave, and the
-    out-projections fitted anew that go with it, where there are any; how many leave is a choice of `Levels` that meets
-    the budget to the nearest cheapest unit.
+    """The structures that a search may choose from. Each site has an order in which its units leave, and the refitted
+    out-projections that go with it, where there are any. `Levels` say how many units leave; they meet the budget to the
+    nearest cheapest unit.
 
-    A level counts `steps` of units; with whole sublayers the last one is all of them.
+    A level counts the `steps` taken. Where whole sublayers may leave, the last step takes all units.
     """
 
     def __init__(
@@ -41,24 +39,20 @@ class Structures:
     ):
         self.scores, self.sites, self.budget = scores, sites, budget
         self.chosen = in_order(chosen)
-        if removable is not None:
+        self.composites, self.wholes = False, []  # whether wholes may leave; the sites that may lose units or all
+        if removable is None:
+            checked(scores, sites)
+            self.steps = {site.name: removal_steps(site, min_units, 1) for site in self.chosen}
+            units = dict.fromkeys(self.steps, 1)  # of a step
+        else:
             able = [site for site in self.chosen if len(removable.steps[site.name]) > 1]
             self.chosen = able or self.chosen[:1]
-        if removable is None:
-            raw(scores, sites)
-            self.steps = {site.name: removal_steps(site, min_units, 1) for site in self.chosen}
-        else:
             self.steps = removable.steps
-        size = {
-            s.name: 1 if removable is None else step_units(s, removable.multiple, s in removable.fine)
-            for s in self.chosen
-        }
-        self.cost = {site.name: size[site.name] * budget.price(site) for site in self.chosen}  # of a step
-        self.size = {site.name: -(-site.units // size[site.name]) for site in self.chosen}  # steps of the whole site
-        self.composites = removable is not None and bool(removable.composites)
-        self.wholes = [  # may lose all at once
-            site for _, site in (removable.composites if removable else ()) if removable and site in removable.fine
-        ]
+            units = {s.name: step_units(s, removable.multiple, s in removable.fine) for s in self.chosen}
+            self.composites = bool(removable.composites)
+            self.wholes = [site for _, site in removable.composites if site in removable.fine]
+        self.cost = {site.name: units[site.name] * budget.price(site) for site in self.chosen}  # of a step
+        self.size = {site.name: -(-site.units // units[site.name]) for site in self.chosen}  # steps of the whole site
         self.most = {site.name: len(self.steps[site.name]) - 1 for site in self.chosen}
         # a unit's place in the order in which units leave
         self.place = {site.name: unit_order(scores[site.name], site.units).argsort() for site in self.chosen}
@@ -99,8 +93,9 @@ class Structures:
         return {name: min(level, self.most[name]) for name, level in found.items()}
 
     def removed(self, levels: Levels) -> int:
+        """What leaves the sites of these levels, as the budget counts."""
         units = self.units(levels)
-        return sum(self.budget.taken(site, units[site.name]) for site in self.chosen)
+        return sum(self.budget.taken(site, units[site.name]) for site in self.chosen if site.name in units)
 
     def plan(self, levels: Levels) -> Plan:
         keep = {name: self.place[name] >= count for name, count in self.units(levels).items()}
@@ -122,8 +117,8 @@ class Structures:
         while self.dear and met not in seen:
             seen.append(dict(met))
             left = self.budget.remove - self.removed(met)
-            there = self._cost_of({site.name: met[site.name] for site in self.cheap})
-            room = self._cost_of({site.name: self.most[site.name] for site in self.cheap}) - there
+            there = self.removed({site.name: met[site.name] for site in self.cheap})
+            room = self.removed({site.name: self.most[site.name] for site in self.cheap}) - there
             up = 1 if left > room + cost / 2 else -1 if left < -there - cost / 2 else 0
             able = [site for site in self.dear if 0 <= met[site.name] + up <= self.most[site.name]]
             if not up or not able:
@@ -134,16 +129,12 @@ class Structures:
         ends = [self._filled(dict(end)) for end in seen[seen.index(met) :]] if seen else [self._filled(met)]
         return min(ends, key=lambda end: abs(self.budget.remove - self.removed(end)))
 
-    def _cost_of(self, levels: Levels) -> int:
-        units = self.units(levels)
-        return sum(self.budget.taken(site, units[site.name]) for site in self.chosen if site.name in units)
-
     def _filled(self, met: Levels) -> Levels:
         """The cheapest sites' levels changed until the budget is met; again where steps were not of one size."""
         cost, best = self.cost[self.cheap[0].name], dict(met)
         for _ in range(_TURNS):
             left = self.budget.remove - self.removed(met)
-            units = math.floor(left / cost + 0.5 + _EPSILON)
+            units = nearest(left / cost)
             self._spread(met, units)
             if abs(self.budget.remove - self.removed(met)) <= abs(self.budget.remove - self.removed(best)):
                 best = dict(met)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.budgeted import Global
-from pruneexp.search.common import masks, planned, prunable, removed, require
+from pruneexp.search.common import PARAMS_EPSILON, completed, planned, prunable, removed, require
 from pruneexp.search.gates import Gates, as_groups, projected
 from pruneexp.search.granularity import KIND, UNITS, Granularity, check_settings, is_nested, is_plain, step_units
 from pruneexp.search.ranking import ranked
@@ -137,8 +137,8 @@ class PolicyGradient:
         steps = self._steps(oracle.batches)
         baseline, lost = None, 0
         for step in range(steps):
-            masks = torch.rand(self.samples, len(s), generator=rng, dtype=torch.float64) < s
-            candidates = [Candidate(gates.plan(mask)) for mask in masks]
+            drawn = torch.rand(self.samples, len(s), generator=rng, dtype=torch.float64) < s
+            candidates = [Candidate(gates.plan(mask)) for mask in drawn]
             losses = oracle.losses(candidates, batch=step % oracle.batches).double()
             found = losses.isfinite()
             lost += int((~found).sum())
@@ -147,7 +147,7 @@ class PolicyGradient:
             mean = losses[found].mean().item()
             baseline = mean if baseline is None else baseline
             baseline += (mean - baseline) / self.memory
-            gradient = policy_gradient(s, masks[found], losses[found], baseline, self.samples, self.estimator)
+            gradient = policy_gradient(s, drawn[found], losses[found], baseline, self.samples, self.estimator)
             rate = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
             s = self._projected(s - rate * gradient, gates, groups, share, most)
         if baseline is None:
@@ -191,10 +191,10 @@ class PolicyGradient:
             part = replace(budget, total=0, added=min(max(wanted, 0.0), float(most)))
             plan = plan.merged(search(scores, own, part, None, torch.Generator()))
             left -= removed(plan, own, budget)
-        off = abs(left) > self._step_price(names[-1], chosen, budget) / 2 + 1e-3
+        off = abs(left) > self._step_price(names[-1], chosen, budget) / 2 + PARAMS_EPSILON
         if off and not is_plain(self.granularity, self.multiple):
             return together(scores, sites, budget, None, torch.Generator())  # what is left of one kind is too much
-        return planned(masks(plan, chosen), sites, budget)
+        return completed(plan, sites, budget)
 
     def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:
         """Plain passes over the calibration windows, at most: masks of one step may share layers."""

@@ -1,7 +1,7 @@
-"""Query heads that leave in turns: with each, one of every KV group of a layer, each group its own weakest.
+"""Query heads leave in turns: a turn takes one of every KV group of a layer, from each group its own weakest.
 
-To a search, a turn is a unit like others: a layer of G groups of q query heads has a site of q units, and with each
-leave G query heads. Their scores are those of the heads that they take: the criterion scores each of the H = G q heads.
+To a search, a turn is a unit like others: a layer of G groups of q query heads has a site of q units, each of which
+takes G query heads. The criterion scores each of the H = G q heads; a turn's score is that of the heads that it takes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def in_turns(site: Site) -> Site | None:
 
 
 class Turns:
-    """The turns of all attention sites that `scores` (of query heads, [H]) are there for: which heads leave in each."""
+    """The turns of all attention sites whose query heads have scores, [H] each: which heads leave in which turn."""
 
     def __init__(self, sites: Sequence[Site], scores: Scores):
         self.scores, self.sites, self.heads = scores, {}, {}
@@ -51,7 +51,7 @@ class Turns:
                 self.heads[own.name] = _heads_by_turn(scores[own.name], site)  # [q, G], the weakest first
 
     def scored(self) -> dict[str, Score]:
-        """All scores, those of query heads by turn: of a search's starts, too, by the criterion's own turns."""
+        """All scores, those of query heads by turn. Those of a search's starts go by the criterion's turns, too."""
         return {name: self._by_turn(name.rpartition(":")[2], score) for name, score in self.scores.items()}
 
     def _by_turn(self, name: str, score: Score) -> Score:

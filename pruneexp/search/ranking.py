@@ -7,10 +7,10 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from pruneexp.search.common import PARAMS_EPSILON
 from pruneexp.search.removable import BLOCK, SUBLAYER, UNIT, Gone, Item, Removable
 from pruneexp.types import Plan, Site
 
-_EPSILON = 1e-3  # numbers that differ by rounding alone must not end on different sides of a tie
 _FINEST = 100_000  # parts of all times that sums of them are told apart by
 _MANY = 4096  # options of all layers, beyond which sums are not searched
 
@@ -46,7 +46,7 @@ class _Walk:
     ):
         self.removable, self.unit_values, self.composite_value = removable, unit_values, composite_value
         self.gone, self.left = removable.nothing(), removable.budget.remove
-        self.slack = removable.cheapest / 2 + _EPSILON
+        self.slack = removable.cheapest / 2 + PARAMS_EPSILON
         self.at = {site.name: 0 for site in removable.fine}  # steps taken
         self.last = {name: len(steps) - 1 for name, steps in removable.unit_steps.items()}
         self.holders: dict[int, list[Item]] = {}
@@ -69,7 +69,7 @@ class _Walk:
             if version != self.version[tier, name] or not self._there(item):
                 continue
             cost = self._cost(item)
-            if cost > self.left + min(self.slack, cost / 2 + _EPSILON):  # and ever after: `left` shrinks as fast
+            if cost > self.left + min(self.slack, cost / 2 + PARAMS_EPSILON):  # and ever after: `left` shrinks as fast
                 self.passed.append(item)
                 self.version[tier, name] = -1
                 continue
@@ -93,7 +93,7 @@ class _Walk:
             self._take(best[1])
 
     def _made_up(self, item: Item) -> tuple[float, list[int]]:
-        """What would be removed too much with `item`, and the events to undo for it."""
+        """What would be removed too much if `item` left, and the events to undo for that."""
         over, back = self._cost(item) - self.left, []
         _, held = item
         kept: set[str] = set()  # a later event there is not undone: no earlier one can be
@@ -172,8 +172,9 @@ class _Walk:
 
 
 def _nearest(removable: Removable, gone: Gone, off: float) -> Gone:
-    """What comes nearest to the budget of all there is, else like `gone`, which is `off` by so much: a subset-sum over
-    the layers, of few options each; where they have many, `gone`."""
+    """Of all that may leave, what comes nearest to the budget and then changes layers least from `gone`: a subset sum
+    over the options of the layers. `gone`, which is `off` by so much, where nothing is nearer or the options are too
+    many."""
     layers = sorted({site.layer for site in removable.chosen})
     if sum(math.prod(len(removable.steps[s.name]) for s in _inside(removable, layer)) for layer in layers) > _MANY:
         return gone

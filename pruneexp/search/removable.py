@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pruneexp.search.common import in_order, planned, require
+from pruneexp.search.common import checked_score, in_order, planned, require
 from pruneexp.search.granularity import (
     UNITS,
     WHOLE,
@@ -27,7 +27,7 @@ from pruneexp.search.granularity import (
     removal_steps,
     step_units,
 )
-from pruneexp.types import Budget, Plan, RemovalPath, RunError, Score, Scores, Site, unit_scores
+from pruneexp.types import Budget, Plan, RemovalPath, Score, Scores, Site, unit_scores
 
 UNIT, SUBLAYER, BLOCK = range(3)
 Item = tuple[int, Site]  # what may leave at once: the next units of a site, a whole sublayer, a whole block
@@ -70,7 +70,7 @@ def expert_scores(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
 
 
 def bundled(values: Tensor, steps: Sequence[int]) -> list[float]:
-    """Means of what leaves with each step, of values in the order in which units leave."""
+    """The mean value of the units that leave with each step; `values` are in the order in which units leave."""
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), values.double().cumsum(0)])[torch.tensor(steps)]
     return (sums.diff() / torch.tensor(steps).diff()).tolist()
 
@@ -130,16 +130,7 @@ class Removable:
         """Of a sublayer or block, as it was scored, or summed up."""
         if site.kind == "block" and site.name not in self.scores:
             return sum(self._whole_score(inner, True) for inner in self.inside[site.layer])
-        if site.name not in self.scores:
-            raise RunError(f"{site.name}: the criterion gave no scores")
-        values_U = unit_scores(self.scores[site.name])
-        if values_U.shape != (site.units,) and (by_unit or values_U.shape != (1,)):
-            raise RunError(
-                f"{site.name}: {list(values_U.shape)} scores, expected one for each of its {site.units} units"
-            )
-        if not torch.isfinite(values_U).all():
-            raise RunError(f"{site.name}: scores hold NaN or Inf")
-        return whole_score(self.scores[site.name])
+        return whole_score(checked_score(self.scores, site, or_one=not by_unit))
 
     def _but_the_best(self, composites: Sequence[Site]) -> list[Item]:
         """The composites that may leave: all but the best of each kind, or all but those of the best block's layer."""
@@ -154,7 +145,7 @@ class Removable:
         return [(BLOCK if s.kind == "block" else SUBLAYER, s) for s in composites if s.name not in stay]
 
     def rescored(self, scores: Scores) -> Removable:
-        """With other scores of units, to the same effect on what may leave."""
+        """With other scores of units; what may leave is the same."""
         other = copy(self)
         other.scores = {**self.scores, **scores}
         return other

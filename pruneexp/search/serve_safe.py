@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from pruneexp.search.budgeted import Global, removable
-from pruneexp.search.common import checked, masks, planned, prunable, require
+from pruneexp.search.common import checked, completed, prunable, require
 from pruneexp.search.granularity import Granularity, check_multiple, check_settings, chosen_sites, step_units
 from pruneexp.search.removable import unit_order
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
@@ -48,13 +48,14 @@ class ServeSafe:
         for site in heads:
             gone = unit_order(scores[site.name], site.units)[: max(0, site.units - kept)]
             keep[site.name] = torch.ones(site.units, dtype=torch.bool).index_fill(0, gone, False)
+        plan = Plan.from_masks(heads, keep)
         if channels:
             most = removable(channels, self.min_units, budget, multiple=self.multiple)
             rest = min(max(0.0, budget.remove - _leaving(heads, kept, budget)), most)
             within = replace(budget, added=budget.added + rest - budget.remove)
             ranking = Global(self.min_units, ["channels"], self.normalise, self.multiple)
-            keep |= masks(ranking(scores, channels, within, oracle, rng), channels)
-        return planned(keep, sites, budget)
+            plan = plan.merged(ranking(scores, channels, within, oracle, rng))
+        return completed(plan, sites, budget)
 
     def check(self, sites: Sequence[Site], budget: Budget) -> None:
         self._structure(sites, budget)

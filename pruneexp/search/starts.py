@@ -7,7 +7,7 @@ import torch
 from pruneexp.search.budgeted import Global
 from pruneexp.search.common import prunable
 from pruneexp.search.flap import AlAm
-from pruneexp.search.granularity import Granularity
+from pruneexp.search.granularity import Amounts
 from pruneexp.search.levels import Levels, Structures
 from pruneexp.types import Plan, RemovalPath, Scores
 
@@ -35,9 +35,9 @@ def same_share(structures: Structures, head_share: float, ramp: float = 0.0) -> 
     return structures.balanced(levels)
 
 
-def ranked(structures: Structures, granularity: Granularity, min_units: int, multiple: int) -> Levels:
+def by_score_over_cost(structures: Structures, method: Amounts) -> Levels:
     """What `Global` removes by score over cost, whole sublayers among the units."""
-    search = Global(min_units, granularity, "per_parameter", multiple)
+    search = Global(method.min_units, method.granularity, "per_parameter", method.multiple)
     plan = search(structures.scores, structures.sites, structures.budget, None, torch.Generator())
     return structures.balanced(structures.levels(plan))
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.budgeted import removable
-from pruneexp.search.common import masks, planned, prunable, require
+from pruneexp.search.common import UNITS_EPSILON, completed, prunable, require
 from pruneexp.search.granularity import chosen_sites
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.uniform import Uniform
-from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site, require_least
+from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class TwoStage:
     multiple: int
 
     def __post_init__(self) -> None:
-        require_least(self, 0, "min_units")
-        require_least(self, 1, "multiple", besides=", of which FFN widths are multiples")
+        _ = self._first  # raises ConfigError for settings that cannot be
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ConfigError(f"alpha={self.alpha!r}: expected a number above 0")
 
@@ -63,13 +62,13 @@ class TwoStage:
             raise RunError("the two-stage search measures losses: it needs a model in memory and calibration windows")
         ffns, attention = _parted(sites, budget)
         later = self._second_budget(ffns, attention, budget)
-        plan = Plan.keep_all(sites)
+        plan = Plan({})
         if ffns:
             sooner = replace(budget, added=budget.added - later.remove)
             plan = plan.merged(self._first(scores, ffns, sooner, oracle, rng))
         if later.remove:
             plan = plan.merged(self._second(scores, attention, later, _Behind(oracle, plan), rng))
-        return planned(masks(plan, sites), sites, budget)
+        return completed(plan, sites, budget)
 
     def _second_budget(self, ffns: Sequence[Site], attention: Sequence[Site], budget: Budget) -> Budget:
         """What leaves in the second stage. Raises ConfigError where both together cannot remove so much."""
@@ -82,7 +81,8 @@ class TwoStage:
         layers = max(1, len({site.layer for site in ffns}))
         share = max(0.0, budget.remove / budget.total)
         wanted = round(count * share ** (prunable(ffns, budget) / layers / each / self.alpha))
-        least, greatest = math.ceil((budget.remove - most) / each - 1e-9), math.floor(budget.remove / each + 1e-9)
+        least = math.ceil((budget.remove - most) / each - UNITS_EPSILON)
+        greatest = math.floor(budget.remove / each + UNITS_EPSILON)
         leave = min(max(min(wanted, greatest), least, 0), count - 1)
         return replace(budget, ratio=1.0, total=round(leave * each), added=0.0)
 
@@ -120,11 +120,8 @@ class _Behind:
     def batches(self) -> int:
         return self.of.batches
 
-    def _whole(self, plan: Plan) -> Plan:
-        return Plan({**self.plan.sites, **plan.sites}, plan.budget)
-
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-        return self.of.losses([replace(each, plan=self._whole(each.plan)) for each in candidates], batch)
+        return self.of.losses([replace(each, plan=self.plan.merged(each.plan)) for each in candidates], batch)
 
     def trial(self, plan: Plan, share: float) -> Candidate:
-        return self.of.trial(self._whole(plan), share)
+        return self.of.trial(self.plan.merged(plan), share)

@@ -9,13 +9,25 @@ from typing import Literal
 
 import torch
 
-from pruneexp.search.budgeted import PARAMS_EPSILON, UNITS_EPSILON, all_but_lowest, nearest, removable
-from pruneexp.search.common import by_layer, in_order, layer_budgets, planned, prunable, raw, require
+from pruneexp.search.budgeted import all_but_lowest, removable
+from pruneexp.search.common import (
+    PARAMS_EPSILON,
+    UNITS_EPSILON,
+    by_layer,
+    in_order,
+    layer_budgets,
+    nearest,
+    planned,
+    prunable,
+    raw,
+    require,
+)
 from pruneexp.search.granularity import (
     UNITS,
     Granularity,
     check_multiple,
     check_settings,
+    check_units_alone,
     chosen_sites,
     complete,
     removal_steps,
@@ -23,7 +35,7 @@ from pruneexp.search.granularity import (
 )
 from pruneexp.types import QUERY_HEADS, Budget, ConfigError, Cost, Oracle, Plan, Scores, Site
 
-COARSE = 0.25  # how far from their share the units that leave may be, as a part of it, until it is said
+COARSE = 0.25  # of their share: how far from it the units that leave may be without a warning
 
 
 @dataclass(frozen=True)
@@ -59,11 +71,7 @@ class Uniform:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not set(self.granularity) <= set(UNITS.values()):
-            raise ConfigError(
-                f"granularity={self.granularity!r}: expected heads, channels or both (or query_heads, experts); "
-                "a whole sublayer or block has no share to lose"
-            )
+        check_units_alone(self.granularity, "a whole sublayer or block has no share to lose")
         for name in ("protect_first", "protect_last"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share of the layers, in [0, 1)")
@@ -77,7 +85,6 @@ class Uniform:
                 f"alike={self.alike!r}: expected false with protect_first={self.protect_first!r} and protect_last="
                 f"{self.protect_last!r}, which leave some layers wider than others"
             )
-
         if self.alike and self.remainder == "carried":
             raise ConfigError(
                 f"remainder={self.remainder!r}: expected nearest or down with alike=true; what is carried leaves some "
@@ -117,7 +124,7 @@ class Uniform:
         return counts
 
     def _alike_counts(self, sites: Sequence[Site], chosen: list[Site], budget: Budget) -> dict[str, int]:
-        """Those of one layer whose units cost what one costs in every layer."""
+        """The counts of one layer that stands for all, whose units cost what one in every layer costs together."""
         check_every_layer(sites, self.alike)
         pairs = [(stand_in(group), site) for group in together(chosen) for site in group]
         wider = sum((site.units - one.units) * budget.price(site) for one, site in pairs)
@@ -176,7 +183,7 @@ class Uniform:
         return {name: steps[name][count] for name, count in taken.items()}, target
 
     def _dropped_counts(self, sites: Sequence[Site], budget: Budget) -> dict[str, int]:
-        """As many units as the share is sure of, whatever the budget then lacks."""
+        """The whole units in each site's share; nothing makes up for what the budget then lacks."""
         share, counts = budget.ratio * budget.total / max(1, prunable(sites, budget)), {}
         for site in sites:
             rows = max(1, site.width // site.group)  # of a key or value
@@ -197,7 +204,7 @@ class Uniform:
         self._all_counts(sites, budget)
 
     def warning(self, sites: Sequence[Site], budget: Budget) -> str | None:
-        """Of units so large that rounding takes much more, or less, of them than their share."""
+        """For units so large that rounding takes many more of them, or many fewer, than their share."""
         counts = self._all_counts(sites, budget) if self.remainder == "nearest" else {}
         able = sorted((site for site in sites if site.name in counts), key=lambda site: -budget.price(site))
         for kind in list(dict.fromkeys(site.kind for site in able))[:-1]:  # the cheapest make up for the others
@@ -223,13 +230,13 @@ def together(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 def stand_in(sites: Sequence[Site]) -> Site:
-    """The narrowest of them, with units that cost what one costs in all of them."""
+    """One site for all of them: as wide as the narrowest, a unit costing what one in each of them costs together."""
     cost = Cost(**{field.name: sum(getattr(site.cost, field.name) for site in sites) for field in fields(Cost)})
     return replace(sites[0], units=min(site.units for site in sites), cost=cost)
 
 
 def check_every_layer(sites: Sequence[Site], alike: bool) -> None:
-    """Raises ConfigError where a layer lacks a whole sublayer, and can be like others no more."""
+    """Raises ConfigError where a layer has lost a whole sublayer, and so cannot be like the others."""
     for layer, own in by_layer(sites).items():
         if len({site.kind in ("attention", QUERY_HEADS) for site in own}) < 2:
             raise ConfigError(

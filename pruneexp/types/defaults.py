@@ -22,14 +22,6 @@ def _two_zeros(*_: Any) -> tuple[int, int]:
     return 0, 0
 
 
-def _not_compared(*_: Any) -> Measured:
-    return Measured({})
-
-
-def _does_not_lack(*_: Any) -> bool:
-    return False
-
-
 EVIDENCE: Defaults = {
     "by_window": False,
     "per_sample": False,
@@ -73,9 +65,9 @@ EVALUATOR: Defaults = {
     "prepare": _nothing,
     "longest": _nothing,  # None: not known
     "windows": _nothing,  # None: it reads none
-    "against": _not_compared,
+    "against": lambda *_: Measured({}),
     "measured_on": _nothing,
-    "lacks_bos": _does_not_lack,
+    "lacks_bos": lambda *_: False,
     "bos": False,
     "dataset": None,
     "prompts": None,
@@ -95,7 +87,8 @@ TRACKER: Defaults = {"summarise": None}
 
 
 def filled(part: Any, defaults: Defaults) -> Any:
-    """The part, an object or a class, with what it leaves out. Raises ConfigError for one that takes no attributes."""
+    """Gives a part, an object or a class, the default of every member that it lacks, and returns it. Raises ConfigError
+    where the part takes no attributes."""
     for name, value in defaults.items():
         if hasattr(part, name) or name in getattr(part, "__dataclass_fields__", ()):
             continue
@@ -112,7 +105,7 @@ def filled(part: Any, defaults: Defaults) -> Any:
 
 
 def fill_in(package: Mapping[str, Any], names: Sequence[str], defaults: Defaults) -> None:
-    """The classes among a package's names, with what they leave out."""
+    """Gives the classes among a package's `names` the defaults of the members that they lack."""
     for name in names:
         kind = package[name]
         if isinstance(kind, type) and not getattr(kind, "_is_protocol", False):
@@ -120,8 +113,8 @@ def fill_in(package: Mapping[str, Any], names: Sequence[str], defaults: Defaults
 
 
 def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
-    """What a method's `evidence` names, as a tuple: nothing, one kind, or several. Raises ConfigError for what is
-    no kind, and for one whose source nothing feeds."""
+    """The kinds of evidence that a method names, as a tuple: none, one or several. Raises ConfigError where one is no
+    kind of evidence, or its source is unknown."""
     kinds = wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
     for kind in kinds:
         if hasattr(kind, "source"):
@@ -134,10 +127,10 @@ def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
 
 
 def updates_in_place(kind: Any) -> bool:
-    """Whether evidence of this kind takes what is seen into its own memory."""
+    """Whether evidence of this kind is updated in its own memory."""
     return hasattr(kind, "update_")
 
 
 def updated_(evidence: Any, *seen: Any) -> Any:
-    """The evidence with more seen; in the old one's memory where it has an `update_`."""
+    """The evidence after an update, which happens in its own memory where it has an `update_`."""
     return getattr(evidence, "update_", evidence.update)(*seen)

@@ -37,7 +37,7 @@ def one_line(said: object) -> str:
 
 
 def require_least(part: Any, least: int, *names: str, besides: str = "") -> None:
-    """Raises ConfigError where a setting of one of these names, unless None, is below `least`; `besides` ends it."""
+    """Raises ConfigError where one of the named settings is below `least`; None is not. `besides` ends the message."""
     for name in names:
         value = getattr(part, name)
         if value is not None and value < least:
@@ -50,9 +50,8 @@ class RemovalPath:
 
     order_U: Tensor  # int64 [U]: the unit that leaves first, second, ...
     cost_U: Tensor  # float [U]: cumulative cost once the first 1, 2, ..., U units of `order_U` have left
-    out_projections: Mapping[int, tuple[Tensor, Tensor | None]] = field(
-        default_factory=dict
-    )  # removed units -> refitted out-projection
+    # removed units -> refitted out-projection
+    out_projections: Mapping[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     @property
     def scores_U(self) -> Tensor:
@@ -62,7 +61,7 @@ class RemovalPath:
 
 @runtime_checkable
 class Reorderable(Protocol):
-    """Fitted out-projections of a `RemovalPath` that can be had for another order, too."""
+    """Refitted out-projections of a `RemovalPath` that can also be had for another order of removal."""
 
     def in_order(self, order_U: Tensor) -> Mapping[int, tuple[Tensor, Tensor | None]]:
         """Removed units -> refitted out-projection, where units leave in the order `order_U`, int64 [U]."""
@@ -89,7 +88,7 @@ def start_name(start: str, site: str) -> str:
 
 
 def own_scores(scores: Scores) -> dict[str, Score]:
-    """Those of the criterion itself."""
+    """The scores of the criterion itself, without those of a search's starts."""
     return {name: score for name, score in scores.items() if ":" not in name}
 
 
@@ -108,9 +107,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluator found of one model. `files`: what goes into the run folder's samples/: the ending of a name
-    ("json") and the contents. `seen`: what a comparison of the dense and the pruned model needs. The cache can keep
-    numbers, text, tensors, lists and mappings."""
+    """What an evaluator found of one model. `files`: files for the run folder's samples/, by the ending of their name
+    ("json"). `seen`: what a comparison of the dense and the pruned model needs; the cache can keep numbers, text,
+    tensors, lists and mappings of it."""
 
     figures: Mapping[str, float]
     files: Mapping[str, str] = field(default_factory=dict)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from pruneexp.types.site import Cost, Site
@@ -18,7 +17,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class SitePlan:
-    """Which units of one site stay; of attention that lost query heads besides, which of these."""
+    """Which units of one site stay. Where units that stay lost some of their query heads: which of these stay."""
 
     kind: str
     units: int
@@ -101,7 +100,7 @@ class Plan:
         return plan is not None and (len(plan.kept) < plan.units or plan.kept_query_heads is not None)
 
     def lost_heads(self, site: Site) -> int:
-        """Query heads that leave units of `site` which stay."""
+        """Query heads that leave from units of `site` that stay."""
         plan = self.sites.get(site.name)
         if plan is None or plan.kept_query_heads is None:
             return 0
@@ -123,19 +122,16 @@ class Plan:
     @classmethod
     def from_masks(cls, sites: Sequence[Site], keep: Mapping[str, Tensor]) -> Plan:
         """From boolean masks [U], True = kept."""
-        kept = {s: torch.nonzero(keep[s.name], as_tuple=False).flatten().tolist() for s in sites}
-        return cls({s.name: SitePlan(s.kind, s.units, tuple(units)) for s, units in kept.items()})
+        return cls({s.name: SitePlan(s.kind, s.units, tuple(keep[s.name].nonzero().flatten().tolist())) for s in sites})
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a search is to remove from the sites it is given, in what it `counts`."""
+    """How much a search is to remove from the sites that it is given. `counts` says what is counted."""
 
     ratio: float  # share to remove, in [0, 1)
     total: int  # what the ratio is a share of
-    added: float = (
-        0  # to be removed on top: parameters that compensation adds (new biases), what layers before left over
-    )
+    added: float = 0  # to be removed on top: for new biases of compensation, and what layers before left over
     layers: int | None = None  # decoder layers of the whole run, where the sites given are not all; None: they are
     counts: Literal["params", "macs", "bytes", "kv_cache", "latency"] = "params"
     context: int = 0  # tokens of context that macs and bytes are counted at
@@ -154,12 +150,13 @@ class Budget:
         return self._counted(site.cost)
 
     def taken(self, site: Site, units: int) -> int:
-        """What leaves with so many of its units, as searches count: by the price of each; with all, what else goes."""
+        """What leaves with so many units of `site`, as searches count it: the price of each, and with all of them what
+        only leaves with the whole."""
         beside = site.beside if self.counts == "latency" and units == site.units else 0
         return units * self.price(site) + beside
 
     def freed(self, plan: Plan, site: Site) -> int:
-        """What leaves `site` with a plan, as it counts: of times, which are no multiples of a unit's, by the table."""
+        """What leaves `site` with a plan. Times are read from the table, since they are no multiples of a unit's."""
         if self.counts == "latency" and self.times is not None:
             return self.times.freed(self.origin[site.layer], site, plan.removed(site), plan.lost_heads(site))
         freed = self.taken(site, plan.removed(site))
@@ -186,5 +183,5 @@ class Budget:
         }[self.counts]
 
     def added_params(self, count: int) -> int:
-        """What so many parameters without a unit (new biases) add."""
+        """What so many parameters that belong to no unit (new biases) add, as it counts."""
         return {"params": count, "bytes": self.element_size * count}.get(self.counts, 0)

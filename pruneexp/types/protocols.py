@@ -128,21 +128,25 @@ class Oracle(Protocol):
 
 
 class Search(Protocol):
-    """Scores and a budget to a Plan. `local`: decides each layer from that layer's scores alone. `granularity`: what
-    may leave: units ("heads", "channels", "experts"), whole sublayers ("attention", "ffn"), "blocks". `heads`: a count
-    to remove in place of the ratio. `probes`: it cannot do without losses, and so needs the whole model in memory.
-    `effort`: passes that it will spend, for a progress bar. `check(sites, budget)` raises ConfigError for a budget that
-    it cannot meet, before there are scores. `spends(sites, budget, batches)`, unless None: the passes over the
-    calibration windows that its probes may cost, for forecasts; `refits`: about how many fitted out-projections of each
-    site its probes ask for. `rebalanced(plan, scores, sites, budget)`, unless None: its plan at another budget, for
-    nothing; `rescored(plan, before, after, sites, budget)`, unless None: its plan of scores `before`, of the windows
-    that do not decide, by scores `after` of all. `warning(sites, budget)`: a line for the log, or None. `tries`: the
-    share of the calibration windows that structures are compensated on for its trials, 0 where it has none.
+    """Scores and a budget to a Plan.
 
-    `starts`: other criteria by name; the scores that it is given hold theirs, too, under `start_name(start, site)`.
-    `held_out`: the share of the calibration windows that its probes measure losses on; scores are then of the others.
-    0: all windows for both. `objective`: of the probes' losses, "next_token" or "kl", KL(p || q) from the dense model's
-    predictions p."""
+    local        it decides each layer from that layer's scores alone
+    granularity  what may leave: units ("heads", "channels", "experts"), sublayers ("attention", "ffn"), "blocks"
+    heads        a count to remove in place of the ratio
+    probes       it cannot do without losses, and so needs the whole model in memory
+    effort       passes that it will spend, for a progress bar
+    spends       unless None, of (sites, budget, batches): passes that its probes may cost, for forecasts
+    refits       about how many refitted out-projections of each site its probes ask for, for forecasts
+    rebalanced   unless None, of (plan, scores, sites, budget): its plan at another budget, without a probe
+    rescored     unless None, of (plan, before, after, sites, budget): its plan by scores `after`, of all windows, where
+                 it was made by scores `before`, of the windows that do not decide
+    starts       other criteria by name, whose scores it is given under `start_name(start, site)`
+    held_out     share of the windows that its probes measure losses on, scores being of the others; 0: all for both
+    objective    of the probes' losses: "next_token", or "kl", KL(p || q) from the dense model's predictions p
+    tries        share of the windows that structures are compensated on for its trials; 0: it has none
+    check        raises ConfigError for a budget that it cannot meet, before there are scores
+    warning      a line for the log, or None
+    """
 
     local: ClassVar[bool]
     granularity: Any

@@ -27,11 +27,9 @@ class Site:
     """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or block)."""
 
     name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp", "...mlp.experts.3"
-    kind: (
-        # "attention" (unit = KV group: a key/value head and its query heads; a query head where one key/value head
-        # serves all), "mlp" (unit = FFN channel), "experts" (unit = expert of a mixture), "block"
-        str
-    )
+    # "attention" (unit = KV group: a key/value head and its query heads; a query head where one key/value head serves
+    # all), "mlp" (unit = FFN channel), "experts" (unit = expert of a mixture), "block"
+    kind: str
     layer: int  # index of the decoder layer in the original model
     units: int  # U
     width: int  # W: out-projection input channels per unit

@@ -32,7 +32,7 @@ class Curve:
         return self.points[-1][0]
 
     def at(self, kept: int) -> float:
-        """Milliseconds with so many units; outside of the points, of the nearest."""
+        """Milliseconds with so many units; outside the measured range, those of the nearest point."""
         before = self.points[0]
         for after in self.points:
             if after[0] >= kept:
@@ -42,8 +42,8 @@ class Curve:
         return before[1]
 
     def slope(self, units: int) -> float:
-        """Milliseconds of one of so many units that are there: what leaves down to the fewest units measured, none
-        aside, whose step is that of a sublayer which leaves as a whole; never below 0."""
+        """Milliseconds that one of so many units takes: the mean down to the fewest units measured, never below 0. The
+        point of no units is left out: the step to it is that of a sublayer which leaves as a whole."""
         fewest = next((kept for kept, _, _ in self.points if kept), 0)
         fewest = fewest if fewest < units else 0
         return max(0.0, (self.at(units) - self.at(fewest)) / (units - fewest)) if units else 0.0
@@ -51,9 +51,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Of layers that are alike: attention by KV groups, an FFN by channels, each with half of what a layer takes beside
-    them. `query_heads`: attention with all KV groups, by the query heads that each of them keeps; None where a group
-    has one."""
+    """Times of layers that are alike: of attention by KV groups, of an FFN by channels, each with half of what the
+    layer takes besides. `query_heads`: of attention with all KV groups, by the query heads that each of them keeps;
+    None where a group has one."""
 
     layers: tuple[int, ...]  # indices in the model as it was before pruning
     attention: Curve
@@ -61,8 +61,8 @@ class LayerTimes:
     query_heads: Curve | None = None
 
     def sublayer(self, kind: str, units: int, heads: int) -> float:
-        """Milliseconds of "mlp" with so many channels, or of attention with so many KV groups of `heads` query heads
-        each; of its turns, that many of which stay."""
+        """Milliseconds of a sublayer that keeps `units`: channels of "mlp", KV groups of attention with `heads` query
+        heads each, or turns of query heads."""
         if kind == "mlp":
             return self.ffn.at(units)
         if kind == QUERY_HEADS:
@@ -105,8 +105,9 @@ class Times:
         return round((before - after) * PICOSECONDS)
 
     def priced(self, index: int, site: Site, units: bool = True, whole: bool = False) -> Site:
-        """A site of the original layer `index` with what leaves with one of its `units`: the slope of its curve; where
-        only the `whole` may leave, its part of all that the sublayer takes, and where both may, the rest beside."""
+        """A site of the original layer `index`, priced. Where `units` may leave, one costs the slope of the curve;
+        where only all of them may, its equal part of the sublayer's time. Where the `whole` may leave as well, the rest
+        of that time stands beside."""
         if site.kind not in ("attention", "mlp"):
             return site
         own, curve = self.layer(index), self.curve(site.kind, index)

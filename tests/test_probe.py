@@ -49,6 +49,21 @@ def test_losses_are_those_of_the_masked_model(family, tiny, tokens_NT):
     assert probe.batches == 3
 
 
+def test_the_bar_moves_while_one_batch_is_judged(tiny, tokens_NT, monkeypatch):
+    """A batch of many candidates may take minutes."""
+    model, seen = tiny("llama"), []
+
+    def bar(steps, *_):
+        for step in steps:
+            seen.append(probe.passes)
+            yield step
+
+    monkeypatch.setattr("pruneexp.calibrate.probe.progress", bar)
+    probe = Probe(model, tokens_NT, Meter(), effort=1)
+    probe.losses([candidate(model, {}), candidate(model, {0: 1}), candidate(model, {0: 2})], batch=0)
+    assert len(set(seen)) > len(model.layers) and len(seen) == 99
+
+
 def test_what_is_shared_is_counted_once(tiny, tokens_NT):
     model, meter = tiny("llama"), Meter()
     probe = Probe(model, tokens_NT, meter)

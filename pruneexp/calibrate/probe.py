@@ -65,6 +65,7 @@ class Probe:
         before = self.meter.forward
         candidate = self.fits(plan, share)
         self.passes += self.meter.forward - before
+        self._show()
         return candidate
 
     @torch.no_grad()
@@ -80,7 +81,6 @@ class Probe:
             for alike, last_BTD in self._run(candidates, keys, calls, 0, hidden_BTD, everyone):
                 sums[alike] += self._loss(self._logits(tokens_BT, last_BTD), tokens_BT, dense_BTV)
             windows += len(tokens_BT)
-            self._show()
         return sums / windows
 
     def _run(
@@ -132,6 +132,7 @@ class Probe:
         """Counts whole passes of so many windows."""
         self.passes += windows / self.windows
         self.meter.forward += windows / self.windows
+        self._show()
 
     def _show(self) -> None:
         while self.effort and self._shown < min(99, 100 * self.passes / self.effort):

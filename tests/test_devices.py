@@ -101,8 +101,6 @@ def test_a_planted_mistake_is_noticed(tiny: Any, tokens_NT: Tensor, monkeypatch:
         monkeypatch.setattr(Model, "layer_device", lambda self, index: self.device)  # masks on the first GPU
         with pytest.raises(Mixed), masked(model, half(model)):
             model.token_losses(tokens_NT, 4)
-        with pytest.raises(Mixed):
-            shrink_(model, half(model))
         monkeypatch.undo()
     with pretended_gpus():
         monkeypatch.setattr("pruneexp.model.source.connect_", lambda *_: None)  # inputs that stay where they are

@@ -338,7 +338,7 @@ REFUSED = [  # what is typed, what the line names, what it says besides
     ("sparsity.table=twice.json", "sparsity.table='twice.json'", ["layer 0 a second time"]),
     ("sparsity.table=index.json", "sparsity.table='index.json'", ["layers='0': expected a list of"]),
     ("sparsity.table=named.json", "sparsity.table='named.json'", ["layers={'0': ", "a list of objects"]),
-    ("sparsity.table=more.json", "sparsity.table='more.json'", ["has model=", "an object of architecture, "]),
+    ("sparsity.table=more.json", "sparsity.table='more.json'", ["has model=", "an object of architecture"]),
     ("sparsity.table=device.json", "sparsity.table='device.json'", ["device=None: expected text"]),
     ("sparsity.table=deep.json", "sparsity.table='deep.json'", ["no JSON"]),
     ("sparsity.table=slower.json", "sparsity.of='latency'", ["fewer units take no less"]),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pruneexp
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import Magnitude, Random
 from pruneexp.model import Model, ModelSource
@@ -313,6 +314,38 @@ def test_whole_attention_sublayers_free_a_kv_cache(cli: Any) -> None:
     assert code == 0, err
     found = json.loads(Path("run/metrics.json").read_text())
     assert found["sparsity/kv_cache"] == pytest.approx(0.5) and found["pruned/params"] < found["dense/params"]
+
+
+SHARED = [
+    "search=sublayers search.granularity=[attention]",
+    "search=sublayers sparsity.of=macs",
+    "search=sublayers search.granularity=[attention] sparsity.of=kv_cache",
+    "search=global search.granularity=[heads,attention] sparsity.of=prunable",
+    "search=greedy search.granularity=[attention,ffn]",
+    "search=policy_gradient search.granularity=[heads,attention,ffn] search.budgets=joint search.steps=4",
+    "search=evolutionary search.granularity=[heads,channels,attention] search.effort=3",
+]
+
+
+@pytest.mark.parametrize("name", ["llama_multi_query", "gemma_multi_query", "falcon_7b"])
+def test_shared_keys_and_values_leave_with_the_whole_attention(name: str, tokens_NT: Tensor) -> None:
+    """They belong to no head, and yet they are paid for."""
+    model = tiny_model(name).eval()
+    wholes = 0
+    for typed in SHARED:
+        options = [*typed.split(), "evaluator=[size]"]
+        result = pruneexp.prune(model, None, tokens_NT % 64, recipe="magnitude", ratio=0.3, overrides=options)
+        found, budget = result.metrics, result.plan.budget
+        removed = budget["removed_params"]
+        gone = [own for own in result.plan.sites.values() if not own.kept]
+        wholes += sum(own.kind == "attention" for own in gone)
+        norms = model.config.hidden_size * len(gone)  # the one in front of a sublayer leaves with it
+        assert 0 <= found["dense/params/decoder"] - found["pruned/params/decoder"] - removed <= norms, typed
+        of = budget["of"]
+        if of != "decoder":
+            counted = COUNTS.get(of, of)
+            assert found[f"sparsity/{of}"] == pytest.approx(budget[f"removed_{counted}"] / budget[f"total_{counted}"])
+    assert wholes > 3
 
 
 # What a run says

@@ -26,9 +26,7 @@ from pruneexp.model.modeling_pruned import (
     slope_heads,
     split_parts,
 )
-from pruneexp.types import Block, ConfigError, Cost, Site, SiteWeights
-
-_UNKNOWN = Cost(0, 0, 0)  # a site's, until it is counted
+from pruneexp.types import NOTHING, Block, ConfigError, Cost, Site, SiteWeights
 
 
 def layer_layout(layer: nn.Module, family: Family, config: Any) -> HeadLayout:
@@ -81,16 +79,17 @@ def layer_sites(layer: nn.Module, index: int, family: Family, config: Any, prefi
         width = layout.group * layout.size
         units = inputs_of(layer, family.attention_out) // width
         name = f"{prefix}.{family.attention}"
-        site = Site(name, "attention", index, units, width, _UNKNOWN, group=layout.group)
+        site = Site(name, "attention", index, units, width, NOTHING, group=layout.group)
         cost = _unit_cost(layer, family, site, layout.rows)
         kv = 0 if layout.shared else 2 * layout.size
         cost = replace(cost, kv=kv, context_macs=2 * width)
         head_cost = _head_cost(layer, family, layout) if layout.group > 1 else None
-        sites.append(replace(site, cost=cost, head_cost=head_cost))
+        shared = _shared_cost(layer, family, layout) if layout.shared else NOTHING
+        sites.append(replace(site, cost=cost, head_cost=head_cost, shared=shared))
     if experts_of(layer, family) is not None:
         return (*sites, *_expert_sites(layer, index, family, prefix))
     if channels := inputs_of(layer, family.mlp_out):
-        site = Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, _UNKNOWN)
+        site = Site(f"{prefix}.{family.mlp}", "mlp", index, channels, 1, NOTHING)
         sites.append(replace(site, cost=_unit_cost(layer, family, site, FFN_ROWS)))
     return tuple(sites)
 
@@ -102,7 +101,7 @@ def _expert_sites(layer: nn.Module, index: int, family: Family, prefix: str) -> 
     for number, out_projection in enumerate(_ffn_outs(layer, family)):
         if channels := inputs_of(layer, out_projection):
             name = f"{prefix}.{expert_path(family, family.mlp, number)}"
-            site = Site(name, "mlp", index, channels, 1, _UNKNOWN, number)
+            site = Site(name, "mlp", index, channels, 1, NOTHING, number)
             if cost is None:
                 cost, run = _unit_cost(layer, family, site, FFN_ROWS), router_of(layer, family).top_k
                 cost = replace(cost, macs=round(cost.macs * run / len(experts_of(layer, family))))
@@ -159,8 +158,8 @@ def decoder_layer_block(
 def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix: str) -> Site:
     """The whole decoder layer as a site of one unit; all its parameters leave with it."""
     sites = layer_sites(layer, index, family, config, prefix)
-    macs, context_macs = (sum(s.units * getattr(s.cost, what) for s in sites) for what in ("macs", "context_macs"))
-    macs += shared_rows(layer, family) * config.hidden_size
+    macs = sum(site.units * site.cost.macs + site.shared.macs for site in sites)
+    context_macs = sum(site.units * site.cost.context_macs for site in sites)
     if experts_of(layer, family) is not None:
         macs += router_of(layer, family).weight.numel()
     params = sum(p.numel() for p in layer.parameters())
@@ -170,8 +169,9 @@ def block_site(layer: nn.Module, index: int, family: Family, config: Any, prefix
 
 def as_whole(site: Site) -> Site:
     """A whole sublayer as a site of one unit."""
-    cost = Cost(**{name: site.units * each for name, each in asdict(site.cost).items()})
-    return replace(site, units=1, width=site.channels, cost=cost)
+    shared = asdict(site.shared)
+    cost = Cost(**{name: site.units * each + shared[name] for name, each in asdict(site.cost).items()})
+    return replace(site, units=1, width=site.channels, cost=cost, shared=NOTHING)
 
 
 def site_parts(family: Family, site: Site) -> tuple[tuple[UnitRows, ...], str]:
@@ -202,14 +202,6 @@ def head_norm_rows(layer: nn.Module, norm: UnitRows) -> dict[str, Tensor]:
     return {f"norms.{{}}.{leaf}": torch.cat([getattr(one, leaf) for one in module.norms]) for leaf in leaves}
 
 
-def shared_rows(layer: nn.Module, family: Family) -> int:
-    """Rows of the attention's in-projections that belong to no unit."""
-    if not family.shared_roles or isinstance(layer.get_submodule(family.attention), RemovedAttention):
-        return 0
-    rows = sum(linear_sizes(layer.get_submodule(w.path))[1] for w in family.attention_in)
-    return rows - inputs_of(layer, family.attention_out)
-
-
 def _linear(layer: nn.Module, path: str) -> Any:
     """A linear layer, or GPT-2's Conv1D."""
     return layer.get_submodule(path)
@@ -233,6 +225,18 @@ def _unit_cost(layer: nn.Module, family: Family, site: Site, rows: dict[str, int
         if norm.roles[0] not in family.shared_roles:
             vectors += rows[norm.roles[0]] * len(head_norm_rows(layer, norm))
     return Cost(params=macs + vectors, macs=macs, kv=0)
+
+
+def _shared_cost(layer: nn.Module, family: Family, layout: HeadLayout) -> Cost:
+    """What the rows of the shared key and value heads hold."""
+    macs, vectors = 0, 0
+    for in_projection in family.attention_in:
+        linear = _linear(layer, in_projection.path)
+        inputs, rows = linear_sizes(linear)
+        own = rows - (inputs_of(layer, family.attention_out) if "query" in in_projection.roles else 0)
+        macs += own * inputs
+        vectors += own * (linear.bias is not None)
+    return Cost(params=macs + vectors, macs=macs, kv=2 * layout.size)
 
 
 def _head_cost(layer: nn.Module, family: Family, layout: HeadLayout) -> Cost:

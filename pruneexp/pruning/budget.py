@@ -35,10 +35,11 @@ def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Si
     if counts == "latency" and model.times is not None:
         total = sum(model.times.total(model.origin[index], model.layer_sites(index)) for index in layers)
         return replace(budget, total=total, times=model.times, origin=tuple(model.origin))
-    total = sum(site.units * budget.price(site) for site in sites)
+    total = sum(budget.taken(site, site.units) for site in sites)
     if sparsity.of in ("decoder", "bytes"):  # norms and out-projections' biases too
         params = sum(p.numel() for index in layers for p in model.layers[index].parameters())
-        total += budget.added_params(params - sum(site.units * site.cost.params for site in sites))
+        by_params = replace(budget, counts="params")
+        total += budget.added_params(params - sum(by_params.taken(site, site.units) for site in sites))
     return replace(budget, total=total)
 
 
@@ -74,6 +75,8 @@ def as_planned(model: Model, search: Search, sites: Sequence[Site]) -> list[Site
     """The sites of some layers, priced by the latency table where there is one. Where whole experts may leave, one site
     of these stands in the place of a layer's experts."""
     times, granularity = model.times, search.granularity
+    if WHOLE["attention"] in granularity:
+        sites = [replace(site, beside=site.shared) for site in sites]
     if times is not None:
         ways = [(site, loses_units(search, site), WHOLE.get(site.kind) in granularity) for site in sites]
         sites = [times.priced(model.origin[site.layer], site, units, whole) for site, units, whole in ways]

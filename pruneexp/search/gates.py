@@ -42,7 +42,7 @@ class Gates:
         if tier == UNIT:
             return budget.price(site)
         if tier == SUBLAYER:
-            return site.beside if (UNIT, site.name) in number else budget.taken(site, site.units)
+            return budget.beside(site) if (UNIT, site.name) in number else budget.taken(site, site.units)
         apart = [s for s in self.removable.inside[site.layer] if {(UNIT, s.name), (SUBLAYER, s.name)} & number.keys()]
         return budget.price(site) - sum(budget.taken(inner, inner.units) for inner in apart)
 

@@ -97,7 +97,9 @@ def scored_as(granularity: Sequence[str], judges: Collection[str]) -> Literal["w
 
 def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
     """The sites that may lose units. Raises ConfigError where there are none (one layer of several may have none)."""
-    priced = [site for site in in_order(sites) if budget.price(site)]  # FFN channels, say, fill no KV cache: they stay
+    priced = [
+        site for site in in_order(sites) if budget.taken(site, site.units)
+    ]  # FFN channels fill no KV cache: they stay
     chosen = [site for site in priced if site.kind in {KIND[name] for name in granularity}]
     if not chosen and complete(sites, budget):
         there = [name for name, kind in KIND.items() if any(site.kind == kind for site in priced)]

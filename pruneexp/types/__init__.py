@@ -44,7 +44,7 @@ from pruneexp.types.protocols import (
     Search,
     Sparsity,
 )
-from pruneexp.types.site import QUERY_HEADS, Block, Cost, Site, SiteWeights
+from pruneexp.types.site import NOTHING, QUERY_HEADS, Block, Cost, Site, SiteWeights
 from pruneexp.types.sources import ALWAYS, SOURCES, Sequential, collected_by, source_of
 from pruneexp.types.times import PICOSECONDS, Curve, LayerTimes, Times, times_of
 from pruneexp.types.tracking import Tracker
@@ -68,6 +68,7 @@ __all__ = [
     "Evidence",
     "LayerTimes",
     "Measured",
+    "NOTHING",
     "Objective",
     "Oracle",
     "PICOSECONDS",

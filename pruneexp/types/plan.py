@@ -152,8 +152,11 @@ class Budget:
     def taken(self, site: Site, units: int) -> int:
         """What leaves with so many units of `site`, as searches count it: the price of each, and with all of them what
         only leaves with the whole."""
-        beside = site.beside if self.counts == "latency" and units == site.units else 0
-        return units * self.price(site) + beside
+        return units * self.price(site) + (self.beside(site) if units == site.units else 0)
+
+    def beside(self, site: Site) -> int:
+        """What only leaves with the whole of `site`."""
+        return self._counted(site.beside)
 
     def freed(self, plan: Plan, site: Site) -> int:
         """What leaves `site` with a plan. Times are read from the table, since they are no multiples of a unit's."""

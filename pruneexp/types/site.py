@@ -22,6 +22,9 @@ class Cost:
     picoseconds: int = 0  # of a pass, by the latency table; 0 where there is none
 
 
+NOTHING = Cost(0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Site:
     """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or block)."""
@@ -38,7 +41,8 @@ class Site:
     least: int = 0  # units that cannot do without each other: so many stay
     group: int = 1  # query heads of a unit of "attention"
     head_cost: Cost | None = None  # what leaves with one of them alone, where there are several
-    beside: int = 0  # picoseconds that only leave with the whole sublayer, where that and its units both may
+    shared: Cost = NOTHING  # of the key and value heads that serve all units and belong to none
+    beside: Cost = NOTHING  # what only leaves with the whole sublayer, where that may leave
 
     @property
     def channels(self) -> int:

@@ -118,7 +118,7 @@ class Times:
         if head_cost is not None and own.query_heads is not None:
             each = own.query_heads.slope(site.group) / own.attention.most
             head_cost = replace(head_cost, picoseconds=round(each * PICOSECONDS))
-        return replace(site, cost=cost, head_cost=head_cost, beside=beside)
+        return replace(site, cost=cost, head_cost=head_cost, beside=replace(site.beside, picoseconds=beside))
 
 
 def curve_of(points: Sequence[Sequence[float]]) -> Curve:

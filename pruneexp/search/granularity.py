@@ -97,13 +97,12 @@ def scored_as(granularity: Sequence[str], judges: Collection[str]) -> Literal["w
 
 def chosen_sites(sites: Sequence[Site], granularity: Granularity, budget: Budget) -> list[Site]:
     """The sites that may lose units. Raises ConfigError where there are none (one layer of several may have none)."""
-    priced = [
-        site for site in in_order(sites) if budget.taken(site, site.units)
-    ]  # FFN channels fill no KV cache: they stay
+    # What holds nothing of what is counted stays: FFN channels fill no KV cache.
+    priced = [site for site in in_order(sites) if budget.taken(site, site.units)]
     chosen = [site for site in priced if site.kind in {KIND[name] for name in granularity}]
     if not chosen and complete(sites, budget):
         there = [name for name, kind in KIND.items() if any(site.kind == kind for site in priced)]
-        if not there:  # by times of which none falls
+        if not there:  # times of which none falls, or a KV cache that heads share
             raise ConfigError(f"sparsity.of={budget.counts!r}: expected another quantity, fewer units take no less")
         raise ConfigError(f"search.granularity={list(granularity)!r}: expected some of {', '.join(there)}")
     return chosen

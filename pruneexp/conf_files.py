@@ -107,6 +107,21 @@ def option_file(folders: Iterable[Path], group: str, choice: str) -> Path | None
     return next((path for path in paths if path.is_file()), None)
 
 
+def override_parts(text: str) -> tuple[str, str]:
+    """Key and value of an override, the key without Hydra's signs in front of it (+, ++, ~)."""
+    key, _, value = text.partition("=")
+    return key.lstrip("+~"), value
+
+
+def typed_keys(overrides: Iterable[str]) -> set[str]:
+    return {override_parts(text)[0] for text in overrides}
+
+
+def typed_value(overrides: Iterable[str], key: str) -> str | None:
+    """The last value that was typed for the key, which is the one that counts; None where there is none."""
+    return dict(map(override_parts, overrides)).get(key)
+
+
 def did_you_mean(word: str, known: Iterable[str], template: str = "{}") -> str:
     """'; did you mean ...?' for the nearest of the known words, "" where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1)

@@ -19,7 +19,7 @@ from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
 from pruneexp.cli.sources import MIXED, with_shared
 from pruneexp.cli.targets import Parameters, located, signature
-from pruneexp.conf_files import did_you_mean, option_content
+from pruneexp.conf_files import did_you_mean, option_content, typed_keys, typed_value
 from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
 from pruneexp.dataset.mixed import Share
@@ -69,7 +69,7 @@ def build(composed: Composed) -> Experiment:
     parts = {name: builder.part(name, protocol) for name, protocol in PROTOCOLS.items()}
     parts["criterion"] = with_starts(parts["criterion"], parts["search"])
     evaluators = {name: builder.evaluator(name) for name in config.get("evaluator") or {}}
-    if parts["model"].stream and not _chosen(composed, "evaluator"):
+    if parts["model"].stream and "evaluator" not in typed_keys(composed.job["overrides"]):
         # The default list is for a model in memory; what was typed is checked below instead.
         evaluators = {name: each for name, each in evaluators.items() if each.streams}
     experiment = Experiment(**parts, evaluators=evaluators, run=run, seed=seed, config=config, job=composed.job)
@@ -85,11 +85,6 @@ def with_starts(criterion: Any, search: types.Search) -> Any:
         satisfying(start, types.Criterion, f"search.starts.{name}")
     by_units = search.starts and scored_as(search.granularity, criterion.judges) == "units"
     return Together(criterion, search.starts) if by_units else criterion
-
-
-def _chosen(composed: Composed, group: str) -> bool:
-    """Whether the command line or a sweep's job chose `group`, rather than the defaults."""
-    return any(text.lstrip("+~").startswith(f"{group}=") for text in composed.job["overrides"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +169,7 @@ class Builder:
 
     def _typed(self, key: str) -> str | None:
         """The key's value as it was typed, None where it was not."""
-        typed = [text.lstrip("+").partition("=") for text in self.composed.job.get("overrides", ())]
-        return next((value for name, _, value in reversed(typed) if name == key), None)
+        return typed_value(self.composed.job.get("overrides", ()), key)
 
     def _check_names(
         self, parameters: Parameters, settings: Mapping[str, Any], hints: dict[str, Any], key: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pruneexp import types
+from pruneexp.conf_files import typed_keys, typed_value
 from pruneexp.experiment.settings import Experiment
 from pruneexp.search import KIND, scored_as
 from pruneexp.types import ConfigError
@@ -103,7 +104,7 @@ def _check_granularity(experiment: Experiment) -> None:
     if scored_as(granularity, judges) is not None:
         return
     if not {"attention", "mlp"} & set(judges) and not {"attention", "ffn", "blocks"} & set(granularity):
-        typed = any(text.lstrip("+").startswith("search.granularity=") for text in experiment.job["overrides"])
+        typed = "search.granularity" in typed_keys(experiment.job["overrides"])
         own = f" search.granularity={list(granularity)!r}" if typed else ""
         raise ConfigError(
             f"criterion={criterion} scores whole blocks, which search={search}{own} does not remove; "
@@ -129,8 +130,8 @@ def _check_sequential(experiment: Experiment) -> None:
     chosen, instead = experiment.job["choices"]["search"], "expected false"
     if search.local or criterion.evidence is None:
         return
-    typed = [text.lstrip("+").lower() for text in experiment.job["overrides"]]
-    asked = "criterion.sequential=true" in typed or "given" in experiment.config["criterion"]
+    typed = typed_value(experiment.job["overrides"], "criterion.sequential") or ""
+    asked = typed.lower() == "true" or "given" in experiment.config["criterion"]
     if criterion.sequential is True and asked:
         raise ConfigError(
             f"criterion.sequential=True: search={chosen} decides over all layers at once; {instead}, always (scores "

@@ -31,7 +31,7 @@ from pruneexp.cli.coerce import takes_text
 from pruneexp.cli.explain import explained, known_keys, missing_key
 from pruneexp.cli.sources import check_typed, expand_sources
 from pruneexp.cli.targets import located, signature
-from pruneexp.conf_files import YamlLoader, conf_folder, sweep_files
+from pruneexp.conf_files import YamlLoader, conf_folder, override_parts, sweep_files, typed_keys
 from pruneexp.dataset.bos import resolved
 from pruneexp.fingerprint import ASKED
 from pruneexp.types import ConfigError, one_line
@@ -142,7 +142,7 @@ def check_dataset(hydra: Hydra, run: Composed) -> None:
     if run.job["choices"].get("dataset") != "embedded" or str(path).startswith("embedded:"):
         return
     typed = tuple(text for text in run.job["overrides"] if not re.match(r"seed=|[^=]*\.", text))
-    if not any(text.startswith("dataset=") for text in typed) and not _dataset_chosen(hydra, typed):
+    if "dataset" not in typed_keys(typed) and not _dataset_chosen(hydra, typed):
         raise ConfigError(
             f"dataset=embedded: a default that suits the embedded models alone, not model={model}; expected a choice, "
             "dataset=wikitext2, or dataset=text dataset.calibration=FILE dataset.evaluation=FILE (dataset=embedded, "
@@ -166,7 +166,7 @@ def _dataset_chosen(hydra: Hydra, overrides: tuple[str, ...]) -> bool:
 def _one_choice_each(overrides: Sequence[str]) -> None:
     """Raises ConfigError for a list where one choice is expected; Hydra would merge its choices."""
     for text in overrides:
-        key, _, value = text.lstrip("+").partition("=")
+        key, value = override_parts(text)
         if value.startswith("[") and key in (*SECTIONS, "recipe") and key != "evaluator":
             several = f"several are swept over as {key}={value.strip('[]')} with --multirun"
             raise ConfigError(f"{text}: expected one choice ({several}); evaluator is the only group that takes a list")
@@ -192,8 +192,8 @@ def quoted(config: DictConfig, text: str) -> str:
 def _as_typed(config: DictConfig, overrides: Sequence[str]) -> None:
     """Sets back what was typed where text is asked for and Hydra has made a whole number of it: 1_000, +5."""
     for text in overrides:
-        key, _, value = text.lstrip("+").partition("=")
-        if re.fullmatch(r"[+-]?\d+(_\d+)+|\+\d+", value) and _is_text(config, key):
+        key, value = override_parts(text)
+        if text[:1] != "~" and re.fullmatch(r"[+-]?\d+(_\d+)+|\+\d+", value) and _is_text(config, key):
             OmegaConf.update(config, key, value)
 
 

@@ -13,6 +13,7 @@ from pruneexp.cli.build import PROTOCOLS, build, satisfying, with_starts
 from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import compose_raw, composed, open_hydra
 from pruneexp.cli.single import check_unswept
+from pruneexp.conf_files import override_parts, typed_value
 from pruneexp.criterion.together import Together
 from pruneexp.dataset.given import GivenTokens, as_windows
 from pruneexp.experiment.settings import Experiment
@@ -32,7 +33,7 @@ def given_experiment(
     check_module(module)
     windows_NT = as_windows(tokens)
     for text in overrides:
-        key = text.lstrip("+~").partition("=")[0]
+        key, _ = override_parts(text)
         if key in GIVEN or key.split(".")[0] in ("model", "hydra") and key != "model.batch_size":
             raise ConfigError(f"{text}: the model is given, and `folder` says where the run goes; expected other keys")
         if key in DRAWN:
@@ -41,7 +42,7 @@ def given_experiment(
             raise ConfigError(f"{text}: a tracker reports a run's folder; expected folder='PATH' with it")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ConfigError(f"tokenizer: is a {type(tokenizer).__name__}; expected one of transformers, or None")
-    named = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("dataset=")), None)
+    named = typed_value(overrides, "dataset")
     typed = ["dataset=tokens"] if named is None else []
     if named in (None, "tokens", "text"):
         typed.append("dataset.calibration=given")  # which would be missing

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import Composed, check_dataset, compose_raw, composed
+from pruneexp.conf_files import override_parts
 from pruneexp.experiment.settings import Experiment
 from pruneexp.types import ConfigError
 
@@ -18,7 +19,7 @@ def asked_for_one(hydra: Hydra, overrides: Sequence[str], multirun: bool) -> Dic
     """The config of a single run; None where many are asked for, by `multirun` or by a sweep's file. Raises
     ConfigError."""
     for text in overrides:
-        if text.lstrip("+~").startswith(("hydra.run.", "hydra.sweep.")):
+        if override_parts(text)[0].startswith(("hydra.run.", "hydra.sweep.")):
             raise ConfigError(f"{text}: the folders of runs are not Hydra's here; expected run.dir or sweep.dir")
     if multirun:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pruneexp.cli.targets import located
-from pruneexp.conf_files import did_you_mean, option_content, option_file
+from pruneexp.conf_files import did_you_mean, option_content, option_file, override_parts
 from pruneexp.dataset.document_files import holds_documents
 from pruneexp.types import ConfigError
 
@@ -40,7 +40,7 @@ def expand_sources(config: DictConfig, folders: Sequence[Path]) -> None:
 def check_typed(overrides: Sequence[str]) -> None:
     """Raises ConfigError for a name that is typed twice, of which Hydra would take the last."""
     for text in overrides:
-        key, _, value = text.lstrip("+").partition("=")
+        key, value = override_parts(text)
         if not key.endswith("dataset.sources") or not value.startswith("{"):
             continue
         flat = value[1:-1]

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from pruneexp.cli.compose import Composed, check_dataset, composed
 from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
-from pruneexp.conf_files import option_file, sweep_files
+from pruneexp.conf_files import option_file, sweep_files, typed_keys
 from pruneexp.files import check_writable, read_object, write_atomic, write_json
 from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
@@ -219,7 +219,7 @@ def as_job(run: Composed, folder: Path) -> Composed:
 
 def _run_keys(run: Composed) -> set[str]:
     """Keys of `run` that were typed, swept over, or set by the sweep's file."""
-    keys = {text.lstrip("+~").partition("=")[0] for text in run.job["overrides"]}
+    keys = typed_keys(run.job["overrides"])
     name = run.job["sweep"]
     path = None if name is None else sweep_files().get(name) or option_file(run.folders, "sweep", name)
     content = yaml.safe_load(path.read_text()) if path is not None else {}

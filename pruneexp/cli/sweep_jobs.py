@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pruneexp.cli.compose import SECTIONS, Composed, check_dataset, compose_raw, composed, quoted, unswept
 from pruneexp.cli.explain import explained
+from pruneexp.conf_files import override_parts
 from pruneexp.fingerprint import NOT_HASHED
 from pruneexp.types import ConfigError
 
@@ -180,7 +181,7 @@ def recipes_name(hydra: Hydra, config: DictConfig) -> str | None:
     """The recipe's name. Where several are swept over, it is "magnitude+flap", which Hydra reads without quotes; where
     they are very many, the first ones and a hash of all."""
     for text in reversed(_typed(config)):
-        if text.startswith("recipe="):
+        if override_parts(text)[0] == "recipe":
             (override,) = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides([text])
             if override.is_discrete_sweep():
                 swept = dict.fromkeys(override.sweep_string_iterator())

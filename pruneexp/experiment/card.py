@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from pruneexp.conf_files import override_parts
 from pruneexp.experiment.summary_table import change_text, figure_text, summary
 from pruneexp.fingerprint import __version__
 from pruneexp.types import Plan, Site
@@ -196,7 +197,7 @@ def _adapting(card: Card, written: Written) -> str:
 
 def command(overrides: Sequence[str]) -> str:
     """What to type for the same model; of folders and files on this machine, their names alone."""
-    kept = [text for text in overrides if text.lstrip("+~").partition("=")[0].partition(".")[0] not in ELSEWHERE]
+    kept = [text for text in overrides if override_parts(text)[0].partition(".")[0] not in ELSEWHERE]
     return shlex.join(["pruneexp", *map(_without_folders, kept)])
 
 

@@ -10,6 +10,7 @@ from statistics import median
 import torch
 
 from pruneexp.cache import Cache, NoCache
+from pruneexp.conf_files import typed_keys
 from pruneexp.experiment.settings import Experiment
 from pruneexp.files import write_atomic
 from pruneexp.fingerprint import code_version
@@ -91,7 +92,7 @@ def _unused(experiment: Experiment) -> list[str]:
     """Keys of `sparsity` without effect, where it counts no times, or nothing that depends on a context: those that
     were typed, and a table. A sweep's jobs may have typed ones for the sake of other jobs."""
     keys = ["batch", "phase", *([] if experiment.sparsity.of in ("macs", "bytes") else ["context"])]
-    typed = {text.lstrip("+").partition("=")[0] for text in experiment.job["overrides"]}
+    typed = typed_keys(experiment.job["overrides"])
     of_one = [] if experiment.job["sweep"] else [key for key in keys if f"sparsity.{key}" in typed]
     return of_one + ([] if experiment.sparsity.table is None else ["table"])
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from pruneexp.conf_files import override_parts
 from pruneexp.types import ConfigError, Plan, RunRecord, Scores, Site, unit_scores
 
 MODES = ("online", "offline", "shared", "disabled")
@@ -191,7 +192,7 @@ def _name(record: RunRecord) -> str | None:
     parts = [record.job.get("recipe"), model.get("name"), sparsity.get("ratio")]
     elsewhere = ("model", "recipe", "evaluator", "tracker", "cache", "run", "sweep", "hydra")
     for text in record.job.get("overrides", ()):
-        key = text.lstrip("+~").partition("=")[0]
+        key, _ = override_parts(text)
         if key.partition(".")[0].partition("/")[0] not in elsewhere and key != "sparsity.ratio":
             parts.append(text)
     return " ".join(str(part) for part in parts if part is not None)[:LONGEST_NAME] or None

@@ -112,6 +112,8 @@ def check_table(table: Table, asked: Conditions, by_query_head: bool = False) ->
             key = "model.dtype" if name == "dtype" else f"sparsity.{name}"
             raise ConfigError(f"{where}: is at {name}={has}; expected {key}={wanted}, as asked for")
     widths: Sequence[Sequence[int]] = asked.model["widths"]
+    if beyond := {index for own in table.times.of for index in own.layers if not 0 <= index < len(widths)}:
+        raise ConfigError(f"{where}: has times of layer {min(beyond)}; expected 0 to {len(widths) - 1}, all layers")
     for index, (groups, heads, channels) in enumerate(widths):
         own = next((each for each in table.times.of if index in each.layers), None)
         if own is None:

@@ -130,6 +130,8 @@ def require(budget: Budget, most: float) -> None:
     """Raises ConfigError, naming the largest ratio, where more is to leave than `most`."""
     if budget.remove > most + PARAMS_EPSILON:
         largest = max(0.0, (most - budget.added) / budget.total)
+        by = " by the table of times" if budget.counts == "latency" else ""
         raise ConfigError(
-            f"sparsity.ratio={budget.ratio!r}: expected at most {int(largest * 1e4) / 1e4}, all that search may remove"
+            f"sparsity.ratio={budget.ratio!r}: expected at most {int(largest * 1e4) / 1e4}, all that search may "
+            f"remove{by}"
         )

@@ -24,11 +24,10 @@ from pruneexp.cli.sweep import SHARED_BYTES
 from pruneexp.dataset import Embedded
 from pruneexp.experiment import preflight
 from pruneexp.experiment import run as experiments
-from pruneexp.experiment.forecast import size
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import memory_metrics
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, RunError, size_text
 from tests.messages import assert_told
 
 OTHER_TEXT = [
@@ -348,8 +347,8 @@ def test_windows_that_no_memory_holds_are_refused_before_they_are_made(
     monkeypatch.setattr(preflight, "available_memory", lambda device: bytes_ - 1)
     ended = cli("evaluator=[perplexity]", *asked)
     assert ended.code == 2 and ended.out == "" and ended.err.count("\n") == 1, ended
-    assert ended.err.startswith(f"pruneexp: {key}=1000: ") and f"take {size(bytes_)} of memory" in ended.err
-    assert f"{size(bytes_ - 1)} are free" in ended.err and not list(Path().iterdir())
+    assert ended.err.startswith(f"pruneexp: {key}=1000: ") and f"take {size_text(bytes_)} of memory" in ended.err
+    assert f"{size_text(bytes_ - 1)} are free" in ended.err and not list(Path().iterdir())
     for free in (bytes_, None):
         monkeypatch.setattr(preflight, "available_memory", lambda device, free=free: free)
         assert cli("evaluator=[perplexity]", *asked).code == 1  # they are made

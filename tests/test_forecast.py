@@ -33,7 +33,6 @@ from pruneexp.experiment.forecast import (
     forecast,
     machine,
     memory,
-    size,
     warn_of_memory,
 )
 from pruneexp.experiment.forecast.memory import PARTS, activations, held_bytes, with_gradients
@@ -42,7 +41,7 @@ from pruneexp.pruning.budget import check_pruning
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
-from pruneexp.types import Cost, Site, evidence_kinds
+from pruneexp.types import Cost, Site, evidence_kinds, size_text
 from tests.conftest import PARITY
 from tests.messages import assert_told, says
 
@@ -564,7 +563,7 @@ def test_memory_within_control_groups(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_figures_for_people() -> None:
-    assert [size(v) for v in (0, 999, 1536, 20 * 2**20, 137 * 2**30)] == [
+    assert [size_text(v) for v in (0, 999, 1536, 20 * 2**20, 137 * 2**30)] == [
         "0 B",
         "999 B",
         "1.50 KiB",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
 from pruneexp.files import existing, save_tensors, written_aside
-from pruneexp.types import ConfigError, one_line
+from pruneexp.types import ConfigError, one_line, size_text
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ class Cache:
 
         size = bytes_of(value)
         if size > self.limit * 2**30 / 2:
-            logger.info("cache: %s is not kept: %.2f GiB", key.get("what", "a result"), size / 2**30)
+            logger.info("cache: %s is not kept: %s", key.get("what", "a result"), size_text(size))
             return
         path = self._path(key)
         try:

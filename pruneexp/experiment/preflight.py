@@ -27,7 +27,6 @@ from pruneexp.experiment.forecast import (
     params_left,
     print_forecast,
     resident_memory,
-    size,
     warn_of_files,
     warn_of_memory,
 )
@@ -41,7 +40,7 @@ from pruneexp.progress import waiting
 from pruneexp.pruning.budget import check_mixture, check_pruning, searched_sites, whole_budget
 from pruneexp.pruning.query_heads import check_query_heads
 from pruneexp.tracker import memory_metrics
-from pruneexp.types import QUERY_HEADS, Budget, ConfigError, evidence_kinds, filled
+from pruneexp.types import QUERY_HEADS, Budget, ConfigError, evidence_kinds, filled, size_text
 from pruneexp.types.defaults import DATASET
 
 logger = logging.getLogger("pruneexp")
@@ -109,8 +108,8 @@ def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
     if free < needed:
         without = "" if experiment.model.stream else ", or run.save=false"
         raise ConfigError(
-            f"run.dir={settings.dir!r}: the pruned checkpoint takes about {size(needed)}, {size(free)} are free on "
-            f"the disk of {existing(folder).resolve()}; expected a folder on another disk{without}"
+            f"run.dir={settings.dir!r}: the pruned checkpoint takes about {size_text(needed)}, {size_text(free)} are "
+            f"free on the disk of {existing(folder).resolve()}; expected a folder on another disk{without}"
         )
 
 
@@ -129,8 +128,8 @@ def check_room(experiment: Experiment) -> None:
         needed = 8 * samples * length
         if needed > free:
             raise ConfigError(
-                f"{key}={samples}: so many windows of {length} tokens take {size(needed)} of memory, {size(free)} are "
-                "free; expected fewer"
+                f"{key}={samples}: so many windows of {length} tokens take {size_text(needed)} of memory, "
+                f"{size_text(free)} are free; expected fewer"
             )
 
 

@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pruneexp.experiment.forecast import size
 from pruneexp.experiment.measure import kept
 from pruneexp.experiment.settings import Experiment
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.pruning.record import Record
 from pruneexp.tracker import Trackers
-from pruneexp.types import Quantise
+from pruneexp.types import Quantise, size_text
 
 logger = logging.getLogger("pruneexp")
 
@@ -27,7 +26,7 @@ def tell_quantised(quantise: Quantise, model: Model) -> dict[str, float]:
     if not quantise.applies:
         return {}
     scratch = quantise.scratch_bytes(model)
-    files = f"; in files of {tempfile.gettempdir()} for a while: about {size(scratch)}" if scratch else ""
+    files = f"; in files of {tempfile.gettempdir()} for a while: about {size_text(scratch)}" if scratch else ""
     print(f"quantised afterwards: {quantise.note()}{files}")
     return {"forecast/disk/quantise_bytes": scratch} if scratch else {}
 
@@ -39,7 +38,7 @@ def warn_of_scratch(quantise: Quantise, model: Model) -> None:
         logger.warning(
             "quantise: about %s will lie in files of %s for a while, %s are free; what would help: TMPDIR on another "
             "disk",
-            *(size(scratch), folder, size(free)),
+            *(size_text(scratch), folder, size_text(free)),
         )
 
 

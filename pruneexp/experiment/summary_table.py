@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pruneexp.tracker.structure import UNITS, widths
-from pruneexp.types import Plan, Site
+from pruneexp.types import Plan, Site, size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,8 +120,7 @@ def figure_text(name: str, value: float | None) -> str:
     if value is None:
         return ""
     if "bytes" in name:
-        units = [("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)]
-        return next((f"{value / size:,.2f} {unit}" for unit, size in units if value >= size), f"{value:,.0f} B")
+        return size_text(value)
     if name.startswith("seconds"):
         return f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

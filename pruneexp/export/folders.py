@@ -81,10 +81,8 @@ def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single
 def check_space(out: Path, needed: int) -> None:
     """Raises ConfigError where the disk has no room for so many bytes."""
     from pruneexp.files import existing
-    from pruneexp.types import ConfigError
+    from pruneexp.types import ConfigError, size_text
 
     free = shutil.disk_usage(existing(out.absolute().parent)).free
     if free < needed:
-        raise ConfigError(
-            f"out={str(out)!r}: the export takes {needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free there"
-        )
+        raise ConfigError(f"out={str(out)!r}: the export takes {size_text(needed)}; {size_text(free)} are free there")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pruneexp.types import size_text
+
 T = TypeVar("T")
 LONG = 48  # characters from which on a cell may break its line
 
@@ -55,9 +57,7 @@ def number(value: float | None, unit: str = "") -> Cell:
     if value is None:
         return Cell("")
     if unit == "bytes":
-        units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-        large = next((f"{value / size:,.2f} {name}" for name, size in units if value >= size), f"{value:,.0f} B")
-        return Cell(large, value)
+        return Cell(size_text(value), value)
     if unit == "share":
         return Cell(f"{100 * value:.2f} %", value)
     if unit == "accuracy":

@@ -28,6 +28,7 @@ from pruneexp.types.nouns import (
     one_line,
     own_scores,
     require_least,
+    size_text,
     start_name,
     unit_scores,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "one_line",
     "own_scores",
     "require_least",
+    "size_text",
     "source_of",
     "start_name",
     "times_of",

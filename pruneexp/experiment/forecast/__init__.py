@@ -6,7 +6,7 @@ from pruneexp.experiment.forecast.machine import available_memory, out_of_memory
 from pruneexp.experiment.forecast.memory import Running, Stage
 from pruneexp.experiment.forecast.passes import Passes
 from pruneexp.experiment.forecast.shape import Shape, Windows, params_left
-from pruneexp.experiment.forecast.tell import print_forecast, size, warn_of_files, warn_of_memory
+from pruneexp.experiment.forecast.tell import print_forecast, warn_of_files, warn_of_memory
 
 __all__ = [
     "Forecast",
@@ -21,7 +21,6 @@ __all__ = [
     "params_left",
     "print_forecast",
     "resident_memory",
-    "size",
     "warn_of_files",
     "warn_of_memory",
 ]

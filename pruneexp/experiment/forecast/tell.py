@@ -11,6 +11,7 @@ from pruneexp.criterion.spill import spill_folder
 from pruneexp.experiment.forecast.figures import Forecast
 from pruneexp.experiment.forecast.memory import PARTS
 from pruneexp.experiment.forecast.shape import Shape
+from pruneexp.types import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,11 +27,11 @@ def print_forecast(found: Forecast, *, dtype: str, available: int) -> None:
     console.print(_sizes(found, dtype))
     console.print(_memory(found))
     held = found.peak.parts.get("process", 0)
-    beside = f", of which this process holds {size(held)} already" if held else ""
-    free = f"{size(available)} are free here"
-    console.print(f"memory at most: {size(found.peak.total)} ({found.peak.name}){beside}; {free}", soft_wrap=True)
+    beside = f", of which this process holds {size_text(held)} already" if held else ""
+    free = f"{size_text(available)} are free here"
+    console.print(f"memory at most: {size_text(found.peak.total)} ({found.peak.name}){beside}; {free}", soft_wrap=True)
     if found.files:
-        files = f"in files of {spill_folder()} for a while: {size(found.files)} beyond criterion.memory"
+        files = f"in files of {spill_folder()} for a while: {size_text(found.files)} beyond criterion.memory"
         console.print(files, soft_wrap=True)
     if not found.streamed:
         console.print("model.stream=true is not possible with these methods")
@@ -48,7 +49,7 @@ def _sizes(found: Forecast, dtype: str) -> Table:
         ("decoder parameters", shape.decoder, found.decoder_left),
     ):
         table.add_row(what, f"{dense:,}", f"{pruned:,}", f"{100 * (pruned / dense - 1):+.1f} %" if dense else "")
-    table.add_row(f"on disk, {dtype}", size(shape.bytes), size(found.bytes_left), "")
+    table.add_row(f"on disk, {dtype}", size_text(shape.bytes), size_text(found.bytes_left), "")
     return table
 
 
@@ -69,8 +70,8 @@ def _memory(found: Forecast) -> Table:
         if stages:
             table.add_row(how)
         for stage in stages:
-            parts = (stage.parts.get(part, 0) for part in shown)
-            table.add_row(f"  {stage.name}", *(size(part) if part else "" for part in parts), size(stage.total))
+            sizes = (stage.parts.get(part) for part in shown)
+            table.add_row(f"  {stage.name}", *(size_text(own) if own else "" for own in sizes), size_text(stage.total))
     return table
 
 
@@ -90,9 +91,9 @@ def warn_of_files(found: Forecast) -> None:
         logger.warning(
             "up to %s will lie in files of %s for a while, %s are free; what would help: TMPDIR on another disk, a "
             "smaller criterion.levels or search.offspring",
-            size(found.files),
+            size_text(found.files),
             spill_folder(),
-            size(free),
+            size_text(free),
         )
 
 
@@ -118,16 +119,8 @@ def warn_of_memory(found: Forecast, available: int) -> None:
         helps.append("run.prove=off")
     logger.warning(
         "about %s of memory will be needed (%s), %s are free%s",
-        size(peak.needed),
+        size_text(peak.needed),
         peak.name,
-        size(available),
+        size_text(available),
         f"; what would help: {', '.join(helps)}" if helps else "",
     )
-
-
-def size(value: float) -> str:
-    """ "13.5 GiB"."""
-    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-    unit, name = next((each for each in units if value >= each[0]), (1, "B"))
-    digits = 0 if unit == 1 or value >= 100 * unit else 1 if value >= 10 * unit else 2
-    return f"{value / unit:,.{digits}f} {name}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.export import gguf_file, gguf_layout, gguf_proof, gguf_run, main
+from pruneexp.export.folders import stored_source
 from pruneexp.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
 from pruneexp.model import ModelSource
 from pruneexp.surgery import save
@@ -136,6 +137,20 @@ def test_rows_that_can_be_quantised(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert widths(out / "model.gguf") == [multiple] * 3
         expected = model_logits(folder, tokens_T)
         torch.testing.assert_close(deci_logits(out / "model.gguf", tokens_T), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_llama_cpp_runs_what_fits_into_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = pruned_folder(tmp_path, "llama", NO_LAST_FFN), tmp_path / "out"
+    monkeypatch.setattr(gguf_proof, "installed", lambda: None)
+
+    def note(free: float) -> str:
+        monkeypatch.setattr(gguf_proof, "available_memory", lambda device: free)
+        assert main([str(folder), "format=gguf", "stream=true", f"out={out}", "overwrite=true"]) == 0
+        return json.loads((out / "export.json").read_text())["notes"][-1]
+
+    assert "does not fit" in note(0) and "is installed" in note(2**40)
+    once = 4 * stored_source(folder).outline().params + (out / "model.gguf").stat().st_size
+    assert "does not fit" in note(0.89 * once / 0.9) and "is installed" in note(1.01 * once / 0.9)
 
 
 def test_out_is_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

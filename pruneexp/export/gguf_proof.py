@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.experiment.forecast import available_memory
 from pruneexp.export.checkpoint import TOLERANCE, check_difference, proof_tokens
 from pruneexp.export.folders import exact_source, stored_source
 from pruneexp.export.gguf_layout import GgufLayout, as_array, tensors
@@ -33,15 +34,22 @@ def prove_gguf(layout: GgufLayout, checkpoint: Path, how: str, stream: bool, fil
 
     Raises RunError where they differ, or llama.cpp does not load the file.
     """
-    record = read_back(layout, stored_source(checkpoint, stream=stream).load(), file)
+    model = stored_source(checkpoint, stream=stream).load()
+    record = read_back(layout, model, file)
     if how == "in_place":
         return record
-    if stream:
+    if not fits(model, file):
         return record | {"notes": [_not_run("the model to compare it with does not fit into memory")]}
     package = installed()
     if package is None:
         return record | {"notes": [_not_run("neither llama-cpp-python nor xllamacpp is installed")]}
+    del model
     return record | _run(layout, checkpoint, file, package)
+
+
+def fits(model: Model, file: Path) -> bool:
+    """Whether the model in float32, and the file beside it, leave a tenth of the free memory."""
+    return 4 * model.params + file.stat().st_size <= 0.9 * available_memory(torch.device("cpu"))
 
 
 def _not_run(reason: str) -> str:

@@ -50,6 +50,7 @@ FILES = (
 )
 PART = re.compile(r"(<!-- made by tests\.manual: ([\w-]+) -->\n)((?:(?!<!-- ).)*)(<!-- end -->)", re.DOTALL)
 GRANULARITIES = ("heads", "query_heads", "channels", "attention", "ffn", "blocks", "experts")
+UNITS = {"heads", "query_heads", "channels", "experts"}
 MIXED = {"units and sublayers": ["channels", "ffn"], "blocks and others": ["channels", "blocks"]}
 
 
@@ -123,13 +124,17 @@ def group_choices(group: str) -> str:
 
 
 def group_keys(group: str) -> str:
-    """A row for each key and meaning; where choices differ, the defaults of each. Models are `hf` with another path."""
-    names = ["hf"] if group == "model" else choices(conf_folder() / group)
+    """A row for each key and meaning; where choices differ, the defaults of each. Names and paths of models are in the
+    table of choices."""
+    names = choices(conf_folder() / group)
+    names.sort(key=lambda name: group != "model" or name != "hf")  # the file that other models build on, first
     having: dict[tuple[str, str], dict[str, str]] = {}
     for name in names:
         path = conf_folder() / group / f"{name}.yaml"
         about = comments(path)
         for key, value in content(path).items():
+            if group == "model" and key in ("name", "path") and name != "hf":
+                continue
             having.setdefault((key, about.get(key, "")), {})[name] = shown(value)
     rows, order = [], list(dict.fromkeys(key for key, _ in having))
     for (key, about), found in sorted(having.items(), key=lambda item: order.index(item[0][0])):
@@ -172,17 +177,22 @@ def reference() -> str:
 
 def takes(name: str, granularity: Sequence[str], **settings: Any) -> bool:
     """Whether the search of this name can be built with what may leave."""
-    path = conf_folder() / "search" / f"{name}.yaml"
-    target = next(found["_target_"] for each in inherited(path) if "_target_" in (found := _yaml(each)))
-    module, _, kind = target.rpartition(".")
-    own = {**content(path), "granularity": list(granularity), **settings}
+    own = {**content(conf_folder() / "search" / f"{name}.yaml"), "granularity": list(granularity), **settings}
     if "starts" in own:
         own["starts"] = {}  # which names become criteria as an experiment is built
     try:
-        getattr(importlib.import_module(module), kind)(**own)
+        _search(name)(**own)
     except ConfigError:
         return False
     return True
+
+
+def _search(name: str) -> Any:
+    """The class of the search of this name."""
+    path = conf_folder() / "search" / f"{name}.yaml"
+    target = next(found["_target_"] for each in inherited(path) if "_target_" in (found := _yaml(each)))
+    module, _, kind = target.rpartition(".")
+    return getattr(importlib.import_module(module), kind)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -194,10 +204,11 @@ def search_granularity() -> str:
     rows = []
     for name in choices(conf_folder() / "search"):
         default = content(conf_folder() / "search" / f"{name}.yaml").get("granularity")
-        if default is None:  # FLAP's structures: heads and channels, no key
-            fixed = ("query_heads" if name.endswith("query_heads") else "heads", "channels")
-            rows.append([f"`{name}`", *("fixed" if each in fixed else "–" for each in GRANULARITIES)])
-            rows[-1] += ["–"] * len(MIXED)
+        if default is None:  # no key: the class says it
+            fixed = set(_search(name).granularity)
+            mixed = (bool(fixed & UNITS) and bool(fixed & wholes) for wholes in ({"attention", "ffn"}, {"blocks"}))
+            there = [*(each in fixed for each in GRANULARITIES), *mixed]
+            rows.append([f"`{name}`", *("fixed" if each else "–" for each in there)])
             continue
         cells = [_taken(name, [each], each in default) for each in GRANULARITIES]
         rows.append([f"`{name}`", *cells, *(_taken(name, each, False) for each in MIXED.values())])

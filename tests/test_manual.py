@@ -87,9 +87,16 @@ def test_the_table_of_searches_is_of_all_of_them() -> None:
     assert tuple(cell.strip("`") for cell in head[1 : 1 + len(manual.GRANULARITIES)]) == manual.GRANULARITIES
     cells = {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in found}
     assert cells["al_am"]["`heads`"] == "fixed" and cells["al_am"]["`ffn`"] == "–"
+    fixed = {head for head, cell in cells["two_stage"].items() if cell == "fixed"}
+    assert fixed == {"`channels`", "`attention`", "units and sublayers"}
     assert cells["uniform"]["`heads`"] == "default" and cells["uniform"]["`blocks`"] == "–"
     assert cells["evolutionary"]["`blocks`"] == "yes" and cells["evolutionary"]["blocks and others"] == "–"
     assert cells["policy_gradient"]["units and sublayers"] == "`budgets=joint`"
+
+
+def test_the_table_of_model_keys_has_the_defaults_of_all_models() -> None:
+    (line,) = re.findall(r"^\| `model\.batch_size` \|.*$", manual.text("conf/README.md"), re.MULTILINE)
+    assert "`8` (all but embedded, " in line and "`16` (embedded, " in line
 
 
 def test_the_tables_of_forms_have_every_form() -> None:

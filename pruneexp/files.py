@@ -10,10 +10,16 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pruneexp.types import ConfigError
+
+# What a killed process may leave beside a file: our own, and what safetensors writes and renames.
+BEING_WRITTEN = (".*.tmp", ".*.mode", ".tmp??????")
 
 
 def process_name() -> str:
@@ -103,6 +109,12 @@ def give_usual_mode(path: Path) -> None:
     path.chmod(mode)
 
 
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of temporary files, until the end of a `with`. What cannot be removed then costs nothing: on NFS, files
+    that are still mapped stay, under other names, until they are not."""
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+
+
 def check_writable(folder: Path, where: str) -> None:
     """Raises ConfigError, saying `where`, unless `folder` is, or can be made, a folder that we may write to."""
     try:
@@ -137,6 +149,8 @@ def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> Non
         return
     if not out.is_dir():
         raise ConfigError(f"{where}: is a file; expected a new folder")
+    if out.is_mount():
+        raise ConfigError(f"{where}: is where a disk is mounted, which cannot be replaced; expected a folder in it")
     if not any(out.iterdir()):
         return
     if not overwrite:
@@ -149,6 +163,18 @@ def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> Non
         if foreign:
             nobodys = f"{', '.join(foreign)}, which no {what} wrote"
             raise ConfigError(f"{where}: holds {nobodys}; expected a folder of its own")
+
+
+def aside_of(place: Path) -> Path:
+    """Where this process makes a folder that is then moved to `place`. Nothing is there, nor what processes of this
+    machine were making when they were killed. Raises OSError."""
+    own = place.with_name(f".{place.name}.{process_name()}.tmp")
+    machine = process_name().partition("-")[2]
+    for left in place.parent.glob(f".{escape(place.name)}.*-{machine}.tmp*"):
+        process = left.name.removeprefix(f".{place.name}.").partition("-")[0]
+        if left == own or (process.isdecimal() and not psutil.pid_exists(int(process))):
+            shutil.rmtree(left, ignore_errors=True)
+    return own
 
 
 def replace_folder(aside: Path, out: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from pruneexp.files import check_writable, create_whole, read_object, write_atomic
+from pruneexp.files import check_writable, create_whole, read_object, write_atomic, write_json
 from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_checkpoint
 from pruneexp.types import ConfigError, RunError
 
@@ -112,6 +112,21 @@ def claim_folder(folder: Path, overwrite: bool) -> dict[str, Any]:
     return status
 
 
+def mark_failed(folder: Path, reason: str) -> bool:
+    """Marks a run failed that did not come far enough, or could not write, to do so itself. False where it is over
+    already, or another process has it. Raises OSError."""
+    path, status = folder / "status.json", new_status()
+    before, state = _bytes(path), status_of(folder)
+    if state in ("done", "failed") or (state == "running" and not is_own(folder)):
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _take(path, before, json.dumps(status, indent=1) + "\n"):
+        return False
+    del status["host"]
+    write_json(path, {**status, "status": "failed", "reason": reason, "ended": timestamp()})
+    return True
+
+
 def _take(path: Path, before: bytes | None, status: str) -> bool:
     """Replaces `before`, the status of a run that is over; False where another process was faster. A process first
     claims the old status, by a file named after its content, and only the claimant replaces it. So a status is always
@@ -203,6 +218,14 @@ def status_of(folder: Path) -> str:
     return "running" if _alive(status) else "interrupted"
 
 
+def is_own(folder: Path) -> bool:
+    """Whether the run there is, or was, this process's, as far as its status says."""
+    status, here = _read_status(folder), socket.gethostname()
+    if "pid" not in status:
+        return True
+    return status.get("host", here) == here and status["pid"] == os.getpid() and _alive(status)
+
+
 def _read_status(folder: Path) -> dict[str, Any]:
     status = read_object(folder / "status.json") or {}
     # Somebody else's status.json is no run of ours.
@@ -222,8 +245,9 @@ def _alive(status: dict[str, Any]) -> bool:
 def _started(pid: int) -> float | None:
     """Seconds from the system's start to the process's, whatever becomes of the clock; None: it has ended."""
     try:
+        booted = psutil.boot_time()  # first: older versions of psutil add what this gave when it was last called
         process = psutil.Process(pid)
         ended = process.status() == psutil.STATUS_ZOMBIE
-        return None if ended else process.create_time() - psutil.boot_time()
+        return None if ended else process.create_time() - booted
     except psutil.NoSuchProcess:
         return None

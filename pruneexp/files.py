@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,10 +10,11 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -23,8 +25,37 @@ BEING_WRITTEN = (".*.tmp", ".*.mode", ".tmp??????")
 
 
 def process_name() -> str:
-    """This process among those of all machines that share a folder."""
-    return f"{os.getpid()}-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}"
+    """This process among those of all machines, and of their containers, that share a folder."""
+    machine = f"{socket.gethostname()} {process_namespace()}"
+    return f"{os.getpid()}-{hashlib.sha256(machine.encode()).hexdigest()[:6]}"
+
+
+@cache
+def process_namespace() -> int | None:
+    """What Linux calls those whose numbers of processes we see: another in every container, also where containers share
+    their machine's name. None where it is not told."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+
+
+def hold(file: IO[Any]) -> None:
+    """Locks an open file until it is closed, or its process is killed; not where the file system has no locks."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process, be it of another container, holds the file."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

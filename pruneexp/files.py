@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,16 +10,52 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import psutil
 
 from pruneexp.types import ConfigError
 
+# What a killed process may leave beside a file: our own, and what safetensors writes and renames.
+BEING_WRITTEN = (".*.tmp", ".*.mode", ".tmp??????")
+
 
 def process_name() -> str:
-    """This process among those of all machines that share a folder."""
-    return f"{os.getpid()}-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}"
+    """This process among those of all machines, and of their containers, that share a folder."""
+    machine = f"{socket.gethostname()} {process_namespace()}"
+    return f"{os.getpid()}-{hashlib.sha256(machine.encode()).hexdigest()[:6]}"
+
+
+@cache
+def process_namespace() -> int | None:
+    """What Linux calls those whose numbers of processes we see: another in every container, also where containers share
+    their machine's name. None where it is not told."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+
+
+def hold(file: IO[Any]) -> None:
+    """Locks an open file until it is closed, or its process is killed; not where the file system has no locks."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process, be it of another container, holds the file."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -103,6 +140,12 @@ def give_usual_mode(path: Path) -> None:
     path.chmod(mode)
 
 
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of temporary files, until the end of a `with`. What cannot be removed then costs nothing: on NFS, files
+    that are still mapped stay, under other names, until they are not."""
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+
+
 def check_writable(folder: Path, where: str) -> None:
     """Raises ConfigError, saying `where`, unless `folder` is, or can be made, a folder that we may write to."""
     try:
@@ -137,6 +180,8 @@ def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> Non
         return
     if not out.is_dir():
         raise ConfigError(f"{where}: is a file; expected a new folder")
+    if out.is_mount():
+        raise ConfigError(f"{where}: is where a disk is mounted, which cannot be replaced; expected a folder in it")
     if not any(out.iterdir()):
         return
     if not overwrite:
@@ -149,6 +194,18 @@ def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> Non
         if foreign:
             nobodys = f"{', '.join(foreign)}, which no {what} wrote"
             raise ConfigError(f"{where}: holds {nobodys}; expected a folder of its own")
+
+
+def aside_of(place: Path) -> Path:
+    """Where this process makes a folder that is then moved to `place`. Nothing is there, nor what processes of this
+    machine were making when they were killed. Raises OSError."""
+    own = place.with_name(f".{place.name}.{process_name()}.tmp")
+    machine = process_name().partition("-")[2]
+    for left in place.parent.glob(f".{escape(place.name)}.*-{machine}.tmp*"):
+        process = left.name.removeprefix(f".{place.name}.").partition("-")[0]
+        if left == own or (process.isdecimal() and not psutil.pid_exists(int(process))):
+            shutil.rmtree(left, ignore_errors=True)
+    return own
 
 
 def replace_folder(aside: Path, out: Path) -> None:

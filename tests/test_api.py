@@ -156,6 +156,13 @@ def test_a_saved_result_loads(model: Any, tokenizer: Any, tokens: torch.Tensor) 
     assert "pruned" in Path("small", "README.md").read_text()
     with pytest.raises(pruneexp.ConfigError, match="folder='small': is not empty"):
         result.save("small")
+    Path("disk/empty").mkdir(parents=True)
+    Path("link").symlink_to("disk/empty")
+    Path("mine.partial").mkdir()
+    result.save("link")
+    assert Path("link").is_symlink() and Path("disk/empty/config.json").is_file()
+    with pytest.raises(pruneexp.ConfigError, match=r"folder='mine': is made as .*/mine.partial, which is there"):
+        result.save("mine")
 
 
 def test_a_plan_is_applied_without_calibrating(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from pruneexp.cache import Cache, NoCache
+from pruneexp.cache import Cache, NoCache, store
 from pruneexp.cache.packing import Unpackable, packed, unpacked
 from pruneexp.criterion.obs import Obs
 from pruneexp.evidence import Gram, Moments
@@ -141,6 +141,46 @@ def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path: Path, caplog: py
             entries.put(KEY, torch.ones(1))
             assert entries.get(KEY) is None
     assert caplog.text.count("nothing is cached") == 1
+
+
+def test_a_file_system_without_locks_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_args: Any, **_keys: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", unsupported)
+    with Cache(str(tmp_path), 1.0).held([KEY]) as entries:
+        assert entries.get(KEY) is None
+    assert f"nothing is cached: {tmp_path}: FileSystem does not appear" in caplog.text
+
+
+def test_what_another_job_removes_as_it_is_read_is_found(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(cache, KEY, torch.ones(3))
+    read = store._read
+
+    def removed(path: Path, *more: Any) -> Any:
+        value = read(path, *more)
+        path.unlink()
+        return value
+
+    monkeypatch.setattr(store, "_read", removed)
+    with cache.held([KEY]) as entries:
+        assert torch.equal(entries.get(KEY), torch.ones(3))
+
+
+def test_what_killed_jobs_were_writing_leaves(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    """Ours and safetensors' own; another job may rename one between two looks, as if it were a link to nothing."""
+    cache.folder.mkdir()
+    old = [cache.folder / name for name in (".x.safetensors.1-abc.tmp", ".tmpQ93tZl")]
+    new = cache.folder / ".tmpA1b2C3"
+    for path in (*old, new):
+        path.write_bytes(b"half")
+    for path in old:
+        os.utime(path, (0, 0))
+    (cache.folder / ".y.safetensors.2-abc.tmp").symlink_to("nowhere")
+    assert kept(cache, KEY, torch.ones(1)) is not None and "not kept" not in caplog.text
+    assert new.exists() and not any(path.exists() for path in old)
 
 
 def test_settings_and_source_make_the_version() -> None:

@@ -27,6 +27,7 @@ from pruneexp.experiment import run as experiments
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import memory_metrics
+from pruneexp.tracker.folder import claim_folder
 from pruneexp.types import ConfigError, RunError, size_text
 from tests.messages import assert_told
 
@@ -618,6 +619,41 @@ def test_a_job_that_another_process_ends_meanwhile_is_done(
     monkeypatch.setattr(multirun, "_run", second)
     ended = cli("--multirun", "seed=1", "sweep.dir=x")
     assert ended.code == 0 and "job 0: done by another process meanwhile" in ended.err and "failed" not in ended.err
+
+
+def test_a_job_whose_folder_cannot_be_made_costs_the_others_nothing(
+    cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = multirun._run
+
+    def refused(job: Any, shared: Any) -> Any:
+        folder = Path(job.config["run"]["dir"])
+        if job.config["seed"] == 1:
+            folder.write_text("mine")
+            raise RunError(f"run.dir={str(folder)!r}: cannot write there")
+        return run(job, shared)
+
+    monkeypatch.setattr(multirun, "_run", refused)
+    ended = cli("--multirun", "seed=1,2", "sweep.dir=x")
+    assert ended.code == 1 and "1 job ran, failed: " in ended.out and [each.seed for each in runs] == [2]
+    assert "the failure is not recorded: File exists" in ended.err
+
+
+def test_a_job_that_could_not_write_its_end_is_no_other_processs(
+    cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(job: Any, _shared: Any) -> None:
+        folder = Path(job.config["run"]["dir"])
+        claim_folder(folder, overwrite=False)
+        raise RunError(f"run.dir={str(folder)!r}: cannot write plan.json: No space left on device")
+
+    monkeypatch.setattr(multirun, "_run", full)
+    ended = cli("--multirun", "seed=1", "sweep.dir=x")
+    assert ended.code == 1 and "left to" not in ended.out + ended.err and "1 job ran, failed: " in ended.out
+    assert "No space left" in Path("x/summary.csv").read_text()
+    monkeypatch.setattr(multirun, "_record_failure", lambda *_: None)  # nor can this be written
+    ended = cli("--multirun", "seed=2", "sweep.dir=x")
+    assert ended.code == 1 and "left to" not in ended.out + ended.err and "1 job ran, failed: " in ended.out
 
 
 def test_a_sweep_that_is_stopped_has_the_table_of_what_is_done(cli: Cli, runs: list[Experiment]) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from pruneexp.export import KEYS, main
+from pruneexp.export import KEYS, main, write
+from pruneexp.export.single_file import place_file
+from pruneexp.files import check_replaceable, process_name
 from pruneexp.model import Model
 from pruneexp.surgery import pad_, save, shrink_
-from pruneexp.types import Plan, SitePlan
+from pruneexp.types import ConfigError, Plan, SitePlan
 from tests.conftest import FAMILIES
 from tests.messages import assert_told, says
 from tests.tiny_families import tiny_model
@@ -239,6 +241,52 @@ def test_an_earlier_export_is_replaced(checkpoint: Checkpoint, tmp_path: Path) -
     assert main([source, "format=padded", f"out={out}", "prove=off", "overwrite=true"]) == 0
     assert not (out / "modeling_pruned.py").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, written = str(checkpoint("llama")), tmp_path / "out", write._written
+
+    def meanwhile(*asked: Any) -> Any:
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+        return written(*asked)
+
+    monkeypatch.setattr(write, "_written", meanwhile)
+    assert "exists; expected a new folder" in refused(capsys, source, f"out={out}", "prove=off")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "mine.txt").read_text() == "mine"
+
+
+def test_a_link_stays_and_what_killed_exports_left_leaves(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, out, disk = str(checkpoint("llama")), tmp_path / "out", tmp_path / "disk"
+    disk.mkdir()
+    out.symlink_to(disk / "export")
+    machine = process_name().partition("-")[2]
+    for left in (".tmp", ".tmp.partial"):
+        (disk / f".export.{2**22 + 1}-{machine}{left}").mkdir()
+    for again in ((), ("overwrite=true",)):
+        assert main([source, "format=remote_code", f"out={out}", "prove=off", *again]) == 0
+        assert out.is_symlink() and (disk / "export" / "config.json").is_file()
+        assert [path.name for path in disk.iterdir()] == ["export"]
+
+
+def test_where_a_disk_is_mounted_nothing_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(ConfigError, match="is where a disk is mounted.*; expected a folder in it"):
+        check_replaceable(tmp_path, "export.json", "export", overwrite=False)
+
+
+def test_a_file_is_not_placed_without_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any, **_keys: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "written").write_bytes(b"weights")
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        place_file(tmp_path / "written", tmp_path / "out.gguf", {"form": "gguf"})
+    assert [path.name for path in tmp_path.iterdir()] == ["written"]
 
 
 def test_forms_that_are_not_there(checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,9 @@ import torch
 
 from pruneexp.__main__ import main
 from pruneexp.export.gguf_vocabulary import _split_name
+from pruneexp.files import process_name
 from pruneexp.model import ModelSource
+from pruneexp.model.gguf_source import converted_folder
 from pruneexp.model.gguf_words import SPLITS, restore_split_
 from pruneexp.types import ConfigError
 from tests.real_models import smollm2_folder, smollm2_gguf
@@ -142,6 +144,25 @@ def test_it_is_kept_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(found["gguf"]["sha256"]) == 64 and "dequantised" in found["gguf"]["made"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "weights are as open to others as the rest"
     assert [path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == [folder.name]
+
+
+def test_what_killed_processes_left_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their numbers may be in use again: ours, in a container. And what is there is read where nothing is written."""
+    one = source(write(llama(), tmp_path / "Tiny.gguf"))
+    place = converted_folder(tmp_path / "Tiny.gguf", one.dtype)
+    number, machine = process_name().split("-")
+    for left in (number, str(2**22 + 1)):
+        (place.parent / f".{place.name}.{left}-{machine}.tmp").mkdir(parents=True)
+    elsewhere = place.parent / f".{place.name}.{number}-abcdef.tmp"
+    elsewhere.mkdir()
+    assert one.folder() == place
+    assert sorted(path.name for path in place.parent.iterdir() if path.is_dir()) == sorted([place.name, elsewhere.name])
+
+    def read_only(*_args: Any, **_keys: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", read_only)
+    assert one.folder() == place
 
 
 @pytest.mark.slow

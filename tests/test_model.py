@@ -22,9 +22,10 @@ from pruneexp.dataset import files as dataset_files
 from pruneexp.embedded import FOLDER
 from pruneexp.evaluator import Size
 from pruneexp.model import Model, modeling_pruned
+from pruneexp.model import source as model_source
 from pruneexp.surgery import save
 from pruneexp.tracker import structure
-from pruneexp.types import ConfigError, Cost
+from pruneexp.types import ConfigError, Cost, RunError
 from tests.conftest import FAMILIES, PARITY
 from tests.messages import assert_told
 
@@ -529,6 +530,22 @@ def test_settings_that_cannot_be(source: Callable[..., Any]) -> None:
         with pytest.raises(ConfigError) as error:
             source(PARITY, **settings)
         assert_told(f"{error.value}\n", f"{key}={value!r}", *typed)
+
+
+def test_a_checkpoint_that_is_written_while_it_is_read_is_no_model(
+    checkpoint: Path, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = model_source.check_finite
+
+    def written(module: Any, prefix: str) -> None:
+        (checkpoint / "README.md").write_text("a card that comes last")
+        if ".1." in prefix:
+            (checkpoint / "model.safetensors").touch()
+        found(module, prefix)
+
+    monkeypatch.setattr(model_source, "check_finite", written)
+    with pytest.raises(RunError, match=r"^model.path='.*': changed while it was read; expected files that nobody"):
+        source(checkpoint).load()
 
 
 def test_a_tokenizer_is_shared_until_a_file_changes(source, tmp_path):

@@ -15,6 +15,7 @@ import torch
 
 from pruneexp.model import Model
 from pruneexp.surgery import masked, prove, prove_in_place, prove_in_process, save, shrink_
+from pruneexp.surgery.save import ShardWriter
 from pruneexp.types import Plan, RunError, SitePlan
 from tests.conftest import FAMILIES
 
@@ -237,6 +238,20 @@ def test_what_stops_a_save_leaves_nothing_behind(
     with pytest.raises(told[0], match=told[1]):
         save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_goes_on_behind_its_shards_alone(tmp_path: Path) -> None:
+    """What a killed process was writing after them is no part of the checkpoint."""
+    first, second = {"a": torch.ones(4)}, {"b": torch.zeros(4)}
+    before = ShardWriter(tmp_path, shard_bytes=1)
+    before.add(first)
+    (tmp_path / "shard-00001").write_bytes(b"half")
+    (tmp_path / ".tmpQ93tZl").write_bytes(b"half")
+    writer = ShardWriter(tmp_path, shard_bytes=1)
+    writer.restore(before.shards, second)
+    writer.close()
+    expected = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
 
 
 def test_a_reader_with_nan_is_refused(tiny: Callable[..., Model]) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pruneexp.files import create_whole, write_atomic
+from pruneexp import files
+from pruneexp.files import create_whole, process_name, scratch_folder, write_atomic
 from pruneexp.tracker import LocalRun, check_folder, folder, run_folder, status_of
 from pruneexp.types import ConfigError, RunError
 from tests.tracker_samples import METRICS, contents, finished, record
@@ -93,7 +95,7 @@ def test_a_run_that_is_killed_while_it_clears_the_folder_makes_room_for_the_next
         patched.setattr(folder, "clear_unfinished", killed)
         folder.claim_folder(tmp_path, overwrite=True)
     assert (tmp_path / "model" / "config.json").exists() and status_of(tmp_path) != "done"
-    monkeypatch.setattr(folder, "_alive", lambda status: False)
+    monkeypatch.setattr(folder, "_alive", lambda status, *_: False)
     folder.claim_folder(tmp_path, overwrite=False)
     assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
 
@@ -237,6 +239,101 @@ def test_a_process_is_known_after_the_clock_was_set(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "boot_time", lambda: booted() + 3600)
     assert status_of(tmp_path) == "running"
     run.fail("over")
+
+
+def test_a_run_of_another_container_lives_as_long_as_it_holds_its_log(tmp_path, monkeypatch):
+    """Its machine's name may be ours, and its number says nothing here."""
+    run, ended = LocalRun(False), tmp_path / "ended"
+    run.start(record(tmp_path))
+    name = process_name()
+    monkeypatch.setattr(files, "process_namespace", lambda: 1)
+    monkeypatch.setattr(folder, "process_namespace", lambda: 1)
+    assert process_name() != name, "two that write aside do not meet"
+    assert status_of(tmp_path) == "running" and not folder.is_own(tmp_path)
+    with pytest.raises(ConfigError, match="is still writing a run there"):
+        check_folder(tmp_path, overwrite=True)
+    ended.mkdir()
+    for file in ("status.json", "log.txt"):
+        shutil.copy(tmp_path / file, ended)
+    assert status_of(ended) == "interrupted"  # as where the container was killed: nobody holds it
+    (ended / "log.txt").unlink()
+    assert status_of(ended) == "running"  # it has not come so far as to open it
+    status = json.loads((tmp_path / "status.json").read_text())
+    del status["host"]  # it is about to write its metrics, and may be on another machine
+    write_atomic(tmp_path / "status.json", json.dumps({**status, "status": "done", "namespace": 1, "pid": 2**22 + 1}))
+    assert status_of(tmp_path) == "running"
+    run.fail("over")
+    assert not files.is_held(tmp_path / "log.txt")
+
+
+def test_a_process_is_known_where_psutil_remembers_when_the_system_started(tmp_path, monkeypatch):
+    """As versions before 7 do: a process's start is counted from what `boot_time` gave when it was last called."""
+    run = LocalRun(False)
+    run.start(record(tmp_path))
+    made, booted = psutil.Process.create_time, psutil.boot_time
+    known = [booted()]
+
+    def boot_time():
+        known[0] = booted() + 3600
+        return known[0]
+
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: made(self) - booted() + known[0])
+    monkeypatch.setattr(psutil, "boot_time", boot_time)
+    assert status_of(tmp_path) == "running"
+    run.fail("over")
+
+
+def test_a_run_that_could_not_say_that_it_failed_is_marked_so_by_its_process_alone(tmp_path, monkeypatch):
+    own, other, absent = (tmp_path / name for name in ("own", "other", "absent"))
+    for path in (own, other):
+        path.mkdir()
+        write_atomic(path / "status.json", json.dumps(folder.new_status()))
+    elsewhere = json.dumps({**folder.new_status(), "host": "elsewhere"})  # with our number
+    write_atomic(other / "status.json", elsewhere)
+    assert folder.mark_failed(own, "a full disk") and not folder.mark_failed(own, "twice")
+    status = json.loads((own / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("failed", "a full disk") and "host" not in status
+    assert not folder.mark_failed(other, "not ours")
+    assert folder.mark_failed(absent, "never began") and status_of(absent) == "failed"
+
+    begun = tmp_path / "begun"
+    seen = folder.status_of
+
+    def begins(path):  # another process, between the look and the mark
+        state = seen(path)
+        path.mkdir()
+        write_atomic(path / "status.json", elsewhere)
+        return state
+
+    monkeypatch.setattr(folder, "status_of", begins)
+    assert not folder.mark_failed(begun, "late")
+    assert (begun / "status.json").read_text() == elsewhere == (other / "status.json").read_text()
+
+
+@pytest.mark.parametrize("left", ["model/adapter/.tmpQ93tZl", "model/.README.md.1-abc.tmp", "model/.tmpQ93tZl"])
+def test_what_a_run_was_writing_when_it_was_killed_makes_room_for_the_next(tmp_path, left):
+    run = LocalRun(False)
+    run.start(record(tmp_path))
+    (tmp_path / left).parent.mkdir(parents=True)
+    (tmp_path / left).write_bytes(b"half")
+    run.fail("killed")
+    again = LocalRun(False)
+    again.start(record(tmp_path))
+    folder.clear_unfinished(tmp_path)
+    assert not (tmp_path / "model").exists()
+    again.fail("over")
+
+
+def test_temporary_files_that_cannot_be_removed_yet_cost_nothing(monkeypatch, tmp_path):
+    """As on NFS, where those that are mapped stay under another name."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def busy(*_args, **_keys):
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patched, scratch_folder() as scratch:
+        Path(scratch, "mapped").touch()
+        patched.setattr(os, "rmdir", busy)
 
 
 def test_a_process_that_nobody_has_waited_for_is_no_run(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
-from pruneexp.files import existing, save_tensors, written_aside
+from pruneexp.files import BEING_WRITTEN, existing, save_tensors, written_aside
 from pruneexp.types import ConfigError, one_line, size_text
 
 if TYPE_CHECKING:
@@ -103,9 +103,10 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for path in sorted({self._path(key) for key in keys}):
                     locks.enter_context(FileLock(path.with_suffix(".lock")))
-            except OSError as error:
+            except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
                 if not self._warned:
-                    logger.warning("nothing is cached: %s: %s", self.folder, error.strerror or error)
+                    reason = getattr(error, "strerror", None) or error
+                    logger.warning("nothing is cached: %s: %s", self.folder, reason)
                     self._warned.append(True)
                 yield NoCache()
                 return
@@ -119,9 +120,11 @@ class Cache:
             return None
         except Exception as error:  # cut short, changed, of another format: whatever it is, it is no result
             logger.warning("cache: %s is damaged and is made anew (%s)", path, one_line(error))
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
-        os.utime(path)  # used now: leaves last
+        with suppress(OSError):  # another job may have removed it by now, to make room
+            os.utime(path)  # used now: leaves last
         logger.info("cache: %s from %s", key.get("what", "a result"), path.name)
         return value
 
@@ -146,9 +149,10 @@ class Cache:
     def _make_room(self, size: int) -> None:
         """Removes what was used longest ago until `size` more bytes fit, and what killed jobs were writing. Another job
         may do so at the same time."""
-        for path in self.folder.glob(".*.tmp"):
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink(missing_ok=True)
+        for path in (path for pattern in BEING_WRITTEN for path in self.folder.glob(pattern)):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
         entries = []
         for path in self.folder.glob("*.safetensors"):
             with suppress(FileNotFoundError):

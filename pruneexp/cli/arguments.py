@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pruneexp.cli.explain import known_keys
 from pruneexp.conf_files import did_you_mean
-from pruneexp.files import process_name
+from pruneexp.files import aside_of
 from pruneexp.types import ConfigError, RunError
 
 
@@ -39,11 +39,10 @@ def read_arguments(
 
 
 @contextmanager
-def made_aside(out: Path) -> Iterator[Path]:
-    """A folder in which to make what is then moved to `out`; nothing is left of it. Raises RunError where it cannot be
-    written."""
-    aside = out.absolute().with_name(f".{out.absolute().name}.{process_name()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+def made_aside(out: Path, place: Path) -> Iterator[Path]:
+    """A folder in which to make what is then moved to `place`, which the user calls `out`; nothing is left of it.
+    Raises RunError where it cannot be written."""
+    aside = aside_of(place)
     try:
         yield aside
     except OSError as error:

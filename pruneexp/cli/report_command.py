@@ -104,9 +104,11 @@ def write_report(asked: Request) -> Found:
     from pruneexp.report.contents import report
 
     made = report(found, asked.folders)
-    with made_aside(asked.out) as aside:
+    place = asked.out.resolve()  # a link stays
+    with made_aside(asked.out, place) as aside:
         _write(made, found, aside)
-        replace_folder(aside, asked.out.absolute())
+        _check_out(asked, [run.folder for run in found.runs])  # it may be there by now
+        replace_folder(aside, place)
     return found
 
 

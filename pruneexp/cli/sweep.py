@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,12 +23,12 @@ from pruneexp.cli.compose import Composed, check_dataset, composed
 from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
 from pruneexp.conf_files import option_file, sweep_files, typed_keys
-from pruneexp.files import check_writable, read_object, write_atomic, write_json
+from pruneexp.files import check_writable, write_atomic
 from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
 from pruneexp.report.tables import count
 from pruneexp.tracker import reset_peak_memory, status_of
-from pruneexp.tracker.folder import timestamp
+from pruneexp.tracker.folder import is_own, mark_failed
 from pruneexp.types import ConfigError, ConfigErrors, RunError, one_line
 
 if TYPE_CHECKING:
@@ -85,10 +84,10 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     # The folders say how the jobs ended, whatever process or machine a launcher ran them on.
     ran = [path.parent for path, status in _statuses(folder).items() if before.get(path) != status]
     ours = [Path(job.config["run"]["dir"]) for job in jobs]  # where they are known: another sweep may write here, too
-    ran = [job for job in ran if (not ours or job in ours) and not (here and _by_another(job))]
+    ran = [job for job in ran if (not ours or job in ours) and (is_own(job) or not here)]
     states = {job.name: status_of(job) for job in ours or ran}
-    failed = sorted(name for name, state in states.items() if state not in ("done", "running"))
-    elsewhere = sorted(name for name, state in states.items() if state == "running")
+    elsewhere = sorted(job.name for job in ours or ran if states[job.name] == "running" and not is_own(job))
+    failed = sorted(name for name, state in states.items() if state != "done" and name not in elsewhere)
     failures = f", failed: {', '.join(failed)}" if failed else ""
     failures += f", left to the processes that run them: {', '.join(elsewhere)}" if elsewhere else ""
     print(f"sweep in {folder}: {count(len(ran), 'job')} ran{failures}")
@@ -239,7 +238,7 @@ def _run_recorded(job: Composed, number: str, label: str, shared: DenseStates | 
         if _done(job):
             print(f"job {number}: done by another process meanwhile", file=sys.stderr)
             return json.loads((folder / "metrics.json").read_text())
-        if status_of(folder) == "running":
+        if status_of(folder) == "running" and not is_own(folder):
             print(f"job {number}: left to another process: {one_line(error)}", file=sys.stderr)
             return None
         expected = isinstance(error, (ConfigError, RunError))
@@ -271,17 +270,13 @@ def _done(job: Composed) -> bool:
 
 
 def _record_failure(job: Composed, folder: Path, reason: str) -> None:
-    """Marks the folder failed where the run did not come far enough to do so itself."""
-    if status_of(folder) in ("absent", "interrupted"):
-        folder.mkdir(parents=True, exist_ok=True)
-        status = {"status": "failed", "reason": reason, "started": timestamp(), "ended": timestamp()}
-        write_atomic(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
-        write_json(folder / "status.json", status)
-
-
-def _by_another(job: Path) -> bool:
-    """Whether another process ran it: one that shares the folder."""
-    return (read_object(job / "status.json") or {}).get("pid", os.getpid()) != os.getpid()
+    """Marks the folder failed where the run did not come far enough to do so itself. One that cannot be written to
+    costs the others nothing."""
+    try:
+        if mark_failed(folder, reason):
+            write_atomic(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
+    except OSError as error:
+        print(f"pruneexp: {folder}: the failure is not recorded: {error.strerror or error}", file=sys.stderr)
 
 
 def _statuses(folder: Path) -> dict[Path, bytes]:

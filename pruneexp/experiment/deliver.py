@@ -181,17 +181,18 @@ def save_checkpoint(model: Model, plan: Plan, adapter: Adapter | None, card: Car
     check_writable(folder, f"folder={str(folder)!r}")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"folder={str(folder)!r}: is not empty; expected a new folder")
+    place = folder.resolve()  # a link to a folder stays
+    aside = place.with_name(f"{place.name}.partial")
+    if aside.exists():
+        raise ConfigError(f"folder={str(folder)!r}: is made as {aside}, which is there; expected no such folder")
 
     def complete(form: Form, aside: Path) -> None:
         write_atomic(aside / "plan.json", plan.to_json() + "\n")
         if adapter is not None:
             adapter.save(aside / ADAPTER, folder)
+        write_card(card, aside)
 
-    if folder.exists():
-        folder.rmdir()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _warn(save(model, folder, complete=complete))
-    write_card(card, folder)
+    _warn(save(model, place, complete=complete))  # an empty folder is replaced
 
 
 def written(folder: Path) -> Written:

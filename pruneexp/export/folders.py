@@ -78,11 +78,11 @@ def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single
         check_replaceable(out, RECORD, "export", overwrite)
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Raises ConfigError where the disk has no room for so many bytes."""
+def check_space(out: Path, place: Path, needed: int) -> None:
+    """Raises ConfigError where the disk of `place`, which the user calls `out`, has no room for so many bytes."""
     from pruneexp.files import existing
     from pruneexp.types import ConfigError, size_text
 
-    free = shutil.disk_usage(existing(out.absolute().parent)).free
+    free = shutil.disk_usage(existing(place.parent)).free
     if free < needed:
         raise ConfigError(f"out={str(out)!r}: the export takes {size_text(needed)}; {size_text(free)} are free there")

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.export.gguf_run import reason_of
+from pruneexp.files import scratch_folder
 from pruneexp.fingerprint import file_state
 from pruneexp.progress import waiting
 from pruneexp.types import ConfigError, RunError
@@ -170,7 +170,7 @@ class Engine:
     def _run(self, file: Path, windows_NT: Tensor, vocabulary: int, written: int, stage: str) -> Tensor:
         from safetensors.torch import load_file, save_file
 
-        with tempfile.TemporaryDirectory() as scratch, waiting(stage):
+        with scratch_folder() as scratch, waiting(stage):
             tokens, out = (str(Path(scratch, name)) for name in ("tokens", "out"))
             save_file({"tokens": windows_NT.cpu().contiguous()}, tokens)
             asked = {"file": str(file), "tokens": tokens, "out": out, "vocabulary": vocabulary, "written": written}

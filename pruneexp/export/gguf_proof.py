@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pruneexp.export.gguf_layout import GgufLayout, as_array, tensors
 from pruneexp.export.gguf_run import Answer, installed, run_file
 from pruneexp.export.gguf_vocabulary import stand_in, vocabulary
 from pruneexp.export.llama_like import context_length
+from pruneexp.files import scratch_folder
 from pruneexp.model import Model
 from pruneexp.surgery.prove import greedy_tokens, logits_of
 from pruneexp.types import RunError
@@ -77,7 +77,7 @@ def _run(layout: GgufLayout, checkpoint: Path, file: Path, package: str) -> dict
     words = vocabulary(model.tokenizer, model.vocab_size)
     tokens_BT = proof_tokens(model)[:, : context_length(model)]
     texts = TEXTS if words.tokens else ()
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         if not words.tokens and package == "xllamacpp":  # its server wants words: a copy that has some, in its place
             words, file = stand_in(model.vocab_size), Path(scratch, file.name)
             layout.write(stored_source(checkpoint).load(), words, file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_file import GgufExporter, gguf_exporter
 from pruneexp.export.gguf_layout import BLOCK
 from pruneexp.export.single_file import GGUF_FILE
+from pruneexp.files import scratch_folder
 from pruneexp.fingerprint import version_of
 from pruneexp.model import Model
 from pruneexp.types import ConfigError, Evaluator, Measured, RunError
@@ -77,7 +77,7 @@ class GgufQuantise:
     ) -> dict[str, float]:
         """`folder`: keeps the file, as model.gguf. Raises RunError."""
         exporter = self._exporter(model)
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_folder() as scratch:
             file, plain = Path(folder or scratch, GGUF_FILE), Path(scratch, "plain")
             try:
                 for note in exporter.write(model, plain):

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pruneexp.files import scratch_folder
 from pruneexp.progress import waiting
 from pruneexp.types import RunError
 
@@ -121,7 +121,7 @@ def run_file(package: str, file: Path, tokens_BT: Tensor, texts: Sequence[str], 
     """
     from safetensors.torch import load_file, save_file
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         tokens_file, out_file, texts_file = (str(Path(scratch, name)) for name in ("tokens", "out", "texts"))
         save_file({"tokens": tokens_BT.contiguous()}, tokens_file)
         Path(texts_file).write_text(json.dumps(texts))

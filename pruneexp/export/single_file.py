@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from pruneexp.files import read_object, write_json
+from pruneexp.files import read_object, written_aside
 
 GGUF_FILE = "model.gguf"  # its name in a folder
 
@@ -36,5 +37,6 @@ def check_file(out: Path, overwrite: bool) -> None:
 def place_file(written: Path, out: Path, record: dict[str, object]) -> None:
     """Puts a finished file and its record in their places."""
     own = {name: value for name, value in record.items() if name != "files"} | {"bytes": written.stat().st_size}
-    written.replace(out)
-    write_json(record_beside(out), own)
+    with written_aside(record_beside(out)) as aside:  # first, for the disk may be full
+        aside.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+        written.replace(out)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pruneexp.export.checkpoint import TOLERANCE, check_difference, proof_tokens
 from pruneexp.export.folders import exact_source
+from pruneexp.files import scratch_folder
 from pruneexp.model import Checkpoint, Model, modeling_pruned
 from pruneexp.model.weights import tied_names
 from pruneexp.surgery.prove import greedy_tokens, logits_of
@@ -122,7 +122,7 @@ print(json.dumps([config.num_attention_heads, config.head_dim, config.rope_param
 
 def check_config_class(folder: Path) -> None:
     """The config as transformers hands it to vLLM, from a process without this package. Raises RunError."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         done = subprocess.run(
             [sys.executable, "-I", "-c", READ_CONFIG, str(folder.resolve())],
             capture_output=True,

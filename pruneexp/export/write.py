@@ -73,14 +73,16 @@ def export(asked: Request) -> dict[str, Any]:
     source.check()
     outline = source.outline()
     exporter = chosen(outline, asked)
-    check_space(asked.out, exporter.bytes)
+    place = asked.out.absolute() if asked.single_file else asked.out.resolve()  # a link to a folder stays
+    check_space(asked.out, place, exporter.bytes)
     stream = wants_streaming(outline) if asked.stream is None else asked.stream
-    with made_aside(asked.out) as aside:
+    with made_aside(asked.out, place) as aside:
         record = _written(asked, checkpoint, stream, exporter, aside)
+        check_out(asked.out, asked.source, checkpoint, asked.overwrite, asked.single_file)  # it may be there by now
         if asked.single_file:
-            place_file(aside / GGUF_FILE, asked.out.absolute(), record)
+            place_file(aside / GGUF_FILE, place, record)
         else:
-            replace_folder(aside, asked.out.absolute())
+            replace_folder(aside, place)
     return record
 
 

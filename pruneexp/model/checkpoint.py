@@ -131,6 +131,12 @@ def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
+def changes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change (ns) of config.json and every weight file. Raises OSError."""
+    states = {name: file_state(folder / name) for name in ("config.json", *safetensors_files(folder))}
+    return {name: (size, modified) for name, (_, _, size, modified) in states.items()}  # inodes differ on some networks
+
+
 @lru_cache(maxsize=256)
 def _sha256(state: FileState) -> str:
     """The hash of a file; of a large one, that of its safetensors header."""

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pruneexp.files import give_usual_mode, process_name
+from pruneexp.files import aside_of, give_usual_mode
 from pruneexp.fingerprint import file_state
 from pruneexp.model.companions import TOKENIZER_CONFIG
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
@@ -86,19 +86,23 @@ def convert(file: Path, path: str, dtype: str) -> Path:
     from filelock import FileLock
 
     folder = converted_folder(file, dtype)
-    aside = folder.with_name(f".{folder.name}.{process_name()}.tmp")
+    if (folder / "config.json").is_file():  # whole, and the disk may be read-only
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not (folder / "config.json").is_file():
-                with waiting(f"dequantising {file.name}"):
-                    _write(file, path, STORED.get(dtype, dtype), aside)
-                aside.rename(folder)
+                aside = aside_of(folder)
+                try:
+                    with waiting(f"dequantising {file.name}"):
+                        _write(file, path, STORED.get(dtype, dtype), aside)
+                    aside.rename(folder)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
                 logger.info("model.path=%r: dequantised to %s", path, folder)
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not (folder / "config.json").is_file():  # else another machine, which our lock does not reach, was faster
+            raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from error
     return folder
 
 

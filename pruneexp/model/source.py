@@ -19,7 +19,7 @@ import torch
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.model import checks, companions, modeling_pruned
 from pruneexp.model.architecture import model_class_of, skeleton, stock_of
-from pruneexp.model.checkpoint import Checkpoint, fingerprints, holds_weights
+from pruneexp.model.checkpoint import Checkpoint, changes, fingerprints, holds_weights
 from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
@@ -28,7 +28,7 @@ from pruneexp.model.refusal import refused
 from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, require_least
+from pruneexp.types import ConfigError, RunError, require_least
 
 logger = logging.getLogger("pruneexp")
 
@@ -158,9 +158,10 @@ class ModelSource:
         return {**known, "gguf": json.loads((folder / RECORD).read_text())} if (folder / RECORD).is_file() else known
 
     def load(self, tokenizer: Any = None) -> Model:
-        """The model, ready to run: evaluation mode, no gradients. `tokenizer`: the one of `describe`, if at hand."""
+        """The model, ready to run: evaluation mode, no gradients. `tokenizer`: the one of `describe`, if at hand.
+        Raises RunError where somebody else writes the checkpoint meanwhile."""
         folder = self.folder()
-        config_json = self.read_config(folder)
+        config_json, found = self.read_config(folder), changes(folder)
         dtype = self._dtype(config_json)
         _quiet_transformers()
         model_class, config, family = model_class_of(folder, config_json["model_type"])
@@ -181,6 +182,8 @@ class ModelSource:
                 prefix = f"{model.layers_path}.{index}."
                 load_into_(layer, stored_tensors(layer, checkpoint, prefix), prefix, model.layer_device(index), dtype)
                 check_finite(layer, prefix)
+        if changes(folder) != found:  # parts of two models, or another than its fingerprint will be of
+            raise RunError(f"model.path={self.path!r}: changed while it was read; expected files that nobody writes")
         module.eval().requires_grad_(False)
         if len(model.devices) > 1:
             placement = [model.layer_device(i) for i in range(len(model.layers))]

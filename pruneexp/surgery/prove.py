@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pruneexp.files import scratch_folder
 from pruneexp.model import Model, ModelSource
 from pruneexp.model.half import plain_linear
 from pruneexp.model.placement import AUTO
@@ -74,7 +74,7 @@ def prove_in_process(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense
     """
     from safetensors.torch import load_file, save_file
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         tokens_file, out_file = str(Path(scratch, "tokens")), str(Path(scratch, "out"))
         save_file({"tokens": tokens_BT.contiguous()}, tokens_file)
         dtype = str(model.dtype).removeprefix("torch.")

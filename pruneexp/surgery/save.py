@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruneexp.files import save_tensors
+from pruneexp.files import BEING_WRITTEN, save_tensors
 from pruneexp.model import Checkpoint, Model
 from pruneexp.model.checkpoint import INDEX, SINGLE, safetensors_files, stored_name
 from pruneexp.model.companions import carry
@@ -236,8 +236,12 @@ class ShardWriter:
         return self.folder / f"shard-{number:05d}"
 
     def restore(self, shards: list[list[str]], pending: dict[str, Tensor]) -> None:
-        """Goes on behind shards that are written."""
+        """Goes on behind shards that are written. What was written after them leaves, whole or not."""
         self.shards = [*shards]
+        written = {self.file(i) for i in range(len(shards))}
+        later = {path for pattern in ("shard-*", *BEING_WRITTEN) for path in self.folder.glob(pattern)} - written
+        for path in later:
+            path.unlink()
         self._bytes = sum(place.size for i in range(len(shards)) for place in places(self.file(i)).values())
         self.pending = dict(pending)
         self._pending_bytes = sum(tensor.numel() * tensor.element_size() for tensor in pending.values())

@@ -6,10 +6,11 @@ import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
-from pruneexp.files import read_object
+from pruneexp.files import BEING_WRITTEN, read_object
 
 PROOF = "proof.json"  # its `files`: the list
-ALWAYS = ("adapter/adapter_*", ".*.tmp")  # what comes when the list is written, and what a killed run leaves
+# What comes when the list is written, and what a killed run leaves.
+ALWAYS = ("adapter/adapter_*", *BEING_WRITTEN, *(f"adapter/{name}" for name in BEING_WRITTEN))
 # What runs wrote there before they listed it.
 CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "plan.json")
 CHECKPOINT_FILES += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*")

@@ -15,14 +15,23 @@ from typing import Any
 
 import psutil
 
-from pruneexp.files import check_writable, create_whole, read_object, write_atomic
+from pruneexp.files import (
+    check_writable,
+    create_whole,
+    is_held,
+    process_namespace,
+    read_object,
+    write_atomic,
+    write_json,
+)
 from pruneexp.tracker.checkpoint_files import PROOF, checkpoint_files, clear_checkpoint
 from pruneexp.types import ConfigError, RunError
 
 # metrics.json first: without it, what is left of a half-cleared folder is no finished run.
 FILES = ("metrics.json", "status.json", "plan.json", PROOF, "scores.safetensors", "structure.png", "environment.json")
 CHOSEN = "compensation.json"  # what compensation chose for each site by itself
-FILES += (CHOSEN, "model.gguf", "config.yaml", "log.txt", "latency.json", "latency.png")
+LOG = "log.txt"
+FILES += (CHOSEN, "model.gguf", "config.yaml", LOG, "latency.json", "latency.png")
 NOTES = "resume"  # folder of a streamed run's notes of how far it has come, until it is done
 UNFINISHED = (NOTES, "model.partial", "streamed", "streamed.partial")  # folders of a run that has not ended
 FOLDERS = ("model", "samples", *UNFINISHED)
@@ -112,6 +121,21 @@ def claim_folder(folder: Path, overwrite: bool) -> dict[str, Any]:
     return status
 
 
+def mark_failed(folder: Path, reason: str) -> bool:
+    """Marks a run failed that did not come far enough, or could not write, to do so itself. False where it is over
+    already, or another process has it. Raises OSError."""
+    path, status = folder / "status.json", new_status()
+    before, state = _bytes(path), status_of(folder)
+    if state in ("done", "failed") or (state == "running" and not is_own(folder)):
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _take(path, before, json.dumps(status, indent=1) + "\n"):
+        return False
+    del status["host"]
+    write_json(path, {**status, "status": "failed", "reason": reason, "ended": timestamp()})
+    return True
+
+
 def _take(path: Path, before: bytes | None, status: str) -> bool:
     """Replaces `before`, the status of a run that is over; False where another process was faster. A process first
     claims the old status, by a file named after its content, and only the claimant replaces it. So a status is always
@@ -173,6 +197,7 @@ def new_status() -> dict[str, Any]:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "process": _started(os.getpid()),
+        "namespace": process_namespace(),
         **_scheduled(),
     }
 
@@ -200,7 +225,17 @@ def status_of(folder: Path) -> str:
         return "done" if finished else "absent"
     if state == "failed" or (state == "done" and finished):
         return state
-    return "running" if _alive(status) else "interrupted"
+    ending = state == "done" and is_held(folder / LOG)  # it says no more what machine it is on
+    return "running" if ending or _alive(status, folder / LOG) else "interrupted"
+
+
+def is_own(folder: Path) -> bool:
+    """Whether the run there is, or was, this process's, as far as its status says."""
+    status = _read_status(folder)
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "namespace": process_namespace()}
+    return all(status.get(key, value) == value for key, value in own.items()) and (
+        "pid" not in status or _alive(status)
+    )
 
 
 def _read_status(folder: Path) -> dict[str, Any]:
@@ -209,10 +244,15 @@ def _read_status(folder: Path) -> dict[str, Any]:
     return status if status.get("status") in ("running", "done", "failed") else {}
 
 
-def _alive(status: dict[str, Any]) -> bool:
+def _alive(status: dict[str, Any], log: Path | None = None) -> bool:
+    """Whether the process of a status lives. `log`: its log.txt, which it holds: the sign of a process of another
+    container on this machine, where its number says nothing. A process that has claimed a folder and has no log yet
+    counts as living, too."""
     if status.get("host", socket.gethostname()) != socket.gethostname():
         recorded, own = status.get("slurm"), _scheduled().get("slurm")
         return not (recorded and own and recorded[0] == own[0] and recorded[1] < own[1])
+    if status.get("namespace", process_namespace()) != process_namespace():
+        return log is None or not log.exists() or is_held(log)
     pid, recorded = status.get("pid"), status.get("process")
     started = _started(pid) if isinstance(pid, int) and pid > 0 else None
     # Numbers are used again, in containers nearly always: the start time tells one process from the next.
@@ -222,8 +262,9 @@ def _alive(status: dict[str, Any]) -> bool:
 def _started(pid: int) -> float | None:
     """Seconds from the system's start to the process's, whatever becomes of the clock; None: it has ended."""
     try:
+        booted = psutil.boot_time()  # first: older versions of psutil add what this gave when it was last called
         process = psutil.Process(pid)
         ended = process.status() == psutil.STATUS_ZOMBIE
-        return None if ended else process.create_time() - psutil.boot_time()
+        return None if ended else process.create_time() - booted
     except psutil.NoSuchProcess:
         return None

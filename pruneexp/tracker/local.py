@@ -11,13 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from pruneexp.files import write_atomic
+from pruneexp.files import hold, write_atomic
 from pruneexp.tracker.environment import environment
-from pruneexp.tracker.folder import claim_folder, timestamp
+from pruneexp.tracker.folder import LOG, claim_folder, timestamp
 from pruneexp.types import Plan, RunError, RunRecord, Scores, Site, unit_scores
 
 logger = logging.getLogger("pruneexp")
@@ -36,6 +36,7 @@ class LocalRun:
         self._status: dict[str, Any] = {}
         self._choices: Mapping[str, Any] = {}  # of each group
         self._handlers: list[logging.Handler] = []
+        self._log: IO[Any] | None = None  # held as long as the run is on
         self._level = logging.NOTSET
 
     @property
@@ -84,7 +85,7 @@ class LocalRun:
         logger.info("done")
         self._end("done", None)
         self._write_json("metrics.json", checked)
-        self._folder = None
+        self._leave()
 
     def fail(self, reason: str, trace: str = "") -> None:
         """Marks the run failed, the reason in status.json and the trace in log.txt. Does nothing where no folder was
@@ -99,7 +100,12 @@ class LocalRun:
             self._end("failed", reason)
         except RunError as error:
             print(f"pruneexp: {error}", file=sys.stderr)
+        self._leave()
+
+    def _leave(self) -> None:
         self._folder = None
+        if self._log is not None:
+            self._log.close()
 
     def _end(self, status: str, reason: str | None) -> None:
         for handler in self._handlers:
@@ -116,9 +122,11 @@ class LocalRun:
 
     def _open_log(self) -> None:
         try:
-            file = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+            file = logging.FileHandler(self.folder / LOG, encoding="utf-8")
+            self._log = open(self.folder / LOG, "rb+")
         except OSError as error:
-            raise self._unwritable("log.txt", error) from error
+            raise self._unwritable(LOG, error) from error
+        hold(self._log)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         screen = _Screen(logging.WARNING)
         screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

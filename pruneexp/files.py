@@ -16,8 +16,6 @@ from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
 from pruneexp.types import ConfigError
 
 # What a killed process may leave beside a file: our own, and what safetensors writes and renames.
@@ -199,6 +197,8 @@ def check_replaceable(out: Path, record: str, what: str, overwrite: bool) -> Non
 def aside_of(place: Path) -> Path:
     """Where this process makes a folder that is then moved to `place`. Nothing is there, nor what processes of this
     machine were making when they were killed. Raises OSError."""
+    import psutil
+
     own = place.with_name(f".{place.name}.{process_name()}.tmp")
     machine = process_name().partition("-")[2]
     for left in place.parent.glob(f".{escape(place.name)}.*-{machine}.tmp*"):

@@ -9,7 +9,7 @@ import torch
 
 from pruneexp.compensator import LeastSquares
 from pruneexp.evidence import Gram, Halves, WantedOutput
-from pruneexp.evidence.held_out import RIDGES, START, chosen_ridge
+from pruneexp.evidence.held_out import MIXTURES, RIDGES, START, chosen_ridge
 from pruneexp.types import evidence_kinds, source_of, updates_in_place
 from tests.toy_sites import layer_sites
 
@@ -65,7 +65,7 @@ def test_halves_of_a_kind_are_fed_as_that_kind() -> None:
 
 def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, variance_K) -> list[float]:
     """Of every ridge: the squared error on each half's raw tokens of what was fitted to the other's."""
-    halves = [(x[i::2].reshape(-1, C), y[i::2].reshape(-1, OUTPUTS)) for i in (0, 1)]
+    halves = [(x[i::2].reshape(-1, C), y[i::2].reshape(-1, y.shape[-1])) for i in (0, 1)]
     found = []
     for ridge in RIDGES:
         total = 0.0
@@ -100,6 +100,21 @@ def test_the_chosen_ridge_is_half_of_what_errs_least_on_tokens_held_out(target, 
         x, y, weight, lambda fit_x: fit_x[:, KEEP].var(0) if per == "channel" else mean(fit_x) * one
     )
     assert chosen_ridge(weight, bias, seen, KEEP, per) == RIDGES[errors.index(min(errors))] / 2
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("target", ["pruned", "dense"])
+def test_of_many_outputs_sums_with_random_signs_tell_the_ridge(target: str, noise: float) -> None:
+    weight, bias, x = drawn(3 * MIXTURES, C, seed=3), drawn(3 * MIXTURES, seed=4), correlated(6, 20)
+    y = x @ weight.T + bias
+    if target == "pruned":
+        seen = Halves(Gram).empty(MLP).update(x)
+    else:
+        y = y + noise * drawn(*y.shape, seed=5)
+        seen = Halves(WantedOutput).of(MLP, KEEP).update(x[..., KEEP], y)
+    errors = _errors_by_hand(x, y, weight, lambda fit_x: fit_x[:, KEEP].var(0))
+    chosen = RIDGES.index(2 * chosen_ridge(weight, bias, seen, KEEP, "channel"))
+    assert errors[chosen] <= 1.005 * min(errors) < 0.99 * max(errors)
 
 
 def test_more_tokens_are_held_back_less() -> None:

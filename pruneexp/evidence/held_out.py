@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from pruneexp.evidence.solve import RidgePer, fitted_to_
 
 RIDGES = tuple(10 ** (power / 2) for power in range(-8, 5))  # 1e-4, 3.2e-4, ..., 100
 START = RIDGES.index(10**-0.5)
+MIXTURES = 128  # random sums of outputs that stand for all of them where ridges are compared
 
 
 def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, keep_C: Tensor, per: RidgePer) -> float:
@@ -21,19 +24,24 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
 
     with G = sum x x^T, X = sum x y^T, s = sum x and y = sum y_t of the other half; the first term is the same for all.
     It is halved since the fit that follows is to twice as many tokens: what is best falls with their number. The error
-    has one minimum over the ridge in practice: the search goes downhill from 0.3, at a handful of solves. Halves of an
-    expert that saw fewer than two tokens say nothing: 0.16.
+    has one minimum over the ridge in practice: the search goes downhill from 0.3, at a handful of solves. Of more than
+    MIXTURES outputs, so many sums with random signs are fitted in their place, at a fraction of the time: what they err
+    is on average what all outputs err, and all ridges are compared by the same sums. Halves of an expert that saw fewer
+    than two tokens say nothing: 0.16.
     """
-    halves = [_wanted(half, weight_OC, bias_O, keep_C) for half in (evidence.first, evidence.second)]
-    if not len(keep_C) or min(half.inputs.n for half, _ in halves) < 2:
+    parts = (evidence.first, evidence.second)
+    if not len(keep_C) or min(half.n if isinstance(half, Gram) else half.inputs.n for half in parts) < 2:
         return RIDGES[START] / 2
-    weight_OK = weight_OC[:, keep_C.to(weight_OC.device)].double()
+    mixing_PO = _mixing(len(weight_OC)).to(weight_OC.device)
+    weight_PC, bias_P = mixing_PO @ weight_OC.double(), None if bias_O is None else mixing_PO @ bias_O.double()
+    halves = [_wanted(half, weight_PC, bias_P, keep_C, mixing_PO) for half in parts]
+    weight_PK = weight_PC[:, keep_C.to(weight_OC.device)]
     errors: dict[int, float] = {}
 
     def error(place: int) -> float:
         if place not in errors:
             ridge = RIDGES[place]
-            fits = [fitted_to_(half.copy(), weight_OK, ridge, per, mean) for half, mean in halves]
+            fits = [fitted_to_(half.copy(), weight_PK, ridge, per, mean) for half, mean in halves]
             errors[place] = sum(_error(fit, half) for fit, (half, _) in zip(fits, reversed(halves), strict=True))
         return errors[place]
 
@@ -44,21 +52,29 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
     return RIDGES[place] / 2
 
 
+def _mixing(outputs: int) -> Tensor:
+    """Signs over the root of MIXTURES [P, O], always the same; the identity of no more outputs than that."""
+    if outputs <= MIXTURES:
+        return torch.eye(outputs, dtype=torch.float64)
+    drawn = torch.randint(2, (MIXTURES, outputs), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (2 * drawn - 1) / MIXTURES**0.5
+
+
 def _wanted(
-    half: Gram | WantedOutput, weight_OC: Tensor, bias_O: Tensor | None, keep_C: Tensor
+    half: Gram | WantedOutput, weight_PC: Tensor, bias_P: Tensor | None, keep_C: Tensor, mixing_PO: Tensor
 ) -> tuple[WantedOutput, Tensor | None]:
-    """A half as evidence of the kept channels and their wanted output, which for a `Gram` is that of the whole weight;
-    and the mean variance that a ridge may be relative to, None for that of the kept channels."""
-    device = weight_OC.device
+    """A half as evidence of the kept channels and their wanted output, mixed, which for a `Gram` is that of the whole
+    weight; and the mean variance that a ridge may be relative to, None for that of the kept channels."""
+    device = weight_PC.device
     if isinstance(half, WantedOutput):
-        return half.narrowed(keep_C), None
-    weight, sum_C = weight_OC.double(), half.sum_C.to(device)
-    keep_C = keep_C.to(device)
-    bias_O = weight.new_zeros(len(weight)) if bias_O is None else bias_O.double()
+        own, mixing_PO = half.narrowed(keep_C), mixing_PO.to(half.wanted_O.device)
+        return replace(own, wanted_O=mixing_PO @ own.wanted_O, cross_KO=own.cross_KO @ mixing_PO.T), None
+    sum_C, keep_C = half.sum_C.to(device), keep_C.to(device)
+    bias_P = weight_PC.new_zeros(len(weight_PC)) if bias_P is None else bias_P
     gram_CC = half.gram_CC.to(device)
-    cross_KO = gram_CC[keep_C] @ weight.T + torch.outer(sum_C[keep_C], bias_O)
+    cross_KP = gram_CC[keep_C] @ weight_PC.T + torch.outer(sum_C[keep_C], bias_P)
     inputs = Gram(half.n, sum_C[keep_C], gram_CC[keep_C][:, keep_C])
-    wanted = WantedOutput(keep_C, inputs, weight @ sum_C + half.n * bias_O, cross_KO)
+    wanted = WantedOutput(keep_C, inputs, weight_PC @ sum_C + half.n * bias_P, cross_KP)
     variance_C = (half.gram_CC.diagonal() - half.sum_C.square() / max(1, half.n)) / max(1, half.n - 1)
     return wanted, variance_C.mean().to(device)
 

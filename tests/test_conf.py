@@ -18,7 +18,17 @@ from pruneexp.cli.build import build, located
 from pruneexp.cli.compose import SECTIONS, compose, compose_raw, composed, open_hydra
 from pruneexp.cli.sweep import as_job
 from pruneexp.cli.sweep_jobs import JobComposer, job_configs, job_overrides, whole
-from pruneexp.conf_files import YamlLoader, choices, conf_folder, first_comment, inherited, key_comments, sweep_files
+from pruneexp.conf_files import (
+    YamlLoader,
+    choices,
+    conf_folder,
+    first_comment,
+    inherited,
+    key_comments,
+    sweep_files,
+    typed_keys,
+    typed_value,
+)
 from pruneexp.types import ConfigError
 from tests.cases import each
 
@@ -109,6 +119,12 @@ def test_config_files_are_read_as_hydra_reads_them(path: Path) -> None:
     expected = OmegaConf.to_container(OmegaConf.load(path))
     found = yaml.load(path.read_text(), YamlLoader) or {}
     assert found == expected and repr(found) == repr(expected)  # 1 is no 1.0
+
+
+def test_what_was_typed_is_read_without_hydras_signs() -> None:
+    typed = ["recipe=flap", "+run.name=a=b", "++dataset.seed=1", "~tracker", "dataset.seed=2", "dataset@x=c4"]
+    assert typed_keys(typed) == {"recipe", "run.name", "dataset.seed", "tracker", "dataset@x"}
+    assert [typed_value(typed, key) for key in ("run.name", "dataset.seed", "dataset")] == ["a=b", "2", None]
 
 
 def test_the_default_config_is_the_main_job() -> None:

@@ -570,3 +570,9 @@ def test_figures_for_people() -> None:
         "20.0 MiB",
         "137 GiB",
     ]
+    assert [size_text(v, 4) for v in (7, 1536, 757.366 * 2**20, 1023.9 * 2**30)] == [
+        "7 B",
+        "1.500 KiB",
+        "757.4 MiB",
+        "1,024 GiB",
+    ]

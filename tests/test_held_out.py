@@ -9,7 +9,7 @@ import torch
 
 from pruneexp.compensator import LeastSquares
 from pruneexp.evidence import Gram, Halves, WantedOutput
-from pruneexp.evidence.held_out import MIXTURES, RIDGES, START, chosen_ridge
+from pruneexp.evidence.held_out import MIXTURES, RIDGES, START, _mixing, _wanted, chosen_ridge
 from pruneexp.types import evidence_kinds, source_of, updates_in_place
 from tests.toy_sites import layer_sites
 
@@ -102,8 +102,7 @@ def test_the_chosen_ridge_is_half_of_what_errs_least_on_tokens_held_out(target, 
     assert chosen_ridge(weight, bias, seen, KEEP, per) == RIDGES[errors.index(min(errors))] / 2
 
 
-@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0])
-@pytest.mark.parametrize("target", ["pruned", "dense"])
+@pytest.mark.parametrize(("target", "noise"), [("pruned", 0.0), ("dense", 0.1), ("dense", 1.0), ("dense", 10.0)])
 def test_of_many_outputs_sums_with_random_signs_tell_the_ridge(target: str, noise: float) -> None:
     weight, bias, x = drawn(3 * MIXTURES, C, seed=3), drawn(3 * MIXTURES, seed=4), correlated(6, 20)
     y = x @ weight.T + bias
@@ -115,6 +114,20 @@ def test_of_many_outputs_sums_with_random_signs_tell_the_ridge(target: str, nois
     errors = _errors_by_hand(x, y, weight, lambda fit_x: fit_x[:, KEEP].var(0))
     chosen = RIDGES.index(2 * chosen_ridge(weight, bias, seen, KEEP, "channel"))
     assert errors[chosen] <= 1.005 * min(errors) < 0.99 * max(errors)
+
+
+@pytest.mark.parametrize("outputs", [OUTPUTS, 3 * MIXTURES])
+def test_inputs_and_a_weight_are_evidence_of_what_it_gives(outputs: int) -> None:
+    weight, bias, mixing = drawn(outputs, C, seed=3), drawn(outputs, seed=4), _mixing(outputs)
+    x = correlated(4, 8) + 3
+    seen = WantedOutput.of(MLP, KEEP).update(x[..., KEEP], x @ weight.T + bias)
+    expected, _ = _wanted(seen, mixing @ weight, mixing @ bias, KEEP, mixing)
+    found, _ = _wanted(Gram.empty(MLP).update(x), mixing @ weight, mixing @ bias, KEEP, mixing)
+    torch.testing.assert_close(expected.cross_KO, seen.cross_KO @ mixing.T)
+    for name in ("wanted_O", "cross_KO"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    torch.testing.assert_close(found.inputs.gram_CC, seen.inputs.gram_CC)
+    torch.testing.assert_close(found.inputs.sum_C, seen.inputs.sum_C)
 
 
 def test_more_tokens_are_held_back_less() -> None:
@@ -149,6 +162,8 @@ def test_an_expert_that_saw_next_to_nothing_is_held_back_as_usual(tokens: int) -
     site = replace(MLP, expert=0)
     seen = Halves(Gram).empty(site).update(torch.zeros(1, tokens, C, dtype=torch.float64))
     assert chosen_ridge(drawn(OUTPUTS, C), None, seen, KEEP, "site") == RIDGES[START] / 2
+    wanted = Halves(WantedOutput).of(site, KEEP)
+    assert chosen_ridge(drawn(3 * MIXTURES, C), None, wanted, KEEP, "site") == RIDGES[START] / 2
     none = torch.zeros(0, dtype=torch.long)
     assert (
         chosen_ridge(drawn(OUTPUTS, C), None, Halves(Gram).empty(MLP).update(correlated(4, 8)), none, "site")

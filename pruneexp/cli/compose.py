@@ -193,7 +193,8 @@ def _as_typed(config: DictConfig, overrides: Sequence[str]) -> None:
     """Sets back what was typed where text is asked for and Hydra has made a whole number of it: 1_000, +5."""
     for text in overrides:
         key, value = override_parts(text)
-        if text[:1] != "~" and re.fullmatch(r"[+-]?\d+(_\d+)+|\+\d+", value) and _is_text(config, key):
+        deleted = text.startswith("~")
+        if not deleted and re.fullmatch(r"[+-]?\d+(_\d+)+|\+\d+", value) and _is_text(config, key):
             OmegaConf.update(config, key, value)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from pruneexp.evidence import Gram, Halved, Halves, WantedOutput
-from pruneexp.evidence.held_out import MIXTURES, chosen_ridge
+from pruneexp.evidence.held_out import choosing_bytes, chosen_ridge
 from pruneexp.evidence.solve import RidgePer, check_ridge, fitted_to_, refitted_
 from pruneexp.types import ConfigError, Site
 
@@ -67,10 +67,10 @@ class LeastSquares:
         return replace(self, target="dense" if sums and self.sequential else "pruned")
 
     def working_bytes(self, site: Site, outputs: int) -> int:
-        """What the channels that leave gave, 8 C O bytes; a `WantedOutput` has room for it. ridge=auto: one fit beside
-        the evidence, 8 C^2 bytes and 8 C for each of MIXTURES outputs, or of all."""
+        """What the channels that leave gave, 8 C O bytes; a `WantedOutput` has room for it. ridge=auto: what
+        choosing takes, too."""
         room = 8 * site.channels * outputs if self.target == "pruned" else 0
-        return room + (8 * site.channels * (site.channels + min(outputs, MIXTURES)) if self.ridge == "auto" else 0)
+        return room + (choosing_bytes(site.channels, outputs) if self.ridge == "auto" else 0)
 
     def __call__(
         self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Gram | WantedOutput | Halved, keep_C: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pruneexp.criterion.spill import spilled
 from pruneexp.evidence import Gram, Halved, Halves
-from pruneexp.evidence.held_out import MIXTURES, chosen_ridge
+from pruneexp.evidence.held_out import choosing_bytes, chosen_ridge
 from pruneexp.evidence.solve import RidgePer, check_ridge, cholesky_, held_back
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Sequential, Site, SiteWeights, require_least
 
@@ -70,7 +70,7 @@ class Obs:
 
     def working_bytes(self, site: Site, outputs: int) -> int:
         """The covariance, its factor and what that is made of; ridge=auto: a half's and a fit as well."""
-        chosen = 8 * site.channels * (site.channels + min(outputs, MIXTURES)) if self.ridge == "auto" else 0
+        chosen = choosing_bytes(site.channels, outputs) if self.ridge == "auto" else 0
         return 24 * site.channels**2 + chosen
 
     def kept_bytes(self, sites: Sequence[Site], outputs: int, itemsize: int, refits: float) -> tuple[int, int]:

@@ -52,6 +52,11 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
     return RIDGES[place] / 2
 
 
+def choosing_bytes(channels: int, outputs: int) -> int:
+    """What `chosen_ridge` holds beside the evidence: one fit, 8 C^2 bytes and 8 C for each output that is fitted."""
+    return 8 * channels * (channels + min(outputs, MIXTURES))
+
+
 def _mixing(outputs: int) -> Tensor:
     """Signs over the root of MIXTURES [P, O], always the same; the identity of no more outputs than that."""
     if outputs <= MIXTURES:

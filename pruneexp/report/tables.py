@@ -57,7 +57,7 @@ def number(value: float | None, unit: str = "") -> Cell:
     if value is None:
         return Cell("")
     if unit == "bytes":
-        return Cell(size_text(value), value)
+        return Cell(size_text(value, 4), value)
     if unit == "share":
         return Cell(f"{100 * value:.2f} %", value)
     if unit == "accuracy":

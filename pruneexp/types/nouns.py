@@ -36,12 +36,12 @@ def one_line(said: object) -> str:
     return " ".join(str(said).split()) or type(said).__name__
 
 
-def size_text(size: float) -> str:
-    """So many bytes, in three digits: "13.5 GiB"."""
+def size_text(size: float, digits: int = 3) -> str:
+    """So many bytes, in so many digits: "13.5 GiB"."""
     units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
     unit, name = next((each for each in units if size >= each[0]), (1, "B"))
-    digits = 0 if unit == 1 or size >= 100 * unit else 1 if size >= 10 * unit else 2
-    return f"{size / unit:,.{digits}f} {name}"
+    decimals = 0 if unit == 1 else max(0, digits - len(str(int(size / unit))))
+    return f"{size / unit:,.{decimals}f} {name}"
 
 
 def require_least(part: Any, least: int, *names: str, besides: str = "") -> None:

@@ -36,10 +36,10 @@ import torch
 from torch import Tensor
 
 from pruneexp.cli.build import build
-from pruneexp.cli.compose import compose
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
+from tests.composing import composer
 from tests.conftest import FAMILIES
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ WINDOWS = 16  # of calibration and of evaluation, 128 tokens each
 @cache
 def texts(family: str) -> tuple[Tensor, Tensor]:
     """Calibration and evaluation windows."""
-    experiment = build(compose([*MODELS[family], f"dataset.samples={WINDOWS}"]))
+    experiment = build(composer().job([*MODELS[family], f"dataset.samples={WINDOWS}"]))
     tokenizer = experiment.model.describe().tokenizer
     return experiment.dataset.calibration(tokenizer), experiment.dataset.evaluation(tokenizer, 128)[:WINDOWS]
 
@@ -84,7 +84,7 @@ def texts(family: str) -> tuple[Tensor, Tensor]:
 def pruned(family: str, criterion: str, *typed: str) -> tuple[float, float]:
     """Perplexity, and the share of the decoder's parameters that left."""
     parts = [*MODELS[family], f"criterion={criterion}", "compensator=none", "sparsity.ratio=0.3"]
-    experiment = build(compose([*parts, *QUICK.get(criterion, ()), *typed]))
+    experiment = build(composer().job([*parts, *QUICK.get(criterion, ()), *typed]))
     model: Model = experiment.model.load()
     calibration_NT, evaluation_NT = texts(family)
     before = model.decoder_params

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from omegaconf import OmegaConf
 
 from pruneexp.cli.build import build, located
 from pruneexp.cli.compose import SECTIONS, compose, compose_raw, composed, open_hydra
-from pruneexp.cli.sweep import as_job
-from pruneexp.cli.sweep_jobs import JobComposer, job_configs, job_overrides, whole
+from pruneexp.cli.sweep_jobs import JobComposer, job_configs, job_overrides
 from pruneexp.conf_files import (
     YamlLoader,
     choices,
@@ -31,6 +29,7 @@ from pruneexp.conf_files import (
 )
 from pruneexp.types import ConfigError
 from tests.cases import each
+from tests.composing import composer
 
 GROUPS = [path.name for path in sorted(conf_folder().iterdir()) if path.is_dir()]
 FILES = [*sorted(conf_folder().rglob("*.yaml")), *sweep_files().values()]
@@ -73,13 +72,6 @@ def overrides(group: str, option: str) -> list[str]:
     choice = f"{group}=[{option}]" if group == "evaluator" else f"{group}={option}"
     partner = [PARTNERS[option]] if option in PARTNERS else []
     return [choice, *partner, *mandatory(group, option)]
-
-
-@cache
-def composer() -> JobComposer:
-    """Composes what one command line after the other asks for in a third of the time that `compose` needs."""
-    hydra = open_hydra()
-    return JobComposer(hydra, whole(hydra, ["hydra.mode=MULTIRUN"])[1])
 
 
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -161,20 +153,6 @@ def test_what_is_typed_wins_over_a_recipe_in_any_order(recipe: str, choice: str)
     assert first.job["choices"].items() >= {**selected, group: option}.items()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sweep_files())
-def test_every_sweep_composes_and_builds_its_jobs(name: str, tmp_path: Path) -> None:
-    hydra = open_hydra()
-    config = compose_raw(hydra, [f"+sweep={name}"], RunMode.MULTIRUN)
-    assert config.hydra.mode == RunMode.MULTIRUN, "a sweep sets hydra.mode: MULTIRUN"
-    jobs = [as_job(job, tmp_path) for job in job_configs(hydra, config)]
-    assert len(jobs) > 1
-    for job in jobs:
-        build(job)
-        assert job.job["sweep"] == name
-    assert len({job.config["run"]["dir"] for job in jobs}) == len(jobs), "two jobs are the same run"
-
-
 @each("name", sweep_files())
 def test_every_sweep_says_how_to_run_it(name: str) -> None:
     assert f"+sweep={name}" in first_comment(sweep_files()[name])
@@ -218,11 +196,11 @@ def test_jobs_are_composed_as_hydra_composes_them(typed: list[str]) -> None:
 def test_a_job_with_a_mistake_is_told_as_a_single_run_would_be() -> None:
     hydra = open_hydra()
     config = compose_raw(hydra, ["hydra.mode=MULTIRUN", "seed=0,1"], RunMode.MULTIRUN)
-    composer = JobComposer(hydra, config)
-    composer.job(["seed=0", "sparsity.ratio=0.2"])
+    jobs = JobComposer(hydra, config)
+    jobs.job(["seed=0", "sparsity.ratio=0.2"])
     for mistake in ("sparsity.ration=0.2", "sparsity=one_shit", "dataset.=1"):
         with pytest.raises(ConfigError) as alone:
             compose(["seed=0", mistake])
         with pytest.raises(ConfigError) as as_job:
-            composer.job(["seed=0", mistake])
+            jobs.job(["seed=0", mistake])
         assert str(as_job.value) == str(alone.value)

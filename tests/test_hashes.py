@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
 
 from pruneexp import fingerprint
 from pruneexp.cli.build import build
-from pruneexp.cli.compose import Composed, open_hydra
-from pruneexp.cli.sweep_jobs import JobComposer, job_configs, whole
+from pruneexp.cli.compose import Composed, compose_raw, open_hydra
+from pruneexp.cli.sweep import as_job
+from pruneexp.cli.sweep_jobs import job_configs
 from pruneexp.conf_files import conf_folder, sweep_files
 from pruneexp.fingerprint import config_hash, without_new_keys
 from tests.cases import each
+from tests.composing import composer
 
 FROZEN = Path(__file__).parent / "data" / "job_hashes.json"
 GROUPS = ("augmentation", "compensator", "criterion", "dataset", "evaluator", "model", "recipe", "recovery", "search")
@@ -41,21 +43,20 @@ def single_runs() -> list[str]:
     return [*lines, f"{OWN} {OWN_TEXT}", f"{OWN} {ALL_EVALUATORS}"]
 
 
-@cache
-def composer() -> JobComposer:
-    hydra = open_hydra()
-    return JobComposer(hydra, whole(hydra, ["hydra.mode=MULTIRUN"])[1])
-
-
 def run_hash(line: str) -> str:
     return config_hash(composer().job(line.split()).config)
 
 
-def sweep_hashes(name: str) -> list[str]:
-    """Of the sweep's jobs, in order."""
+def sweep_jobs(name: str) -> list[Composed]:
+    """The sweep's jobs, in order."""
     hydra = open_hydra()
-    _, config = whole(hydra, [f"+sweep={name}", "hydra.mode=MULTIRUN"])
-    return [config_hash(job.config) for job in job_configs(hydra, config)]
+    config = compose_raw(hydra, [f"+sweep={name}"], RunMode.MULTIRUN)
+    assert config.hydra.mode == RunMode.MULTIRUN, "a sweep sets hydra.mode: MULTIRUN"
+    return list(job_configs(hydra, config))
+
+
+def sweep_hashes(name: str) -> list[str]:
+    return [config_hash(job.config) for job in sweep_jobs(name)]
 
 
 def frozen(kind: str) -> dict:
@@ -69,9 +70,16 @@ def test_the_hash_of_a_choice_stays(line: str) -> None:
 
 
 @pytest.mark.slow
-@each("name", sorted(frozen("sweeps")))
-def test_the_hashes_of_a_sweep_stay(name: str) -> None:
-    assert sweep_hashes(name) == frozen("sweeps")[name]
+@pytest.mark.parametrize("name", sorted(frozen("sweeps")))
+def test_every_sweep_builds_its_jobs_and_their_hashes_stay(name: str, tmp_path: Path) -> None:
+    composed = sweep_jobs(name)
+    assert [config_hash(job.config) for job in composed] == frozen("sweeps")[name]
+    jobs = [as_job(job, tmp_path) for job in composed]
+    assert len(jobs) > 1
+    for job in jobs:
+        build(job)
+        assert job.job["sweep"] == name
+    assert len({job.config["run"]["dir"] for job in jobs}) == len(jobs), "two jobs are the same run"
 
 
 def test_every_sweep_is_frozen() -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from pruneexp.calibrate import Meter, Probe
 from pruneexp.cli.build import build, with_starts
 from pruneexp.cli.compatible import check_together
-from pruneexp.cli.compose import compose
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
 from pruneexp.conf_files import choices, conf_folder, inherited
 from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
@@ -44,6 +43,7 @@ from pruneexp.types import (
     unit_scores,
 )
 from tests.cases import UNTIMED, pairwise
+from tests.composing import composer
 from tests.conftest import FAMILIES
 
 FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
@@ -411,13 +411,15 @@ def mandatory(group: str, option: str) -> list[str]:
 PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random", "sublayers": "criterion=random"}
 PARTNERS |= {"serve_safe": "search.multiple=8"}  # its FFNs are 40 channels wide
 PARTNERS |= {name: "search=blocks" for name in ("block_influence", "block_influence_angular", "loss_drop")}
+QUICK = {"mini_llm": "criterion.directions=4", "policy_gradient": "search.steps=8"}
 
 
 @cache
 def built(group: str, option: str) -> Experiment:
     typed = ["model=hf", "model.path=x", "dataset=tokens", "sparsity.ratio=0.3", "evaluator=[size]"]
     partner = [PARTNERS[option]] if option in PARTNERS else []  # alone it would be refused, which is not asked here
-    return build(compose([*typed, f"{group}={option}", *partner, *mandatory(group, option)]))
+    quick = [QUICK[option]] if option in QUICK else []
+    return build(composer().job([*typed, f"{group}={option}", *partner, *quick, *mandatory(group, option)]))
 
 
 GROUPS = ("criterion", "search", "compensator")

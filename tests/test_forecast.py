@@ -500,6 +500,18 @@ def test_a_disk_too_small_for_the_checkpoint(stream: str, cli: Cli, monkeypatch:
     assert ("run.save=false" in err) == (stream == "false")
 
 
+def test_a_dry_run_tells_of_a_disk_too_small(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    for save, told in (("true", True), ("false", False)):
+        caplog.clear()
+        code, out, _ = cli("run.dir=run", "run.dry=true", f"run.save={save}")
+        assert code == 0 and "to remove" in out
+        said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("run.dir='run'")]
+        assert ["0 B are free" in line for line in said] == [True] * told
+
+
 @pytest.mark.slow
 def test_a_disk_large_enough(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """227,904 parameters, of which a fifth of the decoder's leaves: 4 bytes each."""

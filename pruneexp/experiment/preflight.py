@@ -80,8 +80,8 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
     else:
         budget = check_pruning(outline, experiment.search, experiment.sparsity, experiment.compensator)
     experiment.quantise.prepare(outline)
-    if not experiment.run.dry:
-        check_disk(experiment, outline, budget)
+    if not experiment.run.dry and (refused := without_room(experiment, outline, budget)):
+        raise ConfigError(refused)
     tokenizer, tokens_NT = read_inputs(experiment)
     expected = forecast_of(experiment, outline, budget, tokenizer, tokens_NT, shared)
     return Inputs(experiment, outline, budget, tokenizer, tokens_NT, expected, table)
@@ -95,22 +95,23 @@ def settled(experiment: Experiment, model: Model) -> Experiment:
     return replace(experiment, compensator=settle(model.family.adds_up and not model.mixture))
 
 
-def check_disk(experiment: Experiment, model: Model, budget: Budget) -> None:
-    """Raises ConfigError where the disk has no room for the pruned checkpoint (a streamed model is always written)."""
+def without_room(experiment: Experiment, model: Model, budget: Budget) -> str | None:
+    """What to say where the disk has no room for the pruned checkpoint (a streamed model is always written)."""
     settings = experiment.run
     if not settings.save and not experiment.model.stream:
-        return
+        return None
     params, _ = params_left(model, experiment.method, budget)
     folder = Path(settings.dir or "outputs")
     needed, free = params * model.dtype.itemsize, shutil.disk_usage(existing(folder)).free
     if settings.overwrite:  # an older checkpoint makes room
         free += sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
-    if free < needed:
-        without = "" if experiment.model.stream else ", or run.save=false"
-        raise ConfigError(
-            f"run.dir={settings.dir!r}: the pruned checkpoint takes about {size_text(needed)}, {size_text(free)} are "
-            f"free on the disk of {existing(folder).resolve()}; expected a folder on another disk{without}"
-        )
+    if free >= needed:
+        return None
+    without = "" if experiment.model.stream else ", or run.save=false"
+    return (
+        f"run.dir={settings.dir!r}: the pruned checkpoint takes about {size_text(needed)}, {size_text(free)} are "
+        f"free on the disk of {existing(folder).resolve()}; expected a folder on another disk{without}"
+    )
 
 
 def check_room(experiment: Experiment) -> None:
@@ -279,6 +280,8 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     """Prints the model's structure, what would leave it and what that would take, from its config alone; as metrics."""
     model, budget, tokens_NT, expected = inputs.outline, inputs.budget, inputs.tokens_NT, inputs.expected
     warn_of_few_tokens(experiment, model, tokens_NT)
+    if refused := without_room(experiment, model, budget):  # perhaps not where the run will be
+        logger.warning("%s", refused)
     sites, total, decoder = model.sites(), model.params, model.decoder_params
     kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
     units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())

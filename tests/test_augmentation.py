@@ -31,12 +31,15 @@ QUICK = ["model=hf", f"model.path={PARITY}", *DATA, "evaluator=[size]", "run.sav
 def chain(shares_VV: Tensor) -> Any:
     """A model whose next token depends on the last one alone."""
 
-    def module_of(tokens_BT: Tensor, past_key_values: Any, use_cache: bool) -> Any:
-        assert use_cache and tokens_BT.shape[1] == 1
-        return SimpleNamespace(logits=shares_VV.log()[tokens_BT], past_key_values=past_key_values)
+    class OfOne:
+        def forward(self, tokens_BT: Tensor, past_key_values: Any, use_cache: bool) -> Any:
+            assert use_cache and tokens_BT.shape[1] == 1
+            return SimpleNamespace(logits=shares_VV.log()[tokens_BT], past_key_values=past_key_values)
+
+        __call__ = forward
 
     sizes = {"kv_elements": 1, "vocab_size": len(shares_VV), "dtype": torch.float32}
-    return SimpleNamespace(module=module_of, device=torch.device("cpu"), **sizes)
+    return SimpleNamespace(module=OfOne(), device=torch.device("cpu"), **sizes)
 
 
 def written(model: Any, given_NT: Tensor, augmentation: SelfGenerated = WRITES, seed: int = 0) -> Tensor:

@@ -22,8 +22,8 @@ from pruneexp.dataset import (
     windows_of,
 )
 from pruneexp.dataset.files import existing_file, stem_of, text_of
-from pruneexp.evaluator.latency import last_logits_only
 from pruneexp.evaluator.once import once_per_tokenizer
+from pruneexp.model.forward import cache_name, last_logits_only
 from pruneexp.progress import progress
 from pruneexp.types import ConfigError, Measured, require_least
 
@@ -172,10 +172,11 @@ class Generation:
 @torch.inference_mode()
 def continued(module: Any, prompt_BT: Tensor, choose: Callable[[Tensor, int], Tensor], steps: int) -> Tensor:
     """`steps` tokens after each prompt, on the KV cache: int64 [B, S] on the CPU."""
+    cache = cache_name(module)
     out = module(prompt_BT, use_cache=True, **last_logits_only(module))
     tokens = [choose(out.logits[:, -1], 0)]
     for step in range(1, steps):
-        out = module(tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+        out = module(tokens[-1][:, None], use_cache=True, **{cache: getattr(out, cache)})
         tokens.append(choose(out.logits[:, -1], step))
     return torch.stack(tokens, dim=1).cpu()
 

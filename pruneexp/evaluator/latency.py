@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset import bos_token
+from pruneexp.model.forward import cache_name, last_logits_only
 from pruneexp.model.half import plain_linear
 from pruneexp.types import ConfigError, require_least
 
@@ -64,22 +64,16 @@ class Latency:
 
     def _round(self, model: Any, prompt_BT: Tensor) -> tuple[float, float]:
         """Seconds of one prefill and of the decoding after it."""
-        module, last = model.module, last_logits_only(model.module)
+        module, last, cache = model.module, last_logits_only(model.module), cache_name(model.module)
         with torch.inference_mode(), plain_linear():
             start = _now(model.device)
             out = module(prompt_BT, use_cache=True, **last)
             token_B1 = out.logits[:, -1:].argmax(-1)
             middle = _now(model.device)
             for _ in range(self.new_tokens):
-                out = module(token_B1, past_key_values=out.past_key_values, use_cache=True)
+                out = module(token_B1, use_cache=True, **{cache: getattr(out, cache)})
                 token_B1 = out.logits[:, -1:].argmax(-1)
             return middle - start, _now(model.device) - middle
-
-
-def last_logits_only(module: Any) -> dict[str, int]:
-    """The argument that asks a model for the last position's logits, where it takes one: writing needs no others, and a
-    large vocabulary would dominate the time."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
 
 def _summary(name: str, rates: Tensor) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Call, Model, layer_structure
+from pruneexp.model.forward import cache_name
 from pruneexp.model.half import plain_linear
 from pruneexp.model.modeling_pruned import RemovedAttention, resize_layer_
 from pruneexp.model.weights import set_tensor_
@@ -85,7 +86,8 @@ class Workload:
     @torch.inference_mode()
     def _entered(self, tokens: int, cache: Any) -> Pass:
         tokens_BT = torch.zeros((self.batch, tokens), dtype=torch.int64)
-        hidden, calls = self.model.enter(tokens_BT, past_key_values=cache, use_cache=True)
+        name = cache_name(self.model.module.base_model)
+        hidden, calls = self.model.enter(tokens_BT, use_cache=True, **{name: cache})
         return Pass(torch.randn_like(hidden), calls, cache)
 
     def _behind(self, layer: nn.Module, index: int, cache: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pruneexp.model.architecture import stock_of
 from pruneexp.model.checkpoint import Checkpoint
+from pruneexp.model.forward import forward_replaced
 from pruneexp.model.losses import mean_next_token_loss, next_token_losses
 from pruneexp.model.modeling_pruned import Family, LayerStructure, experts_of, family_of, head_layout
 from pruneexp.model.sites import (
@@ -286,15 +287,3 @@ class Model:
     def as_output(self, hidden: Tensor) -> Any:
         """What a decoder layer returns that computed these hidden states."""
         return (hidden, None) if self.family.returns_tuple else hidden
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `module` computes another function."""
-    own = {key: value for key, value in module.__dict__.items() if key == "forward"}  # put there by somebody else
-    module.forward = forward
-    try:
-        yield
-    finally:
-        module.__dict__.pop("forward", None)
-        module.__dict__.update(own)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneexp.model import Model
-from pruneexp.model.loaded import forward_replaced
+from pruneexp.model.forward import forward_replaced
 from pruneexp.model.modeling_pruned import router_of
 from pruneexp.model.sites import experts_name, site_parts, unit_rows
 from pruneexp.types import Plan, Site

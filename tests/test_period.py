@@ -83,6 +83,7 @@ def test_a_run_says_so_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
             "evaluator=[size]",
             f"run.dir={tmp_path / 'run'}",
             "run.prove=off",
+            "cache=off",
         ]
         assert __main__.main(arguments) == 0
     config = ModelSource("own", str(tmp_path / "run/model"), None, "float64", "cpu", False, False, 4).outline().config

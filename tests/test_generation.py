@@ -62,6 +62,34 @@ def test_greedy_is_what_transformers_generates(family, tiny):
     assert torch.equal(ours, theirs[:, 7:])
 
 
+class Counting:
+    """A model whose KV cache is the number of tokens so far, which it predicts."""
+
+    def _output(self, ids: torch.Tensor, seen: Any, name: str) -> Any:
+        seen = (seen or 0) + ids.shape[1]
+        return SimpleNamespace(logits=torch.eye(9)[seen].expand(len(ids), 1, 9), **{name: seen})
+
+
+class Before(Counting):
+    def forward(self, ids: Any, use_cache: bool, past_key_values: Any = None) -> Any:
+        return self._output(ids, past_key_values, "past_key_values")
+
+    __call__ = forward
+
+
+class Since(Counting):
+    def forward(self, ids: Any, use_cache: bool, cache: Any = None) -> Any:
+        return self._output(ids, cache, "cache")
+
+    __call__ = forward
+
+
+@pytest.mark.parametrize("version", [Before, Since])
+def test_the_kv_cache_goes_by_the_name_that_the_model_has_for_it(version: Any) -> None:
+    found = continued(version(), torch.zeros(2, 3, dtype=torch.int64), lambda logits_BV, _: logits_BV.argmax(-1), 4)
+    assert found.tolist() == [[3, 4, 5, 6]] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_batches_do_not_matter(llama, temperature, tmp_path):

@@ -21,7 +21,6 @@ from pruneexp.conf_files import (
     choices,
     conf_folder,
     first_comment,
-    inherited,
     key_comments,
     sweep_files,
     typed_keys,
@@ -29,7 +28,7 @@ from pruneexp.conf_files import (
 )
 from pruneexp.types import ConfigError
 from tests.cases import each
-from tests.composing import composer
+from tests.composing import PARTNERS, composer, mandatory
 
 GROUPS = [path.name for path in sorted(conf_folder().iterdir()) if path.is_dir()]
 FILES = [*sorted(conf_folder().rglob("*.yaml")), *sweep_files().values()]
@@ -54,24 +53,10 @@ RECIPES = {
 }
 
 
-def mandatory(group: str, option: str) -> list[str]:
-    """Overrides that give every missing value of a choice something of a likely type."""
-    prefix = f"{group}.{option}" if group == "evaluator" else group
-    keys: dict[str, Any] = {}
-    for path in inherited(conf_folder() / group / f"{option}.yaml"):
-        keys = {**(yaml.safe_load(path.read_text()) or {}), **keys}
-    return [f"{prefix}.{key}=1" for key, value in keys.items() if value == "???"]
-
-
-# Options that only make sense with a partner: whole blocks.
-PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random"}
-PARTNERS |= {name: "search=blocks" for name in ("block_influence", "block_influence_angular", "loss_drop")}
-
-
 def overrides(group: str, option: str) -> list[str]:
     choice = f"{group}=[{option}]" if group == "evaluator" else f"{group}={option}"
     partner = [PARTNERS[option]] if option in PARTNERS else []
-    return [choice, *partner, *mandatory(group, option)]
+    return [choice, *partner, *mandatory(group, option, 1)]
 
 
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -30,6 +30,7 @@ from pruneexp.fingerprint import config_hash
 from pruneexp.tracker import structure
 from pruneexp.types import Plan
 from tests.cases import each
+from tests.composing import composer
 from tests.conftest import FAMILIES, PARITY
 from tests.messages import assert_told
 
@@ -516,25 +517,32 @@ def test_a_sweep_with_a_job_that_fails(cli: Cli) -> None:
 
 
 RECIPES = choices(conf_folder() / "recipe")
-SWAPS = [("criterion=magnitude", "compensator=none"), ("search=uniform", "sparsity=flap_official")]
+SWAPS = ["criterion=magnitude", "search=uniform", "compensator=none", "sparsity=flap_official"]
 
 
 @cache
 def composed_once(choice: str) -> Composed:
-    return compose([choice])
+    return composer().job([choice])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@each("swaps", SWAPS)
-def test_choices_swap_cleanly_into_a_recipe_in_any_order(recipe: str, swaps: tuple[str, str]) -> None:
-    first, second = compose([f"recipe={recipe}", *swaps]), compose([*swaps, f"recipe={recipe}"])
+@each("swap", SWAPS)
+def test_a_choice_swaps_cleanly_into_a_recipe_in_any_order(recipe: str, swap: str) -> None:
+    group, _, option = swap.partition("=")
+    first, second = composer().job([f"recipe={recipe}", swap]), composer().job([swap, f"recipe={recipe}"])
     assert first.config == second.config
+    assert first.job["choices"][group] == option
+    assert first.config[group] == composed_once(swap).config[group], "nothing of the recipe's own choice is left in it"
     plain = composed_once(f"recipe={recipe}")
-    expected = {swap.partition("=")[0]: composed_once(swap) for swap in swaps}
-    for group in ("criterion", "search", "compensator", "sparsity", "model", "dataset", "evaluator"):
-        of = expected.get(group, plain)  # nothing of the recipe's own choice is left in a swapped one
-        assert first.config[group] == of.config[group]
-        assert first.job["choices"].get(group) == of.job["choices"].get(group)
+    for other in ("criterion", "search", "compensator", "sparsity", "model", "dataset", "evaluator"):
+        if other != group:
+            assert first.config[other] == plain.config[other]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_choices_swap_into_a_recipe_as_a_run_composes_them(recipe: str) -> None:
+    for typed in ([f"recipe={recipe}", *SWAPS], [*SWAPS, f"recipe={recipe}"]):
+        assert compose(typed).config == composer().job(typed).config
 
 
 def test_a_swapped_recipe_runs(cli: Cli) -> None:

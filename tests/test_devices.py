@@ -231,7 +231,7 @@ RUNS = (
     ("bloom", "recipe=mini_llm"),
     ("opt", "recipe=mini_llm criterion.perturb=gates"),
     ("llama", "recipe=llm_bip"),
-    ("llama", "recipe=policy_gradient search.steps=40"),
+    ("llama", "recipe=policy_gradient search.passes=20"),
     ("opt", "recipe=ifso"),
     ("llama", "criterion=ifso criterion.hessian=exact"),
     ("bloom", "recipe=shortgpt"),

@@ -55,8 +55,8 @@ def sweep_jobs(name: str) -> list[Composed]:
     return list(job_configs(hydra, config))
 
 
-def sweep_hashes(name: str) -> list[str]:
-    return [config_hash(job.config) for job in sweep_jobs(name)]
+def hashes(jobs: list[Composed]) -> list[str]:
+    return [config_hash(job.config) for job in jobs]
 
 
 def frozen(kind: str) -> dict:
@@ -73,7 +73,7 @@ def test_the_hash_of_a_choice_stays(line: str) -> None:
 @pytest.mark.parametrize("name", sorted(frozen("sweeps")))
 def test_every_sweep_builds_its_jobs_and_their_hashes_stay(name: str, tmp_path: Path) -> None:
     composed = sweep_jobs(name)
-    assert [config_hash(job.config) for job in composed] == frozen("sweeps")[name]
+    assert hashes(composed) == frozen("sweeps")[name]
     jobs = [as_job(job, tmp_path) for job in composed]
     assert len(jobs) > 1
     for job in jobs:
@@ -106,7 +106,7 @@ def test_a_config_of_before_there_were_new_keys_still_builds() -> None:
 if __name__ == "__main__":  # adds what is new; what is there already stays
     found = json.loads(FROZEN.read_text()) if FROZEN.exists() else {"runs": {}, "sweeps": {}}
     runs = {line: run_hash(line) for line in single_runs() if line not in found["runs"]}
-    sweeps = {name: sweep_hashes(name) for name in sorted(sweep_files()) if name not in found["sweeps"]}
+    sweeps = {name: hashes(sweep_jobs(name)) for name in sorted(sweep_files()) if name not in found["sweeps"]}
     found = {"runs": found["runs"] | runs, "sweeps": found["sweeps"] | sweeps}
     FROZEN.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{len(runs)} runs and {len(sweeps)} sweeps added to {FROZEN}", file=sys.stderr)

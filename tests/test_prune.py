@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from pruneexp.calibrate import Meter, Probe
 from pruneexp.cli.build import build, with_starts
 from pruneexp.cli.compatible import check_together
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
-from pruneexp.conf_files import choices, conf_folder, inherited
+from pruneexp.conf_files import choices, conf_folder
 from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
 from pruneexp.evidence import Moments
 from pruneexp.experiment.settings import Experiment
@@ -43,7 +42,7 @@ from pruneexp.types import (
     unit_scores,
 )
 from tests.cases import UNTIMED, pairwise
-from tests.composing import composer
+from tests.composing import PARTNERS, composer, mandatory
 from tests.conftest import FAMILIES
 
 FLAP, WANDA, OFFICIAL = Flap("WIFV", False), WandaSp("sum", True), FlapOfficial("WIFV", False)
@@ -400,26 +399,17 @@ def test_al_am_empties_a_sublayer_where_the_ratio_asks_for_it(
 # Every combination
 
 
-def mandatory(group: str, option: str) -> list[str]:
-    """Values for what a choice leaves open: 3, one for each of the tiny model's layers."""
-    keys: dict[str, Any] = {}
-    for path in inherited(conf_folder() / group / f"{option}.yaml"):
-        keys = {**(yaml.safe_load(path.read_text()) or {}), **keys}
-    return [f"{group}.{key}=3" for key, value in keys.items() if value == "???"]
-
-
-PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random", "sublayers": "criterion=random"}
-PARTNERS |= {"serve_safe": "search.multiple=8"}  # its FFNs are 40 channels wide
-PARTNERS |= {name: "search=blocks" for name in ("block_influence", "block_influence_angular", "loss_drop")}
-QUICK = {"mini_llm": "criterion.directions=4", "policy_gradient": "search.steps=8"}
+BESIDE = {**PARTNERS, "sublayers": "criterion=random", "serve_safe": "search.multiple=8"}  # FFNs of 40 channels
+QUICK = {"mini_llm": "criterion.directions=4", "policy_gradient": "search.passes=10"}
 
 
 @cache
 def built(group: str, option: str) -> Experiment:
     typed = ["model=hf", "model.path=x", "dataset=tokens", "sparsity.ratio=0.3", "evaluator=[size]"]
-    partner = [PARTNERS[option]] if option in PARTNERS else []  # alone it would be refused, which is not asked here
+    partner = [BESIDE[option]] if option in BESIDE else []  # alone it would be refused, which is not asked here
     quick = [QUICK[option]] if option in QUICK else []
-    return build(composer().job([*typed, f"{group}={option}", *partner, *quick, *mandatory(group, option)]))
+    left_open = mandatory(group, option, 3)  # one for each of the tiny model's layers
+    return build(composer().job([*typed, f"{group}={option}", *partner, *quick, *left_open]))
 
 
 GROUPS = ("criterion", "search", "compensator")

@@ -172,11 +172,11 @@ class Generation:
 @torch.inference_mode()
 def continued(module: Any, prompt_BT: Tensor, choose: Callable[[Tensor, int], Tensor], steps: int) -> Tensor:
     """`steps` tokens after each prompt, on the KV cache: int64 [B, S] on the CPU."""
-    cache = cache_name(module)
+    name = cache_name(module)
     out = module(prompt_BT, use_cache=True, **last_logits_only(module))
     tokens = [choose(out.logits[:, -1], 0)]
     for step in range(1, steps):
-        out = module(tokens[-1][:, None], use_cache=True, **{cache: getattr(out, cache)})
+        out = module(tokens[-1][:, None], use_cache=True, **{name: getattr(out, name)})
         tokens.append(choose(out.logits[:, -1], step))
     return torch.stack(tokens, dim=1).cpu()
 

@@ -64,14 +64,14 @@ class Latency:
 
     def _round(self, model: Any, prompt_BT: Tensor) -> tuple[float, float]:
         """Seconds of one prefill and of the decoding after it."""
-        module, last, cache = model.module, last_logits_only(model.module), cache_name(model.module)
+        module, last, name = model.module, last_logits_only(model.module), cache_name(model.module)
         with torch.inference_mode(), plain_linear():
             start = _now(model.device)
             out = module(prompt_BT, use_cache=True, **last)
             token_B1 = out.logits[:, -1:].argmax(-1)
             middle = _now(model.device)
             for _ in range(self.new_tokens):
-                out = module(token_B1, use_cache=True, **{cache: getattr(out, cache)})
+                out = module(token_B1, use_cache=True, **{name: getattr(out, name)})
                 token_B1 = out.logits[:, -1:].argmax(-1)
             return middle - start, _now(model.device) - middle
 

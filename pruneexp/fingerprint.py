@@ -186,7 +186,8 @@ def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
     counts as the value that means what was done before."""
     known = [setting for setting in found if setting]
     keys = dict.fromkeys(key for setting in known for key in setting)
-    return [key for key in keys if len({str(setting.get(key, value_before(key))) for setting in known}) > 1]
+    before = {key: value_before(key) for key in keys}
+    return [key for key in keys if len({str(setting.get(key, before[key])) for setting in known}) > 1]
 
 
 # Code

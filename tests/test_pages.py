@@ -21,7 +21,7 @@ from pruneexp.report import figures
 from pruneexp.report.comparison import comparisons
 from pruneexp.report.folders import find
 from pruneexp.report.methods import GROUPS, choice, choices_of, describe, options
-from pruneexp.report.points import points
+from pruneexp.report.points import machine, points
 from pruneexp.report.published import tables as published_tables
 from pruneexp.report.statistics import t_quantile
 from pruneexp.types import Plan, SitePlan
@@ -750,6 +750,45 @@ def test_what_was_chosen_goes_before_what_the_settings_look_like() -> None:
     assert choices_of(config("recipe=flap"), {**chosen, "search": "mine"})[0] is None
     assert choices_of(config("recipe=flap"), {**chosen, "search": "mine"})[1]["search"].name == "mine"
     assert choices_of(config("recipe=flap"), {**chosen, "recipe": "my_own"})[0] == "my_own"
+
+
+def test_a_recipe_of_ones_own_stands_beside_ours(tmp_path: Path) -> None:
+    chosen = {"criterion": "flap", "sparsity": "one_shot", "search": "al_am", "compensator": "bias"}
+    for recipe, swap in (("flap", {}), ("mine", {"search": "global"}), ("wanda_sp", {"compensator": "none"})):
+        options = {"recipe": recipe, **chosen, **swap}
+        composed = config(*(f"{group}={name}" for group, name in (chosen | swap).items()))
+        write_run(tmp_path / recipe, composed, around=environment(choices=options))
+        again = config(*(f"{group}={name}" for group, name in (chosen | swap).items()), "dataset.samples=64")
+        write_run(tmp_path / f"{recipe}64", again, around=environment(choices=options))
+    methods = {one.run.name: one.method for one in describe(find([tmp_path], "same").runs)}
+    assert methods["mine"] == "mine samples=128" and methods["flap64"] == "flap samples=64"
+
+
+def test_which_gpu_of_a_machine_is_no_other_model_and_a_cpu_is_named_beside_gpus(tmp_path: Path) -> None:
+    around = environment(gpus=["NVIDIA H100"], cpu="EPYC")
+    for number, device in enumerate(("cuda:0", "cuda:1", "cuda:any")):
+        write_run(
+            tmp_path / str(number), config("recipe=flap", f"seed={number}", f"model.device={device}"), around=around
+        )
+    found = describe(find([tmp_path], "same").runs)
+    assert len({(one.context, one.method) for one in found}) == 1
+    assert {machine(one.run) for one in found} == {"NVIDIA H100, 1 thread"}
+    write_run(tmp_path / "cpu", config("recipe=flap", "model.device=cpu"), around=around)
+    (last,) = (one for one in describe(find([tmp_path], "same").runs) if one.run.name == "cpu")
+    assert machine(last.run) == "Linux, EPYC, 2 CPUs, 1 thread" and last.context.endswith("device=cpu")
+
+
+def test_published_figures_of_a_swapped_criterion_stand_beside_runs_that_swap_it(tmp_path: Path) -> None:
+    """LLM-Pruner's tables have its structure with magnitudes (L2) and with random choices."""
+    (table,) = (table for table in published_tables() if table.name == "llm_pruner_llama")
+    for criterion in ("magnitude_coupled", "random", "taylor", "wanda_sp"):
+        composed, measured = llama(20.0, "recipe=llm_pruner", f"criterion={criterion}")
+        write_run(tmp_path / criterion, composed, measured)
+        composed, measured = llama(20.0, "recipe=llm_pruner", f"criterion={criterion}", "compensator=bias")
+        write_run(tmp_path / f"{criterion}_bias", composed, measured)
+    found = comparisons(describe(find([tmp_path], "same").runs), [table])
+    beside = {one.published.method: {run.run.name for run in one.runs} for one in found if one.published.ratio}
+    assert beside == {"L2": {"magnitude_coupled"}, "Random": {"random"}, "Element1": {"taylor"}}
 
 
 @pytest.mark.parametrize(

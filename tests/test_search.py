@@ -540,18 +540,41 @@ def test_units_of_grouped_queries_have_a_keys_rows():
     assert kept(search(coarse("dropped", granularity=["heads"]), draws([site]), [site], 0.4), "attention") == [2]
 
 
+@each("share, heads", [(0.66, 1), (0.6666, 2), (2 / 3, 2)])
+def test_a_share_short_of_a_head_by_less_than_a_row_is_that_head(share: float, heads: int):
+    """Three heads of 128 rows: a ratio that means two of them is seldom 2 to the last digit."""
+    sites = [replace(site, width=128) if site.kind == "attention" else site for site in layer_sites(0, heads=3)]
+    assert kept(search(coarse("down"), draws(sites), sites, share), "attention") == [3 - heads]
+
+
+@each("remainder", ["nearest", "carried", "down"])
+def test_experts_share_what_rounding_leaves(remainder: str):
+    """0.3 of 24 channels, 7.2, from each of 16 experts: 7 from most, 8 from some."""
+    expert = replace(layer_sites(0)[1], units=24)
+    sites = [replace(expert, name=f"{expert.name}.experts.{k}", expert=k) for k in range(16)]
+    left = kept(search(coarse(remainder, granularity=["channels"]), draws(sites), sites, 0.3), "mlp")
+    assert sorted(set(left)) == [16, 17] and sum(left) == 16 * 24 - round(16 * 7.2)
+
+
 def test_too_coarse_a_unit_is_said():
     sites = model_sites(10, heads=3)
     budget = Budget(0.2, params(sites))
     line = coarse("nearest").warning(sites, budget)
     assert line == (
         "search.remainder=nearest: 33.3% of the heads leave for a share of 20.0%, of which a layer has 3; "
-        "search.remainder=carried leaves that to other layers or units"
+        "search.remainder=down leaves the rest to other units"
     )
-    assert "search.remainder=down leaves" in (coarse("nearest", alike=True).warning(sites, budget) or "")
-    assert coarse("carried").warning(sites, budget) is None and coarse("down").warning(sites, budget) is None
+    line = coarse("down").warning(sites, budget)
+    assert line == (
+        "search.remainder=down: 0.0% of the heads leave for a share of 20.0%, of which a layer has 3; other units make "
+        "up for it; search.remainder=carried takes as many, from some layers"
+    )
+    assert "carried" not in (coarse("down", alike=True).warning(sites, budget) or "carried")
+    assert coarse("carried").warning(sites, budget) is None
     finer = model_sites(10, heads=30)
-    assert coarse("nearest").warning(finer, Budget(0.2, params(finer))) is None
-    assert coarse("nearest", granularity=["heads"]).warning(sites, budget) is None  # what rounding leaves moves on
+    for remainder in ("nearest", "down"):
+        assert coarse(remainder).warning(finer, Budget(0.2, params(finer))) is None
+        # what rounding leaves moves on
+        assert coarse(remainder, granularity=["heads"]).warning(sites, budget) is None
     with pytest.raises(ConfigError, match="remainder='carried': expected nearest or down with alike=true"):
         coarse("carried", alike=True)

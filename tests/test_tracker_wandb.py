@@ -125,8 +125,9 @@ def test_a_run_has_a_name_and_its_choices_in_its_config(tmp_path, no_account, mo
 def test_scores_far_apart_do_not_share_a_bar():
     """A few channels score thousands of times what others do."""
     scores = {MLP.name: torch.logspace(-3, 3, 1000, dtype=torch.float64), ATTENTION.name: torch.tensor([-1.0, 1.0])}
-    drawn = _histograms({**scores, "none": torch.zeros(2)}, SITES)
-    assert drawn.keys() == {"log10_scores/mlp", "scores/attention", "scores/other"}
+    heads = {f"{name}.query_heads": torch.tensor([-1.0, 2.0]) for name in scores}
+    drawn = _histograms({**scores, **heads, "none": torch.zeros(2)}, SITES)
+    assert drawn.keys() == {"log10_scores/mlp", "scores/attention", "scores/query_heads", "scores/other"}
     counts = drawn["log10_scores/mlp"].histogram
     assert sum(counts) == 1000 and max(counts) < 20
     assert drawn["log10_scores/mlp"].bins[0] == pytest.approx(-3) and drawn["log10_scores/mlp"].bins[-1] == 3

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from pruneexp.report.methods import Described, Runs, departures, model_names
+from pruneexp.report.methods import Described, Runs, departures, follows, model_names
 from pruneexp.report.points import SHARE, by_seed, distinct
 from pruneexp.report.published import Published, Table
 from pruneexp.report.statistics import Interval, interval
@@ -66,8 +66,9 @@ def matches(one: Described, figure: Published) -> bool:
     quantised."""
     if figure.model not in model_names(one.run.config) or measured(one, figure) is None:
         return False
+    pinned = {key.partition(".")[0] for key in figure.settings}  # these settings tell the option, in place of a recipe
     return figure.ratio == 0 or (
-        one.recipe in figure.recipes
+        any(follows(one, recipe, pinned) for recipe in figure.recipes)
         and abs(one.ratio - figure.ratio) <= NOMINAL
         and one.run.flat.get("sparsity.of") in ("decoder", "prunable")
         and one.choices["recovery"].name == figure.recovery

@@ -62,7 +62,7 @@ def _header(runs: Runs, found: Found) -> list[str]:
     ended = sorted(str(one.run.status.get("ended") or "")[:10] for one in runs)
     when = f"{ended[0]} to {ended[-1]}" if ended[0] != ended[-1] else ended[0]
     versions = sorted({str(one.run.environment["versions"].get("pruneexp")) for one in runs})
-    where = sorted({machine(one.run.environment) for one in runs})
+    where = sorted({machine(one.run) for one in runs})
     first = f"{count(len(runs), 'finished run')} of {models}" + (f", {when}" if when else "")
     lines = [f"{first}; pruneexp {', '.join(versions)}; on {'; '.join(where)}."]
     if left := len(found.skipped) + len(found.repeats):

@@ -6,7 +6,7 @@ where they differ in ratio and seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
@@ -143,6 +143,13 @@ def model_names(config: Mapping[str, Any]) -> set[str]:
     return {str(node.get("name"))} | {n for n, o in options("model").items() if o.get("path") == node.get("path")}
 
 
+def follows(one: Described, recipe: str, but: Collection[str]) -> bool:
+    """Whether the run has the recipe's options, but perhaps for those of some groups."""
+    chosen = _recipes().get(recipe, {})
+    near = chosen and all(one.choices[group].name == name for group, name in chosen.items() if group not in but)
+    return one.recipe == recipe or bool(but and near)
+
+
 def _is_seed(key: str) -> bool:
     return key.rpartition(".")[2] == "seed"
 
@@ -159,19 +166,27 @@ def describe(runs: Sequence[Run]) -> list[Described]:
 
 def _contexts(runs: Sequence[Run]) -> list[str]:
     """The model of each run: its name, and what else tells it from another of that name."""
-    nodes = [settings({"model": run.config["model"]}) | _weights(run) for run in runs]
+    nodes = [settings({"model": run.config["model"]}) | _device(run) | _weights(run) for run in runs]
     names = [_short(str(run.config["model"].get("name"))) for run in runs]
-    contexts = []
-    for node, name in zip(nodes, names, strict=True):
-        same = [other for other, other_name in zip(nodes, names, strict=True) if other_name == name]
-        keys = [key for key in differing(same) if key not in HOW]
-        contexts.append(" ".join([name, *(f"{key.removeprefix('model.')}={node.get(key)}" for key in keys)]))
-    return contexts
+    keys = {
+        name: [key for key in differing([nodes[number] for number in same]) if key not in HOW]
+        for name, same in grouped(range(len(runs)), lambda number: names[number]).items()
+    }
+    return [
+        " ".join([name, *(f"{key.removeprefix('model.')}={node.get(key)}" for key in keys[name])])
+        for node, name in zip(nodes, names, strict=True)
+    ]
 
 
 def _short(name: str) -> str:
     """A folder's own name; an id on the hub as it is."""
     return PurePath(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
+
+
+def _device(run: Run) -> dict[str, str]:
+    """What kind it is: which of a machine's GPUs is no other model."""
+    device = run.config["model"].get("device")
+    return {} if device is None else {"model.device": str(device).partition(":")[0]}
 
 
 def _weights(run: Run) -> dict[str, str]:
@@ -226,7 +241,7 @@ def _word(group: str, name: str) -> str:
 def _goes_without(recipe: str | None, group: str, name: str) -> bool:
     """Whether the recipe's name implies the choice: the recipe makes it, or it is none and the recipe makes no
     other."""
-    return recipe is not None and name == _recipes()[recipe].get(group, "none")
+    return recipe is not None and name == _recipes().get(recipe, {}).get(group, "none")
 
 
 def _heads(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | None]) -> list[dict[str, str]]:
@@ -252,7 +267,7 @@ def _by_recipe(choices: Sequence[Mapping[str, Choice]], recipes: Sequence[str | 
     words = []
     for names, own in zip(parts, recipes, strict=True):
         of_run = set(zip(RECIPE, names, strict=True))
-        swaps = {recipe: of_run - set(_recipes()[recipe].items()) for recipe in beside}
+        swaps = {recipe: of_run - set(_recipes().get(recipe, {}).items()) for recipe in beside}
         near = [[recipe, f"{group}={name}"] for recipe, swap in swaps.items() if len(swap) == 1 for group, name in swap]
         near = [pair for pair in near if not pair[1].startswith("criterion=")]
         words.append([own] if own in beside else next(iter(near), []))

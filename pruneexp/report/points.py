@@ -7,10 +7,9 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from pruneexp.fingerprint import GGUF, differing
-from pruneexp.report.folders import SAME
+from pruneexp.report.folders import SAME, Run
 from pruneexp.report.methods import Described, Runs
 from pruneexp.report.statistics import Effect, balanced, grouped, interval, main_effects, pareto_front
 from pruneexp.report.tables import count
@@ -195,11 +194,13 @@ def priced(points: Sequence[Point], cost: Cost) -> list[Priced]:
     return [Priced(*one, on_front=k in front) for k, one in enumerate(known)]
 
 
-def machine(run: Mapping[str, Any]) -> str:
-    """What a latency was measured on, from environment.json."""
-    cpus = ", ".join(str(run[key]) for key in ("platform", "cpu") if run.get(key))
-    where = ", ".join(run.get("gpus") or ()) or f"{cpus}, {run.get('cpus')} CPUs"
-    return f"{where}, {count(run.get('threads'), 'thread')}"
+def machine(run: Run) -> str:
+    """What a run computed on, from environment.json: the machine's GPUs, where it used any."""
+    found = run.environment
+    cpus = ", ".join(str(found[key]) for key in ("platform", "cpu") if found.get(key))
+    gpus = () if str(run.config["model"].get("device")) == "cpu" else found.get("gpus") or ()
+    where = ", ".join(gpus) or f"{cpus}, {found.get('cpus')} CPUs"
+    return f"{where}, {count(found.get('threads'), 'thread')}"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ UNEQUAL = 0.01  # difference of shares removed at one ratio that is told
 def pareto_section(runs: Runs, looks: Looks) -> Section | None:
     lines, tables, pictures = [], [], []
     for context, short, members in by_context(runs):
-        by_machine = grouped(members, lambda one: machine(one.run.environment))
+        by_machine = grouped(members, lambda one: machine(one.run))
         for metric in perplexities(members):
             _, there, kind = metric.partition(GGUF)  # another engine has costs of its own
             for cost in costs(members, there + kind):

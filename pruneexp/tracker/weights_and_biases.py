@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 
 from pruneexp.conf_files import override_parts
-from pruneexp.types import ConfigError, Plan, RunRecord, Scores, Site, unit_scores
+from pruneexp.types import QUERY_HEADS, ConfigError, Plan, RunRecord, Scores, Site, unit_scores
 
 MODES = ("online", "offline", "shared", "disabled")
 INIT_SECONDS = 30  # to reach the server or log in, before the run goes on offline
@@ -239,7 +239,8 @@ def _histograms(scores: Scores, sites: Sequence[Site]) -> dict[str, Any]:
         score_U = unit_scores(score)
         finite = score_U[torch.isfinite(score_U)].detach().to("cpu", torch.float64)
         if finite.numel():
-            values.setdefault(kinds.get(name, "other"), []).append(finite)
+            kind = QUERY_HEADS if name.endswith(f".{QUERY_HEADS}") else kinds.get(name, "other")
+            values.setdefault(kind, []).append(finite)
     histograms = {}
     for kind, parts in values.items():
         scores_N = torch.cat(parts)

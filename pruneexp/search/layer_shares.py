@@ -46,7 +46,7 @@ class LayerShares:
     rule=softmax (SlimLLM, Guo et al., ICML 2025; released code): layer l loses a share in proportion to exp(-a I_l).
 
     Layers of different sizes lose in proportion to what they hold, and no layer more than leaves `min_units`: the
-    others make up for it. A layer's share is removed as by `Uniform`, `remainder` and `multiple` being its settings;
+    others make up for it. A layer's share is removed as by `Uniform`, `remainder` and `multiple` being its settings.
     SlimLLM's code rounds heads to the nearest; where there are few KV groups, `remainder=down` leaves better models.
     What rounding leaves over goes into the next layer's. The whole is so met to half the cost of the cheapest unit.
     Departs: scores and importances are of the dense model, where SlimLLM's code scores a layer behind the pruned ones.

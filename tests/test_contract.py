@@ -358,7 +358,8 @@ def test_windows_that_are_too_few_to_hold_some_back(cli: Cli) -> None:
 @pytest.mark.parametrize("part", ["criterion=obs criterion.ridge=0", "compensator=least_squares compensator.ridge=0"])
 def test_inputs_that_say_too_little_name_the_ridge(part: str, cli: Cli) -> None:
     np.save("few.npy", np.load(PARITY / "calib.npy")[:2, :40])  # 80 tokens for 172 channels
-    ended = cli("run.dir=run", "search=uniform", "dataset.calibration=few.npy", "evaluator=[size]", *part.split())
+    typed = ("search=uniform", "sparsity.ratio=0.25", "dataset.calibration=few.npy", "evaluator=[size]")
+    ended = cli("run.dir=run", *typed, *part.split())
     few, reason = ended.err.splitlines()
     assert ended.code == 1 and few.startswith("WARNING: dataset.calibration=few.npy: 80 calibration tokens, few for ")
     assert "ridge=0.0: the inputs' covariance is singular" in reason

@@ -7,7 +7,8 @@ import torch
 
 from pruneexp.compensator import LeastSquares
 from pruneexp.criterion import Obs, spill
-from pruneexp.evidence import Gram
+from pruneexp.evidence import Gram, Halves
+from pruneexp.evidence.held_out import RIDGES, START, chosen_ridge
 from pruneexp.types import Block, ConfigError, RunError, Site, SiteWeights
 from tests.toy_sites import activations, block, layer_sites
 
@@ -125,6 +126,23 @@ def test_a_thousand_channels_take_about_a_second():
     start = time.process_time()
     Obs(1e-3, 4, 8, "none", False, 8.0, "site")(wide, {"wide": gram})
     assert time.process_time() - start < 10  # about 0.6 s alone on one thread
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_the_ridge_is_chosen_for_the_loss_of_a_quarter_of_the_units_or_of_one(groups):
+    site = Site("few", "attention", 0, groups, 6, ATTENTION.cost)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(24, site.channels, generator=generator, dtype=torch.float64)
+    weight[:, -6:] *= 0.1  # the last unit gives least
+    weight[:, -12:-6] *= 0.3
+    block = Block("b", 0, (site,), {"few": SiteWeights({}, {}, weight, None)})
+    seen = Halves(Gram).empty(site).update(mixed(site))
+    left = 2 if groups == 6 else 1
+    ridge = chosen_ridge(weight, None, seen, torch.arange(6 * (groups - left)), "channel")
+    assert (ridge == RIDGES[START] / 2) == (groups == 1), "a single unit leaves nothing to fit"
+    found, expected = (Obs(each, 1, 8, "none", False, 8.0, "channel") for each in ("auto", ridge))
+    costs = found(block, {"few": seen})["few"].cost_U, expected(block, {"few": seen.whole})["few"].cost_U
+    torch.testing.assert_close(*costs)
 
 
 @pytest.mark.parametrize(("key", "settings"), [("step", (0.0, 0, 8)), ("levels", (0.0, 1, 0)), ("ridge", (-1.0, 1, 8))])

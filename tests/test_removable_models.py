@@ -16,18 +16,18 @@ from torch import Tensor
 
 from pruneexp.calibrate import Bookmark, Meter, walk
 from pruneexp.cli.compatible import check_together
-from pruneexp.compensator import Bias, NoCompensation
-from pruneexp.criterion import BlockInfluence, Flap, LossDrop, Magnitude, Random
+from pruneexp.compensator import Bias, LeastSquares, NoCompensation
+from pruneexp.criterion import BlockInfluence, Flap, LossDrop, Magnitude, Random, WandaSp
 from pruneexp.evidence import BlockChange, LossWithout
 from pruneexp.experiment.run import run_experiment
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.pruning.record import Record
-from pruneexp.search import Global
+from pruneexp.search import Global, UlUm
 from pruneexp.sparsity import OneShot
-from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save
-from pruneexp.types import ConfigError, Plan, unit_scores
+from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save, shrink_
+from pruneexp.types import ConfigError, Plan, SitePlan, unit_scores
 from tests.cases import UNTIMED, pairwise
 from tests.conftest import FAMILIES
 from tests.test_prune import built
@@ -114,6 +114,31 @@ def test_streamed_is_in_memory(
     assert found.plan == expected.plan
     assert torch.equal(streamed.token_losses(tokens_NT, 4), held.token_losses(tokens_NT, 4))
     assert saving.prove()["max_block_difference"] == 0
+
+
+@pytest.mark.parametrize("sequential", [True, False], ids=["layer by layer", "all at once"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_that_lost_both_sublayers_before_is_streamed_too(
+    family: str,
+    sequential: bool,
+    tiny: Callable[..., Model],
+    source: Callable[..., Any],
+    tokens_NT: Tensor,
+    tmp_path: Path,
+) -> None:
+    model = tiny(family)
+    shrink_(model, Plan({site.name: SitePlan(site.kind, site.units, ()) for site in model.layer_sites(1)}))
+    save(model, tmp_path / "emptied")
+    held, streamed = (source(tmp_path / "emptied", stream=stream).load() for stream in (False, True))
+    compensator = LeastSquares(1e-2, "dense", True, "channel")
+    parts = Method(WandaSp("sum", sequential), OneShot(0.3, "decoder", 0, *UNTIMED), UlUm(), compensator)
+    expected = prune(held, tokens_NT, parts)
+    saving = StreamedSave(streamed, tmp_path / "model", BlockProof(streamed, tokens_NT[:2]))
+    assert prune(streamed, tokens_NT, parts, shrunk=saving.layer).plan == expected.plan
+    saving.finish()
+    assert torch.equal(streamed.token_losses(tokens_NT, 4), held.token_losses(tokens_NT, 4))
+    proof = saving.prove()
+    assert proof["max_block_difference"] == proof["max_logit_difference"] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -188,6 +188,14 @@ def test_trials_are_paid_for_out_of_the_effort_or_left_out():
     plan_of(search(effort=1.0), oracle)
 
 
+@pytest.mark.parametrize("tokens", [0.15, 0.25, 0.3, 0.35])
+def test_the_trial_of_what_the_search_finds_is_left_whatever_a_trial_costs(tokens):
+    started = {"starts": dict.fromkeys(("one", "two"), Flap("WIFV", False)), "held_out": 0.5, "tokens": tokens}
+    oracle = Tried(lambda plan: 1.0)
+    plan_of(search(effort=20.0, **started), oracle, scores=with_starts(("one", "two")))
+    assert 0.6 * 20.0 < oracle.passes, "the rest of the effort is spent, too"
+
+
 def test_a_search_asks_for_trials_through_the_run(tiny, tokens_NT):
     model, seen = tiny("llama"), []
     settings = {"granularity": ("heads", "channels"), "held_out": 0.5, "objective": "kl", "tokens": 0.5, "effort": 9.0}

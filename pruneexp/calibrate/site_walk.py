@@ -30,11 +30,12 @@ def walk_sites(
     kinds: Sequence[type],
     bookmark: Bookmark,
     dense_states: DenseStates | None = None,
-) -> Iterator[tuple[Visit, Site, Collect]]:
+) -> Iterator[tuple[Visit, Site | None, Collect]]:
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with
     what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
     the out-projection, before the walk goes on, or not at all. For kinds with `of(site, keep_C)` the others may have
-    left already, so that nothing need be run for them; kinds without are of everything.
+    left already, so that nothing need be run for them; kinds without are of everything. A layer that has lost both of
+    its sublayers is yielded once, without a site.
 
     Evidence is of the out-projection's input, the sublayers before it as the caller left them, and of the output with
     which the hidden state behind the out-projection would be the dense model's. With d in front of the layer and d'
@@ -68,6 +69,8 @@ def walk_sites(
             shares = sublayer_shares(cost, block.sites, model.config.hidden_size, tokens_NT.shape[1])
             parts = _Parts(model, bare, windows, meter, shares)
             given, known = parts.dense_(dense, dense_states or DenseStates(0))
+            if not sites:
+                yield visit, None, _nothing
             if "attention" in sites:
                 yield visit, sites["attention"], partial(parts.evidence, kind, sites["attention"], given, None, known)
                 visit = bare
@@ -82,6 +85,10 @@ def walk_sites(
             meter.forward += (1 + bool(kinds)) / total
             del visit, bare, parts, given  # views of weights, before the next block's come
         bookmark.reached(index + 1, total, (dense, windows.hidden))
+
+
+def _nothing(_keep_C: Tensor) -> None:
+    """The evidence of a layer without sites."""
 
 
 def sublayer_shares(

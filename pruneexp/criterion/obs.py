@@ -17,7 +17,7 @@ from pruneexp.evidence.held_out import choosing_bytes, chosen_ridge
 from pruneexp.evidence.solve import RidgePer, check_ridge, cholesky_, held_back
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Sequential, Site, SiteWeights, require_least
 
-_TRIED = 0.25  # of the units: those that leave where the ridge is chosen
+_TRIED = 0.25  # of the units, one at least: those that leave where the ridge is chosen
 _COMPACT = 0.9  # the matrices are cut down to what is left once so much of them is
 
 
@@ -33,7 +33,8 @@ class Obs:
     (Optimal Brain Surgeon, Hassibi & Stork 1993; structured: ZipLM, Kurtic et al. 2023). The cheapest unit leaves, W
     takes over what it gave, H^-1 is downdated, and again; `step` units of a single channel at a time, whose joint cost
     is exact. L is diagonal, `ridge` times each channel's variance or (ridge_per=site) times their mean; ridge=auto:
-    each site's own, `chosen_ridge` for the loss of the quarter of its units that give the output least of its variance.
+    each site's own, `chosen_ridge` for the loss of the quarter of its units that give the output least of its variance,
+    of one at least.
 
     Answers with a `RemovalPath`: the order, the cumulative cost (the true increase of the squared error per token,
     scale=output: over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares`
@@ -105,7 +106,8 @@ class Obs:
             return self.ridge
         assert isinstance(evidence, Halved)
         given_C = weights.out_projection.double().square().sum(0) * variance_C
-        kept_U = given_C.view(site.units, site.width).sum(1).sort(stable=True).indices[round(_TRIED * site.units) :]
+        tried = max(1, round(_TRIED * site.units))  # where nothing leaves, all ridges err alike
+        kept_U = given_C.view(site.units, site.width).sum(1).sort(stable=True).indices[tried:]
         keep_C = site.keep_C(kept_U.sort().values.tolist())
         return chosen_ridge(weights.out_projection, weights.out_projection_bias, evidence, keep_C, self.ridge_per)
 

@@ -27,7 +27,7 @@ def chosen_ridge(weight_OC: Tensor, bias_O: Tensor | None, evidence: Halved, kee
     has one minimum over the ridge in practice: the search goes downhill from 0.3, at a handful of solves. Of more than
     MIXTURES outputs, so many sums with random signs are fitted in their place, at a fraction of the time: what they err
     is on average what all outputs err, and all ridges are compared by the same sums. Halves of an expert that saw fewer
-    than two tokens say nothing: 0.16.
+    than two tokens say nothing, nor does a site that keeps no channel: 0.16.
     """
     parts = (evidence.first, evidence.second)
     if not len(keep_C) or min(half.n if isinstance(half, Gram) else half.inputs.n for half in parts) < 2:

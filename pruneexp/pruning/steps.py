@@ -163,10 +163,10 @@ def _site_by_site(work: Pruning, decide: Callable[[Visit], Plan], kinds: Sequenc
     plan, states = Plan({}), work.record.results.dense_states(work.model)
     walked = walk_sites(work.model, work.tokens_NT, wanted, kinds, note, states)
     for visit, site, collect in walked:
-        sites = visit.block.sites
+        sites = visit.block.sites or (None,)  # a layer may have lost both before
         plan = decide(visit) if site is sites[0] else plan
-        alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
-        if plan.changes(site):
+        if site is not None and plan.changes(site):
+            alone = Plan({name: own for name, own in plan.sites.items() if name == site.name})
             keep_C = plan.keep_C(site)
             weights = work.model.block(visit.index).weights[site.name]
             weights = replace(weights, in_projections={}, in_projection_biases={})  # rows leave, and are not held

@@ -48,30 +48,31 @@ class Evolution:
     asked: int = 0
     skipped: int = 0
     began: str = ""  # the start's name
-    kept_back: float = field(init=False)  # passes for trials
+    trials: int = field(init=False)  # that are left, and are paid for
     tried: Tried | None = None  # where it begins, compensated
     spent_before: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.spent_before = self.oracle.passes
-        self.kept_back = self.method.trials * self.method.trial_price
+        self.trials = self.method.trials
 
     @property
     def left(self) -> float:
         """Passes that may still be spent."""
-        return self.method.effort - self.kept_back - (self.oracle.passes - self.spent_before)
+        kept_back = self.trials * self.method.trial_price
+        return self.method.effort - kept_back - (self.oracle.passes - self.spent_before)
 
     def decided(self) -> Plan:
         """The structure found, or the one it began with where that is as good. Both are judged as the run will
         compensate them: fits at other sites make up for much that a probe's fits do not."""
         levels, share = self.start(), self.method.tokens
-        if self.tried is not None and self.kept_back < self.method.trial_price:
+        if self.tried is not None and not self.trials:
             return self.tried[0]  # nothing is left to try what would be found
         found = self.structures.plan(self.evolved(self.descended(levels)))
         began = self.tried[0] if self.tried is not None else begun_with(self.structures.plan(levels), self.began)
         if found.sites == began.sites:
             return began
-        if not self.kept_back:
+        if not self.trials:
             return found
         if self.tried is None:
             self.tried = self.compensated({"where it began": began}, self.drawn(share))[0]
@@ -83,7 +84,7 @@ class Evolution:
         """Each as the run will compensate it; one at a time, since all their out-projections differ."""
         share, found = self.method.tokens, []
         for name, plan in plans.items():
-            self.kept_back = max(0.0, self.kept_back - self.method.trial_price)
+            self.trials = max(0, self.trials - 1)
             loss = self.measured([self.oracle.trial(plan, share)], batches)
             log.info("search: compensated, %s %.4f", name, float(loss.mean()))
             found.append((plan, batches, loss))
@@ -159,7 +160,7 @@ class Evolution:
         levels, own, self.began = starts[chosen], chosen.removeprefix(AL_AM), chosen
         if own in orders:  # it stays with the order that its levels are made for, unless another is clearly better
             self.structures, orders = orders[own], {own: orders.pop(own), **orders}
-        if share is None or (self.tried is not None and self.kept_back < self.method.trial_price):
+        if share is None or (self.tried is not None and not self.trials):
             return levels
         if self.left >= self.price(len(orders), share):
             candidates = {name: partial(each.candidate, levels) for name, each in orders.items()}

@@ -68,7 +68,8 @@ def carry(source: Path | None, tokenizer: Any, generation: Any, folder: Path) ->
     """
     if source is None:
         if generation is not None:
-            generation.save_pretrained(folder)
+            # as `save_pretrained` writes it, which refuses what it only warns of on reading: a temperature alone, say
+            generation.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return

@@ -32,6 +32,7 @@ LEGAL = tuple(
 TRAVELS = (*TOKENIZER, GENERATION, *PROCESSOR, *LEGAL)
 FETCHED = ("config.json", CARD, *TRAVELS)  # without weights
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TWICE = ("consolidated*", "*/*.safetensors")  # the same weights once more, as their authors' own code reads them
 
 
 def found(folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:

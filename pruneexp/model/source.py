@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from pruneexp.fingerprint import FileState, file_state
-from pruneexp.model import checks, companions, modeling_pruned
+from pruneexp.model import checks, companions, hub, modeling_pruned
 from pruneexp.model.architecture import model_class_of, skeleton, stock_of
 from pruneexp.model.checkpoint import Checkpoint, changes, fingerprints, holds_weights
 from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
-from pruneexp.model.refusal import refused
 from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
@@ -137,7 +136,7 @@ class ModelSource:
         if folder is None and is_gguf(file):
             _quiet_transformers()
             return convert(file, self.path, self.dtype)
-        return folder or self._download(weights)
+        return folder or hub.download(self.path, self.revision, weights)
 
     def stock_config(self, folder: Path) -> Any:
         """The config of the stock architecture: a pruned checkpoint's, without its structure."""
@@ -239,16 +238,6 @@ class ModelSource:
         stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
         on_cpu = devices_of(self.device)[0].type == "cpu"
         return torch.float32 if on_cpu and stored == torch.float16 else stored
-
-    def _download(self, weights: bool) -> Path:
-        from huggingface_hub import snapshot_download
-
-        try:
-            patterns = (*companions.FETCHED, *(companions.WEIGHTS if weights else ()))
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(patterns)))
-        except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise refused(self.path, f"no such folder, and not had from the Hub ({reason})") from error
 
 
 @lru_cache(maxsize=1)

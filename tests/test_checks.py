@@ -225,6 +225,30 @@ def test_mixed_floats_become_the_models(
     assert lines == [f"model.path={str(folder)!r}: stored in mixed precision {held}"]
 
 
+@pytest.mark.parametrize("named", ["torch_dtype", "dtype", None])
+def test_a_config_that_names_no_dtype_is_told(
+    named: str | None, source: Source, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_tensors(folder, lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
+    edit_config(folder, dtype=..., torch_dtype=...)
+    if named:
+        edit_config(folder, **{named: "bfloat16"})
+    with caplog.at_level(logging.INFO, "pruneexp"):
+        model = source(folder).load()
+        source(folder, dtype="float64").load()
+    assert model.dtype == (torch.bfloat16 if named else torch.float32)
+    lines = [record.getMessage() for record in caplog.records if "names no dtype" in record.getMessage()]
+    told = (
+        f"model.path={str(folder)!r}: config.json names no dtype: stored as BF16, held as torch.float32 (model.dtype)"
+    )
+    assert lines == ([] if named else [told])
+
+
+def test_a_type_with_code_of_its_own_is_promised_nothing(source: Source, folder: Path) -> None:
+    edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+    assert "trust_remote_code" not in refusal(source, folder)
+
+
 def test_one_precision_is_nothing_to_speak_of() -> None:
     assert checks.precisions({"a": "F16", "b": "F16", "mask": "BOOL"}) == ""
     assert checks.precisions({}) == ""

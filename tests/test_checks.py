@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pruneexp.model import ModelSource, checkpoint, checks
+from pruneexp.model import ModelSource, checkpoint, checks, hub
 from pruneexp.types import ConfigError
 from tests.conftest import PARITY
 
@@ -225,6 +225,30 @@ def test_mixed_floats_become_the_models(
     assert lines == [f"model.path={str(folder)!r}: stored in mixed precision {held}"]
 
 
+@pytest.mark.parametrize("named", ["torch_dtype", "dtype", None])
+def test_a_config_that_names_no_dtype_is_told(
+    named: str | None, source: Source, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_tensors(folder, lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
+    edit_config(folder, dtype=..., torch_dtype=...)
+    if named:
+        edit_config(folder, **{named: "bfloat16"})
+    with caplog.at_level(logging.INFO, "pruneexp"):
+        model = source(folder).load()
+        source(folder, dtype="float64").load()
+    assert model.dtype == (torch.bfloat16 if named else torch.float32)
+    lines = [record.getMessage() for record in caplog.records if "names no dtype" in record.getMessage()]
+    told = (
+        f"model.path={str(folder)!r}: config.json names no dtype: stored as BF16, held as torch.float32 (model.dtype)"
+    )
+    assert lines == ([] if named else [told])
+
+
+def test_a_type_with_code_of_its_own_is_promised_nothing(source: Source, folder: Path) -> None:
+    edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+    assert "trust_remote_code" not in refusal(source, folder)
+
+
 def test_one_precision_is_nothing_to_speak_of() -> None:
     assert checks.precisions({"a": "F16", "b": "F16", "mask": "BOOL"}) == ""
     assert checks.precisions({}) == ""
@@ -246,7 +270,7 @@ def test_a_hub_model_is_described_before_its_weights_come(source: Source, monkey
 
     asked: list[list[str]] = []
 
-    def fetched(path: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def fetched(path: str, revision: str | None, allow_patterns: list[str], **_: Any) -> str:
         asked.append(allow_patterns)
         return str(PARITY)
 
@@ -258,6 +282,59 @@ def test_a_hub_model_is_described_before_its_weights_come(source: Source, monkey
     assert asked and not any("*.safetensors" in patterns for patterns in asked)
     made.load()
     assert "*.safetensors" in asked[-1]
+
+
+def test_weights_that_are_there_twice_come_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    came: list[str] = []
+    there = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "additional_chat_templates/a.jinja"]
+    twice = ["consolidated.safetensors", "original/model.safetensors", "original/consolidated.00.safetensors"]
+
+    def fetched(path: str, revision: str | None, **patterns: Any) -> str:
+        came[:] = filter_repo_objects([*there, *twice], **patterns)
+        return str(PARITY)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    source("some/model").load()
+    assert came == there
+
+
+@pytest.mark.parametrize(
+    ("files", "early", "said"),
+    [
+        (
+            ["config.json", "pytorch_model.bin", "original/model.safetensors"],
+            True,
+            "its repository has no safetensors that transformers reads but pickled weights (pytorch_model.bin), ",
+        ),
+        (["config.json"], False, "its repository has no safetensors that transformers reads; expected a model."),
+        (None, False, "no safetensors came with it; expected a model.revision"),
+    ],
+)
+def test_a_repository_without_safetensors(
+    files: list[str] | None, early: bool, said: str, source: Source, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def listed(path: str, revision: str | None) -> list[str]:
+        if files is None:
+            raise OSError("offline")
+        return files
+
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
+    hub._listed.cache_clear()
+    made = source("some/model", revision="main")
+    if not early:
+        made.describe()
+    with pytest.raises(ConfigError) as error:
+        made.describe() if early else made.load()
+    told = str(error.value)
+    assert told.startswith(f"model.path='some/model': {said}") and "\n" not in told
+    assert "refs/pr/N" in told and "M.from_pretrained('some/model', dtype='auto')" in told
 
 
 def test_a_folder_without_weights(source: Source, folder: Path) -> None:

@@ -178,6 +178,21 @@ def test_a_model_without_a_folder_is_written_by_transformers(furnished: Path, tm
     assert not (tmp_path / "out" / "LICENSE").exists()
 
 
+def test_generation_settings_that_transformers_calls_invalid_are_written_all_the_same(
+    tmp_path: Path, tiny: Any
+) -> None:
+    model = tiny("llama")
+    model.source_folder, settings = None, model.module.generation_config
+    settings.eos_token_id = [2, 7]
+    settings.save_pretrained(tmp_path)
+    save(model, tmp_path / "plain")
+    same_bytes(tmp_path / "plain", tmp_path, ["generation_config.json"])
+    settings.temperature = 0.9  # without do_sample: so published, and then changed
+    save(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (written["temperature"], written["eos_token_id"]) == (0.9, [2, 7])
+
+
 def test_stop_tokens_go_into_the_gguf(furnished: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     assert export([str(furnished), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0

@@ -105,10 +105,6 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda folder: edit_config(folder, model_type="bert"),
         ("model_type 'bert'", *modeling_pruned.FAMILIES),
     ),
-    "another family with its own code": (
-        lambda folder: edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
-        ("model_type 'mine'", *modeling_pruned.FAMILIES, "model.trust_remote_code=true"),
-    ),
     "quantised": (lambda folder: edit_config(folder, quantization_config={"bits": 4}), ("quantised", "4 bits")),
     "pickled": (
         rename_to_bin,

@@ -157,6 +157,22 @@ def test_an_abandoned_walk_lets_go_of_what_it_read(streamed: Model, tokens_NT: t
         assert torch.equal(layer.state_dict()["mlp.down_proj.weight"], load_file(file)[name])
 
 
+def test_batches_of_one_size_share_their_masks(loaded: Callable[..., Model], source: Callable[..., Any]) -> None:
+    held = loaded("gemma2")  # makes its masks itself, whatever multiplies
+    streamed = source(held.source_folder, dtype="float64", stream=True).load()
+    tokens_NT = torch.randint(3, 64, (7, 20), generator=torch.Generator().manual_seed(1))
+    masks, run_layer = set(), streamed.run_layer
+
+    def noted(layer: Any, hidden_BTD: torch.Tensor, call: Any) -> torch.Tensor:
+        masks.add(call.kwargs["attention_mask"])
+        return run_layer(layer, hidden_BTD, call)
+
+    streamed.run_layer = noted  # type: ignore[method-assign]
+    losses = streamed.token_losses(tokens_NT, 2)
+    assert len(masks) == 4, "two kinds of attention, batches of two and of one"
+    torch.testing.assert_close(losses, held.token_losses(tokens_NT, 2), rtol=0, atol=0)
+
+
 def test_a_gram_grows_in_its_own_memory() -> None:
     gram = Gram(0, torch.zeros(40, dtype=torch.float64), torch.zeros(40, 40, dtype=torch.float64))
     x = torch.randn(3, 8, 40, dtype=torch.float64)

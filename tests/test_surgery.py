@@ -208,6 +208,24 @@ def test_opt_with_narrower_ffn_is_stock(tiny: Callable[..., Model], tokens_NT: t
     assert prove_in_place(model, tmp_path / "model", tokens_NT)["max_logit_difference"] == 0
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_stock_form_names_no_code_that_does_not_travel(
+    whole: bool, tiny: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("llama")
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    model.config.auto_map = own
+    if not whole:
+        shrink_(model, Plan({f"{model.layers_path}.1": SitePlan("block", 1, ())}))
+    assert save(model, tmp_path / "model").kind == "stock"
+    assert "auto_map" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    assert model.config.auto_map == own, "the model's own config is left as it was"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True, dtype=model.dtype)
+    assert torch.equal(reloaded.eval()(tokens_NT).logits, logits(model, tokens_NT))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_with_a_cache_equals_generation_without(

@@ -45,12 +45,7 @@ class Windows:
     @classmethod
     def entering(cls, model: Model, tokens_NT: Tensor) -> Windows:
         """In front of the first layer."""
-        hidden, calls, by_size = [], [], {}
-        for batch in tokens_NT.split(model.batch_size):
-            entered, made = model.enter(batch)
-            hidden.append(entered)
-            calls.append(by_size.setdefault(len(batch), made))
-        return cls(hidden, calls)
+        return cls(*model.enter_all(tokens_NT.split(model.batch_size)))
 
     def unknown(self) -> list[Tensor]:
         """Room for other hidden states of these windows."""

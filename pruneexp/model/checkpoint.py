@@ -112,10 +112,15 @@ def safetensors_files(folder: Path) -> list[str]:
         raise refused(
             folder,
             f"holds pickled weights ({pickled[0]}), which can run code when loaded; "
-            'expected safetensors; to convert them: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER')\"",
+            f"expected safetensors; to convert them: {conversion(str(folder))}",
         )
     raise refused(folder, f"holds no weights; expected {SINGLE} or {INDEX}")
+
+
+def conversion(path: str) -> str:
+    """What to type to have pickled weights as safetensors. `path`: as transformers takes it."""
+    code = f"M.from_pretrained({path!r}, dtype='auto').save_pretrained('NEW_FOLDER')"
+    return f'python -c "from transformers import AutoModelForCausalLM as M; {code}"'
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
@@ -152,4 +157,9 @@ def holds_weights(folder: Path) -> bool:
 
 
 def _pickled(folder: Path) -> list[str]:
-    return sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+    return pickled_among(file.name for file in folder.iterdir())
+
+
+def pickled_among(names: Iterable[str]) -> list[str]:
+    """Those that are names of pickled weights."""
+    return sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))

@@ -35,7 +35,7 @@ def check_hub_id(path: str, is_file: bool) -> None:
         raise refused(path, f"{what}; expected {expected}")
 
 
-def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, Any]:
+def read_config(folder: Path, path: str) -> dict[str, Any]:
     """config.json as it stands, checked: a supported family, not quantised. `path`: what the user calls the folder.
 
     Raises:
@@ -57,10 +57,7 @@ def read_config(folder: Path, path: str, trust_remote_code: bool) -> dict[str, A
         families = ", ".join(sorted(modeling_pruned.FAMILIES))
         if config.get("model_type") is None:
             raise refused(path, f"config.json names no model_type; expected one of {families}")
-        hint = ""
-        if "auto_map" in config and not trust_remote_code:
-            hint = "; it brings its own code, which only model.trust_remote_code=true would run"
-        raise refused(path, f"model_type {model_type!r} is not supported; expected one of {families}{hint}")
+        raise refused(path, f"model_type {model_type!r} is not supported; expected one of {families}")
     if config.get("quantization_config"):
         how = _quantised_how(config["quantization_config"])
         raise refused(path, f"is quantised{how}; expected the full-precision checkpoint that it was made from")

@@ -32,6 +32,7 @@ LEGAL = tuple(
 TRAVELS = (*TOKENIZER, GENERATION, *PROCESSOR, *LEGAL)
 FETCHED = ("config.json", CARD, *TRAVELS)  # without weights
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TWICE = ("consolidated*", "*/*.safetensors")  # the same weights once more, as their authors' own code reads them
 
 
 def found(folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
@@ -68,7 +69,8 @@ def carry(source: Path | None, tokenizer: Any, generation: Any, folder: Path) ->
     """
     if source is None:
         if generation is not None:
-            generation.save_pretrained(folder)
+            # as `save_pretrained` writes it, which refuses what it only warns of on reading: a temperature alone, say
+            generation.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return

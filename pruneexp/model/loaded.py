@@ -237,6 +237,15 @@ class Model:
             self.module.base_model(input_ids=tokens_BT.to(self.device), **{"use_cache": False, **how})
         return entered[0], calls
 
+    def enter_all(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Call]]]:
+        """`enter` of every batch. Those of one size share their calls, which may hold masks of T x T."""
+        hidden, calls, by_size = [], [], {}
+        for batch in batches:
+            entered, made = self.enter(batch)
+            hidden.append(entered)
+            calls.append(by_size.setdefault(len(batch), made))
+        return hidden, calls
+
     @torch.no_grad()
     def run_layer(self, layer: nn.Module, hidden_BTD: Tensor, call: Call) -> Tensor:
         """One decoder layer's output [B, T, D]."""
@@ -259,8 +268,7 @@ class Model:
         if not self.streamed:
             shown = progress(batches, stage, len(batches), "batches")
             return torch.cat([next_token_losses(self._logits(batch), batch) for batch in shown])
-        entered = [self.enter(b) for b in batches]
-        hidden, calls = [h for h, _ in entered], [c for _, c in entered]
+        hidden, calls = self.enter_all(batches)
         for index in progress(range(len(self.layers)), stage, len(self.layers), "blocks"):
             with self.loaded(index, index + 1) as layer:
                 hidden = [self.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from pruneexp.fingerprint import FileState, file_state
-from pruneexp.model import checks, companions, modeling_pruned
+from pruneexp.model import checks, companions, hub, modeling_pruned, tensor_file
 from pruneexp.model.architecture import model_class_of, skeleton, stock_of
 from pruneexp.model.checkpoint import Checkpoint, changes, fingerprints, holds_weights
 from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
 from pruneexp.model.placement import AUTO, connect_, devices_of, placed
-from pruneexp.model.refusal import refused
 from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
@@ -53,10 +52,10 @@ class ModelSource:
     """A checkpoint and how to hold it.
 
     `path`: a folder with config.json and safetensors, a GGUF file, a Hub id, or "embedded:NAME". `dtype` "auto": the
-    checkpoint's, but float32 for float16 on a CPU (which computes float16 slowly and badly). `device` "auto": the
-    decoder layers in order over all visible GPUs (the CPU where there is none); "cuda:any": see `on_a_device`.
-    `stream`: the decoder layers are read from their files one at a time instead of being held. `batch_size`: windows
-    per forward pass.
+    one that config.json names, float32 where it names none, and for float16 on a CPU (which computes that slowly and
+    badly). `device` "auto": the decoder layers in order over all visible GPUs (the CPU where there is none);
+    "cuda:any": see `on_a_device`. `stream`: the decoder layers are read from their files one at a time instead of being
+    held. `batch_size`: windows per forward pass.
     """
 
     name: str
@@ -112,7 +111,7 @@ class ModelSource:
 
     def read_config(self, folder: Path) -> dict[str, Any]:
         """config.json as it stands, checked. Raises ConfigError."""
-        return checks.read_config(folder, self.path, self.trust_remote_code)
+        return checks.read_config(folder, self.path)
 
     def describe(self) -> Described:
         """What a run must know of the model to prepare its texts, without a weight."""
@@ -137,7 +136,7 @@ class ModelSource:
         if folder is None and is_gguf(file):
             _quiet_transformers()
             return convert(file, self.path, self.dtype)
-        return folder or self._download(weights)
+        return folder or hub.download(self.path, self.revision, weights)
 
     def stock_config(self, folder: Path) -> Any:
         """The config of the stock architecture: a pruned checkpoint's, without its structure."""
@@ -172,9 +171,7 @@ class ModelSource:
         with checks.building(self.path, config_json["model_type"]):
             module = skeleton(model_class, config, family, dtype)
         checks.check_tensors(module, checkpoint, self.path)
-        mixed = checks.precisions(checkpoint.dtypes())
-        if mixed:
-            logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, dtype)
+        self._tell_precision(config_json, checkpoint.dtypes(), dtype)
         model = self._model(module, tokenizer, family, dtype, checkpoint if self.stream else None)
         load_outside_(module, model.layers_path, checkpoint, model.device, dtype)
         if not self.stream:
@@ -233,22 +230,28 @@ class ModelSource:
             placement=placement,
         )
 
+    def _tell_precision(self, config: dict[str, Any], stored: Mapping[str, str], held: torch.dtype) -> None:
+        """Logs where the weights in the files are of several precisions, or of another than `auto` could know."""
+        mixed, floats = checks.precisions(stored), {kind for kind in stored.values() if kind in checks.FLOATS}
+        if mixed:
+            logger.info("model.path=%r: stored in mixed precision (%s), held as %s", self.path, mixed, held)
+        elif (
+            self.dtype == "auto" and not _named_dtype(config) and {tensor_file.DTYPES[kind] for kind in floats} - {held}
+        ):
+            what = "config.json names no dtype: stored as %s, held as %s (model.dtype)"
+            logger.info("model.path=%r: " + what, self.path, *floats, held)
+
     def _dtype(self, config: dict[str, Any]) -> torch.dtype:
         if self.dtype != "auto":
             return DTYPES[self.dtype]
-        stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+        stored = DTYPES.get(str(_named_dtype(config)), torch.float32)
         on_cpu = devices_of(self.device)[0].type == "cpu"
         return torch.float32 if on_cpu and stored == torch.float16 else stored
 
-    def _download(self, weights: bool) -> Path:
-        from huggingface_hub import snapshot_download
 
-        try:
-            patterns = (*companions.FETCHED, *(companions.WEIGHTS if weights else ()))
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(patterns)))
-        except Exception as error:  # the Hub's client raises many kinds: offline, gated, not found
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise refused(self.path, f"no such folder, and not had from the Hub ({reason})") from error
+def _named_dtype(config: dict[str, Any]) -> Any:
+    """The dtype that a config.json names, under its new name or its old one."""
+    return config.get("dtype") or config.get("torch_dtype")
 
 
 @lru_cache(maxsize=1)

@@ -69,6 +69,7 @@ def uniform_form(model: Model, structure: LayerStructure, layer: nn.Module) -> F
 
 def _unchanged(model: Model) -> Form:
     config = deepcopy(model.config)
+    config.__dict__.pop("auto_map", None)  # of code that does not travel; the stock class needs none
     read = config.architectures or ["Pruned"]  # a model that was never saved has none
     if any(name.startswith("Pruned") for name in read):
         config.architectures = [stock_class(config.model_type).__name__]

@@ -20,7 +20,7 @@ from pruneexp.experiment.latency import conditions_of
 from pruneexp.fingerprint import config_hash
 from pruneexp.latency import Conditions, Table, Workload, compared, measure, measured_table
 from pruneexp.latency.measure import spaced
-from pruneexp.latency.workload import bytes_of
+from pruneexp.latency.workload import Pool, bytes_of
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned
 from pruneexp.pruning.budget import check_pruning, whole_budget
@@ -284,6 +284,21 @@ def test_a_prefill_is_measured_from_python(monkeypatch: pytest.MonkeyPatch, tiny
     assert metrics["sparsity/latency"] == pytest.approx(0.2, abs=0.01)
     assert metrics["sparsity/latency_measured"] == pytest.approx(metrics["sparsity/latency"], abs=1e-3)
     assert metrics["pruned/latency/decoder_prefill_ms@b2x16"] > 0
+
+
+@each("kept", [False, True])
+def test_each_prefill_begins_with_an_empty_cache(kept: bool, monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    """Also where transformers' `reset` zeroes the keys of an entry and keeps their number."""
+    from transformers.cache_utils import DynamicLayer
+
+    if kept:
+        monkeypatch.delattr(DynamicLayer, "reset")
+    model = tiny("llama")
+    work, pool = Workload(2, 7, "prefill", model), Pool(2**20, model.dtype, model.device)
+    layers = [work.prepared(layer, index, pool) for index, layer in enumerate(model.layers)]
+    for _ in range(4):
+        work.run(layers)
+        assert [entry.keys.shape[2] for entry in work.all.cache.layers] == [7] * len(layers)
 
 
 @pytest.mark.slow

@@ -248,6 +248,21 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
     assert code == 0 and "picoseconds of a pass through the decoder layers" in out
 
 
+def test_layers_are_timed_before_they_are_quantised(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers that they are compared with are not quantised either."""
+    timed: list[tuple[bool, float]] = []
+
+    def figures(self: of_runs.Timing, model: Model, foretold: float) -> dict[str, float]:
+        timed.append((bool(model.stored_bytes), foretold))
+        return {}
+
+    monkeypatch.setattr(of_runs.Timing, "figures", figures)
+    code, _, err = cli(*OURS, "cache=off", "run.dir=a", "quantise=int8")
+    assert code == 0, err
+    found = json.loads(Path("a/metrics.json").read_text())
+    assert timed == [(False, found["sparsity/latency"])] and "pruned/bits/param" in found
+
+
 def test_settings_of_times_without_times_are_told_of_one_run(
     cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

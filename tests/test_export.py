@@ -175,6 +175,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
         (["a", "out=x", "prove=of"], "prove=of", ["prove=off"]),
         (["a", "out=x", "multiple=8"], "multiple=8", ["format=padded"]),
         (["a", "out=x", "dtype=float16"], "dtype=float16", ["format=gguf"]),
+        (["a", "out=my.gguf"], "out=my.gguf", ["format=gguf", "folder"]),
+        (["a", "out=my.gguf", "format=stock"], "out=my.gguf", ["format=gguf", "folder"]),
         (["a", "out=x", "format=gguf", "dtype=int8"], "dtype=int8", ["float32", "bfloat16", "float16"]),
         (["a", "out=x", "stream=yes"], "stream=yes", ["auto", "true", "false"]),
         (["a", "out=x", "format=padded", "multiple=0"], "multiple=0", [">= 1"]),

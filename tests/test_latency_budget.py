@@ -20,7 +20,7 @@ from pruneexp.experiment.latency import conditions_of
 from pruneexp.fingerprint import config_hash
 from pruneexp.latency import Conditions, Table, Workload, compared, measure, measured_table
 from pruneexp.latency.measure import spaced
-from pruneexp.latency.workload import bytes_of
+from pruneexp.latency.workload import Pool, bytes_of
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned
 from pruneexp.pruning.budget import check_pruning, whole_budget
@@ -248,6 +248,21 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
     assert code == 0 and "picoseconds of a pass through the decoder layers" in out
 
 
+def test_layers_are_timed_before_they_are_quantised(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers that they are compared with are not quantised either."""
+    timed: list[tuple[bool, float]] = []
+
+    def figures(self: of_runs.Timing, model: Model, foretold: float) -> dict[str, float]:
+        timed.append((bool(model.stored_bytes), foretold))
+        return {}
+
+    monkeypatch.setattr(of_runs.Timing, "figures", figures)
+    code, _, err = cli(*OURS, "cache=off", "run.dir=a", "quantise=int8")
+    assert code == 0, err
+    found = json.loads(Path("a/metrics.json").read_text())
+    assert timed == [(False, found["sparsity/latency"])] and "pruned/bits/param" in found
+
+
 def test_settings_of_times_without_times_are_told_of_one_run(
     cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,6 +299,21 @@ def test_a_prefill_is_measured_from_python(monkeypatch: pytest.MonkeyPatch, tiny
     assert metrics["sparsity/latency"] == pytest.approx(0.2, abs=0.01)
     assert metrics["sparsity/latency_measured"] == pytest.approx(metrics["sparsity/latency"], abs=1e-3)
     assert metrics["pruned/latency/decoder_prefill_ms@b2x16"] > 0
+
+
+@each("kept", [False, True])
+def test_each_prefill_begins_with_an_empty_cache(kept: bool, monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    """Also where transformers' `reset` zeroes the keys of an entry and keeps their number."""
+    from transformers.cache_utils import DynamicLayer
+
+    if kept:
+        monkeypatch.delattr(DynamicLayer, "reset")
+    model = tiny("llama")
+    work, pool = Workload(2, 7, "prefill", model), Pool(2**20, model.dtype, model.device)
+    layers = [work.prepared(layer, index, pool) for index, layer in enumerate(model.layers)]
+    for _ in range(4):
+        work.run(layers)
+        assert [entry.keys.shape[2] for entry in work.all.cache.layers] == [7] * len(layers)
 
 
 @pytest.mark.slow

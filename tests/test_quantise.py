@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import pruneexp
 from pruneexp import quantise
 from pruneexp.__main__ import main
+from pruneexp.evaluator import Latency
 from pruneexp.export import gguf_engine, gguf_quantise
 from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_quantise import GgufQuantise, contents
@@ -372,7 +373,7 @@ class Pretended:
         self.called.append("losses")
         return torch.full((len(windows_NT), windows_NT.shape[1] - 1), float(len(self.called)))
 
-    def speeds(self, file: Path, vocabulary: int) -> dict[str, float]:
+    def speeds(self, file: Path, vocabulary: int, prompt_1T: Tensor, asked: Latency) -> dict[str, float]:
         self.called.append("speeds")
         return {"latency/prefill_tok_s": float(len(self.called))}
 
@@ -401,6 +402,29 @@ def test_gguf_measures_the_dense_model_once(
     assert calls("timed", "evaluator=[perplexity,latency]", "evaluator.latency.repeats=1") == 2 * [*pruned, "speeds"]
     llama = replace(llama, version=2)
     assert calls("newer") == 2 * pruned and calls("again") == pruned
+
+
+def test_llama_cpp_is_timed_as_the_evaluator_says(
+    run: Callable[..., dict[str, float]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    asked: list[tuple[list[int], int]] = []
+
+    def ran(self: Engine, file: Path, windows_NT: Tensor, vocabulary: int, written: int, stage: str) -> Tensor:
+        asked.append((list(windows_NT.shape), written))
+        return torch.arange(1.0, 1 + 2 * len(windows_NT)).view(-1, 2)  # seconds of a prompt and of what is behind it
+
+    monkeypatch.setattr(gguf_quantise, "engine", lambda: Engine(Path(__file__), quantiser="cp"))
+    monkeypatch.setattr(Engine, "quantise", lambda self, file, out, kind: shutil.copyfile(file, out))
+    monkeypatch.setattr(Engine, "_run", ran)
+    settings = {"prompt": 6, "new_tokens": 3, "repeats": 2, "warmup": 2, "batch_sizes": "[1,2]"}
+    typed = [f"evaluator.latency.{key}={value}" for key, value in settings.items()]
+    found = run("timed", "evaluator=[latency]", *typed, quick=["dataset.samples=4", "cache=off", "quantise=gguf"])
+    assert asked == 2 * [([4, 6], 3)]
+    for side in ("dense", "pruned"):
+        assert found[f"{side}/latency/prefill_tok_s@b1x6/gguf-q4_k_m"] == 6 / 5.0
+        assert found[f"{side}/latency/decode_tok_s@b1x6+3/gguf-q4_k_m"] == 3 / 6.0
+    assert sum("evaluator.latency.batch_sizes=[1, 2]: llama.cpp runs 1" in text for text in caplog.messages) == 1
 
 
 def test_a_sweep_takes_a_job_by_what_llama_cpp_measured(

@@ -326,6 +326,20 @@ def test_groups_and_filters(few_definitions, llama):
     assert evaluator(llama, llama.tokenizer).figures.keys() >= figures.keys()
 
 
+def test_metrics_of_all_items_together(few_definitions, llama):
+    """The harness scores an item by its label and NumPy's number or array of the answer."""
+    metrics = "".join(f"  - metric: {name}\n" for name in ("f1", "mcc", "brier_score"))
+    label = "doc_to_target: \"{{ 1 if 'cold' in q else 0 }}\""
+    definition = DEFINITION.format(name="one").replace("doc_to_target: 0", label)
+    (few_definitions / "one.yaml").write_text(definition + metrics)
+    found = a_zeroshot(None, "one", num_fewshot=None)(llama, llama.tokenizer)
+    assert {"acc/one@0shot", "f1/one@0shot", "mcc/one@0shot", "brier_score/one@0shot"} <= found.figures.keys()
+    scores = json.loads(found.files["json"])["tasks"]["one"]["scores"]
+    assert scores["f1"] == scores["mcc"] and [float(label == answer) for label, answer in scores["f1"]] == scores["acc"]
+    brier = [sum((p - (n == label)) ** 2 for n, p in enumerate(shares)) for label, shares in scores["brier_score"]]
+    assert sum(brier) / len(brier) == pytest.approx(found.figures["brier_score/one@0shot"])
+
+
 @pytest.mark.slow
 def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build_from, monkeypatch):
     import datasets

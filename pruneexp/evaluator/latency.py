@@ -49,18 +49,23 @@ class Latency:
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
         figures: dict[str, float] = {}
         for batch in self.batch_sizes:
-            prompt_BT = torch.randint(
-                model.vocab_size, (batch, self.prompt), generator=torch.Generator().manual_seed(SEED)
-            ).to(model.device)
-            if self.bos:  # where there is no tokenizer, the token that the model's config names
-                named = model.config if tokenizer is None else tokenizer
-                prompt_BT[:, 0] = bos_token(named, "evaluator.latency.bos")
+            prompt_BT = self.prompts(model, tokenizer, batch)
             rounds = [self._round(model, prompt_BT) for _ in range(self.warmup + self.repeats)][self.warmup :]
             prefill, decode = torch.tensor(rounds, dtype=torch.float64).T
             size = f"@b{batch}x{self.prompt}"
             figures |= _summary(f"latency/prefill_tok_s{size}", batch * self.prompt / prefill)
             figures |= _summary(f"latency/decode_tok_s{size}+{self.new_tokens}", batch * self.new_tokens / decode)
         return figures
+
+    def prompts(self, model: Any, tokenizer: Any, batch: int) -> Tensor:
+        """Token ids of `batch` prompts, int64 [B, T]."""
+        prompt_BT = torch.randint(
+            model.vocab_size, (batch, self.prompt), generator=torch.Generator().manual_seed(SEED)
+        ).to(model.device)
+        if self.bos:  # where there is no tokenizer, the token that the model's config names
+            named = model.config if tokenizer is None else tokenizer
+            prompt_BT[:, 0] = bos_token(named, "evaluator.latency.bos")
+        return prompt_BT
 
     def _round(self, model: Any, prompt_BT: Tensor) -> tuple[float, float]:
         """Seconds of one prefill and of the decoding after it."""

@@ -85,7 +85,7 @@ class Zeroshot:
             "bos": self.bos,
             "tasks": {task: self._record(task, answered) for task, answered in found.items()},
         }
-        return Measured({**figures, **self._means(found)}, {"json": json.dumps(record) + "\n"})
+        return Measured({**figures, **self._means(found)}, {"json": json.dumps(record, default=_plain) + "\n"})
 
     def lacks_bos(self, tokenizer: Any, token: int) -> bool:
         """Whether prompts begin with another token."""
@@ -179,6 +179,12 @@ def _asked(request: _Request) -> _Asked:
 def _digest(requests: Sequence[tuple[Any, ...]]) -> str:
     """A hash of every context and continuation: two runs that agree in it were asked the same."""
     return hashlib.sha256(json.dumps(requests, default=str).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has in place of an item's score: the harness gives NumPy's numbers and arrays where a metric is of all
+    items together (F1, MCC, Brier score)."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -128,6 +128,9 @@ def _pruned(
     card = replace(card, quantised=said(experiment.quantise, rounded=True))
     with record.clock("save"):
         record.metrics |= deliver(delivery, model, adapter, experiment.model.path)
+    if timing is not None:  # before weights are rounded: the dense layers are not
+        with record.clock("latency"):
+            record.metrics |= timing.figures(model, _gone(counted, _counted(experiment, model)))
     quantise("pruned", folder if experiment.run.save else None)
     try:
         with record.clock("evaluate_pruned"):
@@ -135,9 +138,6 @@ def _pruned(
     finally:
         delivery.clear()
     record.metrics |= _shares(experiment, record.metrics, counted, _counted(experiment, model))
-    if timing is not None:
-        with record.clock("latency"):
-            record.metrics |= timing.figures(model, record.metrics["sparsity/latency"])
     record.metrics |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
     record.metrics |= memory_metrics(model.devices)
     if folder is not None:
@@ -163,13 +163,17 @@ def _counted(experiment: Experiment, model: Model) -> int:
     return whole_budget(model, experiment.search, experiment.sparsity, 0.0).total
 
 
+def _gone(before: int, after: int) -> float:
+    return 1 - after / before if before else 0.0
+
+
 def _shares(experiment: Experiment, metrics: Mapping[str, float], before: int, after: int) -> dict[str, float]:
     """The shares that left, and a line of the log where that is far from what was asked for, which is no error."""
     counts = {"decoder": "params/decoder", "model": "params"}
     gone = {of: 1 - metrics[f"pruned/{count}"] / metrics[f"dense/{count}"] for of, count in counts.items()}
     asked, of = experiment.sparsity.ratio, experiment.sparsity.of
     if of != "decoder":
-        gone[of] = 1 - after / before if before else 0.0
+        gone[of] = _gone(before, after)
     if abs(gone[of] - asked) > WIDE:
         logger.warning(
             "sparsity.ratio=%g was asked for, %.3f of %s has left: the search rounds in its own way, or by units that "

@@ -84,6 +84,8 @@ def request(argv: Sequence[str]) -> Request:
     for key, own in WITH_FORMAT.items():
         if key in values and values.get("format") not in own:
             raise ConfigError(f"{key}={values[key]}: goes with format={' or '.join(own)} alone")
+    if values["out"].endswith(".gguf") and values.get("format") != "gguf":
+        raise ConfigError(f"out={values['out']}: one file for llama.cpp; expected it with format=gguf, or a folder")
     return Request(
         Path(folders[0]).expanduser(),
         Path(values["out"]).expanduser(),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneexp.evaluator import Latency
 from pruneexp.export.gguf_run import reason_of
 from pruneexp.files import scratch_folder
 from pruneexp.fingerprint import file_state
@@ -28,7 +29,6 @@ from pruneexp.types import ConfigError, RunError
 # llama.cpp's LLAMA_FTYPE_MOSTLY_...
 TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12}
 TYPES |= {"Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18}
-PROMPT, WRITTEN, REPEATS = 128, 16, 5  # tokens of a prompt and behind it, and rounds, as evaluator=[latency] has them
 PIECE = 512  # tokens whose logits are held at once
 INSTALL = "pip install 'pruneexp[llama_cpp]'"
 
@@ -156,15 +156,15 @@ class Engine:
         """Nats of every predicted token, float64 [N, T-1]. Raises RunError."""
         return self._run(file, windows_NT, vocabulary, 0, f"{stage} in llama.cpp")
 
-    def speeds(self, file: Path, vocabulary: int) -> dict[str, float]:
-        """Tokens per second, as `evaluator=[latency]` names them: medians, the first round apart. Raises RunError."""
-        prompt = torch.randint(vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-        seconds = self._run(file, prompt.repeat(1 + REPEATS, 1), vocabulary, WRITTEN, "speed in llama.cpp")[1:]
+    def speeds(self, file: Path, vocabulary: int, prompt_1T: Tensor, asked: Latency) -> dict[str, float]:
+        """Tokens per second, as `evaluator=[latency]` names them: medians, the first rounds apart. Raises RunError."""
+        rounds_NT = prompt_1T.repeat(asked.warmup + asked.repeats, 1)
+        seconds = self._run(file, rounds_NT, vocabulary, asked.new_tokens, "speed in llama.cpp")[asked.warmup :]
         read, wrote = seconds.median(0).values.tolist()
-        protocol = f"@b1x{PROMPT}"
+        protocol = f"@b1x{asked.prompt}"
         return {
-            f"latency/prefill_tok_s{protocol}": PROMPT / read,
-            f"latency/decode_tok_s{protocol}+{WRITTEN}": WRITTEN / wrote,
+            f"latency/prefill_tok_s{protocol}": asked.prompt / read,
+            f"latency/decode_tok_s{protocol}+{asked.new_tokens}": asked.new_tokens / wrote,
         }
 
     def _run(self, file: Path, windows_NT: Tensor, vocabulary: int, written: int, stage: str) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from pruneexp.evaluator import Latency
 from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_file import GgufExporter, gguf_exporter
 from pruneexp.export.gguf_layout import BLOCK
@@ -41,8 +42,8 @@ class GgufQuantise:
     Rows that are no such multiple all the same (of a hidden size) get another type from llama.cpp; the log counts them.
 
     Figures have "/gguf-<type>" behind their names: "ppl/wikitext2@512/gguf-q4_k_m", by the evaluators' own windows,
-    keys and values cached in float16; "latency/..."; "bytes", of all tensors in the file, zeros, too; "bits/param",
-    these of a parameter of the model.
+    keys and values cached in float16; "latency/...", of one prompt at a time; "bytes", of all tensors in the file,
+    zeros, too; "bits/param", these of a parameter of the model.
     """
 
     applies: ClassVar[bool] = True
@@ -68,7 +69,7 @@ class GgufQuantise:
         """None where speeds are asked for, which differ each time."""
         of_text = _of_text(evaluators, model.tokenizer)
         inputs = {name: [version_of(each), each.measured_on(model.tokenizer)] for name, each in of_text.items()}
-        if "latency" in evaluators or any(own is None for _, own in inputs.values()):
+        if _of_speed(evaluators) or any(own is None for _, own in inputs.values()):
             return None
         return {"engine": engine().version, "gguf": version("gguf"), "evaluators": inputs}
 
@@ -91,8 +92,10 @@ class GgufQuantise:
             logger.info("%s model: GGUF %s, %s; matrices: %s", when, self.type, exporter.why, kinds)
             figures = {"bytes": size, "bits/param": 8 * size / model.params}
             figures |= perplexities(InEngine(llama, file, model), evaluators, model.tokenizer)
-            if "latency" in evaluators:
-                figures |= llama.speeds(file, model.vocab_size)
+            for each in _of_speed(evaluators):
+                if when == "dense" and list(each.batch_sizes) != [1]:
+                    logger.warning("evaluator.latency.batch_sizes=%s: llama.cpp runs 1 alone", list(each.batch_sizes))
+                figures |= llama.speeds(file, model.vocab_size, each.prompts(model, model.tokenizer, 1), each)
         return {f"{name}/gguf-{self.type.lower()}": value for name, value in figures.items()}
 
     def _exporter(self, model: Model) -> GgufExporter:
@@ -142,6 +145,10 @@ def perplexities(model: InEngine, evaluators: Mapping[str, Evaluator], tokenizer
 
 def _of_text(evaluators: Mapping[str, Evaluator], tokenizer: Any) -> dict[str, Evaluator]:
     return {name: each for name, each in evaluators.items() if each.streams and each.windows(tokenizer) is not None}
+
+
+def _of_speed(evaluators: Mapping[str, Evaluator]) -> list[Latency]:
+    return [each for each in evaluators.values() if isinstance(each, Latency)]
 
 
 def contents(file: Path) -> tuple[int, str]:

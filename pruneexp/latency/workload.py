@@ -142,6 +142,7 @@ class Workload:
 def emptied(entry: Any) -> Any:
     """An entry of a KV cache like this one, without a token."""
     entry = copy(entry)
+    entry.is_initialized = False  # else `reset` of transformers 5.14 keeps the keys, zeroed
     entry.reset()
     return entry
 

@@ -208,14 +208,17 @@ def _plan(file: Path) -> Plan:
 @contextmanager
 def _flags_kept(model: Any) -> Iterator[dict[str, bool]]:
     """Which parameters of a model require gradients, by name. The flags are restored where the code inside fails."""
-    parameters = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    flags = {name: parameter.requires_grad for name, parameter in _parameters(model)}
     try:
         yield flags
     except BaseException:
-        for name, flag in flags.items():
-            parameters[name].requires_grad_(flag)
+        for name, parameter in _parameters(model):  # asked for anew: held, those that are pruned in place would stay
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
         raise
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    return model.named_parameters() if hasattr(model, "named_parameters") else iter(())
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,23 @@ def test_gradients_are_required_where_they_were(model: Any, tokens: torch.Tensor
     with pytest.raises(pruneexp.RunError, match="NaN or Inf"):
         pruneexp.prune(model, None, tokens, in_place=True)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_pruning_in_place_frees_what_it_replaces(model: Any, tokens: torch.Tensor, monkeypatch: Any) -> None:
+    from pruneexp.experiment import run
+
+    dense, card_of = [weakref.ref(parameter) for parameter in model.parameters()], run.card_of
+    living: list[int] = []
+
+    def counted(*of: Any) -> Any:  # called once the model is pruned
+        gc.collect()
+        living.append(sum(parameter() is not None for parameter in dense))
+        return card_of(*of)
+
+    monkeypatch.setattr(run, "card_of", counted)
+    result = pruneexp.prune(model, None, tokens, ratio=0.3, in_place=True)
+    kept = {id(parameter) for parameter in result.model.parameters()}
+    assert living == [sum(id(parameter()) in kept for parameter in dense)] and living[0] < len(dense)
 
 
 def test_save_pretrained_of_what_no_config_says_is_one_line(model: Any, tokens: torch.Tensor) -> None:

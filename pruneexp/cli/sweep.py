@@ -23,7 +23,7 @@ from pruneexp.cli.compose import Composed, check_dataset, composed
 from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
 from pruneexp.conf_files import option_file, sweep_files, typed_keys
-from pruneexp.files import check_writable, write_atomic
+from pruneexp.files import check_writable, typed_folder, write_atomic
 from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
 from pruneexp.report.tables import count
@@ -164,9 +164,10 @@ def sweep_folder(hydra: Hydra, config: DictConfig) -> Path:
     """`sweep.dir`, or outputs/sweeps/<name of the sweep, or of its recipes>."""
     name = _sweep_name(config) or recipes_name(hydra, config) or "custom"
     given = OmegaConf.select(config, "sweep.dir")
-    if given == "" or not isinstance(given, (str, type(None))):
-        raise ConfigError(f"sweep.dir={given!r}: expected a folder, or null for outputs/sweeps/{name}")
-    return Path("outputs") / "sweeps" / name if given is None else Path(given)
+    usual = f"outputs/sweeps/{name}"
+    if not isinstance(given, (str, type(None))):
+        raise ConfigError(f"sweep.dir={given!r}: expected a folder, or null for {usual}")
+    return Path(usual) if given is None else typed_folder("sweep.dir", given, usual)
 
 
 def _sweep_name(config: DictConfig) -> str | None:

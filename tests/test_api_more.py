@@ -244,6 +244,20 @@ def test_a_dry_multirun_gives_a_forecast_for_each_job() -> None:
     assert one.metrics and not list(Path.cwd().rglob("metrics.json"))
 
 
+def test_a_sweep_whose_job_another_process_runs_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pruneexp.cli import sweep
+
+    def taken(job: Any, shared: Any) -> Any:
+        folder = Path(job.config["run"]["dir"])
+        folder.mkdir()
+        (folder / "status.json").write_text(json.dumps({"status": "running", "host": "elsewhere", "pid": 1}))
+        raise pruneexp.ConfigError("process 1 of elsewhere is still writing a run there")
+
+    monkeypatch.setattr(sweep, "_run", taken)
+    with pytest.raises(pruneexp.RunError, match=r"^sweep in x: left to the processes that run them: [0-9a-f]{12};"):
+        pruneexp.run(["--multirun", "seed=1", "sweep.dir=x"])
+
+
 def test_inside_autocast_it_is_the_same(model: Any, tokens: torch.Tensor) -> None:
     alone: Any = pruneexp.prune(model, None, tokens)
     with torch.autocast("cpu", torch.bfloat16):

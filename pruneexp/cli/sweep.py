@@ -43,12 +43,13 @@ SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one pr
 @dataclass(frozen=True)
 class Ended:
     """A multirun that has ended. `jobs`: the folders of those that are known; `failed`: names among them; `forecasts`:
-    what jobs that were not run would take, by folder."""
+    what jobs that were not run would take, by folder; `elsewhere`: names of jobs that other processes are running."""
 
     folder: Path
     jobs: tuple[Path, ...]
     failed: tuple[str, ...]
     forecasts: Mapping[Path, Mapping[str, float]] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
 
 
 def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
@@ -94,7 +95,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     print(f"all its jobs are in {summary}")
     if ran:
         hand_over(config, folder, _sweep_name(config) or folder.name)
-    return Ended(folder, tuple(ours or ran), tuple(failed))
+    return Ended(folder, tuple(ours or ran), tuple(failed), elsewhere=tuple(elsewhere))
 
 
 def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list[Composed], bool]:

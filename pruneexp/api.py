@@ -64,7 +64,8 @@ class Result:
 def run(overrides: Sequence[str], config_dir: str | None = None) -> Any:
     """What `pruneexp OVERRIDES` does: a Result, or for `--multirun` and sweeps one for each job, without models.
 
-    Raises ConfigError where the command would end with exit code 2, RunError where with 1.
+    Raises ConfigError where the command would end with exit code 2, RunError where with 1, and where another process is
+    running one of a sweep's jobs.
     """
     from pruneexp.cli.compose import open_hydra
     from pruneexp.cli.single import asked_for_one, single_experiment
@@ -81,6 +82,9 @@ def run(overrides: Sequence[str], config_dir: str | None = None) -> Any:
         ended = multirun(hydra, typed)
     if ended.failed:
         raise RunError(f"sweep in {ended.folder}: failed: {', '.join(ended.failed)}")
+    if ended.elsewhere:
+        left = ", ".join(ended.elsewhere)
+        raise RunError(f"sweep in {ended.folder}: left to the processes that run them: {left}; run it again afterwards")
     forecasts = {job: Result(None, None, None, metrics, None) for job, metrics in ended.forecasts.items()}
     return [forecasts.get(job) or _read(job) for job in ended.jobs]
 
@@ -208,14 +212,17 @@ def _plan(file: Path) -> Plan:
 @contextmanager
 def _flags_kept(model: Any) -> Iterator[dict[str, bool]]:
     """Which parameters of a model require gradients, by name. The flags are restored where the code inside fails."""
-    parameters = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    flags = {name: parameter.requires_grad for name, parameter in _parameters(model)}
     try:
         yield flags
     except BaseException:
-        for name, flag in flags.items():
-            parameters[name].requires_grad_(flag)
+        for name, parameter in _parameters(model):  # asked for anew: held, those that are pruned in place would stay
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
         raise
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    return model.named_parameters() if hasattr(model, "named_parameters") else iter(())
 
 
 @contextmanager

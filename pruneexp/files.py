@@ -165,6 +165,16 @@ def check_writable(folder: Path, where: str) -> None:
         raise ConfigError(f"{where}: {nearest} cannot be written to ({reason}); expected a folder that can") from error
 
 
+def typed_folder(key: str, text: str, instead: str) -> Path:
+    """The folder that was typed for a key. Raises ConfigError for none; `instead`: what null stands for."""
+    try:
+        if text == "":
+            raise RuntimeError
+        return Path(text).expanduser()
+    except RuntimeError:  # none is named, or a home that is not known
+        raise ConfigError(f"{key}={text!r}: expected a folder, or null for {instead}") from None
+
+
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 __version__ = "0.1.0"  # of this package
@@ -81,8 +82,7 @@ def without_new_keys(node: Any, name: str = "") -> Any:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """12 hex digits that say what a run computes: a hash of the config without the sections of where it runs and
-    reports."""
+    """12 hex digits that say what a run computes: a hash of its config, but for where it runs and reports."""
     content = {key: value for key, value in as_hashed(config).items() if key not in NOT_HASHED}
     text = json.dumps(without_new_keys(content), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -135,14 +135,10 @@ def comparable(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
         before = "pruned/latency/"
     named = {}
     for key, value in metrics.items():
-        key = _longer(key) if "+bos" in key and ASKED not in config else key
+        if "+bos" in key and ASKED not in config:  # "...@2048s512+bos" -> "...@2049s512+bos"
+            key = re.sub(r"@(\d+)(?=[^@]*$)", lambda length: f"@{int(length[1]) + 1}", key)
         named[key.replace("pruned", "unquantised", 1) if before and re.match(before, key) else key] = value
     return named
-
-
-def _longer(key: str) -> str:
-    """ "dense/ppl/ptb@2048s512+bos" -> "dense/ppl/ptb@2049s512+bos"."""
-    return re.sub(r"@(\d+)(?=[^@]*$)", lambda length: f"@{int(length[1]) + 1}", key)
 
 
 def bos_nodes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -195,6 +191,7 @@ def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
 _LONG = r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'
 _STRING = _LONG + "|" + _LONG.replace('"', "'") + r"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'"""
 _PIECE = re.compile(rf"(?:\A|(?<=:\n))\s*[rR]?{_LONG}|({_STRING})|#[^\n]*", re.DOTALL)  # docstring, string, comment
+_NO_CODE = re.compile("__(module|dict|weakref|doc|firstlineno|static_attributes|dataclass.*)__$")  # members
 _IMPORT = re.compile(r"^[ \t]*(?:from (pruneexp[\w.]*) import (\([^)]*\)|.*)|import (pruneexp[\w.]*))", re.MULTILINE)
 
 
@@ -202,9 +199,8 @@ _IMPORT = re.compile(r"^[ \t]*(?:from (pruneexp[\w.]*) import (\([^)]*\)|.*)|imp
 def code_version(*more: str) -> str:
     """16 hex digits over the code that gives an answer, without comments and docstrings: `STATISTICS`, the modules or
     packages `more`, all of ours that these import, and the versions of torch and transformers."""
-    from importlib.metadata import version
-
-    digest = hashlib.sha256(f"torch {version('torch')} transformers {version('transformers')}".encode())
+    used = _versions()
+    digest = hashlib.sha256(f"torch {used['torch']} transformers {used['transformers']}".encode())
     for name in sorted(import_closure(*STATISTICS, *more)):
         digest.update(f"{name} {_code(name)[0]}".encode())
     return digest.hexdigest()[:16]
@@ -249,12 +245,43 @@ def _file(name: str) -> Path:
 
 def version_of(part: object) -> str:
     """What identifies a method or a type of evidence: its class, its settings and, where it is not ours, a hash of its
-    module's file. Our own code is in `code_version`."""
+    module's file or, without one (in a notebook), of its code. Our own code is in `code_version`."""
     kind = part if isinstance(part, type) else type(part)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    ours = file is None or kind.__module__.startswith("pruneexp.")
-    source = "" if ours else hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()[:16]
-    return f"{kind.__module__}.{kind.__qualname__} {'' if part is kind else repr(part)} {source}"
+    name, source = kind.__module__, ""
+    if not name.startswith("pruneexp."):
+        file = getattr(sys.modules.get(name), "__file__", None) or ""
+        read = Path(file).read_bytes() if Path(file).is_file() else "\n".join(_written(kind, name, set())).encode()
+        source = hashlib.sha256(read).hexdigest()[:16]
+    return f"{name}.{kind.__qualname__} {'' if part is kind else repr(part)} {source}"
+
+
+def _written(thing: Any, home: str, seen: set[int]) -> Iterator[str]:
+    """Bytecode and values of a thing of the module `home` and of all that it names there, on whatever lines."""
+    parts: Sequence[Any] = ()
+    if isinstance(thing, (type, FunctionType)):
+        yield f"{thing.__module__}.{thing.__qualname__}"
+        if thing.__module__ != home or id(thing) in seen:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, type):
+            parts = (*thing.__bases__, {name: each for name, each in vars(thing).items() if not _NO_CODE.match(name)})
+        else:
+            cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
+            parts = (thing.__code__, thing.__defaults__, thing.__kwdefaults__, cells)
+    elif isinstance(thing, CodeType):
+        yield f"{thing.co_code.hex()} {thing.co_names}"
+        named = getattr(sys.modules.get(home), "__dict__", {})
+        parts = (*thing.co_consts, *(named[name] for name in thing.co_names if name in named))
+    elif isinstance(thing, (staticmethod, classmethod, property)):
+        parts = (thing.fget if isinstance(thing, property) else thing.__func__,)
+    elif isinstance(thing, (tuple, list, dict)):
+        parts = (*thing, *thing.values()) if isinstance(thing, dict) else thing
+    else:
+        shown: Any = thing.tolist() if hasattr(thing, "tolist") else thing  # an array is printed in part
+        shown = sorted(map(repr, thing)) if isinstance(thing, (set, frozenset)) else shown
+        yield re.sub(r" at 0x[0-9a-f]+", "", repr(shown))
+    for each in parts:
+        yield from _written(each, home, seen)
 
 
 # Runs

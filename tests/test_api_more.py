@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,23 @@ def test_gradients_are_required_where_they_were(model: Any, tokens: torch.Tensor
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
+def test_pruning_in_place_frees_what_it_replaces(model: Any, tokens: torch.Tensor, monkeypatch: Any) -> None:
+    from pruneexp.experiment import run
+
+    dense, card_of = [weakref.ref(parameter) for parameter in model.parameters()], run.card_of
+    living: list[int] = []
+
+    def counted(*of: Any) -> Any:  # called once the model is pruned
+        gc.collect()
+        living.append(sum(parameter() is not None for parameter in dense))
+        return card_of(*of)
+
+    monkeypatch.setattr(run, "card_of", counted)
+    result = pruneexp.prune(model, None, tokens, ratio=0.3, in_place=True)
+    kept = {id(parameter) for parameter in result.model.parameters()}
+    assert living == [sum(id(parameter()) in kept for parameter in dense)] and living[0] < len(dense)
+
+
 def test_save_pretrained_of_what_no_config_says_is_one_line(model: Any, tokens: torch.Tensor) -> None:
     result = pruneexp.prune(model, None, tokens)
     for pruned in (result.model, pruneexp.apply(model, result.plan), deepcopy(result.model)):  # type: ignore[arg-type]
@@ -223,6 +242,20 @@ def test_a_dry_multirun_gives_a_forecast_for_each_job() -> None:
     assert len(jobs) == 2 and one.metrics.keys() == jobs[0].metrics.keys() == jobs[1].metrics.keys()
     assert all(job.model is job.plan is job.folder is None for job in jobs)
     assert one.metrics and not list(Path.cwd().rglob("metrics.json"))
+
+
+def test_a_sweep_whose_job_another_process_runs_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pruneexp.cli import sweep
+
+    def taken(job: Any, shared: Any) -> Any:
+        folder = Path(job.config["run"]["dir"])
+        folder.mkdir()
+        (folder / "status.json").write_text(json.dumps({"status": "running", "host": "elsewhere", "pid": 1}))
+        raise pruneexp.ConfigError("process 1 of elsewhere is still writing a run there")
+
+    monkeypatch.setattr(sweep, "_run", taken)
+    with pytest.raises(pruneexp.RunError, match=r"^sweep in x: left to the processes that run them: [0-9a-f]{12};"):
+        pruneexp.run(["--multirun", "seed=1", "sweep.dir=x"])
 
 
 def test_inside_autocast_it_is_the_same(model: Any, tokens: torch.Tensor) -> None:

@@ -83,8 +83,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
             raise KeyboardInterrupt
         if experiment.seed == 17:
             torch.ones(2**26)  # a quarter of a GiB, which only this job has needed
-        if experiment.run.dir is not None:
-            folder = Path(experiment.run.dir)
+        folder = experiment.run.folder
+        if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "status.json").write_text(json.dumps({"status": "done", "seed": experiment.seed}))
             (folder / "metrics.json").write_text(
@@ -209,6 +209,12 @@ MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line n
         ["search=evolutionary", "two commands", "sweep.dir", "1 of 2 jobs"],
     ),
     ("--multirun seed=1,2 run.dir=x", "run.dir='x'", ["null", "sweep.dir/<hash>"]),
+    ("run.dir= run.overwrite=true", "run.dir=''", ["a folder", "null for outputs/<recipe>/<date_time>"]),
+    ("run.dir='~nobody_here/x'", "run.dir='~nobody_here/x'", ["a folder", "null"]),
+    ("run.name=a/b", "run.name='a/b'", ["a plain name"]),
+    ("run.name=..", "run.name='..'", ["a plain name"]),
+    ("run.name=''", "run.name=''", ["a plain name"]),
+    ("--multirun seed=1,2 sweep.dir='~nobody_here/x'", "sweep.dir='~nobody_here/x'", ["a folder", "null"]),
     ("--multirun seed=1,2 sweep.dir=''", "sweep.dir=''", ["a folder", "null"]),
     ("--multirun seed=1,2 sweep.dir=/dev/null", "sweep.dir='/dev/null'", ["a folder", "a file"]),
     ("--multirun seed=1,2 sweep.dir=/dev/null/x", "sweep.dir='/dev/null/x'", ["/dev/null is a file", "a folder"]),
@@ -699,6 +705,14 @@ def test_a_folder_may_be_named_by_what_was_typed(cli: Cli, runs: list[Experiment
     typed = ("run.dir=a/${hydra:job.override_dirname}", "run.name=n_${hydra:job.override_dirname}", "seed=1")
     assert cli(*typed, "search=ul_um").code == 0
     assert (runs[0].run.dir, runs[0].run.name) == ("a/search=ul_um,seed=1", "n_search=ul_um,seed=1")
+
+
+def test_home_is_home(cli: Cli, runs: list[Experiment], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    assert cli("run.dir='~/out'").code == 0
+    assert cli("--multirun", "seed=1,2", "sweep.dir='~/swept'").code == 0
+    assert Path("home/out/status.json").is_file() and len(list(Path("home/swept").glob("*/status.json"))) == 2
+    assert not Path("~").exists()
 
 
 def test_a_forecast_refuses_the_folder_of_a_finished_run(cli: Cli) -> None:

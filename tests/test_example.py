@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+from pruneexp.files import files_in
 from pruneexp.report.folders import find
 
 OUTPUTS = Path(__file__).parents[1] / "outputs"
@@ -31,6 +32,7 @@ def test_it_is_what_the_commands_make() -> None:
     found = find([EXAMPLE], "same").runs
     assert all(run.environment["command"] == sweep for run in found)
     listed = json.loads((EXAMPLE / "report" / "report.json").read_text())
+    assert sorted(listed.pop("files")) == files_in(EXAMPLE / "report")
     assert listed == {"runs": {run.name: run.hash for run in found}, "left_out": {}, "conflicts": {}}
     shown = {row["run"]: row for row in csv.DictReader((EXAMPLE / "report" / "tables" / "metrics.csv").open())}
     for run in found:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import io
 import shutil
+import sys
 import tokenize
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -88,6 +91,41 @@ def test_somebody_elses_criterion_goes_by_its_file(tmp_path: Path, monkeypatch: 
     file.write_text("class Mine:\n    x = 1\n")
     assert fingerprint.version_of(Mine) != before
     assert fingerprint.version_of(Flap).split() == [f"{Flap.__module__}.Flap"], "ours are in code_version"
+
+
+IN_A_NOTEBOOK = """
+POWER, NAMES = 2.0, ("a", "b")
+
+def helper(values):
+    return [value**POWER for value in values if value not in {"x", "y", "z"}]
+
+class Base:
+    def shared(self):
+        return 1
+
+@dataclass(frozen=True)
+class Mine(Base):
+    power: float = 0.5
+    names: list = field(default_factory=list)
+
+    def __call__(self, block):
+        return {name: helper(block[name]) for name in NAMES}
+"""
+
+
+def test_a_criterion_without_a_file_goes_by_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(text: str, file: str | None) -> str:
+        module = ModuleType("notebook")
+        module.__dict__.update(dataclass=dataclass, field=field, **({} if file is None else {"__file__": file}))
+        monkeypatch.setitem(sys.modules, "notebook", module)
+        exec(compile(text, "<cell>", "exec"), module.__dict__)
+        return fingerprint.version_of(module.Mine())
+
+    for file in (None, "<stdin>"):  # as in a notebook, and as `python -` has it
+        before = version(IN_A_NOTEBOOK, file)
+        assert version("# another cell\n\n" + IN_A_NOTEBOOK, file) == before
+        for old, new in (("2.0", "3.0"), ('"b"', '"c"'), ("**", "*"), ('"y"', '"w"'), ("return 1", "return 2")):
+            assert version(IN_A_NOTEBOOK.replace(old, new), file) != before, old
 
 
 @pytest.mark.slow

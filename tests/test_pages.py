@@ -308,6 +308,10 @@ def test_what_is_not_whole_is_named_and_left_out(tmp_path: Path, capsys: pytest.
     # A second report is no run, and does not replace the first unasked.
     assert report(runs) == 2 and "overwrite=true" in capsys.readouterr().err
     assert report(runs, "overwrite=true") == 0
+    note = runs / "report" / "tables" / "note.md"
+    note.write_text("mine")
+    assert report(runs, "overwrite=true") == 2 and "tables/note.md, which no report wrote" in capsys.readouterr().err
+    assert note.read_text() == "mine"
 
 
 def test_runs_are_found_through_links_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,15 +31,12 @@ NOW = datetime(2026, 1, 2, 3, 4, 5)
 
 def test_run_folder_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_folder("somewhere/else", "flap", None, NOW) == Path("somewhere/else")
+    assert run_folder(Path("somewhere/else"), "flap", None, NOW) == Path("somewhere/else")
     assert run_folder(None, "flap", None, NOW) == Path("outputs/flap/2026-01-02_03-04-05")
     assert run_folder(None, "flap", None, NOW) == Path("outputs/flap/2026-01-02_03-04-05-2")
     assert run_folder(None, "flap", None, NOW) == Path("outputs/flap/2026-01-02_03-04-05-3")
     assert run_folder(None, "flap", "probe", NOW) == Path("outputs/flap/2026-01-02_03-04-05_probe")
     assert not Path("somewhere").exists() and Path("outputs/flap/2026-01-02_03-04-05-3").is_dir()
-    for name in ("a/b", "..", ""):
-        with pytest.raises(ConfigError, match=r"^run.name=.*: expected a plain name"):
-            run_folder(None, "flap", name, NOW)
 
 
 def test_run_folder_where_nothing_can_be_created(tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ def _check_out(asked: Request, runs: Sequence[Path]) -> None:
 
 
 def _write(made: Report, found: Found, folder: Path) -> None:
-    from pruneexp.files import write_json
+    from pruneexp.files import files_in, write_json
     from pruneexp.progress import progress
     from pruneexp.report.figures import as_png
     from pruneexp.report.page import page
@@ -143,6 +143,7 @@ def _write(made: Report, found: Found, folder: Path) -> None:
         "runs": {run.name: run.hash for run in found.runs},
         "left_out": {one.name: one.reason for one in (*found.skipped, *found.repeats)},
         "conflicts": dict(found.conflicts),
+        "files": [*files_in(folder), RECORD],
     }
     write_json(folder / RECORD, record)
 

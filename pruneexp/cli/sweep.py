@@ -23,7 +23,7 @@ from pruneexp.cli.compose import Composed, check_dataset, composed
 from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
 from pruneexp.conf_files import option_file, sweep_files, typed_keys
-from pruneexp.files import check_writable, write_atomic
+from pruneexp.files import check_writable, typed_folder, write_atomic
 from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
 from pruneexp.report.tables import count
@@ -43,12 +43,13 @@ SHARED_BYTES = 2**29  # of the dense model's hidden states, which jobs in one pr
 @dataclass(frozen=True)
 class Ended:
     """A multirun that has ended. `jobs`: the folders of those that are known; `failed`: names among them; `forecasts`:
-    what jobs that were not run would take, by folder."""
+    what jobs that were not run would take, by folder; `elsewhere`: names of jobs that other processes are running."""
 
     folder: Path
     jobs: tuple[Path, ...]
     failed: tuple[str, ...]
     forecasts: Mapping[Path, Mapping[str, float]] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
 
 
 def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
@@ -94,7 +95,7 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     print(f"all its jobs are in {summary}")
     if ran:
         hand_over(config, folder, _sweep_name(config) or folder.name)
-    return Ended(folder, tuple(ours or ran), tuple(failed))
+    return Ended(folder, tuple(ours or ran), tuple(failed), elsewhere=tuple(elsewhere))
 
 
 def _composed_jobs(hydra: Hydra, config: DictConfig, folder: Path) -> tuple[list[Composed], bool]:
@@ -164,9 +165,10 @@ def sweep_folder(hydra: Hydra, config: DictConfig) -> Path:
     """`sweep.dir`, or outputs/sweeps/<name of the sweep, or of its recipes>."""
     name = _sweep_name(config) or recipes_name(hydra, config) or "custom"
     given = OmegaConf.select(config, "sweep.dir")
-    if given == "" or not isinstance(given, (str, type(None))):
-        raise ConfigError(f"sweep.dir={given!r}: expected a folder, or null for outputs/sweeps/{name}")
-    return Path("outputs") / "sweeps" / name if given is None else Path(given)
+    usual = f"outputs/sweeps/{name}"
+    if not isinstance(given, (str, type(None))):
+        raise ConfigError(f"sweep.dir={given!r}: expected a folder, or null for {usual}")
+    return Path(usual) if given is None else typed_folder("sweep.dir", given, usual)
 
 
 def _sweep_name(config: DictConfig) -> str | None:

@@ -101,7 +101,7 @@ def without_room(experiment: Experiment, model: Model, budget: Budget) -> str | 
     if not settings.save and not experiment.model.stream:
         return None
     params, _ = params_left(model, experiment.method, budget)
-    folder = Path(settings.dir or "outputs")
+    folder = settings.folder or Path("outputs")
     needed, free = params * model.dtype.itemsize, shutil.disk_usage(existing(folder)).free
     if settings.overwrite:  # an older checkpoint makes room
         free += sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))

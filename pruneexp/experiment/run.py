@@ -69,7 +69,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *,
     if experiment.run.dry:
         return Outcome(tell_forecast(experiment, inputs))
     settings, job = experiment.run, experiment.job
-    folder = run_folder(settings.dir, job["recipe"], settings.name, datetime.now()) if recorded else None
+    folder = run_folder(settings.folder, job["recipe"], settings.name, datetime.now()) if recorded else None
     local = LocalRun(settings.overwrite)
     trackers = Trackers((local, experiment.tracker) if recorded else ())
     with failures_recorded(trackers, folder):

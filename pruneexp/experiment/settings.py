@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pruneexp.cache import Cache, NoCache
 from pruneexp.dataset import WindowSource
+from pruneexp.files import typed_folder
 from pruneexp.model import ModelSource
 from pruneexp.model.given import GivenModel
 from pruneexp.pruning import Method
@@ -37,6 +38,16 @@ class RunSettings:
     save: bool
     prove: Literal["process", "in_place", "off"]
     dry: bool
+
+    def __post_init__(self) -> None:
+        if self.folder is None and self.name is not None:
+            if self.name in ("", ".", "..") or any(sign in self.name for sign in "/\\\0"):
+                raise ConfigError(f"name={self.name!r}: expected a plain name, used as the end of a folder's name")
+
+    @property
+    def folder(self) -> Path | None:
+        """`dir` as a path. Raises ConfigError."""
+        return None if self.dir is None else typed_folder("dir", self.dir, "outputs/<recipe>/<date_time>")
 
 
 @dataclass(frozen=True)
@@ -68,14 +79,14 @@ class Experiment:
     def check(self, recorded: bool = True) -> None:
         """What files and the machine can tell without loading a weight. `recorded`: a run folder is to be written.
         Raises ConfigError."""
-        if self.run.dir is not None:
-            check_folder(Path(self.run.dir), self.run.overwrite)
+        folder = self.run.folder
+        if folder is not None:
+            check_folder(folder, self.run.overwrite)
         elif recorded and not self.run.dry:
             check_folder(Path("outputs", self.job["recipe"]), overwrite=True)
         self.model.check(weights=not self.run.dry)
         source = self.model.local_folder()
-        target = None if self.run.dir is None else Path(self.run.dir, "model").resolve()
-        if source is not None and source.resolve() == target:
+        if source is not None and folder is not None and source.resolve() == (folder / "model").resolve():
             raise ConfigError(f"run.dir={self.run.dir!r}: its model/ is the model to prune; expected another folder")
         self.cache.check()
         self.dataset.check(evaluation=False)

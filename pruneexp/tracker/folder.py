@@ -39,14 +39,11 @@ SAMPLE_FILES = ("*.json", "*.md", ".*.tmp")
 PATIENCE = 1.0  # seconds, with a process that has claimed a status and not written its own yet
 
 
-def run_folder(settings_dir: str | None, recipe: str, name: str | None, now: datetime) -> Path:
-    """The folder of a new run: `settings_dir` as it is, or outputs/<recipe>/<date_time>[_name], created here, with -2,
-    -3, ... where that is taken. Raises ConfigError for a name that is no file name, RunError where nothing can be
-    created."""
-    if settings_dir is not None:
-        return Path(settings_dir)
-    if name is not None and (not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name):
-        raise ConfigError(f"run.name={name!r}: expected a plain name, used as the end of a folder's name")
+def run_folder(given: Path | None, recipe: str, name: str | None, now: datetime) -> Path:
+    """The folder of a new run: the `given` one, or outputs/<recipe>/<date_time>[_name], created here, with -2, -3, ...
+    where that is taken. Raises RunError where nothing can be created."""
+    if given is not None:
+        return given
     stem = now.strftime("%Y-%m-%d_%H-%M-%S") + (f"_{name}" if name else "")
     parent = Path("outputs") / recipe
     folder = parent / stem

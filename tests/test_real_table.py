@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 from pruneexp.cli.compose import compose, open_hydra
 from pruneexp.cli.sweep import as_job
 from pruneexp.cli.sweep_jobs import job_configs, whole
-from tests.benchmarks import real
+from tests.benchmarks import figures, real
 from tests.benchmarks.real import Cell, line_of, mean7, table
 
 METRICS = {
@@ -96,3 +97,15 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     assert real.run_cell(args, "flap", 0.2) == found and len(ran) == 4
     other = asked(tmp_path, "--windows", "3")
     assert real.judged(folder, real.protocol_of(other)) is None  # judged in another way: once more
+
+
+def test_the_figures_are_of_the_measured_numbers() -> None:
+    measured = json.loads((figures.HERE / "measured.json").read_text())
+    for name, drawn in (
+        ("effort", figures.effort_figure(measured["effort"])),
+        ("ridge", figures.ridge_figure(measured["ridge"])),
+    ):
+        kept = (figures.HERE / f"{name}.svg").read_text()
+        labels = [re.findall(r">([^<>]+)</text>", svg) for svg in (drawn, kept)]
+        assert labels[0] == labels[1] and len(labels[0]) > 5
+    assert [point["effort"] for point in measured["effort"]["points"]] == [5, 10, 20]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruneexp.compensator import LeastSquares
-from pruneexp.criterion import Obs, spill
+from pruneexp.criterion import Obs, obs, spill
 from pruneexp.evidence import Gram, Halves
 from pruneexp.evidence.held_out import RIDGES, START, chosen_ridge
 from pruneexp.types import Block, ConfigError, RunError, Site, SiteWeights
@@ -114,6 +114,26 @@ def test_duplicated_and_constant_channels_leave_first_and_free():
     assert float(path.cost_U[1]) < 1e-5 * float(path.cost_U[2])
     with pytest.raises(RunError, match=r"^ridge=0\.0: the inputs' covariance is singular"):
         Obs(0.0, 1, 8, "none", False, 8.0, "site")(BLOCK, seen)
+
+
+def test_a_ridge_that_float32_cannot_tell_from_none_is_one_line():
+    """A fit is made of the inverse covariance in float32, long after the scores."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 768, generator=generator, dtype=torch.float64)
+    site = Site("wide", "mlp", 0, 768, 1, MLP.cost)
+    out_projection = torch.randn(96, 768, generator=generator)
+    wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, out_projection, None)})
+    path = Obs(1e-7, 4, 8, "none", False, 8.0, "channel")(wide, {"wide": Gram.empty(site).update(x)})["wide"]
+    with pytest.raises(RunError, match=r"^ridge=1e-07: .* singular .*; expected a larger ridge"):
+        path.out_projections[767]
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_an_inverse_that_rounding_has_spoilt_is_one_line(width):
+    spoilt = -torch.eye(12, dtype=torch.float64)
+    left = obs._RemainingUnits(width, spoilt, torch.ones(3, 12, dtype=torch.float64), 1e-9)
+    with pytest.raises(RunError, match=r"^ridge=1e-09: "):
+        left.remove_(left.costs_U().argsort()[:1])
 
 
 def test_a_thousand_channels_take_about_a_second():

@@ -48,6 +48,19 @@ def test_the_cost_is_the_increase_of_the_squared_error(site, step):
 
 
 @pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
+def test_with_a_ridge_the_cost_has_its_penalty_on_the_change_too(site):
+    path = Obs(0.3, 1, 8, "none", False, 8.0, "channel")(BLOCK, SEEN)[site.name]
+    for removed in (1, site.units // 2, site.units):
+        keep_C = site.keep_C(sorted(path.order_U[removed:].tolist()))
+        weight, bias = path.out_projections[removed]
+        change = -BLOCK.weights[site.name].out_projection
+        change[:, keep_C] += weight
+        penalty = (change.square() * 0.3 * SEEN[site.name].covariance_CC.diagonal()).sum()
+        expected = lost(site, weight, bias, keep_C) + float(penalty)
+        assert float(path.cost_U[removed - 1]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
 def test_each_step_takes_the_unit_whose_removal_costs_least(site):
     path = Obs(0.0, 1, 8, "none", False, 8.0, "site")(BLOCK, SEEN)[site.name]
     kept = list(range(site.units))

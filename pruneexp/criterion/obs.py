@@ -36,9 +36,10 @@ class Obs:
     each site's own, `chosen_ridge` for the loss of the quarter of its units that give the output least of its variance,
     of one at least.
 
-    Answers with a `RemovalPath`: the order, the cumulative cost (the true increase of the squared error per token,
-    scale=output: over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares`
-    fits them, at `levels` levels; an out-projection at any other level is worked out when it is asked for.
+    Answers with a `RemovalPath`: the order, the cumulative cost (tr(d H d^T) of all that has left: what the squared
+    error per token rises by, tr(d S d^T), and what the ridge charges for the change of W, tr(d L d^T); scale=output:
+    over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares` fits them, at
+    `levels` levels; an out-projection at any other level is worked out when it is asked for.
 
     While a search may ask for out-projections, the inverse covariances of all sites (float32, 4 C^2 bytes each) and the
     out-projections asked for last (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them

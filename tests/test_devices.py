@@ -14,7 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pruneexp.cache import NoCache
 from pruneexp.cache.packing import packed, unpacked
+from pruneexp.calibrate import DenseStates
+from pruneexp.compensator import LeastSquares
+from pruneexp.criterion import WandaSp
 from pruneexp.evaluator.generation import continued
 from pruneexp.experiment.forecast import available_memory
 from pruneexp.experiment.forecast.machine import out_of_memory
@@ -22,10 +26,16 @@ from pruneexp.experiment.run import run_experiment
 from pruneexp.model import Model
 from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.placement import connect_, devices_of, placed
+from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.answers import checked_scores
+from pruneexp.pruning.dense_evidence import Results
+from pruneexp.pruning.record import Record
+from pruneexp.search import UlUm
+from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked, save, shrink_
 from pruneexp.tracker import structure
 from pruneexp.types import Block, ColumnScores, ConfigError, Cost, Plan, RemovalPath, RunError, Site, SitePlan
+from tests.cases import UNTIMED
 from tests.conftest import FAMILIES
 from tests.pretended_gpus import Mixed, pretended_gpus
 from tests.tiny_families import TINY, tiny_model
@@ -216,6 +226,20 @@ def test_masks_are_moved_once_for_all_layers_of_a_device() -> None:
         for layer in layers:
             hidden = layer(hidden, mask, more=(mask, {"deep": mask}))
     assert seen[0] is mask and seen[1] is seen[2] is not mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_jobs_on_different_gpus_share_the_dense_models_hidden_states(family: str, tiny: Any, tokens_NT: Tensor) -> None:
+    compensator, found = LeastSquares(1e-2, "dense", True, "channel"), []
+    method = Method(WandaSp("sum", False), OneShot(0.3, "decoder", 0, *UNTIMED), UlUm(), compensator)
+    results = Results(NoCache(), {}, DenseStates(2**28))
+    with pretended_gpus():
+        for device in ("cuda:0", "cuda:1"):
+            model = tiny(family, device=device)
+            prune_(model, tokens_NT, method, 0.3, Record(results=results))
+            found.append(model.token_losses(tokens_NT, 4))
+    assert results.shared is not None and len(results.shared.layers) == 3
+    assert torch.equal(*found)
 
 
 # whole runs

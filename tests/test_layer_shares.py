@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from pruneexp.criterion import BlockInfluence, LossDrop
-from pruneexp.search import LayerShares
+from pruneexp.search import LayerShares, Turns
+from pruneexp.search.common import by_layer
 from pruneexp.search.layer_shares import losing_shares
-from pruneexp.types import Budget, ConfigError, Plan, RunError, Site
+from pruneexp.search.query_heads import in_turns
+from pruneexp.types import Budget, ConfigError, Cost, Plan, RunError, Site
 from tests.cases import each
-from tests.toy_sites import CHANNEL_COST, model_sites, params
+from tests.toy_sites import CHANNEL_COST, HEAD_COST, model_sites, params
 
 RNG = torch.Generator()
 SITES = model_sites(6, heads=4, channels=60)
@@ -48,6 +51,17 @@ def test_what_a_layer_keeps_is_a_sigmoid_of_its_importance() -> None:
     )
     assert lost(plan) == pytest.approx(expected, abs=1 / 60)
     assert sum(lost(plan)) / 6 == pytest.approx(0.4, abs=1 / 720)
+
+
+def test_query_heads_in_turns_make_a_layer_no_more_important() -> None:
+    head = Cost(HEAD_COST // 2, HEAD_COST // 2, 0)
+    sites = [replace(site, group=2, head_cost=head) if site.kind == "attention" else site for site in SITES]
+    scores = scores_of(sites)
+    of_heads = {f"{name}.query_heads": score.repeat_interleave(2) for name, score in scores.items() if "attn" in name}
+    turns = Turns(sites, {**scores, **of_heads})
+    layers = by_layer([in_turns(site) or site for site in sites])
+    torch.testing.assert_close(search()._importance_L(turns.scored(), layers), IMPORTANCE)
+    torch.testing.assert_close(search()._importance_L(scores, by_layer(sites)), IMPORTANCE)
 
 
 def test_layers_that_would_keep_more_than_all_come_nearer_to_the_others() -> None:

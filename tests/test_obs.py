@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruneexp.compensator import LeastSquares
-from pruneexp.criterion import Obs, spill
+from pruneexp.criterion import Obs, obs, spill
 from pruneexp.evidence import Gram, Halves
 from pruneexp.evidence.held_out import RIDGES, START, chosen_ridge
 from pruneexp.types import Block, ConfigError, RunError, Site, SiteWeights
@@ -45,6 +45,19 @@ def test_the_cost_is_the_increase_of_the_squared_error(site, step):
         weight, bias = LeastSquares(0.0, "pruned", True, "site")(own, None, SEEN[site.name].copy(), keep_C)
         assert lost(site, weight, bias, keep_C) == pytest.approx(float(path.cost_U[removed - 1]), rel=1e-6)
         torch.testing.assert_close(path.out_projections[removed], (weight, bias))
+
+
+@pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
+def test_with_a_ridge_the_cost_has_its_penalty_on_the_change_too(site):
+    path = Obs(0.3, 1, 8, "none", False, 8.0, "channel")(BLOCK, SEEN)[site.name]
+    for removed in (1, site.units // 2, site.units):
+        keep_C = site.keep_C(sorted(path.order_U[removed:].tolist()))
+        weight, bias = path.out_projections[removed]
+        change = -BLOCK.weights[site.name].out_projection
+        change[:, keep_C] += weight
+        penalty = (change.square() * 0.3 * SEEN[site.name].covariance_CC.diagonal()).sum()
+        expected = lost(site, weight, bias, keep_C) + float(penalty)
+        assert float(path.cost_U[removed - 1]) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("site", [ATTENTION, MLP], ids=lambda site: site.kind)
@@ -114,6 +127,26 @@ def test_duplicated_and_constant_channels_leave_first_and_free():
     assert float(path.cost_U[1]) < 1e-5 * float(path.cost_U[2])
     with pytest.raises(RunError, match=r"^ridge=0\.0: the inputs' covariance is singular"):
         Obs(0.0, 1, 8, "none", False, 8.0, "site")(BLOCK, seen)
+
+
+def test_a_ridge_that_float32_cannot_tell_from_none_is_one_line():
+    """A fit is made of the inverse covariance in float32, long after the scores."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 768, generator=generator, dtype=torch.float64)
+    site = Site("wide", "mlp", 0, 768, 1, MLP.cost)
+    out_projection = torch.randn(96, 768, generator=generator)
+    wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, out_projection, None)})
+    path = Obs(1e-7, 4, 8, "none", False, 8.0, "channel")(wide, {"wide": Gram.empty(site).update(x)})["wide"]
+    with pytest.raises(RunError, match=r"^ridge=1e-07: .* singular .*; expected a larger ridge"):
+        path.out_projections[767]
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_an_inverse_that_rounding_has_spoilt_is_one_line(width):
+    spoilt = -torch.eye(12, dtype=torch.float64)
+    left = obs._RemainingUnits(width, spoilt, torch.ones(3, 12, dtype=torch.float64), 1e-9)
+    with pytest.raises(RunError, match=r"^ridge=1e-09: "):
+        left.remove_(left.costs_U().argsort()[:1])
 
 
 def test_a_thousand_channels_take_about_a_second():

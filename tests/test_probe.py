@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,32 @@ def test_what_is_shared_is_counted_once(tiny, tokens_NT):
     assert probe.passes == meter.forward == pytest.approx(1)
     probe.losses([candidate(model, {}), candidate(model, {5: 3}), candidate(model, {4: 1})], batch=2)
     assert probe.passes == pytest.approx(1 + 0.2 * 5 / 3)  # two of ten windows; three variants of the third layer
+
+
+@pytest.mark.parametrize("apart_from, most", [((), 1), ((5, 4), 1), ((0,), 2), ((0, 2), 3)])
+def test_no_more_hidden_states_are_held_than_variants_still_need(apart_from, most, tiny, tokens_NT, monkeypatch):
+    """Those in front of a layer of which another variant is to run, and those that it works on."""
+    model, made, held = tiny("llama"), [], []
+    candidates = [candidate(model, {}), *(candidate(model, {number: 2}) for number in apart_from)]
+    run, enter = model.run_layer, model.enter
+
+    def entered(tokens):
+        hidden, calls = enter(tokens)
+        made.append(weakref.ref(hidden))
+        return hidden, calls
+
+    def noted(layer, hidden, call):
+        held.append(sum(state() is not None for state in made))
+        output = run(layer, hidden, call)
+        made.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr(model, "run_layer", noted)
+    monkeypatch.setattr(model, "enter", entered)
+    probe = Probe(model, tokens_NT, Meter())
+    probe.losses(candidates)
+    assert max(held) == most
+    assert probe.losses([]).shape == (0,)
 
 
 def test_windows_are_split_into_as_many_batches_as_are_asked_for(tiny, tokens_NT):

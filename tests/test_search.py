@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search import AlAm, AlAmOfficial, AlMm, Global, Layerwise, UlMm, UlUm, Uniform, layer_budgets
-from pruneexp.search.common import standardised
+from pruneexp.search.common import completed, in_order, standardised
 from pruneexp.types import Budget, ColumnScores, ConfigError, Cost, Plan, RemovalPath, RunError, Site
 from tests.cases import each
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, layer_sites, model_sites, params
@@ -58,6 +58,18 @@ def test_ratio_zero_keeps_everything(method):
     plan = search(method, draws(SITES), SITES, 0.0, added=500)
     assert all(len(site.kept) == site.units for site in plan.sites.values())
     assert plan.budget == {"ratio": 0.0, "target_params": 0.0, "removed_params": 0}
+
+
+def test_a_plan_is_completed_by_what_it_lacks_alone(monkeypatch):
+    first, *rest, last = SITES
+    plan = Plan.from_masks([last, first], {site.name: torch.arange(site.units) > 0 for site in (first, last)})
+    made: list[str] = []
+    keep_all = Plan.keep_all
+    monkeypatch.setattr(Plan, "keep_all", lambda sites: made.extend(s.name for s in sites) or keep_all(sites))
+    found = completed(plan, SITES[::-1], Budget(0.1, TOTAL))
+    assert list(found.sites) == [site.name for site in in_order(SITES)]
+    assert found.sites == keep_all(SITES).merged(plan).sites
+    assert sorted(made) == sorted(site.name for site in rest), "checking units takes time in a search's inner loop"
 
 
 @each("method", EVERY)

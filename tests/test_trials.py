@@ -122,6 +122,22 @@ def test_what_a_criterion_alone_would_remove_is_tried_too():
     assert oracle.passes <= 60.0 + 1e-9
 
 
+def test_no_structure_is_tried_twice():
+    """As where the run's criterion is among the starts."""
+    scores = with_starts(("one", "two", "three"))
+    scores |= {start_name("one", site): scores[site] for site in paths()}
+    tried: list[Plan] = []
+    method = search(starts=dict.fromkeys(("one", "two", "three"), Flap("WIFV", False)), effort=60.0)
+    oracle = Tried(lambda plan: 1.0)
+    trial = oracle.trial
+    oracle.trial = lambda plan, share: tried.append(plan) or trial(plan, share)
+    plan_of(method, oracle, scores=scores)
+    known = [plan.sites for plan in tried]
+    assert not any(sites in known[:number] for number, sites in enumerate(known))
+    budget = Budget(0.4, params(SITES))
+    assert all(alone_by(method, scores, start, budget).sites in known for start in ("", "two", "three"))
+
+
 def test_orders_of_single_sites_leave_enough_for_sensitivities():
     scores = with_starts(("one", "two"))
     started = {"starts": dict.fromkeys(("one", "two"), Flap("WIFV", False)), "tokens": 0.5}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from pruneexp.model import Call, Model, divergences, next_token_losses
 from pruneexp.model.sites import experts_name
 from pruneexp.progress import progress
 from pruneexp.surgery import masked_layer
-from pruneexp.types import Candidate, Objective, Plan
+from pruneexp.types import Candidate, Objective, Plan, Site
 
 MOST_APART = 8  # of the predictions, one in so many is compared at least
 
@@ -71,42 +71,43 @@ class Probe:
     @torch.no_grad()
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         """Mean loss in nats per token of each candidate, float64 [len(candidates)]."""
-        batches = self.tokens_NT.split(self.batch_size)
-        keys, everyone = [self._layer_keys(candidate) for candidate in candidates], list(range(len(candidates)))
+        batches, sites = self.tokens_NT.split(self.batch_size), self.model.sites()
+        keys = [self._layer_keys(candidate, sites) for candidate in candidates]
         sums, windows = torch.zeros(len(candidates), dtype=torch.float64), 0
         for number in range(len(batches)) if batch is None else [batch]:
             tokens_BT = batches[number]
             hidden_BTD, calls = self.model.enter(tokens_BT)
             dense_BTV = self._predicted(number, tokens_BT, hidden_BTD, calls) if self.objective == "kl" else None
-            for alike, last_BTD in self._run(candidates, keys, calls, 0, hidden_BTD, everyone):
+            runs = self._run(candidates, keys, calls, hidden_BTD)
+            del hidden_BTD
+            for alike, last_BTD in runs:
                 sums[alike] += self._loss(self._logits(tokens_BT, last_BTD), tokens_BT, dense_BTV)
+                del last_BTD  # before the next ones are made
             windows += len(tokens_BT)
         return sums / windows
 
     def _run(
-        self,
-        candidates: Sequence[Candidate],
-        keys: Sequence[Sequence[Any]],
-        calls: list[Call],
-        index: int,
-        hidden_BTD: Tensor,
-        alike: list[int],
+        self, candidates: Sequence[Candidate], keys: Sequence[Sequence[Any]], calls: list[Call], hidden_BTD: Tensor
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Last hidden states, of a batch, of the candidates `alike`, which are the same up to layer `index`. Each layer
-        is run once for each of its variants, which the candidates' `keys` tell apart."""
+        """Last hidden states, of a batch, of the candidates that are the same in all layers. Of candidates that are the
+        same up to a layer, it is run once for each of its variants, which their `keys` tell apart; the states in front
+        of it are held until the last of these has run."""
         model = self.model
-        if index == len(model.layers):
-            yield alike, hidden_BTD
-            return
-        variants: dict[Any, list[int]] = {}
-        for number in alike:
-            variants.setdefault(keys[number][index], []).append(number)
-        for same in variants.values():
+        waiting = [(0, hidden_BTD, _alike(keys, 0, range(len(candidates))))] if candidates else []
+        while waiting:
+            index, hidden_BTD, variants = waiting[-1]
+            same = variants.pop(0)
+            if not variants:
+                waiting.pop()
             first = candidates[same[0]]
             with masked_layer(model, index, first.plan, first.out_projections) as layer:
-                output_BTD = model.run_layer(layer, hidden_BTD, calls[index])
+                hidden_BTD = model.run_layer(layer, hidden_BTD, calls[index])
             self._spend(len(hidden_BTD) / len(model.layers))
-            yield from self._run(candidates, keys, calls, index + 1, output_BTD, same)
+            if index + 1 < len(model.layers):
+                waiting.append((index + 1, hidden_BTD, _alike(keys, index + 1, same)))
+            else:
+                yield same, hidden_BTD
+            del hidden_BTD
 
     def _predicted(self, number: int, tokens_BT: Tensor, hidden_BTD: Tensor, calls: list[Call]) -> Tensor:
         """Logits of the model as it stands."""
@@ -139,7 +140,7 @@ class Probe:
             self._shown += 1
             next(self._bar, None)
 
-    def _layer_keys(self, candidate: Candidate) -> list[Any]:
+    def _layer_keys(self, candidate: Candidate, sites: Sequence[Site]) -> list[Any]:
         """What tells a candidate's layers from another's: units kept, and the very tensors of its out-projections."""
         keys: list[list[Any]] = [[] for _ in self.model.layers]
         for index, own in enumerate(keys):
@@ -148,11 +149,19 @@ class Probe:
                 own.append("removed")
             experts = candidate.plan.sites.get(experts_name(self.model.family, f"{self.model.layers_path}.{index}"))
             own.append(experts and experts.kept)
-        for site in self.model.sites():
+        for site in sites:
             plan = candidate.plan.sites.get(site.name)
             out_projection = candidate.out_projections.get(site.name)
             keys[site.layer].append((plan, out_projection and (id(out_projection[0]), id(out_projection[1]))))
         return [tuple(own) for own in keys]
+
+
+def _alike(keys: Sequence[Sequence[Any]], index: int, numbers: Iterable[int]) -> list[list[int]]:
+    """The candidates of these numbers, those of one variant of a layer together."""
+    variants: dict[Any, list[int]] = {}
+    for number in numbers:
+        variants.setdefault(keys[number][index], []).append(number)
+    return list(variants.values())
 
 
 def at_once(windows: int, batch_size: int, least_batches: int) -> int:

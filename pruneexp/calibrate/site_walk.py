@@ -174,11 +174,11 @@ class _Parts:
                 dense[number] = self._on(d_BTD, number, given_BTD)
                 read += [(got_BTC, given_BTD)] if keeps or index == 0 else []
             else:
-                given_BTD, dense[number] = known[number]
+                given_BTD, dense[number] = (t.to(d_BTD.device) for t in known[number])  # from another job's GPU
             wanted.append(given_BTD + (d_BTD - x_BTD) / self.scale)
         if keeps:
             states.put(index, read, dense)
-        first = [got for got, _ in read] if known is None else states.entered
+        first = [got for got, _ in read] if known is None else [got.to(wanted[0].device) for got in states.entered]
         return wanted, first if index == 0 else []
 
     def attention_(self, given: list[Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pruneexp.criterion.spill import spilled
 from pruneexp.evidence import Gram, Halved, Halves
 from pruneexp.evidence.held_out import choosing_bytes, chosen_ridge
-from pruneexp.evidence.solve import RidgePer, check_ridge, cholesky_, held_back
+from pruneexp.evidence.solve import RidgePer, check_ridge, cholesky_, held_back, singular
 from pruneexp.types import Block, ConfigError, RemovalPath, Score, Sequential, Site, SiteWeights, require_least
 
 _TRIED = 0.25  # of the units, one at least: those that leave where the ridge is chosen
@@ -36,9 +36,10 @@ class Obs:
     each site's own, `chosen_ridge` for the loss of the quarter of its units that give the output least of its variance,
     of one at least.
 
-    Answers with a `RemovalPath`: the order, the cumulative cost (the true increase of the squared error per token,
-    scale=output: over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares`
-    fits them, at `levels` levels; an out-projection at any other level is worked out when it is asked for.
+    Answers with a `RemovalPath`: the order, the cumulative cost (tr(d H d^T) of all that has left: what the squared
+    error per token rises by, tr(d S d^T), and what the ridge charges for the change of W, tr(d L d^T); scale=output:
+    over the variance of the out-projection's output) and out-projections fitted anew, as `LeastSquares` fits them, at
+    `levels` levels; an out-projection at any other level is worked out when it is asked for.
 
     While a search may ask for out-projections, the inverse covariances of all sites (float32, 4 C^2 bytes each) and the
     out-projections asked for last (O K in the model's dtype, at `levels` levels a site) are kept: `memory` GiB of them
@@ -47,7 +48,8 @@ class Obs:
     on.
 
     Raises:
-        RunError: H is singular (a ridge of 0 and constant or dependent channels); no room on the disk.
+        RunError: H is singular (constant or dependent channels, and a ridge of 0 or next to it), here or where an
+            out-projection is asked for; no room on the disk.
     """
 
     ridge: float | Literal["auto"]
@@ -95,10 +97,10 @@ class Obs:
         kept_CC = cov_CC if inverse_CC is None else inverse_CC
         kept_CC = kept_CC.to(torch.promote_types(weight_OC.dtype, torch.float32), copy=True)
         wide_OC = weight_OC.double()
-        order_U, cost_U = self._removal(site, wide_OC, inverse_CC)
+        order_U, cost_U = self._removal(site, wide_OC, inverse_CC, ridge)
         if self.scale == "output":
             cost_U = cost_U / ((wide_OC @ cov_CC) * wide_OC).sum().clamp_min(1e-300)
-        out_projections = Refits(site, weight_OC, bias_O, kept_CC, mean_C, order_U, self.levels, self.memory)
+        out_projections = Refits(site, weight_OC, bias_O, kept_CC, mean_C, order_U, ridge, self.levels, self.memory)
         return RemovalPath(order_U.cpu(), cost_U.cpu(), out_projections)
 
     def _ridge(self, site: Site, weights: SiteWeights, evidence: Gram | Halved, variance_C: Tensor) -> float:
@@ -111,13 +113,13 @@ class Obs:
         keep_C = site.keep_C(kept_U.sort().values.tolist())
         return chosen_ridge(weights.out_projection, weights.out_projection_bias, evidence, keep_C, self.ridge_per)
 
-    def _removal(self, site: Site, weight_OC: Tensor, inverse_CC: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _removal(self, site: Site, weight_OC: Tensor, inverse_CC: Tensor | None, ridge: float) -> tuple[Tensor, Tensor]:
         """The order in which units leave [U] and the cumulative cost [U], in the memory of H^-1. Inputs that never
         change, of which there is none, leave in their order, for nothing."""
         if inverse_CC is None:
             order_U = torch.arange(site.units, device=weight_OC.device)
             return order_U, torch.zeros_like(order_U, dtype=weight_OC.dtype)
-        left = _RemainingUnits(site.width, inverse_CC, weight_OC.clone())
+        left = _RemainingUnits(site.width, inverse_CC, weight_OC.clone(), ridge)
         step = self.step if site.width == 1 else 1
         order, cost, total = [], [], torch.zeros((), dtype=torch.float64, device=weight_OC.device)
         while left.count:
@@ -138,11 +140,19 @@ def _inverse(cov_CC: Tensor, ridge: float, per: RidgePer) -> Tensor | None:
     return torch.cholesky_inverse(cholesky_(hessian_CC, ridge))
 
 
+def _factor(matrix_GG: Tensor, ridge: float) -> Tensor:
+    """Lower factor of a part of H^-1, or of several. Raises RunError where one is singular to its dtype."""
+    factor_GG, info = torch.linalg.cholesky_ex(matrix_GG)
+    if info.any():
+        raise singular(ridge)
+    return factor_GG
+
+
 class _RemainingUnits:
     """The units that are left, by position: H^-1 and W on them, downdated in place as units leave."""
 
-    def __init__(self, width: int, inverse_CC: Tensor, weight_OC: Tensor):
-        self.width, self.inverse, self.weight = width, inverse_CC, weight_OC
+    def __init__(self, width: int, inverse_CC: Tensor, weight_OC: Tensor, ridge: float):
+        self.width, self.inverse, self.weight, self.ridge = width, inverse_CC, weight_OC, ridge
         self.units_U = torch.arange(weight_OC.shape[1] // width, device=weight_OC.device)
         self.here_U = torch.ones_like(self.units_U, dtype=torch.bool)
         self.count = len(self.units_U)
@@ -156,7 +166,7 @@ class _RemainingUnits:
             blocks_UWW = self.inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
             blocks_UWW[~self.here_U] = torch.eye(width, dtype=blocks_UWW.dtype, device=blocks_UWW.device)
             columns_UWO = self.weight.view(-1, units, width).permute(1, 2, 0)
-            solved_UWO = torch.cholesky_solve(columns_UWO, torch.linalg.cholesky(blocks_UWW))
+            solved_UWO = torch.cholesky_solve(columns_UWO, _factor(blocks_UWW, self.ridge))
             cost_U = (columns_UWO * solved_UWO).sum((1, 2))
         return cost_U.masked_fill(~self.here_U, torch.inf)
 
@@ -164,7 +174,7 @@ class _RemainingUnits:
         """Takes units out; returns which they are and what the first 1, 2, ... of them cost together."""
         columns = (places[:, None] * self.width + torch.arange(self.width, device=places.device)).flatten()
         rows_GC = self.inverse[columns]
-        factor_GG = torch.linalg.cholesky(rows_GC[:, columns])
+        factor_GG = _factor(rows_GC[:, columns], self.ridge)
         whitened_GO = torch.linalg.solve_triangular(factor_GG, self.weight[:, columns].T, upper=False)
         whitened_GC = torch.linalg.solve_triangular(factor_GG, rows_GC, upper=False)
         self.inverse.addmm_(whitened_GC.T, whitened_GC, alpha=-1)
@@ -204,6 +214,7 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
     inverse_CC: Tensor
     mean_C: Tensor
     order_U: Tensor
+    ridge: float
     levels: int
     memory: float
     made: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
@@ -237,7 +248,7 @@ class Refits(Mapping[int, tuple[Tensor, "Tensor | None"]]):
         gone_OG, kept_OK = self.weight_OC[:, gone_C].double(), self.weight_OC[:, keep_C].double()
         bias_O = gone_OG @ self.mean_C[gone_C]
         if rows_GC.any():
-            change_GO = torch.cholesky_solve(gone_OG.T, torch.linalg.cholesky(rows_GC[:, gone_C]))
+            change_GO = torch.cholesky_solve(gone_OG.T, _factor(rows_GC[:, gone_C], self.ridge))
             change_OK = change_GO.T @ rows_GC[:, keep_C]
             kept_OK -= change_OK
             bias_O += change_OK @ self.mean_C[keep_C]

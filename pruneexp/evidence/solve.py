@@ -93,11 +93,15 @@ def cholesky_(matrix_KK: Tensor, ridge: float) -> Tensor:
     factor_KK = matrix_KK.T  # the same numbers, in LAPACK's order
     torch.linalg.cholesky_ex(factor_KK, out=(factor_KK, info))
     if info.any() or not (factor_KK.diagonal().square() > 1e-14 * scale).all():
-        raise RunError(
-            f"ridge={ridge!r}: the inputs' covariance is singular (constant or dependent channels); "
-            "expected a larger ridge, such as 1e-4"
-        )
+        raise singular(ridge)
     return factor_KK
+
+
+def singular(ridge: float) -> RunError:
+    return RunError(
+        f"ridge={ridge!r}: the inputs' covariance is singular (constant or dependent channels); "
+        "expected a larger ridge, such as 1e-4"
+    )
 
 
 def _compacted_(matrix_CC: Tensor, keep_C: Tensor) -> Tensor:

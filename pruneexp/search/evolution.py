@@ -172,14 +172,16 @@ class Evolution:
         self, ranking: Sequence[str], starts: Mapping[str, Levels], orders: Mapping[str, Structures]
     ) -> str:
         """The best once compensated, of the first and of what AL-AM removes by each criterion. As many are tried as
-        there are trials; of more than two, one is left for what the search finds."""
-        names = [ranking[0], *(name for name in ranking[1:] if name.startswith(AL_AM))]
-        names = names[: self.method.trials - (self.method.trials > 2)]
+        there are trials, none twice; of more than two, one is left for what the search finds."""
+        plans: dict[str, Plan] = {}
+        for name in [ranking[0], *(name for name in ranking[1:] if name.startswith(AL_AM))]:
+            plan = orders.get(name.removeprefix(AL_AM), self.structures).plan(starts[name])
+            if all(plan.sites != known.sites for known in plans.values()):
+                plans[name] = begun_with(plan, name)
+        names = list(plans)[: self.method.trials - (self.method.trials > 2)]
         if len(names) < 2:
             return ranking[0]
-        ordered = {name: orders.get(name.removeprefix(AL_AM), self.structures) for name in names}
-        plans = {name: begun_with(ordered[name].plan(starts[name]), name) for name in names}
-        tried = self.compensated(plans, self.drawn(self.method.tokens))
+        tried = self.compensated({name: plans[name] for name in names}, self.drawn(self.method.tokens))
         best = least(torch.cat([loss for _, _, loss in tried], 1))
         self.tried = tried[best]
         return names[best]

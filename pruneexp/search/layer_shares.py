@@ -15,6 +15,7 @@ from pruneexp.search.common import by_layer, completed, nearest, prunable, remov
 from pruneexp.search.granularity import Granularity, check_multiple, chosen_sites
 from pruneexp.search.uniform import Uniform
 from pruneexp.types import (
+    QUERY_HEADS,
     Budget,
     ConfigError,
     Criterion,
@@ -97,15 +98,17 @@ class LayerShares:
         return completed(plan, sites, budget)
 
     def _importance_L(self, scores: Scores, layers: Mapping[int, Sequence[Site]]) -> Tensor:
-        """Mean over the units of each layer: float64 [L]."""
-        found = []
+        """Mean over the units of each layer: float64 [L]. Query heads in turns count as their KV groups: a turn's score
+        is a sum."""
+        found, turns = [], f".{QUERY_HEADS}"
         (start,) = self.importance
         for layer, own in layers.items():
-            front = tuple(start_name(start, site.name) for site in own)
+            front = tuple(start_name(start, site.name.removesuffix(turns)) for site in own)
             values = [
                 unit_scores(score).double().mean()
                 for name, score in scores.items()
-                if name in front or name.startswith(tuple(f"{each}." for each in front))  # experts of a whole FFN
+                if name in front
+                or (name.startswith(tuple(f"{each}." for each in front)) and not name.endswith(turns))  # experts
             ]
             if not values:
                 raise RunError(f"layer {layer}: the criterion {start} gave no scores")

@@ -98,10 +98,15 @@ def _made(source: DocumentSource, part: str, length: int | None, tokenizer: Any,
 
 
 def document(row: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """One row as text: its non-empty `fields`, a newline between them. Raises ConfigError for an unknown field."""
+    """One row as text: its non-empty `fields`, a newline between them. Raises ConfigError for a field that is unknown
+    or holds no text."""
     missing = [field for field in fields if field not in row]
     if missing:
         raise ConfigError(f"dataset.fields={list(fields)}: no column {missing[0]!r}; expected some of {', '.join(row)}")
+    for field in fields:
+        if not isinstance(row[field], str | None):
+            what = f"{field!r} is no text but of type {type(row[field]).__name__}"
+            raise ConfigError(f"dataset.fields={list(fields)}: {what}; expected columns of text")
     return "\n".join(row[field] for field in fields if row[field])
 
 

@@ -6,7 +6,6 @@ The `_target_` is the function `documents`, as its parameters `calibration` and 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from pruneexp.dataset.files import existing_file, stem_of
 from pruneexp.dataset.rows import DocumentSource, Rows
 from pruneexp.dataset.windows import Sampling
+from pruneexp.files import sha256
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.types import ConfigError, one_line
 
@@ -94,7 +94,7 @@ class DocumentFiles(DocumentSource):
         parts: dict[str, Any] = {}
         for part, taken in self.slices.items():
             files = [Path(path).expanduser() for path in self._files(part) or ()]
-            found = [{"file": str(f), "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files]
+            found = [{"file": str(f), "sha256": sha256(f)} for f in files]
             parts[part] = {"files": found, "documents": taken, "join": getattr(self, f"{part}_join")} if found else None
         own = {"special_tokens": self.special_tokens, "fields": list(self.fields)}
         return {"kind": "documents", **parts, "evaluation_windows": self.evaluation_windows, **own, **self.drawing()}

@@ -56,6 +56,15 @@ def is_held(path: Path) -> bool:
     return False
 
 
+def sha256(path: Path | str) -> str:
+    """The SHA-256 of a file in hexadecimal, read a MiB at a time. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Writes `data` (text as UTF-8) whole or not at all. Raises OSError."""
     with written_aside(path) as aside:

@@ -67,12 +67,14 @@ WIDER["blocks"] = ["any", "heads alike"]  # what holds one of these holds the pl
 
 
 def model_of(model_type: str) -> Any:
-    """A tiny random model of the family."""
+    """A tiny random model of the family, or of a name in `TINY`."""
     import transformers
 
     if model_type in CONFTEST_FAMILIES:
         torch.manual_seed(0)
         return transformers.AutoModelForCausalLM.from_config(tiny_config(model_type)).double()
+    if model_type in TINY:
+        return tiny_model(model_type)
     named = (name for name, (prefix, _) in TINY.items() if prefix == FAMILIES[model_type].stock)
     return tiny_model(next(named))
 

@@ -284,6 +284,16 @@ def test_a_document_is_its_fields():
         document(row, ["text"])
 
 
+@each("value", [[{"role": "user", "content": "Say it."}], 7, 0, []])
+def test_a_column_that_is_no_text_is_named(value, hub, byte_tokenizer):
+    assert document({"text": "a", "title": None}, ["title", "text"]) == "a"
+    hub["train"] = [{"text": "a", "other": value}]
+    kind = type(value).__name__
+    said = rf"^dataset.fields=\['text', 'other'\]: 'other' is no text but of type {kind}; expected columns of text$"
+    with pytest.raises(ConfigError, match=said):
+        a_hub(fields=["text", "other"]).calibration(byte_tokenizer)
+
+
 def test_wikitext2_protocol(hub, byte_tokenizer):
     hub |= {"train": [{"text": "ab"}, {"text": "cd"}], "test": [{"text": "wx"}, {"text": ""}, {"text": "yz"}]}
     dataset = a_hub(samples=50, length=3)

@@ -31,6 +31,11 @@ def test_every_family_is_in_the_table() -> None:
     assert sorted(in_manual()) == sorted(FAMILIES), "python -m tests.export_matrix writes the table"
 
 
+def test_long_rope_has_its_row_below_the_table(tmp_path: Path) -> None:
+    assert cells("phi4_mini", tmp_path) == ("FFNs uniform, blocks", "any", "any", "–", "–")
+    assert "`phi3` with `longrope`" in MANUAL.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_what_each_format_holds(model_type: str, tmp_path: Path) -> None:
     found = cells(model_type, tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import pytest
 import torch
 import yaml
 
+from pruneexp import run
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import Composed, compose
-from pruneexp.dataset import WindowSource, evaluation_parts, evaluation_windows
+from pruneexp.dataset import WindowSource, document_files, evaluation_parts, evaluation_windows, forget_documents
 from pruneexp.dataset.given import GivenTokens
 from pruneexp.dataset.mixed import interleaved, shared_out
 from pruneexp.evaluator import Perplexity
@@ -243,6 +246,43 @@ def test_documents_that_cannot_be_read(tmp_path: Path, content: str, problem: st
     typed = ["dataset=documents", f"dataset.calibration={tmp_path / 'a.jsonl'}", "evaluator=[size]"]
     with pytest.raises(ConfigError, match=rf"^dataset\.calibration=.*a\.jsonl: {problem}"):
         build(compose(typed)).dataset.check(evaluation=False)
+
+
+class Row(dict[str, str]):
+    """A document that can be watched."""
+
+
+def test_documents_are_read_once_and_let_go_of_when_the_windows_are_made(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[weakref.ref[Row]] = []
+    fields_of = document_files._fields_of
+
+    def watched(*given: Any) -> Row:
+        row = Row(fields_of(*given))
+        read.append(weakref.ref(row))
+        return row
+
+    monkeypatch.setattr(document_files, "_fields_of", watched)
+    typed = ["dataset=documents", "dataset.calibration=one.jsonl", "dataset.evaluation=two.jsonl"]
+    dataset = build(compose([*typed, "dataset.samples=9", "dataset.length=8", "evaluator=[size]"])).dataset
+
+    def windows() -> list[torch.Tensor]:
+        dataset.check()
+        return [dataset.calibration(tokenizer), dataset.evaluation(tokenizer, 20)]
+
+    made = windows()
+    assert len(read) == 8, "each once"
+    forget_documents()
+    gc.collect()
+    assert not any(row() for row in read)
+    assert all(torch.equal(one, other) for one, other in zip(made, windows(), strict=True)) and len(read) == 8
+
+
+def test_a_run_lets_go_of_its_documents(folder: Path) -> None:
+    typed = ["dataset=documents", "dataset.calibration=one.jsonl", "dataset.evaluation=two.jsonl", "run.dry=true"]
+    run([*typed, "dataset.samples=2", "dataset.length=8", "evaluator=[perplexity]"])
+    assert document_files._read.cache_info().currsize == 0
 
 
 # mistakes

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pruneexp.model import Model, modeling_pruned
+from pruneexp.model.given import check_module
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import Plan, SitePlan
 from tests.cases import each
@@ -52,6 +53,16 @@ def test_servers_compare_arguments_with_annotations_that_are_no_strings(stock: s
         assert [p.annotation for p in parameters.values()] == [inspect.Parameter.empty] * len(parameters)
     forward = inspect.signature(getattr(modeling_pruned, f"Pruned{stock}Model").forward)
     assert not [p for p in forward.parameters.values() if isinstance(p.annotation, str)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])  # whose stock classes are called otherwise
+def test_a_reloaded_model_is_one_to_prune_again(name: str, loaded: Loaded, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save(uneven_(loaded(name)), tmp_path / "model")
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    assert type(module).__name__.startswith("Pruned")
+    check_module(module)
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon_rw"])

@@ -6,7 +6,7 @@ tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecut
 
 # ruff: noqa: F401
 
-from pruneexp.dataset.document_files import DocumentFiles, documents
+from pruneexp.dataset.document_files import DocumentFiles, documents, forget_documents
 from pruneexp.dataset.embedded import Embedded
 from pruneexp.dataset.files import Text, Tokens, text, tokens
 from pruneexp.dataset.given import GivenTokens

@@ -6,18 +6,18 @@ The `_target_` is the function `documents`, as its parameters `calibration` and 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from pruneexp.dataset.files import existing_file, stem_of
 from pruneexp.dataset.rows import DocumentSource, Rows
 from pruneexp.dataset.windows import Sampling
+from pruneexp.files import sha256
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.types import ConfigError, one_line
 
@@ -84,7 +84,7 @@ class DocumentFiles(DocumentSource):
     def check(self, calibration: bool = True, evaluation: bool = True) -> None:
         for part, needed in (("calibration", calibration), ("evaluation", evaluation)):
             if needed:
-                self.rows(part)
+                _checked(self, part, self.rows(part))
 
     def key(self, part: str) -> str:
         files = self._files(part) or ("null",)
@@ -94,7 +94,7 @@ class DocumentFiles(DocumentSource):
         parts: dict[str, Any] = {}
         for part, taken in self.slices.items():
             files = [Path(path).expanduser() for path in self._files(part) or ()]
-            found = [{"file": str(f), "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files]
+            found = [{"file": str(f), "sha256": sha256(f)} for f in files]
             parts[part] = {"files": found, "documents": taken, "join": getattr(self, f"{part}_join")} if found else None
         own = {"special_tokens": self.special_tokens, "fields": list(self.fields)}
         return {"kind": "documents", **parts, "evaluation_windows": self.evaluation_windows, **own, **self.drawing()}
@@ -103,10 +103,10 @@ class DocumentFiles(DocumentSource):
         return self.calibration_file if part == "calibration" else self.evaluation_file
 
     def rows(self, part: str) -> Rows:
-        """The part's documents. Raises ConfigError."""
+        """The part's documents, not read yet. Raises ConfigError."""
         if self._files(part) is None:
             raise ConfigError(f"dataset.{part}=null: expected {EXPECTED}")
-        states, rows = [], []
+        states = []
         for path in self._files(part) or ():
             key = f"dataset.{part}={path}"
             file = existing_file(path, key, EXPECTED)
@@ -115,13 +115,30 @@ class DocumentFiles(DocumentSource):
                     f"{key}: expected {EXPECTED} ({', '.join(ENDINGS)}); a plain text is for dataset=text"
                 )
             states.append(file_state(file))
-            rows += _read(states[-1], tuple(self.fields), key)
+        return Rows(json.dumps([states, self.slices[part]]), partial(self._documents, part, states))
+
+    def _documents(self, part: str, states: Sequence[FileState]) -> list[dict[str, str]]:
+        """The part's documents. Raises ConfigError."""
+        rows = []
+        for path, state in zip(self._files(part) or (), states, strict=True):
+            rows += _read(state, tuple(self.fields), f"dataset.{part}={path}")
         first, last = (int(x) if x else None for x in SLICE.fullmatch(self.slices[part] or ":").groups())  # type: ignore[union-attr]
         taken = rows[first:last]
         if not any(text.strip() for row in taken for text in row.values()):
             what = f"{part}_documents={self.slices[part]}: no text among them, of {len(rows)}"
             raise ConfigError(f"dataset.{what}" if rows and self.slices[part] else f"{self.key(part)}: no text in it")
-        return Rows(json.dumps([states, self.slices[part]]), taken)
+        return taken
+
+
+def forget_documents() -> None:
+    """Lets go of all that was read. For when the windows are made, which are much smaller."""
+    _read.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def _checked(source: DocumentFiles, part: str, rows: Rows) -> None:
+    """Reads the documents, once as long as they are the same: a sweep's jobs ask again."""
+    rows.read()
 
 
 @lru_cache(maxsize=8)

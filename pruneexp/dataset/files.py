@@ -6,7 +6,6 @@ methods of a dataset.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset.windows import Drawn, Sampling, begin_with, check_name, cut, draw, encode, windows_of
+from pruneexp.files import sha256
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.types import ConfigError, require_least
 
@@ -100,7 +100,7 @@ class _Files:
         for part in records:
             if (path := self._path(part)) is not None:
                 file = Path(path).expanduser()
-                records[part] = {"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+                records[part] = {"file": str(file), "sha256": sha256(file)}
         return records
 
 

@@ -45,7 +45,7 @@ class HubText(DocumentSource):
 
     def rows(self, part: str) -> Rows:
         documents = self._documents(getattr(self, f"{part}_split"))
-        return Rows(getattr(documents, "_fingerprint", None) or "", documents)
+        return Rows(getattr(documents, "_fingerprint", None) or "", lambda: documents)
 
     def key(self, part: str) -> str:
         return f"dataset.{part}_split={getattr(self, f'{part}_split')} (of {self.path})"

@@ -17,10 +17,11 @@ from pruneexp.types import ConfigError, require_least
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents in order; equal where the fingerprints are. "": they do not tell whether they are the same."""
+    """Documents in order, had by `read`; equal where the fingerprints are. "": they do not tell whether they are the
+    same."""
 
     fingerprint: str
-    documents: Sequence[Mapping[str, Any]] = field(compare=False, repr=False)
+    read: Callable[[], Sequence[Mapping[str, Any]]] = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class DocumentSource(Drawn, ABC):
 
 @lru_cache(maxsize=4)
 def _made(source: DocumentSource, part: str, length: int | None, tokenizer: Any, documents: Rows) -> Tensor:
-    key, bos, rows = source.key(part), begin_with(tokenizer, source.bos), documents.documents
+    key, bos, rows = source.key(part), begin_with(tokenizer, source.bos), documents.read()
 
     def encoded(text: str) -> Tensor:
         return encode(tokenizer, text, source.special_tokens)
@@ -98,10 +99,15 @@ def _made(source: DocumentSource, part: str, length: int | None, tokenizer: Any,
 
 
 def document(row: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """One row as text: its non-empty `fields`, a newline between them. Raises ConfigError for an unknown field."""
+    """One row as text: its non-empty `fields`, a newline between them. Raises ConfigError for a field that is unknown
+    or holds no text."""
     missing = [field for field in fields if field not in row]
     if missing:
         raise ConfigError(f"dataset.fields={list(fields)}: no column {missing[0]!r}; expected some of {', '.join(row)}")
+    for name in fields:
+        if not isinstance(row[name], str | None):
+            what = f"{name!r} is no text but of type {type(row[name]).__name__}"
+            raise ConfigError(f"dataset.fields={list(fields)}: {what}; expected columns of text")
     return "\n".join(row[field] for field in fields if row[field])
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate import DenseStates
+from pruneexp.dataset import forget_documents
 from pruneexp.experiment.augmented import augmented
 from pruneexp.experiment.bos_probe import tell_of_bos
 from pruneexp.experiment.card import Card
@@ -65,6 +66,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *,
     Raises ConfigError or RunError, one line each, for what the user can mend; both are in status.json by then.
     """
     inputs = prepare(experiment, shared)
+    forget_documents()  # their windows are made
     experiment = inputs.experiment
     if experiment.run.dry:
         return Outcome(tell_forecast(experiment, inputs))

@@ -20,7 +20,7 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
     """The class that loads a checkpoint (stock, or with pruned layers), its config and its table. Raises
     ConfigError."""
     family = modeling_pruned.FAMILIES[model_type.removeprefix("pruned_")]
-    names = (family.causal_lm or f"{family.stock}ForCausalLM", f"{family.stock}Config")
+    names = (family.stock_class, f"{family.stock}Config")
     import transformers
 
     if not all(hasattr(transformers, name) for name in names):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pruneexp.files import sha256
 from pruneexp.fingerprint import FileState, file_state
 from pruneexp.model.refusal import refused
 from pruneexp.model.tensor_file import Place, pieces, places, read_tensor
@@ -146,8 +147,10 @@ def changes(folder: Path) -> dict[str, tuple[int, int]]:
 def _sha256(state: FileState) -> str:
     """The hash of a file; of a large one, that of its safetensors header."""
     path, _, size, _ = state
+    if size <= WHOLE_FILE:
+        return sha256(path)
     with open(path, "rb") as file:
-        content = file.read() if size <= WHOLE_FILE else file.read(8 + int.from_bytes(file.read(8), "little"))
+        content = file.read(8 + int.from_bytes(file.read(8), "little"))  # from byte 8: records hold this hash
     return hashlib.sha256(content).hexdigest()
 
 

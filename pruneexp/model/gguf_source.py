@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pruneexp.files import aside_of, give_usual_mode
+from pruneexp.files import aside_of, give_usual_mode, sha256
 from pruneexp.fingerprint import file_state
 from pruneexp.model.companions import TOKENIZER_CONFIG
 from pruneexp.model.gguf_header import Header, float32_tensor, gguf_header
@@ -147,7 +147,7 @@ def _write(file: Path, path: str, dtype: str, folder: Path) -> None:
             (folder / TOKENIZER_CONFIG).write_text(json.dumps(written, indent=2) + "\n")
     (folder / "README.md").write_text(_card(header.values, file))
     made = f"dequantised by transformers {metadata.version('transformers')}, gguf {metadata.version('gguf')}"
-    record = {"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file), "made": made}
+    record = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file), "made": made}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -226,11 +226,3 @@ def _card(values: Mapping[str, Any], file: Path) -> str:
     facts = {"base_model": address.removeprefix("https://huggingface.co/"), "license": values.get("general.license")}
     lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items() if value]
     return "\n".join(["---", *lines, "---", "", f"The model in {file.name}, dequantised.", ""])
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while piece := opened.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()

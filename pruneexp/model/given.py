@@ -161,9 +161,8 @@ def _problems(module: Any) -> Iterator[tuple[str, str]]:
     if model_type not in modeling_pruned.FAMILIES:
         yield f"model_type {model_type!r} is not supported", f"one of {', '.join(sorted(modeling_pruned.FAMILIES))}"
     family = modeling_pruned.FAMILIES[model_type]
-    causal = family.causal_lm or f"{family.stock}ForCausalLM"
-    if kind not in (causal, f"Pruned{causal}"):
-        yield f"is a {kind}", causal
+    if kind not in (family.stock_class, f"Pruned{family.stock}ForCausalLM"):
+        yield f"is a {kind}", family.stock_class
     floats = {*DTYPES.values()}
     odd = next((name for name, p in module.named_parameters() if p.dtype not in floats), None)
     if getattr(config, "quantization_config", None) or getattr(module, "is_quantized", False) or odd is not None:

@@ -78,6 +78,11 @@ class Family:
     impossible: tuple[tuple[str, Any], ...] = ()  # config values for which this table is wrong
     variants: tuple[Variant, ...] = ()
 
+    @property
+    def stock_class(self) -> str:
+        """The name of the stock class for causal language modelling."""
+        return self.causal_lm or f"{self.stock}ForCausalLM"
+
 
 _QKV = ("query", "key", "value")
 LLAMA = Family(

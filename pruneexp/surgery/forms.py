@@ -99,8 +99,7 @@ def stock_layers(model: Model) -> nn.ModuleList:
 def stock_class(model_type: str) -> Any:
     import transformers
 
-    family = FAMILIES[model_type]
-    return getattr(transformers, family.causal_lm or f"{family.stock}ForCausalLM")
+    return getattr(transformers, FAMILIES[model_type].stock_class)
 
 
 def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructure, layer: nn.Module) -> Form | None:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pruneexp.__main__ import main
 from pruneexp.evaluator import Latency
 from pruneexp.export import gguf_engine, gguf_quantise
 from pruneexp.export.gguf_engine import Engine, engine
-from pruneexp.export.gguf_quantise import GgufQuantise, contents
+from pruneexp.export.gguf_quantise import GgufQuantise, InEngine, contents
 from pruneexp.fingerprint import config_hash
 from pruneexp.model import ModelSource
 from pruneexp.model.modeling_pruned import as_matrix
@@ -425,6 +426,14 @@ def test_llama_cpp_is_timed_as_the_evaluator_says(
         assert found[f"{side}/latency/prefill_tok_s@b1x6/gguf-q4_k_m"] == 6 / 5.0
         assert found[f"{side}/latency/decode_tok_s@b1x6+3/gguf-q4_k_m"] == 3 / 6.0
     assert sum("evaluator.latency.batch_sizes=[1, 2]: llama.cpp runs 1" in text for text in caplog.messages) == 1
+
+
+def test_a_file_has_no_sliding_window() -> None:
+    """llama.cpp knows none: there the file's context ends, which perplexities then tell of."""
+    config = SimpleNamespace(max_position_embeddings=512, sliding_window=16)
+    model: Any = SimpleNamespace(max_length=512, config=config)
+    llama: Any = Pretended([])
+    assert InEngine(llama, Path("model.gguf"), model).max_length == 16
 
 
 def test_a_gguf_file_that_breaks_off_is_not_left(

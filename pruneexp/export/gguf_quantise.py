@@ -17,6 +17,7 @@ from pruneexp.evaluator import Latency
 from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_file import GgufExporter, gguf_exporter
 from pruneexp.export.gguf_layout import BLOCK
+from pruneexp.export.llama_like import context_length
 from pruneexp.export.single_file import GGUF_FILE
 from pruneexp.files import scratch_folder, written_aside
 from pruneexp.fingerprint import version_of
@@ -123,7 +124,7 @@ class InEngine:
 
     @property
     def max_length(self) -> int | None:
-        return self.of.max_length
+        return context_length(self.of)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -141,6 +141,8 @@ def pretended_gpus(count: int = 2, free: Sequence[int] = (2**30, 2**30)) -> Iter
     told = {
         "device_count": lambda: count,
         "mem_get_info": lambda device: (free[torch.device(device).index or 0], 2**30),
+        "memory_reserved": lambda device: 0,
+        "memory_allocated": lambda device: 0,
         "max_memory_allocated": lambda device: 2**20,
         "get_device_name": lambda device: "Pretended",
         "get_device_properties": lambda device: SimpleNamespace(uuid=f"pretended-{os.getpid()}-{device}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import pruneexp
+from pruneexp.tracker import memory_metrics
 from tests.tiny_families import tiny_model
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -38,6 +40,14 @@ def reloaded(folder: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be reset")
+def test_no_run_has_the_peak_memory_of_what_was_before_it(model: Any, tokens: torch.Tensor) -> None:
+    torch.ones(2**26)  # a quarter of a GiB, of which nothing is left
+    most = memory_metrics([])["memory/peak_bytes"]
+    assert pruneexp.prune(model, None, tokens).metrics["memory/peak_bytes"] < most - 2**27
 
 
 @pytest.mark.slow

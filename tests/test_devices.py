@@ -157,6 +157,16 @@ def test_what_a_device_is_called(source: Any, tiny_folder: Any) -> None:
         assert model.devices == (FIRST,) and not model.layers[0]._forward_pre_hooks
 
 
+def test_what_pytorch_keeps_of_a_gpu_is_free(source: Any, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is from the second run in a process on."""
+    with pretended_gpus(2, free=(0, 2**20)):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**20 if device == FIRST else 0)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**20 if device == FIRST else 0)
+        assert available_memory(FIRST, SECOND) == 2**21
+        layers = source(tiny_folder("opt"), device="auto").load().layers
+        assert {next(layer.parameters()).device for layer in layers} == {FIRST, SECOND}
+
+
 # the model itself
 
 

@@ -305,12 +305,18 @@ def test_rows_in_transformers_order_are_another_model(
 
 def test_a_crash_of_llama_cpp_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     folder = pruned_folder(tmp_path, "llama", NO_LAST_FFN)
+    capsys.readouterr()  # transformers tells of its progress
     monkeypatch.setattr(gguf_run, "find_spec", lambda name: name)
     crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     monkeypatch.setattr(gguf_run, "SCRIPTS", {"xllamacpp": crash})
     assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 1
     line = capsys.readouterr().err
     assert "llama.cpp does not run model.gguf (ended by SIGSEGV)" in line and line.count("\n") == 1
+    says = r"import sys; sys.stderr.buffer.write(b'a token of \xff'); sys.exit(1)"
+    monkeypatch.setattr(gguf_run, "SCRIPTS", {"xllamacpp": says})
+    assert main([str(folder), "format=gguf", f"out={tmp_path / 'out'}"]) == 1
+    line = capsys.readouterr().err
+    assert "llama.cpp does not run model.gguf (a token of \ufffd)" in line and line.count("\n") == 1
 
 
 def test_the_tokenizer_of_the_embedded_model(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from pruneexp.calibrate import Landscape, Meter, gradient_evidence, influence_evidence
 from pruneexp.criterion import Ifso, Obs
 from pruneexp.evidence import BatchDerivatives, GateDerivatives, Gradient, Gram, Influence
+from pruneexp.experiment.preflight import prepare
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
@@ -267,13 +269,16 @@ def test_the_recipe_runs_on_every_family(
 
 
 def test_what_cannot_be_had_is_refused(
-    tiny: Callable[..., Model], tokens_NT: Tensor, build_from: Callable[..., Any]
+    tiny: Callable[..., Model], tokens_NT: Tensor, build_from: Callable[..., Any], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"^model.stream=True: criterion=ifso needs backward passes"):
         build_from("recipe=ifso", "model.stream=true", "evaluator=[size]")
     with pytest.raises(ConfigError, match=r"^model.dtype='bfloat16': its rounding hides the finite differences of"):
         build_from("recipe=ifso", "model.dtype=bfloat16")
     build_from("recipe=ifso", "model.dtype=bfloat16", "criterion.hessian=exact")
+    tiny("llama", dtype="bfloat16").module.save_pretrained(tmp_path / "stored")
+    with pytest.raises(ConfigError, match=r"^model.dtype='bfloat16': its rounding hides the finite differences of"):
+        prepare(build_from("recipe=ifso", "model=hf", f"model.path={tmp_path / 'stored'}"))
     with pytest.raises(RunError, match="need the whole model in memory"):
         influence_evidence(tiny("opt", stream=True), tokens_NT, KIND, Meter())
     half = tiny("opt", dtype="bfloat16")

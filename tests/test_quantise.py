@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pruneexp.__main__ import main
 from pruneexp.evaluator import Latency
 from pruneexp.export import gguf_engine, gguf_quantise
 from pruneexp.export.gguf_engine import Engine, engine
-from pruneexp.export.gguf_quantise import GgufQuantise, contents
+from pruneexp.export.gguf_quantise import GgufQuantise, InEngine, contents
 from pruneexp.fingerprint import config_hash
 from pruneexp.model import ModelSource
 from pruneexp.model.modeling_pruned import as_matrix
@@ -33,7 +34,7 @@ from pruneexp.report.folders import find
 from pruneexp.report.methods import describe
 from pruneexp.report.sections import effects_section, pareto_section
 from pruneexp.report.sweep_table import sweep_table
-from pruneexp.types import ConfigError
+from pruneexp.types import ConfigError, RunError
 from tests.cases import each
 from tests.conftest import PARITY
 from tests.messages import assert_told
@@ -425,6 +426,35 @@ def test_llama_cpp_is_timed_as_the_evaluator_says(
         assert found[f"{side}/latency/prefill_tok_s@b1x6/gguf-q4_k_m"] == 6 / 5.0
         assert found[f"{side}/latency/decode_tok_s@b1x6+3/gguf-q4_k_m"] == 3 / 6.0
     assert sum("evaluator.latency.batch_sizes=[1, 2]: llama.cpp runs 1" in text for text in caplog.messages) == 1
+
+
+def test_a_file_has_no_sliding_window() -> None:
+    """llama.cpp knows none: there the file's context ends, which perplexities then tell of."""
+    config = SimpleNamespace(max_position_embeddings=512, sliding_window=16)
+    model: Any = SimpleNamespace(max_length=512, config=config)
+    llama: Any = Pretended([])
+    assert InEngine(llama, Path("model.gguf"), model).max_length == 16
+
+
+def test_a_gguf_file_that_breaks_off_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    monkeypatch.chdir(tmp_path)
+
+    class Breaks(Pretended):
+        def quantise(self, file: Path, out: Path, kind: str) -> None:
+            super().quantise(file, out, kind)
+            if len(self.called) == 3:  # of the dense model its file and its losses are behind it
+                raise RunError("llama.cpp does not quantise")
+
+    monkeypatch.setattr(gguf_quantise, "engine", lambda: llama)
+    llama = Breaks([])
+    quick = ["dataset.samples=4", "cache=off", "evaluator=[perplexity]", "evaluator.perplexity.samples=4"]
+    assert main([*quick, "quantise=gguf", "run.dir=broken"]) == 1
+    assert "llama.cpp does not quantise" in capsys.readouterr().err
+    assert llama.called == ["quantise", "losses", "quantise"]
+    assert not [path.name for path in Path("broken").iterdir() if "gguf" in path.name]
 
 
 def test_a_sweep_takes_a_job_by_what_llama_cpp_measured(

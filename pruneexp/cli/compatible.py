@@ -5,6 +5,7 @@ from __future__ import annotations
 from pruneexp import types
 from pruneexp.conf_files import typed_keys, typed_value
 from pruneexp.experiment.settings import Experiment
+from pruneexp.pruning.budget import check_precision
 from pruneexp.search import KIND, scored_as
 from pruneexp.types import ConfigError
 
@@ -17,13 +18,7 @@ def check_together(experiment: Experiment) -> None:
     _check_granularity(experiment)
     _check_sequential(experiment)
     _check_rounds(experiment)
-    half = experiment.model.dtype in ("float16", "bfloat16")
-    if half and any(kind.wide for kind in types.evidence_kinds(experiment.criterion.evidence)):
-        chosen = experiment.job["choices"]["criterion"]
-        raise ConfigError(
-            f"model.dtype={experiment.model.dtype!r}: its rounding hides the finite differences of criterion={chosen}; "
-            "expected float32 or float64, or criterion.hessian=exact"
-        )
+    check_precision(experiment.model.dtype, experiment.criterion, experiment.job["choices"])
     _check_quantity(experiment)
     if experiment.model.stream:
         if experiment.sparsity.of == "latency":

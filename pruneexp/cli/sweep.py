@@ -27,7 +27,7 @@ from pruneexp.files import check_writable, typed_folder, write_atomic
 from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
 from pruneexp.report.tables import count
-from pruneexp.tracker import reset_peak_memory, status_of
+from pruneexp.tracker import status_of
 from pruneexp.tracker.folder import is_own, mark_failed
 from pruneexp.types import ConfigError, ConfigErrors, RunError, one_line
 
@@ -70,7 +70,6 @@ def multirun(hydra: Hydra, overrides: Sequence[str]) -> Ended:
     try:
         if here:
             for number, (job, label) in enumerate(zip(jobs, labels(jobs), strict=True)):
-                reset_peak_memory()
                 metrics = _run_recorded(job, str(number), label, shared)
                 _objective(job, metrics, math.inf)  # nobody asks for it, but it must be there
         else:
@@ -185,7 +184,6 @@ def run_job(config: DictConfig) -> float | None:
         # Nothing to name a folder with: only sweepers that make up their jobs as they go get here.
         print(f"pruneexp: job {node.job.num}: {error}", file=sys.stderr)
         raise
-    reset_peak_memory()  # a launcher may run several jobs in one process
     downhill = not str(node.sweeper.get("direction", "")).lower().endswith("maximize")
     label = " ".join(job.job["overrides"])  # the other jobs are not known here
     return _objective(job, _run_recorded(job, str(node.job.num), label), math.inf if downhill else -math.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset import bos_token
+from pruneexp.latency.measure import now
 from pruneexp.model.forward import cache_name, last_logits_only
 from pruneexp.model.half import plain_linear
 from pruneexp.types import ConfigError, require_least
@@ -71,23 +71,16 @@ class Latency:
         """Seconds of one prefill and of the decoding after it."""
         module, last, name = model.module, last_logits_only(model.module), cache_name(model.module)
         with torch.inference_mode(), plain_linear():
-            start = _now(model.device)
+            start = now(model.device)
             out = module(prompt_BT, use_cache=True, **last)
             token_B1 = out.logits[:, -1:].argmax(-1)
-            middle = _now(model.device)
+            middle = now(model.device)
             for _ in range(self.new_tokens):
                 out = module(token_B1, use_cache=True, **{name: getattr(out, name)})
                 token_B1 = out.logits[:, -1:].argmax(-1)
-            return middle - start, _now(model.device) - middle
+            return middle - start, now(model.device) - middle
 
 
 def _summary(name: str, rates: Tensor) -> dict[str, float]:
     low, median, high = torch.quantile(rates, torch.tensor([0.25, 0.5, 0.75], dtype=rates.dtype)).tolist()
     return {name: median, f"{name}/iqr": high - low}
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has finished what was queued."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

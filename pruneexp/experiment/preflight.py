@@ -37,7 +37,7 @@ from pruneexp.files import existing
 from pruneexp.latency import Table
 from pruneexp.model import Model
 from pruneexp.progress import waiting
-from pruneexp.pruning.budget import check_mixture, check_pruning, searched_sites, whole_budget
+from pruneexp.pruning.budget import check_mixture, check_precision, check_pruning, searched_sites, whole_budget
 from pruneexp.pruning.query_heads import check_query_heads
 from pruneexp.tracker import memory_metrics
 from pruneexp.types import QUERY_HEADS, Budget, ConfigError, evidence_kinds, filled, size_text
@@ -69,6 +69,7 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
         outline = experiment.model.outline()
     experiment = settled(experiment, outline)
     parts = (experiment.criterion, experiment.search, experiment.compensator)
+    check_precision(str(outline.dtype).removeprefix("torch."), experiment.criterion, experiment.job["choices"])
     check_mixture(outline, *parts, experiment.job["choices"])
     check_query_heads(outline, *parts[:2], experiment.job["choices"])
     table = given_table(experiment, outline)
@@ -295,6 +296,5 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     else:
         print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
     of_files = tell_quantised(experiment.quantise, model)
-    dtype = str(model.dtype).removeprefix("torch.")
-    print_forecast(expected, dtype=dtype, available=available_memory(*model.devices))
+    print_forecast(expected, dtype=str(model.dtype).removeprefix("torch."), available=available_memory(*model.devices))
     return expected.metrics() | of_files

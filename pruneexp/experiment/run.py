@@ -38,7 +38,7 @@ from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.recovery import Adapter
-from pruneexp.tracker import LocalRun, Trackers, memory_metrics, run_folder
+from pruneexp.tracker import LocalRun, Trackers, memory_metrics, reset_peak_memory, run_folder
 from pruneexp.types import Plan, RunRecord
 
 logger = logging.getLogger("pruneexp")
@@ -65,6 +65,7 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *,
 
     Raises ConfigError or RunError, one line each, for what the user can mend; both are in status.json by then.
     """
+    reset_peak_memory()  # a process may run several
     inputs = prepare(experiment, shared)
     forget_documents()  # their windows are made
     experiment = inputs.experiment

@@ -17,8 +17,9 @@ from pruneexp.evaluator import Latency
 from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_file import GgufExporter, gguf_exporter
 from pruneexp.export.gguf_layout import BLOCK
+from pruneexp.export.llama_like import context_length
 from pruneexp.export.single_file import GGUF_FILE
-from pruneexp.files import scratch_folder
+from pruneexp.files import scratch_folder, written_aside
 from pruneexp.fingerprint import version_of
 from pruneexp.model import Model
 from pruneexp.types import ConfigError, Evaluator, Measured, RunError
@@ -80,13 +81,15 @@ class GgufQuantise:
         exporter = self._exporter(model)
         with scratch_folder() as scratch:
             file, plain = Path(folder or scratch, GGUF_FILE), Path(scratch, "plain")
+            llama = engine()
             try:
                 for note in exporter.write(model, plain):
                     logger.info("%s model: %s", when, note)
+                with written_aside(file) as aside:
+                    llama.quantise(plain / GGUF_FILE, aside, self.type)
             except OSError as error:
-                raise RunError(f"quantise=gguf: cannot write {plain}: {error.strerror or error}") from error
-            llama = engine()
-            llama.quantise(plain / GGUF_FILE, file, self.type)
+                where = error.filename or plain
+                raise RunError(f"quantise=gguf: cannot write {where}: {error.strerror or error}") from error
             (plain / GGUF_FILE).unlink()
             size, kinds = contents(file)
             logger.info("%s model: GGUF %s, %s; matrices: %s", when, self.type, exporter.why, kinds)
@@ -121,7 +124,7 @@ class InEngine:
 
     @property
     def max_length(self) -> int | None:
-        return self.of.max_length
+        return context_length(self.of)
 
     @property
     def dtype(self) -> torch.dtype:

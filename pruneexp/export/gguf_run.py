@@ -129,7 +129,9 @@ def run_file(package: str, file: Path, tokens_BT: Tensor, texts: Sequence[str], 
         command = [sys.executable, "-c", SCRIPTS[package], package, *files, str(plain)]
         env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         with waiting("running the file with llama.cpp"):
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=env
+            )
         reason = reason_of(done)
         if done.returncode == NO_IMPORT:
             return reason

@@ -111,16 +111,20 @@ def _in_a_row(work: Workload, layer: Any, origin: int, pool: Pool, copies: int) 
 def timed(work: Workload, layers: Sequence[Prepared]) -> float:
     """Seconds that the layers take."""
     device = work.model.device
-    start = _now(device)
+    start = _computed(device)
     work.run(layers)
-    return _now(device) - start
+    return _computed(device) - start
 
 
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has finished what was queued. Where a single thread computes, those in which it does:
-    what other programs take of its processor does not count."""
-    if device.type == "cpu" and torch.get_num_threads() == 1:
-        return time.thread_time()
+def _computed(device: torch.device) -> float:
+    """As `now`. Where a single thread computes, the seconds in which it does: what other programs take of its processor
+    does not count."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time() if alone else now(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has finished what was queued."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

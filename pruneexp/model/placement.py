@@ -22,6 +22,12 @@ def devices_of(name: str) -> tuple[torch.device, ...]:
     return (torch.device("cuda", device.index or 0) if device.type == "cuda" else device,)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that this process may still take: PyTorch keeps what its tensors had, and gives it out again."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def placed(
     layer_bytes: Sequence[int], outside_bytes: int, devices: Sequence[torch.device], free: Sequence[int]
 ) -> tuple[torch.device, ...]:

@@ -23,7 +23,7 @@ from pruneexp.model.checkpoint import Checkpoint, changes, fingerprints, holds_w
 from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.gguf_source import RECORD, check_gguf, convert, converted_folder, is_gguf
 from pruneexp.model.loaded import Model
-from pruneexp.model.placement import AUTO, connect_, devices_of, placed
+from pruneexp.model.placement import AUTO, connect_, devices_of, free_bytes, placed
 from pruneexp.model.ties import settle_ties_
 from pruneexp.model.weights import check_finite, load_into_, load_outside_, stored_tensors
 from pruneexp.progress import progress
@@ -218,7 +218,7 @@ class ModelSource:
             layers = module.get_submodule(f"{module.base_model_prefix}.{family.layers}")
             sizes = [dtype.itemsize * sum(p.numel() for p in layer.parameters()) for layer in layers]
             whole = dtype.itemsize * sum(p.numel() for p in module.parameters())
-            free = [torch.cuda.mem_get_info(device)[0] for device in devices]
+            free = [free_bytes(device) for device in devices]
             placement = placed(sizes, whole - sum(sizes), devices, free)
         return Model(
             module,

@@ -149,6 +149,17 @@ def check_mixture(
             )
 
 
+def check_precision(dtype: str, criterion: Criterion, chosen: Mapping[str, str]) -> None:
+    """Raises ConfigError where the rounding of `dtype`, the model's, hides what is measured. `chosen`: as for
+    `check_mixture`."""
+    half = dtype in ("float16", "bfloat16")
+    if half and any(kind.wide for kind in evidence_kinds(criterion.evidence)):
+        raise ConfigError(
+            f"model.dtype={dtype!r}: its rounding hides the finite differences of criterion={chosen['criterion']}; "
+            "expected float32 or float64, or criterion.hessian=exact"
+        )
+
+
 def check_pruning(model: Model, search: Search, sparsity: Sparsity, compensator: Compensator) -> Budget:
     """The whole run's budget, where it is within reach. Needs the model's structure, no weights.
 

@@ -96,8 +96,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def reset_peak_memory() -> None:
-    """Starts the peaks of `memory_metrics` anew, so that no job of a sweep has the peak of those before it. Only Linux
-    can do so."""
+    """Starts the peaks of `memory_metrics` anew, so that no run has the peak of those before it in the process. Only
+    Linux can do so."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM, back to what is resident now
     except OSError:

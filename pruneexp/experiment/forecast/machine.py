@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from pruneexp.model.placement import free_bytes
+
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -16,7 +18,7 @@ def available_memory(*devices: torch.device) -> int:
     """Bytes that this process may still take: of the GPUs together, or of the machine's memory within the limits of its
     control groups."""
     if devices[0].type == "cuda":
-        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+        return sum(free_bytes(device) for device in devices)
     return min([psutil.virtual_memory().available, *_free_in_groups()])
 
 

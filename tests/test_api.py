@@ -370,6 +370,15 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
+def test_the_card_of_a_given_model_names_no_command(model: Any, tokens: torch.Tensor) -> None:
+    pruneexp.prune(model, None, tokens).save("by_recipe")
+    pruneexp.prune(model, None, tokens, criterion=Energy()).save("by_object")
+    cards = [Path(folder, "README.md").read_text() for folder in ("by_recipe", "by_object")]
+    assert not any("## The command" in text for text in cards)
+    assert ["(recipe `flap`)" in text for text in cards] == [True, False]
+
+
 def test_objects_of_ones_own_prune(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
     """With no more than their protocols ask for; beside each other, and with a start that is one's own, too."""
     own = {"criterion": Energy(), "search": Lowest(), "compensator": Slice()}

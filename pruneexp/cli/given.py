@@ -70,7 +70,8 @@ def given_experiment(
         criterion, search = (replaced.get(group, getattr(experiment, group)) for group in ("criterion", "search"))
         own = criterion.criterion if isinstance(criterion, Together) else criterion
         replaced["criterion"] = with_starts(own, search)
-    config, job = {**run.config, **described}, {**run.job, "choices": choices}
+    recipe = "custom" if parts else run.job["recipe"]
+    config, job = {**run.config, **described}, {**run.job, "choices": choices, "recipe": recipe}
     experiment = replace(experiment, config=config, job=job, **replaced)
     check_together(experiment)
     experiment.check(recorded=folder is not None)

@@ -346,6 +346,7 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         ({"recipe": "flapp"}, "recipe=flapp: expected one of .*; did you mean recipe=flap"),
         ({"ratio": 2}, "sparsity.ratio=2"),
         ({"overrides": ["model=hf"]}, "model=hf: the model is given"),
+        ({"overrides": ["+sweep=grid"]}, r"\+sweep=grid: a sweep is of many runs"),
         ({"overrides": ["run.dir=x"]}, "run.dir=x: .*`folder` says"),
         ({"overrides": ["run={dry:true}"]}, "run={dry:true}: .*`folder` says"),
         ({"overrides": ["dataset.samples=4"]}, "dataset.samples=4: calibration windows are given"),

@@ -399,6 +399,21 @@ def test_files_of_ones_own_say_what_they_lack(cli: Cli, runs: list[Experiment]) 
     assert ended.code == 2 and "run.prove=False: expected one of process, in_place, off; did you mean" in ended.err
 
 
+def test_files_of_ones_own_inherit_in_any_form(cli: Cli, runs: list[Experiment]) -> None:
+    for folder in ("criterion", "sweep"):
+        Path("mine", folder).mkdir(parents=True)
+    Path("mine/criterion/my-own.yaml").write_text("defaults: [magnitude]\n")
+    assert cli("--config-dir", "mine", "search=evolutionary", "search.starts=[flap,my-own]").code == 0
+    header = "# @package _global_\n"
+    Path("mine/sweep/empty.yaml").write_text(header)
+    Path("mine/sweep/my-base.yaml").write_text(f"{header}run: {{save: true}}\n")
+    Path("mine/sweep/child.yaml").write_text(f"{header}defaults:\n  - my-base\n  - _self_\nrun: {{prove: process}}\n")
+    assert cli("--config-dir", "mine", "-m", "+sweep=empty", "seed=1,2").code == 0
+    assert cli("--config-dir", "mine", "-m", "+sweep=child", "seed=1,2").code == 0
+    settings = [(run.run.save, run.run.prove) for run in runs[1:]]
+    assert settings == [(False, "off")] * 2 + [(True, "process")] * 2
+
+
 def test_digits_stay_as_they_were_typed_where_text_is_asked_for(cli: Cli, runs: list[Experiment]) -> None:
     own = ("model=hf", "dataset=embedded", "model.path=2_0", "seed=1_000")
     assert cli(*own, "model.revision=+67", "run.name=1_000").code == 0

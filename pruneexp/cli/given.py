@@ -36,6 +36,8 @@ def given_experiment(
         key, _ = override_parts(text)
         if key in GIVEN or key.split(".")[0] in ("model", "hydra") and key != "model.batch_size":
             raise ConfigError(f"{text}: the model is given, and `folder` says where the run goes; expected other keys")
+        if key == "sweep":
+            raise ConfigError(f"{text}: a sweep is of many runs, which pruneexp.run starts; expected other keys")
         if key in DRAWN:
             raise ConfigError(f"{text}: calibration windows are given, as `tokens`; expected other keys")
         if folder is None and key == "tracker" and not text.endswith("=local"):

@@ -83,18 +83,30 @@ def key_comments(path: Path) -> dict[str, str]:
 
 
 def inherited(path: Path) -> list[Path]:
-    """The file and, after it, the files of its folder that its defaults list names, nearest first."""
-    found = [path]
-    block = re.search(r"^defaults:\n((?:\s+- .*\n?)+)", path.read_text(), re.MULTILINE)
-    for name in re.findall(r"^\s+- (\w+)\s*$", block[1], re.MULTILINE) if block else ():
-        parent = path.with_name(f"{name}.yaml")
-        if parent != path and parent.is_file():
+    """The file and, after it, the files of its group that its defaults list names, nearest first: those beside it or,
+    for one of somebody's own, ours."""
+    found, group = [path], path.parent.name
+    ours = sweeps_folder() if group == "sweep" else conf_folder() / group
+    for name in _defaults(path):
+        parents = [folder / f"{name}.yaml" for folder in (path.parent, ours)]
+        if parent := next((file for file in parents if file != path and file.is_file()), None):
             found += inherited(parent)
     return found
 
 
+def _defaults(path: Path) -> list[str]:
+    """Names in the file's defaults list that are of its own group."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = yaml.load(text, YamlLoader) if "defaults" in text else None
+    except yaml.YAMLError:  # Hydra says so where the file is asked for
+        return []
+    listed = content.get("defaults") if isinstance(content, dict) else None
+    return [name for name in listed if isinstance(name, str) and "/" not in name] if isinstance(listed, list) else []
+
+
 def option_content(path: Path) -> dict[str, Any]:
-    """What the file sets, over what the files of its folder set that its defaults list names."""
+    """What the file sets, over what the files of its group set that its defaults list names."""
     found: dict[str, Any] = {}
     for each in reversed(inherited(path)):
         found |= yaml.load(each.read_text(encoding="utf-8"), YamlLoader) or {}

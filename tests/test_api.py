@@ -346,6 +346,7 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         ({"recipe": "flapp"}, "recipe=flapp: expected one of .*; did you mean recipe=flap"),
         ({"ratio": 2}, "sparsity.ratio=2"),
         ({"overrides": ["model=hf"]}, "model=hf: the model is given"),
+        ({"overrides": ["+sweep=grid"]}, r"\+sweep=grid: a sweep is of many runs"),
         ({"overrides": ["run.dir=x"]}, "run.dir=x: .*`folder` says"),
         ({"overrides": ["run={dry:true}"]}, "run={dry:true}: .*`folder` says"),
         ({"overrides": ["dataset.samples=4"]}, "dataset.samples=4: calibration windows are given"),
@@ -368,6 +369,15 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         with pytest.raises(pruneexp.ConfigError, match=message):
             pruneexp.prune(model, tokenizer, tokens, **settings)
     assert not list(Path().iterdir())
+
+
+@pytest.mark.slow
+def test_the_card_of_a_given_model_names_no_command(model: Any, tokens: torch.Tensor) -> None:
+    pruneexp.prune(model, None, tokens).save("by_recipe")
+    pruneexp.prune(model, None, tokens, criterion=Energy()).save("by_object")
+    cards = [Path(folder, "README.md").read_text() for folder in ("by_recipe", "by_object")]
+    assert not any("## The command" in text for text in cards)
+    assert ["(recipe `flap`)" in text for text in cards] == [True, False]
 
 
 def test_objects_of_ones_own_prune(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:

@@ -262,6 +262,9 @@ def test_commands_without_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     for text, expected in typed.items():
         assert command([text]) == f"pruneexp {expected}".strip()
+    job = ["+sweep=flap_ratios", "run.save=true", "sweep.dir=x", "recipe=flap"]  # the sweep's file chooses the model
+    assert command(job) == "pruneexp +sweep=flap_ratios run.save=true recipe=flap"
+    assert command(job[1:]) == "pruneexp recipe=flap"
 
 
 def test_a_run_without_settings_has_a_command_too() -> None:

@@ -118,6 +118,10 @@ MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line n
     ("sparsity.ratio=true", "sparsity.ratio=True", ["number"]),
     ("sparsity.ratio=1.5", "sparsity.ratio=1.5", ["[0, 1)"]),
     ("sparsity.ratio=0.2,0.3", "sparsity.ratio=0.2,0.3", ["--multirun"]),
+    ("search=uniform search.granularity=heads,ffn", "search.granularity=heads,ffn", ["search.granularity=[heads,ffn]"]),
+    ("search=evolutionary search.starts=flap,obs", "search.starts=flap,obs", ["search.starts=[flap,obs]"]),
+    ("run.dir=exp,1", "run.dir=exp,1", ["\"run.dir='exp,1'\""]),
+    ("search=uniform search.granularity=heads", "search.granularity='heads'", ["did you mean [heads]?"]),
     ("evaluator=perplexity,size", "evaluator=perplexity,size", ["evaluator=[perplexity,size]"]),
     ("run.overwrite=maybe", "run.overwrite='maybe'", ["true", "false"]),
     ("run.prove=in_plaice", "run.prove='in_plaice'", ["process", "off", "did you mean in_place"]),
@@ -370,6 +374,37 @@ def test_a_sweep_file_that_does_not_say_so_is_no_single_run(cli: Cli, runs: list
     ended = cli("--config-dir", "mine", "+sweep=quiet")
     line = "pruneexp: sweep=quiet: expected '# @package _global_' as the first line of the sweep's file\n"
     assert ended.code == 2 and ended.err == line and len(runs) == 4
+
+
+def test_a_list_is_suggested_where_a_key_takes_one(cli: Cli, runs: list[Experiment]) -> None:
+    for typed in ("seed=0,1", "criterion=flap,magnitude", "sparsity.ratio=0.2,0.3"):
+        assert cli(typed).err == f"pruneexp: {typed}: several values need --multirun\n" and not runs
+
+
+def test_files_of_ones_own_say_what_they_lack(cli: Cli, runs: list[Experiment]) -> None:
+    for group, text in (("evaluator", "_target_: pruneexp.evaluator.Size"), ("recipe", "run: {prove: off}")):
+        Path("mine", group).mkdir(parents=True)
+        header = "# @package _global_\n" if group == "recipe" else ""
+        Path("mine", group, "own.yaml").write_text(f"{header}{text}\n")
+    ended = cli("--config-dir", "mine", "evaluator=[own]")
+    assert ended.code == 2 and "expected '# @package evaluator.NAME' as the first line of the evaluator's" in ended.err
+    ended = cli("--config-dir", "mine", "recipe=own")
+    assert ended.code == 2 and "run.prove=False: expected one of process, in_place, off; did you mean" in ended.err
+
+
+def test_files_of_ones_own_inherit_in_any_form(cli: Cli, runs: list[Experiment]) -> None:
+    for folder in ("criterion", "sweep"):
+        Path("mine", folder).mkdir(parents=True)
+    Path("mine/criterion/my-own.yaml").write_text("defaults: [magnitude]\n")
+    assert cli("--config-dir", "mine", "search=evolutionary", "search.starts=[flap,my-own]").code == 0
+    header = "# @package _global_\n"
+    Path("mine/sweep/empty.yaml").write_text(header)
+    Path("mine/sweep/my-base.yaml").write_text(f"{header}run: {{save: true}}\n")
+    Path("mine/sweep/child.yaml").write_text(f"{header}defaults:\n  - my-base\n  - _self_\nrun: {{prove: process}}\n")
+    assert cli("--config-dir", "mine", "-m", "+sweep=empty", "seed=1,2").code == 0
+    assert cli("--config-dir", "mine", "-m", "+sweep=child", "seed=1,2").code == 0
+    settings = [(run.run.save, run.run.prove) for run in runs[1:]]
+    assert settings == [(False, "off")] * 2 + [(True, "process")] * 2
 
 
 def test_digits_stay_as_they_were_typed_where_text_is_asked_for(cli: Cli, runs: list[Experiment]) -> None:

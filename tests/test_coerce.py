@@ -52,6 +52,8 @@ def test_values_that_fit(value: Any, annotation: Any, expected: Any) -> None:
         ([1], tuple[int, str], "a list of an integer"),
         ([1, "b"], list[int], "a list of an integer"),
         ([], dict[str, int], "keys with values (an integer)"),
+        ("heads", tuple[Literal["heads", "ffn"], ...], "a list of one of heads, ffn; did you mean [heads]?"),
+        (False, Literal["process", "off"], 'one of process, off; did you mean "off", in quotes?'),
         ("heds", Literal["heads", "ffn"], "one of heads, ffn; did you mean heads?"),
     ],
 )

@@ -43,5 +43,10 @@ def test_divergences_by_their_formula():
     assert float(divergences(uniform, certain)) == pytest.approx(math.log(VOCABULARY))
 
 
+def test_a_gpu_is_given_more_at_once():
+    assert losses._rows(torch.empty(8, 2**17)) == 4
+    assert losses._rows(torch.empty(8, 2**17, device="meta")) == 256  # any other device
+
+
 def test_what_predicts_nothing_has_no_losses():
     assert next_token_losses(logits(2, 1), torch.zeros(2, 1, dtype=torch.int64)).shape == (2, 0)

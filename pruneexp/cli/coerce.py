@@ -38,8 +38,7 @@ def coerced(value: Any, annotation: Any, key: str, typed: str | None = None) -> 
             read = f"{key}={typed}: read as {value!r}" if typed else f"{key}={value!r}"
             quoted = f""", as in "{key}='{typed}'\"""" if typed else ""
             raise ConfigError(f"{read}; expected {described(annotation)}, in quotes{quoted}") from None
-        near = did_you_mean(str(value), [str(option) for option in _literals(annotation)])
-        raise ConfigError(f"{key}={value!r}: expected {described(annotation)}{near}") from None
+        raise ConfigError(f"{key}={value!r}: expected {described(annotation)}{_near(value, annotation)}") from None
 
 
 def takes_text(annotation: Any) -> bool:
@@ -47,6 +46,21 @@ def takes_text(annotation: Any) -> bool:
     kind, arguments = _parts(annotation)
     options = arguments if kind is Union else (annotation,)
     return str in options and int not in options
+
+
+def takes_list(annotation: Any) -> bool:
+    kind, arguments = _parts(annotation)
+    return any(map(takes_list, arguments)) if kind is Union else _is(kind, Sequence) and kind is not str
+
+
+def _near(value: Any, annotation: Any) -> str:
+    """What to suggest in place of a value that does not fit."""
+    options = _literals(annotation)
+    if isinstance(value, str) and value in options:
+        return f"; did you mean [{value}]?"
+    if isinstance(value, bool) and (word := "on" if value else "off") in options:  # as YAML reads the word
+        return f'; did you mean "{word}", in quotes?'
+    return did_you_mean(str(value), map(str, options))
 
 
 def described(annotation: Any) -> str:

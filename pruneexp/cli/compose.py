@@ -25,9 +25,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pruneexp.cli.coerce import takes_text
+from pruneexp.cli.coerce import takes_list, takes_text
 from pruneexp.cli.explain import explained, known_keys, missing_key
 from pruneexp.cli.sources import check_typed, expand_sources
 from pruneexp.cli.targets import located, signature
@@ -89,11 +89,20 @@ def compose_raw(hydra: Hydra, overrides: Sequence[str], mode: RunMode) -> DictCo
         if mode == RunMode.RUN and config.hydra.mode != RunMode.MULTIRUN:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
             if swept := [str(override.input_line) for override in parsed if override.is_sweep_override()]:
-                key, _, value = swept[0].partition("=")
-                raise ConfigError(f"{swept[0]}: several values need --multirun; a list is written {key}=[{value}]")
+                raise ConfigError(f"{swept[0]}: several values need --multirun{_as_one(config, swept[0])}")
     except Exception as error:
         raise explained(error, hydra, overrides) from error
     return config
+
+
+def _as_one(config: DictConfig, override: str) -> str:
+    """How several values are written as a single one, where the key takes that."""
+    key, _, value = override.partition("=")
+    name = key.lstrip("+")
+    written_out = name in ("evaluator", "dataset.sources") or isinstance(OmegaConf.select(config, name), ListConfig)
+    if written_out or takes_list(_annotation(config, name)):
+        return f"; a list is written {key}=[{value}]"
+    return f"""; text is written in quotes, "{key}='{value}'\"""" if _is_text(config, name) else ""
 
 
 def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Composed:
@@ -125,6 +134,9 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     if "hydra" in container["sweep"]:
         raise ConfigError(f"sweep={job['sweep']}: expected '# @package _global_' as the first line of the sweep's file")
     known_keys([f"sweep.{key}" for key in container["sweep"]], SWEEP_KEYS)
+    if isinstance(container.get("evaluator"), dict) and "_target_" in container["evaluator"]:
+        expected = "expected '# @package evaluator.NAME' as the first line of the evaluator's file"
+        raise ConfigError(f"evaluator._target_={container['evaluator']['_target_']!r}: {expected}")
     return Composed(resolved(container), job, folders)
 
 
@@ -201,12 +213,17 @@ def _as_typed(config: DictConfig, overrides: Sequence[str]) -> None:
 def _is_text(config: DictConfig, key: str) -> bool:
     if key in ("run.dir", "run.name", "sweep.dir"):
         return True
+    return takes_text(_annotation(config, key))
+
+
+def _annotation(config: DictConfig, key: str) -> Any:
+    """Of a key of a part; None where it is not known."""
     parent, _, name = key.rpartition(".")
     try:
         node = OmegaConf.select(config, parent)
-        return takes_text(signature(located(node["_target_"], parent))[1].get(name))
+        return signature(located(node["_target_"], parent))[1].get(name)
     except (ConfigError, KeyError, TypeError):
-        return False  # building the part says what is wrong with it
+        return None  # building the part says what is wrong with it
 
 
 def _folders(hydra_node: DictConfig) -> tuple[Path, ...]:

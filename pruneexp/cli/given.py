@@ -36,6 +36,8 @@ def given_experiment(
         key, _ = override_parts(text)
         if key in GIVEN or key.split(".")[0] in ("model", "hydra") and key != "model.batch_size":
             raise ConfigError(f"{text}: the model is given, and `folder` says where the run goes; expected other keys")
+        if key == "sweep":
+            raise ConfigError(f"{text}: a sweep is of many runs, which pruneexp.run starts; expected other keys")
         if key in DRAWN:
             raise ConfigError(f"{text}: calibration windows are given, as `tokens`; expected other keys")
         if folder is None and key == "tracker" and not text.endswith("=local"):
@@ -70,7 +72,8 @@ def given_experiment(
         criterion, search = (replaced.get(group, getattr(experiment, group)) for group in ("criterion", "search"))
         own = criterion.criterion if isinstance(criterion, Together) else criterion
         replaced["criterion"] = with_starts(own, search)
-    config, job = {**run.config, **described}, {**run.job, "choices": choices}
+    recipe = "custom" if parts else run.job["recipe"]
+    config, job = {**run.config, **described}, {**run.job, "choices": choices, "recipe": recipe}
     experiment = replace(experiment, config=config, job=job, **replaced)
     check_together(experiment)
     experiment.check(recorded=folder is not None)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from pruneexp.cli.compose import Composed, check_dataset, composed
 from pruneexp.cli.sweep_end import hand_over
 from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, recipes_name, whole
-from pruneexp.conf_files import option_file, sweep_files, typed_keys
+from pruneexp.conf_files import inherited, option_file, sweep_files, typed_keys
 from pruneexp.files import check_writable, typed_folder, write_atomic
 from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.report.sweep_table import write_summary
@@ -217,12 +217,13 @@ def as_job(run: Composed, folder: Path) -> Composed:
 
 
 def _run_keys(run: Composed) -> set[str]:
-    """Keys of `run` that were typed, swept over, or set by the sweep's file."""
+    """Keys of `run` that were typed, swept over, or set by the sweep's file or by those that its defaults name."""
     keys = typed_keys(run.job["overrides"])
     name = run.job["sweep"]
     path = None if name is None else sweep_files().get(name) or option_file(run.folders, "sweep", name)
-    content = yaml.safe_load(path.read_text()) if path is not None else {}
-    return {key.removeprefix("run.") for key in keys if key.startswith("run.")} | set(content.get("run") or {})
+    contents = [yaml.safe_load(file.read_text()) or {} for file in inherited(path)] if path is not None else []
+    of_files = {key for content in contents for key in content.get("run") or {}}
+    return {key.removeprefix("run.") for key in keys if key.startswith("run.")} | of_files
 
 
 def _run_recorded(job: Composed, number: str, label: str, shared: DenseStates | None = None) -> dict[str, float] | None:

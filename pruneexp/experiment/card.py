@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pruneexp.conf_files import override_parts
+from pruneexp.conf_files import override_parts, typed_keys
 from pruneexp.experiment.summary_table import change_text, figure_text, summary
 from pruneexp.fingerprint import __version__
 from pruneexp.types import Plan, Site
@@ -196,8 +196,11 @@ def _adapting(card: Card, written: Written) -> str:
 
 
 def command(overrides: Sequence[str]) -> str:
-    """What to type for the same model; of folders and files on this machine, their names alone."""
-    kept = [text for text in overrides if override_parts(text)[0].partition(".")[0] not in ELSEWHERE]
+    """What to type for the same model; of folders and files on this machine, their names alone. A job's sweep stays:
+    its file may choose the rest."""
+    own = ("sweep", "run.save") if "sweep" in typed_keys(overrides) else ()  # jobs are saved where that is asked for
+    keys = {text: override_parts(text)[0] for text in overrides}
+    kept = [text for text, key in keys.items() if key in own or key.partition(".")[0] not in ELSEWHERE]
     return shlex.join(["pruneexp", *map(_without_folders, kept)])
 
 

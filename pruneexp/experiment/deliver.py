@@ -18,6 +18,7 @@ from pruneexp.experiment.settings import Experiment
 from pruneexp.files import check_writable, files_in, read_object, write_atomic, write_json
 from pruneexp.model import Model
 from pruneexp.model.companions import CARD
+from pruneexp.model.given import GivenModel
 from pruneexp.model.modeling_pruned import FAMILIES, Family
 from pruneexp.model.source import EMBEDDED
 from pruneexp.pruning import Pruned
@@ -154,11 +155,13 @@ def _completed(run: Path) -> Callable[[Form, Path], None]:
     return complete
 
 
-def card_of(path: str, model: Model, pruned: Pruned, job: Mapping[str, Any], adapter: bool) -> Card:
-    """What the card of a pruned model says, but for figures. `path`: what the dense one was read from."""
+def card_of(experiment: Experiment, model: Model, pruned: Pruned, adapter: bool) -> Card:
+    """What the card of a pruned model says, but for figures."""
+    path, recipe = experiment.model.path, experiment.job["recipe"]
+    overrides = None if isinstance(experiment.model, GivenModel) else experiment.job["overrides"]  # no command has it
     base, targets = base_model(path, model.source_folder), linear_names(model.family)
     terms = license_of(model.source_folder) or ({"license": "apache-2.0"} if path.startswith(EMBEDDED) else {})
-    return Card(base, terms, job["recipe"], job["overrides"], targets, adapter, pruned.plan, pruned.sites)
+    return Card(base, terms, recipe, overrides, targets, adapter, pruned.plan, pruned.sites)
 
 
 def write_card(card: Card, folder: Path) -> None:

@@ -127,7 +127,7 @@ def _pruned(
     if timing is not None:
         timing.write(folder, pruned, origin)
     adapter = _recovered(experiment, model, tokens_NT, record)
-    card = card_of(experiment.model.path, model, pruned, experiment.job, adapter is not None)
+    card = card_of(experiment, model, pruned, adapter is not None)
     card = replace(card, quantised=said(experiment.quantise, rounded=True))
     with record.clock("save"):
         record.metrics |= deliver(delivery, model, adapter, experiment.model.path)

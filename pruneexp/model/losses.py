@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-_AT_ONCE = 2**19  # logits
+_AT_ONCE = 2**19  # logits, on a CPU
+_AT_ONCE_ELSEWHERE = 2**25  # a GPU starts a kernel in the time that it takes for a million
 
 
 def next_token_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -41,6 +42,11 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _by_parts(losses: Callable[[Tensor, Tensor], Tensor], logits_TV: Tensor, other: Tensor) -> Tensor:
-    rows = max(1, _AT_ONCE // logits_TV.shape[-1])
+    rows = _rows(logits_TV)
     parts = zip(logits_TV.split(rows), other.split(rows), strict=True)
     return torch.cat([losses(*part) for part in parts]).double().cpu()
+
+
+def _rows(logits_TV: Tensor) -> int:
+    """How many are taken at once."""
+    return max(1, (_AT_ONCE if logits_TV.is_cpu else _AT_ONCE_ELSEWHERE) // logits_TV.shape[-1])

@@ -34,21 +34,19 @@ def walk_sites(
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with
     what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
     the out-projection, before the walk goes on, or not at all. For kinds with `of(site, keep_C)` the others may have
-    left already, so that nothing need be run for them; kinds without are of everything. A layer that has lost both of
-    its sublayers is yielded once, without a site.
+    left already, so that nothing need be run for them; kinds without are of everything. Layers without sites come, too.
 
     Evidence is of the out-projection's input, the sublayers before it as the caller left them, and of the output with
-    which the hidden state behind the out-projection would be the dense model's. With d in front of the layer and d'
-    behind it in the dense model, x in front of it in the pruned one, a() what attention's out-projection gives, and r
-    what outputs are multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r
-    - a(x) for FFNs.
+    which the hidden state behind it would be the dense model's. With d in front of the layer and d' behind it in the
+    dense model, x in front of it in the pruned one, a() what attention's out-projection gives, and r what outputs are
+    multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
 
     The layer's visits hold its evidence of `kinds` on the pruned model's hidden states, as in `walk`, and the first one
     its weights, before anything left it. `bookmark` as there. Runs the dense layers and the pruned ones, these last
     from the inputs of their out-projections that were kept: two plain passes; what is beyond `KEPT_BYTES` of a site's
     inputs is made once more, less than one pass in all (`passes_of_layer`). One more with `kinds`. Holds three times
     the hidden states, N x D each, beside them, and once more in the first layer. `dense_states`: of a walk over the
-    same model and windows, which then run through no dense layer again; the meter is charged for them as if they did.
+    same model and windows, which run through no dense layer again; the meter is charged for them as if they did.
 
     Raises:
         ConfigError: as `require_sums`.

@@ -34,14 +34,12 @@ def walk_sites(
     """Goes sublayer by sublayer, the dense model's hidden states beside the pruned one's, and yields each site with
     what collects its evidence of type `kind` (source "wanted"): to be called with the channels that the caller leaves
     the out-projection, before the walk goes on, or not at all. For kinds with `of(site, keep_C)` the others may have
-    left already, so that nothing need be run for them; kinds without are of everything. A layer that has lost both of
-    its sublayers is yielded once, without a site.
+    left already, and nothing need be run for them; kinds without are of everything. A layer without sites gives None.
 
     Evidence is of the out-projection's input, the sublayers before it as the caller left them, and of the output with
-    which the hidden state behind the out-projection would be the dense model's. With d in front of the layer and d'
-    behind it in the dense model, x in front of it in the pruned one, a() what attention's out-projection gives, and r
-    what outputs are multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r
-    - a(x) for FFNs.
+    which the hidden state behind the out-projection would be the dense model's. With d in front of the dense layer and
+    d' behind it, x in front of the pruned one, a() what attention's out-projection gives, and r what outputs are
+    multiplied by before they are added, that output is a(d) + (d - x) / r for attention, (d' - x) / r - a(x) for FFNs.
 
     The layer's visits hold its evidence of `kinds` on the pruned model's hidden states, as in `walk`, and the first one
     its weights, before anything left it. `bookmark` as there. Runs the dense layers and the pruned ones, these last

@@ -99,13 +99,21 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     assert real.judged(folder, real.protocol_of(other)) is None  # judged in another way: once more
 
 
+def drawn(svg: str) -> tuple[list[str], list[float]]:
+    """The words of a figure, and where its marks stand, in points."""
+    places = re.findall(r'<use [^>]*?x="([\d.]+)" y="([\d.]+)"', svg)
+    return re.findall(r">([^<>]+)</text>", svg), [float(number) for place in places for number in place]
+
+
 def test_the_figures_are_of_the_measured_numbers() -> None:
     measured = json.loads((figures.HERE / "measured.json").read_text())
-    for name, drawn in (
-        ("effort", figures.effort_figure(measured["effort"])),
-        ("ridge", figures.ridge_figure(measured["ridge"])),
-    ):
-        kept = (figures.HERE / f"{name}.svg").read_text()
-        labels = [re.findall(r">([^<>]+)</text>", svg) for svg in (drawn, kept)]
-        assert labels[0] == labels[1] and len(labels[0]) > 5
-    assert [point["effort"] for point in measured["effort"]["points"]] == [5, 10, 20]
+    for name, draw in (("effort", figures.effort_figure), ("ridge", figures.ridge_figure)):
+        words, places = drawn(draw(measured[name]))
+        kept_words, kept_places = drawn((figures.HERE / f"{name}.svg").read_text())
+        assert words == kept_words and len(places) > 10
+        assert places == pytest.approx(kept_places, abs=0.5)
+    page = (figures.HERE / "README.md").read_text()
+    for point in measured["effort"]["points"]:
+        name = "`best`" if point["effort"] == 10 else f"`best`, `search.effort={point['effort']}`"
+        row = next(line for line in page.splitlines() if line.startswith(f"| | | {name} |"))
+        assert re.findall(r"\((0\.\d+)\)", row) == [f"{point[text]:.2f}" for text in ("wikitext2", "c4")]

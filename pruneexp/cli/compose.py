@@ -102,7 +102,8 @@ def _as_one(config: DictConfig, override: str) -> str:
     written_out = name in ("evaluator", "dataset.sources") or isinstance(OmegaConf.select(config, name), ListConfig)
     if written_out or takes_list(_annotation(config, name)):
         return f"; a list is written {key}=[{value}]"
-    return f"""; text is written in quotes, "{key}='{value}'\"""" if _is_text(config, name) else ""
+    quoted = f"{key}='{value}'"
+    return f'; text is written in quotes, "{quoted}"' if _is_text(config, name) else ""
 
 
 def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Composed:

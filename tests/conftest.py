@@ -115,13 +115,24 @@ def loaded(tmp_path: Path, tiny_folder: Callable[[str], Path], source: Callable[
 
 @pytest.fixture(scope="module")
 def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder of the module's own for modeling files that transformers copies: the user's stays as it is."""
+    """A folder of the module's own for modeling files that transformers copies: the user's stays as it is.
+
+    transformers parses such a file for its imports at each load, here once: it is the same one in every checkpoint.
+    """
     from transformers import dynamic_module_utils
 
-    before = dynamic_module_utils.HF_MODULES_CACHE
-    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-    yield
-    dynamic_module_utils.HF_MODULES_CACHE = before
+    parse, parsed = dynamic_module_utils.get_imports, dict[bytes, list[str]]()
+
+    def get_imports(filename: str) -> list[str]:
+        text = Path(filename).read_bytes()
+        if text not in parsed:
+            parsed[text] = parse(filename)
+        return parsed[text]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(dynamic_module_utils, "get_imports", get_imports)
+        yield
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,7 +72,7 @@ def open_hydra(config_dir: str | None = None) -> Hydra:
     return Hydra.create_main_hydra2("pruneexp", search_path)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sweep_node(path: Path, modified: int) -> ConfigNode:
     """A sweep's file as Hydra's store holds it. Reading all of them takes a fifth of what composing a run does."""
     try:

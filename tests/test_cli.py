@@ -771,6 +771,14 @@ def test_fits_to_few_tokens_are_told_what_would_do(told: str, cli: Cli, caplog: 
 
 
 @pytest.mark.slow
+def test_a_forecast_says_that_units_are_too_large(cli: Cli, caplog: pytest.LogCaptureFixture) -> None:
+    few = ("run.dry=true", "evaluator=[]", "dataset.samples=4")
+    assert cli("search=uniform", *few).code == cli("search=uniform", "search.remainder=carried", *few).code == 0
+    (line,) = caplog.messages
+    assert line.startswith("search.remainder=down: 0.0% of the heads leave for a share of 20.0%")
+
+
+@pytest.mark.slow
 def test_a_dry_multirun_writes_nothing(cli: Cli) -> None:
     ended = cli("--multirun", "run.dry=true", "sparsity.ratio=0.2,0.999", "dataset.samples=2", "evaluator=[]")
     assert ended.code == 1 and "job 1 cannot run: sparsity.ratio=0.999" in ended.err

@@ -340,8 +340,12 @@ def test_what_compensation_chose_is_written_down_site_by_site(cli: Cli) -> None:
     sites, chosen = read(Path("run/plan.json"))["sites"], read(Path("run/compensation.json"))
     assert set(chosen) == {name for name, site in sites.items() if 0 < len(site["kept"]) < site["units"]}
     assert {settings["ridge"] for settings in chosen.values()} <= {ridge / 2 for ridge in RIDGES}
+    assert {settings["target"] for settings in chosen.values()} == {"dense"}
     typed = ("run.dir=run", "compensator=least_squares", "evaluator=[size]", "run.overwrite=true")
-    assert cli(*typed, "compensator.ridge=1").code == 0 and not Path("run/compensation.json").exists()
+    assert cli(*typed, "compensator.ridge=1").code == 0
+    assert read(Path("run/compensation.json")) == dict.fromkeys(chosen, {"target": "dense"}), "what auto came to"
+    typed = (*typed, "compensator.ridge=1", "compensator.target=pruned")
+    assert cli(*typed).code == 0 and not Path("run/compensation.json").exists()
 
 
 def test_windows_that_are_too_few_to_hold_some_back(cli: Cli) -> None:

@@ -355,6 +355,12 @@ REFUSED = [  # what is typed, what the line names, what it says besides
     ("sparsity.table=t.json sparsity.context=9", "sparsity.table='t.json'", ["context=0", "sparsity.context=9"]),
     ("sparsity.table=t.json model.dtype=bfloat16", "sparsity.table='t.json'", ["model.dtype=bfloat16"]),
     ("sparsity.table=other.json", "sparsity.table='other.json'", ["hidden=7"]),
+    (
+        "sparsity.table=wide.json",
+        "sparsity.table='wide.json'",
+        ["with widths=[4, 1, 7] (KV groups, query heads of each, FFN channels) in layer 2; expected [4, 2, 344]"],
+    ),
+    ("sparsity.table=deeper.json", "sparsity.table='deeper.json'", ["with 7 layers; expected 6, as this one has"]),
     ("sparsity.table=short.json", "sparsity.table='short.json'", ["ffn of layer 0"]),
     ("sparsity.table=lacks.json", "sparsity.table='lacks.json'", ["has no 'dtype'"]),
     ("sparsity.table=nan.json", "sparsity.table='nan.json'", ["ffn of layers [0", "[9, nan, 0.0]"]),
@@ -397,11 +403,16 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
     slower = {name: [[n, 99.0 - n / 9, iqr] for n, _, iqr in table["layers"][0][name]] for name in ("attention", "ffn")}
     short = {**table, "layers": [{**table["layers"][0], "ffn": table["layers"][0]["ffn"][:9]}]}
     other = {**table, "model": {**table["model"], "hidden": 7}}
+    widths = table["model"]["widths"]
+    wide = {**table, "model": {**table["model"], "widths": [*widths[:2], [4, 1, 7], *widths[3:]]}}
+    deeper = {**table, "model": {**table["model"], "widths": [*widths, widths[0]]}}
     lacks = {key: value for key, value in table.items() if key != "dtype"}
     files = {
         "t": table,
         "short": short,
         "other": other,
+        "wide": wide,
+        "deeper": deeper,
         "lacks": lacks,
         "list": [],
         "many": table | {"threads": "many"},
@@ -428,6 +439,21 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
         code, _, err = cli("sparsity.of=latency", "search=global", *command.split())
         assert code == 2, command
         assert_told(err, named, *told)
+
+
+def test_a_forecast_says_what_a_run_would_of_its_table(
+    cli: Any, table: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    (own,) = table["layers"]
+    noisy = {name: [[n, ms, ms] for n, ms, _ in own[name]] for name in ("attention", "ffn")}
+    foreign = table | {"device": "another", "threads": 64, "layers": [{**own, **noisy}]}
+    for name, data, said in (("t", table, False), ("foreign", foreign, True)):
+        Path(f"{name}.json").write_text(json.dumps(data))
+        caplog.clear()
+        code, out, err = cli(*OURS, "run.dry=true", f"sparsity.table={name}.json")
+        assert code == 0, err
+        assert ("sparsity.table='foreign.json': times of another (64 threads), this run is on" in out) == said
+        assert any("times spread by more than a quarter" in line for line in caplog.messages) == said
 
 
 def test_the_keys_of_times_leave_the_hash_where_they_are_as_they_come() -> None:

@@ -93,6 +93,21 @@ def test_the_budget_is_met_and_the_lowest_scores_leave(rule: str, granularity: l
             assert plan.sites[site.name].kept
 
 
+def test_too_coarse_a_unit_is_said() -> None:
+    """Three heads in each of 12 layers, of which 10 lose anything: 0.72 of a head from each comes to one."""
+    sites = model_sites(12, heads=3, channels=60)
+    budget, both = Budget(0.2, params(sites)), {"granularity": ["heads", "channels"]}
+    line = search(rule="softmax", intensity=10.0, pruned=0.8125, **both).warning(sites, budget)
+    assert line == (
+        "search.remainder=nearest: 27.8% of the heads would leave if all layers were worth the same, for a share of "
+        "20.0%, of which a layer has 3; search.remainder=down leaves the rest to other units"
+    )
+    assert (search(**both, remainder="down").warning(sites, budget) or "").endswith("; other units make up for it")
+    assert search().warning(sites, budget) is None, "channels alone"
+    finer = model_sites(12, heads=30, channels=60)
+    assert search(**both).warning(finer, Budget(0.2, params(finer))) is None
+
+
 def test_what_cannot_be_is_refused() -> None:
     for settings, message in (
         ({"importance": {}}, r"^importance=\[\]: expected one criterion"),

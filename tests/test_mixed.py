@@ -41,6 +41,7 @@ def tokenizer() -> Any:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Texts of one letter's case each, so that a window says where it is from; documents of one digit each."""
     (tmp_path / "low.txt").write_text("".join(chr(97 + i % 26) for i in range(900)))
+    (tmp_path / "link.txt").symlink_to("low.txt")
     (tmp_path / "up.txt").write_text("".join(chr(65 + i % 26) for i in range(900)))
     for file, digits in (("one.jsonl", "0123"), ("two.jsonl", "4567")):
         (tmp_path / file).write_text("".join(json.dumps({"text": d * 60, "meta": 0}) + "\n" for d in digits))
@@ -339,6 +340,30 @@ def test_mistakes_are_one_line(folder: Path, tokenizer: Any, sources: str, probl
         dataset.check(evaluation=False)
         dataset.calibration(tokenizer)
     assert "\n" not in str(caught.value)
+
+
+@each(
+    "sources",
+    [
+        "{low: low.txt, again: ./low.txt}",
+        "{low: low.txt, again: HERE/low.txt}",
+        "{low: low.txt, again: link.txt}",
+        "{low: low.txt, again: '~/low.txt'}",
+        "{low: one.jsonl, again: {calibration: [./one.jsonl]}}",
+        "{low: {calibration: low.txt, evaluation: up.txt}, up: {calibration: low.txt, weight: 0}, again: ./low.txt}",
+        "{up: {calibration: low.txt, weight: 0}, low: low.txt, again: low.txt}",
+    ],
+)
+def test_a_file_is_the_same_however_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch, sources: str) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    with pytest.raises(ConfigError, match="^dataset.sources.again: the same text as dataset.sources.low"):
+        mixed(sources.replace("HERE", str(folder)))
+
+
+@each("weights", [(1, 0), (0, 1)])
+def test_a_file_that_is_not_calibrated_on_is_no_other_sources(folder: Path, weights: tuple[int, int]) -> None:
+    first, last = (f"{{calibration: low.txt, evaluation: up.txt, weight: {weight}}}" for weight in weights)
+    assert list(mixed(f"{{a: {first}, b: {last}}}").sources) == ["a", "b"], "in either order"
 
 
 def test_a_mixture_without_a_text_to_evaluate(folder: Path) -> None:

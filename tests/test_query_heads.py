@@ -300,6 +300,10 @@ def test_without_groups_it_says_what_to_type(
         check_query_heads(model, CRITERIA["flap"], SEARCHES["global"], {"criterion": "flap"})
     line = f"search.granularity=['query_heads', 'channels']: expected heads in the place of query_heads; {why}"
     assert str(raised.value) == line
+    with pytest.raises(ConfigError) as raised:
+        check_query_heads(model, CRITERIA["flap"], AlAmQueryHeads(), {"criterion": "flap", "search": "mine"})
+    instead = "expected one of heads in the place of query heads, such as search=al_am"
+    assert str(raised.value) == f"search=mine: {instead}; {why}", "it has no granularity to type"
 
 
 def test_criteria_of_gates_are_refused(grouped: Model, build_from: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -128,10 +129,15 @@ def _choice_for(settings: Mapping[str, Any]) -> str | None:
 
 
 def _check_repeated(nodes: Mapping[str, Any], key: str) -> None:
-    """Raises ConfigError where two sources calibrate on the same text."""
+    """Raises ConfigError where two sources calibrate on the same text; those of weight 0 do not."""
     seen: dict[str, str] = {}
     for name, node in nodes.items():
+        if node["weight"] == 0:
+            continue
         said = {k: v for k, v in node["dataset"].items() if "evaluation" not in k and k not in SHARED}
+        if files := said.get("calibration"):
+            files = files if isinstance(files, list) else [files]
+            said["calibration"] = [os.path.realpath(os.path.expanduser(str(file))) for file in files]
         same = seen.setdefault(repr(sorted(said.items())), name)
-        if same != name and node["weight"] != 0:
+        if same != name:
             raise ConfigError(f"{key}.{name}: the same text as {key}.{same}; expected each source once, with a weight")

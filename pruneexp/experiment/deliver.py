@@ -169,6 +169,18 @@ def write_card(card: Card, folder: Path) -> None:
     write_atomic(folder / CARD, card_text(card, written(folder)))
 
 
+def chosen_by_site(experiment: Experiment, pruned: Pruned) -> Mapping[str, Mapping[str, Any]]:
+    """What compensation chose for each site that it fitted: what its `auto` settings came to for this model, and what
+    it chose for the site by itself."""
+    own, typed = experiment.compensator, experiment.config["compensator"]
+    autos = [key for key, value in typed.items() if value == "auto" and hasattr(own, key)]
+    settled = {key: getattr(own, key) for key in autos if getattr(own, key) != "auto"}
+    if not settled:
+        return pruned.chosen
+    plans = {site.name: pruned.plan.sites[site.name] for site in pruned.sites if pruned.plan.changes(site)}
+    return {name: {**settled, **pruned.chosen.get(name, {})} for name, plan in plans.items() if plan.kept}
+
+
 def finish_folder(folder: Path, card: Card, chosen: Mapping[str, Any], *, saved: bool) -> None:
     """Writes the card of what was `saved`, and what compensation chose by itself; notes of the way go."""
     if saved:

@@ -149,13 +149,9 @@ def timing_of(experiment: Experiment, model: Model, given: Table | None) -> Timi
         return None
     here = conditions_of(model, sparsity)
     if given is not None:
-        _tell_unsteady(given)
-    if given is not None and not same_device(given, here):
-        of = given.conditions
-        logger.info(
-            "sparsity.table=%r: times of %s (%d threads), this run is on %s (%d); what is pruned is not measured",
-            *(given.source, of.device, of.threads, here.device, here.threads),
-        )
+        tell_unsteady(given)
+    if given is not None and (other := of_another_device(given, here)):
+        logger.info("%s", other)
         model.times = given.times
         return Timing(given, None)
     if len(model.devices) > 1:
@@ -179,11 +175,22 @@ def _measured(cache: Cache | NoCache, work: Workload, here: Conditions, multiple
             entries.put(key, table.times)
     if times is not None:
         logger.info("latency: the table is from the cache, measured before on this device")
-    _tell_unsteady(table)
+    tell_unsteady(table)
     return table
 
 
-def _tell_unsteady(table: Table) -> None:
+def of_another_device(table: Table, here: Conditions) -> str | None:
+    """What to say of a table that was measured on another device than `here`."""
+    if same_device(table, here):
+        return None
+    of = table.conditions
+    return (
+        f"sparsity.table={table.source!r}: times of {of.device} ({of.threads} threads), this run is on {here.device} "
+        f"({here.threads}); what is pruned is not measured"
+    )
+
+
+def tell_unsteady(table: Table) -> None:
     if not table.steady:
         logger.warning(
             "latency: %d of %d times spread by more than a quarter of their median: something else was running; what "

@@ -30,22 +30,28 @@ from pruneexp.experiment.forecast import (
     warn_of_files,
     warn_of_memory,
 )
-from pruneexp.experiment.latency import assumed, given_table, without_table
+from pruneexp.experiment.latency import (
+    assumed,
+    conditions_of,
+    given_table,
+    of_another_device,
+    tell_unsteady,
+    without_table,
+)
 from pruneexp.experiment.quantised import tell_quantised, warn_of_scratch
 from pruneexp.experiment.settings import Experiment
+from pruneexp.experiment.unfit import warn_of_coarse_units, warn_of_few_tokens
 from pruneexp.files import existing
 from pruneexp.latency import Table
 from pruneexp.model import Model
 from pruneexp.progress import waiting
-from pruneexp.pruning.budget import check_mixture, check_precision, check_pruning, searched_sites, whole_budget
+from pruneexp.pruning.budget import check_mixture, check_precision, check_pruning, whole_budget
 from pruneexp.pruning.query_heads import check_query_heads
 from pruneexp.tracker import memory_metrics
-from pruneexp.types import QUERY_HEADS, Budget, ConfigError, evidence_kinds, filled, size_text
+from pruneexp.types import Budget, ConfigError, evidence_kinds, filled, size_text
 from pruneexp.types.defaults import DATASET
 
 logger = logging.getLogger("pruneexp")
-
-FITTED = 4  # calibration tokens for each input of an out-projection that is fitted to them, at least
 
 
 @dataclass(frozen=True)
@@ -206,28 +212,6 @@ def _check_windows(experiment: Experiment, windows: int) -> None:
             )
 
 
-def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) -> None:
-    """A word where weights are fitted to fewer tokens than `FITTED` times the inputs of the widest out-projection."""
-    methods = {"criterion": experiment.criterion, "compensator": experiment.compensator}
-    fitting = [
-        f"{group}={experiment.job['choices'].get(group)}"
-        for group, method in methods.items()
-        if not method.few_tokens and any(kind.fits for kind in evidence_kinds(method.evidence))
-    ]
-    sites = searched_sites(model, experiment.search)
-    widest = max((s.channels for s in sites if s.kind in ("attention", QUERY_HEADS, "mlp")), default=0)
-    windows, length = tokens_NT.shape
-    if not fitting or windows * length >= FITTED * widest:
-        return
-    drawn, enough = experiment.dataset.samples is not None, -(-FITTED * widest // length)
-    logger.warning(
-        "%s: %d calibration tokens, few for %s, which fits weights to up to %d inputs; %s would do, better more",
-        f"dataset.samples={windows}" if drawn else experiment.dataset.key("calibration"),
-        *(windows * length, " and ".join(fitting), widest),
-        f"dataset.samples={enough}" if drawn else f"{enough} windows",
-    )
-
-
 def forecast_of(
     experiment: Experiment,
     model: Model,
@@ -267,9 +251,7 @@ def warn(experiment: Experiment, inputs: Inputs) -> None:
     warn_of_files(inputs.expected)
     warn_of_scratch(experiment.quantise, inputs.outline)
     warn_of_few_tokens(experiment, inputs.outline, inputs.tokens_NT)
-    said = experiment.search.warning(searched_sites(inputs.outline, experiment.search), inputs.budget)
-    if said:
-        logger.warning("%s", said)
+    warn_of_coarse_units(experiment, inputs.outline, inputs.budget)
     left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
     if left_out:
         logger.info("not measured, since the model is streamed: %s", ", ".join(left_out))
@@ -281,6 +263,7 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     """Prints the model's structure, what would leave it and what that would take, from its config alone; as metrics."""
     model, budget, tokens_NT, expected = inputs.outline, inputs.budget, inputs.tokens_NT, inputs.expected
     warn_of_few_tokens(experiment, model, tokens_NT)
+    warn_of_coarse_units(experiment, model, budget)
     if refused := without_room(experiment, model, budget):  # perhaps not where the run will be
         logger.warning("%s", refused)
     sites, total, decoder = model.sites(), model.params, model.decoder_params
@@ -295,6 +278,10 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
         print(without_table(experiment.sparsity))
     else:
         print(f"to remove: {budget.ratio:.1%} of {budget.total:,} = {round(budget.remove):,} {budget.unit}")
+    if inputs.table is not None:
+        tell_unsteady(inputs.table)
+        if other := of_another_device(inputs.table, conditions_of(model, experiment.sparsity)):
+            print(other)
     of_files = tell_quantised(experiment.quantise, model)
     print_forecast(expected, dtype=str(model.dtype).removeprefix("torch."), available=available_memory(*model.devices))
     return expected.metrics() | of_files

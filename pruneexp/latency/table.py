@@ -106,8 +106,7 @@ def check_table(table: Table, asked: Conditions, by_query_head: bool = False) ->
         if has != wanted and name == "model":
             if not isinstance(has, dict) or has.keys() != wanted.keys():
                 raise ConfigError(f"{where}: has model={has!r:.60}; expected an object of {', '.join(wanted)}")
-            key = next(key for key in wanted if has[key] != wanted[key])
-            raise ConfigError(f"{where}: is of a model with {key}={has[key]}; expected {wanted[key]}, as this one has")
+            raise ConfigError(f"{where}: is of a model with {_difference(has, wanted)}, as this one has")
         if has != wanted:
             key = "model.dtype" if name == "dtype" else f"sparsity.{name}"
             raise ConfigError(f"{where}: is at {name}={has}; expected {key}={wanted}, as asked for")
@@ -129,6 +128,19 @@ def check_table(table: Table, asked: Conditions, by_query_head: bool = False) ->
                     f"{where}: {name} of layer {index} goes from {curve.points[0][0]} to {curve.most}; expected 0 to "
                     f"{whole}, all that it has"
                 )
+
+
+def _difference(has: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first of what two models have differently; of the widths of all layers, the first that differ."""
+    key = next(key for key in wanted if has[key] != wanted[key])
+    ours, theirs = wanted[key], has[key]
+    if key != "widths" or not isinstance(theirs, list):
+        return f"{key}={theirs!s:.60}; expected {ours}"
+    if len(theirs) != len(ours):
+        return f"{len(theirs)} layers; expected {len(ours)}"
+    layer = next(layer for layer, own in enumerate(ours) if own != theirs[layer])
+    what = "KV groups, query heads of each, FFN channels"
+    return f"widths={theirs[layer]!s:.60} ({what}) in layer {layer}; expected {ours[layer]}"
 
 
 def same_device(table: Table, here: Conditions) -> bool:

@@ -81,6 +81,11 @@ def check_query_heads(model: Model, criterion: Criterion, search: Search, chosen
         return
     attention = [site for site in model.sites() if site.kind == "attention"]
     if not any(site.head_cost for site in attention):
+        if hasattr(type(search), "granularity"):  # it has no such setting
+            raise ConfigError(
+                f"search={chosen['search']}: expected one of heads in the place of query heads, such as search=al_am; "
+                f"{_why(model)}"
+            )
         raise ConfigError(
             f"search.granularity={granularity!r}: expected heads in the place of query_heads; {_why(model)}"
         )

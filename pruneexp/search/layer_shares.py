@@ -87,15 +87,28 @@ class LayerShares:
     ) -> Plan:
         self.check(sites, budget)
         layers = by_layer(chosen_sites(sites, self.granularity, budget))
-        plan, over = Plan.keep_all(sites), 0.0
-        for layer, wanted in self._wanted(layers, self._importance_L(scores, layers), budget).items():
+        return completed(self._plan(scores, layers, self._importance_L(scores, layers), budget), sites, budget)
+
+    def _plan(self, scores: Scores, layers: Mapping[int, list[Site]], importance_L: Tensor, budget: Budget) -> Plan:
+        """The plan of the layers that lose anything."""
+        plan, over = Plan({}), 0.0
+        for layer, wanted in self._wanted(layers, importance_L, budget).items():
             own = layers[layer]
             held = prunable(own, budget)
             share = replace(budget, ratio=wanted / held, total=held, added=over, layers=budget.layers or len(layers))
-            part = self._inside(scores, own, share, oracle, rng)
+            part = self._inside(scores, own, share, None, torch.Generator())
             over = share.remove - removed(part, own, budget)
             plan = plan.merged(part)
-        return completed(plan, sites, budget)
+        return plan
+
+    def warning(self, sites: Sequence[Site], budget: Budget) -> str | None:
+        """As `Uniform.warning`. What layers are worth is not known yet: as if all of them were worth the same."""
+        layers = by_layer(chosen_sites(sites, self.granularity, budget))
+        able = [site for own in layers.values() for site in own]
+        scores = {site.name: torch.zeros(site.units) for site in able}
+        plan = self._plan(scores, layers, torch.zeros(len(layers)).double(), budget)
+        counts = {site.name: plan.removed(site) for site in able}
+        return self._inside.too_coarse(counts, able, budget, "would leave if all layers were worth the same,")
 
     def _importance_L(self, scores: Scores, layers: Mapping[int, Sequence[Site]]) -> Tensor:
         """Mean over the units of each layer: float64 [L]. Query heads in turns count as their KV groups: a turn's score

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -216,24 +216,27 @@ class Uniform:
     def warning(self, sites: Sequence[Site], budget: Budget) -> str | None:
         """For units so large that rounding takes many more of them, or many fewer, than their share."""
         rounds = self.remainder in ("nearest", "down")
-        counts = self._all_counts(sites, budget) if rounds else {}
+        said = self.too_coarse(self._all_counts(sites, budget), sites, budget) if rounds else None
+        carries = said is not None and self.remainder == "down" and not self.alike
+        return f"{said}; search.remainder=carried takes as many, from some layers" if carries else said
+
+    def too_coarse(
+        self, counts: Mapping[str, int], sites: Sequence[Site], budget: Budget, leave: str = "leave"
+    ) -> str | None:
+        """What to say where these numbers of units are far from their share; None where they are not."""
         able = sorted((site for site in sites if site.name in counts), key=lambda site: -budget.price(site))
         for kind in list(dict.fromkeys(site.kind for site in able))[:-1]:  # the cheapest make up for the others
             own = [site for site in able if site.kind == kind]
             units, gone = sum(site.units for site in own), sum(counts[site.name] for site in own)
             asked = budget.remove / prunable(able, budget) * units
             if abs(gone - asked) >= max(1.0, COARSE * asked):
+                down = self.remainder == "down"
+                rest = "other units make up for it" if down else "search.remainder=down leaves the rest to other units"
                 return (
                     f"search.remainder={self.remainder}: {gone / units:.1%} of the {UNITS[kind].replace('_', ' ')} "
-                    f"leave for a share of {asked / units:.1%}, of which a layer has {own[0].units}; {self._instead()}"
+                    f"{leave} for a share of {asked / units:.1%}, of which a layer has {own[0].units}; {rest}"
                 )
         return None
-
-    def _instead(self) -> str:
-        if self.remainder == "nearest":
-            return "search.remainder=down leaves the rest to other units"
-        others = "other units make up for it"
-        return others if self.alike else f"{others}; search.remainder=carried takes as many, from some layers"
 
 
 def _carried(steps: float, before: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -15,9 +16,14 @@ from typing import Any
 
 import pytest
 
+from pruneexp.__main__ import main
 from pruneexp.model.free_gpu import held_gpu
+from pruneexp.tracker import structure
 from pruneexp.types import ConfigError
+from tests.golden import VARYING
 from tests.pretended_gpus import pretended_gpus
+
+ROOT = Path(__file__).parents[1]
 
 JOB = """
 import json, os, sys, time
@@ -35,6 +41,37 @@ with free_gpu.held_gpu("cuda:any") as device:
 """
 
 
+# A model on a GPU of two. A job that holds one waits until as many processes ask for one as TOGETHER says.
+SOURCE = """
+import json, os, time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from pruneexp.model import ModelSource, free_gpu
+from pruneexp.tracker import structure
+from tests.pretended_gpus import pretended_gpus
+
+gpus = pretended_gpus(2)
+gpus.__enter__()  # to the end of the process
+torch.cuda.get_device_properties = lambda number: SimpleNamespace(uuid=f"gpu-{number}")
+free_gpu.WAIT, structure.structure_figure = 0.02, lambda *_: None
+
+
+class Source(ModelSource):
+    @contextmanager
+    def on_a_device(self):
+        Path(f"{os.getpid()}.there").touch()
+        with super().on_a_device() as source:
+            start = time.monotonic()
+            while len(list(Path().glob("*.there"))) < int(os.environ["TOGETHER"]):
+                time.sleep(0.02)
+            yield source
+            with open("held.txt", "a") as lines:
+                print(json.dumps([source.device, start, time.monotonic()]), file=lines)
+"""
+
+
 def job(folder: Path, gpus: int, seconds: float) -> subprocess.Popen[str]:
     argv = [sys.executable, "-c", JOB, str(folder), str(gpus), str(seconds)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)})
@@ -46,13 +83,71 @@ def ended(process: subprocess.Popen[str]) -> Any:
     return json.loads(out)
 
 
-@pytest.mark.slow
-def test_no_two_jobs_ever_share_a_gpu(tmp_path: Path) -> None:
-    held = [ended(process) for process in [job(tmp_path, 3, 0.3) for _ in range(8)]]
-    assert {device for device, *_ in held} == {"cuda:0", "cuda:1", "cuda:2"}
-    for gpu in ("cuda:0", "cuda:1", "cuda:2"):
+@pytest.fixture
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("pruneexp.model.free_gpu.WAIT", 0.01)
+    return tmp_path
+
+
+def check_held(held: list[Any], gpus: int) -> None:
+    """Every GPU was used, and none by two at a time. `held`: device, start and end of each job."""
+    names = {f"cuda:{number}" for number in range(gpus)}
+    assert {device for device, *_ in held} == names
+    for gpu in names:
         times = sorted((start, end) for device, start, end in held if device == gpu)
         assert all(end <= start for (_, end), (start, _) in zip(times, times[1:], strict=False))
+
+
+@pytest.mark.slow
+def test_no_two_jobs_ever_share_a_gpu(tmp_path: Path) -> None:
+    check_held([ended(process) for process in [job(tmp_path, 3, 0.3) for _ in range(8)]], 3)
+
+
+def sweep_of_four(folder: Path) -> list[str]:
+    """The command line of a sweep in `folder`, which is prepared for it."""
+    (folder / "conf" / "model").mkdir(parents=True)
+    (folder / "pretended.py").write_text(SOURCE)
+    option = "defaults: [embedded, _self_]\n_target_: pretended.Source\n"
+    (folder / "conf" / "model" / "pretended.yaml").write_text(option)
+    quick = ["dataset.samples=8", "dataset.length=32", "evaluator=[perplexity]", "evaluator.perplexity.samples=8"]
+    jobs = ["recipe=flap,wanda_sp", "sparsity.ratio=0.2,0.4", "cache=off", "sweep.dir=jobs"]
+    return ["--multirun", "--config-dir", "conf", "model=pretended", "model.device=cuda:any", *quick, *jobs]
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    """Without what differs from run to run."""
+    with (folder / "jobs" / "summary.csv").open() as lines:
+        return [{k: v for k, v in row.items() if not k.startswith(VARYING)} for row in csv.DictReader(lines)]
+
+
+@pytest.mark.slow
+def test_a_sweep_under_joblib_is_the_serial_one_with_a_gpu_for_each_job(
+    locks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    parallel, serial = locks / "parallel", locks / "serial"
+    argv = [*sweep_of_four(parallel), "hydra/launcher=joblib", "hydra.launcher.n_jobs=4"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(locks), "TOGETHER": "3"}
+    command = [sys.executable, "-m", "pruneexp", *argv]
+    done = subprocess.run(command, cwd=parallel, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    held = [json.loads(line) for line in (parallel / "held.txt").read_text().splitlines()]
+    check_held(held, 2)
+    assert len(held) == 4 and len(list(parallel.glob("*.there"))) >= 3
+    monkeypatch.setenv("TOGETHER", "1")
+    monkeypatch.setattr(structure, "structure_figure", structure.structure_figure)  # put back afterwards
+    argv = sweep_of_four(serial)
+    monkeypatch.chdir(serial)
+    monkeypatch.syspath_prepend(serial)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(argv) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.modules.pop("pretended").gpus.__exit__(None, None, None)
+    assert summary(serial) == summary(parallel)
 
 
 @pytest.mark.slow
@@ -68,13 +163,6 @@ def test_a_killed_holders_gpu_is_taken_over(tmp_path: Path) -> None:
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert ended(second)[0] == "cuda:0"
-
-
-@pytest.fixture
-def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("pruneexp.model.free_gpu.WAIT", 0.01)
-    return tmp_path
 
 
 @pytest.mark.usefixtures("locks")

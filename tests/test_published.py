@@ -101,6 +101,19 @@ def test_what_others_found_is_known_and_within_the_tolerance() -> None:
     assert all(abs(f.reproduced - f.value) <= f.tolerance and f.reproduced_by for f in found.values())
     assert found["FLAP", 0.2].tolerance == pytest.approx(0.05 * 14.62), "they were nearer than that"
     assert found["Wanda-sp", 0.2].tolerance == pytest.approx(25.02 - 22.12)
+    others = {"slicegpt": {5.96, 6.86, 7.56, 8.63}, "sleb": {9.34, 12.32, 7.79, 9.35}}
+    for table, found_there in others.items():
+        assert {figure.reproduced for figure in TABLES[table].figures} == {*found_there, None}
+
+
+def test_figures_that_others_found_and_no_paper_prints_have_tables_of_their_own() -> None:
+    assert value("sleb_by_others", "SLEB", 0.25, "ppl/c4@2048", "llama2_7b") == 13.74
+    assert value("flap_by_others", "FLAP", 0.5, "ppl/wikitext2@128", "llama3_1_8b") == 42.86
+    for paper, others in (("sleb", "sleb_by_others"), ("flap_perplexity", "flap_by_others")):
+        printed, found = (
+            {(f.method, f.model, f.metric, f.ratio) for f in TABLES[name].figures} for name in (paper, others)
+        )
+        assert not printed & found
 
 
 def test_sizes_agree_with_their_ratios() -> None:

@@ -57,7 +57,8 @@ def test_the_table_has_a_row_a_cell() -> None:
     best = cell("best", 20.0, [1.0, 1.0, 0.0, 0.0])
     lines = table([line_of(DENSE, DENSE, None), line_of(best, DENSE, FLAP)]).splitlines()
     assert lines[2].startswith("| dense | 0.0% | 10.00 | 10.00 | 10.00 |")
-    assert "| best | 20.0% | 20.00 (0.50) |" in lines[3] and "| 0.50 ± 0.50 | 20 | 3.5 | 1,024 |" in lines[3]
+    assert "| best | 20.0% | 20.00 (0.50) |" in lines[3]
+    assert "| 50.00% ± 28.87% (6) | 0.50 ± 0.50 | 20 | 3.5 | 1,024 |" in lines[3]
     assert {line.count("|") for line in lines} == {12}
 
 

@@ -4,9 +4,10 @@
         [--samples 128] [--length 512] [key=value ...]
 
 FOLDER: a checkpoint. Calibration: windows of FILE, or FOLDER's calibration.npy, as `tests.benchmarks.big_checkpoint`
-writes it. Prints a Markdown table as it goes; every recipe is a process of its own. Pruning is timed from calibration
-to the last layer's shrinking, without loading, saving and evaluation; the plain pass is through the decoder layers,
-after one that warms up. Memory is the GPU's peak while pruning, on a CPU the process' own.
+writes it. Prints a Markdown table as it goes; every recipe is a process of its own. Timed are the stages of a run, with
+the text that a model writes itself and recovery, without loading, saving and evaluation; the plain pass is through the
+decoder layers, over the given windows, after one that warms up. Memory is the peak of the GPUs, on a CPU the process'
+own, from loading to the end.
 """
 
 from __future__ import annotations
@@ -15,49 +16,36 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.methods import METHODS
+from tests.benchmarks.methods import METHODS, prune, pruning_seconds
 
 
 def cost(settings: list[str]) -> dict[str, float]:
     """Of one pruning, in this process."""
-    import torch
-
     from pruneexp.cli.build import build
     from pruneexp.cli.compose import compose
-    from pruneexp.pruning import Method
-    from pruneexp.pruning.record import Record
-    from pruneexp.pruning.rounds import prune_in_rounds_
-    from pruneexp.tracker import memory_metrics, reset_peak_memory
+    from pruneexp.model.half import widened
     from tests.benchmarks.pruning_cost import plain_pass
 
     experiment = build(compose(settings))
     described = experiment.model.describe()
     tokens_NT = experiment.dataset.calibration(described.tokenizer)
     model = experiment.model.load(described.tokenizer)
-    decoder = model.decoder_params
-    plain_pass(model, tokens_NT)
-    plain = plain_pass(model, tokens_NT)
-    method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    record = Record(rng=torch.Generator().manual_seed(experiment.seed))
-    reset_peak_memory()
-    start = time.perf_counter()
-    prune_in_rounds_(model, tokens_NT, method, record)
-    for device in {parameter.device for parameter in model.module.parameters()}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
-    peaks = memory_metrics(model.devices)
-    whole = peaks.pop("memory/peak_bytes")
+    with widened(model.dtype):
+        plain_pass(model, tokens_NT)
+        plain = plain_pass(model, tokens_NT)
+    del model  # its memory is not the run's
+    metrics = prune(experiment, tokens_NT).metrics
+    seconds = pruning_seconds(metrics)
+    gpus = [value for key, value in metrics.items() if key.startswith("memory/cuda")]
     return {
-        "removed": 1 - model.decoder_params / decoder,
+        "removed": metrics["sparsity/decoder"],
         "seconds": seconds,
         "ratio": seconds / plain,
-        "passes": record.meter.forward + record.meter.backward,
-        "peak": sum(peaks.values()) or whole,
+        "passes": metrics["passes/forward"] + metrics["passes/backward"],
+        "peak": sum(gpus) or metrics["memory/peak_bytes"],
     }
 
 

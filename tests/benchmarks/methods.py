@@ -7,7 +7,8 @@
 OUT/cells.jsonl gets a line a cell; cells that are there are not run again, so that a killed table goes on where it
 stopped. `--match METHOD` asks every other method for the share of decoder parameters that METHOD really removed at the
 same ratio: FLAP's thresholds overshoot. OUT/table.md has ppl as a share of FLAP's excess log-perplexity beside it. Each
-cell runs in a process of its own; memory is the peak from before the model is loaded to the end of the pruning.
+cell runs in a process of its own; memory is the peak from before the model is loaded to the end of the pruning. A cell
+is what a run is, with the text that a model writes itself and its recovery.
 """
 
 from __future__ import annotations
@@ -17,30 +18,45 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pruneexp.experiment.run import Outcome
+    from pruneexp.experiment.settings import Experiment
+
+RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "recipe").glob("*.yaml"))
 METHODS: dict[str, list[str]] = {
     "random": ["recipe=wanda_sp", "criterion=random", "search=uniform"],
-    "magnitude": ["recipe=magnitude", "search=uniform"],
-    "wanda_sp": ["recipe=wanda_sp", "search=uniform"],
-    "flap": ["recipe=flap"],
-    "flap_official": ["recipe=flap_official"],
-    "llm_pruner": ["recipe=llm_pruner"],
-    "llm_bip": ["recipe=llm_bip"],
-    "mini_llm": ["recipe=mini_llm"],
+    "magnitude+uniform": ["recipe=magnitude", "search=uniform"],
+    "wanda_sp+uniform": ["recipe=wanda_sp", "search=uniform"],
     "mini_llm_exact": ["recipe=mini_llm", "criterion=mini_llm_exact"],
-    "policy_gradient": ["recipe=policy_gradient"],
-    "ifso": ["recipe=ifso"],
-    "shortgpt": ["recipe=shortgpt"],
-    "sleb": ["recipe=sleb"],
-    "blockpruner": ["recipe=blockpruner"],
-    "2ssp": ["recipe=2ssp"],
-    "cfsp": ["recipe=cfsp"],
-    "slimllm": ["recipe=slimllm"],
     "flap+least_squares": ["recipe=flap", "compensator=least_squares"],
-    "best": ["recipe=best"],
+    **{recipe: [f"recipe={recipe}"] for recipe in RECIPES},  # as they are typed
 }
+NOT_PRUNING = ("load", "save", "evaluate_dense", "evaluate_pruned")  # stages of a run
+
+
+def prune(experiment: Experiment, tokens_NT: Tensor) -> Outcome:
+    """What a run does on these windows, from loading the model to the end of its recovery. Nothing is evaluated,
+    nothing is written, and nothing comes from the cache."""
+    from pruneexp.cache import NoCache
+    from pruneexp.dataset.given import GivenTokens
+    from pruneexp.experiment.run import run_experiment
+
+    settings = replace(experiment.run, save=False)
+    bare = replace(experiment, dataset=GivenTokens(tokens_NT), evaluators={}, cache=NoCache(), run=settings)
+    return run_experiment(bare, recorded=False)
+
+
+def pruning_seconds(metrics: Mapping[str, float]) -> float:
+    """Of all stages of a run that are its method's: text that the model writes and recovery among them."""
+    stages = {key.removeprefix("seconds/"): value for key, value in metrics.items() if key.startswith("seconds/")}
+    return math.fsum(value for stage, value in stages.items() if stage not in NOT_PRUNING)
 
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
@@ -49,30 +65,25 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
 
     from pruneexp.cli.build import build
     from pruneexp.cli.compose import compose
-    from pruneexp.pruning import Method
-    from pruneexp.pruning.record import Record
-    from pruneexp.pruning.rounds import prune_in_rounds_
+    from pruneexp.model.half import widened
 
     torch.set_num_threads(cell["threads"])
     experiment = build(compose(cell["overrides"]))
     described = experiment.model.describe()
-    tokens_NT = experiment.dataset.calibration(described.tokenizer)
-    before = resident()  # tokenising leaves much behind that is no business of the method's
-    model = experiment.model.load(described.tokenizer)
-    dense = {"params": model.params, "decoder": model.decoder_params}
-    found: dict[str, Any] = {"dense/params": dense["params"], "dense/params/decoder": dense["decoder"]}
-    evaluator = experiment.evaluators["perplexity"]
     if cell["method"] == "dense":
+        model = experiment.model.load(described.tokenizer)
+        found: dict[str, Any] = {"dense/params": model.params, "dense/params/decoder": model.decoder_params}
+    else:
+        tokens_NT = experiment.dataset.calibration(described.tokenizer)
+        before = resident()  # tokenising leaves much behind that is no business of the method's
+        outcome = prune(experiment, tokens_NT)
+        model = outcome.model
+        assert model is not None
+        found = {"memory/added_bytes": resident("VmHWM") - before, "seconds": pruning_seconds(outcome.metrics)}
+        found |= {key.removeprefix("pruned/"): value for key, value in outcome.metrics.items()}
+    evaluator: Any = experiment.evaluators["perplexity"]
+    with widened(model.dtype):
         return found | evaluator(model, model.tokenizer)
-    method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    record = Record(rng=torch.Generator().manual_seed(experiment.seed))
-    prune_in_rounds_(model, tokens_NT, method, record)
-    found["memory/added_bytes"] = resident("VmHWM") - before
-    found |= {"params": model.params, "params/decoder": model.decoder_params}
-    found["sparsity/decoder"] = 1 - model.decoder_params / dense["decoder"]
-    found |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
-    found |= {"seconds": sum(record.metrics.values()), **record.metrics}
-    return found | evaluator(model, model.tokenizer)
 
 
 def resident(what: str = "VmRSS") -> int:
@@ -86,7 +97,7 @@ def resident(what: str = "VmRSS") -> int:
 def overrides(args: argparse.Namespace, folder: Path, method: str, ratio: float, seed: int) -> list[str]:
     text, windows = args.text, "null" if args.windows is None else str(args.windows)
     return [
-        *METHODS.get(method, ["recipe=flap"]),
+        *METHODS.get(method, [f"recipe={'flap' if method == 'dense' else method}"]),
         f"sparsity.ratio={ratio!r}",
         f"seed={seed}",
         "model=hf",

@@ -29,10 +29,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from pruneexp.files import write_atomic
-from tests.benchmarks.methods import METHODS
+from tests.benchmarks.methods import METHODS, pruning_seconds
 
 DOMAINS = {"wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4"}
-NOT_PRUNING = ("load", "save", "evaluate_dense", "evaluate_pruned")  # stages
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,7 @@ def line_of(cell: Cell, dense: Cell, flap: Cell | None) -> dict[str, Any]:
     line |= {f"ppl/{name}": cell.ppl[name] for name in DOMAINS} | {f"kl/{name}": cell.kl[name] for name in DOMAINS}
     line |= {"acc/mean7": acc, "acc/mean7/error": error, "items": sum(map(len, cell.acc.values()))}
     if cell.metrics:
-        stages = {key.removeprefix("seconds/"): value for key, value in cell.metrics.items() if key[:8] == "seconds/"}
-        line["seconds"] = math.fsum(value for stage, value in stages.items() if stage not in NOT_PRUNING)
+        line["seconds"] = pruning_seconds(cell.metrics)
         line["passes"] = cell.metrics["passes/forward"] + cell.metrics["passes/backward"]
         line["peak_bytes"] = cell.metrics["memory/peak_bytes"]
     if flap is None:
@@ -230,12 +228,13 @@ def line_of(cell: Cell, dense: Cell, flap: Cell | None) -> dict[str, Any]:
 
 HEAD = [
     *("recipe", "removed", *(f"{name} (share)" for name in DOMAINS.values()), "KL: " + ", ".join(DOMAINS.values())),
-    *("mean of 7", "share of lost points", "seconds", "passes", "peak MiB"),
+    *("mean of 7 (items)", "share of lost points", "seconds", "passes", "peak MiB"),
 ]
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown. Shares: of flap's excess log perplexity, of the points that it lost (with the paired error)."""
+    """Markdown. Shares: of flap's excess log perplexity, of the points that it lost (with the paired error). Items: of
+    all tasks together."""
 
     def ppl(line: Mapping[str, Any], name: str) -> str:
         known = f" ({line[f'share/{name}']:.2f})" if f"share/{name}" in line else ""
@@ -245,7 +244,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     for line in lines:
         row = [line["recipe"], f"{line['removed']:.1%}", *(ppl(line, name) for name in DOMAINS)]
         row.append(", ".join(f"{line[f'kl/{name}']:.3f}" for name in DOMAINS))
-        row.append(f"{line['acc/mean7']:.2%} ± {line['acc/mean7/error']:.2%}" if line["items"] else "")
+        mean, error, items = line["acc/mean7"], line["acc/mean7/error"], line["items"]
+        row.append(f"{mean:.2%} ± {error:.2%} ({items:,})" if items else "")
         lost = line["items"] and "lost/share" in line
         row.append(f"{line['lost/share']:.2f} ± {line['lost/share/error']:.2f}" if lost else "")
         spent = ["", "", ""]

@@ -181,11 +181,28 @@ def test_a_plan_of_another_model_is_refused(model: Any, tokenizer: Any, tokens: 
     plan = pruneexp.prune(model, tokenizer, tokens).plan
     with pytest.raises(pruneexp.ConfigError, match="plan: model.layers.0.* expected a plan of the same model"):
         pruneexp.apply(tiny_model("granite").eval(), plan)
+    for rounds in ([], ["sparsity=linear", "sparsity.rounds=2"]):
+        plan = pruneexp.prune(fewer_layers(model), tokenizer, tokens, overrides=rounds).plan
+        with pytest.raises(
+            pruneexp.ConfigError, match=r"plan: of a decoder of 461312 parameters, this one has 1383936; "
+        ):
+            pruneexp.apply(model, plan)
     with pytest.raises(pruneexp.ConfigError, match="plan='none.json': No such file"):
         pruneexp.apply(model, "none.json")
-    Path("odd.json").write_text("{}")
-    with pytest.raises(pruneexp.ConfigError, match="plan='odd.json': no plan"):
-        pruneexp.apply(model, "odd.json")
+    for text in ("{}", '{"version": 1, "sites": {}, "budget": 3}'):
+        Path("odd.json").write_text(text)
+        with pytest.raises(pruneexp.ConfigError, match="plan='odd.json': no plan"):
+            pruneexp.apply(model, "odd.json")
+
+
+def fewer_layers(model: Any) -> Any:
+    """The first two layers of six."""
+    from copy import deepcopy
+
+    made = deepcopy(model)
+    del made.model.layers[2:]
+    made.config.num_hidden_layers = made.model.config.num_hidden_layers = 2
+    return made
 
 
 def test_in_place_spends_the_callers(tokens: torch.Tensor) -> None:

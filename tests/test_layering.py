@@ -15,6 +15,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ENTRIES = 28  # modules and packages of pruneexp/, at most
 LONGEST = 9  # imports in a row from entry to entry, at most
 METHODS = ("criterion", "compensator", "search", "sparsity", "evidence")  # torch and nothing else
+MANY_PARAMETERS = {  # functions of more than seven
+    "pruneexp.api.prune",  # the door: all but the first three have defaults
+    "pruneexp.calibrate.probe.__init__",  # so have all but its first three
+    "pruneexp.dataset.files.text",  # named by a YAML file, whose keys they are
+    "pruneexp.dataset.document_files.documents",  # as `text`
+}
 LINES = {"modeling_pruned.py": 850}  # one file by nature: it travels beside checkpoints
 DOOR = ("run", "prune", "apply")  # a module of that name would take the function's place
 
@@ -124,3 +130,19 @@ def test_files_stay_readable() -> None:
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
     ]
     assert max(functions)[0] <= 60, max(functions)
+
+
+def test_functions_take_few_parameters() -> None:
+    many = {
+        f"{dotted(path)}.{node.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and len(parameters(node)) > 7
+    }
+    assert many <= MANY_PARAMETERS, many - MANY_PARAMETERS
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    """Without self and cls."""
+    own = function.args
+    return [each.arg for each in (*own.posonlyargs, *own.args, *own.kwonlyargs) if each.arg not in ("self", "cls")]

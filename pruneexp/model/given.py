@@ -152,6 +152,7 @@ def check_module(module: Any) -> None:
 def _problems(module: Any) -> Iterator[tuple[str, str]]:
     if isinstance(module, type):
         yield f"is the class {module.__name__}", "a model of it, as from_pretrained gives it"
+        return
     kind, parts = type(module).__name__, [*module.modules()] if isinstance(module, nn.Module) else []
     if any(type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None for part in parts):
         yield "is compiled", "the model as it was before torch.compile"

@@ -222,7 +222,9 @@ def _flags_kept(model: Any) -> Iterator[dict[str, bool]]:
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
-    return model.named_parameters() if hasattr(model, "named_parameters") else iter(())
+    from torch import nn
+
+    return model.named_parameters() if isinstance(model, nn.Module) else iter(())
 
 
 @contextmanager

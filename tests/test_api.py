@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,11 +181,28 @@ def test_a_plan_of_another_model_is_refused(model: Any, tokenizer: Any, tokens: 
     plan = pruneexp.prune(model, tokenizer, tokens).plan
     with pytest.raises(pruneexp.ConfigError, match="plan: model.layers.0.* expected a plan of the same model"):
         pruneexp.apply(tiny_model("granite").eval(), plan)
+    for rounds in ([], ["sparsity=linear", "sparsity.rounds=2"]):
+        plan = pruneexp.prune(fewer_layers(model), tokenizer, tokens, overrides=rounds).plan
+        with pytest.raises(
+            pruneexp.ConfigError, match=r"plan: of a decoder of 461312 parameters, this one has 1383936; "
+        ):
+            pruneexp.apply(model, plan)
     with pytest.raises(pruneexp.ConfigError, match="plan='none.json': No such file"):
         pruneexp.apply(model, "none.json")
-    Path("odd.json").write_text("{}")
-    with pytest.raises(pruneexp.ConfigError, match="plan='odd.json': no plan"):
-        pruneexp.apply(model, "odd.json")
+    for text in ("{}", '{"version": 1, "sites": {}, "budget": 3}'):
+        Path("odd.json").write_text(text)
+        with pytest.raises(pruneexp.ConfigError, match="plan='odd.json': no plan"):
+            pruneexp.apply(model, "odd.json")
+
+
+def fewer_layers(model: Any) -> Any:
+    """The first two layers of six."""
+    from copy import deepcopy
+
+    made = deepcopy(model)
+    del made.model.layers[2:]
+    made.config.num_hidden_layers = made.model.config.num_hidden_layers = 2
+    return made
 
 
 def test_in_place_spends_the_callers(tokens: torch.Tensor) -> None:
@@ -298,21 +317,40 @@ def test_merged_adapters_are_weights_like_others(model: Any, tokenizer: Any, tok
 def wrong_models(model: Any) -> dict[str, tuple[Any, str]]:
     from copy import deepcopy
 
-    training, hooked, meta, half, compiled = (deepcopy(model) for _ in range(5))
+    training, hooked, meta, half, compiled, layers, dynamic = (deepcopy(model) for _ in range(7))
     training.train()
     hooked.model.layers[1].register_forward_hook(lambda *_: None)
     eight_bits = torch.ones(128, 344, dtype=torch.int8)
     half.model.layers[0].mlp.down_proj.weight = nn.Parameter(eight_bits, requires_grad=False)
+    for layer in layers.model.layers:
+        layer.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch would rather have torchao do it
+        dynamic = torch.ao.quantization.quantize_dynamic(dynamic, {nn.Linear})
+    by_torchao = {"quantised by torchao": (quantised(model), "model: is quantised")} if find_spec("torchao") else {}
     return {
         "training": (training, "model: is in training mode; expected model.eval()"),
         "hooked": (hooked, "model: has a hook of somebody else's on model.layers.1"),
         "meta": (meta.to("meta"), "model: has weights on the meta device"),
         "quantised": (half, "model: is quantised; expected the full-precision model"),
+        "quantised layers": (dynamic, "model: is quantised; expected the full-precision model"),
+        **by_torchao,
         "compiled": (torch.compile(compiled), "model: is compiled; expected the model as it was"),
+        "compiled layers": (layers, "model: is compiled; expected the model as it was"),
+        "a class": (type(model), "model: is the class LlamaForCausalLM; expected a model of it"),
         "no model": (nn.Linear(2, 2), "model: is a Linear; expected a transformers PreTrainedModel"),
         "no head": (model.model, "model: is a LlamaModel; expected LlamaForCausalLM"),
         "another family": (other_family(), "model: model_type 'mamba' is not supported; expected one of"),
     }
+
+
+def quantised(model: Any) -> Any:
+    from copy import deepcopy
+
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
+
+    quantize_(made := deepcopy(model), Int8WeightOnlyConfig())
+    return made
 
 
 def other_family() -> Any:
@@ -324,9 +362,10 @@ def other_family() -> Any:
 @pytest.mark.slow
 def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
     for name, (wrong, message) in wrong_models(model).items():
-        with pytest.raises(pruneexp.ConfigError) as caught:
-            pruneexp.prune(wrong, tokenizer, tokens)
-        assert str(caught.value).startswith(message) and "\n" not in str(caught.value), name
+        for in_place in (False, True):
+            with pytest.raises(pruneexp.ConfigError) as caught:
+                pruneexp.prune(wrong, tokenizer, tokens, in_place=in_place)
+            assert str(caught.value).startswith(message) and "\n" not in str(caught.value), name
         with pytest.raises(pruneexp.ConfigError):
             pruneexp.apply(wrong, pruneexp.Plan({}))
     too_long = torch.zeros(2, model.config.max_position_embeddings + 1, dtype=torch.long)

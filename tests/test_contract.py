@@ -154,6 +154,10 @@ def test_the_environment(folder: Path) -> None:
     assert set(files) == {"config.json", "model.safetensors"}
     for name, record in files.items():
         assert record["sha256"] == hashlib.sha256((PARITY / name).read_bytes()).hexdigest()
+    chosen = environment["choices"]
+    assert set(chosen) == {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    assert (chosen["recipe"], chosen["search"], chosen["model"], chosen["cache"]) == ("flap", "al_am", "hf", "on")
+    assert chosen["evaluator"] == ["perplexity", "size"]
     data = environment["data"]
     assert data["calibration_windows"] == list(np.load(PARITY / "calib.npy").shape)
     assert data["calibration"]["sha256"] == hashlib.sha256((PARITY / "calib.npy").read_bytes()).hexdigest()

@@ -15,6 +15,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ENTRIES = 28  # modules and packages of pruneexp/, at most
 LONGEST = 9  # imports in a row from entry to entry, at most
 METHODS = ("criterion", "compensator", "search", "sparsity", "evidence")  # torch and nothing else
+MANY_PARAMETERS = {  # functions of more than seven
+    "pruneexp.api.prune",  # the door: all but the first three have defaults
+    "pruneexp.calibrate.probe.__init__",  # so have all but its first three
+    "pruneexp.dataset.files.text",  # named by a YAML file, whose keys they are
+    "pruneexp.dataset.document_files.documents",  # as `text`
+}
+CHOSEN = {"cache", "compensator", "criterion", "evaluator", "quantise", "recovery", "search", "sparsity", "tracker"}
+ASKED_FOR = {  # by isinstance, outside of their packages
+    ("pruneexp.experiment.identity", "pruneexp.cache.NoCache"),  # a cache has no protocol, and it is one question
+    ("pruneexp.export.gguf_quantise", "pruneexp.evaluator.Latency"),  # llama.cpp takes its settings, all of them
+}
 LINES = {"modeling_pruned.py": 850}  # one file by nature: it travels beside checkpoints
 DOOR = ("run", "prune", "apply")  # a module of that name would take the function's place
 
@@ -24,10 +35,16 @@ def dotted(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported(path: Path) -> set[str]:
     """Dotted names of everything that a file imports, when it runs, inside functions, or for type checkers alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -104,6 +121,19 @@ def test_a_forecast_knows_no_method() -> None:
         assert own <= {"pruneexp.criterion.spill.spill_folder"}, path
 
 
+def test_a_methods_class_is_asked_for_in_its_package_alone() -> None:
+    """Elsewhere its protocol says what it does."""
+    asked = set()
+    for path in FILES:
+        homes = {name.rpartition(".")[2]: name for name in imported(path) if name.startswith("pruneexp.")}
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                kinds = [own.id for own in ast.walk(node.args[1]) if isinstance(own, ast.Name)]
+                asked |= {(dotted(path), homes[kind]) for kind in kinds if kind in homes}
+    elsewhere = {(path, kind) for path, kind in asked if entry_of(path + ".") != entry_of(kind) in CHOSEN}
+    assert elsewhere <= ASKED_FOR, elsewhere - ASKED_FOR
+
+
 def test_hydra_stops_at_the_command_line() -> None:
     for path in FILES:
         if entry_of(dotted(path) + ".") not in ("cli", "api", "__main__"):
@@ -120,7 +150,23 @@ def test_files_stay_readable() -> None:
     functions = [
         (node.end_lineno - node.lineno + 1, f"{dotted(path)}.{node.name}")
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
     ]
     assert max(functions)[0] <= 60, max(functions)
+
+
+def test_functions_take_few_parameters() -> None:
+    many = {
+        f"{dotted(path)}.{node.name}"
+        for path in FILES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef) and len(parameters(node)) > 7
+    }
+    assert many <= MANY_PARAMETERS, many - MANY_PARAMETERS
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    """Without self and cls."""
+    own = function.args
+    return [each.arg for each in (*own.posonlyargs, *own.args, *own.kwonlyargs) if each.arg not in ("self", "cls")]

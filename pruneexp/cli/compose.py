@@ -46,7 +46,8 @@ SWEEP_KEYS = ("sweep.dir", "sweep.objective")
 class Composed:
     """A run's config, resolved, in plain containers.
 
-    `job`: `recipe` ("custom" without one), `sweep` (name or None), `overrides` as typed, `choices` (of each group).
+    `job`: `recipe` ("custom" without one), `sweep` (name or None), `overrides` as typed, `choices` (of each group; of
+    evaluators a list).
     `folders`: where config files were looked for, first wins.
     """
 
@@ -145,7 +146,8 @@ def composed(config: DictConfig, hydra_node: DictConfig | None = None) -> Compos
     if isinstance(container.get("evaluator"), dict) and "_target_" in container["evaluator"]:
         expected = "expected '# @package evaluator.NAME' as the first line of the evaluator's file"
         raise ConfigError(f"evaluator._target_={container['evaluator']['_target_']!r}: {expected}")
-    return Composed(resolved(container), job, folders)
+    choices = {**job["choices"], "evaluator": list(container.get("evaluator") or ())}  # Hydra leaves lists out
+    return Composed(resolved(container), {**job, "choices": choices}, folders)
 
 
 def unswept(config: DictConfig, overrides: Sequence[str]) -> Composed:

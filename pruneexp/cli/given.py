@@ -14,7 +14,7 @@ from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import compose_raw, composed, open_hydra
 from pruneexp.cli.single import check_unswept
 from pruneexp.conf_files import override_parts, typed_value
-from pruneexp.criterion.together import Together
+from pruneexp.criterion.together import each_of
 from pruneexp.dataset.given import GivenTokens, as_windows
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model.given import GivenModel, check_module
@@ -70,8 +70,7 @@ def given_experiment(
         choices[group] = type(part).__name__
     if replaced.keys() & {"criterion", "search"}:
         criterion, search = (replaced.get(group, getattr(experiment, group)) for group in ("criterion", "search"))
-        own = criterion.criterion if isinstance(criterion, Together) else criterion
-        replaced["criterion"] = with_starts(own, search)
+        replaced["criterion"] = with_starts(each_of(criterion)[0], search)
     recipe = "custom" if parts else run.job["recipe"]
     config, job = {**run.config, **described}, {**run.job, "choices": choices, "recipe": recipe}
     experiment = replace(experiment, config=config, job=job, **replaced)

@@ -59,3 +59,8 @@ class Together:
         several = isinstance(criterion.evidence, tuple)
         own = {site: tuple(seen[place] for place in places) for site, seen in evidence.items()}
         return criterion(block, own if several else {site: seen[0] for site, seen in own.items() if seen})
+
+
+def each_of(criterion: Criterion) -> tuple[Criterion, ...]:
+    """A criterion, and the starts that it is together with."""
+    return criterion.all if isinstance(criterion, Together) else (criterion,)

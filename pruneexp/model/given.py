@@ -28,6 +28,7 @@ from pruneexp.types import ConfigError, one_line
 PLACEMENT = "accelerate."  # package whose hooks only bring inputs to their device
 OBSERVERS = "transformers."  # package whose hooks only look
 LINEARS = ("torch", "transformers", "transformers_modules", "pruneexp")  # packages whose linear layers are plain ones
+QUANTISERS = ("torchao.", "torch.ao.nn.")  # packages whose quantised weights say that their dtype is a float's
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +150,11 @@ def check_module(module: Any) -> None:
 
 
 def _problems(module: Any) -> Iterator[tuple[str, str]]:
-    kind = type(module).__name__
-    if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+    if isinstance(module, type):
+        yield f"is the class {module.__name__}", "a model of it, as from_pretrained gives it"
+        return
+    kind, parts = type(module).__name__, [*module.modules()] if isinstance(module, nn.Module) else []
+    if any(type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None for part in parts):
         yield "is compiled", "the model as it was before torch.compile"
     if type(module).__module__.split(".")[0] == "peft":
         yield f"is a {kind}", "the model with its adapters merged, as model.merge_and_unload() gives it"
@@ -164,14 +168,15 @@ def _problems(module: Any) -> Iterator[tuple[str, str]]:
     if kind not in (family.stock_class, f"Pruned{family.stock}ForCausalLM"):
         yield f"is a {kind}", family.stock_class
     floats = {*DTYPES.values()}
-    odd = next((name for name, p in module.named_parameters() if p.dtype not in floats), None)
-    if getattr(config, "quantization_config", None) or getattr(module, "is_quantized", False) or odd is not None:
+    odd = any(p.dtype not in floats for p in module.parameters())
+    packed = any(type(each).__module__.startswith(QUANTISERS) for each in (*module.parameters(), *parts))
+    if getattr(config, "quantization_config", None) or getattr(module, "is_quantized", False) or odd or packed:
         yield "is quantised", "the full-precision model that it was made from"
     if any(p.is_meta for p in module.parameters()):
         yield "has weights on the meta device, or offloaded", "a model that is in memory with all its weights"
     if part := next(_changed_parts(module), None):
         yield f"has a part of somebody else's: {part}", "the parts that transformers makes, adapters merged"
-    if any(part.training for part in module.modules()):
+    if any(part.training for part in parts):
         yield "is in training mode", "model.eval()"
     if hook := next(_foreign_hooks(module), None):
         yield f"has a hook of somebody else's on {hook}", "a model without hooks (accelerate's placement may stay)"

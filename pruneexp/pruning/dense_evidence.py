@@ -13,7 +13,7 @@ from torch import Tensor
 from pruneexp.cache import Cache, NoCache
 from pruneexp.cache.packing import bytes_of
 from pruneexp.calibrate import Bookmark, DenseStates, Meter, walk
-from pruneexp.criterion.together import Together
+from pruneexp.criterion.together import each_of
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.pruning.answers import scores_of
@@ -138,7 +138,7 @@ def _collected(
 
 def _version(criterion: Criterion) -> str:
     """Of several together, each one's: one may be somebody's own."""
-    return " ".join(map(version_of, criterion.all if isinstance(criterion, Together) else (criterion,)))
+    return " ".join(map(version_of, each_of(criterion)))
 
 
 def _kinds(criterion: Criterion | None) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ from pruneexp.types import ConfigError, Plan, RunError, Site, SitePlan
 
 
 def check_plan(model: Model, plan: Plan) -> None:
-    """Raises ConfigError, naming a site, where the plan is not one of this model, as it stands."""
+    """Raises ConfigError, naming a site or a size, where the plan is not one of this model, as it stands."""
     whole = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     experts = [site for index in range(len(model.layers)) for site in model.whole_experts(index)]
     known = {site.name: site for site in (*model.sites(), *experts, *whole)}
@@ -48,6 +48,12 @@ def check_plan(model: Model, plan: Plan) -> None:
                 f"plan: {name} is of {own.query_heads} query heads, in this model {site.units * site.group}; expected "
                 "a plan of the same model"
             )
+    total = plan.budget.get("total_params") if plan.budget.get("of") == "decoder" else None
+    if total not in (None, model.decoder_params):  # sites that are not named stay whole: the sites alone may fit
+        raise ConfigError(
+            f"plan: of a decoder of {total} parameters, this one has {model.decoder_params}; expected a plan of the "
+            "same model"
+        )
 
 
 def shrink_(model: Model, plan: Plan, out_projections: OutProjections | None = None) -> None:

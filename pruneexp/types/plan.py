@@ -87,7 +87,7 @@ class Plan:
         if data.get("version") != PLAN_VERSION:
             raise ValueError(f"version={data.get('version')!r}: expected a plan of version {PLAN_VERSION}")
         sites = {name: SitePlan.from_data(site) for name, site in data["sites"].items()}
-        return cls(sites, data.get("budget", {}))
+        return cls(sites, dict(data.get("budget", {})))
 
     def removed(self, site: Site) -> int:
         """Units of `site` that leave."""

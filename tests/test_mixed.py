@@ -18,13 +18,13 @@ import yaml
 from pruneexp import run
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import Composed, compose
-from pruneexp.dataset import WindowSource, document_files, evaluation_parts, evaluation_windows, forget_documents
+from pruneexp.dataset import document_files, evaluation_parts, evaluation_windows, forget_documents
 from pruneexp.dataset.given import GivenTokens
 from pruneexp.dataset.mixed import interleaved, shared_out
 from pruneexp.evaluator import Perplexity
 from pruneexp.evidence import Gram, Halves
 from pruneexp.fingerprint import config_hash
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, Dataset, RunError
 from tests.cases import each
 from tests.test_bos import byte_tokenizer
 from tests.toy_sites import layer_sites
@@ -111,7 +111,7 @@ def test_halves_of_two_sources_hold_both_alike() -> None:
 def test_each_source_gives_the_windows_that_it_gives_alone(folder: Path, tokenizer: Any) -> None:
     digits = "{calibration: [one.jsonl,two.jsonl], calibration_documents: '2:6'}"
     dataset = mixed(f"{{low: low.txt, digits: {digits}}}", "seed=3")
-    assert isinstance(dataset, WindowSource)
+    assert isinstance(dataset, Dataset)
     windows_NT, alone = dataset.calibration(tokenizer), {}
     common = ["dataset.samples=6", "dataset.length=8", "seed=3", "evaluator=[size]"]
     for name, typed in (

@@ -11,7 +11,7 @@ from pruneexp.types.sources import source_of
 Defaults = Mapping[str, Any]
 
 
-def _nothing(*_: Any) -> None: ...
+def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _zero(*_: Any) -> int:
@@ -74,7 +74,18 @@ EVALUATOR: Defaults = {
     "length": None,
     "batch_size": 1,
 }
-DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
+DATASET: Defaults = {
+    "samples": None,
+    "length": None,
+    "evaluation_samples": None,
+    "contiguous": False,
+    "bos": None,  # its windows are used as they are
+    "origins": None,
+    "apart": None,
+    "check": _nothing,
+    "key": lambda *seen: f"dataset ({seen[-1]})",
+    "description": lambda *_: {"kind": "own"},
+}
 AUGMENTATION: Defaults = {"working_bytes": _zero}
 QUANTISE: Defaults = {
     "in_place": False,

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from pruneexp import types
 from pruneexp.cli.coerce import coerced, described
-from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
 from pruneexp.cli.sources import MIXED, with_shared
@@ -24,6 +23,7 @@ from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
 from pruneexp.dataset.mixed import Share
 from pruneexp.dataset.windows import check_seed
+from pruneexp.experiment.compatible import check_together
 from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import came_later, is_inner, value_before
 from pruneexp.model import ModelSource

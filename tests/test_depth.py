@@ -66,9 +66,9 @@ def test_influence_is_one_minus_the_mean_cosine() -> None:
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 6, 5, 8, generator=draw, dtype=torch.float64)
     (site,) = block_sites(1)
-    parts, whole = BlockChange.empty(site), BlockChange.empty(site).update(x, y)
+    parts, whole = BlockChange.empty(site), BlockChange.empty(site).update_(x, y)
     for a, b in zip(x.split([1, 2, 3]), y.split([1, 2, 3]), strict=True):
-        parts = parts.merge(BlockChange.empty(site).update(a, b))
+        parts = parts.merge(BlockChange.empty(site).update_(a, b))
     cosines = [(a @ b / (a.norm() * b.norm())).item() for a, b in zip(x.flatten(0, 1), y.flatten(0, 1), strict=True)]
     for seen in (parts, whole):
         assert seen.n == 30
@@ -81,7 +81,7 @@ def test_what_only_scales_has_no_influence_and_what_turns_back_has_all(distance:
     (site,) = block_sites(1)
     x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for factor, expected in ((3.0, 0.0), (-1.0, 2.0 if distance == "cosine" else 1.0)):
-        seen = {site.name: BlockChange.empty(site).update(x, factor * x)}
+        seen = {site.name: BlockChange.empty(site).update_(x, factor * x)}
         whole = next(iter(BlockInfluence(distance)(whole_block(site), seen).values()))
         assert whole.item() == pytest.approx(expected, abs=1e-7)
 
@@ -94,7 +94,7 @@ def whole_block(site: Site) -> Any:
 
 def test_loss_without_cannot_be_merged_or_guessed() -> None:
     (site,) = block_sites(1)
-    assert LossWithout.empty(site).update(3.0, 1.0).rise == 2
+    assert LossWithout.empty(site).update_(3.0, 1.0).rise == 2
     with pytest.raises(RunError, match="cannot be merged"):
         LossWithout.empty(site).merge(LossWithout.empty(site))
     with pytest.raises(RunError, match="was not measured"):
@@ -104,10 +104,10 @@ def test_loss_without_cannot_be_merged_or_guessed() -> None:
 def test_a_block_without_which_there_is_no_loss_stays() -> None:
     sites, scores = block_sites(*[10] * 6), {}
     for site, loss in zip(sites, (9, 4, math.nan, 3, math.inf, 9), strict=True):
-        scores |= LossDrop()(whole_block(site), {site.name: LossWithout.empty(site).update(loss, 2.0)})
+        scores |= LossDrop()(whole_block(site), {site.name: LossWithout.empty(site).update_(loss, 2.0)})
     assert gone(GREEDY(scores, sites, Budget(1 / 3, 60), Additive([9, 4, math.nan, 3, math.nan, 9]), RNG)) == [1, 3]
     with pytest.raises(RunError, match="the calibration loss of the whole model is NaN or Inf"):
-        LossDrop()(whole_block(sites[0]), {sites[0].name: LossWithout.empty(sites[0]).update(1.0, math.nan)})
+        LossDrop()(whole_block(sites[0]), {sites[0].name: LossWithout.empty(sites[0]).update_(1.0, math.nan)})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -101,7 +101,7 @@ def test_halves_of_two_sources_hold_both_alike() -> None:
     assert order[:8] == ("a", "b", "b", "a", "b", "a", "a", "b")
     assert [order[half::2].count("a") for half in (0, 1)] == [32, 32]
     x = torch.tensor([[[1.0 if name == "a" else 0.0] * layer_sites(0)[1].channels] for name in order])
-    seen = Halves(Gram).empty(layer_sites(0)[1]).update(x)
+    seen = Halves(Gram).empty(layer_sites(0)[1]).update_(x)
     assert seen.first.sum_C[0] == seen.second.sum_C[0] == 32
 
 

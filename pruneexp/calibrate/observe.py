@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pruneexp.model import Call, Model
 from pruneexp.model.half import overflow_hint
 from pruneexp.model.sites import site_parts
-from pruneexp.types import Block, ConfigError, RunError, Site, updated_
+from pruneexp.types import Block, ConfigError, RunError, Site
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def observe(
                 for site in judged.sites:
                     before_BTD = middle[0].view_as(x_BTD) if middle and site.kind == "mlp" else x_BTD
                     after_BTD = middle[0].view_as(x_BTD) if middle and site.kind == "attention" else y_BTD
-                    evidence[kind][site.name] = evidence[kind][site.name].update(before_BTD, after_BTD)
+                    evidence[kind][site.name] = evidence[kind][site.name].update_(before_BTD, after_BTD)
             output[number] = y_BTD
             middle.clear()
     for watch in watches:
@@ -156,4 +156,4 @@ class _Watch:
     def add(self, x_BTC: Tensor) -> None:
         self.tokens += x_BTC.shape[0] * x_BTC.shape[1]
         for kind in self.kinds:
-            self.evidence[kind][self.site.name] = updated_(self.evidence[kind][self.site.name], x_BTC)
+            self.evidence[kind][self.site.name] = self.evidence[kind][self.site.name].update_(x_BTC)

@@ -55,7 +55,7 @@ def _losses(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter, whole: Col
     if math.isfinite(dense) and not any(map(math.isfinite, without)):  # a dense one that is not: the criterion says so
         raise RunError(f"calibrate: none of {len(without)} losses without a block or sublayer is finite")
     losses = dict(zip((site.name for site in shown), without, strict=True))
-    return lambda block, judged: {s.name: kind.empty(s).update(losses[s.name], dense) for s in judged.sites}
+    return lambda block, judged: {s.name: kind.empty(s).update_(losses[s.name], dense) for s in judged.sites}
 
 
 COLLECTORS: dict[str, Callable[..., Share]] = {  # by source

@@ -62,7 +62,7 @@ class Slopes:
         evidence = {site.name: self.kind.empty(site) for site in block.sites}
         for number, slope in self.values.items():
             for name, direction in self._directions(block, number).items():
-                evidence[name] = evidence[name].update(direction, slope)
+                evidence[name] = evidence[name].update_(direction, slope)
         return evidence
 
     def _directions(self, block: Block, number: int) -> dict[str, Any]:

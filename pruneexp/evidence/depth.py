@@ -29,7 +29,7 @@ class BlockChange:
     def empty(cls, site: Site) -> BlockChange:
         return cls(0, 0.0, 0.0)
 
-    def update(self, x_BTD: Tensor, y_BTD: Tensor) -> BlockChange:
+    def update_(self, x_BTD: Tensor, y_BTD: Tensor) -> BlockChange:
         cosine_BT = torch.nn.functional.cosine_similarity(wide(x_BTD), wide(y_BTD), dim=-1).double().clamp(-1, 1)
         angle = (cosine_BT.arccos() / torch.pi).sum().item()
         return self.merge(BlockChange(cosine_BT.numel(), cosine_BT.sum().item(), angle))
@@ -69,7 +69,7 @@ class LossWithout:
     def empty(cls, site: Site) -> LossWithout:
         return cls(None, None)
 
-    def update(self, without: float, whole: float) -> LossWithout:
+    def update_(self, without: float, whole: float) -> LossWithout:
         return LossWithout(without, whole)
 
     def merge(self, other: LossWithout) -> LossWithout:

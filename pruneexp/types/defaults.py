@@ -130,18 +130,10 @@ def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
     for kind in kinds:
         if hasattr(kind, "source"):
             source_of(kind)
-        if absent := [name for name in ("source", "empty") if not hasattr(kind, name)]:
+        needed = ("source", "empty", *["update_"] * isinstance(kind, type))  # a value stands for what its `empty` gives
+        if absent := [name for name in needed if not hasattr(kind, name)]:
             what = f"{kind!r} has no {' and no '.join(absent)}"
-            raise ConfigError(f"{what}; expected statistics, several of them as a tuple, or None")
+            expected = f"expected statistics with {', '.join(needed)}, several of them as a tuple, or None"
+            raise ConfigError(f"{what}; {expected}")
         filled(kind, EVIDENCE)
     return kinds
-
-
-def updates_in_place(kind: Any) -> bool:
-    """Whether evidence of this kind is updated in its own memory."""
-    return hasattr(kind, "update_")
-
-
-def updated_(evidence: Any, *seen: Any) -> Any:
-    """The evidence after an update, which happens in its own memory where it has an `update_`."""
-    return getattr(evidence, "update_", evidence.update)(*seen)

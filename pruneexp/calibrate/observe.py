@@ -25,12 +25,12 @@ class Visit:
     layer: nn.Module
     block: Block
     evidence: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)  # evidence type -> site name -> evidence
-    whole: Block | None = None  # the layer as whole sublayers and blocks, where these are judged
+    whole: Block | None = None  # the layer as whole sublayers, or as a whole, where these are judged
 
     def of(self, wanted: Any) -> Mapping[str, Any]:
-        """This block's evidence of one type, by site name; of several types, tuples of them."""
+        """This layer's evidence of one type, by site name; of several types, tuples of them."""
         if isinstance(wanted, tuple):
-            assert self.whole is None, "criteria of whole sublayers and blocks name one type"
+            assert self.whole is None, "criteria of whole sublayers and layers name one type"
             return {site.name: tuple(self.evidence[kind][site.name] for kind in wanted) for site in self.block.sites}
         return {} if wanted is None else self.evidence[wanted]
 

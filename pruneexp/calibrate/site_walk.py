@@ -81,7 +81,7 @@ def walk_sites(
             if index + 1 < total:
                 parts.on_(given)
             meter.forward += (1 + bool(kinds)) / total
-            del visit, bare, parts, given  # views of weights, before the next block's come
+            del visit, bare, parts, given  # views of weights, before the next layer's come
         bookmark.reached(index + 1, total, (dense, windows.hidden))
 
 

@@ -1,4 +1,4 @@
-"""The nouns of a pruning run: sites, blocks, plans, budgets, and the protocols that methods satisfy.
+"""The nouns of a pruning run: sites, layers, plans, budgets, and the protocols that methods satisfy.
 
 Shape letters, used as suffixes of tensor names everywhere in this package:
 

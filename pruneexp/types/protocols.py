@@ -32,8 +32,8 @@ class Evidence(Protocol):
       which the hidden state behind it would be the dense model's (compensators that walk site by site).
       `of(site, keep_C)`, where it is not None, in the stead of `empty`: evidence of the channels that stay; x is then
       of these alone
-    - "block": `update_(x_BTD, y_BTD)`, hidden states before and after the block
-    - "probe": `update_(without, whole)`, the calibration loss with the site (a whole block) off, and on
+    - "block": `update_(x_BTD, y_BTD)`, hidden states before and after the layer
+    - "probe": `update_(without, whole)`, the calibration loss with the site (a whole layer) off, and on
     - "gradient": `update_(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
       `per_sample` (a class variable) asks for one window at a time
     - "influence": `update_(derivatives)`, second derivatives of the loss by gates on the site's units; once for each of

@@ -16,14 +16,14 @@ Phase = Literal["prefill", "decode"]
 class OneShot:
     """Removes a share `ratio` at once. `of` says what is counted:
 
-    decoder   all parameters of the decoder blocks, including norms and biases
+    decoder   all parameters of the decoder layers, including norms and biases
     prunable  only the parameters of units (rows of in-projections, columns of out-projections), as the formulas of
               FLAP's released code count
-    macs      multiply-accumulates of one token: in the decoder blocks' matrices, and in its attention over `context`
+    macs      multiply-accumulates of one token: in the decoder layers' matrices, and in its attention over `context`
               tokens
-    bytes     the decoder blocks' weights and the KV cache of `context` tokens, both in the model's dtype
+    bytes     the decoder layers' weights and the KV cache of `context` tokens, both in the model's dtype
     kv_cache  that cache alone, which only heads fill
-    latency   milliseconds of the decoder blocks for `batch` sequences on the device at hand, by a table that is
+    latency   milliseconds of the decoder layers for `batch` sequences on the device at hand, by a table that is
               measured first (or read from the file `table`). phase=prefill: `context` tokens in one pass; phase=decode:
               one token behind `context` tokens in the KV cache
     """

@@ -11,7 +11,7 @@ from pruneexp.cli.compose import open_hydra
 from pruneexp.cli.sweep_jobs import JobComposer, whole
 from pruneexp.conf_files import conf_folder, inherited
 
-# Options that only make sense with a partner: whole blocks.
+# Options that only make sense with a partner: whole layers.
 PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random"}
 PARTNERS |= {name: "search=blocks" for name in ("block_influence", "block_influence_angular", "loss_drop")}
 

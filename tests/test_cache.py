@@ -65,7 +65,7 @@ def test_a_removal_path_refits_its_readers_as_before(cache: Cache, tiny: Callabl
     model = tiny("llama")
     block = model.block(0)
     torch.manual_seed(0)
-    seen = {site.name: Gram.empty(site).update(torch.randn(4, 9, site.channels)) for site in block.sites}
+    seen = {site.name: Gram.empty(site).update_(torch.randn(4, 9, site.channels)) for site in block.sites}
     paths = Obs(ridge=1e-3, step=1, levels=4, scale="none", sequential=False, memory=8.0, ridge_per="site")(block, seen)
     back = kept(cache, KEY, paths)
     for name, path in paths.items():

@@ -40,7 +40,7 @@ class AtBlock:
     def empty(cls, site: Site) -> AtBlock:
         return cls()
 
-    def update(self, x_BTD: Tensor, y_BTD: Tensor) -> AtBlock:
+    def update_(self, x_BTD: Tensor, y_BTD: Tensor) -> AtBlock:
         return AtBlock((*self.x, x_BTD), (*self.y, y_BTD))
 
 
@@ -55,7 +55,7 @@ class AtReader:
     def empty(cls, site: Site) -> AtReader:
         return cls()
 
-    def update(self, x_BTC: Tensor) -> AtReader:
+    def update_(self, x_BTC: Tensor) -> AtReader:
         return AtReader((*self.x, x_BTC.clone()))
 
 
@@ -88,7 +88,7 @@ def test_nothing_is_left_hanging(family: str, tiny: Callable[..., Model], tokens
 
 def test_nothing_is_left_hanging_by_evidence_that_fails(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     class Failing(AtReader):
-        def update(self, x_BTC: Tensor) -> AtReader:
+        def update_(self, x_BTC: Tensor) -> AtReader:
             raise RunError("no")
 
     model = tiny("opt")

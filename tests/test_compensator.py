@@ -25,7 +25,7 @@ def test_removing_constant_channels_loses_nothing(compensator, evidence):
     weight, bias = out_projection()
     keep = torch.tensor([c for c in range(MLP.channels) if c not in gone])
     for old in (bias, None):
-        pruned, added = compensator(False)(weight, old, evidence.empty(MLP).update(x), keep)
+        pruned, added = compensator(False)(weight, old, evidence.empty(MLP).update_(x), keep)
         dense = x @ weight.T + (0 if old is None else old)
         torch.testing.assert_close(x[..., keep] @ pruned.T + added, dense, rtol=1e-12, atol=1e-12)
 
@@ -34,7 +34,7 @@ def test_removing_constant_channels_loses_nothing(compensator, evidence):
 def test_bias_is_the_mean_of_what_leaves_rounded_once(dtype):
     weight, bias = out_projection(dtype)
     x = activations(MLP, 5, 16)
-    moments = Moments.empty(MLP).update(x)
+    moments = Moments.empty(MLP).update_(x)
     keep = torch.arange(0, MLP.channels, 3)
     pruned, added = Bias(False)(weight, bias, moments, keep)
     gone = [c for c in range(MLP.channels) if c % 3]
@@ -48,7 +48,7 @@ def test_bias_is_the_mean_of_what_leaves_rounded_once(dtype):
 def test_keep_all_is_the_identity(compensator, evidence, biased):
     weight, bias = out_projection()
     bias = bias if biased else None
-    seen = evidence.empty(MLP).update(activations(MLP, 2, 8))
+    seen = evidence.empty(MLP).update_(activations(MLP, 2, 8))
     kept, same = compensator(False)(weight, bias, seen, torch.arange(MLP.channels))
     assert kept is weight and same is bias
 
@@ -57,7 +57,8 @@ def test_keep_all_is_the_identity(compensator, evidence, biased):
 def test_a_reader_that_loses_everything_is_its_mean_output(compensator, evidence):
     weight, bias = out_projection()
     x = activations(MLP, 4, 8)
-    pruned, added = compensator(False)(weight, bias, evidence.empty(MLP).update(x), torch.tensor([], dtype=torch.int64))
+    seen, none = evidence.empty(MLP).update_(x), torch.tensor([], dtype=torch.int64)
+    pruned, added = compensator(False)(weight, bias, seen, none)
     assert pruned.shape == (9, 0)
     torch.testing.assert_close(added, (x @ weight.T + bias).mean((0, 1)), rtol=1e-12, atol=1e-12)
 
@@ -67,7 +68,7 @@ def test_no_compensation_leaves_the_bias_and_the_arguments_alone():
     before = weight.clone(), bias.clone()
     pruned, same = NoCompensation(False)(weight, bias, None, torch.tensor([1, 4]))
     assert torch.equal(pruned, weight[:, [1, 4]]) and same is bias
-    Bias(False)(weight, bias, Moments.empty(MLP).update(activations(MLP, 2, 8)), torch.tensor([1, 4]))
+    Bias(False)(weight, bias, Moments.empty(MLP).update_(activations(MLP, 2, 8)), torch.tensor([1, 4]))
     assert torch.equal(weight, before[0]) and torch.equal(bias, before[1])
 
 

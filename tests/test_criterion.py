@@ -28,7 +28,7 @@ FORWARD = [
 
 
 def seen(kind: type, dtype: torch.dtype = torch.float64) -> dict:
-    return {site.name: kind.empty(site).update(X[site.name].to(dtype)) for site in BLOCK.sites}
+    return {site.name: kind.empty(site).update_(X[site.name].to(dtype)) for site in BLOCK.sites}
 
 
 def summed_by_unit(site: Site, columns: list[float]) -> Tensor:
@@ -81,9 +81,9 @@ def test_activation_norm(average, weights):
 def test_window_norms_do_not_depend_on_batches():
     site = BLOCK.sites[0]
     x = X[site.name]
-    whole, parts = WindowNorms.empty(site).update(x), WindowNorms.empty(site)
+    whole, parts = WindowNorms.empty(site).update_(x), WindowNorms.empty(site)
     for part in x.split([1, 3, 2]):
-        parts = parts.merge(WindowNorms.empty(site).update(part))
+        parts = parts.merge(WindowNorms.empty(site).update_(part))
     assert whole.n == parts.n == len(x)
     torch.testing.assert_close(whole.mean_C, parts.mean_C, rtol=1e-12, atol=0)
     with pytest.raises(RunError, match="no calibration window was seen"):
@@ -109,7 +109,7 @@ def test_flap_official_has_the_running_estimates_and_squares_attention(metric):
 
 def test_flap_official_wants_a_second_window():
     """Else all scores are 0, none is above AL-AM's threshold, and everything leaves."""
-    evidence = {s.name: RunningFluctuation.empty(s).update(X[s.name][:1]) for s in BLOCK.sites}
+    evidence = {s.name: RunningFluctuation.empty(s).update_(X[s.name][:1]) for s in BLOCK.sites}
     for metric in ("WIFV", "IFV"):
         with pytest.raises(RunError, match="^1 calibration windows: expected at least 2"):
             FlapOfficial(metric, False)(BLOCK, evidence)
@@ -176,7 +176,7 @@ def test_a_unit_without_weights_or_signal_scores_lowest(criterion):
             in_projection[0] = 0
         x = X[site.name].clone()
         x[..., first] = 0
-        evidence[site.name] = None if criterion.evidence is None else criterion.evidence.empty(site).update(x)
+        evidence[site.name] = None if criterion.evidence is None else criterion.evidence.empty(site).update_(x)
     for score in criterion(quiet, evidence).values():
         assert unit_scores(score).argmin() == 0 and unit_scores(score)[0] == 0
 

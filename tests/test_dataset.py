@@ -22,11 +22,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pruneexp.dataset import Embedded, HubText, WindowSource, check_vocabulary, fingerprint, overlap, text, tokens
+from pruneexp.dataset import Embedded, HubText, check_vocabulary, fingerprint, overlap, text, tokens
 from pruneexp.dataset.offline import unreachable
 from pruneexp.dataset.rows import document, joined
 from pruneexp.dataset.windows import cut, draw
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, Dataset, RunError
 from tests.cases import each
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -500,7 +500,7 @@ def test_every_option_composes_and_builds(choice):
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose(overrides=["+seed=7", f"+dataset={choice}", "dataset.bos=false"])
     dataset = instantiate(config.dataset, _convert_="all")
-    assert isinstance(dataset, WindowSource)
+    assert isinstance(dataset, Dataset)
     assert dataset.description()["kind"]
     assert choice == "tokens" or (dataset.seed == 7 and OmegaConf.to_container(config.dataset)["seed"] == "${seed}")
 

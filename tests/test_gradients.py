@@ -109,7 +109,7 @@ def toy(group: int = 3, units: int = 2, rows: int = 4, hidden: int = 5) -> tuple
     block = Block("model.layers.0", 0, (site,), {site.name: random()})
     first, second = Gradient.empty(site), PerSampleGradient.empty(site)
     for window in windows:
-        first, second = first.update(window, 1), second.update(window, 1)
+        first, second = first.update_(window, 1), second.update_(window, 1)
     return block, {"windows": windows, Gradient: first, PerSampleGradient: second}
 
 
@@ -221,9 +221,9 @@ def test_llm_pruner_runs_on_every_family(
 def test_half_precision_gradients_are_kept_in_float32() -> None:
     block, seen = toy()
     half = SiteWeights({}, {}, torch.ones(2, 2, dtype=torch.bfloat16), None)
-    assert Gradient.empty(block.sites[0]).update(half, 3).mean.out_projection.dtype == torch.float32
+    assert Gradient.empty(block.sites[0]).update_(half, 3).mean.out_projection.dtype == torch.float32
     with pytest.raises(ValueError, match="one window at a time"):
-        PerSampleGradient.empty(block.sites[0]).update(half, 3)
+        PerSampleGradient.empty(block.sites[0]).update_(half, 3)
 
 
 def test_a_loss_that_is_not_finite_is_named(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:

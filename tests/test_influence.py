@@ -84,7 +84,7 @@ def test_on_least_squares_the_score_is_the_exact_cost_of_removal_the_survivors_f
     torch.testing.assert_close(score_U, expected, rtol=1e-6, atol=1e-9)
 
     weights = {site.name: SiteWeights({}, {}, out_projection.detach(), None)}
-    gram = Gram.empty(site).update(x[None])
+    gram = Gram.empty(site).update_(x[None])
     path = Obs(0.0, 1, 8, "none", False, 8.0, "site")(Block("toy", 0, (site,), weights), {site.name: gram})[site.name]
     assert int(path.order_U[0]) == int(score_U.argmin())
     assert float(score_U.min()) == pytest.approx(float(path.cost_U[0]), rel=1e-6)
@@ -232,7 +232,7 @@ def test_the_scores_of_several_parts() -> None:
     for site, parts in zip(toy.sites, made, strict=True):
         evidence[site.name] = GateDerivatives(())
         for part in parts:
-            evidence[site.name] = evidence[site.name].update(BatchDerivatives(*part))
+            evidence[site.name] = evidence[site.name].update_(BatchDerivatives(*part))
     for scale, power in (("none", 0.0), ("params", 0.5), ("macs", 0.5)):
         sizes = replace(CRITERION, scale=scale)(toy, evidence)
         changes = replace(CRITERION, scale=scale, score="loss")(toy, evidence)

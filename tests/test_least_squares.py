@@ -28,7 +28,7 @@ def mixed(seed: int = 0) -> torch.Tensor:
 
 
 def gram(x: torch.Tensor) -> Gram:
-    return Gram.empty(MLP).update(x)
+    return Gram.empty(MLP).update_(x)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -68,7 +68,7 @@ def test_a_ridge_per_channel_does_not_see_how_channels_are_scaled(target):
     def given(per, scale_C):
         shown = (x * scale_C,) if target == "pruned" else (x * scale_C, mixed(1)[..., :9])
         compensator = LeastSquares(0.3, target, True, per)
-        pruned, added = compensator(weight / scale_C, None, seen.empty(MLP).update(*shown), keep)
+        pruned, added = compensator(weight / scale_C, None, seen.empty(MLP).update_(*shown), keep)
         return (x * scale_C)[..., keep] @ pruned.T + added
 
     for per, same in (("channel", True), ("site", False)):
@@ -82,7 +82,7 @@ def test_a_channel_that_never_changes_keeps_its_weights(per, target):
     x, keep, seen = mixed(), torch.arange(1, C, 2), Gram if target == "pruned" else WantedOutput
     x[..., 3] = 0.0
     shown = (x,) if target == "pruned" else (x, mixed(1)[..., :9])
-    pruned, _ = LeastSquares(1e-4, target, True, per)(weight, None, seen.empty(MLP).update(*shown), keep)
+    pruned, _ = LeastSquares(1e-4, target, True, per)(weight, None, seen.empty(MLP).update_(*shown), keep)
     torch.testing.assert_close(pruned[:, 1], weight[:, 3])
 
 
@@ -154,7 +154,7 @@ def test_a_wanted_output_is_fitted_as_by_least_squares_on_the_raw_data():
     y = torch.tanh(x) @ weight.T + mixed(1)[..., :9]
     seen = WantedOutput.empty(MLP)
     for part_x, part_y in zip(x.split(3), y.split(3), strict=True):
-        seen = seen.update(part_x, part_y)
+        seen = seen.update_(part_x, part_y)
     pruned, added = LeastSquares(0.0, "dense", True, "site")(weight, bias, seen, keep)
     flat = x.reshape(-1, C)
     design = torch.cat([flat[:, keep], torch.ones(len(flat), 1, dtype=torch.float64)], dim=1)
@@ -165,8 +165,8 @@ def test_a_wanted_output_is_fitted_as_by_least_squares_on_the_raw_data():
 
 def test_wanted_outputs_do_not_depend_on_chunks_and_merge():
     x, y = mixed(), mixed(1)[..., :9]
-    whole = WantedOutput.empty(MLP).update(x, y)
-    parts = [WantedOutput.empty(MLP).update(x[i : i + 2], y[i : i + 2]) for i in range(0, 8, 2)]
+    whole = WantedOutput.empty(MLP).update_(x, y)
+    parts = [WantedOutput.empty(MLP).update_(x[i : i + 2], y[i : i + 2]) for i in range(0, 8, 2)]
     joined = parts[0].merge(parts[1]).merge(parts[2].merge(parts[3]))
     assert joined.inputs.n == whole.inputs.n == 8 * 64
     flat, wanted = x.reshape(-1, C), y.reshape(-1, 9)
@@ -184,7 +184,7 @@ def test_wanted_outputs_of_the_kept_channels_fit_as_those_of_all(ridge, per):
     y = torch.tanh(x) @ weight.T + mixed(1)[..., :9]
     whole, kept = (WantedOutput.of(MLP, channels) for channels in (torch.arange(C), keep))
     for part_x, part_y in zip(x.split(3), y.split(3), strict=True):
-        whole, kept = whole.update(part_x, part_y), kept.update(part_x, part_y)
+        whole, kept = whole.update_(part_x, part_y), kept.update_(part_x, part_y)
     assert kept.inputs.gram_CC.shape == (len(keep), len(keep))
     fits = [LeastSquares(ridge, "dense", True, per)(weight, bias, seen.copy(), keep) for seen in (whole, kept)]
     for of_all, of_kept in zip(*fits, strict=True):
@@ -195,7 +195,7 @@ def test_wanted_outputs_of_the_kept_channels_fit_as_those_of_all(ridge, per):
     for other in halved[1:]:
         torch.testing.assert_close(other.inputs.gram_CC, halved[0].inputs.gram_CC)
         torch.testing.assert_close(other.cross_KO, halved[0].cross_KO)
-    alone = WantedOutput.of(MLP, keep).update(x[..., keep], y)
+    alone = WantedOutput.of(MLP, keep).update_(x[..., keep], y)
     torch.testing.assert_close(alone.inputs.gram_CC, kept.inputs.gram_CC)
     with pytest.raises(ValueError, match="some of those looked at"):
         kept.narrowed(torch.arange(3))
@@ -204,7 +204,7 @@ def test_wanted_outputs_of_the_kept_channels_fit_as_those_of_all(ridge, per):
 def test_a_reader_that_is_left_without_inputs_gives_the_wanted_mean():
     weight, bias = out_projection()
     x, y = mixed(), mixed(1)[..., :9]
-    seen = WantedOutput.of(MLP, torch.arange(0)).update(x, y)
+    seen = WantedOutput.of(MLP, torch.arange(0)).update_(x, y)
     pruned, added = LeastSquares(1e-3, "dense", True, "site")(weight, bias, seen, torch.arange(0))
     assert pruned.shape == (9, 0)
     torch.testing.assert_close(added, y.reshape(-1, 9).mean(0))

@@ -18,13 +18,13 @@ import yaml
 from pruneexp import run
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import Composed, compose
-from pruneexp.dataset import WindowSource, document_files, evaluation_parts, evaluation_windows, forget_documents
+from pruneexp.dataset import document_files, evaluation_parts, evaluation_windows, forget_documents
 from pruneexp.dataset.given import GivenTokens
 from pruneexp.dataset.mixed import interleaved, shared_out
 from pruneexp.evaluator import Perplexity
 from pruneexp.evidence import Gram, Halves
 from pruneexp.fingerprint import config_hash
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import ConfigError, Dataset, RunError
 from tests.cases import each
 from tests.test_bos import byte_tokenizer
 from tests.toy_sites import layer_sites
@@ -102,7 +102,7 @@ def test_halves_of_two_sources_hold_both_alike() -> None:
     assert order[:8] == ("a", "b", "b", "a", "b", "a", "a", "b")
     assert [order[half::2].count("a") for half in (0, 1)] == [32, 32]
     x = torch.tensor([[[1.0 if name == "a" else 0.0] * layer_sites(0)[1].channels] for name in order])
-    seen = Halves(Gram).empty(layer_sites(0)[1]).update(x)
+    seen = Halves(Gram).empty(layer_sites(0)[1]).update_(x)
     assert seen.first.sum_C[0] == seen.second.sum_C[0] == 32
 
 
@@ -112,7 +112,7 @@ def test_halves_of_two_sources_hold_both_alike() -> None:
 def test_each_source_gives_the_windows_that_it_gives_alone(folder: Path, tokenizer: Any) -> None:
     digits = "{calibration: [one.jsonl,two.jsonl], calibration_documents: '2:6'}"
     dataset = mixed(f"{{low: low.txt, digits: {digits}}}", "seed=3")
-    assert isinstance(dataset, WindowSource)
+    assert isinstance(dataset, Dataset)
     windows_NT, alone = dataset.calibration(tokenizer), {}
     common = ["dataset.samples=6", "dataset.length=8", "seed=3", "evaluator=[size]"]
     for name, typed in (

@@ -22,7 +22,7 @@ def mixed(site: Site, seed: int = 0) -> torch.Tensor:
     return x @ (torch.eye(c, dtype=torch.float64) + mix)
 
 
-SEEN = {site.name: Gram.empty(site).update(mixed(site)) for site in (ATTENTION, MLP)}
+SEEN = {site.name: Gram.empty(site).update_(mixed(site)) for site in (ATTENTION, MLP)}
 
 
 def lost(site: Site, out_projection: torch.Tensor, bias: torch.Tensor | None, keep_C: torch.Tensor) -> float:
@@ -120,7 +120,7 @@ def test_levels_are_evenly_spaced_and_any_other_is_answered():
 def test_duplicated_and_constant_channels_leave_first_and_free():
     x = mixed(MLP)
     x[..., 11], x[..., 20] = 2 * x[..., 30], 5.0
-    seen = {**SEEN, MLP.name: Gram.empty(MLP).update(x)}
+    seen = {**SEEN, MLP.name: Gram.empty(MLP).update_(x)}
     path = Obs(1e-9, 1, 8, "none", False, 8.0, "site")(BLOCK, seen)[MLP.name]
     first = set(path.order_U[:2].tolist())
     assert 20 in first and first & {11, 30}
@@ -136,7 +136,7 @@ def test_a_ridge_that_float32_cannot_tell_from_none_is_one_line():
     site = Site("wide", "mlp", 0, 768, 1, MLP.cost)
     out_projection = torch.randn(96, 768, generator=generator)
     wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, out_projection, None)})
-    path = Obs(1e-7, 4, 8, "none", False, 8.0, "channel")(wide, {"wide": Gram.empty(site).update(x)})["wide"]
+    path = Obs(1e-7, 4, 8, "none", False, 8.0, "channel")(wide, {"wide": Gram.empty(site).update_(x)})["wide"]
     with pytest.raises(RunError, match=r"^ridge=1e-07: .* singular .*; expected a larger ridge"):
         path.out_projections[767]
 
@@ -155,7 +155,7 @@ def test_a_thousand_channels_take_about_a_second():
     site = Site("wide", "mlp", 0, 1024, 1, MLP.cost)
     out_projection = torch.randn(256, 1024, generator=generator)
     wide = Block("b", 0, (site,), {"wide": SiteWeights({}, {}, out_projection, None)})
-    gram = Gram.empty(site).update(x[None])
+    gram = Gram.empty(site).update_(x[None])
     start = time.process_time()
     Obs(1e-3, 4, 8, "none", False, 8.0, "site")(wide, {"wide": gram})
     assert time.process_time() - start < 10  # about 0.6 s alone on one thread
@@ -169,7 +169,7 @@ def test_the_ridge_is_chosen_for_the_loss_of_a_quarter_of_the_units_or_of_one(gr
     weight[:, -6:] *= 0.1  # the last unit gives least
     weight[:, -12:-6] *= 0.3
     block = Block("b", 0, (site,), {"few": SiteWeights({}, {}, weight, None)})
-    seen = Halves(Gram).empty(site).update(mixed(site))
+    seen = Halves(Gram).empty(site).update_(mixed(site))
     left = 2 if groups == 6 else 1
     ridge = chosen_ridge(weight, None, seen, torch.arange(6 * (groups - left)), "channel")
     assert (ridge == RIDGES[START] / 2) == (groups == 1), "a single unit leaves nothing to fit"

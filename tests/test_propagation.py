@@ -26,7 +26,7 @@ def size(x: Tensor, tokens: str) -> Tensor:
 
 def seen(tokens: str, ffn: Tensor) -> dict:
     kind = EVIDENCE[tokens]
-    return {ATTENTION.name: kind.empty(ATTENTION).update(HEADS), MLP.name: kind.empty(MLP).update(ffn)}
+    return {ATTENTION.name: kind.empty(ATTENTION).update_(HEADS), MLP.name: kind.empty(MLP).update_(ffn)}
 
 
 @each("gate, norm, tokens", itertools.product(["up", "up_plus_gate"], ["ignore", "scale"], ["l1", "l2"]))

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pruneexp.calibrate import Meter, Probe
 from pruneexp.cli.build import build, with_starts
-from pruneexp.cli.compatible import check_together
 from pruneexp.compensator import Bias, BiasOfficial, LeastSquares, NoCompensation
 from pruneexp.conf_files import choices, conf_folder
 from pruneexp.criterion import Flap, FlapOfficial, Magnitude, Random, WandaSp
 from pruneexp.evidence import Moments
+from pruneexp.experiment.compatible import check_together
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
 from pruneexp.pruning import Method, Pruned, prune_

@@ -253,7 +253,7 @@ def test_refits_by_turn_are_those_of_the_heads_that_stay(grouped: Model) -> None
     block = grouped.block(1)
     site = next(site for site in block.sites if site.kind == "attention")
     x_BTC = torch.randn(4, 64, site.channels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    alone, evidence = replace(block, sites=(site,)), {site.name: Gram.empty(site).update(x_BTC)}
+    alone, evidence = replace(block, sites=(site,)), {site.name: Gram.empty(site).update_(x_BTC)}
     scores = CRITERIA["obs"](*with_query_heads(alone, evidence))
     turns, name = Turns([site], scores), f"{site.name}.query_heads"
     score, path = turns.scored()[name], scores[name]

@@ -1,4 +1,4 @@
-"""Units, whole sublayers and whole blocks in one budget; FFN widths in multiples."""
+"""Units, whole sublayers and whole layers in one budget; FFN widths in multiples."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pruneexp.calibrate import Bookmark, Meter, walk
-from pruneexp.cli.compatible import check_together
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.criterion import BlockInfluence, Flap, LossDrop, Magnitude, Random, WandaSp
 from pruneexp.evidence import BlockChange, LossWithout
+from pruneexp.experiment.compatible import check_together
 from pruneexp.experiment.run import run_experiment
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model

@@ -43,7 +43,7 @@ class Raw:
     def empty(cls, site):
         return cls()
 
-    def update(self, x_BTC, y_BTO):
+    def update_(self, x_BTC, y_BTO):
         return Raw((*self.x, x_BTC), (*self.y, y_BTO))
 
     def seen(self):

@@ -19,7 +19,9 @@ BLOCK = block()
 ATTENTION, FFN = BLOCK.sites
 X = {site.name: activations(site, 4, 50, seed=site.units) for site in BLOCK.sites}
 H = torch.randn(4, 50, HIDDEN, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.3
-SEEN = {site.name: (Gram.empty(site).update(X[site.name]), InputMoments.empty(site).update(H)) for site in BLOCK.sites}
+SEEN = {
+    site.name: (Gram.empty(site).update_(X[site.name]), InputMoments.empty(site).update_(H)) for site in BLOCK.sites
+}
 
 
 def correlation(z: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def test_the_regression_is_least_squares_of_every_output_alone(biased: bool, hea
     bias = torch.linspace(-1, 1, HIDDEN, dtype=torch.float64) if biased else None
     keep = site.keep_C(range(0, site.units, 2))
     y, z = x @ weight.T + (0 if bias is None else bias), x[:, keep] @ weight[:, keep].T
-    found, added = LinearRegression(True)(weight, bias, Gram.empty(site).update(X[site.name]), keep)
+    found, added = LinearRegression(True)(weight, bias, Gram.empty(site).update_(X[site.name]), keep)
     for d in range(HIDDEN):
         a, b = torch.linalg.lstsq(torch.stack([z[:, d], torch.ones(len(z))], 1), y[:, d, None]).solution.flatten()
         torch.testing.assert_close(found[d], a * weight[d, keep], rtol=1e-8, atol=1e-10)
@@ -92,7 +94,7 @@ def test_the_regression_is_least_squares_of_every_output_alone(biased: bool, hea
 
 def test_the_regression_leaves_what_keeps_all_and_shifts_what_keeps_nothing() -> None:
     weight = BLOCK.weights[FFN.name].out_projection.float()
-    seen = Gram.empty(FFN).update(X[FFN.name])
+    seen = Gram.empty(FFN).update_(X[FFN.name])
     assert LinearRegression(True)(weight, None, seen, torch.arange(FFN.channels)) == (weight, None)
     none, shift = LinearRegression(True)(weight, None, seen, torch.tensor([], dtype=torch.int64))
     expected = (X[FFN.name].flatten(0, 1) @ weight.double().T).mean(0).float()

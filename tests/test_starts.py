@@ -76,7 +76,7 @@ def test_another_order_has_its_own_units_and_fits(tiny, tokens_NT):
     found, _ = other.candidate(levels).out_projections[site.name]
     gram = Gram.empty(site)
     seen = _inputs(model, tokens_NT, site)
-    gram = gram.update(seen)
+    gram = gram.update_(seen)
     weights = model.block(site.layer).weights[site.name]
     keep_C = site.keep_C(sorted(order_U[5:].tolist()))
     own = weights.out_projection, weights.out_projection_bias

@@ -147,7 +147,7 @@ class Saliency:
     def empty(cls, site: Site) -> Saliency:
         return cls(torch.zeros(site.channels, dtype=torch.float64))
 
-    def update(self, weights: SiteWeights, gradients: SiteWeights) -> Saliency:
+    def update_(self, weights: SiteWeights, gradients: SiteWeights) -> Saliency:
         return Saliency(self.total_C + (weights.out_projection * gradients.out_projection).abs().sum(0))
 
     def merge(self, other: Saliency) -> Saliency:
@@ -167,7 +167,7 @@ class SlopeGradient:
     def empty(cls, site: Site) -> SlopeGradient:
         return cls(0, torch.zeros(()))
 
-    def update(self, direction: SiteWeights, slope: float) -> SlopeGradient:
+    def update_(self, direction: SiteWeights, slope: float) -> SlopeGradient:
         return SlopeGradient(self.n + 1, self.sum_OC + slope * direction.out_projection)
 
     def merge(self, other: SlopeGradient) -> SlopeGradient:
@@ -194,14 +194,14 @@ def test_gradient_and_zeroth_order_evidence_fit():
     toy = block()
     site = toy.sites[1]
     weights = toy.weights[site.name]
-    saliency = Saliency.empty(site).update(weights, weights).merge(Saliency.empty(site))
+    saliency = Saliency.empty(site).update_(weights, weights).merge(Saliency.empty(site))
     torch.testing.assert_close(saliency.total_C, weights.out_projection.square().sum(0))
     estimate = SlopeGradient.empty(site)
     generator = torch.Generator().manual_seed(0)
     for _ in range(800):  # a linear loss <a, w>: the slope along z is <a, z>
         z = torch.randn(weights.out_projection.shape, generator=generator, dtype=torch.float64)
         direction = SiteWeights({}, {}, z, None)
-        estimate = estimate.update(direction, float((weights.out_projection * z).sum()))
+        estimate = estimate.update_(direction, float((weights.out_projection * z).sum()))
     cosine = torch.cosine_similarity((estimate.sum_OC / estimate.n).flatten(), weights.out_projection.flatten(), dim=0)
     assert cosine > 0.5
     evidence_kinds((Saliency, SlopeGradient))  # what a method names is filled in
@@ -247,7 +247,7 @@ def test_our_own_parts_have_every_member() -> None:
         assert len(kinds) > 2
         for kind in kinds:
             # a protocol, what evidence is made of, and halves, which are as their kind is
-            if kind.__name__ in ("WindowSource", "GateDerivatives", "Halves", "Halved"):
+            if kind.__name__ in ("GateDerivatives", "Halves", "Halved"):
                 continue
             members = {*dir(kind), *getattr(kind, "__dataclass_fields__", ())}
             assert set(expected) <= members, kind
@@ -257,8 +257,22 @@ def test_evidence_names_a_source_that_something_feeds():
     class Wrong:
         source = "readers"
 
+    class Immutable:
+        source = "reader"
+
+        @classmethod
+        def empty(cls, site: Site) -> Immutable:
+            return cls()
+
+        def update(self, x_BTC: Tensor) -> Immutable:
+            return self
+
     with pytest.raises(ConfigError, match="Wrong.source='readers'.*reader, writer"):
         evidence_kinds((Saliency, Wrong))
+    with pytest.raises(
+        ConfigError, match="Immutable'> has no update_; expected statistics with source, empty, update_"
+    ):
+        evidence_kinds(Immutable)
     assert collected_by("whole_model", evidence_kinds((Saliency, SlopeGradient))) == (Saliency, SlopeGradient)
     assert collected_by("walk", (Saliency,)) == ()
     assert {name for name, source in SOURCES.items() if source.collector == "whole_model"} == set(COLLECTORS)

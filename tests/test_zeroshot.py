@@ -276,10 +276,10 @@ def test_jobs_of_a_process_share_tasks_that_are_asked_alike(data, tmp_path, llam
         return found.figures, evaluator.measured_on(llama.tokenizer), found.files
 
     monkeypatch.setattr(zeroshot, "load_tasks", counted)
-    zeroshot._asked.cache_clear()
+    zeroshot._load_once.cache_clear()
     first = figures(data, num_fewshot=2)
     assert figures(data, num_fewshot=2, batch_size=4) == first and len(loads) == 1
-    zeroshot._asked.cache_clear()
+    zeroshot._load_once.cache_clear()
     assert figures(data, num_fewshot=2) == first and len(loads) == 2
     for changes in ({"num_fewshot": 0}, {"num_fewshot": 2, "limit": 1}):
         loads.clear()
@@ -356,7 +356,7 @@ def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build
 
     def dense(folder: str, *changes: str) -> tuple[float, int]:
         asked.clear()
-        zeroshot._asked.cache_clear()  # as in a process of its own
+        zeroshot._load_once.cache_clear()  # as in a process of its own
         overrides = ["evaluator=[zeroshot]", "evaluator.zeroshot.tasks=[one]", "dataset.samples=2", *changes]
         metrics = run_experiment(build_from(*overrides, f"run.dir={folder}", "run.save=false")).metrics
         return next(value for key, value in metrics.items() if key.startswith("dense/acc/one@")), len(asked)

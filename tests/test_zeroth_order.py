@@ -131,7 +131,7 @@ def estimate(kind: Perturbation, directions: int, epsilon: float = 0.3) -> Tenso
         z = kind.draw(number, site.name, torch.Size([6]), torch.device("cpu")).double()
         slope = (loss(epsilon * z) - loss(-epsilon * z)).item() / (2 * epsilon)
         assert slope == pytest.approx((quadratic()[0] @ z).item(), rel=1e-9)  # exact on a quadratic, for any step
-        found = found.update(z, slope)
+        found = found.update_(z, slope)
     return found.gates_U
 
 
@@ -192,7 +192,7 @@ def evidence_for(toy: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[
         )
         x, inputs = activations(site, 3, 5), activations(toy.sites[0], 3, 5, seed=8)
         gradient = DirectionalGradient(2, g, False)
-        moments = (Moments.empty(site).update(x), InputMoments.empty(site).update(inputs))
+        moments = (Moments.empty(site).update_(x), InputMoments.empty(site).update_(inputs))
         found[site.name] = (moments[0], gradient, moments[1])
         made[site.name] = (x.flatten(0, 1), inputs.flatten(0, 1), g)
     return found, made

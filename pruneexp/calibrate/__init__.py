@@ -1,4 +1,4 @@
-"""The walk over a model's blocks that collects evidence, derivatives, slopes, and loss probes of masked structures."""
+"""The walk over a model's layers that collects evidence, derivatives, slopes, and loss probes of masked structures."""
 
 from pruneexp.calibrate.augmentation import NoAugmentation, SelfGenerated
 from pruneexp.calibrate.bookmark import Bookmark

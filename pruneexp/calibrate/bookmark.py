@@ -1,4 +1,4 @@
-"""Where a walk through the blocks stands."""
+"""Where a walk through the layers stands."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SHARE = 0.1  # of the time that walking takes: so much may go into notes
 
 @dataclass
 class Bookmark:
-    """Where a walk through the blocks stands: what it has read, found and spent in front of block `index`.
+    """Where a walk through the layers stands: what it has read, found and spent in front of layer `index`.
 
     `meter`: charged for what it spends. `stage`: what its progress is shown as. `hidden`: hidden states in front of
-    that block, batch by batch; of several models, one list each. `found`: what the walk's caller had noted by then,
+    that layer, batch by batch; of several models, one list each. `found`: what the walk's caller had noted by then,
     None at the start.
     """
 
@@ -43,7 +43,7 @@ class Bookmark:
         return progress(indices, self.stage, len(indices), "blocks")
 
     def reached(self, index: int, last: int, hidden: Sequence[list[Tensor]]) -> None:
-        """All before block `index` of `last` is done. Noted once that is cheap beside the time spent since."""
+        """All before layer `index` of `last` is done. Noted once that is cheap beside the time spent since."""
         done = index == last
         if self.note is None or not (done or self._cost <= SHARE * (time.monotonic() - self._noted)):
             return

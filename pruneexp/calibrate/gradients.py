@@ -40,7 +40,7 @@ def gradient_evidence(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter) 
             for index in range(len(model.layers)):
                 block = model.block(index, read=lambda p, found=by_parameter: found[id(p)])
                 for site in block.sites:
-                    evidence[site.name] = evidence[site.name].update(block.weights[site.name], len(batch))
+                    evidence[site.name] = evidence[site.name].update_(block.weights[site.name], len(batch))
             meter.forward += len(batch) / len(tokens_NT)
             meter.backward += len(batch) / len(tokens_NT)
     return evidence

@@ -62,7 +62,7 @@ def influence_evidence(model: Model, tokens_NT: Tensor, kind: Influence, meter: 
             found = landscape.together() if kind.directions == "together" else landscape.apart(survivors)
             start = 0
             for site in sites:
-                evidence[site.name] = evidence[site.name].update(found.part(start, site.units))
+                evidence[site.name] = evidence[site.name].update_(found.part(start, site.units))
                 start += site.units
     return evidence
 

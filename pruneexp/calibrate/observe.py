@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pruneexp.model import Call, Model
 from pruneexp.model.half import overflow_hint
 from pruneexp.model.sites import site_parts
-from pruneexp.types import Block, ConfigError, RunError, Site, updated_
+from pruneexp.types import Block, ConfigError, RunError, Site
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Visit:
     layer: nn.Module
     block: Block
     evidence: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)  # evidence type -> site name -> evidence
-    whole: Block | None = None  # the layer as whole sublayers and blocks, where these are judged
+    whole: Block | None = None  # the layer as whole sublayers, or as a whole, where these are judged
 
     def of(self, wanted: Any) -> Mapping[str, Any]:
-        """This block's evidence of one type, by site name; of several types, tuples of them."""
+        """This layer's evidence of one type, by site name; of several types, tuples of them."""
         if isinstance(wanted, tuple):
-            assert self.whole is None, "criteria of whole sublayers and blocks name one type"
+            assert self.whole is None, "criteria of whole sublayers and layers name one type"
             return {site.name: tuple(self.evidence[kind][site.name] for kind in wanted) for site in self.block.sites}
         return {} if wanted is None else self.evidence[wanted]
 
@@ -101,7 +101,7 @@ def observe(
                 for site in judged.sites:
                     before_BTD = middle[0].view_as(x_BTD) if middle and site.kind == "mlp" else x_BTD
                     after_BTD = middle[0].view_as(x_BTD) if middle and site.kind == "attention" else y_BTD
-                    evidence[kind][site.name] = evidence[kind][site.name].update(before_BTD, after_BTD)
+                    evidence[kind][site.name] = evidence[kind][site.name].update_(before_BTD, after_BTD)
             output[number] = y_BTD
             middle.clear()
     for watch in watches:
@@ -156,4 +156,4 @@ class _Watch:
     def add(self, x_BTC: Tensor) -> None:
         self.tokens += x_BTC.shape[0] * x_BTC.shape[1]
         for kind in self.kinds:
-            self.evidence[kind][self.site.name] = updated_(self.evidence[kind][self.site.name], x_BTC)
+            self.evidence[kind][self.site.name] = self.evidence[kind][self.site.name].update_(x_BTC)

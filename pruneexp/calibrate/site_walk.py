@@ -16,7 +16,7 @@ from pruneexp.calibrate.meter import Meter
 from pruneexp.calibrate.observe import Visit, Windows, check_finite, observe
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts
-from pruneexp.types import Block, ConfigError, Cost, Site, updated_
+from pruneexp.types import Block, ConfigError, Cost, Site
 
 KEPT_BYTES = 2**28  # of out-projections' inputs, held until the sublayer has been shrunk, rather than made once more
 
@@ -81,7 +81,7 @@ def walk_sites(
             if index + 1 < total:
                 parts.on_(given)
             meter.forward += (1 + bool(kinds)) / total
-            del visit, bare, parts, given  # views of weights, before the next block's come
+            del visit, bare, parts, given  # views of weights, before the next layer's come
         bookmark.reached(index + 1, total, (dense, windows.hidden))
 
 
@@ -236,7 +236,7 @@ class _Parts:
             kept_BTK = input_BTC
             if input_BTC.shape[-1] != len(keep_C):
                 kept_BTK = input_BTC.index_select(-1, keep_C.to(input_BTC.device))
-            evidence = updated_(evidence, kept_BTK if narrows else input_BTC, wanted_BTD)
+            evidence = evidence.update_(kept_BTK if narrows else input_BTC, wanted_BTD)
             held += kept_BTK.nbytes
             if len(keep_C) and held <= KEPT_BYTES:  # a sublayer that loses all has no out-projection any more
                 inputs[number] = kept_BTK

@@ -1,4 +1,4 @@
-"""The walk over a model's blocks that collects evidence."""
+"""The walk over a model's layers that collects evidence."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def walk(
     whole: Collection[str] = (),
     dense_states: DenseStates | None = None,
 ) -> Iterator[Visit]:
-    """Goes block by block: runs a block on all windows, collecting evidence of every type in `kinds`, and yields it.
+    """Goes layer by layer: runs a layer on all windows, collecting evidence of every type in `kinds`, and yields it.
 
-    The next block's input is made by the block *as the caller left it*. A caller that does not touch it gets
+    The next layer's input is made by the layer *as the caller left it*. A caller that does not touch it gets
     statistics of the dense model for one forward pass in all; one that prunes or masks it gets sequential statistics,
-    each block running once more. `read_only`: the caller promises not to touch blocks, and the windows' hidden states
-    are held once (N x D) instead of twice. Without `kinds`, or without tokens, blocks are only opened, not run.
+    each layer running once more. `read_only`: the caller promises not to touch layers, and the windows' hidden states
+    are held once (N x D) instead of twice. Without `kinds`, or without tokens, layers are only opened, not run.
     `whole`: kinds of sites that are shown as a whole too, one unit each ("attention", "mlp", "block"): what is seen of
-    whole sublayers and blocks is then theirs. `bookmark`: where to begin, and where to note how far it has come.
+    whole sublayers and layers is then theirs. `bookmark`: where to begin, and where to note how far it has come.
     `dense_states`: where a walk that is `read_only` leaves the hidden states that it passes.
 
     Raises:
-        RunError: NaN or Inf in weights or activations; the message names the block. No structure's loss is finite.
+        RunError: NaN or Inf in weights or activations; the message names the layer. No structure's loss is finite.
     """
     total, begins = len(model.layers), bookmark.index < len(model.layers)
     ahead = evidence_ahead(model, tokens_NT, kinds if begins else (), bookmark.meter, whole)
@@ -67,7 +67,7 @@ def walk(
                 observe(model, here, windows, (), output)
                 bookmark.meter.forward += 1 / total
             windows.hidden = output
-            del here  # views of weights, before the next block's come
+            del here  # views of weights, before the next layer's come
         bookmark.reached(index + 1, total, [windows.hidden] if windows.hidden else [])
 
 

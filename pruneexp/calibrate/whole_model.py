@@ -16,7 +16,7 @@ from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.model import Model
 from pruneexp.types import Block, Candidate, Plan, RunError, SitePlan, collected_by
 
-Share = Callable[[Block, Block], dict[str, Any]]  # once a block, as it is and as it is judged: evidence by site name
+Share = Callable[[Block, Block], dict[str, Any]]  # once a layer, as it is and as it is judged: evidence by site name
 
 
 def evidence_ahead(
@@ -53,9 +53,9 @@ def _losses(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter, whole: Col
     *without, dense = probe.losses([Candidate(p) for p in (*plans, Plan({}))]).tolist()
     probe.close()
     if math.isfinite(dense) and not any(map(math.isfinite, without)):  # a dense one that is not: the criterion says so
-        raise RunError(f"calibrate: none of {len(without)} losses without a block or sublayer is finite")
+        raise RunError(f"calibrate: none of {len(without)} losses without a layer or sublayer is finite")
     losses = dict(zip((site.name for site in shown), without, strict=True))
-    return lambda block, judged: {s.name: kind.empty(s).update(losses[s.name], dense) for s in judged.sites}
+    return lambda block, judged: {s.name: kind.empty(s).update_(losses[s.name], dense) for s in judged.sites}
 
 
 COLLECTORS: dict[str, Callable[..., Share]] = {  # by source

@@ -58,11 +58,11 @@ class Slopes:
             logger.warning("%d of %d directions gave losses that are NaN or Inf", lost, kind.directions)
 
     def of(self, block: Block) -> dict[str, Any]:
-        """The block's evidence, by site name; the block's weights must be at hand."""
+        """The layer's evidence, by site name; the layer's weights must be at hand."""
         evidence = {site.name: self.kind.empty(site) for site in block.sites}
         for number, slope in self.values.items():
             for name, direction in self._directions(block, number).items():
-                evidence[name] = evidence[name].update(direction, slope)
+                evidence[name] = evidence[name].update_(direction, slope)
         return evidence
 
     def _directions(self, block: Block, number: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from pruneexp import types
 from pruneexp.cli.coerce import coerced, described
-from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import Composed
 from pruneexp.cli.explain import missing_key
 from pruneexp.cli.sources import MIXED, with_shared
@@ -24,8 +23,9 @@ from pruneexp.criterion.together import Together
 from pruneexp.dataset.bos import check_asked, resolved
 from pruneexp.dataset.mixed import Share
 from pruneexp.dataset.windows import check_seed
+from pruneexp.experiment.compatible import check_together
 from pruneexp.experiment.settings import Experiment, RunSettings
-from pruneexp.fingerprint import came_later, value_before
+from pruneexp.fingerprint import came_later, is_inner, value_before
 from pruneexp.model import ModelSource
 from pruneexp.search import scored_as
 from pruneexp.types import ConfigError, defaults, filled, one_line
@@ -101,7 +101,11 @@ class Builder:
 
     def evaluator(self, name: str) -> Any:
         key = f"evaluator.{name}"
-        return satisfying(self.node(self.composed.config["evaluator"][name], key), types.Evaluator, f"{key}._target_")
+        node = self.node(self.composed.config["evaluator"][name], key)
+        evaluator = satisfying(node, types.Evaluator, f"{key}._target_")
+        if evaluator.dataset is not None:
+            satisfying(evaluator.dataset, types.Dataset, f"{key}.dataset")
+        return evaluator
 
     def node(self, node: Any, key: str) -> Any:
         """The object that a node with a `_target_` describes."""
@@ -140,7 +144,8 @@ class Builder:
 
     def _argument(self, value: Any, annotation: Any, key: str) -> Any:
         if isinstance(value, Mapping) and "_target_" in value:
-            return self.node(value, key)
+            part = self.node(value, key)
+            return satisfying(part, types.Dataset, f"{key}._target_") if is_inner(key) else part
         if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             return self.call(annotation, value, key)
         if annotation == Mapping[str, types.Criterion]:

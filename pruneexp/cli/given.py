@@ -10,12 +10,12 @@ from typing import Any
 from hydra.types import RunMode
 
 from pruneexp.cli.build import PROTOCOLS, build, satisfying, with_starts
-from pruneexp.cli.compatible import check_together
 from pruneexp.cli.compose import compose_raw, composed, open_hydra
 from pruneexp.cli.single import check_unswept
 from pruneexp.conf_files import override_parts, typed_value
 from pruneexp.criterion.together import each_of
 from pruneexp.dataset.given import GivenTokens, as_windows
+from pruneexp.experiment.compatible import check_together
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model.given import GivenModel, check_module
 from pruneexp.types import ConfigError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pruneexp.cli.exit_codes import run_small_command
 
 if TYPE_CHECKING:
-    from pruneexp.report.folders import Found
+    from pruneexp.report.folders import RunsRead
     from pruneexp.report.page import Report
 
 HELP = """\
@@ -81,7 +81,7 @@ def request(argv: Sequence[str]) -> Request:
     return Request(tuple(folders), out, values.get("versions", "same"), values.get("overwrite") == "true")
 
 
-def write_report(asked: Request) -> Found:
+def write_report(asked: Request) -> RunsRead:
     """Writes the report and gives what was found.
 
     Raises:
@@ -123,7 +123,7 @@ def _check_out(asked: Request, runs: Sequence[Path]) -> None:
     check_replaceable(asked.out, RECORD, "report", asked.overwrite)
 
 
-def _write(made: Report, found: Found, folder: Path) -> None:
+def _write(made: Report, found: RunsRead, folder: Path) -> None:
     from pruneexp.files import files_in, write_json
     from pruneexp.progress import progress
     from pruneexp.report.figures import as_png

@@ -1,4 +1,4 @@
-"""Importance of whole blocks and whole sublayers: ShortGPT, SLEB, and attention or FFNs dropped alike."""
+"""Importance of whole layers and whole sublayers: ShortGPT, SLEB, and attention or FFNs dropped alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEAREST = 1e9  # nats: the rise of a loss that is not finite
 
 @dataclass(frozen=True)
 class BlockInfluence:
-    """ShortGPT's block influence (Men et al., 2024): 1 - mean_t cos(x_t, y_t), x a block's input and y its output.
+    """ShortGPT's block influence (Men et al., 2024): 1 - mean_t cos(x_t, y_t), x a layer's input and y its output.
 
     Of a whole sublayer (He et al., "What matters in transformers?", 2024): x and y the residual stream before and after
     it, which a model has that normalises in front of its sublayers.
@@ -43,11 +43,11 @@ class BlockInfluence:
 
 @dataclass(frozen=True)
 class LossDrop:
-    """What the calibration loss rises by when a block is skipped: the metric of SLEB (Song et al., ICML 2024). Of a
+    """What the calibration loss rises by when a layer is skipped: the metric of SLEB (Song et al., ICML 2024). Of a
     whole sublayer: when only its out-projection's bias is left.
 
     Of the whole model: the first round of SLEB. With `search=greedy` it is measured anew after every removal. Without a
-    finite loss (an overflow of float16, say) a block is one of the dearest: a rise of `DEAREST`.
+    finite loss (an overflow of float16, say) a layer is one of the dearest: a rise of `DEAREST`.
     """
 
     evidence: ClassVar[type[LossWithout]] = LossWithout

@@ -1,4 +1,4 @@
-"""How far a channel's removal can carry through its block: LLM-BIP."""
+"""How far a channel's removal can carry through its layer: LLM-BIP."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pruneexp.types import Block, Score, Sequential, Site
 
 @dataclass(frozen=True)
 class LlmBip:
-    """Block-wise importance propagation (Wu et al., 2024): a bound on what removing a channel changes in its block's
-    output, up to constants of the block. From the paper's formula, not from its authors' code.
+    """Block-wise importance propagation (Wu et al., 2024): a bound on what removing a channel changes in its layer's
+    output, up to constants of the layer. From the paper's formula, not from its authors' code.
 
     With a_j the size of what channel j carries over all tokens, W_D [D,F], W_O [D,C] the out-projections, W_U [F,D] the
     FFN's in-projection and I the residual path, summed over the outputs i:
         FFN        s_j = a_j * sum_i |W_D|_ij
         attention  s_j = a_j * sum_i |W_O|_ij u_i,   u = 1^T (I + |W_D| |W_U|), by two products of vectors: O(D F)
-    For a block without norms and with a 1-Lipschitz activation, s_j bounds the L1 norm of the true change, averaged
+    For a layer without norms and with a 1-Lipschitz activation, s_j bounds the L1 norm of the true change, averaged
     over tokens as a_j is. Heads add up their channels. Choices where the paper is silent:
     tokens   l2: a = sqrt(mean_t x^2); l1: a = mean_t |x|
     gate     up: W_U as the formula has it; up_plus_gate: |W_U| + |W_gate| where the FFN has a gate

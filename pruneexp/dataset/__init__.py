@@ -1,6 +1,6 @@
 """Text to token windows, int64 [N, T]: from the hub, from files, in the embedded language, or of several of these.
 
-Every dataset has the same face (`WindowSource`): `calibration(tokenizer)` draws its `samples` windows of `length`
+Every dataset has the same face (`types.Dataset`): `calibration(tokenizer)` draws its `samples` windows of `length`
 tokens; `evaluation(tokenizer, length)` is the whole evaluation text as consecutive, non-overlapping windows.
 """
 
@@ -13,7 +13,6 @@ from pruneexp.dataset.given import GivenTokens
 from pruneexp.dataset.hub import HubText
 from pruneexp.dataset.mixed import Mixed
 from pruneexp.dataset.windows import (
-    WindowSource,
     bos_token,
     check_takes_bos,
     check_vocabulary,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pruneexp.dataset.document_files import DocumentFiles
 from pruneexp.dataset.files import Text, Tokens
-from pruneexp.dataset.windows import Drawn, WindowSource, evaluation_windows, takes_bos
-from pruneexp.types import ConfigError, RunError
+from pruneexp.dataset.windows import Drawn, evaluation_windows, takes_bos, with_setting
+from pruneexp.types import ConfigError, Dataset, RunError
 
 STRIDES = (1, 2, 4)  # of every second, and of every fourth window, each source has its part
 EXAMPLE = "sources and their weights, as in dataset.sources='{wikitext2: 1, c4: 1}'"
@@ -25,7 +25,7 @@ class Share:
     """A source and its weight among the others; with 0 it is evaluated and not calibrated on."""
 
     weight: float
-    dataset: WindowSource
+    dataset: Dataset
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class Mixed(Drawn):
 
     def _drawn(self, name: str, count: int, tokenizer: Any) -> Tensor:
         """`count` windows of one source. Raises ConfigError where it has fewer, or others than of `length` tokens."""
-        source: Any = self._shares[name].dataset
-        if "samples" in {field.name for field in fields(source)}:
-            source = replace(source, samples=count)
+        source = self._shares[name].dataset
+        if "samples" in getattr(source, "__dataclass_fields__", ()):
+            source = with_setting(source, "samples", count)
         with _under(name, count):
             windows_NT, key = source.calibration(tokenizer), source.key("calibration")
             if len(windows_NT) < count:

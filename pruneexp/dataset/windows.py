@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
+from copy import copy
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,32 +21,6 @@ from pruneexp.types import ConfigError, Dataset, filled, require_least
 from pruneexp.types.defaults import DATASET
 
 Sampling = Literal["random", "consecutive"]
-
-
-@runtime_checkable
-class WindowSource(Dataset, Protocol):
-    """A `Dataset` as the runner and the evaluators use it.
-
-    Not required: `bos`, a dataclass's field that says whether each window begins with the beginning-of-sequence token.
-    Windows of a dataset without it are used as they are."""
-
-    contiguous: ClassVar[bool]  # evaluation windows are one text cut up: windows over their edges make sense
-
-    def check(self, calibration: bool = True, evaluation: bool = True) -> None:
-        """Raises ConfigError for what files alone can tell, before any weight is loaded, of the parts a run needs."""
-        ...
-
-    def evaluation(self, tokenizer: Any, length: int | None) -> Tensor:
-        """int64 [N, T]; T is `length`, or the dataset's own where that is None."""
-        ...
-
-    def key(self, part: str) -> str:
-        """Where "calibration" or "evaluation" comes from, as errors name it: "dataset.calibration=FILE"."""
-        ...
-
-    def description(self) -> Mapping[str, Any]:
-        """Origin, protocol and fingerprints, for the run's record."""
-        ...
 
 
 def check_name(name: str) -> None:
@@ -108,31 +83,40 @@ def with_bos(text_NT: Tensor, bos: int) -> Tensor:
     return torch.cat([text_NT.new_full((len(text_NT), 1), bos), text_NT], dim=1)
 
 
-def takes_bos(dataset: WindowSource) -> bool:
+def takes_bos(dataset: Dataset) -> bool:
     """Whether windows can be had with a beginning-of-sequence token in front of each."""
-    return hasattr(dataset, "bos")
+    return dataset.bos is not None
 
 
-def check_takes_bos(bos: bool, dataset: WindowSource) -> None:
+def check_takes_bos(bos: bool, dataset: Dataset) -> None:
     """Raises ConfigError where that token is wanted in front of windows that are used as they are."""
     if bos and not takes_bos(dataset):
         as_they_are = f"the windows of dataset {dataset.name!r} are used exactly as they are"
         raise ConfigError(f"bos={bos!r}: {as_they_are}; expected auto or false")
 
 
-def evaluation_windows(dataset: WindowSource, tokenizer: Any, length: int | None, bos: bool) -> Tensor:
+def with_setting(dataset: Any, name: str, value: Any) -> Dataset:
+    """Another dataset that differs in one setting."""
+    if is_dataclass(dataset):
+        return filled(replace(dataset, **{name: value}), DATASET)  # type: ignore[type-var]
+    changed = copy(dataset)
+    setattr(changed, name, value)
+    return changed
+
+
+def evaluation_windows(dataset: Dataset, tokenizer: Any, length: int | None, bos: bool) -> Tensor:
     """The dataset's evaluation windows [N, T] as an evaluator wants them: its `bos` decides, not the dataset's."""
-    source: Any = replace(dataset, bos=bos) if takes_bos(dataset) else dataset  # type: ignore[type-var]
+    source = with_setting(dataset, "bos", bos) if takes_bos(dataset) else dataset
     return source.evaluation(tokenizer, length)
 
 
 def evaluation_parts(
-    dataset: WindowSource, tokenizer: Any, length: int | None, bos: bool
+    dataset: Dataset, tokenizer: Any, length: int | None, bos: bool
 ) -> Mapping[str, tuple[float, Tensor]]:
     """What is evaluated apart, by name: its weight and its windows [N, T], as `evaluation_windows` has them."""
-    if filled(dataset, DATASET).apart is None:
+    if dataset.apart is None:
         return {dataset.name: (1.0, evaluation_windows(dataset, tokenizer, length, bos))}
-    source: Any = replace(dataset, bos=bos) if takes_bos(dataset) else dataset  # type: ignore[type-var]
+    source = with_setting(dataset, "bos", bos) if takes_bos(dataset) else dataset
     return source.apart(tokenizer, length)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset import (
-    WindowSource,
     bos_token,
     check_takes_bos,
     check_vocabulary,
@@ -25,7 +24,7 @@ from pruneexp.dataset.files import existing_file, stem_of, text_of
 from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.model.forward import cache_name, last_logits_only
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, Measured, require_least
+from pruneexp.types import ConfigError, Dataset, Measured, require_least
 
 Tokens = list[int]
 PROMPTS = "a UTF-8 text file, one prompt a line"
@@ -55,7 +54,7 @@ class Generation:
     tokenizer where the dataset has windows of tokens: they are then shown as they are.
     """
 
-    dataset: WindowSource
+    dataset: Dataset
     prompts: str | None
     prompt_tokens: int
     samples: int

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pruneexp.dataset import (
-    WindowSource,
     bos_token,
     check_takes_bos,
     check_vocabulary,
@@ -23,7 +22,7 @@ from pruneexp.dataset import (
 )
 from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.model.half import overflow_hint
-from pruneexp.types import ConfigError, RunError, require_least
+from pruneexp.types import ConfigError, Dataset, RunError, require_least
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class Perplexity:
     Named "ppl/<dataset>@<T>", then "s<stride>", "+bos", "[<samples>]" where they apply: "ppl/ptb@2048s512+bos[40]".
     """
 
-    dataset: WindowSource
+    dataset: Dataset
     length: int | None
     stride: int | None
     batch_size: int

@@ -14,9 +14,9 @@ from pruneexp.model.modeling_pruned import Family, experts_of, router_of
 class Size:
     """Counts; they need shapes only, so that a streamed model's (on the meta device) do.
 
-    - "params": all parameters, tied ones once; "params/decoder": those of the decoder blocks, every tensor counted
+    - "params": all parameters, tied ones once; "params/decoder": those of the decoder layers, every tensor counted
     - "bytes": all parameters, tied ones once, in their own dtype, or as they are quantised
-    - "macs/token": multiply-accumulates per token in the weight matrices of the blocks and in the output projection
+    - "macs/token": multiply-accumulates per token in the weight matrices of the layers and in the output projection
       (tied to the embeddings or not); biases, norms and attention over the context are not counted. Of a mixture's
       experts, the share that a token is routed to
     - "kv_bytes/token": what the KV cache grows by per token, all layers, in the model's dtype

@@ -67,12 +67,12 @@ class Zeroshot:
             raise ConfigError("evaluator.zeroshot: needs a tokenizer and the model has none")
         if self.bos:
             bos_token(tokenizer, "evaluator.zeroshot.bos")
-        _ = self._asked
+        _ = self._loaded
 
     def __call__(self, model: Any, tokenizer: Any) -> Measured:
         """The figures, and a file of what every item scored."""
         found: dict[str, Answered] = {}
-        for loaded in self._asked.loaded:
+        for loaded in self._loaded.tasks:
             found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size, self.bos)
         figures = {
             self._name(metric, task, answered): value
@@ -96,7 +96,7 @@ class Zeroshot:
         loaded them; None where one of these cannot be told."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         files = {task: dict(rows.sources) for task, rows in self._rows.items()}
-        inputs = files if self.data is not None else self._asked.identified
+        inputs = files if self.data is not None else self._loaded.identified
         if inputs is None or backend is None:
             return None
         return _digest([(metadata.version("lm_eval"), inputs, backend.to_str(), self.bos)])
@@ -108,9 +108,9 @@ class Zeroshot:
         return {task: read_task(self.data, task, self.num_fewshot or 0) for task in self.tasks}
 
     @cached_property
-    def _asked(self) -> _Asked:
+    def _loaded(self) -> _LoadedTasks:
         sources = _digest([(task, rows.sources) for task, rows in self._rows.items()])
-        return _asked(_Request(tuple(self.tasks), self.num_fewshot, self.limit, sources, self._rows))
+        return _load_once(_TaskRequest(tuple(self.tasks), self.num_fewshot, self.limit, sources, self._rows))
 
     def _partial(self, task: str, answered: Answered) -> bool:
         rows = self._rows.get(task)
@@ -153,7 +153,7 @@ class Zeroshot:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _TaskRequest:
     """Tasks and how they are asked: equal where a run after another in this process would ask the same."""
 
     tasks: tuple[str, ...]
@@ -164,16 +164,16 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    loaded: list[Loaded]
+class _LoadedTasks:
+    tasks: list[Loaded]
     identified: list[Any] | None  # before they are asked, which sets the number of examples in their definitions
 
 
 @lru_cache(maxsize=1)
-def _asked(request: _Request) -> _Asked:
+def _load_once(request: _TaskRequest) -> _LoadedTasks:
     """The tasks, loaded once for the jobs of a sweep: seconds, and on the hub a request for each data set."""
     loaded = load_tasks(request.tasks, request.rows)
-    return _Asked(loaded, identified(loaded))
+    return _LoadedTasks(loaded, identified(loaded))
 
 
 def _digest(requests: Sequence[tuple[Any, ...]]) -> str:

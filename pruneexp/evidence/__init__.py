@@ -1,4 +1,4 @@
-"""What calibration collects: values that grow by `update` and join by `merge`, and are never changed."""
+"""What calibration collects: values that grow by `update_` and join by `merge`."""
 
 from pruneexp.evidence.depth import BlockChange, LossWithout
 from pruneexp.evidence.gradients import Gradient, PerSampleGradient

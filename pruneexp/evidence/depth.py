@@ -1,4 +1,4 @@
-"""What whole blocks do: to the hidden states that pass through them, and to the loss when they are gone."""
+"""What whole layers do: to the hidden states that pass through them, and to the loss when they are gone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pruneexp.types import RunError, Site
 
 @dataclass(frozen=True)
 class BlockChange:
-    """How far a block turns the hidden states: sums over tokens of cos(x, y) and of arccos(cos(x, y)) / pi, in float64,
+    """How far a layer turns the hidden states: sums over tokens of cos(x, y) and of arccos(cos(x, y)) / pi, in float64,
     each cosine in float32 (float64 for float64 states). Source "block"."""
 
     source: ClassVar[str] = "block"
@@ -29,7 +29,7 @@ class BlockChange:
     def empty(cls, site: Site) -> BlockChange:
         return cls(0, 0.0, 0.0)
 
-    def update(self, x_BTD: Tensor, y_BTD: Tensor) -> BlockChange:
+    def update_(self, x_BTD: Tensor, y_BTD: Tensor) -> BlockChange:
         cosine_BT = torch.nn.functional.cosine_similarity(wide(x_BTD), wide(y_BTD), dim=-1).double().clamp(-1, 1)
         angle = (cosine_BT.arccos() / torch.pi).sum().item()
         return self.merge(BlockChange(cosine_BT.numel(), cosine_BT.sum().item(), angle))
@@ -69,7 +69,7 @@ class LossWithout:
     def empty(cls, site: Site) -> LossWithout:
         return cls(None, None)
 
-    def update(self, without: float, whole: float) -> LossWithout:
+    def update_(self, without: float, whole: float) -> LossWithout:
         return LossWithout(without, whole)
 
     def merge(self, other: LossWithout) -> LossWithout:
@@ -80,7 +80,7 @@ class LossWithout:
         """Inf where the loss without the unit is no number. Raises RunError where it was not measured, or the whole
         model's is no number."""
         if self.without is None or self.whole is None:
-            raise RunError("the loss without this block was not measured")
+            raise RunError("the loss without this layer was not measured")
         if not math.isfinite(self.whole):
             raise RunError("the calibration loss of the whole model is NaN or Inf")
         return self.without - self.whole if math.isfinite(self.without) else math.inf

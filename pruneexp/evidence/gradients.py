@@ -1,4 +1,4 @@
-"""Loss gradients of a site's weights: source "gradient", `update(gradients, windows)`.
+"""Loss gradients of a site's weights: source "gradient", `update_(gradients, windows)`.
 
 `gradients` are the gradients of the mean next-token loss of a batch of `windows` windows, laid out as the weights are.
 Kept in float32 (float64 for float64 weights). Memory: as much as the site's weights, or twice that, in that precision.
@@ -39,7 +39,7 @@ class Gradient:
     def empty(cls, site: Site) -> Gradient:
         return cls(0, None)
 
-    def update(self, gradients: SiteWeights, windows: int) -> Gradient:
+    def update_(self, gradients: SiteWeights, windows: int) -> Gradient:
         return self.merge(Gradient(windows, mapped(lambda g: wide(g) * windows, gradients)))
 
     def merge(self, other: Gradient) -> Gradient:
@@ -76,7 +76,7 @@ class PerSampleGradient:
     def empty(cls, site: Site) -> PerSampleGradient:
         return cls(0, None, None)
 
-    def update(self, gradients: SiteWeights, windows: int) -> PerSampleGradient:
+    def update_(self, gradients: SiteWeights, windows: int) -> PerSampleGradient:
         if windows != 1:
             raise ValueError(f"windows={windows}: expected one window at a time")
         own = mapped(wide, gradients)

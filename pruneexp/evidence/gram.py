@@ -47,7 +47,7 @@ class Gram:
     float64.
 
     Products are formed and summed in float64, so the statistic is chunk-invariant up to float64 rounding. Memory: 8 C^2
-    bytes; `update` holds the old and the new value for a moment, `update_` does not. C^2 flops a token: one triangle.
+    bytes. C^2 flops a token: one triangle.
     """
 
     source: ClassVar[str] = "reader"
@@ -65,9 +65,6 @@ class Gram:
     def of_width(cls, c: int) -> Gram:
         """Of as many channels, before any token."""
         return cls(0, torch.zeros(c, dtype=torch.float64), torch.zeros(c, c, dtype=torch.float64))
-
-    def update(self, x_BTC: Tensor) -> Gram:
-        return self.copy().update_(x_BTC)
 
     def update_(self, x_BTC: Tensor) -> Gram:
         sum_C, gram_CC = self._at(self.sum_C, x_BTC.device), self._at(self.gram_CC, x_BTC.device)
@@ -109,7 +106,7 @@ class WantedOutput:
     """The inputs that an out-projection is left with, beside the output that is wanted of it: sums, centred when they
     are read.
 
-    `update(x_BTK, y_BTO)`: x is the out-projection's input in the partly pruned model, of the channels `keep_C` or of
+    `update_(x_BTK, y_BTO)`: x is the out-projection's input in the partly pruned model, of the channels `keep_C` or of
     all, from which these are taken. y is the output that would make the hidden state behind the out-projection the
     dense model's. inputs is the Gram of x, cross_KO = sum_t x_t y_t^T, wanted_O = sum_t y_t; all float64.
     """
@@ -137,9 +134,6 @@ class WantedOutput:
         """Of the channels `keep_C`, before any token."""
         none = torch.zeros(0, dtype=torch.float64)
         return cls(keep_C, Gram.of_width(len(keep_C)), none, none[:, None])
-
-    def update(self, x_BTK: Tensor, y_BTO: Tensor) -> WantedOutput:
-        return self.copy().update_(x_BTK, y_BTO)
 
     def update_(self, x_BTK: Tensor, y_BTO: Tensor) -> WantedOutput:
         x_NK, y_NO = x_BTK.detach().flatten(0, -2), y_BTO.detach().flatten(0, -2)

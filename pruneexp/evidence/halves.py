@@ -39,7 +39,7 @@ class Halves:
 
     def __getattr__(self, name: str) -> Any:
         """All else is as of `kind`."""
-        if name not in (*EVIDENCE, "source", "update_"):
+        if name not in (*EVIDENCE, "source"):
             raise AttributeError(name)
         return getattr(filled(self.kind, EVIDENCE), name)
 
@@ -54,20 +54,14 @@ class Halved:
     runs: bool = False
     windows: int = 0
 
-    def update(self, *seen: Tensor) -> Halved:
-        return self._with("update", seen)
-
     def update_(self, *seen: Tensor) -> Halved:
-        return self._with("update_", seen)
-
-    def _with(self, update: str, seen: tuple[Tensor, ...]) -> Halved:
         windows, tokens = seen[0].shape[:2]
         if self.runs:
             parts = [[x[:, : tokens // 2] for x in seen], [x[:, tokens // 2 :] for x in seen]]
         else:
             parts = [[x[(turn + self.windows) % 2 :: 2] for x in seen] for turn in (0, 1)]
         first, second = (
-            getattr(half, update)(*part) if part[0].shape[:2].numel() else half
+            half.update_(*part) if part[0].shape[:2].numel() else half
             for half, part in zip((self.first, self.second), parts, strict=True)
         )
         return Halved(first, second, self.runs, self.windows + windows)

@@ -1,4 +1,4 @@
-"""Second derivatives of the loss by units' gates and by weights: source "influence", `update(batch)`.
+"""Second derivatives of the loss by units' gates and by weights: source "influence", `update_(batch)`.
 
 An `Influence` stands where a criterion names an evidence type: it says which derivatives are taken, and how.
 """
@@ -97,7 +97,7 @@ class GateDerivatives:
 
     parts: tuple[BatchDerivatives, ...]
 
-    def update(self, batch: BatchDerivatives) -> GateDerivatives:
+    def update_(self, batch: BatchDerivatives) -> GateDerivatives:
         return GateDerivatives((*self.parts, batch))
 
     def merge(self, other: GateDerivatives) -> GateDerivatives:

@@ -1,7 +1,7 @@
 """What calibration collects at an out-projection's input.
 
-`update(x_BTC)` receives the input of the site's out-projection (o_proj, down_proj, fc2), batch by batch. All are
-immutable: `update` and `merge` return new values.
+`update_(x_BTC)` receives the input of the site's out-projection (o_proj, down_proj, fc2), batch by batch. All
+return new values, and stay as they are.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Moments:
     def empty(cls, site: Site) -> Moments:
         return cls(0, torch.zeros(site.channels, dtype=torch.float64), torch.zeros(site.channels, dtype=torch.float64))
 
-    def update(self, x_BTC: Tensor) -> Moments:
+    def update_(self, x_BTC: Tensor) -> Moments:
         total = self
         for x_NC in _chunks_NC(x_BTC.detach()):
             n, near_C = len(x_NC), x_NC.mean(0, dtype=wide(x_NC[:0]).dtype)
@@ -120,7 +120,7 @@ class AbsoluteMoments:
     def empty(cls, site: Site) -> AbsoluteMoments:
         return cls(0, torch.zeros(site.channels, dtype=torch.float64))
 
-    def update(self, x_BTC: Tensor) -> AbsoluteMoments:
+    def update_(self, x_BTC: Tensor) -> AbsoluteMoments:
         total = self
         for x_NC in _chunks_NC(x_BTC.detach()):
             total = total.merge(AbsoluteMoments(len(x_NC), wide(x_NC).abs().sum(0).double()))
@@ -154,7 +154,7 @@ class WindowNorms:
     def empty(cls, site: Site) -> WindowNorms:
         return cls(0, torch.zeros(site.channels, dtype=torch.float64))
 
-    def update(self, x_BTC: Tensor) -> WindowNorms:
+    def update_(self, x_BTC: Tensor) -> WindowNorms:
         norms = [_sum_squares_C(wide(x_TC).clone()).double().sqrt() for x_TC in x_BTC.detach()]
         return self.merge(WindowNorms(len(norms), torch.stack(norms).sum(0)))
 
@@ -198,7 +198,7 @@ class RunningFluctuation:
     def empty(cls, site: Site) -> RunningFluctuation:
         return cls(0, *(torch.zeros(site.channels) for _ in range(3)))
 
-    def update(self, x_BTC: Tensor) -> RunningFluctuation:
+    def update_(self, x_BTC: Tensor) -> RunningFluctuation:
         n, device = self.n, x_BTC.device
         mean_C, fluctuation_C, scaler_C = (s.to(device) for s in (self.mean_C, self.fluctuation_C, self.scaler_C))
         for x_TC in wide(x_BTC.detach()):

@@ -1,4 +1,4 @@
-"""Gradients from forward passes alone: source "zeroth_order", `update(direction, slope)`.
+"""Gradients from forward passes alone: source "zeroth_order", `update_(direction, slope)`.
 
 A `Perturbation` stands where a criterion names an evidence type: it says which directions are tried, and what is made
 of the slopes measured along them. Directions are never stored; they are drawn again from their seed.
@@ -79,7 +79,7 @@ class DirectionalGradient:
     total: SiteWeights | None  # of gates: in the place of the out-projection
     divide: bool
 
-    def update(self, direction: SiteWeights | Tensor, slope: float) -> DirectionalGradient:
+    def update_(self, direction: SiteWeights | Tensor, slope: float) -> DirectionalGradient:
         z = SiteWeights({}, {}, direction, None) if isinstance(direction, Tensor) else direction
         moved = mapped(lambda t: slope / t if self.divide else slope * t, z)
         return self.merge(DirectionalGradient(1, moved, self.divide))

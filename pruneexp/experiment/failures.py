@@ -28,14 +28,14 @@ def failures_recorded(trackers: Trackers, folder: Path | None) -> Iterator[None]
     except Exception as error:
         if where := out_of_memory(error):
             spread = ", model.device=auto less of each" if torch.cuda.device_count() > 1 else ""
-            reason = told = f"{where}; a smaller model.batch_size or model.stream=true needs less{spread}"
+            reason = message = f"{where}; a smaller model.batch_size or model.stream=true needs less{spread}"
         else:
             reason = f"{type(error).__name__}: {' '.join(str(error).split()) or f'raised in {_raised_in(error)}'}"
-            told = reason if folder is None else f"{reason} (the traceback is in {folder / 'log.txt'})"
+            message = reason if folder is None else f"{reason} (the traceback is in {folder / 'log.txt'})"
         trackers.fail(reason, traceback.format_exc())
         if isinstance(error, StopIteration):  # contextlib takes an error that comes of one for that one
-            raise RunError(told) from None
-        raise RunError(told) from error
+            raise RunError(message) from None
+        raise RunError(message) from error
 
 
 def _raised_in(error: BaseException) -> str:

@@ -48,8 +48,7 @@ from pruneexp.progress import waiting
 from pruneexp.pruning.budget import check_mixture, check_precision, check_pruning, whole_budget
 from pruneexp.pruning.query_heads import check_query_heads
 from pruneexp.tracker import memory_metrics
-from pruneexp.types import Budget, ConfigError, evidence_kinds, filled, size_text
-from pruneexp.types.defaults import DATASET
+from pruneexp.types import Budget, ConfigError, evidence_kinds, size_text
 
 logger = logging.getLogger("pruneexp")
 
@@ -129,7 +128,7 @@ def check_room(experiment: Experiment) -> None:
     for name, evaluator in experiment.evaluators.items():
         source = evaluator.dataset
         key = f"{'dataset' if source == dataset else f'evaluator.{name}.dataset'}.evaluation_samples"
-        length = evaluator.length or (source and filled(source, DATASET).length) or 0
+        length = evaluator.length or (source and source.length) or 0
         asked.append((key, (source and source.evaluation_samples) or 0, length))
     free = available_memory(torch.device("cpu"))
     for key, samples, length in asked:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pruneexp.cache import Cache, NoCache
-from pruneexp.dataset import WindowSource
 from pruneexp.files import typed_folder
 from pruneexp.model import ModelSource
 from pruneexp.model.given import GivenModel
@@ -19,6 +18,7 @@ from pruneexp.types import (
     Compensator,
     ConfigError,
     Criterion,
+    Dataset,
     Evaluator,
     Quantise,
     Recovery,
@@ -55,7 +55,7 @@ class Experiment:
     """One choice of every group, and the run's own settings. `config`: the composed config; `job`: recipe, sweep."""
 
     model: ModelSource | GivenModel
-    dataset: WindowSource
+    dataset: Dataset
     augmentation: Augmentation
     criterion: Criterion
     sparsity: Sparsity

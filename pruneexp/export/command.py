@@ -30,7 +30,7 @@ arguments:
   dtype=NAME            with format=gguf: float32, bfloat16 or float16; the checkpoint's unless given
   stream=auto           true: one decoder layer in memory at a time (false: never); auto goes by the memory that is free
   prove=process         reload in a clean process (in_place: in this one, without llama.cpp; off: not at all); what is
-                        streamed is proved block by block, or read back tensor by tensor (gguf, vllm); llama.cpp runs
+                        streamed is proved layer by layer, or read back tensor by tensor (gguf, vllm); llama.cpp runs
                         a GGUF file, streamed or not, where the model in float32 fits beside it
   overwrite=false       true: replace an earlier export at PATH
   -h, --help

@@ -44,7 +44,7 @@ def save_streamed(model: Model, folder: Path, form: Form, padding: Padding | Non
 
 
 def prove_streamed(checkpoint: Path, tokens_BT: Tensor, folder: Path) -> dict[str, Any]:
-    """Compares what every block computes, and the logits, in float32 (or more); each side holds one block at a time."""
+    """Compares what every layer computes, and the logits, in float32 (or more); each side holds one layer at a time."""
     model = exact_source(checkpoint, stream=True).load()
     proof = BlockProof(model, tokens_BT)
     for index in range(len(model.layers)):

@@ -1,4 +1,4 @@
-"""Architectures as tables, loading, prunable sites, and running a model block by block (in memory or streamed)."""
+"""Architectures as tables, loading, prunable sites, and running a model layer by layer (in memory or streamed)."""
 
 # ruff: noqa: F401
 

@@ -1,4 +1,4 @@
-"""A model that can be run block by block, in memory or streamed from its checkpoint."""
+"""A model that can be run layer by layer, in memory or streamed from its checkpoint."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Model:
         self.layers_path = f"{module.base_model_prefix}.{self.family.layers}"
         self.dtype = Counter(p.dtype for p in self.layers.parameters()).most_common(1)[0][0]
         self.stored_bytes: dict[str, int] = {}  # of a parameter that is quantised, by its path
-        self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: blocks may be gone
+        self.origin = list(range(len(self.layers)))  # the checkpoint's index of each layer: layers may be gone
         self.times: Times | None = None  # of its sublayers, once they are measured
         self._placement = placement or [device] * len(self.layers)  # of the checkpoint's layers
 
@@ -263,7 +263,7 @@ class Model:
 
     @torch.no_grad()
     def token_losses(self, tokens_NT: Tensor, batch_size: int, stage: str = "losses") -> Tensor:
-        """Nats of every predicted token, float64 [N, T-1] on the CPU. Streamed: one walk through the blocks."""
+        """Nats of every predicted token, float64 [N, T-1] on the CPU. Streamed: one walk through the layers."""
         batches = tokens_NT.split(batch_size)
         if not self.streamed:
             shown = progress(batches, stage, len(batches), "batches")

@@ -32,7 +32,7 @@ Compensated = tuple[Tensor, Tensor | None, Mapping[str, float] | None]
 def scores_of(criterion: Criterion, block: Block, evidence: Mapping[str, Any]) -> dict[str, Score]:
     """A criterion's answer, checked. Raises RunError where it wrote into what it was given."""
     given = (block.weights, block.norms, evidence)
-    return checked_scores(_asked("criterion", given, lambda: criterion(block, evidence)), block)
+    return checked_scores(_call_read_only("criterion", given, lambda: criterion(block, evidence)), block)
 
 
 def compensation_of(
@@ -40,11 +40,13 @@ def compensation_of(
 ) -> Compensated:
     """A compensator's answer, checked. Raises RunError where it wrote into the weights that it was given."""
     weight, bias = weights.out_projection, weights.out_projection_bias
-    answer = _asked("compensator", {site.name: (weight, bias)}, lambda: compensator(weight, bias, evidence, keep_C))
+    answer = _call_read_only(
+        "compensator", {site.name: (weight, bias)}, lambda: compensator(weight, bias, evidence, keep_C)
+    )
     return checked_compensation(answer, site, len(weight), len(keep_C))
 
 
-def _asked(by: str, given: Any, answer: Callable[[], Any]) -> Any:
+def _call_read_only(by: str, given: Any, answer: Callable[[], Any]) -> Any:
     """The answer. Raises RunError where a tensor of what was given was written to meanwhile: another method may read it
     after this one, or the model itself, and nobody would know."""
     before = [(name, tensor, tensor._version) for name, tensor in _tensors("", given)]

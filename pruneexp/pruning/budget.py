@@ -46,7 +46,7 @@ def budget_of(model: Model, sparsity: Sparsity, ratio: float, sites: Sequence[Si
 def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float) -> Budget:
     """The budget over all layers, of the sites that the search may remove. Raises ConfigError where these hold
     nothing of what is counted."""
-    sites = [] if blocks_alone(search) else as_planned(model, search, model.sites())  # what blocks hold is counted once
+    sites = [] if blocks_alone(search) else as_planned(model, search, model.sites())  # what layers hold is counted once
     held = sites or searched_sites(model, search)
     budget = budget_of(model, sparsity, ratio, held, range(len(model.layers)))
     if ratio > 0 and not budget.total:
@@ -55,7 +55,7 @@ def whole_budget(model: Model, search: Search, sparsity: Sparsity, ratio: float)
 
 
 def searched_sites(model: Model, search: Search) -> list[Site]:
-    """What a search may choose from: the sublayers, and whole blocks where these may leave; or blocks alone."""
+    """What a search may choose from: the sublayers, and whole layers where these may leave; or layers alone."""
     granularity = search.granularity
     sites = [] if blocks_alone(search) else as_searched(model, search, model.sites())
     layers = range(len(model.layers)) if "blocks" in granularity else ()
@@ -93,7 +93,7 @@ def loses_units(search: Search, site: Site) -> bool:
 
 
 def blocks_alone(search: Search) -> bool:
-    """Whether whole blocks leave and nothing else, so that there is no out-projection to compensate."""
+    """Whether whole layers leave and nothing else, so that there is no out-projection to compensate."""
     return set(search.granularity) == {"blocks"}
 
 

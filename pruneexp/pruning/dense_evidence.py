@@ -92,7 +92,7 @@ class Results:
         return scores, evidence
 
     def dense_states(self, model: Model) -> DenseStates | None:
-        """Of a model from which nothing but whole blocks has left."""
+        """Of a model from which nothing but whole layers has left."""
         return None if self.shared is None else self.shared.of((self.basis, tuple(model.origin)))
 
     def _key(self, what: str, criterion: str | None, kinds: tuple[Any, ...], whole: tuple[str, ...]) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _collected(
             scores.update(without_out_projections(found) if model.streamed else found)
         for kind, own in zip(kept, evidence, strict=True):
             own.update(visit.of(kind))
-        del visit  # holds the block's weights: before the next ones come
+        del visit  # holds the layer's weights: before the next ones come
     if tokens_NT is not None and collected_by("walk", kinds):
         meter.forward = max(0.0, round(meter.forward - 1, 9))
     return scores, evidence, meter
@@ -170,7 +170,7 @@ def distinct(*wanted: Any) -> tuple[Any, ...]:
 
 
 def without_out_projections(scores: Mapping[str, Score]) -> dict[str, Score]:
-    """Removal paths without what only probes need: weights and covariances of whole blocks."""
+    """Removal paths without what only probes need: weights and covariances of whole layers."""
     return {
         n: replace(score, out_projections={}) if isinstance(score, RemovalPath) else score
         for n, score in scores.items()

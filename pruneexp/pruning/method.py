@@ -81,7 +81,7 @@ def scores_behind_masks(method: Method) -> bool:
 
 
 def shown_to(method: Method) -> tuple[str, ...]:
-    """What the criterion judges beside units: kinds of sites as wholes (sublayers, blocks) in their place, or query
+    """What the criterion judges beside units: kinds of sites as wholes (sublayers, layers) in their place, or query
     heads."""
     granularity = method.search.granularity
     judges = method.criterion.judges

@@ -64,7 +64,7 @@ class Notes:
         at = replace(at, note=note)
         if noted is None:
             return at
-        logger.info("%s: goes on with block %d, where it stopped", walk, noted["index"])
+        logger.info("%s: goes on with layer %d, where it stopped", walk, noted["index"])
         return replace(at, **{name: noted[name] for name in ("index", "hidden", "found", "forward")})
 
 

@@ -22,7 +22,7 @@ from pruneexp.types import (
 
 
 def with_query_heads(block: Block, evidence: Mapping[str, Any]) -> tuple[Block, dict[str, Any]]:
-    """The block with a site of H query heads behind each attention site of G groups: with their rows of the queries and
+    """The layer with a site of H query heads behind each attention site of G groups: with their rows of the queries and
     their columns of the out-projection; and what is known of these."""
     sites: list[Site] = []
     weights, norms, known = dict(block.weights), dict(block.norms), dict(evidence)

@@ -75,7 +75,7 @@ class _Start:
 
 
 def _original_names(model: Model, start: _Start) -> dict[str, str]:
-    """Sites of the model as it stands, blocks and whole experts among them -> their names as counted at the start."""
+    """Sites of the model as it stands, layers and whole experts among them -> their names as counted at the start."""
     names = {}
     for index in range(len(model.layers)):
         for site in (*model.layer_sites(index), *model.whole_block(index).sites):
@@ -87,7 +87,7 @@ def _original_names(model: Model, start: _Start) -> dict[str, str]:
 
 
 def _plan_after(before: Plan, plan: Plan, names: Mapping[str, str]) -> Plan:
-    """One round's plan on top of those before it. Sites of a block that leaves are no longer named."""
+    """One round's plan on top of those before it. Sites of a layer that leaves are no longer named."""
     sites = dict(before.sites)
     for name, site in plan.sites.items():
         known = before.sites.get(names[name])

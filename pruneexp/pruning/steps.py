@@ -139,7 +139,7 @@ def _trial(work: Pruning, plan: Plan, tokens_NT: Tensor) -> Candidate:
 
 
 def _remove_blocks(model: Model, plan: Plan, search: Search) -> tuple[Plan, dict[str, str]]:
-    """Takes out the blocks that `plan` drops. Returns the plan of these blocks and of the sites that stay; and the
+    """Takes out the layers that `plan` drops. Returns the plan of these layers and of the sites that stay; and the
     names of these sites from here on (layers behind a gap move up), each with its name in the plan."""
     blocks = {name: site for name, site in plan.sites.items() if site.kind == "block"}
     gone = {name: site for name, site in blocks.items() if not site.kept}

@@ -89,8 +89,8 @@ def bytes_figure(name: str, metric: str, shown: Sequence[Sized], before: Sequenc
         figures.log_scale(axes, [*before, *(one.value for one in shown)])
     axes.set_xlim(left=0)
     figures.finish(figure, axes, "weights, MiB", metric)
-    told = "; ".join(f"{one.method} {one.ratio:g} ({one.size:.4g} MiB, {one.value:.4g})" for one in shown)
-    return Picture(name, f"{metric} against the size of the weights. Filled: nothing is pruned.", told, figure)
+    in_words = "; ".join(f"{one.method} {one.ratio:g} ({one.size:.4g} MiB, {one.value:.4g})" for one in shown)
+    return Picture(name, f"{metric} against the size of the weights. Filled: nothing is pruned.", in_words, figure)
 
 
 def _table(name: str, metric: str, shown: Sequence[Sized]) -> Table:

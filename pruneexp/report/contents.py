@@ -11,7 +11,7 @@ from pruneexp.report.against_share import accuracy_section, perplexity_section
 from pruneexp.report.bytes_figure import bytes_section
 from pruneexp.report.comparison import comparisons, unpublished
 from pruneexp.report.figures import styles
-from pruneexp.report.folders import Found
+from pruneexp.report.folders import RunsRead
 from pruneexp.report.methods import GROUPS, Runs, departures, describe
 from pruneexp.report.page import Folded, Report, Section
 from pruneexp.report.points import ACCURACY, accuracies, is_mean, kept_shares, left_out, machine, perplexities, removed
@@ -26,7 +26,7 @@ Show = Callable[[Any], Any]  # of a run, what a column has
 FEW = 3  # folders that the title names
 
 
-def report(found: Found, folders: Sequence[Path]) -> Report:
+def report(found: RunsRead, folders: Sequence[Path]) -> Report:
     """From runs to content. There is at least one run."""
     described = describe(found.runs)
     runs = sorted(described, key=lambda one: (one.context, one.method, one.ratio, str(one.seed), one.run.name))
@@ -57,7 +57,7 @@ def report(found: Found, folders: Sequence[Path]) -> Report:
     return Report(f"Pruning runs: {names}{more}", _header(runs, found), shown, notes, tables)
 
 
-def _header(runs: Runs, found: Found) -> list[str]:
+def _header(runs: Runs, found: RunsRead) -> list[str]:
     models = ", ".join(dict.fromkeys(one.context for one in runs))
     ended = sorted(str(one.run.status.get("ended") or "")[:10] for one in runs)
     when = f"{ended[0]} to {ended[-1]}" if ended[0] != ended[-1] else ended[0]
@@ -72,7 +72,7 @@ def _header(runs: Runs, found: Found) -> list[str]:
     return lines
 
 
-def _runs(runs: Runs, found: Found) -> Section:
+def _runs(runs: Runs, found: RunsRead) -> Section:
     # What a choice brings along is told by the method's name.
     keys = [key for one in runs for key in one.settings] + (["sparsity.of"] if removed(runs).note else [])
     keys = list(dict.fromkeys(keys))
@@ -137,7 +137,7 @@ def _kept(runs: Runs) -> Table:
     return Table("widths", "Share kept", ("run", "method", "ratio asked", "kind", "layer", "kept"), rows)
 
 
-def _left_out(found: Found) -> Section | None:
+def _left_out(found: RunsRead) -> Section | None:
     left = (*found.skipped, *found.repeats)
     columns: dict[str, Show] = {
         "folder": lambda one: one.name,

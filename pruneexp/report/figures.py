@@ -31,11 +31,11 @@ KIND_NAMES = UNITS | {"attention": "attention heads (KV groups)"}
 
 @dataclass(frozen=True)
 class Picture:
-    """`name` of its files; `told` is what it shows in words and numbers, for those who cannot see it."""
+    """`name` of its files; `in_words` is what it shows in words and numbers, for those who cannot see it."""
 
     name: str
     caption: str
-    told: str
+    in_words: str
     figure: Figure
 
     @cached_property
@@ -129,9 +129,9 @@ def pareto_figure(name: str, metric: str, cost: Cost, prices: Sequence[Priced], 
     log_scale(axes, [one.ppl for one in prices])
     axes.locator_params(axis="x", nbins=6)
     finish(figure, axes, cost.label, metric)
-    told = "; ".join(f"{one.method} {one.ratio:g} ({one.cost:.4g}, {one.ppl:.4g})" for one in front)
+    in_words = "; ".join(f"{one.method} {one.ratio:g} ({one.cost:.4g}, {one.ppl:.4g})" for one in front)
     caption = f"{metric} against {cost.label}; lower is better in both. Filled: no other point beats it."
-    return Picture(name, caption, f"on the front: {told}", figure)
+    return Picture(name, caption, f"on the front: {in_words}", figure)
 
 
 def widths_figure(name: str, kind: str, rows: Mapping[str, Runs]) -> Picture | None:
@@ -162,8 +162,8 @@ def widths_figure(name: str, kind: str, rows: Mapping[str, Runs]) -> Picture | N
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
     bar.ax.tick_params(colors=INK, labelsize=9)
     bar.outline.set_visible(False)
-    told = "; ".join(f"{label} {' '.join(f'{100 * v:.0f}' for v in row)}" for label, row in table.items())
-    return Picture(name, f"Share of {KIND_NAMES.get(kind, kind)} kept in each layer.", f"per cent: {told}", figure)
+    in_words = "; ".join(f"{label} {' '.join(f'{100 * v:.0f}' for v in row)}" for label, row in table.items())
+    return Picture(name, f"Share of {KIND_NAMES.get(kind, kind)} kept in each layer.", f"per cent: {in_words}", figure)
 
 
 def effects_figure(name: str, found: Ablation) -> Picture:
@@ -184,9 +184,9 @@ def effects_figure(name: str, found: Ablation) -> Picture:
     axes.set_xlabel(f"rise in ln {found.metric}")
     axes.locator_params(axis="x", nbins=5)  # "-0.025" and its like are wide
     axes.grid(axis="x", color=GRID, linewidth=0.6)
-    told = "; ".join(f"{effect.factor}={effect.level} {effect.mean:.4g}" for effect in found.effects)
+    in_words = "; ".join(f"{effect.factor}={effect.level} {effect.mean:.4g}" for effect in found.effects)
     text = f"Mean rise in ln {found.metric} at each level; bars of one standard deviation over the runs there."
-    return Picture(name, text, told, figure)
+    return Picture(name, text, in_words, figure)
 
 
 def as_png(figure: Figure) -> bytes:

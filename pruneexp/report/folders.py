@@ -53,7 +53,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Found:
+class RunsRead:
     """`repeats`: runs whose config and results another run has; `conflicts`: runs by config hash, with what differs."""
 
     runs: Sequence[Run]
@@ -66,7 +66,7 @@ class _Unusable(Exception):
     """Why a folder is left out."""
 
 
-def find(folders: Sequence[Path], versions: str) -> Found:
+def find(folders: Sequence[Path], versions: str) -> RunsRead:
     """The runs in `folders`: those themselves, or whatever lies below them. `versions`: "same" leaves out runs of other
     versions of pruneexp, "any" takes them. Raises ConfigError for a folder that is not there."""
     for folder in folders:
@@ -81,7 +81,7 @@ def find(folders: Sequence[Path], versions: str) -> Found:
         except _Unusable as reason:
             skipped.append(Skipped(name, one_line(reason)))
     kept, repeats, conflicts = _told_apart(runs)
-    return Found(kept, skipped, repeats, conflicts)
+    return RunsRead(kept, skipped, repeats, conflicts)
 
 
 def _run_folders(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:

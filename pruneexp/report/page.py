@@ -71,5 +71,5 @@ def _inline(picture: Picture) -> str:
     text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
     own = float(width[1]) * 4 / 3 if width else WIDTH * 96  # pixels
     size = f"width:100%;min-width:{0.8 * own:.0f}px;max-width:{1.35 * own:.0f}px"
-    label = html.escape(f"{picture.caption} {picture.told}", quote=True)
+    label = html.escape(f"{picture.caption} {picture.in_words}", quote=True)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="{size}"', 1)

@@ -61,9 +61,9 @@ def share_figure(
     cut = _scaled_by(axes, marks, [bound for point in points for bound in _bar(point)])
     axes.set_xlim(left=0)
     figures.finish(figure, axes, share.axis, metric, grid="y")
-    told = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
+    in_words = "; ".join(f"{p.method} {100 * p.share:.1f} %: {p.value:.4g}" for p in points)
     return Picture(
-        name, f"{metric} against the {share.name}, {_caption(metric, points, cut)}.{share.note}", told, figure
+        name, f"{metric} against the {share.name}, {_caption(metric, points, cut)}.{share.note}", in_words, figure
     )
 
 

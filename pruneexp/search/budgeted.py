@@ -28,7 +28,7 @@ class Global:
     units; each keeps `min_units`, and FFN widths that shrink become multiples of `multiple`: so many channels leave
     together, the lowest first, and rank by their mean.
 
-    Whole sublayers and blocks rank among them (`Removable` says what they are worth): zscore and mean are taken over
+    Whole sublayers and layers rank among them (`Removable` says what they are worth): zscore and mean are taken over
     all of a kind; none and per_parameter judge what they still hold, by its score and that over its cost (of a removal
     path, units then count by what they add to the cost).
     """
@@ -76,7 +76,7 @@ class Global:
         within_reach(self, sites, budget)
 
     def _mixed(self, removable: Removable) -> Plan:
-        """Units in multiples, sublayers and blocks in one ranking."""
+        """Units in multiples, sublayers and layers in one ranking."""
         require(removable.budget, removable.most)
         fine = {site.name: removable.scores[site.name] for site in removable.fine}
         values = self._comparable(fine, removable.fine, removable.budget)
@@ -92,7 +92,7 @@ class Global:
 
 
 def _composite_values(removable: Removable, normalise: str) -> Callable[[Item, Gone], float]:
-    """What a whole sublayer or block counts as in the ranking, given what has left."""
+    """What a whole sublayer or layer counts as in the ranking, given what has left."""
     if normalise == "none":
         return removable.loss
     if normalise == "per_parameter":
@@ -138,7 +138,7 @@ def _until(target: float, order: Tensor, cost: Tensor) -> Tensor:
 
 
 def removable(sites: Sequence[Site], min_units: int, budget: Budget, multiple: int = 1) -> int:
-    """What may leave at most, as the budget counts; of blocks, one always stays."""
+    """What may leave at most, as the budget counts; of layers, one always stays."""
     most = sum(removal_steps(site, min_units, multiple)[-1] * budget.price(site) for site in sites)
     blocks = [budget.price(site) for site in sites if site.kind == "block"]
     return most - max(blocks, default=0)

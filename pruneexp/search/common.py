@@ -59,7 +59,7 @@ def standardised(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
 
     `ColumnScores`: each channel's z-score over all channels of the site (mean 0, unbiased standard deviation 1), a
     unit's being the mean of its channels', as in FLAP (An et al., AAAI 2024; operations in the order of the released
-    code). Other scores: over the site's units; sites of a single unit (a whole sublayer, a whole block) are
+    code). Other scores: over the site's units; sites of a single unit (a whole sublayer, a whole layer) are
     standardised together, by kind. Scores without any spread become 0 (NaN in the released code).
     """
     known = checked(scores, sites)

@@ -43,7 +43,7 @@ class Evolutionary:
     A structure is judged with the out-projections of its removal paths, fitted anew, where the criterion gives any. All
     structures meet the budget to the nearest FFN channel (to `multiple` of them, of which FFN widths that shrink become
     multiples). With attention or ffn in `granularity`, a level may also be all units of such a site (`Removable` says
-    what stays); blocks only leave alone. For `effort` plain passes over the calibration tokens:
+    what stays); layers only leave alone. For `effort` plain passes over the calibration tokens:
 
     1. The best of some starts: the same share everywhere, heads spared or charged more, the allotment of least summed
        removal cost, and, with whole sublayers, what `Global` removes by score over cost. Where the effort is too little

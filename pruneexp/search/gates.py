@@ -1,4 +1,4 @@
-"""Probabilities of staying, for every unit, whole sublayer and whole block that may leave."""
+"""Probabilities of staying, for every unit, whole sublayer and whole layer that may leave."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pruneexp.types import Plan
 
 class Gates:
     """Independent Bernoulli variables in one vector: the units of each site that may leave, then a gate for every
-    sublayer and block. What is inside a closed gate is gone."""
+    sublayer and layer. What is inside a closed gate is gone."""
 
     def __init__(self, removable: Removable):
         self.removable = removable

@@ -67,7 +67,7 @@ def check_settings(method: Amounts) -> None:
 
 
 def check_units_alone(granularity: Granularity, why: str) -> None:
-    """Raises ConfigError, saying why, where whole sublayers or blocks may leave."""
+    """Raises ConfigError, saying why, where whole sublayers or layers may leave."""
     if not set(granularity) <= set(UNITS.values()):
         raise ConfigError(
             f"granularity={granularity!r}: expected heads, channels or both (or query_heads, experts); {why}"
@@ -75,7 +75,7 @@ def check_units_alone(granularity: Granularity, why: str) -> None:
 
 
 def is_plain(granularity: Granularity, multiple: int) -> bool:
-    """Units one by one, nothing that holds others: heads, channels or both; or blocks alone."""
+    """Units one by one, nothing that holds others: heads, channels or both; or layers alone."""
     if set(granularity) <= set(UNITS.values()):
         return multiple == 1 or "channels" not in granularity
     return granularity == ["blocks"]
@@ -88,7 +88,7 @@ def is_nested(granularity: Granularity) -> bool:
 
 
 def scored_as(granularity: Sequence[str], judges: Collection[str]) -> Literal["wholes", "units"] | None:
-    """How a criterion can score what a search may remove: as whole sublayers and blocks, or by units, whose scores add
+    """How a criterion can score what a search may remove: as whole sublayers and layers, or by units, whose scores add
     up to those of wholes; None where it can do neither."""
     if all(_AS_WHOLE.get(name) in judges for name in granularity):
         return "wholes"
@@ -114,7 +114,7 @@ def complete(sites: Sequence[Site], budget: Budget) -> bool:
 
 
 def least_units(site: Site, min_units: int) -> int:
-    """Units that a site keeps: `min_units`, of experts as many as a token needs, of a block none (one block of all
+    """Units that a site keeps: `min_units`, of experts as many as a token needs, of a layer none (one layer of all
     stays)."""
     return 0 if site.kind == "block" else max(min_units, site.least)
 

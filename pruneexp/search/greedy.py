@@ -28,7 +28,7 @@ from pruneexp.types import (
 
 logger = logging.getLogger("pruneexp")
 
-Choice = tuple[int, Site, tuple[int, ...]]  # units, a whole sublayer or a block; which units leave with it
+Choice = tuple[int, Site, tuple[int, ...]]  # units, a whole sublayer or a layer; which units leave with it
 Keep = dict[str, Tensor]  # site -> mask [U] of units that are left
 
 
@@ -40,10 +40,10 @@ class Greedy:
 
     first=scores: the first unit leaves by the scores (with criterion=loss_drop they are that round's losses); probes:
     by losses, as all others. `shortlist`: how many of the lowest-scored units a round probes, null: all. Sites in the
-    first `keep_first` and last `keep_last` layers stay whole, the others keep `min_units` (blocks: one of all).
+    first `keep_first` and last `keep_last` layers stay whole, the others keep `min_units` (layers: one of all).
     Losses that are not finite are skipped and counted; ties in the loss go to the first in the order of the layers.
 
-    Whole sublayers and blocks are units like others (`Removable` has their scores). normalise=per_parameter: by what
+    Whole sublayers and layers are units like others (`Removable` has their scores). normalise=per_parameter: by what
     the loss rises by over what leaves, for units that differ in size, and scores likewise. Of an FFN whose widths are
     to be multiples of `multiple`, the channels of lowest score are probed together.
     """

@@ -19,7 +19,7 @@ class Layerwise:
     """Every layer loses the same share; inside a layer, heads and channels are ranked together, lowest first.
 
     `Global` for one layer at a time, `normalise` included (none: scores on one scale, as LLM-BIP's bounds of what a
-    block's output changes by are; per_parameter: the same, by what a unit costs). What a layer leaves over or takes
+    layer's output changes by are; per_parameter: the same, by what a unit costs). What a layer leaves over or takes
     too much goes into the next layer's budget, so that the whole is met to half the cost of the cheapest unit.
     """
 

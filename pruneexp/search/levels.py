@@ -79,7 +79,7 @@ class Structures:
 
     @property
     def removable(self) -> int:
-        """What may leave at most; of blocks, one always stays."""
+        """What may leave at most; of layers, one always stays."""
         blocks = [self.budget.price(site) for site in self.chosen if site.kind == "block"]
         return self.removed(self.most) - max(blocks, default=0)
 

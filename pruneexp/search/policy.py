@@ -47,7 +47,7 @@ class PolicyGradient:
     what the budget lets stay, sum s cost <= budget: of heads and of channels apart (budgets=separate, the code's) or
     together (joint). At last the units of lowest s leave, the budget met to the nearest unit.
 
-    Whole sublayers and blocks have a probability too: a gate that what they hold is behind. Beside what they hold
+    Whole sublayers and layers have a probability too: a gate that what they hold is behind. Beside what they hold
     (granularity=[channels, ffn], say) there is one budget for all, and all probabilities are lowered alike to meet it.
 
     `initial`: scores, standardised within each site (of wholes, among those of a kind), through a sigmoid, and shifted
@@ -165,7 +165,7 @@ class PolicyGradient:
         return s
 
     def _ranked(self, gates: Gates, learned: Sequence[Tensor]) -> Plan:
-        """What has the lowest probability leaves, sublayers and blocks among the units."""
+        """What has the lowest probability leaves, sublayers and layers among the units."""
         known = {(tier, site.name): s for (tier, site), s in zip(gates.items, learned, strict=True)}
         removable = gates.removable.rescored({site.name: known[UNIT, site.name] for site in gates.removable.fine})
         units = {}

@@ -24,10 +24,10 @@ def ranked(
     cheapest one (or half of itself).
 
     `unit_values`: by site, of what leaves with each step; a site's units leave in the order of its scores.
-    `composite_value`: of a whole sublayer or block given what has left, asked anew whenever something in it leaves.
+    `composite_value`: of a whole sublayer or layer given what has left, asked anew whenever something in it leaves.
     Where the walk ends too early, the first item in the ranking that can be made up for leaves, and the last of those
     that have left come back; where that does not do, layers change as little as they have to. Ties leave in the order
-    of layer, units before sublayers before blocks, site name.
+    of layer, units before sublayers before layers, site name.
     """
     walk = _Walk(removable, unit_values, composite_value)
     walk.up()
@@ -208,7 +208,7 @@ def _inside(removable: Removable, layer: int) -> list[Site]:
 
 
 def _options(removable: Removable, layer: int) -> list[tuple[int, dict[str, int], bool]]:
-    """What may leave a layer: its cost, the units of each site, whether the block leaves."""
+    """What may leave a layer: its cost, the units of each site, whether the layer leaves."""
     own, found = _inside(removable, layer), []
     for counts in itertools.product(*(removable.steps[site.name] for site in own)):
         cost = sum(removable.budget.taken(site, count) for count, site in zip(counts, own, strict=True))

@@ -1,9 +1,9 @@
-"""What may leave in one search, what it costs and what it is worth: units, whole sublayers, whole blocks.
+"""What may leave in one search, what it costs and what it is worth: units, whole sublayers, whole layers.
 
-A *composite* (a whole sublayer or block) is worth what it holds: a sublayer's score is the sum of its units' (of a
-removal path: its last cumulative cost), a block's the sum of its sublayers', unless the criterion scores it as a whole.
+A *composite* (a whole sublayer or layer) is worth what it holds: a sublayer's score is the sum of its units' (of a
+removal path: its last cumulative cost), a layer's the sum of its sublayers', unless the criterion scores it as a whole.
 When it leaves, what it still holds leaves with it, and only that is counted. It ignores `min_units`. Of the whole
-attention sublayers, of the FFNs and of the blocks, the one with the highest score always stays; among blocks, it keeps
+attention sublayers, of the FFNs and of the layers, the one with the highest score always stays; among layers, it keeps
 its sublayers too. A whole expert, a unit like others, is worth what its channels are together.
 """
 
@@ -30,7 +30,7 @@ from pruneexp.search.granularity import (
 from pruneexp.types import Budget, Plan, RemovalPath, Score, Scores, Site, unit_scores
 
 UNIT, SUBLAYER, BLOCK = range(3)
-Item = tuple[int, Site]  # what may leave at once: the next units of a site, a whole sublayer, a whole block
+Item = tuple[int, Site]  # what may leave at once: the next units of a site, a whole sublayer, a whole layer
 
 
 def unit_order(score: Score, units: int) -> Tensor:
@@ -54,7 +54,7 @@ def whole_score(score: Score) -> float:
 
 
 def block_scores(scores: Scores, blocks: Sequence[Site]) -> dict[str, Tensor]:
-    """Scores of whole blocks, [1] each, from those of the sublayers in them."""
+    """Scores of whole layers, [1] each, from those of the sublayers in them."""
     inside = {block.name: [scores[name] for name in scores if name.startswith(f"{block.name}.")] for block in blocks}
     return {name: torch.tensor([sum(map(whole_score, own))]).double() for name, own in inside.items()}
 
@@ -77,7 +77,7 @@ def bundled(values: Tensor, steps: Sequence[int]) -> list[float]:
 
 @dataclass
 class Gone:
-    """What has left so far: units by site, blocks by layer."""
+    """What has left so far: units by site, and whole layers."""
 
     units: dict[str, int]
     layers: set[int] = field(default_factory=set)
@@ -116,7 +116,7 @@ class Removable:
             self.score.setdefault(site.name, self._whole_score(site, True))
             added = losses_in_order(scores[site.name], site.units).cumsum(0)
             self.losses[site.name] = [0.0, *added.tolist()]
-        plain = is_plain(granularity, multiple)  # blocks alone: any may leave, and one of all stays
+        plain = is_plain(granularity, multiple)  # layers alone: any may leave, and one of all stays
         self.composites = [(BLOCK, site) for site in self.wholes] if plain else self._but_the_best(self.wholes)
         self.one_stays = plain and len(self.chosen) == len(self.sites)
         self.unit_steps = {site.name: removal_steps(site, min_units, multiple) for site in self.fine}
@@ -127,13 +127,13 @@ class Removable:
         }
 
     def _whole_score(self, site: Site, by_unit: bool) -> float:
-        """Of a sublayer or block, as it was scored, or summed up."""
+        """Of a sublayer or layer, as it was scored, or summed up."""
         if site.kind == "block" and site.name not in self.scores:
             return sum(self._whole_score(inner, True) for inner in self.inside[site.layer])
         return whole_score(checked_score(self.scores, site, or_one=not by_unit))
 
     def _but_the_best(self, composites: Sequence[Site]) -> list[Item]:
-        """The composites that may leave: all but the best of each kind, or all but those of the best block's layer."""
+        """The composites that may leave: all but the best of each kind, or all but those of the best layer."""
         stay: set[str] = set()
         best = [site for site in composites if site.kind == "block"]
         for kind in ["block"] if best else ["attention", "mlp"]:
@@ -189,7 +189,7 @@ class Removable:
         return self.score[site.name] if units == site.units else self.losses[site.name][units]
 
     def plan(self, keep: Mapping[str, Tensor], out: Collection[int]) -> Plan:
-        """Masks [U] of units that stay (sites without one stay whole), and the layers whose blocks leave."""
+        """Masks [U] of units that stay (sites without one stay whole), and the layers that leave."""
         base = any(site.kind != "block" for site in self.sites)
         shown = [s for s in self.sites if not base or (s.layer in out) == (s.kind == "block")]
         masks = {site.name: keep[site.name] for site in shown if site.name in keep}

@@ -73,7 +73,7 @@ class Uniform:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_units_alone(self.granularity, "a whole sublayer or block has no share to lose")
+        check_units_alone(self.granularity, "a whole sublayer or layer has no share to lose")
         for name in ("protect_first", "protect_last"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share of the layers, in [0, 1)")

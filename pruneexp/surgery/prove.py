@@ -118,7 +118,7 @@ def prove_in_place(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense |
 
 
 class BlockProof:
-    """Proof of a streamed checkpoint, block by block: what each shrunk block computed on a few windows while it was at
+    """Proof of a streamed checkpoint, layer by layer: what each shrunk layer computed on a few windows while it was at
     hand, against what the reloaded one computes on the same input."""
 
     def __init__(self, model: Model, tokens_BT: Tensor):
@@ -139,7 +139,7 @@ class BlockProof:
         self.hidden_BTD = self.outputs[-1]
 
     def compare(self, folder: Path) -> dict[str, Any]:
-        """Reloads `folder` through its own config, one block at a time, then the head."""
+        """Reloads `folder` through its own config, one layer at a time, then the head."""
         reloaded = _source(self.model, folder, stream=True).load()
         hidden, calls = reloaded.enter(self.tokens_BT)
         gaps = []

@@ -177,7 +177,7 @@ class StreamedSave:
         return form
 
     def prove(self) -> dict[str, Any]:
-        """Reloads the checkpoint block by block, by its own config, and compares what each block computes."""
+        """Reloads the checkpoint layer by layer, by its own config, and compares what each layer computes."""
         return self.proof.compare(self.folder)
 
 

@@ -40,7 +40,7 @@ class Width:
 def widths(plan: Plan, sites: Sequence[Site]) -> dict[str, list[Width]]:
     """What is left of each layer, by kind of site, in the order of the layers.
 
-    A removed block takes its sublayers along. A kind that is there only as whole blocks is shown as such."""
+    A removed layer takes its sublayers along. A kind that is there only as whole layers is shown as such."""
     removed = {name for name, site in plan.sites.items() if site.kind == "block" and not site.kept}
     experts = {name: site for name, site in plan.sites.items() if site.kind == "experts"}
     fewer_heads = any(site.kept_query_heads is not None for site in plan.sites.values())

@@ -1,4 +1,4 @@
-"""The nouns of a pruning run: sites, blocks, plans, budgets, and the protocols that methods satisfy.
+"""The nouns of a pruning run: sites, layers, plans, budgets, and the protocols that methods satisfy.
 
 Shape letters, used as suffixes of tensor names everywhere in this package:
 
@@ -12,7 +12,7 @@ A *site* is one prunable axis of one decoder layer: U interchangeable units. Rem
 fc2).
 """
 
-from pruneexp.types.defaults import evidence_kinds, filled, updated_, updates_in_place
+from pruneexp.types.defaults import evidence_kinds, filled
 from pruneexp.types.nouns import (
     Candidate,
     ColumnScores,
@@ -104,6 +104,4 @@ __all__ = [
     "start_name",
     "times_of",
     "unit_scores",
-    "updated_",
-    "updates_in_place",
 ]

@@ -11,7 +11,7 @@ from pruneexp.types.sources import source_of
 Defaults = Mapping[str, Any]
 
 
-def _nothing(*_: Any) -> None: ...
+def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _zero(*_: Any) -> int:
@@ -74,7 +74,18 @@ EVALUATOR: Defaults = {
     "length": None,
     "batch_size": 1,
 }
-DATASET: Defaults = {"samples": None, "length": None, "evaluation_samples": None, "origins": None, "apart": None}
+DATASET: Defaults = {
+    "samples": None,
+    "length": None,
+    "evaluation_samples": None,
+    "contiguous": False,
+    "bos": None,  # its windows are used as they are
+    "origins": None,
+    "apart": None,
+    "check": _nothing,
+    "key": lambda *seen: f"dataset ({seen[-1]})",
+    "description": lambda *_: {"kind": "own"},
+}
 AUGMENTATION: Defaults = {"working_bytes": _zero}
 QUANTISE: Defaults = {
     "in_place": False,
@@ -119,18 +130,10 @@ def evidence_kinds(wanted: Any) -> tuple[Any, ...]:
     for kind in kinds:
         if hasattr(kind, "source"):
             source_of(kind)
-        if absent := [name for name in ("source", "empty") if not hasattr(kind, name)]:
+        needed = ("source", "empty", *["update_"] * isinstance(kind, type))  # a value stands for what its `empty` gives
+        if absent := [name for name in needed if not hasattr(kind, name)]:
             what = f"{kind!r} has no {' and no '.join(absent)}"
-            raise ConfigError(f"{what}; expected statistics, several of them as a tuple, or None")
+            expected = f"expected statistics with {', '.join(needed)}, several of them as a tuple, or None"
+            raise ConfigError(f"{what}; {expected}")
         filled(kind, EVIDENCE)
     return kinds
-
-
-def updates_in_place(kind: Any) -> bool:
-    """Whether evidence of this kind is updated in its own memory."""
-    return hasattr(kind, "update_")
-
-
-def updated_(evidence: Any, *seen: Any) -> Any:
-    """The evidence after an update, which happens in its own memory where it has an `update_`."""
-    return getattr(evidence, "update_", evidence.update)(*seen)

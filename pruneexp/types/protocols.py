@@ -19,25 +19,26 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Evidence(Protocol):
-    """What calibration collects for one site. Values: `update` and `merge` return new evidence. `update_`, where there
-    is one, is called in the stead of `update` and may return evidence in the memory of the old. What may be left out,
-    here and in the protocols below, is in `types/defaults.py`, with what that means.
+    """What calibration collects for one site. `update_` and `merge` return evidence; that of `update_` may be in the
+    memory of the old, which is then spent. What may be left out, here and in the protocols below, is in
+    `types/defaults.py`, with what that means.
 
-    `source` says which collector feeds it, and so what `update` receives:
+    `source` says which collector feeds it, and so what `update_` receives:
 
-    - "reader": `update(x_BTC)`, the out-projection's input, batch by batch; an expert's tokens, of many windows, as
+    - "reader": `update_(x_BTC)`, the out-projection's input, batch by batch; an expert's tokens, of many windows, as
       one: `by_window` says that windows must be told apart
-    - "writer": `update(x_BTD)`, what the site's in-projections read
-    - "wanted": `update(x_BTC, y_BTO)`, the out-projection's input in the partly pruned model, and the output with which
-      the hidden state behind it would be the dense model's (compensators that walk site by site). `of(site, keep_C)`,
-      where it is not None, in the stead of `empty`: evidence of the channels that stay; x is then of these alone
-    - "block": `update(x_BTD, y_BTD)`, hidden states before and after the block
-    - "probe": `update(without, whole)`, the calibration loss with the site (a whole block) off, and on
-    - "gradient": `update(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
+    - "writer": `update_(x_BTD)`, what the site's in-projections read
+    - "wanted": `update_(x_BTC, y_BTO)`, the out-projection's input in the partly pruned model, and the output with
+      which the hidden state behind it would be the dense model's (compensators that walk site by site).
+      `of(site, keep_C)`, where it is not None, in the stead of `empty`: evidence of the channels that stay; x is then
+      of these alone
+    - "block": `update_(x_BTD, y_BTD)`, hidden states before and after the layer
+    - "probe": `update_(without, whole)`, the calibration loss with the site (a whole layer) off, and on
+    - "gradient": `update_(gradients, windows)`, the gradients (SiteWeights) of the mean loss of a batch of windows;
       `per_sample` (a class variable) asks for one window at a time
-    - "influence": `update(derivatives)`, second derivatives of the loss by gates on the site's units; once for each of
+    - "influence": `update_(derivatives)`, second derivatives of the loss by gates on the site's units; once for each of
       the parts that the windows are split into
-    - "zeroth_order": `update(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
+    - "zeroth_order": `update_(direction, slope)`, a SiteWeights of perturbation directions (of the units' gates: [U])
       and the directional derivative (L(w + eps z) - L(w - eps z)) / (2 eps) measured along them
 
     `fits`: weights are fitted to it, as to second moments, which wants many tokens. `wide`: it takes differences that
@@ -65,7 +66,7 @@ class Evidence(Protocol):
     @classmethod
     def empty(cls, site: Site) -> Self: ...
 
-    def update(self, *observed: Any) -> Self: ...
+    def update_(self, *observed: Any) -> Self: ...
 
     def merge(self, other: Self) -> Self: ...
 

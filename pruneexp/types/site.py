@@ -1,4 +1,4 @@
-"""Sites and blocks: what can leave a layer, and its tensors."""
+"""Sites and layers: what can leave a layer, and its tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTHING = Cost(0, 0, 0)
 
 @dataclass(frozen=True)
 class Site:
-    """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or block)."""
+    """One prunable axis: U interchangeable units of one sublayer (U = 1: the whole sublayer or layer)."""
 
     name: str  # module path in the original model: "model.layers.0.self_attn", "model.layers.0.mlp", "...mlp.experts.3"
     # "attention" (unit = KV group: a key/value head and its query heads; a query head where one key/value head serves
@@ -74,4 +74,4 @@ class Block:
     sites: tuple[Site, ...]
     weights: Mapping[str, SiteWeights]  # by site name
     norms: Mapping[str, Tensor] = field(default_factory=dict)  # site name -> scale [D] of the norm in front of it
-    side_by_side: bool = False  # the FFN does not see what attention gives, both read the block's input
+    side_by_side: bool = False  # the FFN does not see what attention gives, both read the layer's input

@@ -18,7 +18,7 @@ Sequential = bool | Literal["always"]  # of a criterion: see `Criterion`
 
 @dataclass(frozen=True)
 class Source:
-    """`collector`: what collects it: the walk block by block, in the pass that all such evidence shares; the walk
+    """`collector`: what collects it: the walk layer by layer, in the pass that all such evidence shares; the walk
     sublayer by sublayer; or whole passes through the model, before the walk."""
 
     collector: Literal["walk", "site_walk", "whole_model"]

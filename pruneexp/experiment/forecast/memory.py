@@ -30,7 +30,7 @@ from pruneexp.pruning.ask import LEAST_BATCHES
 from pruneexp.pruning.budget import blocks_alone
 from pruneexp.pruning.dense_evidence import distinct, empty_bytes
 from pruneexp.surgery import STREAMED_SHARD_BYTES
-from pruneexp.types import Site, collected_by, evidence_kinds, updates_in_place
+from pruneexp.types import Site, collected_by, evidence_kinds
 
 PARTS = ("process", "weights", "hidden states", "activations", "statistics", "solves", "kept", "copies")
 TRAINED = 5  # times a layer's weights: themselves, the best ones, gradients, two moments
@@ -249,11 +249,9 @@ class Memory:
         return sum(held_bytes(kind, self.shape.sites, self.shape) for kind in kinds)
 
     def _of_any_layer(self, kinds: Sequence[Any]) -> int:
-        """Evidence of the layer that has most and, where it does not grow in place, a second copy of the largest
-        site's."""
+        """Evidence of the layer that has most."""
         layers = (self.shape.of_layer(index) for index in range(len(self.shape.layers)))
-        sums = (sum(held_bytes(kind, sites, self.shape) for kind in kinds) for sites in layers)
-        return max(sums, default=0) + self._widest_of([kind for kind in kinds if not updates_in_place(kind)])
+        return max((sum(held_bytes(kind, sites, self.shape) for kind in kinds) for sites in layers), default=0)
 
     def _widest_of(self, kinds: Sequence[Any]) -> int:
         return max((held_bytes(kind, [site], self.shape) for kind in kinds for site in self.shape.sites), default=0)

@@ -72,7 +72,7 @@ def _check_streamed(experiment: Experiment) -> None:
     held = [name for name, each in experiment.evaluators.items() if not each.streams]
     for found, group, why, instead in (
         (differentiates, "criterion", backward, "a criterion that only needs forward passes"),
-        (probes, "criterion", losses, "a criterion that goes block by block"),
+        (probes, "criterion", losses, "a criterion that goes layer by layer"),
         (experiment.search.probes, "search", losses, "a search that goes by scores"),
         (experiment.recovery.trains, "recovery", trains, "recovery=none"),
         (experiment.quantise.applies, "quantise", "changes what a streamed run has written by then", "quantise=none"),
@@ -102,7 +102,7 @@ def _check_granularity(experiment: Experiment) -> None:
         typed = "search.granularity" in typed_keys(experiment.job["overrides"])
         own = f" search.granularity={list(granularity)!r}" if typed else ""
         raise ConfigError(
-            f"criterion={criterion} scores whole blocks, which search={search}{own} does not remove; "
+            f"criterion={criterion} scores whole layers, which search={search}{own} does not remove; "
             "expected search=blocks, sublayers or greedy as they are, or a criterion of heads and channels"
         )
     unscored = [name for name in granularity if scored_as([name], judges) is None]

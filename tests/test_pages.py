@@ -265,7 +265,7 @@ def breakages() -> dict[str, tuple[Any, str]]:
         "no_environment": (lambda f: (f / "environment.json").unlink(), "environment.json is missing"),
         "no_versions": (data("environment.json", versions="0.1"), "environment.json: expected versions"),
         "no_prints": (data("environment.json", model=["llama"]), "environment.json: expected versions, and finger"),
-        "budget": (data("plan.json", budget=[0.2]), "plan.json: budget: expected an object"),
+        "budget": (data("plan.json", budget=[0.2]), "budget=[0.2]: expected an object"),
         "no_plan": (lambda f: (f / "plan.json").unlink(), "plan.json is missing"),
         "plan_2": (text("plan.json", lambda old: old.replace('"version": 1', '"version": 2')), "plan.json: ValueError"),
         "cut": (text("metrics.json", lambda old: old[:40]), "metrics.json is no JSON"),

@@ -87,7 +87,10 @@ class Plan:
         if data.get("version") != PLAN_VERSION:
             raise ValueError(f"version={data.get('version')!r}: expected a plan of version {PLAN_VERSION}")
         sites = {name: SitePlan.from_data(site) for name, site in data["sites"].items()}
-        return cls(sites, dict(data.get("budget", {})))
+        budget = data.get("budget", {})
+        if not isinstance(budget, dict):
+            raise ValueError(f"budget={budget!s:.60}: expected an object")
+        return cls(sites, budget)
 
     def removed(self, site: Site) -> int:
         """Units of `site` that leave."""

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import pruneexp
 from tests.furnished import EMBEDDED
 
-QUICK = ["evaluator=[perplexity,size]", "run.dir=run", "run.save=false", "run.prove=off", "cache=off"]
+QUICK = ["evaluator=[perplexity,size]", "evaluator.perplexity.length=null", "run.dir=run", "run.save=false"]
+QUICK += ["run.prove=off", "cache=off"]
 
 
 class Counted:

@@ -1,4 +1,4 @@
-"""What pruning costs, against one plain forward pass of the decoder blocks over the same tokens.
+"""What pruning costs, against one plain forward pass of the decoder layers over the same tokens.
 
     python -m tests.benchmarks.pruning_cost [--layers 12] [--windows 32] [--repeats 5] [--threads 2]
 
@@ -57,7 +57,7 @@ def experiment_of(folder: Path, overrides: list[str]) -> Any:
 
 
 def plain_pass(model: Any, tokens_NT: Tensor) -> float:
-    """Seconds of the decoder blocks alone, on entered hidden states."""
+    """Seconds of the decoder layers alone, on entered hidden states."""
     entered = [model.enter(batch) for batch in tokens_NT.split(model.batch_size)]
     start = time.perf_counter()
     for hidden, calls in entered:

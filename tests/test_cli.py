@@ -27,6 +27,7 @@ from pruneexp.experiment.settings import Experiment, RunSettings
 from pruneexp.fingerprint import config_hash
 from pruneexp.tracker.folder import claim_folder
 from pruneexp.types import ConfigError, RunError, size_text
+from tests.cases import each
 from tests.messages import assert_told
 
 OTHER_TEXT = [
@@ -271,17 +272,26 @@ MISTAKES: list[tuple[str, str, list[str]]] = [  # what is typed, what the line n
 ]
 
 
-@pytest.mark.parametrize(
-    ("command", "named", "typed"),
-    [
-        pytest.param(*case, marks=[pytest.mark.slow] if "--multirun" in case[0] or "sweep=" in case[0] else [])
-        for case in MISTAKES
-    ],
-    ids=[case[0] for case in MISTAKES],
-)
+def of_a_sweep(command: str) -> bool:
+    return "--multirun" in command or "sweep=" in command
+
+
+@each("command, named, typed", [case for case in MISTAKES if not of_a_sweep(case[0])])
 def test_a_mistake_is_answered_in_one_line(
     command: str, named: str, typed: list[str], cli: Cli, runs: list[Experiment]
 ) -> None:
+    assert_answered_in_one_line(command, named, typed, cli, runs)
+
+
+@pytest.mark.slow
+@each("command, named, typed", [case for case in MISTAKES if of_a_sweep(case[0])])
+def test_a_sweeps_mistake_is_answered_in_one_line(
+    command: str, named: str, typed: list[str], cli: Cli, runs: list[Experiment]
+) -> None:
+    assert_answered_in_one_line(command, named, typed, cli, runs)
+
+
+def assert_answered_in_one_line(command: str, named: str, typed: list[str], cli: Cli, runs: list[Experiment]) -> None:
     ended = cli(*command.split())
     assert ended.code == 2 and ended.out == ""
     assert_told(ended.err, named, *typed)

@@ -25,6 +25,7 @@ from pruneexp.report.points import machine, points
 from pruneexp.report.published import tables as published_tables
 from pruneexp.report.statistics import t_quantile
 from pruneexp.types import Plan, SitePlan
+from tests.cases import each
 from tests.report_samples import PPL, config, environment, metrics, plan, write_run
 
 CONF = conf_folder()
@@ -675,8 +676,8 @@ def test_names_are_text_and_nothing_else(tmp_path: Path, drawn: None) -> None:
     assert len(re.findall(r"(?<!\\)\|", row)) == 1 + len(rows(out / "tables" / "runs.csv")[0])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+@each(
+    "arguments, message",
     [
         ([], "FOLDER is missing"),
         (["{runs}/nowhere"], "FOLDER='{runs}/nowhere': no such folder"),
@@ -737,7 +738,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
+@each("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
 def test_a_recipe_is_told_from_its_parts(recipe: str) -> None:
     found, choices = choices_of(config(f"recipe={recipe}"))
     assert found == recipe and not any(one.departures for one in choices.values())
@@ -795,10 +796,7 @@ def test_published_figures_of_a_swapped_criterion_stand_beside_runs_that_swap_it
     assert beside == {"L2": {"magnitude_coupled"}, "Random": {"random"}, "Element1": {"taylor"}}
 
 
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))],
-)
+@each("group, name", [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))])
 def test_an_option_is_told_from_its_settings(group: str, name: str) -> None:
     node = OmegaConf.create({group: options(group)[name], "seed": 0})
     assert choice(group, OmegaConf.to_container(node, resolve=True)).name == name  # type: ignore[arg-type]

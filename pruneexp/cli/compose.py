@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import Any, cast
 import yaml
 from hydra import version as hydra_version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -70,7 +73,10 @@ def open_hydra(config_dir: str | None = None) -> Hydra:
         ConfigStore.instance().repo.setdefault("sweep", {})[node.name] = node
     hydra_version.setbase("1.3")
     GlobalHydra.instance().clear()
-    return Hydra.create_main_hydra2("pruneexp", search_path)
+    hydra = Hydra.create_main_hydra2("pruneexp", search_path)
+    loader = cast(ConfigLoaderImpl, hydra.config_loader)
+    loader.repository = ConfigFiles(loader.repository)
+    return hydra
 
 
 @cache
@@ -81,6 +87,29 @@ def _sweep_node(path: Path, modified: int) -> ConfigNode:
     except Exception as error:
         raise ConfigError(f"sweeps/{path.name}: not YAML: {one_line(error)}") from error
     return ConfigNode(name=path.name, node=node, group="sweep", package="_global_", provider="sweeps")
+
+
+class ConfigFiles(ConfigRepository):
+    """Config files where Hydra looks for them, each read once: it reads all of them again for every config.
+
+    A copy has the same sources: Hydra copies them, with all files in its store, for every config.
+    """
+
+    def __init__(self, found: ConfigRepository):
+        self.sources = found.sources
+        self.read: dict[str, ConfigResult | None] = {}
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        super().initialize_sources(config_search_path)
+        self.read = {}
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if config_path not in self.read:
+            self.read[config_path] = super().load_config(config_path)
+        return deepcopy(self.read[config_path])
+
+    def __deepcopy__(self, memo: dict) -> ConfigFiles:
+        return copy(self)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from typing import TYPE_CHECKING, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
-from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pruneexp.cli.compose import SECTIONS, Composed, check_dataset, compose_raw, composed, quoted, unswept
+from pruneexp.cli.compose import (
+    SECTIONS,
+    Composed,
+    ConfigFiles,
+    check_dataset,
+    compose_raw,
+    composed,
+    quoted,
+    unswept,
+)
 from pruneexp.cli.explain import explained
 from pruneexp.conf_files import override_parts
 from pruneexp.fingerprint import NOT_HASHED
@@ -89,26 +95,6 @@ def _typed(config: DictConfig) -> list[str]:
     return [*of_file, *map(str, cast(list, typed))]
 
 
-class _Files(ConfigRepository):
-    """Config files where Hydra looks for them, each read once: it reads all of them again for every config."""
-
-    def __init__(self, found: ConfigRepository):
-        self.sources = found.sources
-        self.read: dict[str, ConfigResult | None] = {}
-
-    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
-        super().initialize_sources(config_search_path)
-        self.read = {}
-
-    def load_config(self, config_path: str) -> ConfigResult | None:
-        if config_path not in self.read:
-            self.read[config_path] = super().load_config(config_path)
-        return deepcopy(self.read[config_path])
-
-    def __deepcopy__(self, memo: dict) -> _Files:
-        return copy(self)
-
-
 class JobComposer:
     """Composes a multirun's jobs as Hydra does. What several jobs choose alike is composed once, and each job's values
     are set in a copy of it, which takes a tenth of the time."""
@@ -116,7 +102,7 @@ class JobComposer:
     def __init__(self, hydra: Hydra, config: DictConfig):
         self.hydra, self.config = hydra, config
         self.loader = ConfigLoaderImpl(hydra.config_loader.get_search_path())
-        self.loader.repository = _Files(self.loader.repository)
+        self.loader.repository = ConfigFiles(self.loader.repository)
         self.parser = OverridesParser.create(config_loader=hydra.config_loader)
         self.parsed: dict[str, Override] = {}
         self.groups: dict[str, bool] = {}

@@ -115,6 +115,8 @@ def prune(
     for name in parts:
         if name not in PARTS:
             raise ConfigError(f"{name}={parts[name]!r}: unknown; expected one of {', '.join(PARTS)}")
+    if not isinstance(recipe, str):
+        raise ConfigError(f"recipe={recipe!r}: expected a recipe's name; settings are overrides=['search.effort=10']")
     with _undisturbed(), _flags_kept(model) as flags:
         typed = [f"recipe={recipe}", f"sparsity.ratio={ratio}", *_texts(overrides)]
         where = None if folder is None else _folder(folder)

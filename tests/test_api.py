@@ -383,6 +383,7 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
             pruneexp.prune(model, tokenizer, wrong)
     for settings, message in (
         ({"recipe": "flapp"}, "recipe=flapp: expected one of .*; did you mean recipe=flap"),
+        ({"recipe": ["search.effort=3"]}, r"recipe=\['search.effort=3'\]: expected a recipe's name; settings are ov"),
         ({"ratio": 2}, "sparsity.ratio=2"),
         ({"overrides": ["model=hf"]}, "model=hf: the model is given"),
         ({"overrides": ["+sweep=grid"]}, r"\+sweep=grid: a sweep is of many runs"),

@@ -146,8 +146,14 @@ def test_pruned_twice_is_pruned_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_clean_process_reloads_it_without_this_package(
-    family: str, tiny: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path
+    family: str,
+    tiny: Callable[..., Model],
+    tokens_NT: torch.Tensor,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if family != FAMILIES[0]:  # of one family, a process from its first import on
+        request.getfixturevalue("forked_proofs")
     model = tiny(family)
     plan = plan_for(model, "emptied")
     shrink_(model, plan, out_projections_for(model, plan))
@@ -158,6 +164,7 @@ def test_a_clean_process_reloads_it_without_this_package(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_proofs")
 @pytest.mark.parametrize(
     ("kept", "biases", "expected"),
     [(2, False, "MistralForCausalLM"), (2, True, "LlamaForCausalLM"), (1, False, "LlamaForCausalLM")],
@@ -181,6 +188,7 @@ def test_uniform_widths_are_a_stock_architecture(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_proofs")
 @pytest.mark.parametrize(("biases", "expected"), [(False, "MistralForCausalLM"), (True, "GraniteForCausalLM")])
 def test_heads_that_do_not_divide_the_hidden_size_are_relabelled(
     biases: bool, expected: str, source: Callable[..., Any], tokens_NT: torch.Tensor, tmp_path: Path

@@ -114,6 +114,7 @@ def test_padded_is_remote_code_is_the_pruned_model(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_proofs")
 def test_a_run_proved_in_a_clean_process(checkpoint: Checkpoint, tmp_path: Path) -> None:
     run = run_of(checkpoint("llama", biases=True), tmp_path / "run")
     assert main([str(run), "format=padded", "multiple=16", f"out={tmp_path / 'out'}"]) == 0

@@ -18,7 +18,8 @@ from pruneexp.experiment.preflight import prepare
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
-from pruneexp.types import Block, ConfigError, Cost, RunError, Site, SiteWeights
+from pruneexp.surgery import shrink_
+from pruneexp.types import Block, ConfigError, Cost, Plan, RunError, Site, SitePlan, SiteWeights
 from tests.conftest import FAMILIES
 from tests.toy_sites import block
 
@@ -162,6 +163,8 @@ def test_finite_differences_are_near_the_exact_derivatives_and_weights_stay_to_t
 def test_a_unit_apart_leaves_its_own_weights_alone(family: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     """The diagonal by hand, from a Hessian that autograd gives whole: one channel, the readers of a single layer."""
     model = tiny(family)
+    few = {s.name: SitePlan(s.kind, s.units, tuple(range(8))) for s in model.sites() if s.kind == "mlp"}
+    shrink_(model, Plan(few))  # each unit of any site has passes of its own
     tokens, sites = tokens_NT[:2, :8], model.sites()
     kind = replace(APART, inverse="damping", damping=1.0, weights="coupled")
     found = influence_evidence(model, tokens, kind, Meter())

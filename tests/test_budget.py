@@ -165,8 +165,7 @@ def test_what_goes_by_units_alone_does_not_care(search: Any, tiny: Callable[...,
     assert all(plan.sites == plans[0].sites for plan in plans)
 
 
-@pytest.mark.parametrize("of", ["decoder", "prunable", "macs", "bytes"])
-@pytest.mark.parametrize("search", [UlMm(3), AlMm(3)], ids=["ul_mm", "al_mm"])
+@each("search, of", itertools.product([UlMm(3), AlMm(3)], ["decoder", "prunable", "macs", "bytes"]))
 def test_channels_make_up_for_given_heads_in_every_quantity_they_fill(
     search: Any, of: Any, tiny: Callable[..., Model]
 ) -> None:
@@ -202,11 +201,7 @@ def test_a_model_without_any_kv_cache_is_no_division_by_zero(
 # Out of reach
 
 
-@pytest.mark.parametrize(
-    ("search", "of", "compensator"),
-    pairwise(list(BUDGETED), ["decoder", "macs", "kv_cache"], [NONE, BIAS]),
-    ids=repr,
-)
+@each("search, of, compensator", pairwise(list(BUDGETED), ["decoder", "macs", "kv_cache"], [NONE, BIAS]))
 def test_the_largest_ratio_that_is_named_works(
     search: str, of: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:

@@ -18,6 +18,7 @@ from pruneexp.files import check_replaceable, process_name
 from pruneexp.model import Model
 from pruneexp.surgery import pad_, save, shrink_
 from pruneexp.types import ConfigError, Plan, SitePlan
+from tests.cases import each
 from tests.conftest import FAMILIES
 from tests.messages import assert_told, says
 from tests.tiny_families import tiny_model
@@ -162,8 +163,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     return line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named", "typed"),
+@each(
+    "arguments, named, typed",
     [
         (["out=x"], "RUN_FOLDER", ["none", "pruneexp-export --help"]),
         (["a", "b", "out=x"], "RUN_FOLDER", ["a b", "pruneexp-export --help"]),

@@ -42,6 +42,7 @@ from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.types import Cost, Site, evidence_kinds, size_text
+from tests.cases import each
 from tests.conftest import PARITY
 from tests.messages import assert_told, says
 
@@ -103,7 +104,7 @@ PASSES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", PASSES)
+@each("overrides", PASSES)
 def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> None:
     made, found = foretold(*overrides.split())
     _, meter = pruned(made)

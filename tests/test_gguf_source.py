@@ -19,6 +19,7 @@ from pruneexp.model import ModelSource
 from pruneexp.model.gguf_source import converted_folder
 from pruneexp.model.gguf_words import SPLITS, restore_split_
 from pruneexp.types import ConfigError
+from tests.cases import each
 from tests.real_models import smollm2_folder, smollm2_gguf
 from tests.tiny_families import random_model
 
@@ -204,7 +205,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@each("case", REFUSED)
 def test_what_its_header_tells_is_told_at_once(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, said = REFUSED[case]
     monkeypatch.setattr(gguf.GGUFWriter, "add_split", lambda self, n: self.add_uint16("split.count", n), raising=False)

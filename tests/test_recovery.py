@@ -102,8 +102,10 @@ def test_merged_is_the_active_adapter(family: str, pruned: Callable[..., Model],
     assert torch.equal(logits(kept, tokens_NT), active)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("targets", "paths"), [(["value", "output"], ("attention",)), (["up", "down"], ("mlp",))])
+@each(
+    "family, targets, paths",
+    [(f, t, p) for f in FAMILIES for t, p in ((["value", "output"], ("attention",)), (["up", "down"], ("mlp",)))],
+)
 def test_weights_that_are_not_targets_stay_to_the_bit(
     family: str, targets: Any, paths: tuple[str, ...], pruned: Callable[..., Model], tokens_NT: Tensor
 ) -> None:

@@ -135,6 +135,22 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def forking() -> Iterator[Any]:
+    from tests import clean_process
+
+    with clean_process.forking() as forks:
+        yield forks
+
+
+@pytest.fixture
+def forked_proofs(forking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs in a clean process fork it, which saves its imports; for tests of what is proved, not of the process."""
+    from pruneexp.surgery import prove
+
+    monkeypatch.setattr(prove, "subprocess", forking)
+
+
 @pytest.fixture
 def tokens_NT() -> torch.Tensor:
     return torch.randint(3, 96, (10, 24), generator=torch.Generator().manual_seed(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 CROSSING = {  # take tensors of two devices, or only look at a shape
@@ -61,7 +60,9 @@ class PretendedGpus(TorchFunctionMode):
             return self.of(args[0]).type == "cuda"
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._moved(func, *args, **kwargs)
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if getattr(func, "__name__", "") == "__get__" and not isinstance(found := func(*args, **kwargs), Tensor):
+            return found  # a shape, a type: nothing meets
+        given = _tensors((args, kwargs))
         device = self._common(func, given)
         asked = kwargs.get("device")
         if asked is not None and torch.device(asked).type == "cuda":
@@ -77,10 +78,9 @@ class PretendedGpus(TorchFunctionMode):
             for found, by in zip(result, args[1] if isinstance(args[1], (list, tuple)) else [args[1]], strict=True):
                 self.put(found, self.of(by))
             return result
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and not self._without_storage(tensor):
-                if tensor.untyped_storage()._cdata not in before:
-                    self.put(tensor, device)
+        for tensor in _tensors((result,)):
+            if not self._without_storage(tensor) and tensor.untyped_storage()._cdata not in before:
+                self.put(tensor, device)
         return result
 
     @staticmethod
@@ -91,12 +91,13 @@ class PretendedGpus(TorchFunctionMode):
         """The device that the tensors of a call have in common."""
         if func is torch.autograd.grad or func in CROSSING:
             return self.of(given[0])
-        name = getattr(func, "__name__", "")
-        held = given[:1] if name.endswith("_") and not name.endswith("__") else []  # written to
-        kept = [t for t in given if func in JOINING or t.dim() > 0 or self.of(t) != CPU or any(t is h for h in held)]
+        name, joining = getattr(func, "__name__", ""), func in JOINING
+        held = given[0] if given and name.endswith("_") and not name.endswith("__") else None  # written to
+        places = [(t, self.of(t)) for t in given]
+        kept = [place for t, place in places if joining or place != CPU or t.dim() > 0 or t is held]
         if func in INDEXING:
-            kept = [t for n, t in enumerate(kept) if n == 0 or self.of(t) != CPU]
-        devices = list(dict.fromkeys(self.of(t) for t in kept))
+            kept = [place for n, place in enumerate(kept) if n == 0 or place != CPU]
+        devices = list(dict.fromkeys(kept))
         if func in ON_CPU and devices != [CPU]:
             raise Mixed(f"{name}: a tensor on {devices[0]} is no NumPy array")
         if len([d for d in devices if d.type != "meta"]) > 1:
@@ -121,6 +122,19 @@ class PretendedGpus(TorchFunctionMode):
             result = result.clone()
         self.put(result, device)
         return result
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among the values, and in them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+    return found
 
 
 class Generator(torch.Generator):

@@ -27,6 +27,9 @@ With steps of the paper's length, but not its number, the policy gradient is wor
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -35,9 +38,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pruneexp.cache import Cache
 from pruneexp.cli.build import build
+from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
+from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from tests.composing import composer
 from tests.conftest import FAMILIES
@@ -73,31 +79,47 @@ CHANNELS = ("search=uniform", "search.granularity=[channels]")
 WINDOWS = 16  # of calibration and of evaluation, 128 tokens each
 
 
+KEPT: list[Cache] = []  # scores and statistics of the dense models: searches and draws ask for the same
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    KEPT.append(Cache(str(tmp_path_factory.mktemp("kept")), 1.0))
+    yield
+    KEPT.clear()
+
+
 @cache
-def texts(family: str) -> tuple[Tensor, Tensor]:
-    """Calibration and evaluation windows."""
+def known(family: str) -> tuple[Model, Tensor, Tensor]:
+    """The dense model, to be copied, and its windows of calibration and evaluation."""
     experiment = build(composer().job([*MODELS[family], f"dataset.samples={WINDOWS}"]))
     tokenizer = experiment.model.describe().tokenizer
-    return experiment.dataset.calibration(tokenizer), experiment.dataset.evaluation(tokenizer, 128)[:WINDOWS]
+    evaluation_NT = experiment.dataset.evaluation(tokenizer, 128)[:WINDOWS]
+    return experiment.model.load(), experiment.dataset.calibration(tokenizer), evaluation_NT
 
 
-def pruned(family: str, criterion: str, *typed: str) -> tuple[float, float]:
-    """Perplexity, and the share of the decoder's parameters that left."""
-    parts = [*MODELS[family], f"criterion={criterion}", "compensator=none", "sparsity.ratio=0.3"]
-    experiment = build(composer().job([*parts, *QUICK.get(criterion, ()), *typed]))
-    model: Model = experiment.model.load()
-    calibration_NT, evaluation_NT = texts(family)
-    before = model.decoder_params
-    method = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    rng = torch.Generator().manual_seed(0)
-    prune_(model, calibration_NT, method, 0.3, Record(rng=rng))
-    return math.exp(model.token_losses(evaluation_NT, 16).mean()), 1 - model.decoder_params / before
+@cache
+def asked(criterion: str, *typed: str) -> Experiment:
+    parts = [f"criterion={criterion}", "compensator=none", "sparsity.ratio=0.3"]
+    return build(composer().job([*parts, *QUICK.get(criterion, ()), *typed]))
+
+
+def pruned(family: str, criterion: str, *typed: str, seed: int = 0) -> tuple[float, float]:
+    """Perplexity, and the share of the decoder's parameters that left. `seed`: of random scores."""
+    experiment = asked(criterion, *typed)
+    scored_by = replace(experiment.criterion, seed=seed) if criterion == "random" else experiment.criterion
+    dense, calibration_NT, evaluation_NT = known(family)
+    model = deepcopy(dense)
+    method = Method(scored_by, experiment.sparsity, experiment.search, experiment.compensator)
+    results = Results(KEPT[0], {"family": family})
+    prune_(model, calibration_NT, method, 0.3, Record(rng=torch.Generator().manual_seed(0), results=results))
+    return math.exp(model.token_losses(evaluation_NT, 16).mean()), 1 - model.decoder_params / dense.decoder_params
 
 
 @cache
 def drawn(family: str, *typed: str) -> tuple[float, float]:
     """The median perplexity of five random draws, and the share removed."""
-    found = [pruned(family, "random", *typed, f"seed={seed}") for seed in range(5)]
+    found = [pruned(family, "random", *typed, seed=seed) for seed in range(5)]
     return median(perplexity for perplexity, _ in found), found[0][1]
 
 

@@ -117,12 +117,20 @@ def test_totals_by_hand(family: str, tiny: Callable[..., Model]) -> None:
 # The budget is met in what is counted
 
 
+ROWS = pairwise(list(EXACT), QUANTITIES, FAMILIES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("search", "of", "family"), pairwise(list(EXACT), QUANTITIES, FAMILIES))
+@pytest.mark.parametrize("search", EXACT)
 def test_every_quantity_is_met_to_the_nearest_unit(
-    family: str, search: str, of: Any, tiny: Callable[..., Model], tokens_NT: Tensor
+    search: str, tiny: Callable[..., Model], tokens_NT: Tensor, subtests: pytest.Subtests
 ) -> None:
-    model = tiny(family)
+    for of, family in [(of, family) for name, of, family in ROWS if name == search]:
+        with subtests.test(of=of, family=family):
+            assert_met(search, of, tiny(family), tokens_NT)
+
+
+def assert_met(search: str, of: Any, model: Model, tokens_NT: Tensor) -> None:
     before = counted(model, EXACT[search], of)
     # what 2 of 6 or 1 of 3 heads hold, so that a KV cache can be met at all
     pruned = prune(model, tokens_NT[:4], EXACT[search], OneShot(1 / 3, of, CONTEXT, *UNTIMED))
@@ -157,8 +165,7 @@ def test_what_goes_by_units_alone_does_not_care(search: Any, tiny: Callable[...,
     assert all(plan.sites == plans[0].sites for plan in plans)
 
 
-@pytest.mark.parametrize("of", ["decoder", "prunable", "macs", "bytes"])
-@pytest.mark.parametrize("search", [UlMm(3), AlMm(3)], ids=["ul_mm", "al_mm"])
+@each("search, of", itertools.product([UlMm(3), AlMm(3)], ["decoder", "prunable", "macs", "bytes"]))
 def test_channels_make_up_for_given_heads_in_every_quantity_they_fill(
     search: Any, of: Any, tiny: Callable[..., Model]
 ) -> None:
@@ -194,11 +201,7 @@ def test_a_model_without_any_kv_cache_is_no_division_by_zero(
 # Out of reach
 
 
-@pytest.mark.parametrize(
-    ("search", "of", "compensator"),
-    pairwise(list(BUDGETED), ["decoder", "macs", "kv_cache"], [NONE, BIAS]),
-    ids=repr,
-)
+@each("search, of, compensator", pairwise(list(BUDGETED), ["decoder", "macs", "kv_cache"], [NONE, BIAS]))
 def test_the_largest_ratio_that_is_named_works(
     search: str, of: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -254,8 +257,7 @@ REFUSED = [  # what is typed, what the line names, what it says to type instead
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "named", "typed"), REFUSED, ids=[case[0] for case in REFUSED])
-@each("dry", [False, True])
+@each("command, named, typed, dry", [(*case, dry) for case in REFUSED for dry in (False, True)])
 def test_a_budget_out_of_reach_is_refused_before_a_weight_is_loaded(
     command: str, named: str, typed: list[str], dry: bool, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

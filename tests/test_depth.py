@@ -26,7 +26,7 @@ from pruneexp.search import Global, Greedy
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, Plan, RunError, Site, SitePlan
-from tests.cases import UNTIMED
+from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES
 from tests.toy_sites import model_sites
 
@@ -316,8 +316,8 @@ def test_a_run_saves_what_is_left_and_it_reloads(
     )
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
+@each(
+    "overrides, message",
     [
         (
             ["criterion=loss_drop", "search=global", "search.granularity=[heads,ffn]"],

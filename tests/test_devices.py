@@ -35,7 +35,7 @@ from pruneexp.sparsity import OneShot
 from pruneexp.surgery import masked, save, shrink_
 from pruneexp.tracker import structure
 from pruneexp.types import Block, ColumnScores, ConfigError, Cost, Plan, RemovalPath, RunError, Site, SitePlan
-from tests.cases import UNTIMED
+from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES
 from tests.pretended_gpus import Mixed, pretended_gpus
 from tests.tiny_families import TINY, tiny_model
@@ -170,7 +170,7 @@ def test_what_pytorch_keeps_of_a_gpu_is_free(source: Any, tiny_folder: Any, monk
 # the model itself
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *TINY])
+@each("name", [*FAMILIES, *TINY])
 def test_a_model_over_two_gpus_computes_what_it_did(
     name: str, tiny_folder: Any, source: Any, tokens_NT: Tensor, tmp_path: Path
 ) -> None:
@@ -262,8 +262,8 @@ RUNS = (
     ("llama", "recipe=wanda_sp sparsity=cubic sparsity.rounds=2 search=global"),
     ("opt", "recipe=llm_pruner recovery=lora recovery.steps=2"),
     ("llama", "recipe=flap recovery=lora recovery.steps=2 recovery.merge=false"),
-    ("bloom", "recipe=mini_llm"),
-    ("opt", "recipe=mini_llm criterion.perturb=gates"),
+    ("bloom", "recipe=mini_llm criterion.directions=8"),
+    ("opt", "recipe=mini_llm criterion.perturb=gates criterion.directions=8"),
     ("llama", "recipe=llm_bip"),
     ("llama", "recipe=policy_gradient search.passes=20"),
     ("opt", "recipe=ifso"),

@@ -91,6 +91,7 @@ def test_the_main_job(cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
     assert str(folder) in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("forked_proofs")
 def test_a_run_with_emptied_sublayers_is_proved_in_a_clean_process(cli: Cli, capfd: pytest.CaptureFixture[str]) -> None:
     typed = ["recipe=flap", "sparsity.ratio=0.9", "model.dtype=float64", "evaluator=[perplexity,size]"]
     found = cli("run", *SMALL, *typed)

@@ -136,8 +136,10 @@ def brute_force(model: Loaded, ids: list[int], length: int, stride: int, bos: bo
     return math.exp(sum(nats) / len(nats))
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize(("stride", "name"), [(None, "@8"), (8, "@8"), (3, "@8s3"), (1, "@8s1")])
+@each(
+    "bos, stride, name",
+    [(b, s, n) for b in (False, True) for s, n in ((None, "@8"), (8, "@8"), (3, "@8s3"), (1, "@8s1"))],
+)
 def test_protocols_against_brute_force(llama, stream, stride, bos, name):
     ids = Bytes().encode(bytes(range(40, 68 if bos else 64)).decode())  # no partial window
     measured = a_perplexity(stream, stride=stride, bos=bos)(llama, Bytes())

@@ -18,6 +18,7 @@ from pruneexp.files import check_replaceable, process_name
 from pruneexp.model import Model
 from pruneexp.surgery import pad_, save, shrink_
 from pruneexp.types import ConfigError, Plan, SitePlan
+from tests.cases import each
 from tests.conftest import FAMILIES
 from tests.messages import assert_told, says
 from tests.tiny_families import tiny_model
@@ -114,6 +115,7 @@ def test_padded_is_remote_code_is_the_pruned_model(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_proofs")
 def test_a_run_proved_in_a_clean_process(checkpoint: Checkpoint, tmp_path: Path) -> None:
     run = run_of(checkpoint("llama", biases=True), tmp_path / "run")
     assert main([str(run), "format=padded", "multiple=16", f"out={tmp_path / 'out'}"]) == 0
@@ -161,8 +163,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     return line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named", "typed"),
+@each(
+    "arguments, named, typed",
     [
         (["out=x"], "RUN_FOLDER", ["none", "pruneexp-export --help"]),
         (["a", "b", "out=x"], "RUN_FOLDER", ["a b", "pruneexp-export --help"]),

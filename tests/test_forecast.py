@@ -42,6 +42,7 @@ from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.types import Cost, Site, evidence_kinds, size_text
+from tests.cases import each
 from tests.conftest import PARITY
 from tests.messages import assert_told, says
 
@@ -103,7 +104,7 @@ PASSES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", PASSES)
+@each("overrides", PASSES)
 def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> None:
     made, found = foretold(*overrides.split())
     _, meter = pruned(made)
@@ -274,7 +275,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.files: dict[int, StorageWeakRef] = {}  # mapped ones: no allocator's
-        self.peak = 0
+        self.peak = self.most = 0  # most: with what has died since it was last looked through
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -284,9 +285,12 @@ class LiveBytes(TorchDispatchMode):
                 if func is torch.ops.aten.from_file.default:
                     self.files[storage._cdata] = StorageWeakRef(storage)
                 if storage._cdata not in self.files:
+                    self.most += storage.nbytes() - self.alive.get(storage._cdata, (None, 0))[1]
                     self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {key: each for key, each in self.alive.items() if not each[0].expired()}
-        self.peak = max(self.peak, sum(count for _, count in self.alive.values()))
+        if self.most > self.peak:
+            self.alive = {key: each for key, each in self.alive.items() if not each[0].expired()}
+            self.most = sum(count for _, count in self.alive.values())
+            self.peak = max(self.peak, self.most)
         return out
 
 

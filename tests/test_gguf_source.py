@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pruneexp.model import ModelSource
 from pruneexp.model.gguf_source import converted_folder
 from pruneexp.model.gguf_words import SPLITS, restore_split_
 from pruneexp.types import ConfigError
+from tests.cases import each
 from tests.real_models import smollm2_folder, smollm2_gguf
 from tests.tiny_families import random_model
 
@@ -203,7 +205,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@each("case", REFUSED)
 def test_what_its_header_tells_is_told_at_once(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, said = REFUSED[case]
     monkeypatch.setattr(gguf.GGUFWriter, "add_split", lambda self, n: self.add_uint16("split.count", n), raising=False)
@@ -263,9 +265,11 @@ def test_a_way_of_splitting_words_that_is_not_known_is_told(caplog: pytest.LogCa
 
 
 @pytest.mark.slow
-def test_smollm2_is_what_plain_transformers_reads(dtype: str = "bfloat16") -> None:
+def test_smollm2_is_what_plain_transformers_reads(monkeypatch: pytest.MonkeyPatch, dtype: str = "bfloat16") -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers asks for the same again and again
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
     file, folder = smollm2_gguf(), smollm2_folder(dtype)
     written = json.loads((folder / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows no other of its kind

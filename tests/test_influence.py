@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from pruneexp.experiment.preflight import prepare
 from pruneexp.model import Model
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
-from pruneexp.types import Block, ConfigError, Cost, RunError, Site, SiteWeights
+from pruneexp.surgery import shrink_
+from pruneexp.types import Block, ConfigError, Cost, Plan, RunError, Site, SitePlan, SiteWeights
+from tests.cases import each
 from tests.conftest import FAMILIES
 from tests.toy_sites import block
 
@@ -133,9 +136,10 @@ def test_gates_have_the_gradient_of_their_columns(family: str, tiny: Callable[..
             torch.testing.assert_close(part.curvature_U, fisher_U, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("inverse", ["damping", "conjugate_gradient"])
-@pytest.mark.parametrize("weights", ["coupled", "readers"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each(
+    "family, weights, inverse",
+    itertools.product(FAMILIES, ["coupled", "readers"], ["damping", "conjugate_gradient"]),
+)
 def test_finite_differences_are_near_the_exact_derivatives_and_weights_stay_to_the_bit(
     family: str, weights: str, inverse: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -162,6 +166,8 @@ def test_finite_differences_are_near_the_exact_derivatives_and_weights_stay_to_t
 def test_a_unit_apart_leaves_its_own_weights_alone(family: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     """The diagonal by hand, from a Hessian that autograd gives whole: one channel, the readers of a single layer."""
     model = tiny(family)
+    few = {s.name: SitePlan(s.kind, s.units, tuple(range(8))) for s in model.sites() if s.kind == "mlp"}
+    shrink_(model, Plan(few))  # each unit of any site has passes of its own
     tokens, sites = tokens_NT[:2, :8], model.sites()
     kind = replace(APART, inverse="damping", damping=1.0, weights="coupled")
     found = influence_evidence(model, tokens, kind, Meter())
@@ -175,10 +181,10 @@ def test_a_unit_apart_leaves_its_own_weights_alone(family: str, tiny: Callable[.
         out_projection.weight.data = column.clone()
         out_projection.weight.data[:, : site.width] *= 1 + sign * 1e-4
         gradients = gradient_evidence(model, tokens, Gradient, Meter())
-        for each in sites:
-            g = gradients[each.name].mean
+        for other in sites:
+            g = gradients[other.name].mean
             parts = [*g.in_projections.values(), g.out_projection.clone()]
-            if each is site:  # the unit's own rows and columns are not tuned
+            if other is site:  # the unit's own rows and columns are not tuned
                 parts = [rows.clone() for rows in parts]
                 for rows in parts[:-1]:
                     rows[0] = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,7 +86,7 @@ def test_a_grid_ends_with_all_and_has_the_widths_that_may_stay(most: int, multip
     assert most <= 13 or all(n % multiple == 0 and (multiple > 1 or n % 2) for n in found[:-1])
 
 
-@pytest.mark.parametrize("search", [name for name in SEARCHES if name != "blocks"])
+@each("search", [name for name in SEARCHES if name != "blocks"])
 def test_times_in_proportion_to_parameters_give_the_plan_of_parameters(
     search: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -104,11 +106,11 @@ CONCAVE = (lambda n: 0.4 * math.sqrt(n), lambda n: 0.3 * n**0.7)
 STEPS = (lambda n: 0.1 + 0.2 * n, lambda n: 0.1 + 0.4 * math.ceil(n / 8))  # kernels of 8 channels
 
 
-@pytest.mark.parametrize("times", [OVERHEAD, CONCAVE], ids=["overhead", "concave"])
-@pytest.mark.parametrize("search", [*EXACT, "query_heads"])
+@each("search, shape", itertools.product([*EXACT, "query_heads"], ["overhead", "concave"]))
 def test_a_share_of_times_is_met_by_the_table_to_the_nearest_unit(
-    search: str, times: tuple[Time, Time], tiny: Callable[..., Model], tokens_NT: Tensor
+    search: str, shape: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
+    times = {"overhead": OVERHEAD, "concave": CONCAVE}[shape]
     whole = times[0](3)
     model = with_table(tiny("llama"), *times, lambda n: whole * (0.7 + 0.15 * n))
     before, chosen = total(model), AlAmQueryHeads() if search == "query_heads" else SEARCHES[search]
@@ -322,8 +324,10 @@ def test_each_prefill_begins_with_an_empty_cache(kept: bool, monkeypatch: pytest
 @pytest.mark.slow
 @each("name", ["falcon_40b", "falcon_rw", "gemma3", "gpt2", "phi3", "opt"])
 def test_layers_of_every_kind_can_be_measured(name: str, monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
-    for setting, value in (("SECONDS", 0.01), ("LEAST", 3), ("AT_ONCE", 0.0), ("STACK_SECONDS", 0.0)):
+    little = {"SECONDS": 0.01, "LEAST": 3, "AT_ONCE": 0.0, "STACK_SECONDS": 0.0, "FFN_POINTS": 4}
+    for setting, value in little.items():
         monkeypatch.setattr(measure, setting, value)
+    monkeypatch.setattr(measure, "gc", Mock())  # no memory is short here, and all that lives is looked through
     model = loaded(name)
     for phase, context in (("decode", 9), ("decode", 0), ("prefill", 7)):
         work = Workload(2, context, phase, model)

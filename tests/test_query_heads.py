@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -73,8 +74,7 @@ def logits(model: Model, tokens_NT: torch.Tensor) -> torch.Tensor:
         return model.module(tokens_NT).logits
 
 
-@pytest.mark.parametrize("case", ["alike", "uneven"])
-@pytest.mark.parametrize("name", GROUPED)
+@each("name, case", itertools.product(GROUPED, ["alike", "uneven"]))
 def test_masked_is_shrunk_is_saved(
     name: str, case: str, loaded: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path, modules_cache: None
 ) -> None:
@@ -325,6 +325,7 @@ def test_not_with_what_holds_them(granularity: list[Any]) -> None:
 # A run
 
 
+@pytest.mark.usefixtures("forked_proofs")
 def test_a_run_records_them(tmp_path: Path, grouped: Model, tokens_NT: torch.Tensor, modules_cache: None) -> None:
     import transformers
 

@@ -48,6 +48,12 @@ def run(text: str, folder: Path, path: str = "", first: tuple[str, ...] = (), **
 
 
 @pytest.fixture(scope="module")
+def vllm() -> None:
+    """Asked for before `small`, which takes long: skips where there is none."""
+    need_vllm()
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the first commands ran: on the README's own text, in place of WikiText-2."""
     pytest.importorskip("gguf")
@@ -57,9 +63,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(command("zipfile"), folder)
     (folder / "text.txt").write_text(README, encoding="utf-8")
     text = "dataset=text dataset.calibration=text.txt dataset.evaluation=text.txt dataset.samples=4 dataset.length=64"
+    little = f"{text} 'evaluator=[size]' run.prove=in_place"  # the next commands load it in processes of their own
     prune = command("recipe=flap")
     assert "dataset=wikitext2" in prune
-    shown = run(prune.replace("dataset=wikitext2", f"{text} 'evaluator=[size]'"), folder, COLUMNS="200")
+    shown = run(prune.replace("dataset=wikitext2", little), folder, COLUMNS="200")
     assert re.search(r"decoder parameters\s+-20\.\d %", shown)
     return folder
 
@@ -83,8 +90,7 @@ def test_from_the_file_to_llama_cpp(small: Path, tmp_path: Path) -> None:
     assert len(run(command("import xllamacpp"), small).split()) > 3
 
 
-def test_vllm_says_what_transformers_says(small: Path) -> None:
-    need_vllm()
+def test_vllm_says_what_transformers_says(vllm: None, small: Path) -> None:
     text = run(command("transformers"), small)
     served = run(command("from vllm"), small, first=(str(Path(PYTHON).parent),), **SETTINGS)
     assert served.strip().endswith(text.strip()) and len(text.split()) > 3

@@ -3,6 +3,7 @@ granularity that it takes."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from pruneexp.search import Global, UlUm
 from pruneexp.sparsity import OneShot
 from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save, shrink_
 from pruneexp.types import ConfigError, Plan, SitePlan, unit_scores
-from tests.cases import UNTIMED, pairwise
+from tests.cases import UNTIMED, each, pairwise
 from tests.conftest import FAMILIES
 from tests.test_prune import built
 
@@ -92,17 +93,16 @@ def test_what_was_judged_is_what_is_left_and_reloads(
     assert len(model.layers) == 3 - len(blocks)
     compensated = tiny(family)
     prune(compensated, tokens_NT, parts)
-    for index, each in enumerate((model, compensated)):
-        assert torch.isfinite(each.token_losses(tokens_NT, 4)).all()
-        save(each, tmp_path / f"{index}")
-        assert prove_in_place(each, tmp_path / f"{index}", tokens_NT[:2])["max_logit_difference"] == 0
+    for index, left in enumerate((model, compensated)):
+        assert torch.isfinite(left.token_losses(tokens_NT, 4)).all()
+        save(left, tmp_path / f"{index}")
+        assert prove_in_place(left, tmp_path / f"{index}", tokens_NT[:2])["max_logit_difference"] == 0
         again = source(tmp_path / f"{index}").load()
-        assert torch.equal(again.token_losses(tokens_NT, 4), each.token_losses(tokens_NT, 4))
+        assert torch.equal(again.token_losses(tokens_NT, 4), left.token_losses(tokens_NT, 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [name for name in CASES if name != "attention, ffn"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each("family, case", itertools.product(FAMILIES, [name for name in CASES if name != "attention, ffn"]))
 def test_streamed_is_in_memory(
     family: str, case: str, tiny: Callable[..., Model], tokens_NT: Tensor, tmp_path: Path
 ) -> None:
@@ -248,11 +248,7 @@ def combined(granularity: list[str], criterion: str, search: str, compensator: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("granularity", "criterion", "search", "compensator", "family"),
-    MATRIX,
-    ids=lambda x: ",".join(x) if isinstance(x, list) else x,
-)
+@each("granularity, criterion, search, compensator, family", MATRIX)
 def test_every_combination_runs_or_is_refused_before_it_starts(
     granularity: list[str],
     criterion: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pruneexp.model import Model
 from pruneexp.surgery import masked, prove, prove_in_place, prove_in_process, save, shrink_
 from pruneexp.surgery.save import ShardWriter
 from pruneexp.types import Plan, RunError, SitePlan
+from tests.cases import each
 from tests.conftest import FAMILIES
 
 CASES = ("uneven", "uniform", "emptied", "block")
@@ -58,9 +60,7 @@ def logits(model: Model, tokens_BT: torch.Tensor) -> torch.Tensor:
         return model.module(tokens_BT).logits
 
 
-@pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@each("family, case, compensated", itertools.product(FAMILIES, CASES, [False, True]))
 def test_masked_is_shrunk(
     family: str, case: str, compensated: bool, tiny: Callable[..., Model], tokens_NT: torch.Tensor
 ) -> None:
@@ -107,8 +107,7 @@ def test_shrunk_parameters_are_the_dense_ones_less_the_units_cost(family: str, t
     assert before - model.decoder_params == sum(plan.removed(site) * site.cost.params for site in sites)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@each("family, case", itertools.product(FAMILIES, CASES))
 def test_reloaded_in_place_and_streamed(
     family: str,
     case: str,
@@ -146,8 +145,14 @@ def test_pruned_twice_is_pruned_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_clean_process_reloads_it_without_this_package(
-    family: str, tiny: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path
+    family: str,
+    tiny: Callable[..., Model],
+    tokens_NT: torch.Tensor,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if family != FAMILIES[0]:  # of one family, a process from its first import on
+        request.getfixturevalue("forked_proofs")
     model = tiny(family)
     plan = plan_for(model, "emptied")
     shrink_(model, plan, out_projections_for(model, plan))
@@ -158,6 +163,7 @@ def test_a_clean_process_reloads_it_without_this_package(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_proofs")
 @pytest.mark.parametrize(
     ("kept", "biases", "expected"),
     [(2, False, "MistralForCausalLM"), (2, True, "LlamaForCausalLM"), (1, False, "LlamaForCausalLM")],
@@ -181,6 +187,7 @@ def test_uniform_widths_are_a_stock_architecture(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_proofs")
 @pytest.mark.parametrize(("biases", "expected"), [(False, "MistralForCausalLM"), (True, "GraniteForCausalLM")])
 def test_heads_that_do_not_divide_the_hidden_size_are_relabelled(
     biases: bool, expected: str, source: Callable[..., Any], tokens_NT: torch.Tensor, tmp_path: Path
@@ -226,8 +233,7 @@ def test_a_stock_form_names_no_code_that_does_not_travel(
     assert torch.equal(reloaded.eval()(tokens_NT).logits, logits(model, tokens_NT))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@each("family, cache", itertools.product(FAMILIES, ["dynamic", "static"]))
 def test_generation_with_a_cache_equals_generation_without(
     family: str, cache: str, tiny: Callable[..., Model], tokens_NT: torch.Tensor
 ) -> None:

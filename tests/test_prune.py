@@ -401,7 +401,7 @@ def test_al_am_empties_a_sublayer_where_the_ratio_asks_for_it(
 
 
 BESIDE = {**PARTNERS, "sublayers": "criterion=random", "serve_safe": "search.multiple=8"}  # FFNs of 40 channels
-QUICK = {"mini_llm": "criterion.directions=4", "policy_gradient": "search.passes=10"}
+QUICK = {"mini_llm": "criterion.directions=2", "policy_gradient": "search.passes=10", "evolutionary": "search.effort=3"}
 
 
 @cache
@@ -446,8 +446,8 @@ def assert_runs_or_is_refused(
         return
     before = model.decoder_params
     one = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    pruned = prune(model, tokens_NT, one)
-    assert torch.isfinite(model.token_losses(tokens_NT, 5)).all()
+    pruned = prune(model, tokens_NT[:6], one)
+    assert torch.isfinite(model.token_losses(tokens_NT[:6], 5)).all()
     if any(site.kind == "block" for site in pruned.plan.sites.values()):
         whole = {f"model.layers.{index}" for index in range(3)}
         assert pruned.scores.keys() in (whole, {site.name for site in pruned.sites})

@@ -155,13 +155,15 @@ def test_a_sweep_under_joblib_is_the_serial_one_with_a_gpu_for_each_job(
 def test_a_killed_holders_gpu_is_taken_over(tmp_path: Path) -> None:
     first = job(tmp_path, 1, 600)
     note = tmp_path / f"{first.pid}.held"
-    while not note.exists():
-        assert first.is_alive()
-        time.sleep(0.01)
-    second = job(tmp_path, 1, 0)
-    second.join(timeout=5)
-    assert second.is_alive()  # it waits
-    first.kill()
+    try:
+        while not note.exists():
+            assert first.is_alive()
+            time.sleep(0.01)
+        second = job(tmp_path, 1, 0)
+        second.join(timeout=5)
+        assert second.is_alive()  # it waits
+    finally:
+        first.kill()
     first.join()
     assert ended(second, tmp_path)[0] == "cuda:0"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 PRELOAD = [
     "pruneexp.cli.build",
@@ -20,13 +21,18 @@ PRELOAD = [
 PRELOAD += ["transformers.models.llama.modeling_llama", "PIL.ImageFont", "wandb"]
 
 
-def started(folder: Path, *argv: str) -> BaseProcess:
-    """`pruneexp argv` in `folder`; join it, and read its exit code (-9: killed)."""
+def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A function in a process of its own, which is started."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_command, args=(str(folder), argv))
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+def started(folder: Path, *argv: str) -> BaseProcess:
+    """`pruneexp argv` in `folder`; join it, and read its exit code (-9: killed)."""
+    return forked(_command, str(folder), argv)
 
 
 def _command(folder: str, argv: Sequence[str]) -> None:

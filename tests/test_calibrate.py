@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -25,6 +26,7 @@ from pruneexp.model.sites import site_parts
 from pruneexp.surgery import shrink_layer_
 from pruneexp.tracker import structure
 from pruneexp.types import Candidate, Plan, RunError, Site, SitePlan
+from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
 
 
@@ -112,8 +114,7 @@ def test_a_block_is_given_what_the_model_gives_it(family: str, tiny: Callable[..
                 torch.testing.assert_close(torch.cat(seen.y), states[visit.index + 1], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@each("stream, family", itertools.product([False, True], FAMILIES))
 def test_a_readers_input_is_handed_over_by_windows(
     family: str, stream: bool, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:

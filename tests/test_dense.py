@@ -140,7 +140,7 @@ def test_it_is_what_plain_transformers_makes_of_the_folder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TIED)
+@each("name", TIED)
 def test_another_head_than_the_embedding_is_another_model(name: str, folders: Any, plain: Any) -> None:
     """Else the comparison above would be empty."""
     other, copy = (plain(folders[name, tie]) for tie in ("another_head", "equal_copy"))

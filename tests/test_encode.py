@@ -28,8 +28,8 @@ PIECE, OVERLAP = 2048, 512
 def prose(seed: int, length: int = 20_000) -> str:
     """Words in several scripts, and what is hard to cut: runs of spaces and newlines, words without end, a special
     token that is written out."""
-    rng, parts = random.Random(seed), []
-    while sum(map(len, parts)) < length:
+    rng, parts, written = random.Random(seed), [], 0
+    while written < length:
         kind = rng.random()
         if kind < 0.95:
             parts.append(rng.choice(WORDS) + rng.choice([" ", " ", " ", ", ", ".\n", "  ", "\t", ""]))
@@ -39,6 +39,7 @@ def prose(seed: int, length: int = 20_000) -> str:
             parts.append("".join(rng.choices("abcdefghiäß漢字", k=rng.randint(20, 90))))
         else:
             parts.append("</s>")
+        written += len(parts[-1])
     return "".join(parts)
 
 

@@ -11,35 +11,24 @@ import sys
 import tempfile
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pruneexp.__main__ import main
+from pruneexp.model import free_gpu
 from pruneexp.model.free_gpu import held_gpu
 from pruneexp.tracker import structure
 from pruneexp.types import ConfigError
 from tests.golden import VARYING
 from tests.pretended_gpus import pretended_gpus
+from tests.processes import forked
 
 ROOT = Path(__file__).parents[1]
-
-JOB = """
-import json, os, sys, time
-from types import SimpleNamespace
-import torch
-torch.cuda.device_count = lambda: int(sys.argv[2])
-torch.cuda.get_device_properties = lambda number: SimpleNamespace(uuid=f"gpu-{number}")
-from pruneexp.model import free_gpu
-free_gpu.WAIT = 0.02
-with free_gpu.held_gpu("cuda:any") as device:
-    start = time.monotonic()
-    open(os.path.join(sys.argv[1], f"{os.getpid()}.held"), "w").write(device)
-    time.sleep(float(sys.argv[3]))
-    print(json.dumps([device, start, time.monotonic()]))
-"""
-
 
 # A model on a GPU of two. A job that holds one waits until as many processes ask for one as TOGETHER says.
 SOURCE = """
@@ -72,15 +61,27 @@ class Source(ModelSource):
 """
 
 
-def job(folder: Path, gpus: int, seconds: float) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", JOB, str(folder), str(gpus), str(seconds)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)})
+def hold(folder: str, gpus: int, seconds: float) -> None:
+    """Takes a GPU, notes which, and from when to when, in files named by its process."""
+    tempfile.tempdir, free_gpu.WAIT = folder, 0.02
+    torch.cuda.device_count = lambda: gpus
+    torch.cuda.get_device_properties = lambda number: SimpleNamespace(uuid=f"gpu-{number}")
+    note = Path(folder, str(os.getpid()))
+    with held_gpu("cuda:any") as device:
+        start = time.monotonic()
+        note.with_suffix(".held").write_text(device)
+        time.sleep(seconds)
+        note.with_suffix(".json").write_text(json.dumps([device, start, time.monotonic()]))
 
 
-def ended(process: subprocess.Popen[str]) -> Any:
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    return json.loads(out)
+def job(folder: Path, gpus: int, seconds: float) -> BaseProcess:
+    return forked(hold, str(folder), gpus, seconds)
+
+
+def ended(process: BaseProcess, folder: Path) -> Any:
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    return json.loads((folder / f"{process.pid}.json").read_text())
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def check_held(held: list[Any], gpus: int) -> None:
 
 @pytest.mark.slow
 def test_no_two_jobs_ever_share_a_gpu(tmp_path: Path) -> None:
-    check_held([ended(process) for process in [job(tmp_path, 3, 0.3) for _ in range(8)]], 3)
+    check_held([ended(process, tmp_path) for process in [job(tmp_path, 3, 0.3) for _ in range(8)]], 3)
 
 
 def sweep_of_four(folder: Path) -> list[str]:
@@ -127,7 +128,7 @@ def test_a_sweep_under_joblib_is_the_serial_one_with_a_gpu_for_each_job(
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     parallel, serial = locks / "parallel", locks / "serial"
-    argv = [*sweep_of_four(parallel), "hydra/launcher=joblib", "hydra.launcher.n_jobs=4"]
+    argv = [*sweep_of_four(parallel), "hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(locks), "TOGETHER": "3"}
     command = [sys.executable, "-m", "pruneexp", *argv]
@@ -154,15 +155,17 @@ def test_a_sweep_under_joblib_is_the_serial_one_with_a_gpu_for_each_job(
 def test_a_killed_holders_gpu_is_taken_over(tmp_path: Path) -> None:
     first = job(tmp_path, 1, 600)
     note = tmp_path / f"{first.pid}.held"
-    while not note.exists():
-        assert first.poll() is None
-        time.sleep(0.01)
-    second = job(tmp_path, 1, 0)
-    with pytest.raises(subprocess.TimeoutExpired):
-        second.wait(timeout=5)  # it waits
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert ended(second)[0] == "cuda:0"
+    try:
+        while not note.exists():
+            assert first.is_alive()
+            time.sleep(0.01)
+        second = job(tmp_path, 1, 0)
+        second.join(timeout=5)
+        assert second.is_alive()  # it waits
+    finally:
+        first.kill()
+    first.join()
+    assert ended(second, tmp_path)[0] == "cuda:0"
 
 
 @pytest.mark.usefixtures("locks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from pruneexp.compensator import LeastSquares
 from pruneexp.evidence import Gram, Halves, WantedOutput
 from pruneexp.evidence.held_out import MIXTURES, RIDGES, START, _mixing, _wanted, chosen_ridge
 from pruneexp.types import evidence_kinds, source_of
+from tests.cases import each
 from tests.toy_sites import layer_sites
 
 _, MLP = layer_sites(0)
@@ -26,7 +28,7 @@ def correlated(windows: int, length: int, seed: int = 0) -> torch.Tensor:
     return drawn(windows, length, C, seed=seed) @ (torch.eye(C, dtype=torch.float64) + drawn(C, C, seed=9) / C**0.5)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+@each("batch", [1, 2, 3, 5])
 def test_halves_are_of_alternate_windows_whatever_the_batches(batch: int) -> None:
     x = correlated(7, 5)
     seen = Halves(Gram).empty(MLP)
@@ -80,9 +82,13 @@ def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, vari
     return found
 
 
-@pytest.mark.parametrize("per", ["site", "channel"])
-@pytest.mark.parametrize("target", ["pruned", "dense"])
-@pytest.mark.parametrize(("length", "noise"), [(6, 3.0), (200, 0.1)])
+@each(
+    "per, target, length, noise",
+    [
+        (per, target, *case)
+        for per, target, case in itertools.product(["site", "channel"], ["pruned", "dense"], [(6, 3.0), (200, 0.1)])
+    ],
+)
 def test_the_chosen_ridge_is_half_of_what_errs_least_on_tokens_held_out(target, length, noise, per) -> None:
     weight, bias = drawn(OUTPUTS, C, seed=3), drawn(OUTPUTS, seed=4)
     x = correlated(6, length)
@@ -101,7 +107,7 @@ def test_the_chosen_ridge_is_half_of_what_errs_least_on_tokens_held_out(target, 
     assert chosen_ridge(weight, bias, seen, KEEP, per) == RIDGES[errors.index(min(errors))] / 2
 
 
-@pytest.mark.parametrize(("target", "noise"), [("pruned", 0.0), ("dense", 0.1), ("dense", 1.0), ("dense", 10.0)])
+@each("target, noise", [("pruned", 0.0), ("dense", 0.1), ("dense", 1.0), ("dense", 10.0)])
 def test_of_many_outputs_sums_with_random_signs_tell_the_ridge(target: str, noise: float) -> None:
     weight, bias, x = drawn(3 * MIXTURES, C, seed=3), drawn(3 * MIXTURES, seed=4), correlated(6, 20)
     y = x @ weight.T + bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -26,6 +27,7 @@ from pruneexp.model import source as model_source
 from pruneexp.surgery import save
 from pruneexp.tracker import structure
 from pruneexp.types import ConfigError, Cost, RunError
+from tests.cases import each
 from tests.conftest import FAMILIES, PARITY
 from tests.messages import assert_told
 
@@ -346,8 +348,7 @@ def test_sites_by_hand(family: str, tiny: Callable[..., Model]) -> None:
         model.module.get_submodule(site.name)  # names are module paths
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@each("stream, family", itertools.product([False, True], FAMILIES))
 def test_parameters_by_hand(family: str, stream: bool, tiny: Callable[..., Model]) -> None:
     model = tiny(family, stream=stream)
     units = zip(UNITS[family], (ATTENTION_COST[family], MLP_COST[family]), strict=True)

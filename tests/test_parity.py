@@ -12,6 +12,7 @@ import torch
 
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
+from tests.cases import each
 from tests.conftest import PARITY
 
 ORACLE = json.loads((PARITY / "oracle.json").read_text())
@@ -40,7 +41,7 @@ def test_the_fixture_has_all_28_settings() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
+@each("setting", SETTINGS)
 def test_masks_biases_and_perplexity(setting: str, build_from: Callable[..., Any]) -> None:
     experiment = build_from(*overrides(setting))
     model = experiment.model.load()

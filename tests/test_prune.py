@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -41,7 +42,7 @@ from pruneexp.types import (
     SitePlan,
     unit_scores,
 )
-from tests.cases import UNTIMED, pairwise
+from tests.cases import UNTIMED, each, pairwise
 from tests.composing import PARTNERS, composer, mandatory
 from tests.conftest import FAMILIES
 
@@ -86,7 +87,7 @@ def assert_same_scores(first: Mapping[str, Score], second: Mapping[str, Score], 
 # The same answer, however it is had
 
 
-@pytest.mark.parametrize(
+@each(
     "chosen",
     [
         method(FLAP, AlAm(), BIAS),
@@ -95,7 +96,6 @@ def assert_same_scores(first: Mapping[str, Score], second: Mapping[str, Score], 
         method(Random(3), UNIFORM, SEQUENTIAL_BIAS),
         method(Magnitude("coupled", 1), GLOBAL, NONE),
     ],
-    ids=["flap", "wanda_sp", "flap_official", "random", "magnitude"],
 )
 def test_twice_is_the_same_to_the_bit(chosen: Method, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     models = [tiny("llama"), tiny("llama")]
@@ -108,18 +108,22 @@ def test_twice_is_the_same_to_the_bit(chosen: Method, tiny: Callable[..., Model]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("criterion", "search", "compensator"),
+@each(
+    "criterion, search, compensator, family",
     [
-        (FLAP, AlAm(), BIAS),
-        (FLAP, GLOBAL, SEQUENTIAL_BIAS),
-        (WANDA, UlUm(), NONE),
-        (WANDA, UNIFORM, SEQUENTIAL_BIAS),
-        (OFFICIAL, AlAm(), BiasOfficial(False)),
+        (*case, family)
+        for case, family in itertools.product(
+            [
+                (FLAP, AlAm(), BIAS),
+                (FLAP, GLOBAL, SEQUENTIAL_BIAS),
+                (WANDA, UlUm(), NONE),
+                (WANDA, UNIFORM, SEQUENTIAL_BIAS),
+                (OFFICIAL, AlAm(), BiasOfficial(False)),
+            ],
+            FAMILIES,
+        )
     ],
-    ids=["flap", "flap-sequential_bias", "wanda_sp", "wanda_sp-sequential_bias", "flap_official"],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_any_batch_size_is_the_same(
     family: str, criterion: Any, search: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -146,8 +150,7 @@ STREAMED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", STREAMED)
-@pytest.mark.parametrize("family", FAMILIES)
+@each("case, family", itertools.product(STREAMED, FAMILIES))
 def test_streamed_is_in_memory(
     family: str, case: str, tiny: Callable[..., Model], tokens_NT: Tensor, tmp_path: Path
 ) -> None:
@@ -169,8 +172,8 @@ def test_streamed_is_in_memory(
 # The walk, as pruning uses it
 
 
-@pytest.mark.parametrize(
-    ("chosen", "passes"),
+@each(
+    "chosen, passes",
     [
         (method(FLAP, AlAm(), BIAS), 1),
         (method(FLAP, UlUm(), NONE), 1),
@@ -183,7 +186,6 @@ def test_streamed_is_in_memory(
         (method(WANDA, AlAm(), NONE), 1),
         (method(FLAP, AlAm(), SEQUENTIAL_BIAS), 2 + 2 / 3),
     ],
-    ids=str,
 )
 def test_what_a_method_costs(chosen: Method, passes: float, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     meter = Meter()
@@ -275,13 +277,17 @@ def out_projections_of(model: Model) -> tuple[str, str]:
 # The budget
 
 
-@pytest.mark.parametrize("compensator", [NONE, BIAS, SEQUENTIAL_BIAS], ids=["none", "bias", "sequential"])
-@pytest.mark.parametrize(
-    ("criterion", "search"),
-    [(FLAP, UNIFORM), (FLAP, GLOBAL), (WANDA, UNIFORM), (WANDA, GLOBAL)],
-    ids=["flap-uniform", "flap-global", "wanda_sp-uniform", "wanda_sp-global"],
+@each(
+    "compensator, criterion, search, family",
+    [
+        (compensator, *case, family)
+        for compensator, case, family in itertools.product(
+            [NONE, BIAS, SEQUENTIAL_BIAS],
+            [(FLAP, UNIFORM), (FLAP, GLOBAL), (WANDA, UNIFORM), (WANDA, GLOBAL)],
+            FAMILIES,
+        )
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_budget_is_met_to_the_nearest_unit(
     family: str, criterion: Any, search: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -300,8 +306,7 @@ def test_the_budget_is_met_to_the_nearest_unit(
     assert not missed, f"{missed}; the cheapest unit has {cheapest} parameters"
 
 
-@pytest.mark.parametrize("search", [UNIFORM, GLOBAL], ids=["uniform", "global"])
-@pytest.mark.parametrize("compensator", [NONE, BIAS], ids=["none", "bias"])
+@each("search, compensator", itertools.product([UNIFORM, GLOBAL], [NONE, BIAS]))
 def test_a_share_of_what_units_hold(
     search: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -313,9 +318,7 @@ def test_a_share_of_what_units_hold(
     assert pruned.plan.budget["of"] == "prunable" and pruned.plan.budget["ratio"] == 0.3
 
 
-@pytest.mark.parametrize("criterion", [FLAP, WANDA, OFFICIAL], ids=["flap", "wanda_sp", "flap_official"])
-@pytest.mark.parametrize("compensator", [BIAS, SEQUENTIAL_BIAS], ids=["bias", "sequential"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each("criterion, compensator, family", itertools.product([FLAP, WANDA, OFFICIAL], [BIAS, SEQUENTIAL_BIAS], FAMILIES))
 def test_a_ratio_of_0_changes_nothing(
     family: str, criterion: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -330,8 +333,7 @@ def test_a_ratio_of_0_changes_nothing(
         assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
-@pytest.mark.parametrize("ratio", [0.9999, 0.97])
-@pytest.mark.parametrize("search", [UNIFORM, GLOBAL], ids=["uniform", "global"])
+@each("ratio, search", itertools.product([0.9999, 0.97], [UNIFORM, GLOBAL]))
 def test_more_than_there_is_is_refused(
     ratio: float, search: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -345,8 +347,7 @@ def test_more_than_there_is_is_refused(
 # Sublayers that go altogether
 
 
-@pytest.mark.parametrize("compensator", [NONE, BIAS], ids=["none", "bias"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each("compensator, family", itertools.product([NONE, BIAS], FAMILIES))
 def test_a_sublayer_that_loses_everything_still_works_and_reloads(
     family: str,
     compensator: Any,
@@ -400,7 +401,7 @@ def test_al_am_empties_a_sublayer_where_the_ratio_asks_for_it(
 
 
 BESIDE = {**PARTNERS, "sublayers": "criterion=random", "serve_safe": "search.multiple=8"}  # FFNs of 40 channels
-QUICK = {"mini_llm": "criterion.directions=4", "policy_gradient": "search.passes=10"}
+QUICK = {"mini_llm": "criterion.directions=2", "policy_gradient": "search.passes=10", "evolutionary": "search.effort=3"}
 
 
 @cache
@@ -445,8 +446,8 @@ def assert_runs_or_is_refused(
         return
     before = model.decoder_params
     one = Method(experiment.criterion, experiment.sparsity, experiment.search, experiment.compensator)
-    pruned = prune(model, tokens_NT, one)
-    assert torch.isfinite(model.token_losses(tokens_NT, 5)).all()
+    pruned = prune(model, tokens_NT[:6], one)
+    assert torch.isfinite(model.token_losses(tokens_NT[:6], 5)).all()
     if any(site.kind == "block" for site in pruned.plan.sites.values()):
         whole = {f"model.layers.{index}" for index in range(3)}
         assert pruned.scores.keys() in (whole, {site.name for site in pruned.sites})
@@ -507,8 +508,8 @@ def _random(block: Block) -> dict[str, Tensor]:
     return {site.name: torch.rand(site.units) for site in block.sites}
 
 
-@pytest.mark.parametrize(
-    ("answer", "line"),
+@each(
+    "answer, line",
     [
         (lambda block, evidence: None, r"^the criterion gave NoneType, expected scores by site name"),
         (
@@ -542,7 +543,6 @@ def _random(block: Block) -> dict[str, Tensor]:
             r"^model\.layers\.0\.\w+: scores of columns hold NaN or Inf",
         ),
     ],
-    ids=["nothing", "lists", "integers", "another site", "order", "costs", "columns", "NaN"],
 )
 def test_what_is_no_score_is_told_in_a_line(
     answer: Callable[..., Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
@@ -551,8 +551,8 @@ def test_what_is_no_score_is_told_in_a_line(
         prune(tiny("llama"), tokens_NT[:1], method(_Own(answer), UNIFORM, NONE))
 
 
-@pytest.mark.parametrize(
-    ("answer", "line"),
+@each(
+    "answer, line",
     [
         (lambda w, b, e, k: (w, b), r"weights \(\d+, \d+\), expected \(\d+, \d+\), the kept channels"),
         (lambda w, b, e, k: w[:, k], "Tensor, expected weight and bias, or these and what it chose"),
@@ -562,7 +562,6 @@ def test_what_is_no_score_is_told_in_a_line(
         (lambda w, b, e, k: (w[:, k].long(), b), "weights that are no dense floating-point numbers"),
         (lambda w, b, e, k: (w[:, k], torch.zeros(7)), r"a bias \(7,\), expected \(\d+,\), the outputs, or None"),
     ],
-    ids=["whole", "weight alone", "nothing", "four", "numpy", "integers", "bias"],
 )
 def test_a_compensator_must_give_the_kept_channels(
     answer: Callable[..., Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
@@ -571,8 +570,8 @@ def test_a_compensator_must_give_the_kept_channels(
         prune(tiny("llama"), tokens_NT[:1], method(Magnitude("reader", 2), UNIFORM, _Own(answer)))
 
 
-@pytest.mark.parametrize(
-    ("answer", "line"),
+@each(
+    "answer, line",
     [
         (lambda sites: None, "^the search gave NoneType, expected a Plan"),
         (lambda sites: {site.name: [0] for site in sites}, "^the search gave dict, expected a Plan"),
@@ -584,7 +583,6 @@ def test_a_compensator_must_give_the_kept_channels(
             r"^\S+: keeps \(0\.0, 1\.0\) in the search's plan, expected indices of units",
         ),
     ],
-    ids=["nothing", "dict", "another site", "list", "units", "floats"],
 )
 def test_a_search_must_give_a_plan_of_its_sites(
     answer: Callable[..., Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
@@ -594,8 +592,8 @@ def test_a_search_must_give_a_plan_of_its_sites(
         prune(tiny("llama"), tokens_NT[:1], method(Random(0), search, NONE))
 
 
-@pytest.mark.parametrize(
-    ("answer", "line"),
+@each(
+    "answer, line",
     [
         (lambda plan: None, "^the search's rescored gave NoneType, expected a Plan"),
         (lambda plan: Plan(None), "^the search's rescored gave a Plan of NoneType, dict, expected mappings"),
@@ -617,7 +615,6 @@ def test_a_search_must_give_a_plan_of_its_sites(
             r"^\S+: has kept_query_heads in the search's plan, expected turns",
         ),
     ],
-    ids=["nothing", "sites", "budget", "another site", "units", "floats", "query heads"],
 )
 def test_a_plan_by_all_windows_is_checked_as_the_search_s_own(
     answer: Callable[[Plan], Any], line: str, tiny: Callable[..., Model], tokens_NT: Tensor
@@ -657,7 +654,7 @@ def test_query_heads_by_all_windows_are_some_that_there_are(tiny: Callable[..., 
             by(heads, kept)
 
 
-@pytest.mark.parametrize("what", ["evidence", "weights", "norms", "out-projection"])
+@each("what", ["evidence", "weights", "norms", "out-projection"])
 def test_a_method_must_not_write_into_what_others_read(
     what: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:

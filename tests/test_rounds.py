@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -24,7 +25,7 @@ from pruneexp.search import AlAm, Global, Greedy, PolicyGradient, UlUm, Uniform
 from pruneexp.sparsity import Cubic, Linear, OneShot
 from pruneexp.surgery import masked, prove_in_place, save, shrink_
 from pruneexp.types import ConfigError, Plan, unit_scores
-from tests.cases import UNTIMED
+from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES
 
 FLAP, WANDA = Flap("WIFV", False), WandaSp("sum", True)
@@ -58,8 +59,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("schedule", [Linear, Cubic])
-@pytest.mark.parametrize("case", METHODS)
+@each("schedule, case", itertools.product([Linear, Cubic], METHODS))
 def test_one_round_is_one_shot_to_the_bit(
     case: str, schedule: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -79,10 +79,15 @@ def test_one_round_is_one_shot_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", [Linear, Cubic])
-@pytest.mark.parametrize("compensator", [NONE, BIAS, SEQUENTIAL_BIAS], ids=["none", "bias", "sequential"])
-@pytest.mark.parametrize(("criterion", "search"), [(FLAP, GLOBAL), (WANDA, UNIFORM)], ids=["flap", "wanda_sp"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each(
+    "schedule, compensator, criterion, search, family",
+    [
+        (schedule, compensator, *case, family)
+        for schedule, compensator, case, family in itertools.product(
+            [Linear, Cubic], [NONE, BIAS, SEQUENTIAL_BIAS], [(FLAP, GLOBAL), (WANDA, UNIFORM)], FAMILIES
+        )
+    ],
+)
 def test_the_budget_is_that_of_the_original_model(
     family: str,
     criterion: Any,
@@ -114,12 +119,16 @@ def test_a_share_of_what_units_hold(tiny: Callable[..., Model], tokens_NT: Tenso
     assert abs(gone - 0.3 * held) <= min(site.cost.params for site in pruned.sites) / 2
 
 
-@pytest.mark.parametrize(
-    ("criterion", "search", "ratio"),
-    [(FLAP, GLOBAL, 0.5), (WANDA, UlUm(), 0.5), (FLAP, AlAm(), 0.8), (BlockInfluence("cosine"), BLOCKS, 0.66)],
-    ids=["global", "ul_um", "al_am", "blocks"],
+@each(
+    "criterion, search, ratio, family",
+    [
+        (*case, family)
+        for case, family in itertools.product(
+            [(FLAP, GLOBAL, 0.5), (WANDA, UlUm(), 0.5), (FLAP, AlAm(), 0.8), (BlockInfluence("cosine"), BLOCKS, 0.66)],
+            FAMILIES,
+        )
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_rebuilds_the_model_from_the_original(
     family: str, criterion: Any, search: Any, ratio: float, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -252,8 +261,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cubic"])
-@pytest.mark.parametrize(("typed", "answer"), REFUSED, ids=[" ".join(typed) for typed, _ in REFUSED])
+@each(
+    "schedule, typed, answer", [(schedule, *case) for schedule, case in itertools.product(["linear", "cubic"], REFUSED)]
+)
 def test_what_has_no_rounds_is_refused_before_it_starts(
     typed: list[str],
     answer: str,

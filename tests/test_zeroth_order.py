@@ -30,9 +30,9 @@ QUIET: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("over", ["weights", "gates"])
-@pytest.mark.parametrize("family", ["opt", "bloom"])
+@each(
+    "distribution, over, family", itertools.product(["gaussian", "rademacher"], ["weights", "gates"], ["opt", "bloom"])
+)
 def test_a_slope_is_the_gradient_along_the_direction(
     family: str, over: str, distribution: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -59,8 +59,7 @@ def test_a_slope_is_the_gradient_along_the_direction(
         assert slope == pytest.approx(expected, rel=1e-2, abs=2e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("over", ["weights", "gates"])
+@each("family, over", itertools.product(FAMILIES, ["weights", "gates"]))
 def test_weights_and_logits_are_restored_to_the_bit_even_after_an_error(
     over: str, family: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
@@ -251,8 +250,7 @@ def test_writer_inputs_are_what_the_projections_read(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["perturb=weights", "perturb=gates", "gradient=exact"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each("setting, family", itertools.product(["perturb=weights", "perturb=gates", "gradient=exact"], FAMILIES))
 def test_mini_llm_runs_on_every_family(
     family: str, setting: str, tiny: Callable[..., Model], tokens_NT: Tensor, build_from: Callable[..., Any]
 ) -> None:

@@ -19,19 +19,17 @@ FOLDER = Path(__file__).parent / "data" / "golden"
 MODELS = ("embedded", "embedded_opt", "embedded_bloom")
 QUICK = (
     "dataset.samples=16",
-    "dataset.length=32",
+    "dataset.length=64",
     "evaluator=[perplexity,size]",
-    "evaluator.perplexity.samples=8",
+    "evaluator.perplexity.samples=32",
     "cache=off",
     "run.save=false",
 )
 SHORTER = {
-    "best": ("search.effort=5",),
-    "best_tuned": ("search.effort=5", "recovery.epochs=1"),
-    # Its finite differences depend on how a processor rounds: in float32, and where the windows are shorter.
-    "ifso": ("model.dtype=float64", "dataset.length=64"),
-    "mini_llm": ("criterion.directions=8",),
-    "policy_gradient": ("search.steps=8",),
+    "best": ("search.effort=8",),
+    "best_tuned": ("search.effort=8", "recovery.epochs=1"),
+    "ifso": ("model.dtype=float64",),  # in float32 its finite differences depend on how a processor rounds
+    "policy_gradient": ("search.steps=20",),
 }
 VARYING = ("seconds/", "memory/")
 

@@ -147,9 +147,13 @@ class JobComposer:
         return self.parsed[text]
 
     def _is_value(self, override: Override, others: Sequence[Override]) -> bool:
-        """Whether it sets a value below one of our sections, and nothing that another override touches too."""
+        """Whether it sets the seed or a value below one of our sections, and nothing that another override touches too."""
         key = override.key_or_group
-        if override.type is not OverrideType.CHANGE or override.package is not None or "." not in key:
+        if (
+            override.type is not OverrideType.CHANGE
+            or override.package is not None
+            or not ("." in key or key == "seed")
+        ):
             return False
         if key.partition(".")[0] not in SECTIONS or isinstance(override.value(), (list, dict)):
             return False

@@ -147,15 +147,12 @@ class JobComposer:
         return self.parsed[text]
 
     def _is_value(self, override: Override, others: Sequence[Override]) -> bool:
-        """Whether it sets the seed or a value below one of our sections, and nothing that another override touches too."""
+        """Whether it sets the seed, or a value below one of our sections, and nothing that another one touches too."""
         key = override.key_or_group
-        if (
-            override.type is not OverrideType.CHANGE
-            or override.package is not None
-            or not ("." in key or key == "seed")
-        ):
+        section, below, _ = key.partition(".")
+        if override.type is not OverrideType.CHANGE or override.package is not None:
             return False
-        if key.partition(".")[0] not in SECTIONS or isinstance(override.value(), (list, dict)):
+        if section not in SECTIONS or not (below or key == "seed") or isinstance(override.value(), (list, dict)):
             return False
         set_too = [f"{other.key_or_group}." for other in others if other is not override and not self._is_group(other)]
         return not any(f"{key}.".startswith(other) or other.startswith(f"{key}.") for other in set_too)

@@ -104,6 +104,7 @@ def test_only_what_gains_is_widened(calls: list[int]) -> None:
     assert calls == [TOKENS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, wide", [("float32", False), ("bfloat16", True)])
 def test_runs_are_widened_and_their_timings_are_not(dtype: str, wide: bool, calls: list[int], tmp_path: Path) -> None:
     prompt = 77  # tokens that no other part of the run has at once

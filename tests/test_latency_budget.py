@@ -217,6 +217,7 @@ def by_bytes(work: Workload, layers: Any) -> float:
     return 1e-9 * bytes_of([own.layer for own in layers])
 
 
+@pytest.mark.slow
 def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Conditions] = []
 
@@ -398,6 +399,7 @@ REFUSED = [  # what is typed, what the line names, what it says besides
 ]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
     cli: Any, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -280,6 +280,7 @@ def test_documents_are_read_once_and_let_go_of_when_the_windows_are_made(
     assert all(torch.equal(one, other) for one, other in zip(made, windows(), strict=True)) and len(read) == 8
 
 
+@pytest.mark.slow
 def test_a_run_lets_go_of_its_documents(folder: Path) -> None:
     typed = ["dataset=documents", "dataset.calibration=one.jsonl", "dataset.evaluation=two.jsonl", "run.dry=true"]
     run([*typed, "dataset.samples=2", "dataset.length=8", "evaluator=[perplexity]"])

@@ -277,6 +277,7 @@ def out_projections_of(model: Model) -> tuple[str, str]:
 # The budget
 
 
+@pytest.mark.slow
 @each(
     "compensator, criterion, search, family",
     [

@@ -379,6 +379,7 @@ class Pretended:
         return {"latency/prefill_tok_s": float(len(self.called))}
 
 
+@pytest.mark.slow
 def test_gguf_measures_the_dense_model_once(
     run: Callable[..., dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

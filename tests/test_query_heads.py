@@ -325,6 +325,7 @@ def test_not_with_what_holds_them(granularity: list[Any]) -> None:
 # A run
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_proofs")
 def test_a_run_records_them(tmp_path: Path, grouped: Model, tokens_NT: torch.Tensor, modules_cache: None) -> None:
     import transformers

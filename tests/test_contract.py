@@ -352,6 +352,16 @@ def test_what_compensation_chose_is_written_down_site_by_site(cli: Cli) -> None:
     assert cli(*typed).code == 0 and not Path("run/compensation.json").exists()
 
 
+def test_what_the_criterion_chose_is_written_down_site_by_site(cli: Cli) -> None:
+    typed = ("run.dir=run", "criterion=obs", "evaluator=[size]", "run.overwrite=true")
+    assert cli(*typed).code == 0
+    sites, chosen = read(Path("run/plan.json"))["sites"], read(Path("run/criterion.json"))
+    assert set(chosen) == set(sites) and all(set(of_site) == {"ridge"} for of_site in chosen.values())
+    assert {settings["ridge"] for settings in chosen.values()} <= {ridge / 2 for ridge in RIDGES}
+    assert cli(*typed).code == 0 and read(Path("run/criterion.json")) == chosen, "from the cache, too"
+    assert cli(*typed, "criterion.ridge=1").code == 0 and not Path("run/criterion.json").exists()
+
+
 def test_windows_that_are_too_few_to_hold_some_back(cli: Cli) -> None:
     np.save("few.npy", np.load(PARITY / "calib.npy")[:3])
     typed = ("run.dir=run", "compensator=least_squares", "dataset.calibration=few.npy", "evaluator=[size]")

@@ -534,6 +534,12 @@ def _random(block: Block) -> dict[str, Tensor]:
             r"^model\.layers\.0\.\w+: the removal path's cost_U has not one cost for each of its \d+ units",
         ),
         (
+            lambda block, evidence: {
+                n: RemovalPath(torch.arange(len(s)), s, {}, {"ridge": math.nan}) for n, s in _random(block).items()
+            },
+            r"^model\.layers\.0\.\w+: the criterion chose \{'ridge': nan\}, expected numbers by name",
+        ),
+        (
             lambda block, evidence: {n: ColumnScores(s, s[:1]) for n, s in _random(block).items()},
             r"^model\.layers\.0\.\w+: \[1\] scores of columns, expected one for each of its \d+",
         ),

@@ -34,7 +34,7 @@ class Obs:
     takes over what it gave, H^-1 is downdated, and again; `step` units of a single channel at a time, whose joint cost
     is exact. L is diagonal, `ridge` times each channel's variance or (ridge_per=site) times their mean; ridge=auto:
     each site's own, `chosen_ridge` for the loss of the quarter of its units that give the output least of its variance,
-    of one at least.
+    of one at least; criterion.json in the run folder has it.
 
     Answers with a `RemovalPath`: the order, the cumulative cost (tr(d H d^T) of all that has left: what the squared
     error per token rises by, tr(d S d^T), and what the ridge charges for the change of W, tr(d L d^T); scale=output:
@@ -101,7 +101,8 @@ class Obs:
         if self.scale == "output":
             cost_U = cost_U / ((wide_OC @ cov_CC) * wide_OC).sum().clamp_min(1e-300)
         out_projections = Refits(site, weight_OC, bias_O, kept_CC, mean_C, order_U, ridge, self.levels, self.memory)
-        return RemovalPath(order_U.cpu(), cost_U.cpu(), out_projections)
+        chosen = {"ridge": ridge} if isinstance(self.ridge, str) else {}
+        return RemovalPath(order_U.cpu(), cost_U.cpu(), out_projections, chosen)
 
     def _ridge(self, site: Site, weights: SiteWeights, evidence: Gram | Halved, variance_C: Tensor) -> float:
         if not isinstance(self.ridge, str):

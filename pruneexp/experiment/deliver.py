@@ -37,8 +37,8 @@ from pruneexp.surgery import (
     save,
     vllm_note,
 )
-from pruneexp.tracker import CHOSEN, NOTES, PROOF, clear_unfinished
-from pruneexp.types import ConfigError, Plan, RunError
+from pruneexp.tracker import CHOSEN, NOTES, PROOF, SCORED, clear_unfinished
+from pruneexp.types import ConfigError, Plan, RemovalPath, RunError
 
 logger = logging.getLogger("pruneexp")
 
@@ -181,12 +181,14 @@ def chosen_by_site(experiment: Experiment, pruned: Pruned) -> Mapping[str, Mappi
     return {name: {**settled, **pruned.chosen.get(name, {})} for name, plan in plans.items() if plan.kept}
 
 
-def finish_folder(folder: Path, card: Card, chosen: Mapping[str, Any], *, saved: bool) -> None:
-    """Writes the card of what was `saved`, and what compensation chose by itself; notes of the way go."""
-    if saved:
+def finish_folder(folder: Path, card: Card, experiment: Experiment, pruned: Pruned) -> None:
+    """Writes the card of what was saved, and what the criterion and compensation chose; notes of the way go."""
+    if experiment.run.save:
         write_card(card, folder / "model")
-    if chosen:
-        write_json(folder / CHOSEN, chosen)
+    scored = {n: dict(s.chosen) for n, s in pruned.scores.items() if isinstance(s, RemovalPath) and s.chosen}
+    for name, chosen in ((CHOSEN, chosen_by_site(experiment, pruned)), (SCORED, scored)):
+        if chosen:
+            write_json(folder / name, chosen)
     shutil.rmtree(folder / NOTES, ignore_errors=True)
 
 

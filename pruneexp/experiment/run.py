@@ -21,7 +21,7 @@ from pruneexp.dataset import forget_documents
 from pruneexp.experiment.augmented import augmented
 from pruneexp.experiment.bos_probe import tell_of_bos
 from pruneexp.experiment.card import Card
-from pruneexp.experiment.deliver import card_of, chosen_by_site, deliver, finish_folder, prepare_delivery
+from pruneexp.experiment.deliver import card_of, deliver, finish_folder, prepare_delivery
 from pruneexp.experiment.failures import failures_recorded
 from pruneexp.experiment.identity import dense_identity, identify
 from pruneexp.experiment.latency import timing_of
@@ -146,7 +146,7 @@ def _pruned(
     if folder is not None:
         unrounded = said(experiment.quantise, rounded=False)  # its checkpoint was written before
         own_card = replace(card, metrics=record.metrics, quantised=unrounded)
-        finish_folder(folder, own_card, chosen_by_site(experiment, pruned), saved=experiment.run.save)
+        finish_folder(folder, own_card, experiment, pruned)
     return Outcome(record.metrics, pruned.plan, model, card, folder, adapter)
 
 

@@ -110,6 +110,8 @@ def _path(path: RemovalPath, site: Site) -> Tensor:
         raise RunError(f"{site.name}: the removal path's order_U is no order of its {site.units} units, int64")
     if not isinstance(costs, Tensor) or costs.shape != order.shape:
         raise RunError(f"{site.name}: the removal path's cost_U has not one cost for each of its {site.units} units")
+    if not _are_numbers(path.chosen):
+        raise RunError(f"{site.name}: the criterion chose {_short(path.chosen)}, expected numbers by name")
     return costs
 
 
@@ -196,10 +198,13 @@ def checked_compensation(answer: Any, site: Site, outputs: int, kept: int) -> Co
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise RunError(f"{site.name}: the compensator gave {name} that are no dense floating-point numbers")
     chosen = more[0] if more else None
-    if chosen is not None and not (isinstance(chosen, Mapping) and all(map(_is_number, chosen.values()))):
+    if chosen is not None and not _are_numbers(chosen):
         raise RunError(f"{site.name}: the compensator chose {_short(chosen)}, expected numbers by name")
     return weight, bias, chosen
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _are_numbers(chosen: Any) -> bool:
+    """Finite ones, by name."""
+    if not isinstance(chosen, Mapping):
+        return False
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in chosen.values())

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from pruneexp.tracker.checkpoint_files import PROOF
 from pruneexp.tracker.environment import memory_metrics, reset_peak_memory
-from pruneexp.tracker.folder import CHOSEN, NOTES, check_folder, clear_unfinished, run_folder, status_of
+from pruneexp.tracker.folder import CHOSEN, NOTES, SCORED, check_folder, clear_unfinished, run_folder, status_of
 from pruneexp.tracker.local import LocalRun, flat_metrics
 from pruneexp.tracker.weights_and_biases import Wandb
 from pruneexp.types import Plan, RunRecord, Scores, Site, Tracker, filled
 from pruneexp.types.defaults import TRACKER
 
-__all__ = ["CHOSEN", "NOTES", "PROOF", "Local", "LocalRun", "Trackers", "Wandb", "check_folder", "clear_unfinished"]
-__all__ += ["flat_metrics", "memory_metrics", "reset_peak_memory", "run_folder", "status_of"]
+__all__ = ["CHOSEN", "NOTES", "PROOF", "SCORED", "Local", "LocalRun", "Trackers", "Wandb", "check_folder"]
+__all__ += ["clear_unfinished", "flat_metrics", "memory_metrics", "reset_peak_memory", "run_folder", "status_of"]
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from pruneexp.types import ConfigError, RunError
 # metrics.json first: without it, what is left of a half-cleared folder is no finished run.
 FILES = ("metrics.json", "status.json", "plan.json", PROOF, "scores.safetensors", "structure.png", "environment.json")
 CHOSEN = "compensation.json"  # what compensation chose for each site
+SCORED = "criterion.json"  # what the criterion chose for each site
 LOG = "log.txt"
-FILES += (CHOSEN, "model.gguf", "config.yaml", LOG, "latency.json", "latency.png")
+FILES += (CHOSEN, SCORED, "model.gguf", "config.yaml", LOG, "latency.json", "latency.png")
 NOTES = "resume"  # folder of a streamed run's notes of how far it has come, until it is done
 UNFINISHED = (NOTES, "model.partial", "streamed", "streamed.partial")  # folders of a run that has not ended
 FOLDERS = ("model", "samples", *UNFINISHED)

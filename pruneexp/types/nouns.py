@@ -60,6 +60,7 @@ class RemovalPath:
     cost_U: Tensor  # float [U]: cumulative cost once the first 1, 2, ..., U units of `order_U` have left
     # removed units -> refitted out-projection
     out_projections: Mapping[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    chosen: Mapping[str, float] = field(default_factory=dict)  # what the criterion chose for the site, by name
 
     @property
     def scores_U(self) -> Tensor:

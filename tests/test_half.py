@@ -109,12 +109,8 @@ def test_only_what_gains_is_widened(calls: list[int]) -> None:
 def test_runs_are_widened_and_their_timings_are_not(dtype: str, wide: bool, calls: list[int], tmp_path: Path) -> None:
     prompt = 77  # tokens that no other part of the run has at once
     settings = ["model=embedded", f"model.dtype={dtype}", "recipe=flap", "dataset.samples=4", "cache=off"]
-    settings += [
-        "run.save=false",
-        "evaluator=[perplexity,latency]",
-        f"evaluator.latency.prompt={prompt}",
-        "evaluator.latency.repeats=1",
-    ]
+    settings += ["evaluator=[perplexity,latency]", f"evaluator.latency.prompt={prompt}", "evaluator.latency.repeats=1"]
+    settings += ["evaluator.perplexity.samples=4", f"run.dir={tmp_path / 'run'}", "run.save=false"]
     result = pruneexp.run(settings)
     assert any("latency/prefill" in key for key in result.metrics)
     assert bool(calls) == wide and prompt not in calls

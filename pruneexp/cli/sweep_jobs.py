@@ -16,16 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pruneexp.cli.compose import (
-    SECTIONS,
-    Composed,
-    ConfigFiles,
-    check_dataset,
-    compose_raw,
-    composed,
-    quoted,
-    unswept,
-)
+from pruneexp.cli.compose import SECTIONS, Composed, check_dataset, compose_raw, composed, quoted, unswept
 from pruneexp.cli.explain import explained
 from pruneexp.conf_files import override_parts
 from pruneexp.fingerprint import NOT_HASHED
@@ -101,8 +92,7 @@ class JobComposer:
 
     def __init__(self, hydra: Hydra, config: DictConfig):
         self.hydra, self.config = hydra, config
-        self.loader = ConfigLoaderImpl(hydra.config_loader.get_search_path())
-        self.loader.repository = ConfigFiles(self.loader.repository)
+        self.loader = cast(ConfigLoaderImpl, hydra.config_loader)
         self.parser = OverridesParser.create(config_loader=hydra.config_loader)
         self.parsed: dict[str, Override] = {}
         self.groups: dict[str, bool] = {}

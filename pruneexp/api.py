@@ -74,6 +74,9 @@ def run(overrides: Sequence[str], config_dir: str | None = None) -> Any:
 
     overrides = _texts(overrides)
     typed = [text for text in overrides if text not in ("-m", "--multirun")]
+    if options := [text for text in typed if text.startswith("-")]:
+        expected = "expected --multirun alone; a folder of configs of your own is run([...], config_dir='DIR')"
+        raise ConfigError(f"{options[0]}: an option of the command; {expected}")
     with _undisturbed():
         hydra = open_hydra(config_dir)
         config = asked_for_one(hydra, typed, len(typed) < len(overrides))

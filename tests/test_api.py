@@ -265,6 +265,9 @@ def test_sweeps_give_a_list(capsys: pytest.CaptureFixture[str]) -> None:
         pruneexp.run(["--multirun", "sparsity.ratio=0.2,2", *typed])
     with pytest.raises(pruneexp.ConfigError, match="expected a list"):
         pruneexp.run("recipe=flap")
+    for option in ("--config-dir", "--cfg"):
+        with pytest.raises(pruneexp.ConfigError, match=f"{option}: an option of the command.*config_dir='DIR'"):
+            pruneexp.run([option, "mine"])
     dry = pruneexp.run(["run.dry=true", "dataset.samples=4"])
     assert dry.model is None and dry.plan is None and dry.metrics["forecast/params"] > 0
     with pytest.raises(pruneexp.ConfigError, match="holds no model"):

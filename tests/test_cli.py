@@ -20,6 +20,7 @@ from pruneexp.__main__ import main
 from pruneexp.cli import sweep as multirun
 from pruneexp.cli.compose import compose
 from pruneexp.cli.sweep import SHARED_BYTES
+from pruneexp.conf_files import conf_folder
 from pruneexp.dataset import Embedded
 from pruneexp.experiment import preflight
 from pruneexp.experiment import run as experiments
@@ -398,6 +399,16 @@ def test_files_of_ones_own_say_what_they_lack(cli: Cli, runs: list[Experiment]) 
         Path("mine", group, "own.yaml").write_text(f"{header}{text}\n")
     ended = cli("--config-dir", "mine", "evaluator=[own]")
     assert ended.code == 2 and "expected '# @package evaluator.NAME' as the first line of the evaluator's" in ended.err
+    Path("mine", "evaluator", "spaced.yaml").write_text(
+        "# @package evaluator.my own\n_target_: pruneexp.evaluator.Size\n"
+    )
+    assert (
+        "# @package evaluator.my own: expected a name without" in cli("--config-dir", "mine", "evaluator=[spaced]").err
+    )
+    Path("mine", "recipe", "flap.yaml").write_text("# @package _global_\n")
+    ended = cli("--config-dir", "mine", "recipe=flap")
+    assert ended.code == 2 and "--config-dir mine: recipe=flap is a choice that comes with pruneexp" in ended.err
+    Path("mine", "recipe", "flap.yaml").write_bytes((conf_folder() / "recipe" / "flap.yaml").read_bytes())
     ended = cli("--config-dir", "mine", "recipe=own")
     assert ended.code == 2 and "run.prove=False: expected one of process, in_place, off; did you mean" in ended.err
 

@@ -355,7 +355,7 @@ def test_a_class_that_this_transformers_lacks(
 ) -> None:
     family = replace(modeling_pruned.SMOLLM3, stock="SmolLM9", since="9.0")
     monkeypatch.setitem(modeling_pruned.FAMILIES, "smollm3", family)
-    with pytest.raises(ConfigError, match=r"model_type 'smollm3' needs transformers >= 9\.0; 5\.\S+ is installed"):
+    with pytest.raises(ConfigError, match=r"needs SmolLM9ForCausalLM of transformers >= 9\.0; 5\.\S+ is installed"):
         loaded("smollm3", folder("smollm3"))
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from pruneexp import fingerprint
 from pruneexp.criterion import Flap
+from pruneexp.fingerprint import code
 from tests.test_layering import file_graph
 
 
@@ -23,8 +24,8 @@ from tests.test_layering import file_graph
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The package's code in another place, to be edited there."""
     root = tmp_path / "pruneexp"
-    shutil.copytree(fingerprint.ROOT, root, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
-    monkeypatch.setattr(fingerprint, "ROOT", root)
+    shutil.copytree(code.ROOT, root, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    monkeypatch.setattr(code, "ROOT", root)
     forget()
     yield root
     forget()
@@ -32,7 +33,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     fingerprint.code_version.cache_clear()
-    fingerprint._code.cache_clear()
+    code._code.cache_clear()
 
 
 def closure() -> set[str]:
@@ -53,11 +54,11 @@ def test_every_file_that_decides_changes_the_key(copied: Path) -> None:
     assert {"pruneexp.evidence.solve", "pruneexp.surgery.mask", "pruneexp.model.sites"} <= names
     assert names <= fingerprint.import_closure(*fingerprint.STATISTICS)
     before = fingerprint.code_version()
-    hashes = {name: fingerprint._code(name)[0] for name in names}
+    hashes = {name: code._code(name)[0] for name in names}
     for name in sorted(names):
-        file = fingerprint._file(name)
+        file = code._file(name)
         file.write_text(file.read_text() + "\nEDITED = 1\n")
-        assert fingerprint._code.__wrapped__(name)[0] != hashes[name], name
+        assert code._code.__wrapped__(name)[0] != hashes[name], name
         if name in ("pruneexp.evidence.solve", "pruneexp.surgery.mask"):  # each alone: of the rest it is the same sum
             forget()
             now, before = before, fingerprint.code_version()
@@ -91,6 +92,36 @@ def test_somebody_elses_criterion_goes_by_its_file(tmp_path: Path, monkeypatch: 
     file.write_text("class Mine:\n    x = 1\n")
     assert fingerprint.version_of(Mine) != before
     assert fingerprint.version_of(Flap).split() == [f"{Flap.__module__}.Flap"], "ours are in code_version"
+
+
+MINE = "class Mine(Base):\n    pass\n"
+
+
+def test_files_that_its_file_imports_are_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "methods_for_fingerprints"
+    package.mkdir()
+    files = {
+        package / "__init__.py": "",
+        package / "base.py": "class Base:\n    pass\n",
+        package / "mine.py": f"import torch\nimport helper_for_fingerprints\nfrom .base import Base\n{MINE}",
+        tmp_path / "helper_for_fingerprints.py": "from constants_for_fingerprints import POWER\n",
+        tmp_path / "constants_for_fingerprints.py": "POWER = 2\n",
+        tmp_path / "beside_for_fingerprints.py": "POWER = 2\n",
+    }
+    for file, text in files.items():
+        file.write_text(text)
+    import beside_for_fingerprints  # type: ignore[import-not-found]  # noqa: F401
+    from methods_for_fingerprints.mine import Mine  # type: ignore[import-not-found]
+
+    seen = [fingerprint.version_of(Mine)]
+    for file in files:
+        file.write_text(f"{file.read_text()}\nEDITED = 1\n")
+        changed = fingerprint.version_of(Mine) != seen[-1]
+        assert changed == ("beside" not in file.name), file
+        seen.append(fingerprint.version_of(Mine))
+    files_read = code._own_files("methods_for_fingerprints.mine")
+    assert len(files_read) == 5, "none of torch's"
 
 
 IN_A_NOTEBOOK = """
@@ -130,9 +161,9 @@ def test_a_criterion_without_a_file_goes_by_its_code(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_what_is_left_out_is_docstrings_and_comments() -> None:
-    for path in sorted(fingerprint.ROOT.rglob("*.py")):
+    for path in sorted(code.ROOT.rglob("*.py")):
         text = path.read_text()
-        said = [piece[0] for piece in fingerprint._PIECE.finditer(text) if piece[1] is None]
+        said = [piece[0] for piece in code._PIECE.finditer(text) if piece[1] is None]
         tree = ast.parse(text)
         documented = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
         docs = [doc for node in documented if (doc := ast.get_docstring(node, clean=False)) is not None]

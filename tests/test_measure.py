@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import pytest
+
 from pruneexp.cache import Cache
+from pruneexp.cli.build import satisfying
 from pruneexp.experiment.measure import dense_figures, measured
 from pruneexp.tracker import Trackers
-from pruneexp.types import Measured, filled
+from pruneexp.types import ConfigError, Evaluator, Measured, RunError, filled
 from pruneexp.types.defaults import EVALUATOR
 
 MODEL: Any = SimpleNamespace(params=7, decoder_params=5, tokenizer=None, module=SimpleNamespace(generation_config=None))
@@ -56,3 +59,66 @@ def test_figures_and_files_come_together_and_from_the_cache(tmp_path: Path) -> N
             "writes_dense.txt": "7 words", "writes_pruned.txt": "4 words", "writes.md": "[7] and [4]"
         }  # fmt: skip
     assert evaluators["writes"].asked == 3  # the dense model once
+
+
+def giving(figures: Any, compared: Any = MappingProxyType({})) -> Any:
+    """An evaluator that gives anything, as the class `Gives`."""
+
+    class Gives:
+        def __call__(self, model: Any, tokenizer: Any) -> Any:
+            return figures
+
+        def against(self, dense: Measured, pruned: Measured, tokenizer: Any) -> Any:
+            return compared
+
+    return filled(Gives(), EVALUATOR)
+
+
+WRONG: dict[str, tuple[Any, list[str]]] = {
+    "text": ("5.47", ["evaluator.mine: Gives.__call__ gave '5.47'", "expected figures by name"]),
+    "nothing": (None, ["Gives.__call__ gave None", "expected figures by name"]),
+    "unnamed": ({1: 5.47}, ["Gives.__call__ gave {1: 5.47}", "expected figures by name"]),
+    "words": ({"a/x@1": "high"}, ["evaluator.mine: Gives.__call__ gave a/x@1='high'", "a finite number"]),
+    "nan": ({"a/x@1": float("nan")}, ["Gives.__call__ gave a/x@1=nan", "a finite number"]),
+    "bytes": (Measured({}, {"txt": b"x"}), ["a file 'txt' of bytes", "expected text by the ending"]),  # type: ignore
+    "path": (Measured({}, {"../evil": "x"}), ["a file '../evil' of str", "expected text by the ending"]),
+}
+
+
+@pytest.mark.parametrize("method", ["__call__", "against"])
+def test_answers_that_are_no_figures_name_the_method(tmp_path: Path, method: str) -> None:
+    for answer, told in WRONG.values():
+        evaluator = giving(answer) if method == "__call__" else giving({}, answer)
+        with pytest.raises(RunError) as error:
+            measured({"mine": evaluator}, MODEL, tmp_path, Trackers(()), "pruned", dense={"mine": Measured({})})
+        assert [each for each in told if each.replace("__call__", method) not in str(error.value)] == []
+    assert not list(tmp_path.rglob("*")), "nothing is written"
+
+
+def test_two_figures_of_one_name_are_refused_where_they_differ() -> None:
+    same = {"one": giving({"a/x@1": 1.0}), "two": giving({"a/x@1": 1.0})}
+    assert measured(same, MODEL, None, Trackers(()), "dense")[0]["dense/a/x@1"] == 1.0
+    told = "evaluator.two: Gives.__call__ gave a/x@1=2.0, which evaluator.one: Gives.__call__ gave as 1.0"
+    with pytest.raises(RunError, match=told):
+        measured({**same, "two": giving({"a/x@1": 2.0})}, MODEL, None, Trackers(()), "dense")
+    with pytest.raises(RunError, match="Gives.against gave a/x@1=3.0, which evaluator.one"):
+        compared = {"one": giving({"a/x@1": 1.0}, {"a/x@1": 3.0})}
+        measured(compared, MODEL, None, Trackers(()), "pruned", dense={"one": Measured({})})
+    with pytest.raises(RunError, match="params=1, which every run"):
+        measured({"one": giving({"params": 1})}, MODEL, None, Trackers(()), "dense")
+
+
+def test_methods_that_cannot_be_called_are_told_before_a_run() -> None:
+    class Short:
+        def __call__(self, model: Any) -> dict[str, float]:
+            return {}
+
+    class Compares(Counts):
+        def against(self, dense: Measured, pruned: Measured) -> Measured:
+            return Measured({})
+
+    for part, told in ((Short(), "Short.__call__(model)"), (Compares(), "Compares.against(dense, pruned)")):
+        with pytest.raises(ConfigError, match="expected to take") as error:
+            satisfying(part, Evaluator, "evaluator.mine")
+        assert told in str(error.value) and "tokenizer" in str(error.value)
+    assert satisfying(Counts(), Evaluator, "evaluator.mine").against(1, 2, 3) == Measured({})

@@ -626,6 +626,16 @@ def test_accuracies_are_means_over_seeds_beside_the_dense_models(tmp_path: Path)
     assert "the shares really removed differ at one ratio asked (15.0 to 20.0 % at 0.2)" in page.text
 
 
+def test_figures_of_other_evaluators_are_a_table(tmp_path: Path) -> None:
+    own = {"dense/mine/x@8": 0.5, "pruned/mine/x@8": 0.25, "pruned/agreement/text@8": 0.75, "pruned/kv_bytes/token": 8}
+    write_run(tmp_path / "runs" / "HASH", config(), metrics(**own))
+    write_run(tmp_path / "runs" / "HASH", config(seed=1))
+    assert report(tmp_path / "runs", f"out={tmp_path / 'page'}") == 0
+    (row,) = Page(tmp_path / "page" / "index.html").table("What else was measured")
+    del own["pruned/kv_bytes/token"]
+    assert {key: value for key, (_, value) in row.items() if "/" in key} == {k: str(v) for k, v in own.items()}
+
+
 def test_the_share_is_of_what_all_budgets_count(tmp_path: Path) -> None:
     """Of another quantity where all runs count that, at one context; of the decoder's parameters where they differ."""
     for recipe, at in (("flap", 0.5), ("magnitude", 0.4)):

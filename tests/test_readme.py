@@ -53,6 +53,21 @@ def test_a_criterion_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "my_criteria.Energy" in Path("run/config.yaml").read_text()
 
 
+def test_an_evaluator_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_evaluators.py").write_text(block("pruneexp/README.md", "python", "class Top1"))
+    (tmp_path / "my_conf" / "evaluator").mkdir(parents=True)
+    (tmp_path / "my_conf" / "evaluator" / "top1.yaml").write_text(block("pruneexp/README.md", "yaml", "Top1"))
+    (command,) = (each for each in pruneexp_commands() if "evaluator=[perplexity,top1]" in each)
+    assert main([*command, "dataset.samples=4", "evaluator.perplexity.samples=2", "run.dir=run", "run.prove=off"]) == 0
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert 0.5 < metrics["pruned/top1_agreement/embedded@128[16]"] < 1
+    right = {when: metrics[f"{when}/top1/embedded@128[16]"] for when in ("dense", "pruned")}
+    assert 0.3 < right["pruned"] < right["dense"] < 1
+    written = {file.name: float(file.read_text()) for file in Path("run/samples").iterdir()}
+    assert written == {f"top1_{when}.txt": value for when, value in right.items()}
+
+
 def test_a_sweep_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_conf" / "sweep").mkdir(parents=True)

@@ -125,6 +125,17 @@ def test_reloaded_in_place_and_streamed(
     assert torch.equal(streamed.token_losses(tokens_NT, 4), model.token_losses(tokens_NT, 4))
 
 
+def test_a_checkpoint_that_does_not_reload_is_the_runs_failure(
+    tiny: Callable[..., Model], tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    save(model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_bias": True}))
+    with pytest.raises(RunError, match="the saved checkpoint does not reload .*it lacks model.layers.0.self_attn"):
+        prove_in_place(model, tmp_path / "model", tokens_NT)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_twice_is_pruned_once(
     family: str, tiny: Callable[..., Model], source: Callable[..., Any], tokens_NT: torch.Tensor, tmp_path: Path

@@ -184,7 +184,7 @@ class Builder:
         for name in unknown:
             known = [f"{key}.{parameter}" for parameter in parameters]
             expected = f"expected one of {', '.join(known)}" if known else f"{key} has no keys"
-            near = did_you_mean(f"{key}.{name}", known)
+            near = did_you_mean(name, list(parameters), f"{key}.{{}}")
             raise ConfigError(f"{key}.{name}={settings[name]!r}: unknown key; {expected}{near}")
         for name, parameter in parameters.items():
             variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
@@ -208,10 +208,34 @@ def satisfying(part: Any, protocol: type | None, key: str) -> Any:
     absent = [name for name in _members(protocol) if name not in optional and not hasattr(part, name)]
     if absent:
         raise ConfigError(f"{key}: {type(part).__name__} has no {', '.join(absent)}; see pruneexp.types")
+    _require_callable(part, protocol, key)
     try:
         return filled(part, optional)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+def _require_callable(part: Any, protocol: type | None, key: str) -> None:
+    """Raises ConfigError where a method of the part cannot be called as the protocol says: with its arguments, with or
+    without those that have a default. At the call it would end the run, behind everything slow."""
+    for name, declared in _methods(protocol).items():
+        asked = [each for each in inspect.signature(declared).parameters.values() if each.name != "self"]
+        needed = [each.name for each in asked if each.default is each.empty]
+        try:
+            own = inspect.signature(getattr(part, name, None))  # type: ignore
+        except (TypeError, ValueError):  # left out, or without a signature that can be read
+            continue
+        if not any(_takes(own, given) for given in (needed, [each.name for each in asked])):
+            called = f"{type(part).__name__}.{name}({', '.join(own.parameters)})"
+            raise ConfigError(f"{key}: {called}: expected to take ({', '.join(needed)}); see pruneexp.types")
+
+
+def _takes(signature: inspect.Signature, given: Iterable[str]) -> bool:
+    try:
+        signature.bind(*given)
+    except TypeError:
+        return False
+    return True
 
 
 def _without_bos(target: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +264,9 @@ def _under(key: str, parameters: Iterable[str], error: ConfigError) -> ConfigErr
 
 
 def _members(protocol: type | None) -> list[str]:
-    if protocol is None:
-        return []
-    methods = [name for name, value in vars(protocol).items() if inspect.isfunction(value)]
-    return [*protocol.__annotations__, *(name for name in methods if name == "__call__" or not name.startswith("_"))]
+    return [] if protocol is None else [*protocol.__annotations__, *_methods(protocol)]
+
+
+def _methods(protocol: type | None) -> dict[str, Callable[..., Any]]:
+    found = {} if protocol is None else {n: value for n, value in vars(protocol).items() if inspect.isfunction(value)}
+    return {name: value for name, value in found.items() if name == "__call__" or not name.startswith("_")}

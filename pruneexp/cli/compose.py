@@ -65,6 +65,7 @@ def open_hydra(config_dir: str | None = None) -> Hydra:
     if config_dir is not None:
         if not os.path.isdir(config_dir):
             raise ConfigError(f"--config-dir {config_dir}: no such folder; expected one with configs of your own")
+        _require_own_names(Path(config_dir))
         path = f"file://{os.path.abspath(config_dir)}"
         search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
     # The group is called `sweep` and its folder `sweeps/`, so Hydra is handed the files instead of finding them.
@@ -77,6 +78,15 @@ def open_hydra(config_dir: str | None = None) -> Hydra:
     loader = cast(ConfigLoaderImpl, hydra.config_loader)
     loader.repository = ConfigFiles(loader.repository)
     return hydra
+
+
+def _require_own_names(config_dir: Path) -> None:
+    """Raises ConfigError where a file there has the name of another one of ours, which would be read in its stead."""
+    for path in sorted(config_dir.glob("*/*.yaml")):
+        ours = conf_folder() / path.relative_to(config_dir)
+        if ours.is_file() and ours.read_bytes() != path.read_bytes():
+            taken = f"{path.parent.name}={path.stem} is a choice that comes with pruneexp"
+            raise ConfigError(f"--config-dir {config_dir}: {taken}; expected another name than {path.name}")
 
 
 @cache

@@ -35,6 +35,8 @@ def explained(
             return ConfigErrors(list(dict.fromkeys(plain)))
         for message in (*plain, *_override_mistakes(hydra, parsed, swept, error)):
             return ConfigError(message)
+    if found := re.search(r"Too many components in '@package ([^']*)'", str(error)):
+        return ConfigError(f"# @package {found[1]}: expected a name without spaces, as in '# @package evaluator.NAME'")
     if "RecursionError" in str(error) or "Recursive interpolation" in str(error):
         circular = [text for text in overrides if "${" in text] or [str(getattr(error, "full_key", None) or "")]
         return ConfigError(f"{circular[0]}: its ${{...}} leads back to itself; expected a value that is made of others")
@@ -153,7 +155,8 @@ def _unknown_key(key: str, parsed: Sequence[Override], swept: Sequence[Override]
         has = f"it is one of {section}={', '.join(elsewhere[rest])}"
         yield f"{typed}: {lacks}; {has}{apart if swept_over else ''}"
     if siblings:
-        yield f"{typed}: unknown key; expected one of {', '.join(siblings)}{did_you_mean(key, siblings)}"
+        near = did_you_mean(rest, [name.partition(".")[2] for name in siblings], f"{section}.{{}}")
+        yield f"{typed}: unknown key; expected one of {', '.join(siblings)}{near}"
     near = did_you_mean(rest, elsewhere, f"{section}.{{}}")
     yield f"{typed}: {choice} has no keys{near}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +12,8 @@ from pruneexp.cache import Cache, NoCache
 from pruneexp.files import write_atomic
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
-from pruneexp.tracker import Trackers
-from pruneexp.types import Evaluator, Measured
+from pruneexp.tracker import Trackers, flat_metrics
+from pruneexp.types import Evaluator, Measured, RunError, one_line
 
 Known = Callable[[Evaluator, str, Callable[[], Measured]], Measured]
 
@@ -35,11 +36,19 @@ def measured(
     found. `known`: gives what was measured before, or measures. `dense`: what each found before pruning. Files go to
     samples/ in `folder`; None: nowhere."""
     figures: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
-    found = {}
+    found: dict[str, Measured] = {}
+    origins = dict.fromkeys(figures, "every run")
     for name, evaluator in evaluators.items():
-        one = found[name] = known(evaluator, name, lambda e=evaluator: _measured(e(model, model.tokenizer)))
-        compared = evaluator.against(dense[name], one, model.tokenizer) if name in dense else Measured({})
-        figures |= {**one.figures, **compared.figures}
+        who = f"evaluator.{name}: {type(evaluator).__name__}"
+        one = found[name] = known(
+            evaluator, name, lambda e=evaluator, w=who: _checked(e(model, model.tokenizer), f"{w}.__call__")
+        )
+        compared = Measured({})
+        if name in dense:
+            compared = _checked(evaluator.against(dense[name], one, model.tokenizer), f"{who}.against")
+        for what, new in (("__call__", one.figures), ("against", compared.figures)):
+            _require_names_apart(new, figures, origins, f"{who}.{what}")
+            figures |= new
         if folder is not None:
             _write(folder / "samples", f"{name}_{when}", one.files)
             _write(folder / "samples", name, compared.files)
@@ -48,9 +57,34 @@ def measured(
     return named, found
 
 
-def _measured(found: Measured | Mapping[str, float]) -> Measured:
-    """Figures alone are all that there is."""
-    return found if isinstance(found, Measured) else Measured(found)
+def _checked(found: Any, who: str) -> Measured:
+    """What an evaluator's method gave: a Measured, or figures alone. Raises RunError, naming the method, where it gave
+    something else."""
+    one = found if isinstance(found, Measured) else Measured(found)
+    if not isinstance(one.figures, Mapping) or not all(isinstance(name, str) for name in one.figures):
+        expected = 'expected figures by name, as {"ppl/mine@128": 5.47}, or a Measured of them'
+        raise RunError(f"{who} gave {one_line(repr(one.figures))[:60]}; {expected}")
+    try:
+        flat_metrics(one.figures)
+    except RunError as error:
+        raise RunError(f"{who} gave {error}") from None
+    for ending, text in one.files.items():
+        if not isinstance(text, str) or not re.fullmatch(r"\w[\w.-]*", str(ending)):
+            expected = 'expected text by the ending of its name, as {"csv": "a,b\\n"}'
+            raise RunError(f"{who} gave a file {ending!r} of {type(text).__name__}; {expected}")
+    return one
+
+
+def _require_names_apart(
+    new: Mapping[str, float], figures: Mapping[str, float], origins: dict[str, str], who: str
+) -> None:
+    """Raises RunError where a figure has the name of another one, of another value, and notes where the new ones come
+    from."""
+    for name, value in new.items():
+        if name in figures and figures[name] != value:
+            both = f"gave {name}={value!r}, which {origins[name]} gave as {figures[name]!r}"
+            raise RunError(f"{who} {both}; expected figures with names of their own")
+        origins.setdefault(name, who)
 
 
 def _write(folder: Path, stem: str, files: Mapping[str, str]) -> None:

@@ -179,8 +179,8 @@ def _shares(experiment: Experiment, metrics: Mapping[str, float], before: int, a
         gone[of] = _gone(before, after)
     if abs(gone[of] - asked) > WIDE:
         logger.warning(
-            "sparsity.ratio=%g was asked for, %.3f of %s has left: the search rounds in its own way, or by units that "
-            "large",
+            "sparsity.ratio=%g was asked for, %.3f of %s has left: the search rounds in its own way, by units that "
+            "large, or takes all units of one score",
             *(asked, gone[of], of),
         )
     return {f"sparsity/{of}": share for of, share in gone.items()}

@@ -26,7 +26,8 @@ def model_class_of(folder: Path, model_type: str) -> tuple[Any, Any, modeling_pr
     if not all(hasattr(transformers, name) for name in names):
         raise refused(
             folder,
-            f"model_type {model_type!r} needs transformers >= {family.since}; {transformers.__version__} is installed",
+            f"model_type {model_type!r} needs {family.stock_class} of transformers >= {family.since}; "
+            f"{transformers.__version__} is installed",
         )
     if model_type in modeling_pruned.FAMILIES:
         model_class, config_class = (getattr(transformers, name) for name in names)

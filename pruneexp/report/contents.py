@@ -14,7 +14,17 @@ from pruneexp.report.figures import styles
 from pruneexp.report.folders import RunsRead
 from pruneexp.report.methods import GROUPS, Runs, departures, describe
 from pruneexp.report.page import Folded, Report, Section
-from pruneexp.report.points import ACCURACY, accuracies, is_mean, kept_shares, left_out, machine, perplexities, removed
+from pruneexp.report.points import (
+    ACCURACY,
+    accuracies,
+    is_mean,
+    kept_shares,
+    left_out,
+    machine,
+    metrics_of,
+    perplexities,
+    removed,
+)
 from pruneexp.report.published import tables as published_tables
 from pruneexp.report.sections import effects_section, pareto_section, published_section, widths_section
 from pruneexp.report.tables import Cell, Table, count, number, ratio, table
@@ -24,6 +34,7 @@ LATER = ("seconds/calibrate", "seconds/search", "seconds/shrink")
 LATER += ("passes/forward", "passes/backward", "memory/peak_bytes")
 Show = Callable[[Any], Any]  # of a run, what a column has
 FEW = 3  # folders that the title names
+SHOWN = rf"ppl/.*|{ACCURACY}|latency/.*|params.*|bytes|macs/.*|kv_bytes/.*"  # in other sections, or sizes
 
 
 def report(found: RunsRead, folders: Sequence[Path]) -> Report:
@@ -43,6 +54,7 @@ def report(found: RunsRead, folders: Sequence[Path]) -> Report:
         bytes_section(counted, looks),
         pareto_section(counted, looks),
         widths_section(runs),
+        _others(runs),
         effects_section(counted),
         published_section(compared),
         _configs(runs),
@@ -108,6 +120,24 @@ def _runs(runs: Runs, found: RunsRead) -> Section:
     lines += left_out(runs, "perplexity and accuracy", f"ppl/.*|{ACCURACY}")
     shown = table("runs", "Every finished run; all its metrics are in metrics.csv", runs, columns)
     return Section("runs", "Runs", lines, (shown,))
+
+
+def _others(runs: Runs) -> Section | None:
+    """Figures that no other section has: of what was written, and of evaluators of one's own."""
+    names = metrics_of(runs, rf"(?!(?:{SHOWN})$).*")
+    there = {key for one in runs for key in one.run.metrics}
+    keys = [key for name in names for key in (f"dense/{name}", f"pruned/{name}") if key in there]
+    several = len({one.context for one in runs}) > 1
+    columns: dict[str, Show] = {
+        "run": lambda one: one.run.name,
+        **({"model": lambda one: one.context} if several else {}),
+        "method": lambda one: one.method,
+        "ratio asked": lambda one: ratio(one.ratio),
+        **{key: lambda one, key=key: one.run.metrics.get(key) for key in keys},
+    }
+    measured = [one for one in runs if any(key in one.run.metrics for key in keys)]
+    shown = table("others", "What else was measured of each run's models", measured, columns)
+    return Section("others", "Other figures", (), (shown,)) if keys else None
 
 
 def _setting(key: str, absent: str = "-") -> Show:

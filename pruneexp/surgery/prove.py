@@ -17,7 +17,7 @@ from pruneexp.model.half import plain_linear
 from pruneexp.model.placement import AUTO
 from pruneexp.progress import progress, waiting
 from pruneexp.surgery.prove_source import POSITIONS, Dense, compare_in_place, not_loaded
-from pruneexp.types import RunError
+from pruneexp.types import ConfigError, RunError
 
 TOLERANCE = 1e-2  # of a logit's difference
 
@@ -112,7 +112,7 @@ def prove_in_place(model: Model, folder: Path, tokens_BT: Tensor, dense: Dense |
     """Reloads `folder` here, with the modeling file of this package, and compares logits. With `dense`, plain
     transformers also loads the model's source, which is compared with that."""
     source = {} if dense is None else {"source": compare_in_place(dense, model.dtype)}
-    reloaded = _source(model, folder, stream=False).load()
+    reloaded = _reloaded(model, folder, stream=False)
     difference = (logits_of(reloaded, tokens_BT) - logits_of(model, tokens_BT)).abs().max().item()
     return {"prove": "in_place", "max_logit_difference": difference, "windows": list(tokens_BT.shape), **source}
 
@@ -140,7 +140,7 @@ class BlockProof:
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Reloads `folder` through its own config, one layer at a time, then the head."""
-        reloaded = _source(self.model, folder, stream=True).load()
+        reloaded = _reloaded(self.model, folder, stream=True)
         hidden, calls = reloaded.enter(self.tokens_BT)
         gaps = []
         for index, expected in enumerate(progress(self.outputs, "prove", unit="blocks")):
@@ -156,8 +156,9 @@ class BlockProof:
         }
 
 
-def _source(model: Model, folder: Path, stream: bool) -> ModelSource:
-    return ModelSource(
+def _reloaded(model: Model, folder: Path, stream: bool) -> Model:
+    """The model that `folder` holds. Raises RunError where it holds none that loads: a run has written it."""
+    source = ModelSource(
         name="proof",
         path=str(folder),
         revision=None,
@@ -167,6 +168,10 @@ def _source(model: Model, folder: Path, stream: bool) -> ModelSource:
         trust_remote_code=False,
         batch_size=model.batch_size,
     )
+    try:
+        return source.load()
+    except ConfigError as error:
+        raise RunError(f"{folder}: the saved checkpoint does not reload ({error})") from error
 
 
 @torch.no_grad()

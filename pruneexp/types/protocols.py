@@ -229,7 +229,7 @@ class Recovery(Protocol):
         """Checks itself against the model's architecture and the number of calibration windows. Raises ConfigError."""
         ...
 
-    def __call__(self, model: Any, tokens_NT: Tensor, meter: Any, seed: int) -> Any:
+    def __call__(self, model: Any, tokens_NT: Tensor, meter: Any, seed: int, dense: Any = None) -> Any:
         """Trains the model in place; gives `metrics` and the `adapter` that is not merged into it, or None."""
         ...
 

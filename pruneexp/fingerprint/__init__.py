@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
-from types import CellType, CodeType, FunctionType
 from typing import Any
+
+from pruneexp.fingerprint.code import STATISTICS as STATISTICS
+from pruneexp.fingerprint.code import code_version as code_version
+from pruneexp.fingerprint.code import import_closure as import_closure
+from pruneexp.fingerprint.code import libraries
+from pruneexp.fingerprint.code import version_of as version_of
 
 __version__ = "0.1.0"  # of this package
 ASKED = "asked"  # top-level key of a config: what each `bos` was before it was resolved
@@ -19,13 +22,6 @@ NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra", ASKED)  # where a run
 PERPLEXITY = "pruneexp.evaluator.Perplexity"
 GGUF = "/gguf-"  # between a figure's name and the type of the file that llama.cpp measured it on
 NOTES_VERSION = 2  # of what a streamed run notes of how far it has come
-ROOT = Path(__file__).parent
-STATISTICS = (  # what gives scores and statistics, and what is made of them
-    "pruneexp.calibrate",
-    "pruneexp.criterion",
-    "pruneexp.compensator",
-    "pruneexp.pruning.dense_evidence",
-)
 
 FileState = tuple[str, int, int, int]
 
@@ -186,115 +182,12 @@ def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({str(setting.get(key, before[key])) for setting in known}) > 1]
 
 
-# Code
-
-_LONG = r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'
-_STRING = _LONG + "|" + _LONG.replace('"', "'") + r"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'"""
-_PIECE = re.compile(rf"(?:\A|(?<=:\n))\s*[rR]?{_LONG}|({_STRING})|#[^\n]*", re.DOTALL)  # docstring, string, comment
-_NO_CODE = re.compile("__(module|dict|weakref|doc|firstlineno|static_attributes|dataclass.*)__$")  # members
-_IMPORT = re.compile(r"^[ \t]*(?:from (pruneexp[\w.]*) import (\([^)]*\)|.*)|import (pruneexp[\w.]*))", re.MULTILINE)
-
-
-@cache
-def code_version(*more: str) -> str:
-    """16 hex digits over the code that gives an answer, without comments and docstrings: `STATISTICS`, the modules or
-    packages `more`, all of ours that these import, and the versions of torch and transformers."""
-    used = _versions()
-    digest = hashlib.sha256(f"torch {used['torch']} transformers {used['transformers']}".encode())
-    for name in sorted(import_closure(*STATISTICS, *more)):
-        digest.update(f"{name} {_code(name)[0]}".encode())
-    return digest.hexdigest()[:16]
-
-
-def import_closure(*names: str) -> set[str]:
-    """Dotted names of these modules of ours (of packages, all in them) and of all of ours that they import, at any
-    depth."""
-    files = (path.relative_to(ROOT.parent).with_suffix("") for path in ROOT.rglob("*.py"))
-    modules = {".".join(file.parts).removesuffix(".__init__") for file in files} - {"pruneexp"}
-    found: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        while name not in modules and name:  # of what is imported from a module, the module
-            name = name.rpartition(".")[0]
-        if not name or name in found:
-            continue
-        found.add(name)
-        waiting += _code(name)[1]
-        waiting += [each for each in modules if each.rpartition(".")[0] == name]
-    return found
-
-
-@cache
-def _code(name: str) -> tuple[str, frozenset[str]]:
-    """Of one of our modules, a hash of its code without comments, docstrings and empty lines, and the dotted names of
-    ours that it imports. Both are found by patterns: syntax trees of all modules would take half a second."""
-    text = _PIECE.sub(lambda piece: piece[1] or "", _file(name).read_text(encoding="utf-8"))
-    imported: set[str] = set()
-    for module, listed, alone in _IMPORT.findall(text):
-        own = (each.split()[0] for each in listed.strip("()").split(",") if each.strip())
-        imported |= {f"{module}.{each}" for each in own} if module else {alone}
-    lines = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
-    return hashlib.sha256(lines.encode()).hexdigest(), frozenset(imported)
-
-
-def _file(name: str) -> Path:
-    path = ROOT / Path(*name.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def version_of(part: object) -> str:
-    """What identifies a method or a type of evidence: its class, its settings and, where it is not ours, a hash of its
-    module's file or, without one (in a notebook), of its code. Our own code is in `code_version`."""
-    kind = part if isinstance(part, type) else type(part)
-    name, source = kind.__module__, ""
-    if not name.startswith("pruneexp."):
-        file = getattr(sys.modules.get(name), "__file__", None) or ""
-        read = Path(file).read_bytes() if Path(file).is_file() else "\n".join(_written(kind, name, set())).encode()
-        source = hashlib.sha256(read).hexdigest()[:16]
-    return f"{name}.{kind.__qualname__} {'' if part is kind else repr(part)} {source}"
-
-
-def _written(thing: Any, home: str, seen: set[int]) -> Iterator[str]:
-    """Bytecode and values of a thing of the module `home` and of all that it names there, on whatever lines."""
-    parts: Sequence[Any] = ()
-    if isinstance(thing, (type, FunctionType)):
-        yield f"{thing.__module__}.{thing.__qualname__}"
-        if thing.__module__ != home or id(thing) in seen:
-            return
-        seen.add(id(thing))
-        if isinstance(thing, type):
-            parts = (*thing.__bases__, {name: each for name, each in vars(thing).items() if not _NO_CODE.match(name)})
-        else:
-            cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != CellType()]
-            parts = (thing.__code__, thing.__defaults__, thing.__kwdefaults__, cells)
-    elif isinstance(thing, CodeType):
-        yield f"{thing.co_code.hex()} {thing.co_names}"
-        named = getattr(sys.modules.get(home), "__dict__", {})
-        parts = (*thing.co_consts, *(named[name] for name in thing.co_names if name in named))
-    elif isinstance(thing, (staticmethod, classmethod, property)):
-        parts = (thing.fget if isinstance(thing, property) else thing.__func__,)
-    elif isinstance(thing, (tuple, list, dict)):
-        parts = (*thing, *thing.values()) if isinstance(thing, dict) else thing
-    else:
-        shown: Any = thing.tolist() if hasattr(thing, "tolist") else thing  # an array is printed in part
-        shown = sorted(map(repr, thing)) if isinstance(thing, (set, frozenset)) else shown
-        yield re.sub(r" at 0x[0-9a-f]+", "", repr(shown))
-    for each in parts:
-        yield from _written(each, home, seen)
-
-
 # Runs
 
 
 def identity(**what: Any) -> str:
     """One hash over `what` a run's results depend on and the versions of what computes them."""
-    text = json.dumps({"version": NOTES_VERSION, **_versions(), **what}, sort_keys=True, default=str)
+    text = json.dumps(
+        {"version": NOTES_VERSION, "pruneexp": __version__, **libraries(), **what}, sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@cache
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"pruneexp": __version__, **{name: version(name) for name in ("torch", "transformers")}}

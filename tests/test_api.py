@@ -441,11 +441,15 @@ def test_an_object_that_raises_without_a_word_is_told_by_its_place(
     def unfinished(*_: Any) -> Any:
         raise error
 
-    own = type("Unfinished", (Slice,), {"__call__": unfinished})()
-    with pytest.raises(
-        pruneexp.RunError, match=rf"^{error.__name__}: raised in unfinished \(.*test_api\.py, line \d+\)"
-    ):
-        pruneexp.prune(model, tokenizer, tokens, compensator=own)
+    def misspelt(self: Any, weight_OC: Any, bias_O: Any, evidence: Any, keep_C: Any) -> Any:
+        return weight_OC.shap
+
+    for method, said in ((unfinished, ""), (misspelt, ".*has no attribute 'shap', ")):
+        own = type("Unfinished", (Slice,), {"__call__": method})()
+        kind = "AttributeError" if said else error.__name__
+        place = rf"raised in {method.__name__} \(.*test_api\.py, line \d+\)"
+        with pytest.raises(pruneexp.RunError, match=f"^{kind}: {said}{place}"):
+            pruneexp.prune(model, tokenizer, tokens, compensator=own)
 
 
 def test_an_object_asks_for_scores_behind_pruned_layers_where_there_are_some(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from pruneexp.experiment.forecast import out_of_memory
+from pruneexp.fingerprint.code import ROOT, is_installed
 from pruneexp.tracker import Trackers
 from pruneexp.types import ConfigError, RunError
 
@@ -30,7 +31,7 @@ def failures_recorded(trackers: Trackers, folder: Path | None) -> Iterator[None]
             spread = ", model.device=auto less of each" if torch.cuda.device_count() > 1 else ""
             reason = message = f"{where}; a smaller model.batch_size or model.stream=true needs less{spread}"
         else:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split()) or f'raised in {_raised_in(error)}'}"
+            reason = f"{type(error).__name__}: {_said_and_where(error)}"
             message = reason if folder is None else f"{reason} (the traceback is in {folder / 'log.txt'})"
         trackers.fail(reason, traceback.format_exc())
         if isinstance(error, StopIteration):  # contextlib takes an error that comes of one for that one
@@ -38,7 +39,16 @@ def failures_recorded(trackers: Trackers, folder: Path | None) -> Iterator[None]
         raise RunError(message) from error
 
 
-def _raised_in(error: BaseException) -> str:
-    """The place in the code that raised an error without a message."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.name} ({last.filename}, line {last.lineno})"
+def _said_and_where(error: BaseException) -> str:
+    """An error's message, with the place in somebody's own code that raised it; without a message, the place alone."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _is_somebodys(frame.filename)]
+    last = (own or frames)[-1]
+    place = f"{last.name} ({last.filename}, line {last.lineno})"
+    said = " ".join(str(error).split())
+    return f"{said}, raised in {place}" if said and own else said or f"raised in {place}"
+
+
+def _is_somebodys(file: str) -> bool:
+    """Whether code is neither ours nor installed, nor made while running ("<string>")."""
+    return not file.startswith("<") and not is_installed(Path(file)) and not Path(file).is_relative_to(ROOT)

@@ -99,7 +99,7 @@ def _own_files(name: str) -> list[bytes]:
         file, root = _file_of(each), each.partition(".")[0]
         if each in found or not file.is_file() or root == "pruneexp":
             continue
-        if root == name.partition(".")[0] or not _is_installed(file):
+        if root == name.partition(".")[0] or not is_installed(file):
             found[each] = file.read_bytes()
             package = sys.modules[each].__package__ or ""
             waiting += [package, *_imported(found[each], package)]
@@ -111,7 +111,7 @@ def _file_of(name: str) -> Path:
     return Path(getattr(sys.modules.get(name), "__file__", None) or "")
 
 
-def _is_installed(file: Path) -> bool:
+def is_installed(file: Path) -> bool:
     """Whether a file is the standard library's or of a package from a registry: its version says what it is."""
     return bool({"site-packages", "dist-packages"} & {*file.parts}) or file.is_relative_to(STANDARD_LIBRARY)
 
@@ -137,7 +137,7 @@ def _written(thing: Any, home: str, seen: set[int]) -> Iterator[str]:
     if isinstance(thing, (type, FunctionType)):
         yield f"{thing.__module__}.{thing.__qualname__}"
         if thing.__module__ != home:
-            yield from () if _is_installed(_file_of(thing.__module__)) else map(repr, _own_files(thing.__module__))
+            yield from () if is_installed(_file_of(thing.__module__)) else map(repr, _own_files(thing.__module__))
             return
         if id(thing) in seen:
             return

@@ -17,7 +17,7 @@ from tests.cases import each
 
 BOTH, CHANNELS = ["heads", "channels"], ["channels"]
 HEADS_TOO = ("llama", "mistral_sliding", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2")
-HEADS_TOO += ("smollm3", "mixtral", "qwen3_moe")
+HEADS_TOO += ("seed_oss", "smollm3", "mixtral", "qwen3_moe")
 FFN_ALONE = ("opt", "gpt2", "pythia", "stablelm", "falcon_7b", "phi4_mini")
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 

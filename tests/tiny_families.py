@@ -60,6 +60,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (prefix of the config
     "neox_serial": ("GPTNeoX", {**_NEOX, "use_parallel_residual": False, "attention_bias": False}),
     "stablelm": ("StableLm", {**_LLAMA, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "stablelm_2_12b": ("StableLm", {**_LLAMA, "use_parallel_residual": True, "qk_layernorm": True}),
+    "seed_oss": ("SeedOss", {**_LLAMA, "head_dim": 16}),
+    "seed_oss_plain": ("SeedOss", {**_LLAMA, "head_dim": 16, "attention_bias": False}),
     "smollm3": ("SmolLM3", {**_LLAMA, "no_rope_layers": [1, 0, 1]}),
     "falcon_7b": ("Falcon", {**_FALCON, "multi_query": True}),
     "falcon_40b": ("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 3}),

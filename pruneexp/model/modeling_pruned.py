@@ -116,6 +116,7 @@ MIXTRAL = replace(
     mlp_out="mlp.w2",
     experts="experts",
 )
+SEED_OSS = replace(LLAMA, stock="SeedOss", since="4.56")
 SMOLLM3 = replace(LLAMA, stock="SmolLM3", since="4.53")
 GEMMA = replace(LLAMA, stock="Gemma", norm_offset=1.0, needs_bos=True)
 GEMMA2 = replace(
@@ -254,6 +255,7 @@ FAMILIES = {  # by stock model_type
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
 }

@@ -118,7 +118,7 @@ def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructu
 
 @dataclass(frozen=True)
 class StockWidths:
-    """What a stock config can say of all layers: config keys, None where it cannot. A bias flag gives one to the
+    """What a stock config can say of all layers: config keys, None where it cannot. A bias flag may give one to the
     sublayer's in-projections, too."""
 
     intermediate_size: str = "intermediate_size"
@@ -143,6 +143,7 @@ STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / head
     "phi3": _HEADS,
     "qwen2": _HEADS,
     "qwen3": _HEADS_BIAS,
+    "seed_oss": replace(_HEADS, attention_output_bias="attention_out_bias", mlp_output_bias="mlp_bias"),
     "smollm3": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
     "stablelm": StockWidths(),
 }
@@ -177,6 +178,7 @@ def _uniform_own(model: Model, structure: LayerStructure, before: LayerStructure
         logger.debug("%s: no stock config of these widths (%s)", model.config.model_type, error)
         return None
     shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (stock, layer)]
+    linears = [path for path in linears if f"{path}.bias" in shapes[0]]  # some flags are the out-projection's alone
     missing = {f"{path}.bias" for path in linears}
     same = all(shapes[0].get(name) == shape for name, shape in shapes[1].items())
     if not same or not set(shapes[0]) - set(shapes[1]) <= missing or head_size(config) != head_size(model.config):

@@ -19,9 +19,11 @@ from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.model import Model, modeling_pruned, next_token_losses
 from pruneexp.surgery import masked, save, shrink_, shrink_layer_
+from pruneexp.surgery.forms import stock_class
 from pruneexp.types import ConfigError, Plan, SitePlan
 from tests.cases import each
-from tests.tiny_families import TINY, tiny_model
+from tests.conftest import FAMILIES as IN_CONFTEST
+from tests.tiny_families import TINY, is_mixture, model_type_of, of_every_family, others, says_heads, tiny_model
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
 
@@ -31,7 +33,8 @@ COMPENSATORS = {
     "least_squares": LeastSquares(1e-3, "pruned", False, "site"),
 }
 GRANULARITIES = ("heads", "channels", "sublayer", "block")
-MIXTURES = ("mixtral", "qwen3_moe")
+ONE_OF_EACH = of_every_family(conftests=False)  # OPT and BLOOM have their tests with conftest's models
+MIXTURES = tuple(filter(is_mixture, ONE_OF_EACH))
 FEW = ("gpt2", "gemma3", "mixtral")  # as unlike each other as can be: the quick tests have these alone
 FEW_FIRST = [pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow]) for name in TINY]
 Made = Callable[..., Any]
@@ -141,6 +144,11 @@ def reload(path: Path) -> Any:
     remote = "auto_map" in json.loads((path / "config.json").read_text())
     eager = {"experts_implementation": "eager"}  # fused experts know no float64
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64, **eager).eval()
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    without = set(modeling_pruned.FAMILIES) - {model_type_of(name) for name in (*TINY, *IN_CONFTEST)}
+    assert not without, f"no test tries {sorted(without)}: expected a tiny config of each in tests/tiny_families.py"
 
 
 @pytest.mark.slow
@@ -265,6 +273,25 @@ def test_caches_of_each_kind_have_no_gaps(
         generates_the_same(module, tokens_NT)
 
 
+def stock_takes_heads(model: Model) -> bool:
+    """Whether the stock class makes the attention of a pruned model, all layers alike, where its config says so: found
+    without the table of `pruneexp.surgery.forms`."""
+    own = model.structures[0]
+    heads = {name: getattr(own, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    values = {**model.config.to_dict(), **heads, "head_dim": modeling_pruned.head_size(model.config)}
+    try:
+        with torch.device("meta"):
+            stock = stock_class(model.config.model_type)._from_config(type(model.config)(**values))
+    except Exception:  # each config class checks itself in its own way
+        return False
+    layers = (stock.base_model.get_submodule(model.family.layers)[0], model.layers[0])
+    one, other = (
+        [(path, p.shape) for path, p in layer.get_submodule(model.family.attention).named_parameters()]
+        for layer in layers
+    )
+    return one == other
+
+
 @pytest.mark.parametrize("name", FEW_FIRST)
 @each("kind", ["attention", "mlp"])
 def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
@@ -275,9 +302,10 @@ def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
     sites = [site for site in model.sites() if site.kind == kind]
     shrink_(model, Plan({s.name: SitePlan(kind, s.units, tuple(range(counts[s.units]))) for s in sites}))
     form = save(model, tmp_path / "model")
-    only_ffn = ("phi4_mini", "gpt2", "pythia", "neox_serial", "stablelm", "falcon")
-    expected = "remote_code" if kind == "attention" and name.startswith(only_ffn) else "stock"
+    expected = "stock" if kind == "mlp" or stock_takes_heads(model) else "remote_code"
     assert form.kind == expected
+    if kind == "attention":
+        assert says_heads(name) == (expected == "stock"), f"{name}: STOCK_WIDTHS in pruneexp/surgery/forms.py"
     assert bool(list((tmp_path / "model").glob("*.py"))) == (expected == "remote_code")
     again = loaded(name, tmp_path / "model")  # with our own loader
     close(logits(again.module, tokens_NT), logits(model.module, tokens_NT))
@@ -289,6 +317,18 @@ TWICE = ["qwen3", "gemma_multi_query", "phi3", "gpt2", "falcon_7b", "olmo2", "st
 
 @pytest.mark.parametrize("name", TWICE)
 def test_pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
+    pruned_twice_is_pruned_once(name, loaded, tokens_NT, tmp_path)
+
+
+@pytest.mark.slow
+@each("name", others(ONE_OF_EACH, TWICE))
+def test_pruned_twice_is_pruned_once_in_every_other_family(
+    name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    pruned_twice_is_pruned_once(name, loaded, tokens_NT, tmp_path)
+
+
+def pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
     once, twice = loaded(name), loaded(name)
     sites = once.sites()
     shrink_(once, Plan({s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units, 2))) for s in sites}))
@@ -303,11 +343,17 @@ def test_pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.T
     close(logits(again.module, tokens_NT), logits(once.module, tokens_NT))
 
 
-@pytest.mark.parametrize("name", ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"])
+SUMS = ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"]  # side by side, or scaled
+
+
+@pytest.mark.parametrize("name", SUMS)
 def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
     name: str, loaded: Made, tokens_NT: torch.Tensor
 ) -> None:
-    """Parallel sublayers, and such as are scaled before they are added."""
+    untouched_it_wants_what_its_readers_give(name, loaded, tokens_NT)
+
+
+def untouched_it_wants_what_its_readers_give(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
     model = loaded(name)
     for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Bookmark(Meter(), "test")):
         seen = collect(torch.arange(site.channels))
@@ -318,8 +364,23 @@ def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
         torch.testing.assert_close(seen.covariance_KO, given, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"])
+@pytest.mark.parametrize("name", SUMS)
 def test_site_by_site_layers_run_on_from_what_their_readers_were_left(
+    name: str, loaded: Made, tokens_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers_run_on_from_what_their_readers_were_left(name, loaded, tokens_NT, monkeypatch)
+
+
+@pytest.mark.slow
+@each("name", others(of_every_family(lambda family: family.adds_up and not family.experts, conftests=False), SUMS))
+def test_site_by_site_in_every_other_family_that_adds_up(
+    name: str, loaded: Made, tokens_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untouched_it_wants_what_its_readers_give(name, loaded, tokens_NT)
+    layers_run_on_from_what_their_readers_were_left(name, loaded, tokens_NT, monkeypatch)
+
+
+def layers_run_on_from_what_their_readers_were_left(
     name: str, loaded: Made, tokens_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
@@ -335,7 +396,7 @@ def test_site_by_site_layers_run_on_from_what_their_readers_were_left(
         torch.testing.assert_close(wanted_O, found[1][name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+@each("name", of_every_family(lambda family: not family.adds_up, conftests=False))
 def test_site_by_site_needs_sums(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match="compensator.target='dense'"):
         next(iter(walk_sites(loaded(name), tokens_NT, WantedOutput, (), Bookmark(Meter(), "test"))))

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from typing import Any
+
+from pruneexp.model.modeling_pruned import FAMILIES, Family
+from pruneexp.surgery.forms import STOCK_WIDTHS
+from tests.conftest import FAMILIES as IN_CONFTEST
+from tests.conftest import tiny_config
 
 # hidden 48, six query heads of 8, three key/value heads, 24 FFN channels, three layers, 64 tokens
 _SHAPE = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
@@ -72,6 +78,47 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (prefix of the config
     "falcon_rw": ("Falcon", {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
     "olmo2": ("Olmo2", _LLAMA),
 }
+
+
+def model_type_of(name: str) -> str:
+    """The family of a tiny model, one of conftest's too."""
+    stock = TINY[name][0] if name in TINY else FAMILIES[name].stock
+    return next(model_type for model_type, family in FAMILIES.items() if family.stock == stock)
+
+
+def of_every_family(where: Callable[[Family], bool] = lambda family: True, conftests: bool = True) -> tuple[str, ...]:
+    """A tiny model of every family, conftest's or the first here: what many tests go through, so that none is left
+    out."""
+    first: dict[str, str] = {}
+    for name in (*IN_CONFTEST, *TINY) if conftests else TINY:
+        first.setdefault(model_type_of(name), name)
+    return tuple(name for model_type, name in first.items() if where(FAMILIES[model_type]))
+
+
+def others(names: tuple[str, ...], tried: Container[str]) -> tuple[str, ...]:
+    """Those of the names that are not tried already."""
+    return tuple(name for name in names if name not in tried)
+
+
+def is_mixture(name: str) -> bool:
+    """Whether a tiny model is a mixture of experts."""
+    return FAMILIES[model_type_of(name)].experts is not None
+
+
+def says_heads(name: str) -> bool:
+    """Whether a stock config can say fewer heads. `test_families` holds the table to what the classes do."""
+    if name == "phi4_mini":  # its config counts rotary factors by hidden size / heads
+        return False
+    model_type = model_type_of(name)
+    widths = STOCK_WIDTHS.get(model_type)
+    return model_type in ("llama", "mistral") or is_mixture(name) or bool(widths and widths.num_attention_heads)
+
+
+def tiny_config_of(name: str) -> Any:
+    """The config of a tiny model, one of conftest's too."""
+    import transformers
+
+    return getattr(transformers, f"{TINY[name][0]}Config")(**TINY[name][1]) if name in TINY else tiny_config(name)
 
 
 def tiny_model(name: str) -> Any:

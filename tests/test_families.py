@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -475,3 +476,61 @@ def test_the_ffn_reads_what_attention_has_added_unless_they_stand_side_by_side(n
             model.module(torch.arange(3, 19)[None])
     hook.remove()
     assert torch.equal(*seen) == model.block(0).side_by_side == model.family.side_by_side
+
+
+@each("name", TINY)
+def test_norms_add_the_tables_offset_to_their_weights(name: str, loaded: Made) -> None:
+    """Where the weight is minus the offset, a norm gives its bias alone."""
+    model = loaded(name)
+    family, layer = model.family, model.layers[1]
+    paths = {family.attention_norm, family.mlp_norm, family.attention_post_norm, family.mlp_post_norm}
+    for path in (paths | {norm.path for norm in family.head_norms}) - {None}:
+        norm = layer.get_submodule(path)
+        for part in getattr(norm, "norms", [norm]):
+            if (weight := getattr(part, "weight", None)) is None:
+                continue  # OLMo's
+            weight.data.fill_(-family.norm_offset)
+            bias = getattr(part, "bias", None)
+            given = part(torch.randn(2, len(weight), dtype=torch.float64))
+            assert torch.equal(given, torch.zeros_like(given) + (0 if bias is None else bias)), path
+
+
+@each("name", TINY)
+def test_norms_and_sums_are_where_the_table_says(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
+    model, read, given = loaded(name), {}, {}
+    family, layer = model.family, model.layers[1]
+
+    def seen(path: str) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            read[path] = (args[0] if args else kwargs["hidden_states"]).clone()
+            given[path] = (output[0] if isinstance(output, tuple) else output).clone()  # Falcon adds to it in place
+
+        return hook
+
+    def equal(path: str, seen_there: dict[str, torch.Tensor], tensor: torch.Tensor) -> list[str]:
+        """The path, where a norm is there that has read or given just this tensor."""
+        return [path] if path in seen_there and torch.equal(seen_there[path], tensor) else []
+
+    for path, module in layer.named_modules():
+        module.register_forward_hook(seen(path), with_kwargs=True)
+    logits(model.module, tokens_NT)
+    norms = [path for path, module in layer.named_modules() if "norm" in type(module).__name__.lower()]
+    mixed = modeling_pruned.experts_of(layer, family) is not None
+    readers = (family.attention_in[0].path, family.mlp if mixed else family.mlp_in[0].path)
+    for named, reader in zip((family.attention_norm, family.mlp_norm), readers, strict=True):
+        assert sum((equal(path, given, read[reader]) for path in norms), []) == [named] * (named is not None)
+    behind = [(family.attention_post_norm, family.attention_out), (family.mlp_post_norm, family.mlp_out)]
+    for named, out_projection in behind[: 1 if mixed else 2]:
+        assert sum((equal(path, read, given[out_projection]) for path in norms), []) == [named] * (named is not None)
+    if not mixed:
+        scale = 1.0 if family.residual_scale is None else getattr(model.config, family.residual_scale)
+        sums = read[""] + scale * (given[family.attention_out] + given[family.mlp_out])
+        assert torch.allclose(given[""], sums, rtol=1e-9, atol=1e-9) == family.adds_up
+
+
+@each("name", TINY)
+def test_positions_have_an_end_where_they_are_looked_up(name: str, loaded: Made) -> None:
+    model = loaded(name)
+    beyond_NT = torch.arange(model.config.max_position_embeddings + 1)[None] % 61 + 3
+    with pytest.raises(IndexError) if model.family.learned_positions else nullcontext():
+        logits(model.module, beyond_NT)

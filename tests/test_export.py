@@ -101,7 +101,7 @@ def run_of(checkpoint: Path, folder: Path) -> Path:
 
 def takes_biases(name: str) -> bool:
     """Whether the stock class gives both out-projections a bias, where its config's flags say so: found without the
-    table of `pruneexp.surgery.forms`."""
+    table of `pruneexp.surgery.stock_widths`."""
     if name in ("mistral_sliding", "falcon_7b", "falcon_40b"):
         return False  # LLaMA has Mistral's biases, without the window; of Falcon's flag the table says nothing
     config = tiny_config_of(name)

@@ -19,6 +19,7 @@ from pruneexp.calibrate import Bookmark, Meter, site_walk, walk, walk_sites
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.model import Model, modeling_pruned, next_token_losses
+from pruneexp.model.modeling_pruned import FAMILIES
 from pruneexp.surgery import masked, save, shrink_, shrink_layer_
 from pruneexp.surgery.forms import stock_class
 from pruneexp.types import ConfigError, Plan, SitePlan
@@ -148,7 +149,7 @@ def reload(path: Path) -> Any:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    without = set(modeling_pruned.FAMILIES) - {model_type_of(name) for name in (*TINY, *IN_CONFTEST)}
+    without = set(FAMILIES) - {model_type_of(name) for name in (*TINY, *IN_CONFTEST)}
     assert not without, f"no test tries {sorted(without)}: expected a tiny config of each in tests/tiny_families.py"
 
 
@@ -276,7 +277,7 @@ def test_caches_of_each_kind_have_no_gaps(
 
 def stock_takes_heads(model: Model) -> bool:
     """Whether the stock class makes the attention of a pruned model, all layers alike, where its config says so: found
-    without the table of `pruneexp.surgery.forms`."""
+    without the table of `pruneexp.surgery.stock_widths`."""
     own = model.structures[0]
     heads = {name: getattr(own, name) for name in ("num_attention_heads", "num_key_value_heads")}
     values = {**model.config.to_dict(), **heads, "head_dim": modeling_pruned.head_size(model.config)}
@@ -306,7 +307,7 @@ def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
     expected = "stock" if kind == "mlp" or stock_takes_heads(model) else "remote_code"
     assert form.kind == expected
     if kind == "attention":
-        assert says_heads(name) == (expected == "stock"), f"{name}: STOCK_WIDTHS in pruneexp/surgery/forms.py"
+        assert says_heads(name) == (expected == "stock"), f"{name}: pruneexp/surgery/stock_widths.py"
     assert bool(list((tmp_path / "model").glob("*.py"))) == (expected == "remote_code")
     again = loaded(name, tmp_path / "model")  # with our own loader
     close(logits(again.module, tokens_NT), logits(model.module, tokens_NT))
@@ -421,12 +422,15 @@ def test_a_class_that_this_transformers_lacks(
         loaded("smollm3", folder("smollm3"))
 
 
-def test_a_variant_that_no_table_covers(loaded: Made, folder: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copytree(folder("gpt2"), tmp_path / "model")
+@each("name, key, value", [(n, *wrong) for n in ONE_OF_EACH for wrong in FAMILIES[model_type_of(n)].impossible])
+def test_a_variant_that_no_table_covers(
+    name: str, key: str, value: Any, loaded: Made, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folder(name), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "scale_attn_by_inverse_layer_idx": True}))
-    with pytest.raises(ConfigError, match="gpt2 model with scale_attn_by_inverse_layer_idx=True is not supported"):
-        loaded("gpt2", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ConfigError, match=f"{model_type_of(name)} model with {key}={value} is not supported"):
+        loaded(name, tmp_path / "model")
 
 
 def test_names_of_older_checkpoints(

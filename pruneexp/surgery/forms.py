@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from pruneexp.model import Model, layer_structure, modeling_pruned, select_layers_
 from pruneexp.model.modeling_pruned import FAMILIES, Family, LayerStructure, family_of, head_size
+from pruneexp.surgery.stock_widths import STOCK_WIDTHS
 
 logger = logging.getLogger("pruneexp")
 
@@ -114,39 +115,6 @@ def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructu
     if getattr(config, "sliding_window", None) is not None and not biases_kept:
         return None  # only Mistral has the window, and it has no biases
     return _uniform_llama(model, structure, biases_kept)
-
-
-@dataclass(frozen=True)
-class StockWidths:
-    """What a stock config can say of all layers: config keys, None where it cannot. A bias flag may give one to the
-    sublayer's in-projections, too."""
-
-    intermediate_size: str = "intermediate_size"
-    num_attention_heads: str | None = None
-    num_key_value_heads: str | None = None
-    attention_output_bias: str | None = None
-    mlp_output_bias: str | None = None
-
-
-_HEADS = StockWidths(num_attention_heads="num_attention_heads", num_key_value_heads="num_key_value_heads")
-_HEADS_BIAS = replace(_HEADS, attention_output_bias="attention_bias")
-STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / heads need a `head_dim` that is heeded
-    "falcon": StockWidths("ffn_hidden_size"),
-    "gemma": _HEADS_BIAS,
-    "gemma2": _HEADS_BIAS,
-    "gemma3_text": _HEADS_BIAS,
-    "gpt2": StockWidths("n_inner"),
-    "gpt_neox": StockWidths(),
-    "granite": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
-    "olmo2": _HEADS_BIAS,
-    "opt": StockWidths("ffn_dim"),
-    "phi3": _HEADS,
-    "qwen2": _HEADS,
-    "qwen3": _HEADS_BIAS,
-    "seed_oss": replace(_HEADS, attention_output_bias="attention_out_bias", mlp_output_bias="mlp_bias"),
-    "smollm3": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
-    "stablelm": StockWidths(),
-}
 
 
 def _values(model: Model) -> dict[str, Any]:

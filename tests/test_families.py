@@ -254,6 +254,9 @@ def generates_the_same(module: Any, tokens_NT: torch.Tensor) -> None:
         ("gemma2", (1,), ["sliding_attention"]),
         ("qwen2_sliding", (0,), ["sliding_attention"]),
         ("smollm3", (1,), ["full_attention"]),
+        ("exaone4", (1,), ["sliding_attention"]),
+        ("cohere2", (0, 2), ["full_attention"]),
+        ("olmo3", (0, 2), ["full_attention"]),
     ],
 )
 def test_caches_of_each_kind_have_no_gaps(

@@ -129,7 +129,7 @@ APERTUS = replace(
     ARCEE,
     stock="Apertus",
     since="4.56",
-    pruned_since="5.14",  # 4.57 computes its activation otherwise but in bfloat16
+    pruned_since="5.14",  # 4.57 keeps the activation's own weights in bfloat16
     attention_norm="attention_layernorm",
     mlp_norm="feedforward_layernorm",
 )

@@ -14,11 +14,11 @@ from pruneexp.search import Uniform
 from pruneexp.surgery import save, shrink_
 from pruneexp.types import Budget
 from tests.cases import each
+from tests.tiny_families import of_every_family, others, says_heads
 
 BOTH, CHANNELS = ["heads", "channels"], ["channels"]
-HEADS_TOO = ("llama", "mistral_sliding", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2")
-HEADS_TOO += ("smollm3", "mixtral", "qwen3_moe")
-FFN_ALONE = ("opt", "gpt2", "pythia", "stablelm", "falcon_7b", "phi4_mini")
+# one of each family that has a stock form, and a variant whose config can say less
+NAMES = (*others(of_every_family(), {"bloom"}), "phi4_mini")
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -34,12 +34,12 @@ def pruned_(model: Model, granularity: list[Any], ratio: float, alike: bool = Tr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*HEADS_TOO, *FFN_ALONE])
+@pytest.mark.parametrize("name", NAMES)
 @each("ratio", [0.1, 0.4])
 def test_it_is_stock(name: str, ratio: float, loaded: Callable[..., Model], tmp_path: Path) -> None:
     model = loaded(name)
-    granularity = BOTH if name in HEADS_TOO else CHANNELS
-    ratio = ratio if name in HEADS_TOO else ratio / 3  # of so narrow FFNs
+    granularity = BOTH if says_heads(name) else CHANNELS
+    ratio = ratio if says_heads(name) else ratio / 3  # of so narrow FFNs
     step = max(
         sum(s.cost.params for s in model.sites() if s.kind == "mlp" and (s.expert is None) == plain)
         for plain in (True, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,13 @@ from pruneexp.calibrate import Bookmark, Meter, site_walk, walk, walk_sites
 from pruneexp.compensator import Bias, LeastSquares, NoCompensation
 from pruneexp.evidence import Gram, Moments, WantedOutput
 from pruneexp.model import Model, modeling_pruned, next_token_losses
+from pruneexp.model.modeling_pruned import FAMILIES
 from pruneexp.surgery import masked, save, shrink_, shrink_layer_
+from pruneexp.surgery.forms import stock_class
 from pruneexp.types import ConfigError, Plan, SitePlan
 from tests.cases import each
-from tests.tiny_families import TINY, tiny_model
+from tests.conftest import FAMILIES as IN_CONFTEST
+from tests.tiny_families import TINY, is_mixture, model_type_of, of_every_family, others, says_heads, tiny_model
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
 
@@ -31,7 +35,8 @@ COMPENSATORS = {
     "least_squares": LeastSquares(1e-3, "pruned", False, "site"),
 }
 GRANULARITIES = ("heads", "channels", "sublayer", "block")
-MIXTURES = ("mixtral", "qwen3_moe")
+ONE_OF_EACH = of_every_family(conftests=False)  # OPT and BLOOM have their tests with conftest's models
+MIXTURES = tuple(filter(is_mixture, ONE_OF_EACH))
 FEW = ("gpt2", "gemma3", "mixtral")  # as unlike each other as can be: the quick tests have these alone
 FEW_FIRST = [pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow]) for name in TINY]
 Made = Callable[..., Any]
@@ -143,6 +148,11 @@ def reload(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=remote, dtype=torch.float64, **eager).eval()
 
 
+def test_every_family_has_a_tiny_model() -> None:
+    without = set(FAMILIES) - {model_type_of(name) for name in (*TINY, *IN_CONFTEST)}
+    assert not without, f"no test tries {sorted(without)}: expected a tiny config of each in tests/tiny_families.py"
+
+
 @pytest.mark.slow
 @each("name", TINY)
 def test_it_loads_as_transformers_loads_it(
@@ -244,6 +254,9 @@ def generates_the_same(module: Any, tokens_NT: torch.Tensor) -> None:
         ("gemma2", (1,), ["sliding_attention"]),
         ("qwen2_sliding", (0,), ["sliding_attention"]),
         ("smollm3", (1,), ["full_attention"]),
+        ("exaone4", (1,), ["sliding_attention"]),
+        ("cohere2", (0, 2), ["full_attention"]),
+        ("olmo3", (0, 2), ["full_attention"]),
     ],
 )
 def test_caches_of_each_kind_have_no_gaps(
@@ -265,6 +278,25 @@ def test_caches_of_each_kind_have_no_gaps(
         generates_the_same(module, tokens_NT)
 
 
+def stock_takes_heads(model: Model) -> bool:
+    """Whether the stock class makes the attention of a pruned model, all layers alike, where its config says so: found
+    without the table of `pruneexp.surgery.stock_widths`."""
+    own = model.structures[0]
+    heads = {name: getattr(own, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    values = {**model.config.to_dict(), **heads, "head_dim": modeling_pruned.head_size(model.config)}
+    try:
+        with torch.device("meta"):
+            stock = stock_class(model.config.model_type)._from_config(type(model.config)(**values))
+    except Exception:  # each config class checks itself in its own way
+        return False
+    layers = (stock.base_model.get_submodule(model.family.layers)[0], model.layers[0])
+    one, other = (
+        [(path, p.shape) for path, p in layer.get_submodule(model.family.attention).named_parameters()]
+        for layer in layers
+    )
+    return one == other
+
+
 @pytest.mark.parametrize("name", FEW_FIRST)
 @each("kind", ["attention", "mlp"])
 def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
@@ -275,9 +307,10 @@ def test_one_width_in_all_layers_is_stock_where_the_class_can_say_it(
     sites = [site for site in model.sites() if site.kind == kind]
     shrink_(model, Plan({s.name: SitePlan(kind, s.units, tuple(range(counts[s.units]))) for s in sites}))
     form = save(model, tmp_path / "model")
-    only_ffn = ("phi4_mini", "gpt2", "pythia", "neox_serial", "stablelm", "falcon")
-    expected = "remote_code" if kind == "attention" and name.startswith(only_ffn) else "stock"
+    expected = "stock" if kind == "mlp" or stock_takes_heads(model) else "remote_code"
     assert form.kind == expected
+    if kind == "attention":
+        assert says_heads(name) == (expected == "stock"), f"{name}: pruneexp/surgery/stock_widths.py"
     assert bool(list((tmp_path / "model").glob("*.py"))) == (expected == "remote_code")
     again = loaded(name, tmp_path / "model")  # with our own loader
     close(logits(again.module, tokens_NT), logits(model.module, tokens_NT))
@@ -289,6 +322,18 @@ TWICE = ["qwen3", "gemma_multi_query", "phi3", "gpt2", "falcon_7b", "olmo2", "st
 
 @pytest.mark.parametrize("name", TWICE)
 def test_pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
+    pruned_twice_is_pruned_once(name, loaded, tokens_NT, tmp_path)
+
+
+@pytest.mark.slow
+@each("name", others(ONE_OF_EACH, TWICE))
+def test_pruned_twice_is_pruned_once_in_every_other_family(
+    name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path
+) -> None:
+    pruned_twice_is_pruned_once(name, loaded, tokens_NT, tmp_path)
+
+
+def pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.Tensor, tmp_path: Path) -> None:
     once, twice = loaded(name), loaded(name)
     sites = once.sites()
     shrink_(once, Plan({s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units, 2))) for s in sites}))
@@ -303,11 +348,17 @@ def test_pruned_twice_is_pruned_once(name: str, loaded: Made, tokens_NT: torch.T
     close(logits(again.module, tokens_NT), logits(once.module, tokens_NT))
 
 
-@pytest.mark.parametrize("name", ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"])
+SUMS = ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"]  # side by side, or scaled
+
+
+@pytest.mark.parametrize("name", SUMS)
 def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
     name: str, loaded: Made, tokens_NT: torch.Tensor
 ) -> None:
-    """Parallel sublayers, and such as are scaled before they are added."""
+    untouched_it_wants_what_its_readers_give(name, loaded, tokens_NT)
+
+
+def untouched_it_wants_what_its_readers_give(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
     model = loaded(name)
     for visit, site, collect in walk_sites(model, tokens_NT, WantedOutput, (), Bookmark(Meter(), "test")):
         seen = collect(torch.arange(site.channels))
@@ -318,8 +369,23 @@ def test_site_by_site_an_untouched_model_wants_what_its_readers_give(
         torch.testing.assert_close(seen.covariance_KO, given, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["granite", "pythia", "stablelm_2_12b", "falcon_7b", "falcon_40b", "phi3"])
+@pytest.mark.parametrize("name", SUMS)
 def test_site_by_site_layers_run_on_from_what_their_readers_were_left(
+    name: str, loaded: Made, tokens_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers_run_on_from_what_their_readers_were_left(name, loaded, tokens_NT, monkeypatch)
+
+
+@pytest.mark.slow
+@each("name", others(of_every_family(lambda family: family.adds_up and not family.experts, conftests=False), SUMS))
+def test_site_by_site_in_every_other_family_that_adds_up(
+    name: str, loaded: Made, tokens_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untouched_it_wants_what_its_readers_give(name, loaded, tokens_NT)
+    layers_run_on_from_what_their_readers_were_left(name, loaded, tokens_NT, monkeypatch)
+
+
+def layers_run_on_from_what_their_readers_were_left(
     name: str, loaded: Made, tokens_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
@@ -335,7 +401,7 @@ def test_site_by_site_layers_run_on_from_what_their_readers_were_left(
         torch.testing.assert_close(wanted_O, found[1][name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+@each("name", of_every_family(lambda family: not family.adds_up, conftests=False))
 def test_site_by_site_needs_sums(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match="compensator.target='dense'"):
         next(iter(walk_sites(loaded(name), tokens_NT, WantedOutput, (), Bookmark(Meter(), "test"))))
@@ -359,12 +425,15 @@ def test_a_class_that_this_transformers_lacks(
         loaded("smollm3", folder("smollm3"))
 
 
-def test_a_variant_that_no_table_covers(loaded: Made, folder: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copytree(folder("gpt2"), tmp_path / "model")
+@each("name, key, value", [(n, *wrong) for n in ONE_OF_EACH for wrong in FAMILIES[model_type_of(n)].impossible])
+def test_a_variant_that_no_table_covers(
+    name: str, key: str, value: Any, loaded: Made, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folder(name), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "scale_attn_by_inverse_layer_idx": True}))
-    with pytest.raises(ConfigError, match="gpt2 model with scale_attn_by_inverse_layer_idx=True is not supported"):
-        loaded("gpt2", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ConfigError, match=f"{model_type_of(name)} model with {key}={value} is not supported"):
+        loaded(name, tmp_path / "model")
 
 
 def test_names_of_older_checkpoints(
@@ -414,3 +483,61 @@ def test_the_ffn_reads_what_attention_has_added_unless_they_stand_side_by_side(n
             model.module(torch.arange(3, 19)[None])
     hook.remove()
     assert torch.equal(*seen) == model.block(0).side_by_side == model.family.side_by_side
+
+
+@each("name", TINY)
+def test_norms_add_the_tables_offset_to_their_weights(name: str, loaded: Made) -> None:
+    """Where the weight is minus the offset, a norm gives its bias alone."""
+    model = loaded(name)
+    family, layer = model.family, model.layers[1]
+    paths = {family.attention_norm, family.mlp_norm, family.attention_post_norm, family.mlp_post_norm}
+    for path in (paths | {norm.path for norm in family.head_norms}) - {None}:
+        norm = layer.get_submodule(path)
+        for part in getattr(norm, "norms", [norm]):
+            if (weight := getattr(part, "weight", None)) is None:
+                continue  # OLMo's
+            weight.data.fill_(-family.norm_offset)
+            bias = getattr(part, "bias", None)
+            given = part(torch.randn(2, len(weight), dtype=torch.float64))
+            assert torch.equal(given, torch.zeros_like(given) + (0 if bias is None else bias)), path
+
+
+@each("name", TINY)
+def test_norms_and_sums_are_where_the_table_says(name: str, loaded: Made, tokens_NT: torch.Tensor) -> None:
+    model, read, given = loaded(name), {}, {}
+    family, layer = model.family, model.layers[1]
+
+    def seen(path: str) -> Callable[..., None]:
+        def hook(_module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            read[path] = (args[0] if args else kwargs["hidden_states"]).clone()
+            given[path] = (output[0] if isinstance(output, tuple) else output).clone()  # Falcon adds to it in place
+
+        return hook
+
+    def equal(path: str, seen_there: dict[str, torch.Tensor], tensor: torch.Tensor) -> list[str]:
+        """The path, where a norm is there that has read or given just this tensor."""
+        return [path] if path in seen_there and torch.equal(seen_there[path], tensor) else []
+
+    for path, module in layer.named_modules():
+        module.register_forward_hook(seen(path), with_kwargs=True)
+    logits(model.module, tokens_NT)
+    norms = [path for path, module in layer.named_modules() if "norm" in type(module).__name__.lower()]
+    mixed = modeling_pruned.experts_of(layer, family) is not None
+    readers = (family.attention_in[0].path, family.mlp if mixed else family.mlp_in[0].path)
+    for named, reader in zip((family.attention_norm, family.mlp_norm), readers, strict=True):
+        assert sum((equal(path, given, read[reader]) for path in norms), []) == [named] * (named is not None)
+    behind = [(family.attention_post_norm, family.attention_out), (family.mlp_post_norm, family.mlp_out)]
+    for named, out_projection in behind[: 1 if mixed else 2]:
+        assert sum((equal(path, read, given[out_projection]) for path in norms), []) == [named] * (named is not None)
+    if not mixed:
+        scale = 1.0 if family.residual_scale is None else getattr(model.config, family.residual_scale)
+        sums = read[""] + scale * (given[family.attention_out] + given[family.mlp_out])
+        assert torch.allclose(given[""], sums, rtol=1e-9, atol=1e-9) == family.adds_up
+
+
+@each("name", TINY)
+def test_positions_have_an_end_where_they_are_looked_up(name: str, loaded: Made) -> None:
+    model = loaded(name)
+    beyond_NT = torch.arange(model.config.max_position_embeddings + 1)[None] % 61 + 3
+    with pytest.raises(IndexError) if model.family.learned_positions else nullcontext():
+        logits(model.module, beyond_NT)

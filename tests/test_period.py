@@ -42,6 +42,8 @@ def without(layers: list[int], prefix: str, values: dict[str, Any], folder: Path
         ("SmolLM3", SMOLLM3, [0], "no_rope_layers"),
         ("SmolLM3", SMOLLM3, [6], ""),
         ("Llama", {**TINY["llama_multi_query"][1], **LAYERS}, [2], ""),
+        ("Cohere2", {**TINY["cohere2"][1], **LAYERS, "layer_types": None}, [2], "layer_types"),
+        ("Exaone4", TINY["exaone4_full"][1], [1], ""),  # without sliding windows its class has no period
     ],
 )
 def test_exports_say_that_the_period_is_broken(

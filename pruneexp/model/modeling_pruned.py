@@ -116,7 +116,33 @@ MIXTRAL = replace(
     mlp_out="mlp.w2",
     experts="experts",
 )
+SEED_OSS = replace(LLAMA, stock="SeedOss", since="4.56")
 SMOLLM3 = replace(LLAMA, stock="SmolLM3", since="4.53")
+ERNIE4_5 = replace(LLAMA, stock="Ernie4_5", since="4.54")
+HUNYUAN = replace(LLAMA, stock="HunYuanDenseV1", since="4.56")
+HELIUM = replace(LLAMA, stock="Helium", since="4.49")
+OLMO = replace(LLAMA, stock="Olmo")
+STARCODER2 = replace(LLAMA, stock="Starcoder2", mlp_in=(UnitRows("mlp.c_fc", ("up",)),), mlp_out="mlp.c_proj")
+ARCEE = replace(LLAMA, stock="Arcee", since="4.53", mlp_in=(UnitRows("mlp.up_proj", ("up",)),))
+NEMOTRON = replace(ARCEE, stock="Nemotron", since="4.46", norm_offset=1.0)
+APERTUS = replace(
+    ARCEE,
+    stock="Apertus",
+    since="4.56",
+    pruned_since="5.14",  # 4.57 keeps the activation's own weights in bfloat16
+    attention_norm="attention_layernorm",
+    mlp_norm="feedforward_layernorm",
+)
+_ONE_NORM = replace(LLAMA, mlp_norm="input_layernorm", side_by_side=True)
+COHERE = replace(_ONE_NORM, stock="Cohere", impossible=(("use_qk_norm", True),))  # a norm with rows for each head
+COHERE2 = replace(_ONE_NORM, stock="Cohere2", since="4.48")
+PHI = replace(
+    _ONE_NORM,
+    stock="Phi",
+    attention_out="self_attn.dense",
+    mlp_in=(UnitRows("mlp.fc1", ("up",)),),
+    mlp_out="mlp.fc2",
+)
 GEMMA = replace(LLAMA, stock="Gemma", norm_offset=1.0, needs_bos=True)
 GEMMA2 = replace(
     GEMMA,
@@ -137,12 +163,23 @@ OLMO2 = replace(
     norm_offset=0.0,
     needs_bos=False,
 )
+OLMO3 = replace(OLMO2, stock="Olmo3", since="4.57")
+EXAONE4 = replace(OLMO2, stock="Exaone4", since="4.54", head_norms=())
 PHI3 = replace(
     LLAMA,
     stock="Phi3",
     attention_in=(UnitRows("self_attn.qkv_proj", _QKV, by_part=True),),
     mlp_in=(UnitRows("mlp.gate_up_proj", ("gate", "up"), by_part=True),),
     reads_config=True,
+)
+GLM4 = replace(
+    LLAMA,
+    stock="Glm4",
+    since="4.52",
+    attention_post_norm="post_self_attn_layernorm",
+    mlp_in=PHI3.mlp_in,
+    mlp_post_norm="post_mlp_layernorm",
+    adds_up=False,
 )
 _QK_LAYERNORMS = (UnitRows("self_attn.q_layernorm", ("query",)), UnitRows("self_attn.k_layernorm", ("key",)))
 STABLELM = replace(
@@ -237,25 +274,40 @@ GPT2 = Family(
     impossible=(("add_cross_attention", True), ("scale_attn_by_inverse_layer_idx", True)),
 )
 FAMILIES = {  # by stock model_type
+    "apertus": APERTUS,
+    "arcee": ARCEE,
     "bloom": BLOOM,
+    "cohere": COHERE,
+    "cohere2": COHERE2,
+    "ernie4_5": ERNIE4_5,
+    "exaone4": EXAONE4,
     "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "glm4": GLM4,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "granite": GRANITE,
+    "helium": HELIUM,
+    "hunyuan_v1_dense": HUNYUAN,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "nemotron": NEMOTRON,
+    "olmo": OLMO,
     "olmo2": OLMO2,
+    "olmo3": OLMO3,
     "opt": OPT,
+    "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
+    "starcoder2": STARCODER2,
 }
 
 
@@ -534,7 +586,8 @@ def _remove_(layer: nn.Module, path: str, out_path: str, kind: type[RemovedFFN],
     out_projection, name, old = layer.get_submodule(out_path), out_path.rpartition(".")[-1], layer.get_submodule(path)
     left: Any = kind(name, out_projection, adds_residual).train(old.training)
     if isinstance(left, RemovedAttention):
-        for what in ("config", "layer_idx", "is_sliding"):  # the last for Gemma 3's layer in transformers 4
+        # the last two for the layers of Gemma 3 and the model of OLMo 3 in transformers 4
+        for what in ("config", "layer_idx", "is_sliding", "attention_type"):
             setattr(left, what, getattr(old, what, None))
     layer.set_submodule(path, left)
 

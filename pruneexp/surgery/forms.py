@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from pruneexp.model import Model, layer_structure, modeling_pruned, select_layers_
 from pruneexp.model.modeling_pruned import FAMILIES, Family, LayerStructure, family_of, head_size
+from pruneexp.surgery.stock_widths import STOCK_WIDTHS
 
 logger = logging.getLogger("pruneexp")
 
@@ -116,38 +117,6 @@ def _uniform_stock(model: Model, structure: LayerStructure, before: LayerStructu
     return _uniform_llama(model, structure, biases_kept)
 
 
-@dataclass(frozen=True)
-class StockWidths:
-    """What a stock config can say of all layers: config keys, None where it cannot. A bias flag gives one to the
-    sublayer's in-projections, too."""
-
-    intermediate_size: str = "intermediate_size"
-    num_attention_heads: str | None = None
-    num_key_value_heads: str | None = None
-    attention_output_bias: str | None = None
-    mlp_output_bias: str | None = None
-
-
-_HEADS = StockWidths(num_attention_heads="num_attention_heads", num_key_value_heads="num_key_value_heads")
-_HEADS_BIAS = replace(_HEADS, attention_output_bias="attention_bias")
-STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / heads need a `head_dim` that is heeded
-    "falcon": StockWidths("ffn_hidden_size"),
-    "gemma": _HEADS_BIAS,
-    "gemma2": _HEADS_BIAS,
-    "gemma3_text": _HEADS_BIAS,
-    "gpt2": StockWidths("n_inner"),
-    "gpt_neox": StockWidths(),
-    "granite": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
-    "olmo2": _HEADS_BIAS,
-    "opt": StockWidths("ffn_dim"),
-    "phi3": _HEADS,
-    "qwen2": _HEADS,
-    "qwen3": _HEADS_BIAS,
-    "smollm3": replace(_HEADS_BIAS, mlp_output_bias="mlp_bias"),
-    "stablelm": StockWidths(),
-}
-
-
 def _values(model: Model) -> dict[str, Any]:
     """What the model's config says, but for the class and the code that it belongs to."""
     return {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
@@ -177,6 +146,7 @@ def _uniform_own(model: Model, structure: LayerStructure, before: LayerStructure
         logger.debug("%s: no stock config of these widths (%s)", model.config.model_type, error)
         return None
     shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (stock, layer)]
+    linears = [path for path in linears if f"{path}.bias" in shapes[0]]  # some flags are the out-projection's alone
     missing = {f"{path}.bias" for path in linears}
     same = all(shapes[0].get(name) == shape for name, shape in shapes[1].items())
     if not same or not set(shapes[0]) - set(shapes[1]) <= missing or head_size(config) != head_size(model.config):

@@ -1,0 +1,54 @@
+"""What stock configs can say of layers that are all alike, as a table of families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class StockWidths:
+    """What a stock config can say of all layers: config keys, None where it cannot. A bias flag may give one to the
+    sublayer's in-projections, too."""
+
+    intermediate_size: str = "intermediate_size"
+    num_attention_heads: str | None = None
+    num_key_value_heads: str | None = None
+    attention_output_bias: str | None = None
+    mlp_output_bias: str | None = None
+
+
+_HEADS = StockWidths(num_attention_heads="num_attention_heads", num_key_value_heads="num_key_value_heads")
+_HEADS_BIAS = replace(_HEADS, attention_output_bias="attention_bias")
+_HEADS_BIASES = replace(_HEADS_BIAS, mlp_output_bias="mlp_bias")
+_ONE_FLAG = replace(_HEADS, attention_output_bias="use_bias", mlp_output_bias="use_bias")
+STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / heads need a `head_dim` that is heeded
+    "apertus": _HEADS_BIAS,
+    "arcee": _HEADS_BIASES,
+    "cohere": _HEADS_BIAS,
+    "cohere2": _HEADS_BIAS,
+    "ernie4_5": _ONE_FLAG,
+    "exaone4": _HEADS,
+    "falcon": StockWidths("ffn_hidden_size"),
+    "gemma": _HEADS_BIAS,
+    "gemma2": _HEADS_BIAS,
+    "gemma3_text": _HEADS_BIAS,
+    "glm4": _HEADS,
+    "gpt2": StockWidths("n_inner"),
+    "gpt_neox": StockWidths(),
+    "granite": _HEADS_BIASES,
+    "helium": StockWidths(mlp_output_bias="mlp_bias"),
+    "hunyuan_v1_dense": _HEADS_BIAS,
+    "nemotron": _HEADS_BIASES,
+    "olmo": _HEADS_BIAS,
+    "olmo2": _HEADS_BIAS,
+    "olmo3": _HEADS_BIAS,
+    "opt": StockWidths("ffn_dim"),
+    "phi": _HEADS,
+    "phi3": _HEADS,
+    "qwen2": _HEADS,
+    "qwen3": _HEADS_BIAS,
+    "seed_oss": replace(_HEADS, attention_output_bias="attention_out_bias", mlp_output_bias="mlp_bias"),
+    "smollm3": _HEADS_BIASES,
+    "stablelm": StockWidths(),
+    "starcoder2": _ONE_FLAG,
+}

@@ -131,7 +131,7 @@ def test_an_index_that_names_what_its_shards_lack(source: Source, folder: Path) 
         ({"num_hidden_layers": 3}, "the checkpoint does not fit its config: it has besides model.layers.3."),
         ({"hidden_act": "nonsense"}, "transformers 5."),
         ({"rope_theta": "x"}, "transformers 5."),
-        ({"model_type": ...}, "config.json names no model_type; expected one of bloom, "),
+        ({"model_type": ...}, "config.json names no model_type; expected one of apertus, "),
     ],
     ids=str,
 )

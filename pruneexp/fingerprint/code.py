@@ -137,7 +137,8 @@ def _written(thing: Any, home: str, seen: set[int]) -> Iterator[str]:
     if isinstance(thing, (type, FunctionType)):
         yield f"{thing.__module__}.{thing.__qualname__}"
         if thing.__module__ != home:
-            yield from () if is_installed(_file_of(thing.__module__)) else map(repr, _own_files(thing.__module__))
+            origin = thing.__module__ or ""  # None of what was made without a module
+            yield from () if is_installed(_file_of(origin)) else map(repr, _own_files(origin))
             return
         if id(thing) in seen:
             return

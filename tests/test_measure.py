@@ -96,9 +96,9 @@ def test_answers_that_are_no_figures_name_the_method(tmp_path: Path, method: str
 
 
 def test_two_figures_of_one_name_are_refused_where_they_differ() -> None:
-    same = {"one": giving({"a/x@1": 1.0}), "two": giving({"a/x@1": 1.0})}
+    same = {"one": giving({"a/x@1": 1.001}), "two": giving({"a/x@1": 1.0})}  # batches round
     assert measured(same, MODEL, None, Trackers(()), "dense")[0]["dense/a/x@1"] == 1.0
-    told = "evaluator.two: Gives.__call__ gave a/x@1=2.0, which evaluator.one: Gives.__call__ gave as 1.0"
+    told = "evaluator.two: Gives.__call__ gave a/x@1=2.0, which evaluator.one: Gives.__call__ gave as 1.001"
     with pytest.raises(RunError, match=told):
         measured({**same, "two": giving({"a/x@1": 2.0})}, MODEL, None, Trackers(()), "dense")
     with pytest.raises(RunError, match="Gives.against gave a/x@1=3.0, which evaluator.one"):

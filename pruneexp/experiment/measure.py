@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from pruneexp.model import Model
 from pruneexp.tracker import Trackers, flat_metrics
 from pruneexp.types import Evaluator, Measured, RunError, one_line
 
+SAME = 1e-2  # of two figures, relative
 Known = Callable[[Evaluator, str, Callable[[], Measured]], Measured]
 
 
@@ -79,9 +81,9 @@ def _require_names_apart(
     new: Mapping[str, float], figures: Mapping[str, float], origins: dict[str, str], who: str
 ) -> None:
     """Raises RunError where a figure has the name of another one, of another value, and notes where the new ones come
-    from."""
+    from. Two evaluators of one protocol may differ by what their batches round."""
     for name, value in new.items():
-        if name in figures and figures[name] != value:
+        if name in figures and not math.isclose(figures[name], value, rel_tol=SAME):
             both = f"gave {name}={value!r}, which {origins[name]} gave as {figures[name]!r}"
             raise RunError(f"{who} {both}; expected figures with names of their own")
         origins.setdefault(name, who)

@@ -43,7 +43,7 @@ def _sum_squares_C(d_NC: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and spread of each out-projection channel over all tokens.
+    """Mean and spread of each out-projection channel over all tokens: mean_C, variance_C, mean_square_C, float64 [C].
 
     mean_C = sum_t x_t / n and m2_C = sum_t (x_t - mean)^2, float64 [C]. Chunk-invariant: chunks are centred on their
     own mean and joined by the pairwise update of Chan, Golub and LeVeque (1983). Inside a chunk (2^20 elements)

@@ -38,12 +38,20 @@ def swept(command: list[str]) -> bool:
     return "--multirun" in command or any(text.startswith("+sweep=") for text in command)
 
 
+def written_part(module: str, kind: str, option: str, chosen: str) -> list[str]:
+    """Writes a class that the manual shows, and its YAML, to the working directory; gives the command that the manual
+    has for it."""
+    Path(module).write_text(block("pruneexp/README.md", "python", f"class {kind}"))
+    yaml = Path("my_conf", option)
+    yaml.parent.mkdir(parents=True)
+    yaml.write_text(block("pruneexp/README.md", "yaml", kind))
+    (command,) = (each for each in pruneexp_commands() if chosen in each)
+    return command
+
+
 def test_a_criterion_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_criteria.py").write_text(block("pruneexp/README.md", "python", "class Energy"))
-    (tmp_path / "my_conf" / "criterion").mkdir(parents=True)
-    (tmp_path / "my_conf" / "criterion" / "energy.yaml").write_text(block("pruneexp/README.md", "yaml", "Energy"))
-    (command,) = (each for each in pruneexp_commands() if "criterion=energy" in each)
+    command = written_part("my_criteria.py", "Energy", "criterion/energy.yaml", "criterion=energy")
     assert command[:2] == ["--config-dir", "my_conf"]
     data = [f"dataset.calibration={PARITY / 'calib.npy'}", f"dataset.evaluation={PARITY / 'test.npy'}"]
     ours = ["model=hf", f"model.path={PARITY}", "dataset=tokens", "dataset.length=64", *data]
@@ -55,10 +63,7 @@ def test_a_criterion_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_evaluator_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_evaluators.py").write_text(block("pruneexp/README.md", "python", "class Top1"))
-    (tmp_path / "my_conf" / "evaluator").mkdir(parents=True)
-    (tmp_path / "my_conf" / "evaluator" / "top1.yaml").write_text(block("pruneexp/README.md", "yaml", "Top1"))
-    (command,) = (each for each in pruneexp_commands() if "evaluator=[perplexity,top1]" in each)
+    command = written_part("my_evaluators.py", "Top1", "evaluator/top1.yaml", "evaluator=[perplexity,top1]")
     assert main([*command, "dataset.samples=4", "evaluator.perplexity.samples=2", "run.dir=run", "run.prove=off"]) == 0
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert 0.5 < metrics["pruned/top1_agreement/embedded@128[16]"] < 1

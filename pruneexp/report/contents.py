@@ -88,7 +88,6 @@ def _runs(runs: Runs, found: RunsRead) -> Section:
     # What a choice brings along is told by the method's name.
     keys = [key for one in runs for key in one.settings] + (["sparsity.of"] if removed(runs).note else [])
     keys = list(dict.fromkeys(keys))
-    several = len({one.context for one in runs}) > 1
     names = perplexities(runs) + ([name for name in accuracies(runs) if is_mean(name)] or accuracies(runs))
     measured = [f"{side}/{name}" for name in names for side in ("dense", "pruned")]
     there = {key for one in runs for key in one.run.metrics}
@@ -97,9 +96,7 @@ def _runs(runs: Runs, found: RunsRead) -> Section:
     units = {key: "share" if key in shares else UNITS.get(key, "accuracy" if "/acc" in key else "") for key in metrics}
     columns: dict[str, Show] = {
         "run": lambda one: Cell(one.run.name, mark="flag" if one.run.hash in found.conflicts else ""),
-        **({"model": lambda one: one.context} if several else {}),
-        "method": lambda one: one.method,
-        "ratio asked": lambda one: ratio(one.ratio),
+        **_what_ran(runs),
         **{key: _setting(key) for key in keys},
         **{key: lambda one, key=key: number(one.run.metrics.get(key), units[key]) for key in metrics},
     }
@@ -127,17 +124,24 @@ def _others(runs: Runs) -> Section | None:
     names = metrics_of(runs, rf"(?!(?:{SHOWN})$).*")
     there = {key for one in runs for key in one.run.metrics}
     keys = [key for name in names for key in (f"dense/{name}", f"pruned/{name}") if key in there]
-    several = len({one.context for one in runs}) > 1
     columns: dict[str, Show] = {
         "run": lambda one: one.run.name,
-        **({"model": lambda one: one.context} if several else {}),
-        "method": lambda one: one.method,
-        "ratio asked": lambda one: ratio(one.ratio),
+        **_what_ran(runs),
         **{key: lambda one, key=key: one.run.metrics.get(key) for key in keys},
     }
     measured = [one for one in runs if any(key in one.run.metrics for key in keys)]
     shown = table("others", "What else was measured of each run's models", measured, columns)
     return Section("others", "Other figures", (), (shown,)) if keys else None
+
+
+def _what_ran(runs: Runs) -> dict[str, Show]:
+    """Columns that say what a run is, beside its name: the model where there are several."""
+    several = len({one.context for one in runs}) > 1
+    return {
+        **({"model": lambda one: one.context} if several else {}),
+        "method": lambda one: one.method,
+        "ratio asked": lambda one: ratio(one.ratio),
+    }
 
 
 def _setting(key: str, absent: str = "-") -> Show:

@@ -298,7 +298,9 @@ def test_a_run_on_one_gpu_and_its_memory(run: Run, tmp_path: Path) -> None:
     }
 
 
-def test_a_run_on_any_gpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_any_gpu(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     expected = run("cpu", "llama", "recipe=flap")
     with pretended_gpus(), held_gpu("cuda:any") as taken:
@@ -306,6 +308,10 @@ def test_a_run_on_any_gpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert run("cuda:any", "llama", "recipe=flap") == expected
     metrics = json.loads((tmp_path / "run_cudaany/metrics.json").read_text())
     assert [name for name in metrics if name.startswith("memory/cuda")] == ["memory/cuda:1/peak_bytes"]
+    assert "are free" not in caplog.text
+    with pretended_gpus(2, free=(2**30, 2**10)), held_gpu("cuda:any"):
+        run("cuda:any", "llama", "recipe=flap")
+    assert "1.0 KiB are free" in caplog.text, "it is the free memory of the GPU that was taken"
     with pretended_gpus(0), pytest.raises(ConfigError, match=r"model.device='cuda:any'.* 0 CUDA devices; expected cpu"):
         run("cuda:any", "llama", "recipe=flap")
 

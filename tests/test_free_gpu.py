@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from pruneexp.__main__ import main
 from pruneexp.model import free_gpu
@@ -207,8 +208,22 @@ def test_other_devices_take_no_lock(locks: Path) -> None:
 
 
 def test_locks_that_cannot_be_written(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (locks / "file").touch()
-    monkeypatch.setattr(tempfile, "tempdir", str(locks / "file"))
-    with pretended_gpus(1), pytest.raises(ConfigError, match=r"model.device='cuda:any'.*file.*TMPDIR"):
-        with held_gpu("cuda:any"):
-            pass
+    def refused(expected: str) -> None:
+        with pretended_gpus(1), pytest.raises(ConfigError, match=rf"model.device='cuda:any'.*{expected}.*TMPDIR"):
+            with held_gpu("cuda:any"):
+                pass
+
+    def without_locks(lock: FileLock) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setenv("TMPDIR", str(locks / "missing"))  # Python would take another folder
+    refused("missing.*does not exist")
+    monkeypatch.setattr("os.access", lambda path, mode: path != str(locks))
+    monkeypatch.setenv("TMPDIR", str(locks))
+    refused("cannot be written to")
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setattr(FileLock, "_acquire", without_locks)
+    refused("support flock")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    refused("No usable temporary directory")

@@ -34,7 +34,8 @@ class ByLayer:
 
     def _loss(self, candidate: Candidate) -> float:
         sites = candidate.plan.sites
-        assert abs(sum(len(sites[site.name].kept) for site in FFN) - self.channels) <= 1
+        left = sum(len(sites[site.name].kept) for site in FFN if site.name in sites)
+        assert abs(left - self.channels) <= 1
         gone = [not sites[site.name].kept for site in ATTENTION]
         return (
             sum((layer if layer == 0 or not gone[layer - 1] else 100) for layer, out in enumerate(gone) if out)
@@ -77,6 +78,14 @@ def test_attention_makes_up_for_channels_that_have_run_out() -> None:
     few.check(SITES, Budget(largest - 1e-6, total))
     with pytest.raises(ConfigError, match=r"^sparsity.ratio=0.99: expected at most 0\.\d+, all that search may remove"):
         few.check(SITES, Budget(0.99, total))
+
+
+@each("ratio, leave", [(0.1, 1), (0.14, 1), (0.15, 2), (0.26, 3)])
+def test_where_ffns_count_nothing_attention_meets_the_budget_to_the_nearest_sublayer(ratio: float, leave: int) -> None:
+    cache = sum(site.units * site.cost.kv for site in SITES)
+    budget = Budget(ratio, cache, counts="kv_cache")
+    plan = TwoStage(1, 1.5, 1)(scores_of(SITES), SITES, budget, ByLayer(0), RNG)
+    assert sum(not plan.sites[site.name].kept for site in ATTENTION) == leave
 
 
 def test_nothing_leaves_for_nothing_and_losses_are_needed() -> None:

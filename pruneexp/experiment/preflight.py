@@ -246,7 +246,7 @@ def forecast_of(
 
 def warn(experiment: Experiment, inputs: Inputs) -> None:
     """A line of the log for each thing that may go wrong."""
-    warn_of_memory(inputs.expected, available_memory(*inputs.outline.devices))
+    warn_of_memory(inputs.expected, available_memory(*experiment.model.devices))
     warn_of_files(inputs.expected)
     warn_of_scratch(experiment.quantise, inputs.outline)
     warn_of_few_tokens(experiment, inputs.outline, inputs.tokens_NT)

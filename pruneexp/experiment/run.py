@@ -79,10 +79,13 @@ def run_experiment(experiment: Experiment, shared: DenseStates | None = None, *,
         if folder is not None:
             kind = "job" if job["sweep"] else "run"
             trackers.start(RunRecord(folder, experiment.config, job["sweep"], settings.name, kind, job))
-        warn(experiment, inputs)
         with experiment.model.on_a_device() as source, widened(inputs.outline.dtype):
-            outcome = _pruned(replace(experiment, model=source), inputs, folder, local, trackers, shared)
-        trackers.finish(outcome.metrics)
+            held = replace(experiment, model=source)
+            warn(held, inputs)
+            outcome = _pruned(held, inputs, folder, local, trackers, shared)
+            trackers.finish(outcome.metrics)
+            if job["sweep"]:  # before another job takes its device
+                outcome = replace(outcome, model=None)
     if job["sweep"]:
         print(f"  {summary_line(comparable(outcome.metrics, experiment.config))}", flush=True)
     elif folder is not None and outcome.plan is not None:

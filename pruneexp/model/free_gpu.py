@@ -27,7 +27,8 @@ WAIT = 0.5  # seconds between two looks at GPUs that are all taken
 @contextmanager
 def held_gpu(device: str) -> Iterator[str]:
     """Gives `device`; for "cuda:any", a visible GPU that no other run of this user has taken in this way. The GPU is
-    held until the end, also that of a process that is killed. While all are taken, this waits.
+    held until the end, also that of a process that is killed. While all are taken, this waits. A model that is still
+    there at the end stays on a GPU that counts as free.
 
     A GPU is a lock file in the folder of temporary files, named by the GPU's own id: processes that see other GPUs, or
     the same ones under other numbers, agree. Programs that take no such lock are not noticed.
@@ -40,7 +41,8 @@ def held_gpu(device: str) -> Iterator[str]:
         return
     from filelock import FileLock
 
-    locks = [FileLock(_lock_file(number), timeout=0) for number in range(torch.cuda.device_count())]
+    folder = _lock_folder()
+    locks = [FileLock(folder / _lock_name(number), timeout=0) for number in range(torch.cuda.device_count())]
     number = _first_free(locks)
     if number is None:
         logger.info("model.device=%s: other runs have all %d GPUs; this one waits", ANY, len(locks))
@@ -65,14 +67,28 @@ def _first_free(locks: Sequence[FileLock]) -> int | None:
             return number
         except Timeout:
             continue
-        except OSError as error:
-            locked = f"locks of GPUs are files in {tempfile.gettempdir()!r}: {error.strerror or error}"
-            expected = "expected TMPDIR to be a folder that can be written to"
-            raise ConfigError(f"model.device={ANY!r}: {locked}; {expected}") from error
+        except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
+            raise _without_locks(Path(lock.lock_file).parent, getattr(error, "strerror", None) or error) from error
     return None
 
 
-def _lock_file(number: int) -> Path:
+def _lock_folder() -> Path:
+    """Python passes over a TMPDIR that cannot be written to: runs would then disagree about where the locks are."""
+    named = os.environ.get("TMPDIR")
+    try:
+        folder = Path(tempfile.gettempdir())
+    except OSError as error:  # nothing can be written to
+        raise _without_locks(named or "/tmp", error.strerror or error) from error
+    if named and not os.access(named, os.W_OK | os.X_OK):
+        raise _without_locks(named, "it cannot be written to" if os.path.exists(named) else "it does not exist")
+    return folder
+
+
+def _without_locks(folder: str | Path, why: object) -> ConfigError:
+    expected = "expected TMPDIR to be a folder that can be written to"
+    return ConfigError(f"model.device={ANY!r}: locks of GPUs are files in {str(folder)!r}: {why}; {expected}")
+
+
+def _lock_name(number: int) -> str:
     user = os.getuid() if hasattr(os, "getuid") else 0
-    name = f"pruneexp-{user}-{torch.cuda.get_device_properties(number).uuid}.lock"
-    return Path(tempfile.gettempdir(), name)
+    return f"pruneexp-{user}-{torch.cuda.get_device_properties(number).uuid}.lock"

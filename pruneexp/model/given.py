@@ -91,6 +91,11 @@ class GivenModel:
         check_finite(module, "")
         return self._model(module)
 
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where the module lies."""
+        return self._wrapped(self.module).devices
+
     @contextmanager
     def on_a_device(self) -> Iterator[GivenModel]:
         """The source itself: the module stays on its device."""

@@ -193,6 +193,10 @@ class ModelSource:
         module.generation_config = companions.generation_settings(folder) or module.generation_config
         return model
 
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return devices_of(self.device)
+
     @contextmanager
     def on_a_device(self) -> Iterator[ModelSource]:
         """The source with its device held: for `cuda:any`, a GPU that no other run has meanwhile."""
@@ -201,7 +205,7 @@ class ModelSource:
 
     def reference(self) -> Model:
         """What a pruned model is compared with: the model as it is stored, its decoder layers loaded one at a time."""
-        device = str(devices_of(self.device)[0])
+        device = str(self.devices[0])
         return replace(self, path=str(self.folder()), device=device, stream=True).load(self.describe().tokenizer)
 
     def _model(
@@ -212,7 +216,7 @@ class ModelSource:
         dtype: torch.dtype,
         checkpoint: Checkpoint | None,
     ) -> Model:
-        home, *others = devices = devices_of(self.device)
+        home, *others = devices = self.devices
         placement = None
         if others:
             layers = module.get_submodule(f"{module.base_model_prefix}.{family.layers}")
@@ -220,15 +224,8 @@ class ModelSource:
             whole = dtype.itemsize * sum(p.numel() for p in module.parameters())
             free = [free_bytes(device) for device in devices]
             placement = placed(sizes, whole - sum(sizes), devices, free)
-        return Model(
-            module,
-            tokenizer,
-            name=self.name,
-            device=home,
-            batch_size=self.batch_size,
-            checkpoint=checkpoint,
-            placement=placement,
-        )
+        settings: dict[str, Any] = {"name": self.name, "device": home, "batch_size": self.batch_size}
+        return Model(module, tokenizer, checkpoint=checkpoint, placement=placement, **settings)
 
     def _tell_precision(self, config: dict[str, Any], stored: Mapping[str, str], held: torch.dtype) -> None:
         """Logs where the weights in the files are of several precisions, or of another than `auto` could know."""
@@ -245,7 +242,7 @@ class ModelSource:
         if self.dtype != "auto":
             return DTYPES[self.dtype]
         stored = DTYPES.get(str(_named_dtype(config)), torch.float32)
-        on_cpu = devices_of(self.device)[0].type == "cpu"
+        on_cpu = self.devices[0].type == "cpu"
         return torch.float32 if on_cpu and stored == torch.float16 else stored
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.budgeted import removable
-from pruneexp.search.common import UNITS_EPSILON, completed, prunable, require
+from pruneexp.search.common import UNITS_EPSILON, completed, nearest, prunable, require
 from pruneexp.search.granularity import chosen_sites
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.uniform import Uniform
@@ -21,17 +21,18 @@ from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunErro
 @dataclass(frozen=True)
 class TwoStage:
     """2SSP's search (Sandri et al., 2025; released code): the lowest-scored FFN channels leave, as many in every layer
-    (`Uniform`); then, one after the other, the attention sublayers without which the calibration loss is lowest, the
-    channels being gone (`Greedy`). How many of them, of the L there are (eq. 5):
+    to one channel (`Uniform`); then, one after the other, the attention sublayers without which the calibration loss is
+    lowest, the channels being gone (`Greedy`). How many of them, of the L there are (eq. 5):
 
         round(L s^(P_FFN / (alpha P_attention)))
 
     s the share to remove and P what a sublayer's units hold, as the budget counts; the FFNs make up for the rest, to
     the nearest channel. At small shares nearly all leaves the FFNs, which hold more.
 
-    Departs: more attention sublayers leave where the FFNs cannot make up for them, fewer where they alone are too much
-    (an error there), and the best-scored one always stays; losses are of all calibration windows, in place of one of
-    2,048 tokens. In rounds, the formula is of each round's model.
+    Departs: what rounding leaves over goes into the next layer, where the authors give all FFNs one width; more
+    attention sublayers leave where the FFNs cannot make up for them, fewer where they alone are too much (an error
+    there), and the best-scored one always stays; losses are of all calibration windows, in place of one of 2,048
+    tokens. In rounds, the formula is of each round's model.
     """
 
     local: ClassVar[bool] = False
@@ -83,6 +84,8 @@ class TwoStage:
         wanted = round(count * share ** (prunable(ffns, budget) / layers / each / self.alpha))
         least = math.ceil((budget.remove - most) / each - UNITS_EPSILON)
         greatest = math.floor(budget.remove / each + UNITS_EPSILON)
+        if not most:  # nothing makes up for the rest, so that the nearest number meets the budget best
+            least = greatest = nearest(budget.remove / each)
         leave = min(max(min(wanted, greatest), least, 0), count - 1)
         return replace(budget, ratio=1.0, total=round(leave * each), added=0.0)
 

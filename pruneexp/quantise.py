@@ -171,4 +171,4 @@ def _int8_tensor(weight_OI: Tensor) -> Tensor:
     return Int8Tensor(q_OI, scale_O1, [1, weight_OI.shape[1]], weight_OI.dtype, zero_point=zeros_O1)
 
 
-fill_in(globals(), __all__, QUANTISE)
+fill_in(globals(), QUANTISE)

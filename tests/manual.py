@@ -271,8 +271,7 @@ def _members(node: ast.ClassDef) -> Iterator[str]:
 def statistics() -> str:
     """What calibration can collect, with the source that feeds it."""
     rows = []
-    for name in evidence.__all__:
-        kind = getattr(evidence, name)
+    for name, kind in sorted(vars(evidence).items()):
         if inspect.isclass(kind) and isinstance(vars(kind).get("source"), str):
             rows.append([f"`{name}`", f'"{kind.source}"', first_sentence(kind.__doc__)])
     return table(["statistics", "source", "what it is"], rows)

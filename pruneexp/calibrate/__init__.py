@@ -1,5 +1,7 @@
 """The walk over a model's layers that collects evidence, derivatives, slopes, and loss probes of masked structures."""
 
+# ruff: noqa: F401
+
 from pruneexp.calibrate.augmentation import NoAugmentation, SelfGenerated
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
@@ -11,24 +13,3 @@ from pruneexp.calibrate.probe import Probe, at_once
 from pruneexp.calibrate.site_walk import KEPT_BYTES, passes_of_layer, require_sums, walk_sites
 from pruneexp.calibrate.walk import walk
 from pruneexp.calibrate.zeroth_order import Slopes, perturbed
-
-__all__ = [
-    "KEPT_BYTES",
-    "Bookmark",
-    "DenseStates",
-    "Landscape",
-    "Meter",
-    "NoAugmentation",
-    "Probe",
-    "SelfGenerated",
-    "Slopes",
-    "Visit",
-    "at_once",
-    "gradient_evidence",
-    "influence_evidence",
-    "passes_of_layer",
-    "perturbed",
-    "require_sums",
-    "walk",
-    "walk_sites",
-]

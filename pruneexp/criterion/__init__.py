@@ -5,6 +5,8 @@ Criteria that judge an out-projection's channels answer with `ColumnScores`: a u
 as the paper's formula has them, never standardised here: comparing sites is the search's business.
 """
 
+# ruff: noqa: F401
+
 from pruneexp.criterion.activations import ActivationNorm, Flap, FlapOfficial, WandaSp
 from pruneexp.criterion.depth import BlockInfluence, LossDrop
 from pruneexp.criterion.influence import Ifso
@@ -16,21 +18,4 @@ from pruneexp.criterion.taylor import Taylor
 from pruneexp.criterion.weights import Magnitude, Random
 from pruneexp.types.defaults import CRITERION, fill_in
 
-__all__ = [
-    "ActivationNorm",
-    "BlockInfluence",
-    "Flap",
-    "FlapOfficial",
-    "Ifso",
-    "LlmBip",
-    "LossDrop",
-    "Magnitude",
-    "MiniLlm",
-    "Obs",
-    "Random",
-    "SlimLlm",
-    "Taylor",
-    "WandaSp",
-]
-
-fill_in(globals(), __all__, CRITERION)
+fill_in(globals(), CRITERION)

@@ -25,8 +25,6 @@ from pruneexp.dataset.windows import (
     windows_of,
     with_bos,
 )
-from pruneexp.types import filled
-from pruneexp.types.defaults import DATASET
+from pruneexp.types.defaults import DATASET, fill_in
 
-for _kind in (DocumentFiles, Embedded, GivenTokens, HubText, Mixed, Text, Tokens):
-    filled(_kind, DATASET)
+fill_in(globals(), DATASET)

@@ -6,6 +6,8 @@ model.stream=true) and calls `check` (files), `prepare` (windows) and `longest` 
 model will see).
 """
 
+# ruff: noqa: F401
+
 from pruneexp.evaluator.generation import Generation
 from pruneexp.evaluator.latency import Latency
 from pruneexp.evaluator.perplexity import Perplexity
@@ -14,6 +16,4 @@ from pruneexp.evaluator.size import Size
 from pruneexp.evaluator.zeroshot import Zeroshot
 from pruneexp.types.defaults import EVALUATOR, fill_in
 
-__all__ = ["Generation", "Latency", "Perplexity", "Questions", "Size", "Zeroshot"]
-
-fill_in(globals(), __all__, EVALUATOR)
+fill_in(globals(), EVALUATOR)

@@ -1,5 +1,7 @@
 """What calibration collects: values that grow by `update_` and join by `merge`."""
 
+# ruff: noqa: F401
+
 from pruneexp.evidence.depth import BlockChange, LossWithout
 from pruneexp.evidence.gradients import Gradient, PerSampleGradient
 from pruneexp.evidence.gram import Gram, WantedOutput, others
@@ -15,26 +17,4 @@ from pruneexp.evidence.statistics import (
 from pruneexp.evidence.zeroth_order import DirectionalGradient, Perturbation
 from pruneexp.types.defaults import EVIDENCE, fill_in
 
-__all__ = [
-    "AbsoluteMoments",
-    "BatchDerivatives",
-    "BlockChange",
-    "DirectionalGradient",
-    "GateDerivatives",
-    "Gradient",
-    "Gram",
-    "Halved",
-    "Halves",
-    "Influence",
-    "InputMoments",
-    "LossWithout",
-    "Moments",
-    "PerSampleGradient",
-    "Perturbation",
-    "RunningFluctuation",
-    "WantedOutput",
-    "WindowNorms",
-    "others",
-]
-
-fill_in(globals(), [name for name in __all__ if not name.startswith("Halve")], EVIDENCE)  # halves ask their kind
+fill_in(globals(), EVIDENCE, apart=(Halved, Halves))  # they ask their kind

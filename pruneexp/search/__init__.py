@@ -1,5 +1,7 @@
 """Scores and a budget to a Plan: which units stay."""
 
+# ruff: noqa: F401
+
 from pruneexp.search.budgeted import Global
 from pruneexp.search.common import layer_budgets
 from pruneexp.search.evolutionary import Evolutionary
@@ -17,32 +19,4 @@ from pruneexp.search.two_stage import TwoStage
 from pruneexp.search.uniform import Uniform
 from pruneexp.types.defaults import SEARCH, fill_in
 
-__all__ = [
-    "KIND",
-    "AlAm",
-    "AlAmOfficial",
-    "AlAmQueryHeads",
-    "AlMm",
-    "Evolutionary",
-    "Global",
-    "Greedy",
-    "LayerShares",
-    "Layerwise",
-    "PolicyGradient",
-    "ServeSafe",
-    "Turns",
-    "TwoStage",
-    "UNITS",
-    "WHOLE",
-    "UlMm",
-    "UlUm",
-    "Uniform",
-    "block_scores",
-    "expert_scores",
-    "in_turns",
-    "layer_budgets",
-    "reordered",
-    "scored_as",
-]
-
-fill_in(globals(), __all__, SEARCH)
+fill_in(globals(), SEARCH)

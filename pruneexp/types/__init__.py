@@ -12,6 +12,8 @@ A *site* is one prunable axis of one decoder layer: U interchangeable units. Rem
 fc2).
 """
 
+# ruff: noqa: F401
+
 from pruneexp.types.defaults import evidence_kinds, filled
 from pruneexp.types.nouns import (
     Candidate,
@@ -50,58 +52,3 @@ from pruneexp.types.sources import ALWAYS, SOURCES, Sequential, collected_by, so
 from pruneexp.types.times import PICOSECONDS, Curve, LayerTimes, Times, times_of
 from pruneexp.types.tracking import Tracker
 from pruneexp.types.windows import Augmentation, Dataset
-
-__all__ = [
-    "ALWAYS",
-    "Augmentation",
-    "Block",
-    "Budget",
-    "Candidate",
-    "ColumnScores",
-    "Compensator",
-    "ConfigError",
-    "ConfigErrors",
-    "Cost",
-    "Criterion",
-    "Curve",
-    "Dataset",
-    "Evaluator",
-    "Evidence",
-    "LayerTimes",
-    "Measured",
-    "NOTHING",
-    "Objective",
-    "Oracle",
-    "PICOSECONDS",
-    "PLAN_VERSION",
-    "Plan",
-    "QUERY_HEADS",
-    "Quantise",
-    "Recovery",
-    "RemovalPath",
-    "Reorderable",
-    "RunError",
-    "RunRecord",
-    "SOURCES",
-    "Score",
-    "Scores",
-    "Sequential",
-    "Search",
-    "Site",
-    "SitePlan",
-    "SiteWeights",
-    "Sparsity",
-    "Times",
-    "Tracker",
-    "collected_by",
-    "evidence_kinds",
-    "filled",
-    "one_line",
-    "own_scores",
-    "require_least",
-    "size_text",
-    "source_of",
-    "start_name",
-    "times_of",
-    "unit_scores",
-]

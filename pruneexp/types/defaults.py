@@ -115,11 +115,11 @@ def filled(part: Any, defaults: Defaults) -> Any:
     return part
 
 
-def fill_in(package: Mapping[str, Any], names: Sequence[str], defaults: Defaults) -> None:
-    """Gives the classes among a package's `names` the defaults of the members that they lack."""
-    for name in names:
-        kind = package[name]
-        if isinstance(kind, type) and not getattr(kind, "_is_protocol", False):
+def fill_in(package: Mapping[str, Any], defaults: Defaults, apart: Sequence[type] = ()) -> None:
+    """Gives the classes of a package, named there and defined within it, the defaults of what they lack; those
+    `apart` are left as they are."""
+    for kind in package.values():
+        if isinstance(kind, type) and kind.__module__.startswith(package["__name__"]) and kind not in apart:
             filled(kind, defaults)
 
 

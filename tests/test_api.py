@@ -65,7 +65,7 @@ class _Mine:
 
 
 class Energy(_Mine):
-    evidence, sequential = Moments, False
+    evidence = Moments
 
     def __call__(self, block: Any, evidence: Any) -> Any:
         return {s.name: evidence[s.name].mean_square_C.view(s.units, s.width).sum(1) for s in block.sites}
@@ -73,8 +73,6 @@ class Energy(_Mine):
 
 class Lowest(_Mine):
     """A quarter of each site."""
-
-    local = False
 
     def __call__(self, scores: Any, sites: Any, budget: Any, oracle: Any, rng: Any) -> pruneexp.Plan:
         values = {s.name: unit_scores(scores[s.name]) for s in sites}
@@ -397,7 +395,7 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         ({"folder": ""}, "folder='': expected the path of a folder"),
         ({"overrides": ["evaluator=[perplexity]"]}, "dataset.evaluation=null"),
         ({"criterio": object()}, "criterio=.*: unknown; expected one of criterion"),
-        ({"criterion": object()}, "criterion: object has no evidence, sequential"),
+        ({"criterion": object()}, "criterion: object has no evidence, __call__"),
         ({"criterion": Energy(judges="attention")}, "criterion.judges='attention': expected a tuple of attention, mlp"),
         ({"criterion": Energy(sequential="yes")}, "criterion.sequential='yes': expected True, False or 'always'"),
         ({"criterion": Energy(evidence="Moments")}, "criterion.evidence: 'Moments' has no source and no empty; exp"),
@@ -406,7 +404,7 @@ def test_what_cannot_be_pruned_is_one_line_and_untouched(model: Any, tokenizer: 
         ({"search": Lowest(held_out=2)}, r"search.held_out=2: expected a share of the windows, in \[0, 1\)"),
         ({"search": Lowest(objective="loss")}, "search.objective='loss': expected next_token or kl"),
         ({"search": Lowest(starts=["flap"])}, r"search.starts=\['flap'\]: expected criteria by name"),
-        ({"search": Lowest(starts={"one": object()})}, "search.starts.one: object has no evidence, sequential"),
+        ({"search": Lowest(starts={"one": object()})}, "search.starts.one: object has no evidence, __call__"),
         ({"criterion": nn.Linear}, r"criterion: got the class Linear; expected an object of it, Linear\(...\)"),
     ):
         with pytest.raises(pruneexp.ConfigError, match=message):

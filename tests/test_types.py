@@ -88,7 +88,6 @@ class RemovalCost:
     """A criterion whose costs grow as units leave."""
 
     evidence: ClassVar[None] = None
-    sequential: ClassVar[bool] = False
 
     def __call__(self, block: Block, evidence: Mapping[str, Any]) -> dict[str, RemovalPath]:
         return {site.name: self._path(site, block.weights[site.name]) for site in block.sites}
@@ -117,8 +116,6 @@ class FakeOracle:
 @dataclass(frozen=True)
 class Greedy:
     """A search that asks the oracle before every removal."""
-
-    local: ClassVar[bool] = False
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
@@ -211,8 +208,6 @@ def test_gradient_and_zeroth_order_evidence_fit():
 class Bare:
     """A search that says nothing of itself."""
 
-    local = False
-
 
 class Slotted:
     __slots__ = ()
@@ -222,11 +217,12 @@ def test_what_a_part_leaves_out_is_filled_in_once() -> None:
     from pruneexp.types import ConfigError, defaults, filled
 
     part = filled(Bare(), defaults.SEARCH)
-    assert part.granularity == ("heads", "channels") and part.heads is None and not part.probes
+    assert part.granularity == ("heads", "channels") and part.heads is None and not (part.probes or part.local)
+    assert filled(Bare(), defaults.CRITERION).sequential is False
     part.check((), None)  # nothing is said against any budget
     part.granularity = ["blocks"]
     assert filled(part, defaults.SEARCH).granularity == ["blocks"], "what is there stays"
-    with pytest.raises(ConfigError, match="Slotted has no granularity and cannot be given one"):
+    with pytest.raises(ConfigError, match="Slotted has no local and cannot be given one"):
         filled(Slotted(), defaults.SEARCH)
 
 

@@ -27,7 +27,6 @@ class BlockInfluence:
     """
 
     evidence: ClassVar[type[BlockChange]] = BlockChange
-    sequential: ClassVar[bool] = False
     judges: ClassVar[tuple[str, ...]] = ("sublayer", "block")
 
     distance: Literal["cosine", "angular"]
@@ -51,7 +50,6 @@ class LossDrop:
     """
 
     evidence: ClassVar[type[LossWithout]] = LossWithout
-    sequential: ClassVar[bool] = False
     judges: ClassVar[tuple[str, ...]] = ("sublayer", "block")
 
     def __call__(self, block: Block, evidence: Mapping[str, LossWithout]) -> dict[str, Score]:

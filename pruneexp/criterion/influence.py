@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ class Ifso:
     w is the units' own matrices, or the out-projections; lambda is of no account to the ranking with inverse=damping.
     Passes and memory: `calibrate.influence_evidence`.
     """
-
-    sequential: ClassVar[bool] = False
 
     score: Literal["retraining", "loss"]
     directions: Literal["together", "apart"]

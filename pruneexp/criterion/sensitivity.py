@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ class MiniLlm:
     that of |w| |z| a, whatever the loss. gradient=exact takes backward passes instead, for comparison; the settings
     from `directions` on then say nothing.
     """
-
-    sequential: ClassVar[bool] = False
 
     gradient: Literal["spsa", "exact"]
     perturb: Literal["weights", "gates"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ class Taylor:
     attention is the out-projection. FFNs, and sums over as many heads as groups, are the same in both. With
     search=llm_pruner_official, that code's units leave, to the last one, of SmolLM2-135M and two models without groups.
     """
-
-    sequential: ClassVar[bool] = False
 
     element: Literal["vectorize", "param_first", "param_second", "param_mix"]
     members: Literal["sum", "mean", "max", "prod", "first", "second"]

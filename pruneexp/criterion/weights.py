@@ -22,7 +22,6 @@ class Random:
     """
 
     evidence: ClassVar[None] = None
-    sequential: ClassVar[bool] = False
     judges: ClassVar[tuple[str, ...]] = ("attention", "mlp", "sublayer", "block")
 
     seed: int
@@ -52,7 +51,6 @@ class Magnitude:
     """
 
     evidence: ClassVar[None] = None
-    sequential: ClassVar[bool] = False
 
     members: Literal["reader", "coupled"]
     norm: Literal[1, 2]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +63,6 @@ class Generation:
     seed: int
     batch_size: int
     bos: bool
-
-    streams: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_least(self, 0, "seed")

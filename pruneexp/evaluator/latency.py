@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ class Latency:
     repeats: int
     warmup: int
     bos: bool
-
-    streams: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_least(self, 0, "warmup")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import metadata
-from typing import Any, ClassVar
+from typing import Any
 
 from pruneexp.dataset import bos_token
 from pruneexp.evaluator.harness import Answered, Loaded, answer, begins, identified, load_tasks
@@ -45,8 +45,6 @@ class Zeroshot:
     batch_size: int
     data: str | None
     bos: bool
-
-    streams: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):

@@ -21,7 +21,6 @@ class Gradient:
     """Gradient of the mean loss over all windows: one backward pass a batch."""
 
     source: ClassVar[str] = "gradient"
-    per_sample: ClassVar[bool] = False
 
     n: int  # windows
     total: SiteWeights | None  # n times the gradient of the mean loss

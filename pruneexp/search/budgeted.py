@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ class Global:
     all of a kind; none and per_parameter judge what they still hold, by its score and that over its cost (of a removal
     path, units then count by what they add to the cost).
     """
-
-    local: ClassVar[bool] = False
 
     min_units: int
     granularity: Granularity

@@ -79,8 +79,6 @@ class AlMm:
     released code then removes every one: its sorted[-0] is the maximum).
     """
 
-    local: ClassVar[bool] = False
-
     heads: int
 
     def __post_init__(self) -> None:
@@ -116,8 +114,6 @@ class AlAm:
     stay (all units' parameters - the budget's), and units above it are kept. Costs are in what the budget counts.
     """
 
-    local: ClassVar[bool] = False
-
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator
     ) -> Plan:
@@ -134,7 +130,6 @@ class AlAm:
 class AlAmQueryHeads:
     """AL-AM with query heads in the place of heads: one of every KV group of a layer at a time, one of which stays."""
 
-    local: ClassVar[bool] = False
     granularity: ClassVar[tuple[str, ...]] = ("query_heads", "channels")
 
     def __call__(
@@ -152,8 +147,6 @@ class AlAmOfficial:
 
     The target is (1 - ratio) of all units' costs: the sparsity's `of` has no say, nor have biases that are added.
     """
-
-    local: ClassVar[bool] = False
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator

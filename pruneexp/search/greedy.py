@@ -48,7 +48,6 @@ class Greedy:
     to be multiples of `multiple`, the channels of lowest score are probed together.
     """
 
-    local: ClassVar[bool] = False
     probes: ClassVar[bool] = True
 
     min_units: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,8 +52,6 @@ class LayerShares:
     What rounding leaves over goes into the next layer's. The whole is so met to half the cost of the cheapest unit.
     Departs: scores and importances are of the dense model, where SlimLLM's code scores a layer behind the pruned ones.
     """
-
-    local: ClassVar[bool] = False
 
     min_units: int
     granularity: Granularity

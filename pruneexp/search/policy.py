@@ -58,7 +58,6 @@ class PolicyGradient:
     Masks whose loss is NaN or Inf are left out of a step.
     """
 
-    local: ClassVar[bool] = False
     probes: ClassVar[bool] = True
 
     min_units: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -23,8 +23,6 @@ class ServeSafe:
     rest; `Global` over the channels alone then meets it (`normalise`, `multiple` as there). At least one head stays
     in every layer, and `min_units` of every site. `granularity`: heads, channels or both.
     """
-
-    local: ClassVar[bool] = False
 
     min_units: int
     granularity: Granularity

@@ -35,7 +35,6 @@ class TwoStage:
     tokens. In rounds, the formula is of each round's model.
     """
 
-    local: ClassVar[bool] = False
     probes: ClassVar[bool] = True
     granularity: ClassVar[tuple[str, ...]] = ("channels", "attention")
 

@@ -34,6 +34,7 @@ EVIDENCE: Defaults = {
     "held_bytes": None,  # what `empty` lays out
 }
 CRITERION: Defaults = {
+    "sequential": False,
     "few_tokens": False,
     "judges": ("attention", "mlp"),
     "lost": _zero,
@@ -42,6 +43,7 @@ CRITERION: Defaults = {
 }
 COMPENSATOR: Defaults = {"few_tokens": False, "working_bytes": _zero, "settled": None}
 SEARCH: Defaults = {
+    "local": False,
     "granularity": ("heads", "channels"),
     "heads": None,  # a count for all layers, in place of the ratio
     "probes": False,

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from omegaconf import DictConfig
 
-from pruneexp.cli.compose import open_hydra
-from pruneexp.cli.sweep_jobs import JobComposer, whole
+from pruneexp.cli.compose import Composed, open_hydra
+from pruneexp.cli.sweep_jobs import JobComposer, job_overrides, whole
 from pruneexp.conf_files import conf_folder, inherited
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
 
 # Options that only make sense with a partner: whole layers.
 PARTNERS = {"blocks": "criterion=random", "greedy": "criterion=random"}
 PARTNERS |= {name: "search=blocks" for name in ("block_influence", "block_influence_angular", "loss_drop")}
+
+
+def job_configs(hydra: Hydra, config: DictConfig) -> Iterator[Composed]:
+    """The runs of a multirun, as far as they are known beforehand. Raises ConfigError."""
+    return map(JobComposer(hydra, config).job, job_overrides(hydra, config))
 
 
 @cache

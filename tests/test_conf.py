@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from pruneexp.cli.build import build, located
 from pruneexp.cli.compose import SECTIONS, compose, compose_raw, composed, open_hydra
-from pruneexp.cli.sweep_jobs import JobComposer, job_configs, job_overrides
+from pruneexp.cli.sweep_jobs import JobComposer, job_overrides
 from pruneexp.conf_files import (
     YamlLoader,
     choices,
@@ -28,7 +28,7 @@ from pruneexp.conf_files import (
 )
 from pruneexp.types import ConfigError
 from tests.cases import each
-from tests.composing import PARTNERS, composer, mandatory
+from tests.composing import PARTNERS, composer, job_configs, mandatory
 
 GROUPS = [path.name for path in sorted(conf_folder().iterdir()) if path.is_dir()]
 FILES = [*sorted(conf_folder().rglob("*.yaml")), *sweep_files().values()]

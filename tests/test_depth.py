@@ -24,10 +24,10 @@ from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.search import Global, Greedy
 from pruneexp.sparsity import OneShot
-from pruneexp.surgery import masked
 from pruneexp.types import Budget, Candidate, ConfigError, Cost, Plan, RunError, Site, SitePlan
 from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES
+from tests.masking import masked
 from tests.toy_sites import model_sites
 
 RNG = torch.Generator()

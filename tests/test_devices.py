@@ -32,11 +32,12 @@ from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.search import UlUm
 from pruneexp.sparsity import OneShot
-from pruneexp.surgery import masked, save, shrink_
+from pruneexp.surgery import save, shrink_
 from pruneexp.tracker import structure
 from pruneexp.types import Block, ColumnScores, ConfigError, Cost, Plan, RemovalPath, RunError, Site, SitePlan
 from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES
+from tests.masking import masked
 from tests.pretended_gpus import Mixed, pretended_gpus
 from tests.tiny_families import TINY, tiny_model
 

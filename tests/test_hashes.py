@@ -13,11 +13,10 @@ from pruneexp import fingerprint
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import Composed, compose_raw, open_hydra
 from pruneexp.cli.sweep import as_job
-from pruneexp.cli.sweep_jobs import job_configs
 from pruneexp.conf_files import conf_folder, sweep_files
 from pruneexp.fingerprint import config_hash, without_new_keys
 from tests.cases import each
-from tests.composing import composer
+from tests.composing import composer, job_configs
 
 FROZEN = Path(__file__).parent / "data" / "job_hashes.json"
 GROUPS = ("augmentation", "compensator", "criterion", "dataset", "evaluator", "model", "recipe", "recovery", "search")

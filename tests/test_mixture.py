@@ -49,10 +49,11 @@ from pruneexp.search import (
     Uniform,
 )
 from pruneexp.sparsity import Linear, OneShot
-from pruneexp.surgery import BlockProof, StreamedSave, masked, padding, save, shrink_
+from pruneexp.surgery import BlockProof, StreamedSave, padding, save, shrink_
 from pruneexp.tracker.structure import widths
 from pruneexp.types import Budget, ConfigError, Plan, SitePlan, unit_scores
 from tests.cases import UNTIMED, each
+from tests.masking import masked
 from tests.tiny_families import tiny_model
 
 Made = Callable[[str], Model]

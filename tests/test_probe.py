@@ -10,9 +10,9 @@ import torch
 
 from pruneexp.calibrate import Meter, Probe
 from pruneexp.calibrate.probe import predictions_apart
-from pruneexp.surgery import masked
 from pruneexp.types import Candidate, Plan, SitePlan
 from tests.conftest import FAMILIES
+from tests.masking import masked
 
 
 def candidate(model, removed: dict[int, int], refit: int | None = None) -> Candidate:

@@ -36,11 +36,12 @@ from pruneexp.search import (
     Uniform,
 )
 from pruneexp.sparsity import Linear, OneShot
-from pruneexp.surgery import masked, padding, save, shrink_
+from pruneexp.surgery import padding, save, shrink_
 from pruneexp.surgery.shrink import check_plan
 from pruneexp.tracker.structure import widths
 from pruneexp.types import ColumnScores, ConfigError, Plan, RemovalPath, Reorderable, SitePlan, unit_scores
 from tests.cases import UNTIMED, each
+from tests.masking import masked
 from tests.tiny_families import TINY, is_mixture, of_every_family, others, random_model, says_heads
 
 GROUPED = ("llama", "qwen3", "phi3", "olmo2", "stablelm_2_12b", "falcon_40b", "gemma2", "granite", "mixtral")

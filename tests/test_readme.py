@@ -13,9 +13,10 @@ from pruneexp.__main__ import main
 from pruneexp.cli import report_command
 from pruneexp.cli.build import build
 from pruneexp.cli.compose import check_dataset, compose_raw, composed, open_hydra
-from pruneexp.cli.sweep_jobs import job_configs, whole
+from pruneexp.cli.sweep_jobs import whole
 from pruneexp.export import request
 from tests import manual
+from tests.composing import job_configs
 from tests.conftest import PARITY
 
 README = manual.text("README.md")

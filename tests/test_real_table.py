@@ -14,9 +14,10 @@ import pytest
 
 from pruneexp.cli.compose import compose, open_hydra
 from pruneexp.cli.sweep import as_job
-from pruneexp.cli.sweep_jobs import job_configs, whole
+from pruneexp.cli.sweep_jobs import whole
 from tests.benchmarks import figures, real
 from tests.benchmarks.real import Cell, line_of, mean7, table
+from tests.composing import job_configs
 
 METRICS = {
     "sparsity/decoder": 0.2,

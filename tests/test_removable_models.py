@@ -27,10 +27,11 @@ from pruneexp.pruning import Method, Pruned, prune_
 from pruneexp.pruning.record import Record
 from pruneexp.search import Global, UlUm
 from pruneexp.sparsity import OneShot
-from pruneexp.surgery import BlockProof, StreamedSave, masked, prove_in_place, save, shrink_
+from pruneexp.surgery import BlockProof, StreamedSave, prove_in_place, save, shrink_
 from pruneexp.types import ConfigError, Plan, SitePlan, unit_scores
 from tests.cases import UNTIMED, each, pairwise
 from tests.conftest import FAMILIES
+from tests.masking import masked
 from tests.test_prune import built
 
 SUBLAYERS, ALL = ["attention", "ffn"], ["heads", "channels", "attention", "ffn", "blocks"]

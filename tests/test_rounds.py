@@ -23,10 +23,11 @@ from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.search import AlAm, Global, Greedy, PolicyGradient, UlUm, Uniform
 from pruneexp.sparsity import Cubic, Linear, OneShot
-from pruneexp.surgery import masked, prove_in_place, save, shrink_
+from pruneexp.surgery import prove_in_place, save, shrink_
 from pruneexp.types import ConfigError, Plan, unit_scores
 from tests.cases import UNTIMED, each
 from tests.conftest import FAMILIES
+from tests.masking import masked
 
 FLAP, WANDA = Flap("WIFV", False), WandaSp("sum", True)
 NONE, BIAS, SEQUENTIAL_BIAS = NoCompensation(False), Bias(False), Bias(True)

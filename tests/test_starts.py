@@ -24,9 +24,9 @@ from pruneexp.search import AlAm, Evolutionary, reordered
 from pruneexp.search.choice import least
 from pruneexp.search.levels import Structures
 from pruneexp.sparsity import OneShot
-from pruneexp.surgery import masked
 from pruneexp.types import Budget, ConfigError, Cost, Plan, Site, SitePlan, own_scores, start_name, unit_scores
 from tests.cases import UNTIMED
+from tests.masking import masked
 from tests.test_probe import candidate
 
 OBS = Obs(0.3, 1, 4, "none", False, 8.0, "site")

@@ -1,5 +1,6 @@
 import io
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -115,12 +116,11 @@ def test_summary_sets_the_pruned_figure_beside_the_dense_one():
     assert told["other", "surprise"] == ("0", "1", "")
 
 
-def test_a_summary_in_a_file_has_no_escape_codes_and_whole_paths(monkeypatch, tmp_path):
+def test_a_summary_in_a_file_has_no_escape_codes_and_whole_paths(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     (tmp_path / "model").mkdir()
-    file = io.StringIO()
-    print_summary(METRICS, plan(), sites(1), tmp_path, file)
-    text = file.getvalue()
+    print_summary(METRICS, plan(), sites(1), tmp_path)
+    text = capsys.readouterr().out
     assert "\x1b" not in text and "wikitext2@2048" in text and "x1.2" in text
     assert f"Everything is in {tmp_path}\n" in text and f"The pruned model is {tmp_path / 'model'}\n" in text
 
@@ -132,9 +132,9 @@ def test_a_summary_on_a_terminal_may_be_in_colour(monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    file = Terminal()
-    print_summary(METRICS, plan(), sites(1), Path("outputs/x"), file)
-    assert "\x1b[1m" in file.getvalue()
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    print_summary(METRICS, plan(), sites(1), Path("outputs/x"))
+    assert "\x1b[1m" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("layers", [1, 6, 80])

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from pruneexp.model import Model
-from pruneexp.surgery import masked, prove, prove_in_place, prove_in_process, save, shrink_
+from pruneexp.surgery import prove, prove_in_place, prove_in_process, save, shrink_
 from pruneexp.surgery.save import ShardWriter
 from pruneexp.types import Plan, RunError, SitePlan
 from tests.cases import each
 from tests.conftest import FAMILIES
+from tests.masking import masked
 
 CASES = ("uneven", "uniform", "emptied", "block")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, cast
 
@@ -52,11 +52,6 @@ def _left_to_jobs(text: str) -> str:
         return text
     swept = OverridesParser.create().parse_override(text).is_sweep_override()
     return text if swept or not value else f"{key}=choice({value})"
-
-
-def job_configs(hydra: Hydra, config: DictConfig) -> Iterator[Composed]:
-    """The runs of a multirun, as far as they are known beforehand. Raises ConfigError."""
-    return map(JobComposer(hydra, config).job, job_overrides(hydra, config))
 
 
 def job_overrides(hydra: Hydra, config: DictConfig) -> list[Sequence[str]]:

@@ -182,13 +182,9 @@ class WantedOutput:
         _require_tokens(self.inputs.n, 1)
         return self.wanted_O / self.inputs.n
 
-    @property
-    def covariance_KO(self) -> Tensor:
-        """Of x with y, unbiased. Raises RunError for fewer than two tokens."""
-        return self.copy().covariance_()
-
     def covariance_(self) -> Tensor:
-        """`covariance_KO` in the memory of cross_KO, which is spent."""
+        """Of x with y, unbiased, [K, O], in the memory of cross_KO, which is spent. Raises RunError for fewer than two
+        tokens."""
         _require_tokens(self.inputs.n, 2)
         return self.cross_KO.addr_(self.inputs.sum_C, self.wanted_mean_O, alpha=-1).div_(self.inputs.n - 1)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from pruneexp.tracker.structure import UNITS, widths
 from pruneexp.types import Plan, Site, size_text
@@ -158,18 +158,15 @@ def summary_table(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site
     return table
 
 
-def print_summary(
-    metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site], folder: Path, file: TextIO | None = None
-) -> None:
-    """The summary and where everything lies, on `file` (stdout): in colour on a terminal, plain text elsewhere."""
+def print_summary(metrics: Mapping[str, float], plan: Plan, sites: Sequence[Site], folder: Path) -> None:
+    """The summary and where everything lies, on stdout: in colour on a terminal, plain text elsewhere."""
     from rich.console import Console
 
-    out = sys.stdout if file is None else file
-    terminal = out.isatty()
+    terminal = sys.stdout.isatty()
     # Plain means plain: not even where FORCE_COLOR asks for escape codes in a file.
     colours, width = ("auto", None) if terminal else (None, 100)
     plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-    console = Console(file=out, force_terminal=terminal, color_system=colours, width=width, **plain)
+    console = Console(file=sys.stdout, force_terminal=terminal, color_system=colours, width=width, **plain)
     console.print(summary_table(metrics, plan, sites))
     # soft_wrap: a long path stays one line, so that it can be copied.
     console.print(f"Everything is in {folder}", soft_wrap=True)

@@ -3,7 +3,7 @@
 # ruff: noqa: F401
 
 from pruneexp.surgery.forms import Form, remote_code_form, save_form
-from pruneexp.surgery.mask import masked, masked_layer
+from pruneexp.surgery.mask import masked_layer
 from pruneexp.surgery.pad import Padding, pad_, padding
 from pruneexp.surgery.prove import BlockProof, prove_in_place, prove_in_process
 from pruneexp.surgery.prove_source import Dense, check_source, dense_logits

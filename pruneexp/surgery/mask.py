@@ -21,24 +21,15 @@ OutProjections = Mapping[str, tuple[Tensor, "Tensor | None"]]  # site name -> we
 
 
 @contextmanager
-def masked(model: Model, plan: Plan, out_projections: OutProjections | None = None) -> Iterator[Model]:
-    """Runs `model` as if the units that `plan` drops were gone: what they hand to the out-projection is zeroed. A whole
-    expert's tokens go to the experts that stay, as they will once it is gone.
-
-    Where `out_projections` names a site, its out-projection is replaced by that weight and bias on the kept channels (a
-    compensated candidate). No weight is copied or written; on exit the model is as before.
-    """
-    with ExitStack() as layers:
-        for index in range(len(model.layers)):
-            layers.enter_context(masked_layer(model, index, plan, out_projections))
-        yield model
-
-
-@contextmanager
 def masked_layer(
     model: Model, index: int, plan: Plan, out_projections: OutProjections | None = None
 ) -> Iterator[nn.Module]:
-    """`masked` for decoder layer `index` alone."""
+    """Runs decoder layer `index` as if the units that `plan` drops were gone: what they hand to the out-projection is
+    zeroed. A whole expert's tokens go to the experts that stay, as they will once it is gone.
+
+    Where `out_projections` names a site, its out-projection is replaced by that weight and bias on the kept channels (a
+    compensated candidate). No weight is copied or written; on exit the layer is as before.
+    """
     layer, out_projections, device = model.layers[index], out_projections or {}, model.layer_device(index)
     name = f"{model.layers_path}.{index}"
     with ExitStack() as changes:

@@ -35,45 +35,31 @@ class Bias:
     nothing leaves, weight and bias come back untouched.
     """
 
-    evidence: ClassVar[type[Moments]] = Moments
+    evidence: ClassVar[type[Moments] | type[RunningFluctuation]] = Moments
     adds_bias: ClassVar[bool] = True
 
     sequential: bool
 
     def __call__(
-        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Moments, keep_C: Tensor
+        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: Moments | RunningFluctuation, keep_C: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        return _with_means(weight_OC, bias_O, evidence.mean_C, keep_C)
+        if len(keep_C) == weight_OC.shape[1]:
+            return weight_OC, bias_O
+        gone_C = others(keep_C.to(weight_OC.device), weight_OC.shape[1])
+        lost_O = weight_OC[:, gone_C].double() @ evidence.mean_C.to(weight_OC.device, torch.float64)[gone_C]
+        bias_O = lost_O if bias_O is None else bias_O.double() + lost_O
+        return _columns(weight_OC, keep_C), bias_O.to(weight_OC.dtype)
 
 
 @dataclass(frozen=True)
-class BiasOfficial:
+class BiasOfficial(Bias):
     """`Bias` with the running mean of FLAP's released code, so that a run of `flap_official` collects one evidence.
 
     That mean is the mean of the sequences' means, and so `Bias`' own up to float32 rounding where they are equally
     long. Departs: there it is stored in float16, here as it is.
     """
 
-    evidence: ClassVar[type[RunningFluctuation]] = RunningFluctuation
-    adds_bias: ClassVar[bool] = True
-
-    sequential: bool
-
-    def __call__(
-        self, weight_OC: Tensor, bias_O: Tensor | None, evidence: RunningFluctuation, keep_C: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        return _with_means(weight_OC, bias_O, evidence.mean_C, keep_C)
-
-
-def _with_means(
-    weight_OC: Tensor, bias_O: Tensor | None, mean_C: Tensor, keep_C: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    if len(keep_C) == weight_OC.shape[1]:
-        return weight_OC, bias_O
-    gone_C = others(keep_C.to(weight_OC.device), weight_OC.shape[1])
-    lost_O = weight_OC[:, gone_C].double() @ mean_C.to(weight_OC.device, torch.float64)[gone_C]
-    bias_O = lost_O if bias_O is None else bias_O.double() + lost_O
-    return _columns(weight_OC, keep_C), bias_O.to(weight_OC.dtype)
+    evidence: ClassVar[type[Moments] | type[RunningFluctuation]] = RunningFluctuation
 
 
 def _columns(weight_OC: Tensor, keep_C: Tensor) -> Tensor:

@@ -36,14 +36,14 @@ def save_form(model: Model) -> Form:
     structures = model.structures
     if model.family.experts:
         why = "layers or experts are not alike, their width is no multiple of 8, or the stock class lacks their biases"
-        return _uniform_mixture(model, structures) or _remote_code(model, structures, why)
+        return _uniform_mixture(model, structures) or remote_code_form(model, why)
     before = original_structure(model)
     if all(s == before for s in structures):
         return _unchanged(model)
     if any(s != structures[0] for s in structures):
-        return _remote_code(model, structures, "widths differ between layers")
-    return _uniform_stock(model, structures[0], before, model.layers[0]) or _remote_code(
-        model, structures, f"{model.config.model_type} has no stock form of these widths"
+        return remote_code_form(model, "widths differ between layers")
+    return _uniform_stock(model, structures[0], before, model.layers[0]) or remote_code_form(
+        model, f"{model.config.model_type} has no stock form of these widths"
     )
 
 
@@ -53,11 +53,6 @@ def fits_config(model: Model) -> bool:
         return False
     before = original_structure(model)
     return all(own == before for own in model.structures)
-
-
-def remote_code_form(model: Model, why: str) -> Form:
-    """The modeling file beside the weights, even where a stock architecture could hold them."""
-    return _remote_code(model, model.structures, why)
 
 
 def uniform_form(model: Model, structure: LayerStructure, layer: nn.Module) -> Form | None:
@@ -86,15 +81,18 @@ def _stock_layer(config: Any, family: Family) -> nn.Module:
     """A decoder layer as a stock config describes it, without weights."""
     one = deepcopy(config)
     select_layers_(one, [0])
-    with torch.device("meta"):
-        return stock_class(one.model_type)._from_config(one).base_model.get_submodule(family.layers)[0]
+    return _stock_layers(one, family)[0]
 
 
 def stock_layers(model: Model) -> nn.ModuleList:
     """The decoder layers as the stock class has them, without weights."""
+    return _stock_layers(model.config, model.family, dtype=model.dtype)
+
+
+def _stock_layers(config: Any, family: Family, **dtype: torch.dtype) -> nn.ModuleList:
     with torch.device("meta"):
-        stock = stock_class(model.config.model_type)._from_config(model.config, dtype=model.dtype)
-    return stock.base_model.get_submodule(model.family.layers)
+        stock = stock_class(config.model_type)._from_config(config, **dtype)
+    return stock.base_model.get_submodule(family.layers)
 
 
 def stock_class(model_type: str) -> Any:
@@ -235,8 +233,9 @@ def _uniform_llama(model: Model, structure: LayerStructure, biases_kept: bool) -
     return Form("stock", why, config, tuple(linears))
 
 
-def _remote_code(model: Model, structures: list[LayerStructure], why: str) -> Form:
-    stock = f"Pruned{model.family.stock}"
+def remote_code_form(model: Model, why: str) -> Form:
+    """The modeling file beside the weights, even where a stock architecture could hold them."""
+    structures, stock = model.structures, f"Pruned{model.family.stock}"
     values = _values(model)
     layout = model.head_layout
     per_layer = {index: structure.to_config(layout) for index, structure in enumerate(structures)}

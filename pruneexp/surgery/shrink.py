@@ -40,9 +40,6 @@ def check_plan(model: Model, plan: Plan) -> None:
                 f"plan: {name} is of kind {own.kind} with {own.units} units, in this model {site.kind} with "
                 f"{site.units}; expected a plan of the same model"
             )
-        if list(own.kept) != sorted({unit for unit in own.kept if 0 <= unit < own.units}):
-            expected = f"expected units from 0 to {own.units - 1}, in order, each once"
-            raise ConfigError(f"plan: {name} keeps {list(own.kept)}; {expected}")
         if own.query_heads not in (None, site.units * site.group) or (own.query_heads and site.kind != "attention"):
             raise ConfigError(
                 f"plan: {name} is of {own.query_heads} query heads, in this model {site.units * site.group}; expected "

@@ -6,7 +6,6 @@ The table TASKS says where each task's files lie below a folder, and how one of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pruneexp.conf_files import did_you_mean
+from pruneexp.dataset.files import text_of
+from pruneexp.files import sha256
 from pruneexp.types import ConfigError
 
 KEY = "evaluator.zeroshot.data"
@@ -241,13 +242,6 @@ def _rows(path: Path, files: TaskFiles) -> tuple[list[dict[str, Any]], dict[str,
 
 def _lines(path: Path, sources: dict[str, str]) -> list[str]:
     """A file's lines, without a byte order mark; blank ones at its end are left out. Adds its hash to `sources`."""
-    content = path.read_bytes()
-    sources[str(path)] = hashlib.sha256(content).hexdigest()
-    try:
-        # Not splitlines: JSON texts may hold other line separators of Unicode's.
-        lines = content.decode("utf-8-sig").rstrip().split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{KEY}: {path}: byte {error.start} is not UTF-8; expected a UTF-8 text file") from None
-    if lines == [""]:
-        raise ConfigError(f"{KEY}: {path}: the file is empty; expected one row a line")
-    return lines
+    sources[str(path)] = sha256(path)
+    # Not splitlines: JSON texts may hold other line separators of Unicode's.
+    return text_of(path, f"{KEY}: {path}", "UTF-8 text, one row a line").rstrip().split("\n")

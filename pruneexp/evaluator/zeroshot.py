@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import metadata
+from statistics import fmean
 from typing import Any
 
 from pruneexp.dataset import bos_token
@@ -132,8 +133,8 @@ class Zeroshot:
         protocol = f"/mean7@{seven['boolq'].shots}shot{self._begun}{count}"
         figures = [answered.figures for answered in seven.values()]
         return {
-            f"acc{protocol}": _mean([each["acc"] for each in figures]),
-            f"acc_norm_or_acc{protocol}": _mean([each.get("acc_norm", each["acc"]) for each in figures]),
+            f"acc{protocol}": fmean(each["acc"] for each in figures),
+            f"acc_norm_or_acc{protocol}": fmean(each.get("acc_norm", each["acc"]) for each in figures),
         }
 
     def _record(self, task: str, answered: Answered) -> dict[str, Any]:
@@ -185,13 +186,9 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def _standard_error(scores: Sequence[Any]) -> float | None:
     """The standard error of the mean of the items' scores; None where they are not numbers, or too few."""
     if len(scores) < 2 or not all(isinstance(score, (int, float)) for score in scores):
         return None
-    mean = _mean(scores)
+    mean = fmean(scores)
     return math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (len(scores) - 1) / len(scores))

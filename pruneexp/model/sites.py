@@ -35,7 +35,7 @@ def layer_layout(layer: nn.Module, family: Family, config: Any) -> HeadLayout:
     if layout.shared or isinstance(layer.get_submodule(family.attention), RemovedAttention):
         return layout
     channels = inputs_of(layer, family.attention_out)
-    rows = sum(linear_sizes(_linear(layer, in_projection.path))[1] for in_projection in family.attention_in)
+    rows = sum(linear_sizes(layer.get_submodule(in_projection.path))[1] for in_projection in family.attention_in)
     return replace(layout, group=2 * channels // (rows - channels))  # rows: queries, and as many of keys and of values
 
 
@@ -45,13 +45,13 @@ def layer_structure(layer: nn.Module, family: Family, config: Any) -> LayerStruc
     out_projections = _ffn_outs(layer, family)
     heads = inputs_of(layer, family.attention_out) // layout.size
     sizes = tuple(inputs_of(layer, path) for path in out_projections)
-    biases = tuple(_linear(layer, path).bias is not None for path in out_projections)
+    biases = tuple(layer.get_submodule(path).bias is not None for path in out_projections)
     origin = None if experts is None else experts.origin
     return LayerStructure(
         num_attention_heads=heads,
         num_key_value_heads=layout.key_value_heads(heads),
         intermediate_size=sum(sizes),
-        attention_output_bias=_linear(layer, family.attention_out).bias is not None,
+        attention_output_bias=layer.get_submodule(family.attention_out).bias is not None,
         mlp_output_bias=any(biases),
         kept_heads=slope_heads(layer.get_submodule(family.attention), family),
         expert_sizes=None if experts is None else sizes,
@@ -202,11 +202,6 @@ def head_norm_rows(layer: nn.Module, norm: UnitRows) -> dict[str, Tensor]:
     return {f"norms.{{}}.{leaf}": torch.cat([getattr(one, leaf) for one in module.norms]) for leaf in leaves}
 
 
-def _linear(layer: nn.Module, path: str) -> Any:
-    """A linear layer, or GPT-2's Conv1D."""
-    return layer.get_submodule(path)
-
-
 def inputs_of(layer: nn.Module, path: str) -> int:
     """The number of inputs of a linear layer."""
     return linear_sizes(layer.get_submodule(path))[0]
@@ -215,9 +210,9 @@ def inputs_of(layer: nn.Module, path: str) -> int:
 def _unit_cost(layer: nn.Module, family: Family, site: Site, rows: dict[str, int]) -> Cost:
     """Parameters and multiply-accumulates."""
     in_projections, out_projection = site_parts(family, site)
-    macs, vectors = site.width * linear_sizes(_linear(layer, out_projection))[1], 0
+    macs, vectors = site.width * linear_sizes(layer.get_submodule(out_projection))[1], 0
     for in_projection in in_projections:
-        linear = _linear(layer, in_projection.path)
+        linear: Any = layer.get_submodule(in_projection.path)
         own = sum(rows[role] for role in in_projection.roles if role not in family.shared_roles)
         macs += own * linear_sizes(linear)[0]
         vectors += own * (linear.bias is not None)
@@ -231,7 +226,7 @@ def _shared_cost(layer: nn.Module, family: Family, layout: HeadLayout) -> Cost:
     """What the rows of the shared key and value heads hold."""
     macs, vectors = 0, 0
     for in_projection in family.attention_in:
-        linear = _linear(layer, in_projection.path)
+        linear: Any = layer.get_submodule(in_projection.path)
         inputs, rows = linear_sizes(linear)
         own = rows - (inputs_of(layer, family.attention_out) if "query" in in_projection.roles else 0)
         macs += own * inputs
@@ -241,10 +236,10 @@ def _shared_cost(layer: nn.Module, family: Family, layout: HeadLayout) -> Cost:
 
 def _head_cost(layer: nn.Module, family: Family, layout: HeadLayout) -> Cost:
     """What leaves with one query head of a unit: its rows of the queries, its columns of the out-projection."""
-    macs, vectors = layout.size * linear_sizes(_linear(layer, family.attention_out))[1], 0
+    macs, vectors = layout.size * linear_sizes(layer.get_submodule(family.attention_out))[1], 0
     for in_projection in family.attention_in:
         if "query" in in_projection.roles:
-            linear = _linear(layer, in_projection.path)
+            linear: Any = layer.get_submodule(in_projection.path)
             macs += layout.size * linear_sizes(linear)[0]
             vectors += layout.size * (linear.bias is not None)
     for norm in family.head_norms:
@@ -259,7 +254,7 @@ def _site_weights(
     in_projections, out_path = site_parts(family, site)
     weights, biases = {}, {}
     for in_projection in in_projections:
-        linear = _linear(layer, in_projection.path)
+        linear: Any = layer.get_submodule(in_projection.path)
         matrix = as_matrix(linear, read(linear.weight))
         weights.update(split_parts(matrix, in_projection, site.units, rows, family.shared_roles))
         if linear.bias is not None:
@@ -267,6 +262,6 @@ def _site_weights(
     for role in family.shared_roles:
         weights.pop(role, None)
         biases.pop(role, None)
-    out_projection = _linear(layer, out_path)
+    out_projection: Any = layer.get_submodule(out_path)
     bias = None if out_projection.bias is None else read(out_projection.bias)
     return SiteWeights(weights, biases, as_matrix(out_projection, read(out_projection.weight)), bias)

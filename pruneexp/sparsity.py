@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pruneexp.types import ConfigError, require_least
+from pruneexp.types import ConfigError, require_least, require_within
 
 Of = Literal["decoder", "prunable", "macs", "bytes", "kv_cache", "latency"]
 Phase = Literal["prefill", "decode"]
@@ -94,8 +94,7 @@ def _shares(ratio: float, rounds: int, curve: Callable[[float], float]) -> tuple
 
 
 def _check(own: OneShot | Linear | Cubic) -> None:
-    if not 0 <= own.ratio < 1:
-        raise ConfigError(f"ratio={own.ratio!r}: expected a number in [0, 1)")
+    require_within(own, "[0, 1)", "ratio")
     require_least(own, 0, "context", besides=", tokens")
     require_least(own, 1, "batch", besides=", sequences")
     if own.of == "latency" and own.phase == "prefill" and own.context < 1:

@@ -94,5 +94,5 @@ def test_nothing_leaves_for_nothing_and_losses_are_needed() -> None:
     assert all(plan.removed(site) == 0 for site in SITES)
     with pytest.raises(RunError, match="two-stage search measures losses"):
         TwoStage(1, 1.5, 1)(scores_of(SITES), SITES, budget, None, RNG)
-    with pytest.raises(ConfigError, match=r"^alpha=0: expected a number above 0"):
+    with pytest.raises(ConfigError, match=r"^alpha=0: expected a number > 0"):
         TwoStage(1, 0, 1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -30,6 +32,7 @@ from pruneexp.types import (
     SiteWeights,
     collected_by,
     evidence_kinds,
+    require_within,
     unit_scores,
 )
 from tests.cases import each
@@ -224,6 +227,27 @@ def test_what_a_part_leaves_out_is_filled_in_once() -> None:
     assert filled(part, defaults.SEARCH).granularity == ["blocks"], "what is there stays"
     with pytest.raises(ConfigError, match="Slotted has no local and cannot be given one"):
         filled(Slotted(), defaults.SEARCH)
+
+
+@each(
+    "span, value, expected",
+    [
+        ("[0, 1)", 0.0, None),
+        ("[0, 1)", 1.0, r"size=1\.0: expected a share, in \[0, 1\), or none"),
+        ("(0, 1]", 1, None),
+        ("(0, 1]", 0, r"size=0: expected a share, in \(0, 1\], or none"),
+        ("(0, 1]", float("nan"), "size=nan: expected a share, in"),
+        ("(0, inf)", 1e300, None),
+        ("(0, inf)", 0, "size=0: expected a share, > 0, or none"),
+        ("(0, inf)", float("inf"), "size=inf: expected a share, > 0, or none"),
+        ("[0, inf)", -1, "size=-1: expected a share, >= 0, or none"),
+        ("(0, inf]", float("inf"), None),
+    ],
+)
+def test_a_setting_lies_within_its_interval(span, value, expected) -> None:
+    part = SimpleNamespace(size=value, other=0.5)
+    with nullcontext() if expected is None else pytest.raises(ConfigError, match=f"^{expected}"):
+        assert require_within(part, span, "other", "size", what="a share,", besides=", or none") is None
 
 
 def test_our_own_parts_have_every_member() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
 from pruneexp.files import BEING_WRITTEN, existing, save_tensors, written_aside
-from pruneexp.types import ConfigError, one_line, size_text
+from pruneexp.types import ConfigError, one_line, require_within, size_text
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +73,7 @@ class Cache:
     limit: float
 
     def __post_init__(self) -> None:
-        if not self.limit > 0:
-            raise ConfigError(f"limit={self.limit!r}: expected a number of GiB > 0, or cache=off")
+        require_within(self, "(0, inf]", "limit", what="a number of GiB", besides=", or cache=off")
         if self.dir == "":
             raise ConfigError("dir='': expected a folder, or null for outputs/cache")
 

@@ -12,7 +12,7 @@ from pruneexp.calibrate.meter import Meter
 from pruneexp.model import Model
 from pruneexp.model.forward import cache_name
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, RunError
+from pruneexp.types import RunError, require_least, require_within
 
 ROOM = 2**30  # bytes of cached keys and values, and of predictions, of the pieces that are written at once
 LOGIT = 16  # bytes of a prediction: as the model gives it, in float32, its exponential, and their sum
@@ -50,12 +50,9 @@ class SelfGenerated:
     temperature: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < float("inf"):
-            raise ConfigError(f"share={self.share}: expected a number > 0, or augmentation=none")
-        if self.tokens < 2:
-            raise ConfigError(f"tokens={self.tokens}: expected an int >= 2, or augmentation=none")
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature}: expected a number > 0, such as 1")
+        require_within(self, "(0, inf)", "share", besides=", or augmentation=none")
+        require_least(self, 2, "tokens", besides=", or augmentation=none")
+        require_within(self, "(0, inf)", "temperature", besides=", such as 1")
 
     def added(self, windows: int, length: int) -> int:
         """How many windows join so many of `length` tokens."""

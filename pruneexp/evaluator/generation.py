@@ -24,7 +24,7 @@ from pruneexp.dataset.files import existing_file, stem_of, text_of
 from pruneexp.evaluator.once import once_per_tokenizer
 from pruneexp.model.forward import cache_name, last_logits_only
 from pruneexp.progress import progress
-from pruneexp.types import ConfigError, Dataset, Measured, require_least
+from pruneexp.types import ConfigError, Dataset, Measured, require_least, require_within
 
 Tokens = list[int]
 PROMPTS = "a UTF-8 text file, one prompt a line"
@@ -68,8 +68,7 @@ class Generation:
         require_least(self, 0, "seed")
         require_least(self, 1, "prompt_tokens", "samples", "batch_size")
         require_least(self, 4, "new_tokens")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature!r}: expected a number >= 0; 0 takes the likeliest token")
+        require_within(self, "[0, inf)", "temperature", besides="; 0 takes the likeliest token")
         if self.prompts is None:
             check_takes_bos(self.bos, self.dataset)
 

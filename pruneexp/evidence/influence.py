@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from pruneexp.types import ConfigError, RunError, Site, require_least
+from pruneexp.types import RunError, Site, require_least, require_within
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Influence:
     batches: int
 
     def __post_init__(self) -> None:
-        if not self.step > 0:
-            raise ConfigError(f"step={self.step!r}: expected a number > 0")
-        if not (self.damping > 0 or (self.damping == 0 and self.inverse == "conjugate_gradient")):
-            least = ">= 0" if self.inverse == "conjugate_gradient" else "> 0 with inverse=damping, which divides by it"
-            raise ConfigError(f"damping={self.damping!r}: expected a number {least}")
+        require_within(self, "(0, inf)", "step")
+        if self.inverse == "conjugate_gradient":
+            require_within(self, "[0, inf)", "damping")
+        else:
+            require_within(self, "(0, inf)", "damping", besides=" with inverse=damping, which divides by it")
         require_least(self, 1, "steps", "batches")
         require_least(self, 1, "windows", besides=", or null for all")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.evidence.gradients import _over, _sum, mapped
-from pruneexp.types import ConfigError, RunError, Site, SiteWeights, require_least
+from pruneexp.types import RunError, Site, SiteWeights, require_least, require_within
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Perturbation:
     def __post_init__(self) -> None:
         require_least(self, 1, "directions")
         require_least(self, 1, "windows", besides=", or null for all")
-        if not self.epsilon > 0:
-            raise ConfigError(f"epsilon={self.epsilon!r}: expected a number > 0")
+        require_within(self, "(0, inf)", "epsilon")
 
     @property
     def by_unit(self) -> bool:

@@ -17,7 +17,7 @@ from pruneexp.model.modeling_pruned import Family
 from pruneexp.progress import progress
 from pruneexp.recovery.common import Recovered, rate_factor
 from pruneexp.recovery.lesson import Lesson, States
-from pruneexp.types import ConfigError, require_least
+from pruneexp.types import ConfigError, require_least, require_within
 
 logger = logging.getLogger("pruneexp")
 
@@ -53,12 +53,9 @@ class Blockwise:
 
     def __post_init__(self) -> None:
         require_least(self, 1, "epochs", "batch")
-        if not 0 < self.rate < math.inf:
-            raise ConfigError(f"rate={self.rate!r}: expected a number > 0")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"warmup={self.warmup!r}: expected a share of the steps, in [0, 1]")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out={self.held_out!r}: expected a share of the windows, in (0, 1)")
+        require_within(self, "(0, inf)", "rate")
+        require_within(self, "[0, 1]", "warmup", what="a share of the steps,")
+        require_within(self, "(0, 1)", "held_out", what="a share of the windows,")
 
     def prepare(self, family: Family, windows: int) -> None:
         """What can be told once the calibration windows are known. Raises ConfigError."""

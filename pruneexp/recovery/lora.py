@@ -19,7 +19,7 @@ from pruneexp.model.modeling_pruned import Family
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress
 from pruneexp.recovery.common import Adapter, Recovered, batches_of, rate_factor
-from pruneexp.types import ConfigError, RunError, require_least
+from pruneexp.types import ConfigError, RunError, require_least, require_within
 
 logger = logging.getLogger("pruneexp")
 
@@ -55,13 +55,9 @@ class Lora:
     def __post_init__(self) -> None:
         require_least(self, 1, "samples", "steps", besides=", or null")
         require_least(self, 1, "epochs", "batch", "r", "alpha")
-        for name in ("rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number > 0")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout!r}: expected a number in [0, 1)")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"warmup={self.warmup!r}: expected a share of the steps, in [0, 1]")
+        require_within(self, "(0, inf)", "rate", "clip")
+        require_within(self, "[0, 1)", "dropout")
+        require_within(self, "[0, 1]", "warmup", what="a share of the steps,")
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"targets={list(self.targets)!r}: expected one or more roles, each once")
 

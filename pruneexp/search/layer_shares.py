@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -26,6 +25,7 @@ from pruneexp.types import (
     Site,
     collected_by,
     evidence_kinds,
+    require_within,
     start_name,
     unit_scores,
 )
@@ -66,10 +66,8 @@ class LayerShares:
         _ = self._inside  # raises ConfigError for settings that cannot be
         if len(self.importance) != 1:
             raise ConfigError(f"importance={list(self.importance)!r}: expected one criterion")
-        if not (self.intensity >= 0 and math.isfinite(self.intensity)):
-            raise ConfigError(f"intensity={self.intensity!r}: expected a number >= 0")
-        if not 0 < self.pruned <= 1:
-            raise ConfigError(f"pruned={self.pruned!r}: expected a share of the layers, in (0, 1]")
+        require_within(self, "[0, inf)", "intensity")
+        require_within(self, "(0, 1]", "pruned", what="a share of the layers,")
 
     @property
     def starts(self) -> Mapping[str, Criterion]:

@@ -27,6 +27,7 @@ from pruneexp.types import (
     Scores,
     Site,
     require_least,
+    require_within,
     unit_scores,
 )
 
@@ -82,9 +83,7 @@ class PolicyGradient:
         require_least(self, 2, "samples")
         require_least(self, 1, "memory")
         require_least(self, 1, "steps", besides=", or null for what `passes` pays for")
-        for name in ("rate", "passes"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number > 0")
+        require_within(self, "(0, inf)", "rate", "passes")
 
     def __call__(
         self, scores: Scores, sites: Sequence[Site], budget: Budget, oracle: Oracle | None, rng: torch.Generator

@@ -15,7 +15,7 @@ from pruneexp.search.common import UNITS_EPSILON, completed, nearest, prunable, 
 from pruneexp.search.granularity import chosen_sites
 from pruneexp.search.greedy import Greedy
 from pruneexp.search.uniform import Uniform
-from pruneexp.types import Budget, Candidate, ConfigError, Oracle, Plan, RunError, Scores, Site
+from pruneexp.types import Budget, Candidate, Oracle, Plan, RunError, Scores, Site, require_within
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class TwoStage:
 
     def __post_init__(self) -> None:
         _ = self._first  # raises ConfigError for settings that cannot be
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"alpha={self.alpha!r}: expected a number above 0")
+        require_within(self, "(0, inf)", "alpha")
 
     @property
     def _first(self) -> Uniform:

@@ -33,7 +33,7 @@ from pruneexp.search.granularity import (
     removal_steps,
     step_units,
 )
-from pruneexp.types import QUERY_HEADS, Budget, ConfigError, Cost, Oracle, Plan, Scores, Site
+from pruneexp.types import QUERY_HEADS, Budget, ConfigError, Cost, Oracle, Plan, Scores, Site, require_within
 
 COARSE = 0.25  # of their share: how far from it the units that leave may be without a warning
 
@@ -74,9 +74,7 @@ class Uniform:
     def __post_init__(self) -> None:
         check_settings(self)
         check_units_alone(self.granularity, "a whole sublayer or layer has no share to lose")
-        for name in ("protect_first", "protect_last"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share of the layers, in [0, 1)")
+        require_within(self, "[0, 1)", "protect_first", "protect_last", what="a share of the layers,")
         if self.protect_first + self.protect_last >= 1:
             raise ConfigError(
                 f"protect_last={self.protect_last!r}: expected less than {1 - self.protect_first:g}, "

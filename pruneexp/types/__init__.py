@@ -30,6 +30,7 @@ from pruneexp.types.nouns import (
     one_line,
     own_scores,
     require_least,
+    require_within,
     size_text,
     start_name,
     unit_scores,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -50,6 +52,19 @@ def require_least(part: Any, least: int, *names: str, besides: str = "") -> None
         value = getattr(part, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}={value!r}: expected an integer >= {least}{besides}")
+
+
+def require_within(part: Any, span: str, *names: str, what: str = "a number", besides: str = "") -> None:
+    """Raises ConfigError where one of the named settings lies outside the interval `span`: "[0, 1)", "(0, inf)". NaN
+    always does. `what`, such as "a share,", begins what is expected, `besides` ends it."""
+    least, most = (float(end) for end in span[1:-1].split(","))
+    more, sign = (operator.ge, ">=") if span[0] == "[" else (operator.gt, ">")
+    less = operator.le if span[-1] == "]" else operator.lt
+    expected = f"in {span}" if math.isfinite(most) else f"{sign} {least:g}"
+    for name in names:
+        value = getattr(part, name)
+        if not (more(value, least) and less(value, most)):
+            raise ConfigError(f"{name}={value!r}: expected {what} {expected}{besides}")
 
 
 @dataclass(frozen=True)

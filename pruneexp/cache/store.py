@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pruneexp.cache.packing import Unpackable, bytes_of, digest_of, packed, unpacked
 from pruneexp.files import BEING_WRITTEN, existing, save_tensors, written_aside
@@ -28,18 +28,6 @@ ABANDONED = 86400  # seconds after which a file that is still being written belo
 Key = Mapping[str, Any]  # everything that the value depends on, as JSON
 
 
-class Entries(Protocol):
-    """Entries that are held: nobody else computes them meanwhile."""
-
-    def get(self, key: Key, devices: Sequence[torch.device] = ()) -> Any:
-        """The value, or None where there is none (any more). `devices`: those that what was on a GPU may come to."""
-        ...
-
-    def put(self, key: Key, value: Any) -> None:
-        """Keeps the value."""
-        ...
-
-
 @dataclass(frozen=True)
 class NoCache:
     """Everything is computed anew and nothing is kept."""
@@ -48,7 +36,7 @@ class NoCache:
         """Needs nothing."""
 
     @contextmanager
-    def held(self, keys: Sequence[Key]) -> Iterator[Entries]:
+    def held(self, keys: Sequence[Key]) -> Iterator[NoCache]:
         """Holds nothing."""
         yield self
 
@@ -93,8 +81,9 @@ class Cache:
             raise ConfigError(f"cache.dir={str(self.folder)!r}: {str(above)!r} is a file; expected a folder")
 
     @contextmanager
-    def held(self, keys: Sequence[Key]) -> Iterator[Entries]:
-        """Locks `keys`, in an order that all jobs share, so that none waits in a circle."""
+    def held(self, keys: Sequence[Key]) -> Iterator[Cache | NoCache]:
+        """Locks `keys`, in an order that all jobs share, so that none waits in a circle. Nobody else computes their
+        entries meanwhile."""
         from filelock import FileLock
 
         with ExitStack() as locks:
@@ -112,6 +101,7 @@ class Cache:
             yield self
 
     def get(self, key: Key, devices: Sequence[torch.device] = ()) -> Any:
+        """The value, or None where there is none (any more). `devices`: those that what was on a GPU may come to."""
         path = self._path(key)
         try:
             value = _read(path, key, devices)

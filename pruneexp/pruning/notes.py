@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,9 @@ from pruneexp.cache.packing import Unpackable, packed, unpacked
 from pruneexp.calibrate import Bookmark
 from pruneexp.files import save_tensors
 from pruneexp.model.tensor_file import places, read_tensor
+from pruneexp.surgery import StreamedSave
 
 logger = logging.getLogger("pruneexp")
-
-
-class Writes(Protocol):
-    """What is written on the way: a checkpoint, layer by layer."""
-
-    def state(self) -> Any: ...
-
-    def restore(self, state: Any) -> bool: ...
 
 
 class Notes:
@@ -36,7 +29,7 @@ class Notes:
     `devices`: the model's, where what was noted of a GPU returns to.
     """
 
-    def __init__(self, folder: Path | None, writes: Writes | None = None, devices: Sequence[torch.device] = ()):
+    def __init__(self, folder: Path | None, writes: StreamedSave | None = None, devices: Sequence[torch.device] = ()):
         self.folder, self.writes, self.devices = folder, writes, devices
 
     def bookmark(self, walk: str, at: Bookmark, found: Callable[[], Any], writing: bool = False) -> Bookmark:

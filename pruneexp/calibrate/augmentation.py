@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate.meter import Meter
+from pruneexp.calibrate.bookmark import Meter
 from pruneexp.model import Model
 from pruneexp.model.forward import cache_name
 from pruneexp.progress import progress

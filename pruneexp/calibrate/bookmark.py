@@ -1,4 +1,4 @@
-"""Where a walk through the layers stands."""
+"""Where a walk through the layers stands, and what calibration has spent."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate.meter import Meter
 from pruneexp.progress import progress
 
 SHARE = 0.1  # of the time that walking takes: so much may go into notes
+
+
+@dataclass
+class Meter:
+    """What calibration spent, in plain passes of all decoder layers over the calibration windows."""
+
+    forward: float = 0.0
+    backward: float = 0.0
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruneexp.calibrate.meter import Meter
+from pruneexp.calibrate.bookmark import Meter
 from pruneexp.model import Model
 from pruneexp.model.sites import site_parts
 from pruneexp.progress import progress

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pruneexp.calibrate.bookmark import Meter
 from pruneexp.calibrate.gradients import differentiable, site_modules
-from pruneexp.calibrate.meter import Meter
 from pruneexp.evidence import BatchDerivatives, Influence
 from pruneexp.model import Model
 from pruneexp.model.sites import site_parts

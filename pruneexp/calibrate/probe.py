@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate.meter import Meter
+from pruneexp.calibrate.bookmark import Meter
 from pruneexp.model import Call, Model, divergences, next_token_losses
 from pruneexp.model.sites import experts_name
 from pruneexp.progress import progress

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pruneexp.calibrate.bookmark import Bookmark
+from pruneexp.calibrate.bookmark import Bookmark, Meter
 from pruneexp.calibrate.dense_states import DenseStates
-from pruneexp.calibrate.meter import Meter
 from pruneexp.calibrate.observe import Visit, Windows, check_finite, observe
 from pruneexp.model import Call, Model
 from pruneexp.model.sites import site_parts

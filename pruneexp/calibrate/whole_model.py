@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pruneexp.calibrate.bookmark import Meter
 from pruneexp.calibrate.gradients import gradient_evidence
 from pruneexp.calibrate.influence import influence_evidence
-from pruneexp.calibrate.meter import Meter
 from pruneexp.calibrate.probe import Probe
 from pruneexp.calibrate.zeroth_order import Slopes
 from pruneexp.model import Model

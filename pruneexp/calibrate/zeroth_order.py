@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneexp.calibrate.bookmark import Meter
 from pruneexp.calibrate.gradients import site_modules
-from pruneexp.calibrate.meter import Meter
 from pruneexp.evidence import Perturbation
 from pruneexp.evidence.statistics import wide
 from pruneexp.model import Model

@@ -1,5 +1,5 @@
 """A tokenizer as llama.cpp reads it: byte-level BPE, whose words are split by one of the patterns that it knows, or
-pieces with scores (`gguf_pieces`)."""
+SentencePiece's BPE (LLaMA 1 and 2, Mistral, Phi-3), pieces with scores, the best first."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pruneexp.export.gguf_pieces import is_byte, piece_scores, space_prefix
 from pruneexp.model.gguf_words import SPLITS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+SPACE = "\u2581"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def vocabulary(tokenizer: Any, vocab_size: int, stops: Sequence[int] = ()) -> Vo
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spec: dict[str, Any] = {"model": {}} if backend is None else json.loads(backend.to_str())
     split = _split_name(spec)
-    scores = None if split or space_prefix(spec) is None else piece_scores(spec)
+    scores = None if split or _space_prefix(spec) is None else _piece_scores(spec)
     if reason := _unreadable(tokenizer, vocab_size, bool(split or scores)):
         return Vocabulary(notes=(f"the file has no tokenizer, only tokens go in and out: {reason}",))
     added = {token["id"]: token for token in spec.get("added_tokens", ())}
@@ -81,7 +81,7 @@ def vocabulary(tokenizer: Any, vocab_size: int, stops: Sequence[int] = ()) -> Vo
         merges=tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in pairs),
         split=split or "",
         scores=tuple(scores.get(words.get(token, ""), 0.0) for token in range(vocab_size)) if scores else (),
-        space_prefix=bool(space_prefix(spec)),
+        space_prefix=bool(_space_prefix(spec)),
         special={name: token for name, token in special.items() if token is not None and token < vocab_size},
         begins=begins,
         ends=ends,
@@ -121,7 +121,7 @@ def _type(token: int, words: dict[int, str], added: dict[int, Any], unknown: str
         return UNKNOWN
     if token in added:
         return CONTROL if added[token]["special"] else USER_DEFINED
-    return BYTE if is_byte(words[token]) else NORMAL
+    return BYTE if _is_byte(words[token]) else NORMAL
 
 
 def _unreadable(tokenizer: Any, vocab_size: int, known: bool) -> str:
@@ -160,3 +160,51 @@ def _split_name(spec: dict[str, Any]) -> str | None:
         pattern = steps[0]["pattern"].get("Regex")
     name, whole_words = SPLITS.get(pattern or "", (None, False))
     return name if bool(model.get("ignore_merges")) == whole_words else None
+
+
+def _space_prefix(spec: dict[str, Any]) -> bool | None:
+    """Whether a text gets a space in front; None where the tokenizer does anything else with spaces than SentencePiece
+    does, or is no BPE of pieces with bytes for what is unknown."""
+    model = spec["model"]
+    plain = ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or any(model.get(name) for name in plain):
+        return None
+    normalizer = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    split = spec.get("pre_tokenizer")
+    if split is None:
+        if steps == [{"type": "Prepend", "prepend": SPACE}, replace]:
+            return True
+        return False if steps == [replace] else None
+    if steps or split.get("type") != "Metaspace" or split.get("replacement") != SPACE or split.get("split", True):
+        return None
+    return split.get("prepend_scheme", "always") != "never"
+
+
+def _piece_scores(spec: dict[str, Any]) -> dict[str, float] | None:
+    """A score for every piece, higher for what is joined earlier; None where the merges say more than scores can.
+
+    Scores say which neighbours are joined first by what they make; merges by the pair. Both give the same tokens where
+    every pair that makes a piece is a merge, and the merges that make one piece follow each other.
+    """
+    vocab = spec["model"]["vocab"]
+    pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]]
+    made = [first + second for first, second in pairs]
+    order = {piece: place for place, piece in enumerate(dict.fromkeys(made))}
+    places = [order[piece] for piece in made]
+    if places != sorted(places):
+        return None
+    known, added = set(pairs), {token["content"] for token in spec.get("added_tokens", ())}
+    for piece in vocab:
+        if piece in added or _is_byte(piece):
+            continue
+        for cut in range(1, len(piece)):
+            first, second = piece[:cut], piece[cut:]
+            if first in vocab and second in vocab and (first, second) not in known:
+                return None
+    return {piece: -float(order.get(piece, len(order))) for piece in vocab}
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pruneexp.export import KEYS, main, write
-from pruneexp.export.single_file import place_file
+from pruneexp.export.folders import place_file
 from pruneexp.files import check_replaceable, process_name
 from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import family_of

@@ -1,7 +1,8 @@
-"""Folders of an export: where the checkpoint lies, where the new one may go."""
+"""Where an export's checkpoint lies, where the new folder may go, or the new file."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from pruneexp.model import ModelSource
 
 RECORD = "export.json"
+GGUF_FILE = "model.gguf"  # its name in a folder
 
 
 def checkpoint_folder(source: Path) -> Path:
@@ -62,7 +64,6 @@ def exact_source(checkpoint: Path, stream: bool = False) -> ModelSource:
 
 def check_out(out: Path, source: Path, checkpoint: Path, overwrite: bool, single_file: bool) -> None:
     """Raises ConfigError where nothing may be written."""
-    from pruneexp.export.single_file import check_file
     from pruneexp.files import check_replaceable
     from pruneexp.types import ConfigError
 
@@ -86,3 +87,39 @@ def check_space(out: Path, place: Path, needed: int) -> None:
     free = shutil.disk_usage(existing(place.parent)).free
     if free < needed:
         raise ConfigError(f"out={str(out)!r}: the export takes {size_text(needed)}; {size_text(free)} are free there")
+
+
+def record_beside(out: Path) -> Path:
+    """What a single file's export.json would say: NAME.gguf.json beside NAME.gguf."""
+    return out.with_name(f"{out.name}.json")
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """Raises ConfigError where `out` or its record is there and is no earlier export, to be replaced."""
+    from pruneexp.files import read_object
+    from pruneexp.types import ConfigError
+
+    where, record = f"out={str(out)!r}", record_beside(out)
+    if out.is_dir():
+        raise ConfigError(f"{where}: is a folder; expected the file to write, or a folder whose name is no *.gguf")
+    if not out.exists() and not record.exists():
+        return
+    if not overwrite:
+        there = out if out.exists() else record
+        raise ConfigError(f"{where}: {there.name} exists; expected a new file, or overwrite=true")
+    earlier = read_object(record) or {}
+    size = out.stat().st_size if out.exists() else earlier.get("bytes")
+    if earlier.get("form") != "gguf" or "bytes" not in earlier or size != earlier["bytes"]:
+        raise ConfigError(
+            f"{where}: no export that {record.name} tells of; overwrite=true replaces earlier exports alone"
+        )
+
+
+def place_file(written: Path, out: Path, record: dict[str, object]) -> None:
+    """Puts a finished file and its record in their places."""
+    from pruneexp.files import written_aside
+
+    own = {name: value for name, value in record.items() if name != "files"} | {"bytes": written.stat().st_size}
+    with written_aside(record_beside(out)) as aside:  # first, for the disk may be full
+        aside.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+        written.replace(out)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from pruneexp.export.folders import GGUF_FILE
 from pruneexp.export.gguf_layout import BLOCK, FILE_TYPES, GgufLayout, deci_layers, stored_dtype, tensors
 from pruneexp.export.gguf_proof import prove_gguf
 from pruneexp.export.gguf_vocabulary import vocabulary
 from pruneexp.export.llama_like import check_llama_like, rounded_note, window_note
-from pruneexp.export.single_file import GGUF_FILE
 from pruneexp.model import Model
 from pruneexp.model.source import DTYPES
 from pruneexp.types import ConfigError

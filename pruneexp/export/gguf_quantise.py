@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pruneexp.evaluator import Latency
+from pruneexp.export.folders import GGUF_FILE
 from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_file import GgufExporter, gguf_exporter
 from pruneexp.export.gguf_layout import BLOCK
 from pruneexp.export.llama_like import context_length
-from pruneexp.export.single_file import GGUF_FILE
 from pruneexp.files import scratch_folder, written_aside
 from pruneexp.fingerprint import version_of
 from pruneexp.model import Model

@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pruneexp.export.folders import RECORD, check_out, check_space, checkpoint_folder, stored_source
-from pruneexp.export.single_file import GGUF_FILE, place_file
+from pruneexp.export.folders import (
+    GGUF_FILE,
+    RECORD,
+    check_out,
+    check_space,
+    checkpoint_folder,
+    place_file,
+    stored_source,
+)
 
 if TYPE_CHECKING:
     from pruneexp.model import Model

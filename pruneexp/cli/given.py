@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.types import RunMode
-
 from pruneexp.cli.build import PROTOCOLS, build, satisfying, with_starts
-from pruneexp.cli.compose import compose_raw, composed, open_hydra
+from pruneexp.cli.compose import compose
 from pruneexp.cli.single import check_unswept
 from pruneexp.conf_files import override_parts, typed_value
 from pruneexp.criterion.together import each_of
@@ -48,8 +46,7 @@ def given_experiment(
     typed = ["dataset=tokens"] if named is None else []
     if named in (None, "tokens", "text"):
         typed.append("dataset.calibration=given")  # which would be missing
-    config = compose_raw(open_hydra(), ["evaluator=[size]", "cache=off", *typed, *overrides], RunMode.RUN)
-    run = composed(config)
+    run = compose(["evaluator=[size]", "cache=off", *typed, *overrides])
     check_unswept(run)
     settings = {**run.config["run"], "dir": None if folder is None else str(folder)}
     run = replace(run, config={**run.config, "run": settings})  # not typed: a path may be any text

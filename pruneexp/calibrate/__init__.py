@@ -4,6 +4,7 @@ from pruneexp.calibrate.augmentation import NoAugmentation, SelfGenerated
 from pruneexp.calibrate.bookmark import Bookmark
 from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.gradients import gradient_evidence
+from pruneexp.calibrate.held_out import split
 from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.meter import Meter
 from pruneexp.calibrate.observe import Visit
@@ -29,6 +30,7 @@ __all__ = [
     "passes_of_layer",
     "perturbed",
     "require_sums",
+    "split",
     "walk",
     "walk_sites",
 ]

@@ -127,9 +127,11 @@ def prune(
         return _result(run_experiment(experiment, recorded=folder is not None), flags)
 
 
-def apply(model: Any, plan: Plan | str | Path) -> Any:
+def apply(model: Any, plan: Plan | str | Path, folder: str | Path | None = None) -> Any:
     """Another model with the structure of `plan` (a Plan, or a plan.json) and the weights of `model`, without
-    calibrating: nothing is compensated. Raises ConfigError for a plan of another model."""
+    calibrating: nothing is compensated. `folder`: a new one, where its checkpoint is written, without a tokenizer;
+    None: nothing is. Raises ConfigError for a plan of another model."""
+    from pruneexp.experiment.deliver import check_new_folder, save_checkpoint
     from pruneexp.model.given import GivenModel
     from pruneexp.surgery import check_plan, shrink_
 
@@ -138,8 +140,13 @@ def apply(model: Any, plan: Plan | str | Path) -> Any:
         given = GivenModel(model, None, 1, in_place=False)
         given.check()
         check_plan(given.outline(), read)
+        target = None if folder is None else _folder(folder)
+        if target is not None:
+            check_new_folder(target)
         copied = given.load()
         shrink_(copied, read)
+        if target is not None:
+            save_checkpoint(copied, read, None, None, target)
         return _handed_out(copied, flags)
 
 
@@ -176,7 +183,8 @@ def _original_name(model: Any, name: str) -> str:
 def _not_saved(folder: Any, *args: Any, **kwargs: Any) -> None:
     """Replaces a pruned model's `save_pretrained`, which would write a checkpoint that cannot be loaded."""
     raise ConfigError(
-        f"save_pretrained({str(folder)!r}): its config cannot say its widths; expected Result.save(folder)"
+        f"save_pretrained({str(folder)!r}): its config cannot say its widths; expected Result.save(folder), or "
+        "pruneexp.apply(model, plan, folder)"
     )
 
 

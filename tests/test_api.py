@@ -166,6 +166,8 @@ def test_a_saved_result_loads(model: Any, tokenizer: Any, tokens: torch.Tensor) 
 
 
 def test_a_plan_is_applied_without_calibrating(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
+    from transformers import AutoModelForCausalLM
+
     result = pruneexp.prune(model, tokenizer, tokens, overrides=["compensator=none"])
     Path("plan.json").write_text(result.plan.to_json())
     before = state(model)
@@ -173,6 +175,14 @@ def test_a_plan_is_applied_without_calibrating(model: Any, tokenizer: Any, token
         applied = pruneexp.apply(model, plan)
         assert torch.equal(applied(tokens).logits, result.model(tokens).logits)
     assert same_state(before, model.state_dict())
+    with pytest.raises(pruneexp.ConfigError, match=r"Result.save\(folder\), or pruneexp.apply\(model, plan, folder\)"):
+        applied.save_pretrained("lost")
+    pruneexp.apply(model, result.plan, "applied")
+    loaded = AutoModelForCausalLM.from_pretrained("applied", trust_remote_code=True)
+    assert torch.equal(loaded.eval()(tokens).logits, applied(tokens).logits)
+    assert Path("applied/plan.json").read_text() == Path("plan.json").read_text() + "\n"
+    with pytest.raises(pruneexp.ConfigError, match="folder='applied': is not empty; expected a new folder"):
+        pruneexp.apply(model, result.plan, "applied")
 
 
 def test_a_plan_of_another_model_is_refused(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:

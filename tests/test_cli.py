@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -789,6 +790,27 @@ def test_fits_to_few_tokens_are_told_what_would_do(told: str, cli: Cli, caplog: 
     assert cli(*chosen, *short, "dataset.samples=43").code == cli("recipe=flap", *short, "dataset.samples=9").code == 0
     assert cli("recipe=slimllm", *short, "dataset.samples=9").code == 0  # a scale and a shift an output
     assert not caplog.messages
+
+
+@pytest.mark.slow
+def test_windows_of_a_short_text_that_decide_and_are_scored_on_are_told(
+    cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = random.Random(0).choices(["the cat", "a dog", "saw", "heard", "one", "old", "tree", "and", "near"], k=1500)
+    Path("short.txt").write_text(" ".join(words))
+    short = ("dataset=text", "dataset.calibration=short.txt", "dataset.evaluation=short.txt", "dataset.length=64")
+    dry = ("run.dry=true", "evaluator=[]", "dataset.samples=24", *short)
+    assert cli("recipe=best", *dry).code == 0
+    (shared,) = [line for line in caplog.messages if "share text" in line]
+    assert re.match(r"\d+ % of the windows that search.held_out=0.5 lets decide share text .*=consecutive", shared)
+    caplog.clear()
+    for apart in (
+        ("recipe=best", "dataset.sampling=consecutive"),
+        ("recipe=best", "search.held_out=0"),
+        ("recipe=flap",),
+    ):
+        assert cli(*apart, *dry).code == 0
+    assert not [line for line in caplog.messages if "share text" in line]
 
 
 @pytest.mark.slow

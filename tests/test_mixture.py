@@ -208,6 +208,17 @@ def test_searches_remove_whole_experts(
         assert router_of(layer, model.family).weight.shape == (kept, 48)
 
 
+@pytest.mark.slow
+@each("granularity", [["experts"], ["heads", "experts"]])
+def test_starts_score_whole_experts(granularity: list[str], made: Made, tokens_NT: torch.Tensor) -> None:
+    model, starts = made("mixtral"), {"flap": Flap("WIFV", False)}
+    before = model.decoder_params
+    search = Evolutionary(1, granularity, 12.0, 0.5, 1, 0.5, 2, 1, 1, starts, 0.5, "kl")
+    found = pruned(model, tokens_NT, with_starts(WandaSp("sum", False), search), search, 0.3)
+    assert found.plan.budget["removed_params"] == before - model.decoder_params > 0.2 * before
+    assert min(len(experts_of(layer, model.family)) for layer in model.layers) >= 2
+
+
 def test_an_expert_is_worth_what_its_channels_are(made: Made, tokens_NT: torch.Tensor) -> None:
     """In layer-by-layer pruning, too; the recorded scores are those that decided."""
     for sequential in (False, True):

@@ -168,7 +168,7 @@ SEARCHES: dict[str, Any] = {
     "blocks": Global(1, [*QUERY, "blocks"], "per_parameter", 1),
     "layerwise": Layerwise(1, QUERY, "none"),
     "al_am": AlAmQueryHeads(),
-    "serve_safe": ServeSafe(1, QUERY, "zscore", 4),
+    "serve_safe": ServeSafe(1, QUERY, "zscore", 4, "down"),
     "evolutionary": Evolutionary(1, QUERY, 8.0, 0.5, 1, 0.5, 4, None, 1, {}, 0.0, "next_token"),
     "policy_gradient": PolicyGradient(1, QUERY, "separate", "scores", "sqrt", 2, 0.01, 5, 8.0, 3, 1),
     "greedy": Greedy(1, QUERY, 0, 0, 2, "probes", "per_parameter", 4),

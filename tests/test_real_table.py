@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -78,7 +79,9 @@ def test_the_folder_is_the_one_that_the_sweep_gives_its_job(tmp_path: Path) -> N
     assert compose(settings).config["dataset"]["sources"]["ptb"]["weight"] == 0
 
 
-def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_finished_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     args, ran = asked(tmp_path), []
     folder = real.job_folder(args.out, real.settings_of(args, "flap", 0.2))
     answer = {"protocol": real.protocol_of(args), "ppl": {}, "kl": {}, "acc": {}}
@@ -97,6 +100,9 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     assert found is not None and found.metrics == METRICS
     assert not (folder / "model").exists()
     assert real.run_cell(args, "flap", 0.2) == found and len(ran) == 4
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=subprocess.TimeoutExpired("pruneexp", 60)))
+    assert real.run_cell(asked(tmp_path, "--minutes", "1"), "blockpruner", 0.2) is None
+    assert "blockpruner at 0.2: not done in --minutes=1, left out" in capsys.readouterr().err
     other = asked(tmp_path, "--windows", "3")
     assert real.judged(folder, real.protocol_of(other)) is None  # judged in another way: once more
 

@@ -192,24 +192,30 @@ def finish_folder(folder: Path, card: Card, experiment: Experiment, pruned: Prun
     shutil.rmtree(folder / NOTES, ignore_errors=True)
 
 
-def save_checkpoint(model: Model, plan: Plan, adapter: Adapter | None, card: Card, folder: Path) -> None:
-    """Writes what a run has in its model/: weights, config, tokenizer, plan, adapter and card. Raises ConfigError where
-    `folder` is there already and not empty, RunError where it cannot be written."""
+def check_new_folder(folder: Path) -> None:
+    """Raises ConfigError where a checkpoint cannot be written to `folder`, or where it is not empty."""
     check_writable(folder, f"folder={str(folder)!r}")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"folder={str(folder)!r}: is not empty; expected a new folder")
-    place = folder.resolve()  # a link to a folder stays
+    place = folder.resolve()
     aside = place.with_name(f"{place.name}.partial")
     if aside.exists():
         raise ConfigError(f"folder={str(folder)!r}: is made as {aside}, which is there; expected no such folder")
+
+
+def save_checkpoint(model: Model, plan: Plan, adapter: Adapter | None, card: Card | None, folder: Path) -> None:
+    """Writes what a run has in its model/: weights, config, tokenizer, plan, adapter and card. Raises ConfigError where
+    `folder` is there already and not empty, RunError where it cannot be written."""
+    check_new_folder(folder)
 
     def complete(form: Form, aside: Path) -> None:
         write_atomic(aside / "plan.json", plan.to_json() + "\n")
         if adapter is not None:
             adapter.save(aside / ADAPTER, folder)
-        write_card(card, aside)
+        if card is not None:
+            write_card(card, aside)
 
-    _warn(save(model, place, complete=complete))  # an empty folder is replaced
+    _warn(save(model, folder.resolve(), complete=complete))  # a link to a folder stays, an empty folder is replaced
 
 
 def written(folder: Path) -> Written:

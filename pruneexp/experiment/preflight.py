@@ -40,7 +40,7 @@ from pruneexp.experiment.latency import (
 )
 from pruneexp.experiment.quantised import tell_quantised, warn_of_scratch
 from pruneexp.experiment.settings import Experiment
-from pruneexp.experiment.unfit import warn_of_coarse_units, warn_of_few_tokens
+from pruneexp.experiment.unfit import warn_of_coarse_units, warn_of_few_tokens, warn_of_shared_text
 from pruneexp.files import existing
 from pruneexp.latency import Table
 from pruneexp.model import Model
@@ -250,6 +250,7 @@ def warn(experiment: Experiment, inputs: Inputs) -> None:
     warn_of_files(inputs.expected)
     warn_of_scratch(experiment.quantise, inputs.outline)
     warn_of_few_tokens(experiment, inputs.outline, inputs.tokens_NT)
+    warn_of_shared_text(experiment, inputs.tokens_NT)
     warn_of_coarse_units(experiment, inputs.outline, inputs.budget)
     left_out = sorted(set(experiment.config.get("evaluator") or {}) - set(experiment.evaluators))
     if left_out:
@@ -262,6 +263,7 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
     """Prints the model's structure, what would leave it and what that would take, from its config alone; as metrics."""
     model, budget, tokens_NT, expected = inputs.outline, inputs.budget, inputs.tokens_NT, inputs.expected
     warn_of_few_tokens(experiment, model, tokens_NT)
+    warn_of_shared_text(experiment, tokens_NT)
     warn_of_coarse_units(experiment, model, budget)
     if refused := without_room(experiment, model, budget):  # perhaps not where the run will be
         logger.warning("%s", refused)

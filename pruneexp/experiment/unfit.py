@@ -1,4 +1,4 @@
-"""Lines of the log where what was chosen fits the model badly: too few tokens for it, or units too large."""
+"""Lines of the log where what was chosen fits the model or the text badly: too few tokens, shared text, large units."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import logging
 
 from torch import Tensor
 
+from pruneexp.dataset import overlap
 from pruneexp.experiment.settings import Experiment
 from pruneexp.model import Model
+from pruneexp.pruning.ask import parted
 from pruneexp.pruning.budget import refusal, searched_sites
 from pruneexp.types import QUERY_HEADS, Budget, evidence_kinds
 
 logger = logging.getLogger("pruneexp")
 
 FITTED = 4  # calibration tokens for each input of an out-projection that is fitted to them, at least
+SHARED = 0.1  # of the windows that decide, that may share text with others without a word
 
 
 def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) -> None:
@@ -36,6 +39,21 @@ def warn_of_few_tokens(experiment: Experiment, model: Model, tokens_NT: Tensor) 
         *(windows * length, " and ".join(fitting), widest),
         f"dataset.samples={enough}" if drawn else f"{enough} windows",
     )
+
+
+def warn_of_shared_text(experiment: Experiment, tokens_NT: Tensor) -> None:
+    """A word where many of the windows that decide between structures share text with those that are scored on, as
+    random windows of a short text do."""
+    held_out = experiment.search.held_out
+    if not held_out:
+        return
+    share = overlap(*parted(tokens_NT, held_out, experiment.seed))
+    if share > SHARED:
+        logger.warning(
+            "%.0f %% of the windows that search.held_out=%g lets decide share text with those that are scored on; a "
+            "longer text, fewer dataset.samples or dataset.sampling=consecutive would keep them apart",
+            *(100 * share, held_out),
+        )
 
 
 def warn_of_coarse_units(experiment: Experiment, model: Model, budget: Budget) -> None:

@@ -76,7 +76,7 @@ def by_all_windows(work: Pruning, plan: Plan, sites: Sequence[Site], shown: tupl
         work.model, work.tokens_NT, work.method.criterion, None, shown, record.meter, Notes(None)
     )
     found = without_out_projections(found)
-    work.scores = {**found, **expert_scores(found, sites)}
+    work.scores = {**found, **expert_scores(found, sites, work.method.search.starts)}
     budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
     rescored = work.method.search.rescored
     if rescored is None:

@@ -88,7 +88,7 @@ def _all_at_once(work: Pruning) -> Plan:
         work.scores.update(scores)
     with work.record.clock("search"):
         sites = searched_sites(work.model, search)
-        work.scores.update(expert_scores(work.scores, sites))
+        work.scores.update(expert_scores(work.scores, sites, search.starts))
         scores = work.scores if compensates or shown else block_scores(work.scores, sites)
         plan = plan_all_layers(work, sites, scores, _trial if compensates else None)
     work.scores = without_out_projections(work.scores)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.choice import distinct, least
-from pruneexp.search.levels import Levels, Structures, parabola
-from pruneexp.search.mutation import mutated
+from pruneexp.search.levels import Levels, Structures
+from pruneexp.search.mutation import finalists, mutated
 from pruneexp.search.starts import (
     AL_AM,
     HEAD_SHARES,
@@ -33,6 +33,8 @@ _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
 _AT_ONCE = 3  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
+_ONE_SITE = 0.6  # of a pass: what a structure takes that differs from another in one site, whose first layers it shares
+_FEWEST = 4  # offspring of a generation
 
 Tried = tuple[Plan, Sequence[int], Tensor]  # a structure, batches, and its losses on them: [batches, 1]
 
@@ -94,7 +96,7 @@ class Evolution:
         """Batches that hold about a share of the windows that decide: at least one."""
         return max(1, round(share * self.oracle.batches))
 
-    def price(self, structures: int, share: float) -> float:
+    def price(self, structures: float, share: float) -> float:
         """Passes that judging so many structures costs at most: those that begin alike share layers."""
         return structures * self.count(share) / self.oracle.batches * self.method.deciding
 
@@ -106,8 +108,11 @@ class Evolution:
         return share if share > 0 and self.left >= self.price(structures, share) else None
 
     def drawn(self, share: float) -> list[int]:
-        """Numbers of batches drawn at random."""
-        return torch.randperm(self.oracle.batches, generator=self.rng)[: self.count(share)].tolist()
+        """Numbers of batches drawn at random; once structures were tried on some, of the others: what is found is to be
+        judged on batches that it was not chosen by."""
+        drawn = torch.randperm(self.oracle.batches, generator=self.rng).tolist()
+        tried = set() if self.tried is None else set(self.tried[1])
+        return ([batch for batch in drawn if batch not in tried] or drawn)[: self.count(share)]
 
     def losses(self, population: Iterable[Levels], batches: Sequence[int]) -> Tensor:
         """Loss of each on each of the batches, Inf where it is not finite: float64 [batches, len(population)]."""
@@ -235,8 +240,8 @@ class Evolution:
     def descended(self, levels: Levels) -> Levels:
         distance = self.method.distance
         for _ in range(self.method.rounds):
-            around = self._around(levels, distance)
-            structures = 1 + len(around) + _STEPS
+            around = self.structures.around(levels, distance)
+            structures = 1 + _ONE_SITE * len(around) + _STEPS
             whole = 2 * structures * self.method.deciding
             share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / whole)
             if self.left < self.price(structures, share):
@@ -247,16 +252,6 @@ class Evolution:
             levels = found
         return levels
 
-    def _around(self, levels: Levels, distance: float) -> list[tuple[str, int]]:
-        """Every site's levels at a distance below and above, where they are possible."""
-        around = []
-        for site in self.structures.chosen:
-            step = max(1, round(distance * self.structures.size[site.name]))
-            most = self.structures.most[site.name]
-            beside = {max(0, levels[site.name] - step), min(most, levels[site.name] + step)}
-            around += [(site.name, level) for level in sorted(beside - {levels[site.name]})]
-        return around
-
     def _step(self, levels: Levels, around: list[tuple[str, int]], share: float) -> Levels:
         population = [levels, *({**levels, name: level} for name, level in around)]
         losses = self.losses(population, self.drawn(share)).mean(0)
@@ -266,35 +261,34 @@ class Evolution:
         for (name, level), loss in zip(around, losses[1:], strict=True):
             if loss.isfinite():
                 points[name][level] = float(loss - losses[0])
-        full = self._allotted(levels, points)
+        full = self.structures.allotted_around(levels, points)
         half = {name: round((levels[name] + full[name]) / 2) for name in levels}
         heads = {site.name for site in self.structures.dear}
-        spared = self._allotted(levels, {name: {} if name in heads else own for name, own in points.items()})
+        light = {name: {} if name in heads else own for name, own in points.items()}
+        spared = self.structures.allotted_around(levels, light)
         steps = distinct([levels, full, self.structures.balanced(half), spared])
         share = max(share, min(self.method.tokens, self.left / 4 / self.price(len(steps), 1.0)))
         return steps[least(self.losses(steps, self.drawn(share)))]
-
-    def _allotted(self, levels: Levels, points: dict[str, dict[int, float]]) -> Levels:
-        curves = {}
-        for name, own in points.items():
-            base = levels[name]
-            possible = range(min([base, *own]), max([base, *own]) + 1)
-            curves[name] = (possible, parabola(base, own)) if own else ([base], lambda n: 0.0)
-        return self.structures.allotted(curves)
 
     # ---- 3: evolution
 
     def evolved(self, parent: Levels) -> Levels:
         method, generation = self.method, 0
-        first = method.tokens / 4
-        finalists = max(1, method.offspring // 4)
-        price = self.price(method.offspring, first) + self.price(finalists + 1, method.tokens)
-        while self.left >= price and (method.steps is None or generation < method.steps):
+        while (offspring := self._offspring()) and (method.steps is None or generation < method.steps):
             generation += 1
-            children = distinct(
-                [mutated(self.structures, parent, method.distance, self.rng) for _ in range(method.offspring)]
-            )
-            losses = self.losses(children, self.drawn(first)).mean(0)
-            final = [parent, *(children[i] for i in losses.sort(stable=True).indices[:finalists].tolist())]
+            children = distinct([mutated(self.structures, parent, method.distance, self.rng) for _ in range(offspring)])
+            batches = self.drawn(method.tokens / 4)
+            parts = (children[i : i + _AT_ONCE] for i in range(0, len(children), _AT_ONCE))
+            losses = torch.cat([self.losses(part, batches).mean(0) for part in parts])
+            best = losses.sort(stable=True).indices[: finalists(offspring)].tolist()
+            final = [parent, *(children[i] for i in best)]
             parent = final[least(self.losses(final, self.drawn(method.tokens)))]
         return parent
+
+    def _offspring(self) -> int:
+        """How many a generation has: as many as are asked for, or, the last time, as are paid for; 0 for no more."""
+        most, share = self.method.offspring, self.method.tokens
+        for number in range(most, min(_FEWEST, most) - 1, -1):
+            if self.left >= self.price(number, share / 4) + self.price(finalists(number) + 1, share):
+                return number
+        return 0

@@ -9,7 +9,7 @@ its sublayers too. A whole expert, a unit like others, is worth what its channel
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -27,7 +27,7 @@ from pruneexp.search.granularity import (
     removal_steps,
     step_units,
 )
-from pruneexp.types import Budget, Plan, RemovalPath, Score, Scores, Site, unit_scores
+from pruneexp.types import Budget, Plan, RemovalPath, Score, Scores, Site, start_name, unit_scores
 
 UNIT, SUBLAYER, BLOCK = range(3)
 Item = tuple[int, Site]  # what may leave at once: the next units of a site, a whole sublayer, a whole layer
@@ -59,13 +59,15 @@ def block_scores(scores: Scores, blocks: Sequence[Site]) -> dict[str, Tensor]:
     return {name: torch.tensor([sum(map(whole_score, own))]).double() for name, own in inside.items()}
 
 
-def expert_scores(scores: Scores, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Scores of whole experts, [U] for each of the sites whose units they are, from those of their channels."""
+def expert_scores(scores: Scores, sites: Sequence[Site], starts: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Scores of whole experts, [U] for each of the sites whose units they are, from those of their channels: the
+    criterion's, and those of a search's starts."""
     found = {}
     for site in (site for site in sites if site.kind == "experts"):
-        names = [f"{site.name}.{unit}" for unit in range(site.units)]
-        if all(name in scores for name in names):
-            found[site.name] = torch.tensor([whole_score(scores[name]) for name in names], dtype=torch.float64)
+        for own in (site.name, *(start_name(start, site.name) for start in starts)):
+            names = [f"{own}.{unit}" for unit in range(site.units)]
+            if all(name in scores for name in names):
+                found[own] = torch.tensor([whole_score(scores[name]) for name in names], dtype=torch.float64)
     return found
 
 

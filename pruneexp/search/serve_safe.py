@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from pruneexp.search.budgeted import Global, removable
-from pruneexp.search.common import checked, completed, prunable, require
+from pruneexp.search.common import UNITS_EPSILON, checked, completed, prunable, require
 from pruneexp.search.granularity import Granularity, check_multiple, check_settings, chosen_sites, step_units
 from pruneexp.search.removable import unit_order
 from pruneexp.types import Budget, ConfigError, Oracle, Plan, Scores, Site
@@ -20,14 +20,16 @@ class ServeSafe:
     """Every layer keeps the same number of heads, its best; FFN channels leave by one ranking over all layers.
 
     The number of heads comes nearest to their share of the budget, of those for which FFN channels can make up the
-    rest; `Global` over the channels alone then meets it (`normalise`, `multiple` as there). At least one head stays
-    in every layer, and `min_units` of every site. `granularity`: heads, channels or both.
+    rest; with `remainder` down, it takes no more than that share where it need not (of a share of 0.6 of a head,
+    nothing). `Global` over the channels alone then meets the budget (`normalise`, `multiple` as there). At least one
+    head stays in every layer, and `min_units` of every site. `granularity`: heads, channels or both.
     """
 
     min_units: int
     granularity: Granularity
     normalise: Literal["none", "zscore", "mean", "per_parameter"]
     multiple: int
+    remainder: Literal["down", "nearest"]
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -72,10 +74,11 @@ class ServeSafe:
         slack = max((step_units(s, self.multiple) * budget.price(s) for s in channels), default=0) / 2
         share = budget.remove * prunable(heads, budget) / max(1, prunable(chosen, budget))
 
-        def misfit(kept: int) -> tuple[float, float, int]:
+        def misfit(kept: int) -> tuple[float, bool, float, int]:
             leaving = _leaving(heads, kept, budget)
             rest = budget.remove - leaving
-            return max(0.0, -slack - rest, rest - free - slack), abs(leaving - share), kept
+            more = self.remainder == "down" and leaving > share + UNITS_EPSILON * budget.total
+            return max(0.0, -slack - rest, rest - free - slack), more, abs(leaving - share), kept
 
         return heads, channels, min(range(least, most + 1), key=misfit)
 

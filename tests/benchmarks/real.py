@@ -154,7 +154,12 @@ def run_cell(args: argparse.Namespace, recipe: str, ratio: float) -> Cell | None
     found = judged(folder, protocol)
     if found is None:
         where = [f"sweep.dir={args.out / 'jobs'}", "run.save=true", "cache=off"]
-        if subprocess.run([sys.executable, "-m", "pruneexp", "--multirun", *settings, *where]).returncode:
+        command = [sys.executable, "-m", "pruneexp", "--multirun", *settings, *where]
+        try:
+            if subprocess.run(command, timeout=60 * args.minutes).returncode:
+                return None
+        except subprocess.TimeoutExpired:
+            print(f"{recipe} at {ratio}: not done in --minutes={args.minutes:g}, left out", file=sys.stderr)
             return None
         found = judge_apart(args, settings, folder, folder / "model")
     if found is not None and not args.keep:
@@ -268,6 +273,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=1000, help="of each task; 0: no tasks")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--calibration-length", type=int, default=512)
+    parser.add_argument("--minutes", type=float, default=60, help="that pruning by one recipe, at one ratio, may take")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", action="store_true", help="the pruned checkpoints")

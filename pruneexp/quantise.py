@@ -21,6 +21,10 @@ __all__ = ["NoQuantise", "WeightOnly"]
 
 logger = logging.getLogger("pruneexp")
 
+HOW = {
+    True: "by torchao's kernels",
+    False: "by arithmetic: the numbers of a quantised model, at the speed of one that is not",
+}
 SCALE_BYTES = {8: 4, 4: 4}  # of a group: a float32 scale; a float16 scale and a float16 offset
 
 
@@ -51,7 +55,7 @@ class WeightOnly:
       0, 15), w' = m + s q. |w - w'| <= s / 2 but for the rounding of m and s
 
     w' takes the place of w in the model's own dtype: the numbers of a quantised model, at the speed and the memory of
-    one that is not. With `kernels`, layers keep q and s where torchao has a kernel: 8 bits, whole rows.
+    one that is not. With `kernels`, layers keep q and s and run by torchao: of 8 bits and whole rows alone.
 
     Figures: "bytes", all parameters as they would lie on a disk: rows of q whole bytes each, 4 bytes a group, and what
     is not quantised in its own dtype; "bits/param", these of a parameter.
@@ -66,6 +70,12 @@ class WeightOnly:
 
     def __post_init__(self) -> None:
         require_least(self, 1, "group", besides=", such as 32, 64 or 128, or null for whole rows")
+        if self.kernels and (self.bits != 8 or self.group is not None):
+            groups = "" if self.group is None else f" and group={self.group}"
+            raise ConfigError(
+                f"kernels=True: torchao's run 8 bits and whole rows alone, not bits={self.bits}{groups}; expected "
+                "false, or quantise=int8 quantise.group=null"
+            )
 
     def note(self) -> str:
         groups = "a row" if self.group is None else f"{self.group} inputs"
@@ -78,9 +88,14 @@ class WeightOnly:
             )
 
     def prepare(self, model: Model) -> None:
-        """Raises ConfigError for a decoder that holds other matrices than those of linear layers."""
-        for _ in linears(model, self.bits):
-            pass
+        """Raises ConfigError for a decoder that holds other matrices than those of linear layers, or none for torchao
+        where its kernels are asked for."""
+        found = [linear for _, linear in linears(model, self.bits)]
+        if self.kernels and not any(isinstance(linear, nn.Linear) for linear in found):
+            kinds = ", ".join(sorted({type(linear).__name__ for linear in found}))
+            raise ConfigError(
+                f"quantise.kernels=True: torchao runs layers of type Linear alone, these are {kinds}; expected false"
+            )
 
     def __call__(
         self, model: Model, when: str, evaluators: Mapping[str, Evaluator], folder: Path | None
@@ -93,11 +108,10 @@ class WeightOnly:
     @torch.no_grad()
     def _quantise_(self, model: Model) -> None:
         shorter = count = 0
-        kernels = self.kernels and self.bits == 8 and self.group is None
         for path, linear in linears(model, self.bits):
             weight_OI = as_matrix(linear, linear.weight)
             outputs, inputs = weight_OI.shape
-            own = kernels and isinstance(linear, nn.Linear)
+            own = self.kernels and isinstance(linear, nn.Linear)
             new = _int8_tensor(weight_OI) if own else as_matrix(linear, rounded(weight_OI, self.bits, self.group))
             linear.weight = nn.Parameter(new if own else new.contiguous(), requires_grad=False)
             groups = -(-inputs // (self.group or max(1, inputs)))
@@ -106,14 +120,7 @@ class WeightOnly:
             )
             count, shorter = count + 1, shorter + bool(self.group and inputs % self.group)
         short = f"; the last group of a row is shorter in {shorter} of them" if shorter else ""
-        logger.info("quantise=int%d: %d linear layers %s%s", self.bits, count, _how(kernels, self), short)
-
-
-def _how(kernels: bool, asked: WeightOnly) -> str:
-    if kernels:
-        return "by torchao's kernels"
-    why = " (torchao's are for 8 bits and whole rows)" if asked.kernels else ""
-    return f"by arithmetic{why}: the numbers of a quantised model, at the speed of one that is not"
+        logger.info("quantise=int%d: %d linear layers %s%s", self.bits, count, HOW[self.kernels], short)
 
 
 def linears(model: Model, bits: int) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,26 @@ from torch import Tensor
 from pruneexp.compensator import NoCompensation
 from pruneexp.criterion import Random
 from pruneexp.experiment import latency as of_runs
-from pruneexp.experiment.latency import conditions_of
+from pruneexp.experiment.forecast import timing_stages
+from pruneexp.experiment.forecast.shape import shape_of
+from pruneexp.experiment.latency import assumed, conditions_of
 from pruneexp.fingerprint import config_hash
 from pruneexp.latency import Conditions, Table, Workload, compared, measure, measured_table
 from pruneexp.latency.measure import spaced
 from pruneexp.latency.workload import Pool, bytes_of
-from pruneexp.model import Model
+from pruneexp.model import Model, ModelSource
 from pruneexp.pruning import Method, Pruned
 from pruneexp.pruning.budget import check_pruning, whole_budget
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.search import AlAm, AlAmQueryHeads, Global, UlMm
 from pruneexp.sparsity import Cubic, OneShot
+from pruneexp.tracker.structure import kept_times, latency_figure
 from pruneexp.types import ConfigError, Curve, LayerTimes, Times
 from tests.cases import UNTIMED, each
 from tests.messages import assert_told
 from tests.test_budget import BUDGETED, EXACT
+from tests.test_forecast import LiveBytes
 
 Time = Callable[[int], float]
 BLOCKS = BUDGETED["blocks"]
@@ -188,6 +193,52 @@ def test_where_the_last_unit_may_leave_all_times_may(
         check_pruning(with_table(tiny("llama"), *OVERHEAD), chosen, latency(most + 1e-3), NONE)
 
 
+PICTURED = {
+    **{name: SEARCHES[name] for name in ("al_am", "blocks")},
+    "emptied": Global(0, ["attention", "ffn"], "per_parameter", 1),
+    "query_heads": AlAmQueryHeads(),
+}
+
+
+def ranks(values: Iterable[float]) -> list[int]:
+    numbers = [round(value, 6) for value in values]
+    return [sorted(set(numbers)).index(number) for number in numbers]
+
+
+@each("search", PICTURED)
+def test_a_picture_has_the_times_of_what_is_kept(
+    search: str, tiny: Callable[..., Model], tokens_NT: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They add up to those of the pruned model; each point has its interquartile range."""
+    from PIL.ImageDraw import ImageDraw
+
+    whole = OVERHEAD[0](3)
+    model = with_table(tiny("llama"), *OVERHEAD, lambda n: whole * (0.7 + 0.15 * n))
+    times, origin = model.times, list(model.origin)
+    assert times is not None
+    pruned = prune(model, tokens_NT, PICTURED[search], latency(0.4))
+    found = {kind: kept_times(kind, times, pruned.plan, pruned.sites, origin) for kind in ("attention", "mlp")}
+    assert sum(ms for marks in found.values() for _, ms in marks) * 1e9 == pytest.approx(total(model))
+    gone = [layer for layer in range(3) if found["attention"][layer] == found["mlp"][layer] == (0, 0.0)]
+    assert len(gone) == 3 - len(model.layers) and bool(gone) == (search == "blocks")
+    if search == "query_heads":
+        assert any(ms < times.curve("attention", 0).at(kept) for kept, ms in found["attention"])
+    dots, bars = [], []
+    monkeypatch.setattr(ImageDraw, "ellipse", lambda _, box, fill: dots.append(box))
+    monkeypatch.setattr(ImageDraw, "line", lambda _, xy, fill, width=0: bars.append(xy) if width == 1 else None)
+    (own,) = times.of
+    spread = Curve(tuple((kept, ms, 0.1) for kept, ms, _ in own.ffn.points))
+    latency_figure(Times((replace(own, ffn=spread),)), pruned.plan, pruned.sites, origin, tmp_path / "latency.png")
+    centres = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in dots]
+    for kind, here in (("attention", centres[:3]), ("mlp", centres[3:])):
+        assert ranks(x for x, _ in here) == ranks(kept for kept, _ in found[kind])
+        assert ranks(-y for _, y in here) == ranks(ms for _, ms in found[kind])
+    heights = [low - high for left, low, right, high in bars if left == right]
+    points = len(own.attention.points)
+    assert max(heights[:points]) == 0 and heights[points:] == pytest.approx([heights[-1]] * len(spread.points))
+    assert heights[-1] > 1
+
+
 def test_rounds_are_shares_of_the_original_times(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model = with_table(tiny("llama"), *CONCAVE)
     before = total(model)
@@ -273,6 +324,33 @@ def test_layers_are_timed_before_they_are_quantised(cli: Any, monkeypatch: pytes
     assert timed == [(False, found["sparsity/latency"])] and "pruned/bits/param" in found
 
 
+def test_an_unsteady_table_and_what_was_timed_are_told(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a table that the cache has not kept, how other runs come by its times."""
+    made: list[Table] = []
+
+    def unsteady(work: Workload, conditions: Conditions, multiple: int) -> Table:
+        found = assumed(work.model)
+        wide = [replace(own, ffn=Curve(tuple((n, ms, ms) for n, ms, _ in own.ffn.points))) for own in found.of]
+        wide = [replace(own, attention=Curve(tuple((n, ms, ms) for n, ms, _ in own.attention.points))) for own in wide]
+        made.append(Table(conditions, Times(tuple(wide))))
+        return made[-1]
+
+    monkeypatch.setattr(of_runs, "measured_table", unsteady)
+    monkeypatch.setattr(of_runs.Timing, "figures", lambda *_: {})
+    for name in ("a", "b"):
+        caplog.clear()
+        code, _, err = cli(*OURS, "cache.dir=cache", f"run.dir={name}")
+        assert code == 0, err
+        (told,) = [line for line in caplog.messages if "times spread by more than a quarter" in line]
+        assert "perhaps something else was running" in told and "sparsity.table=<run>/latency.json" in told
+        assert sum("one token behind 0 tokens, for 1 sequence (" in line for line in caplog.messages) == 1
+    assert len(made) == 2
+    code, out, err = cli(*OURS, "run.dry=true", "sparsity.phase=prefill", "sparsity.context=9", "sparsity.batch=2")
+    assert code == 0 and "milliseconds (a pass of 9 tokens, for 2 sequences), measured" in out, err
+
+
 def test_settings_of_times_without_times_are_told_of_one_run(
     cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -344,8 +422,6 @@ def test_layers_of_every_kind_can_be_measured(name: str, monkeypatch: pytest.Mon
 @pytest.fixture
 def table(tiny: Any, tmp_path: Path) -> dict[str, Any]:
     """A good table of the embedded model, as data."""
-    from pruneexp.model import ModelSource
-
     outline = ModelSource("e", "embedded:llama", None, "auto", "cpu", False, False, 4).outline()
     there = {site.kind: site.units for site in outline.layer_sites(0)}
     points = {"attention": curve(lambda n: 1.0 + n, there["attention"]), "ffn": curve(lambda n: n / 9, there["mlp"])}
@@ -403,8 +479,6 @@ REFUSED = [  # what is typed, what the line names, what it says besides
 def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
     cli: Any, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pruneexp.model import ModelSource
-
     monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("too late"))
     slower = {name: [[n, 99.0 - n / 9, iqr] for n, _, iqr in table["layers"][0][name]] for name in ("attention", "ffn")}
     short = {**table, "layers": [{**table["layers"][0], "ffn": table["layers"][0]["ffn"][:9]}]}
@@ -459,7 +533,55 @@ def test_a_forecast_says_what_a_run_would_of_its_table(
         code, out, err = cli(*OURS, "run.dry=true", f"sparsity.table={name}.json")
         assert code == 0, err
         assert ("sparsity.table='foreign.json': times of another (64 threads), this run is on" in out) == said
-        assert any("times spread by more than a quarter" in line for line in caplog.messages) == said
+        told = [line for line in caplog.messages if "times spread by more than a quarter" in line]
+        assert len(told) == said and not any("the cache does not keep" in line for line in told)
+
+
+def little(folder: Path) -> Path:
+    """A LLaMA of 2 layers whose parts all weigh something."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "vocab_size": 512, "max_position_embeddings": 512}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
+    return folder
+
+
+@each("phase, context", [("decode", 400), ("prefill", 100)])
+def test_memory_foretold_is_what_timing_holds(
+    phase: str, context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for setting in ("SECONDS", "AT_ONCE", "STACK_SECONDS"):
+        monkeypatch.setattr(measure, setting, 0.0)
+    monkeypatch.setattr(measure, "LEAST", 1)
+    source = ModelSource("x", str(little(tmp_path)), None, "float32", "cpu", False, False, 4)
+    asked, peaks = OneShot(0.2, "latency", context, 8, phase, None), []
+    for what in (
+        lambda work: measured_table(work, conditions_of(work.model, asked), 1),
+        lambda work: compared(work, work.model),
+    ):
+        with LiveBytes() as live:
+            what(Workload(asked.batch, asked.context, asked.phase, source.load()))
+        peaks.append(live.peak)
+    shape = shape_of(source.outline())
+    stages = timing_stages(shape, shape.bytes, 0, asked)
+    for stage, peak in zip(stages, peaks, strict=True):
+        assert 0.75 <= stage.total / peak <= 1.2, (stage, peak)
+
+
+def test_a_forecast_has_the_stages_that_a_run_times_in(cli: Any, table: dict[str, Any]) -> None:
+    Path("t.json").write_text(json.dumps(table))
+    Path("foreign.json").write_text(json.dumps(table | {"device": "another"}))
+    for typed, timed in (
+        ("sparsity.of=decoder", []),
+        ("sparsity.of=latency", ["time layers", "time pruned"]),
+        ("sparsity.of=latency sparsity.table=t.json", ["time pruned"]),
+        ("sparsity.of=latency sparsity.table=foreign.json", []),
+    ):
+        code, out, err = cli(*OURS[1:], *typed.split(), "run.dry=true")
+        assert code == 0, err
+        assert re.findall(r"^ +(time \w+) ", out, re.MULTILINE) == timed, typed
+        assert ("model.stream=true is not possible" in out) == ("latency" in typed)
 
 
 def test_the_keys_of_times_leave_the_hash_where_they_are_as_they_come() -> None:

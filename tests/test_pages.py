@@ -19,10 +19,12 @@ from pruneexp.cli.report_command import main
 from pruneexp.conf_files import conf_folder
 from pruneexp.report import figures
 from pruneexp.report.comparison import comparisons
+from pruneexp.report.figures import styles
 from pruneexp.report.folders import find
 from pruneexp.report.methods import GROUPS, choice, choices_of, describe, options
 from pruneexp.report.points import machine, points
 from pruneexp.report.published import tables as published_tables
+from pruneexp.report.sections import pareto_section
 from pruneexp.report.statistics import t_quantile
 from pruneexp.types import Plan, SitePlan
 from tests.cases import each
@@ -31,6 +33,7 @@ from tests.report_samples import PPL, config, environment, metrics, plan, write_
 CONF = conf_folder()
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 LATENCY = "latency/prefill_tok_s@b1x128"
+DECODER = "latency/decoder_decode_ms@b1x0"
 
 
 class Page(HTMLParser):
@@ -213,6 +216,36 @@ def test_latencies_say_how_far_they_vary(tmp_path: Path) -> None:
     assert said in Page(tmp_path / "report" / "index.html").text
 
 
+def test_decoder_layers_have_a_front_of_their_own_on_each_machine(tmp_path: Path) -> None:
+    for index, ratio in enumerate((0.2, 0.3, 0.4)):
+        timed = {f"dense/{DECODER}": 4.0, f"pruned/{DECODER}": 4.0 - index}
+        composed = config("recipe=flap", **{"sparsity.ratio": ratio})
+        where = environment(cpu="other" if ratio == 0.4 else "one")
+        write_run(tmp_path / str(index), composed, metrics(4.0 + index, **timed), around=where)
+    section = pareto_section(describe(find([tmp_path], "same").runs), styles(["flap"]))
+    assert section is not None
+    one, other = section.tables
+    assert [table.header[2] for table in section.tables] == ["decoder layers, ms per step of decoding (b1x0)"] * 2
+    assert {tuple(row[2].text for row in table.rows) for table in (one, other)} == {
+        ("3.000", "4.000", "4.000"),
+        ("2.000", "4.000"),
+    }
+
+
+def test_speeds_in_llama_cpp_say_how_far_they_vary(tmp_path: Path) -> None:
+    kind = "/gguf-q4_k_m"
+    for index, ratio in enumerate((0.2, 0.3)):
+        found = {f"{side}/{PPL}{kind}": 5.0 + index for side in ("dense", "pruned")}
+        found |= {f"{side}/{LATENCY}{kind}": 1000.0 for side in ("dense", "pruned")}
+        found |= {f"{side}/{LATENCY}/iqr{kind}": 30.0 + 40 * index for side in ("dense", "pruned")}
+        composed = config("recipe=flap", "quantise=gguf", **{"sparsity.ratio": ratio})
+        write_run(tmp_path / str(index), composed, metrics(4.0, **found))
+    section = pareto_section(describe(find([tmp_path], "same").runs), styles(["flap quantise=gguf"]))
+    assert section is not None
+    assert any("at most 7 % of prefill, ms per token (b1x128) in llama.cpp; points" in line for line in section.lines)
+    assert len(section.tables) == 1 and len(section.tables[0].rows) == 3
+
+
 def test_kept_widths_are_means_over_seeds(made: Path) -> None:
     (heads,) = [label for label in Page(made / "index.html").labels if "attention heads (KV groups) kept" in label]
     assert "flap, 0.2 100 50 50;" in heads  # the last layer keeps 1, 2 and 3 of 4
@@ -354,6 +387,18 @@ def test_one_config_with_two_results_is_shown_as_such(tmp_path: Path, drawn: Non
     assert [row["method"] for row in points] == ["magnitude"]
     figure = (out / "figures" / "perplexity-ppl-embedded-128.svg").read_text()
     assert ">same config, another result<" in figure and ">magnitude<" in figure and ">flap<" not in figure
+
+
+def test_what_was_timed_makes_no_other_result(tmp_path: Path) -> None:
+    """Nor does the share of time that was measured, beside that by the table."""
+    composed = config("recipe=flap", "sparsity.of=latency", "sparsity.table=latency.json")
+    for name, share in (("a", 0.21), ("b", 0.18)):
+        timed = {f"pruned/{DECODER}": 1.0 - share, "sparsity/latency": 0.2, "sparsity/latency_measured": share}
+        write_run(tmp_path / name, composed, metrics(4.0, **timed))
+    found = find([tmp_path], "same")
+    assert [one.name for one in found.repeats] == ["b"] and not found.conflicts
+    write_run(tmp_path / "c", composed, metrics(4.0, **{"sparsity/latency": 0.3, "sparsity/latency_measured": 0.2}))
+    assert find([tmp_path], "same").conflicts
 
 
 def llama(ppl: float, *overrides: str, **settings: Any) -> tuple[dict[str, Any], dict[str, float]]:

@@ -23,7 +23,7 @@ from pruneexp.evaluator import Latency
 from pruneexp.export import gguf_engine, gguf_quantise
 from pruneexp.export.gguf_engine import Engine, engine
 from pruneexp.export.gguf_quantise import GgufQuantise, InEngine, contents
-from pruneexp.fingerprint import config_hash
+from pruneexp.fingerprint import comparable, config_hash
 from pruneexp.model import ModelSource
 from pruneexp.model.modeling_pruned import as_matrix
 from pruneexp.quantise import NoQuantise, WeightOnly, linears, rounded
@@ -235,6 +235,12 @@ def test_a_forecast_says_it(capsys: pytest.CaptureFixture[str]) -> None:
             ["recovery.merge=true", "quantise=none"],
         ),
         (["quantise=int8", "quantise.bits=5"], "quantise.bits=5", []),
+        (["quantise=int4", "quantise.kernels=true"], "quantise.kernels=True", ["bits=4 and group=64", "false"]),
+        (
+            ["quantise=int8", "quantise.group=32", "quantise.kernels=true"],
+            "quantise.kernels=True",
+            ["group=32", "quantise.group=null"],
+        ),
     ],
 )
 def test_mistakes_that_the_config_shows(
@@ -243,6 +249,15 @@ def test_mistakes_that_the_config_shows(
     with pytest.raises(ConfigError) as error:
         build_from(*QUICK, *settings)
     assert_told(f"{error.value}\n", named, *typed)
+
+
+def test_layers_that_torchao_does_not_run(loaded: Callable[..., Any]) -> None:
+    kernels = WeightOnly(8, None, True)
+    kernels.prepare(loaded("qwen2"))
+    INT8.prepare(loaded("gpt2"))
+    with pytest.raises(ConfigError) as error:
+        kernels.prepare(loaded("gpt2"))
+    assert_told(f"{error.value}\n", "quantise.kernels=True", "Conv1D", "false")
 
 
 def test_without_torchao(build_from: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +329,18 @@ def test_a_report_takes_no_model_for_a_quantised_one(tmp_path: Path) -> None:
     assert [filled[f"{side}/{PPL}"] for side in ("pruned", "unquantised")] == [4, 4]
     assert [filled[f"{side}/{SPEED}"] for side in ("pruned", "unquantised")] == [2, 6]
     assert filled["pruned/params"] == filled[f"dense/{PPL}"] == 8
+
+
+def test_decoder_layers_are_timed_before_they_are_quantised() -> None:
+    """So their times are not those of kernels, either."""
+    timed = {f"pruned/{SPEED}": 2.0, "pruned/latency/decoder_decode_ms@b1x0": 3.0}
+    layers, speed = "unquantised/latency/decoder_decode_ms@b1x0", f"unquantised/{SPEED}"
+    for typed, found in (
+        (["quantise=none"], set(timed)),
+        (["quantise=int8"], {layers, speed}),
+        (["quantise=int8", "quantise.kernels=true"], {layers, f"pruned/{SPEED}"}),
+    ):
+        assert set(comparable(timed, config(*typed))) == found
 
 
 def test_a_new_key_changes_no_hash() -> None:
@@ -424,8 +451,11 @@ def test_llama_cpp_is_timed_as_the_evaluator_says(
     found = run("timed", "evaluator=[latency]", *typed, quick=["dataset.samples=4", "cache=off", "quantise=gguf"])
     assert asked == 2 * [([4, 6], 3)]
     for side in ("dense", "pruned"):
-        assert found[f"{side}/latency/prefill_tok_s@b1x6/gguf-q4_k_m"] == 6 / 5.0
-        assert found[f"{side}/latency/decode_tok_s@b1x6+3/gguf-q4_k_m"] == 3 / 6.0
+        # of two rounds, the quartiles and the median are a quarter and a half of the way from one rate to the other
+        for name, rates in (("prefill_tok_s@b1x6", (6 / 5, 6 / 7)), ("decode_tok_s@b1x6+3", (3 / 6, 3 / 8))):
+            rate, spread = (found[f"{side}/latency/{name}{end}/gguf-q4_k_m"] for end in ("", "/iqr"))
+            assert rate == pytest.approx(sum(rates) / 2) and spread == pytest.approx((rates[0] - rates[1]) / 2)
+    assert "/iqr" not in Path("timed", "model", "README.md").read_text()
     assert sum("evaluator.latency.batch_sizes=[1, 2]: llama.cpp runs 1" in text for text in caplog.messages) == 1
 
 

@@ -74,6 +74,22 @@ def test_an_evaluator_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert written == {f"top1_{when}.txt": value for when, value in right.items()}
 
 
+def test_a_table_of_times_written_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = block("conf/README.md", "json", '"query_heads"')
+    assert len(table.splitlines()) <= 10
+    Path("latency.json").write_text(table)
+    (command,) = (each for each in pruneexp_commands() if "sparsity.table=latency.json" in each)
+    for granularity in ("heads", "query_heads"):
+        typed = [f"search.granularity=[{granularity},channels]", "search=global", "evaluator=[size]"]
+        assert main([*command, *typed, "dataset.samples=4", "run.dry=true"]) == 0
+    told = capsys.readouterr().out
+    total = 6 * (0.14 + 0.33)  # ms of all layers
+    assert f"to remove: 20.0% of {round(total * 1e9):,} = " in told and "times of my board (4 threads)" in told
+
+
 def test_a_sweep_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_conf" / "sweep").mkdir(parents=True)

@@ -51,8 +51,8 @@ class Latency:
             rounds = [self._round(model, prompt_BT) for _ in range(self.warmup + self.repeats)][self.warmup :]
             prefill, decode = torch.tensor(rounds, dtype=torch.float64).T
             size = f"@b{batch}x{self.prompt}"
-            figures |= _summary(f"latency/prefill_tok_s{size}", batch * self.prompt / prefill)
-            figures |= _summary(f"latency/decode_tok_s{size}+{self.new_tokens}", batch * self.new_tokens / decode)
+            figures |= summary(f"latency/prefill_tok_s{size}", batch * self.prompt / prefill)
+            figures |= summary(f"latency/decode_tok_s{size}+{self.new_tokens}", batch * self.new_tokens / decode)
         return figures
 
     def prompts(self, model: Any, tokenizer: Any, batch: int) -> Tensor:
@@ -79,6 +79,7 @@ class Latency:
             return middle - start, now(model.device) - middle
 
 
-def _summary(name: str, rates: Tensor) -> dict[str, float]:
+def summary(name: str, rates: Tensor) -> dict[str, float]:
+    """The median of tokens per second over repeats, and the interquartile range."""
     low, median, high = torch.quantile(rates, torch.tensor([0.25, 0.5, 0.75], dtype=rates.dtype)).tolist()
     return {name: median, f"{name}/iqr": high - low}

@@ -165,7 +165,7 @@ def _figures(metrics: Mapping[str, float]) -> list[str]:
     for key, pruned in metrics.items():
         side, _, name = key.partition("/")
         dense = metrics.get(f"dense/{name}")
-        if side == "pruned" and dense is not None and not name.startswith("params") and not name.endswith("/iqr"):
+        if side == "pruned" and dense is not None and not name.startswith("params") and "/iqr" not in name:
             change = change_text("accuracy" if "acc" in name.split("/")[0] else "", dense, pruned)
             rows.append((f"`{name}`", figure_text(name, dense), figure_text(name, pruned), change))
     if not rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -11,6 +11,7 @@ import torch
 
 from pruneexp.cache import Cache, NoCache
 from pruneexp.conf_files import typed_keys
+from pruneexp.experiment.forecast import Forecast, timing_stages
 from pruneexp.experiment.settings import Experiment
 from pruneexp.files import write_atomic
 from pruneexp.fingerprint import code_version
@@ -138,6 +139,20 @@ def assumed(model: Model) -> Times:
     return Times(tuple(found))
 
 
+def with_timing(experiment: Experiment, model: Model, given: Table | None, expected: Forecast) -> Forecast:
+    """A forecast with the stages in which layers are timed: for a table, unless it is `given`; at the end before and
+    after pruning, on the table's own device. The model cannot be streamed."""
+    sparsity = experiment.sparsity
+    if sparsity.of != "latency":
+        return expected
+    expected = replace(expected, streamed=())
+    if given is not None and of_another_device(given, conditions_of(model, sparsity)):
+        return expected
+    process = expected.held[-1].parts.get("process", 0)
+    first, last = timing_stages(expected.shape, expected.bytes_left, process, sparsity)
+    return replace(expected, held=[*([first] if given is None else []), *expected.held, last])
+
+
 def timing_of(experiment: Experiment, model: Model, given: Table | None) -> Timing | None:
     """The table that a run counts by, set in its model: the `given` one or a measured one, which is cached for a
     device, a model's shapes and the conditions asked for. None where no times are counted.
@@ -148,6 +163,7 @@ def timing_of(experiment: Experiment, model: Model, given: Table | None) -> Timi
     if sparsity.of != "latency":
         return None
     here = conditions_of(model, sparsity)
+    logger.info("latency: timed is %s (sparsity.phase, context, batch)", timed_pass(sparsity))
     if given is not None:
         tell_unsteady(given)
     if given is not None and (other := of_another_device(given, here)):
@@ -175,7 +191,7 @@ def _measured(cache: Cache | NoCache, work: Workload, here: Conditions, multiple
             entries.put(key, table.times)
     if times is not None:
         logger.info("latency: the table is from the cache, measured before on this device")
-    tell_unsteady(table)
+    tell_unsteady(table, measured=True)
     return table
 
 
@@ -190,19 +206,27 @@ def of_another_device(table: Table, here: Conditions) -> str | None:
     )
 
 
-def tell_unsteady(table: Table) -> None:
+def tell_unsteady(table: Table, measured: bool = False) -> None:
+    """`measured`: here and now, for this run alone."""
     if not table.steady:
+        kept = f"; the cache does not keep this table, sparsity.table=<run>/{FILE} gives other runs the same prices"
         logger.warning(
-            "latency: %d of %d times spread by more than a quarter of their median: something else was running; what "
-            "would help: an idle machine, or sparsity.table with times of one",
-            *table.unsteady(),
+            "latency: %d of %d times spread by more than a quarter of their median, perhaps something else was running"
+            "%s; what would help: an idle machine, or sparsity.table with times of one",
+            *(*table.unsteady(), kept if measured else ""),
         )
+
+
+def timed_pass(sparsity: Sparsity) -> str:
+    """What a table's times are of."""
+    what = "one token behind" if sparsity.phase == "decode" else "a pass of"
+    tokens, batch = sparsity.context, sparsity.batch
+    return f"{what} {tokens} token{'s' * (tokens != 1)}, for {batch} sequence{'s' * (batch > 1)}"
 
 
 def without_table(sparsity: Sparsity) -> str:
     """What a forecast says of a share of times that are not known yet."""
-    what = "one token behind" if sparsity.phase == "decode" else "a pass of"
     return (
-        f"to remove: {sparsity.ratio:.1%} of the decoder layers' milliseconds ({what} {sparsity.context} tokens, "
-        f"{sparsity.batch} sequences), measured when the run starts; here as if times went with parameters"
+        f"to remove: {sparsity.ratio:.1%} of the decoder layers' milliseconds ({timed_pass(sparsity)}), measured when "
+        "the run starts; here as if times went with parameters"
     )

@@ -36,6 +36,7 @@ from pruneexp.experiment.latency import (
     given_table,
     of_another_device,
     tell_unsteady,
+    with_timing,
     without_table,
 )
 from pruneexp.experiment.quantised import tell_quantised, warn_of_scratch
@@ -90,6 +91,7 @@ def prepare(experiment: Experiment, shared: DenseStates | None = None) -> Inputs
         raise ConfigError(refused)
     tokenizer, tokens_NT = read_inputs(experiment)
     expected = forecast_of(experiment, outline, budget, tokenizer, tokens_NT, shared)
+    expected = with_timing(experiment, outline, table, expected)
     return Inputs(experiment, outline, budget, tokenizer, tokens_NT, expected, table)
 
 

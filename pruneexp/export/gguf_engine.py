@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.evaluator import Latency
+from pruneexp.evaluator.latency import summary
 from pruneexp.export.gguf_run import reason_of
 from pruneexp.files import scratch_folder
 from pruneexp.fingerprint import file_state
@@ -157,15 +158,13 @@ class Engine:
         return self._run(file, windows_NT, vocabulary, 0, f"{stage} in llama.cpp")
 
     def speeds(self, file: Path, vocabulary: int, prompt_1T: Tensor, asked: Latency) -> dict[str, float]:
-        """Tokens per second, as `evaluator=[latency]` names them: medians, the first rounds apart. Raises RunError."""
+        """Tokens per second, as `evaluator=[latency]` gives them: the first rounds are left out. Raises RunError."""
         rounds_NT = prompt_1T.repeat(asked.warmup + asked.repeats, 1)
         seconds = self._run(file, rounds_NT, vocabulary, asked.new_tokens, "speed in llama.cpp")[asked.warmup :]
-        read, wrote = seconds.median(0).values.tolist()
+        read_N, wrote_N = seconds.T
         protocol = f"@b1x{asked.prompt}"
-        return {
-            f"latency/prefill_tok_s{protocol}": asked.prompt / read,
-            f"latency/decode_tok_s{protocol}+{asked.new_tokens}": asked.new_tokens / wrote,
-        }
+        prefill = summary(f"latency/prefill_tok_s{protocol}", asked.prompt / read_N)
+        return prefill | summary(f"latency/decode_tok_s{protocol}+{asked.new_tokens}", asked.new_tokens / wrote_N)
 
     def _run(self, file: Path, windows_NT: Tensor, vocabulary: int, written: int, stage: str) -> Tensor:
         from safetensors.torch import load_file, save_file

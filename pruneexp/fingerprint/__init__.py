@@ -120,15 +120,14 @@ def comparable(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
 
     Configs without `asked` come from versions whose "+bos" windows of T tokens had the token besides: they become
     windows of T+1. In a run that quantises, what was measured on the unquantised pruned model becomes "unquantised/..."
-    in place of "pruned/...": with GGUF files all that transformers measured, with rounded weights the speed, unless
-    torchao's kernels ran."""
+    in place of "pruned/...": with GGUF files all that transformers measured, with rounded weights the speed, where
+    torchao's kernels ran that of the decoder layers alone, which are timed before."""
     quantise, before = config.get("quantise") or {}, None
     if any(GGUF in key for key in metrics):
         before = rf"pruned/(?!params|macs|kv_bytes|.*{GGUF})"
-    elif "kernels" in quantise and not (
-        quantise["kernels"] and quantise.get("bits") == 8 and not quantise.get("group")
-    ):
-        before = "pruned/latency/"
+    elif "kernels" in quantise:
+        ran = quantise["kernels"] and quantise.get("bits") == 8 and not quantise.get("group")
+        before = "pruned/latency/decoder_" if ran else "pruned/latency/"
     named = {}
     for key, value in metrics.items():
         if "+bos" in key and ASKED not in config:  # "...@2048s512+bos" -> "...@2049s512+bos"

@@ -34,10 +34,10 @@ class Pool:
         self.at = 0
 
     def take(self, shape: Sequence[int]) -> Tensor:
-        """Numbers of this shape."""
+        """Numbers of this shape. The pool grows where it has fewer."""
         count = torch.Size(shape).numel()
         if count > len(self.numbers):
-            return self.numbers.repeat(-(-count // len(self.numbers)))[:count].view(*shape)
+            self.numbers = self.numbers.repeat(-(-count // len(self.numbers)))
         self.at = 0 if self.at + count > len(self.numbers) else self.at
         taken = self.numbers[self.at : self.at + count].view(*shape)
         step = max(1, ALIGNED // self.numbers.element_size())

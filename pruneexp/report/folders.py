@@ -20,7 +20,7 @@ from pruneexp.tracker import status_of
 from pruneexp.types import ConfigError, Plan, one_line
 
 NOT_COMPARED = ("seconds/", "memory/", "proof/")  # not what was computed
-NOT_COMPARED += ("dense/latency/", "pruned/latency/", "unquantised/latency/")
+NOT_COMPARED += ("dense/latency/", "pruned/latency/", "unquantised/latency/", "sparsity/latency_measured")
 SAME = 1e-6  # relative difference up to which two figures are the same result
 LOGGED = 1e-5  # and that of a figure from what log.txt has of it, in six digits
 SECTIONS = ("model", "dataset", "criterion", "sparsity", "search", "compensator")  # a run may have no evaluator

@@ -17,6 +17,7 @@ from pruneexp.types import QUERY_HEADS, Plan
 
 SHARE = "sparsity/decoder"
 ACCURACY = r"(?!ppl/)(?:.*/)?acc\w*(?:[@/\[].*)?"
+PASSES = {"decode": "step of decoding"}  # that decoder layers are timed by
 COUNTED_AT = {"macs": ("context",), "bytes": ("context",), "latency": ("context", "batch", "phase")}
 
 
@@ -159,6 +160,17 @@ class Cost:
     def of(self, value: float) -> float:
         return self.scale / value if self.inverse else self.scale * value
 
+    @property
+    def timed(self) -> bool:
+        """Whether it is of the machine that measured it."""
+        return self.metric.startswith("latency/")
+
+    @property
+    def spread(self) -> str:
+        """The metric of its interquartile range over repetitions."""
+        name, there, kind = self.metric.partition(GGUF)
+        return f"{name}/iqr{there}{kind}"
+
 
 def costs(runs: Runs, kind: str = "") -> list[Cost]:
     """Measured latency and bytes, as far as the runs have them; with `kind` ("/gguf-q8_0"), latency in llama.cpp."""
@@ -166,6 +178,9 @@ def costs(runs: Runs, kind: str = "") -> list[Cost]:
     for metric in metrics_of(runs, rf"latency/\w+_tok_s@[^/]+{re.escape(kind)}"):
         stage, _, how = metric.removeprefix("latency/").removesuffix(kind).partition("_tok_s@")
         found.append(Cost(metric, f"{stage}, ms per token ({how})", True, 1e3))
+    for metric in [] if kind else metrics_of(runs, r"latency/decoder_\w+_ms@[^/]+"):
+        stage, _, how = metric.removeprefix("latency/decoder_").partition("_ms@")
+        found.append(Cost(metric, f"decoder layers, ms per {PASSES.get(stage, stage)} ({how})", False, 1.0))
     if not kind and metrics_of(runs, "bytes"):
         found.append(Cost("bytes", "weights, MiB", False, 2**-20))
     return found

@@ -40,7 +40,7 @@ def pareto_section(runs: Runs, looks: Looks) -> Section | None:
             _, there, kind = metric.partition(GGUF)  # another engine has costs of its own
             for cost in costs(members, there + kind):
                 # A latency is of its machine; bytes are the same everywhere.
-                for k, (place, here) in enumerate(by_machine.items() if cost.inverse else [("", members)], 1):
+                for k, (place, here) in enumerate(by_machine.items() if cost.timed else [("", members)], 1):
                     several = (f"machine{k}",) if place and len(by_machine) > 1 else ()
                     name = file_name("pareto", metric, cost.metric, *short, *several)
                     front = priced(points(here, metric), cost)
@@ -56,12 +56,14 @@ def pareto_section(runs: Runs, looks: Looks) -> Section | None:
 
 def _noise(context: str, runs: Runs) -> list[str]:
     """How far apart the repetitions of a latency lie: what is nearer to each other is in no order."""
+    kinds = dict.fromkeys(there + kind for _, there, kind in (metric.partition(GGUF) for metric in perplexities(runs)))
     widest = []
-    for cost in costs(runs):
-        keys = [f"{side}/{cost.metric}" for side in ("dense", "pruned")]
-        both = [(one.run.metrics.get(f"{key}/iqr"), one.run.metrics.get(key)) for one in runs for key in keys]
+    for cost in [cost for kind in kinds for cost in costs(runs, kind)]:
+        names = [(f"{side}/{cost.spread}", f"{side}/{cost.metric}") for side in ("dense", "pruned")]
+        both = [(one.run.metrics.get(spread), one.run.metrics.get(key)) for one in runs for spread, key in names]
         ranges = [width / value for width, value in both if width is not None and value]
-        widest += [f"{100 * max(ranges):.0f} % of {cost.label}"] if ranges else []
+        engine = " in llama.cpp" if GGUF in cost.metric else ""
+        widest += [f"{100 * max(ranges):.0f} % of {cost.label}{engine}"] if ranges else []
     if not widest:
         return []
     return [

@@ -123,9 +123,24 @@ class Frame:
         return self.x(layer - 0.4), self.y(units), self.x(layer + 0.4), self.y(0)
 
 
+def kept_times(
+    kind: str, times: Times, plan: Plan, sites: Sequence[Site], origin: Sequence[int]
+) -> list[tuple[int, float]]:
+    """Units that each layer keeps of its "attention" or "mlp", and their milliseconds by the table; no time where the
+    whole layer leaves. `origin`: which layer of the table each layer of the sites is."""
+    found, group = widths(plan, sites), {site.layer: site.group for site in sites if site.kind == kind}
+    heads = {w.layer: w.kept for w in found.get(QUERY_HEADS, ()) if kind == "attention"}
+    marks = []
+    for w in found.get(kind, ()):
+        each = heads[w.layer] // w.kept if w.kept and w.layer in heads else group[w.layer]
+        ms = 0.0 if w.block_gone else times.layer(origin[w.layer]).sublayer(kind, w.kept, each)
+        marks.append((w.kept, ms))
+    return marks
+
+
 def latency_figure(times: Times, plan: Plan, sites: Sequence[Site], origin: Sequence[int], path: Path) -> None:
-    """A PNG of a latency table: milliseconds by what a sublayer keeps, a dot for what each layer keeps. `origin`: which
-    layer of the table each layer of the sites is."""
+    """A PNG of a latency table: milliseconds by what a sublayer keeps, with a bar as long as the interquartile range at
+    each point, and a dot for what each layer keeps: below the line where query heads of kept groups left."""
     from PIL import Image, ImageDraw
 
     width, height, margin = 4.6, 3.0, 0.55  # inches of a panel
@@ -135,7 +150,7 @@ def latency_figure(times: Times, plan: Plan, sites: Sequence[Site], origin: Sequ
         own = [site for site in sites if site.kind == kind]
         curves = list(dict.fromkeys(times.curve(kind, origin[site.layer]) for site in own))
         most = max((curve.most for curve in curves), default=1) or 1
-        tallest = max((ms for curve in curves for _, ms, _ in curve.points), default=1.0) or 1.0
+        tallest = max((ms + iqr / 2 for curve in curves for _, ms, iqr in curve.points), default=1.0) or 1.0
 
         def at(kept: float, ms: float, left=column * width, most=most, tallest=tallest) -> tuple[float, float]:
             x = left + margin + kept / most * (width - 1.4 * margin)
@@ -144,9 +159,10 @@ def latency_figure(times: Times, plan: Plan, sites: Sequence[Site], origin: Sequ
         draw.line((*at(0, tallest), *at(0, 0), *at(most, 0)), fill="black")
         for curve in curves:
             draw.line([at(kept, ms) for kept, ms, _ in curve.points], fill=OUTLINE, width=2)
-        for site in own:
-            kept = site.units - plan.removed(site)
-            x, y = at(kept, times.curve(kind, origin[site.layer]).at(kept))
+            for kept, ms, iqr in curve.points:
+                draw.line((*at(kept, max(0.0, ms - iqr / 2)), *at(kept, ms + iqr / 2)), fill=OUTLINE, width=1)
+        for kept, ms in kept_times(kind, times, plan, sites, origin):
+            x, y = at(kept, ms)
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=KEPT)
         for kept in range(0, most + 1, tick_step(most, 5)):
             _text(draw, (at(kept, 0)[0], at(0, 0)[1] + 5), str(kept), anchor="ma")

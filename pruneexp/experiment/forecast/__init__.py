@@ -7,6 +7,7 @@ from pruneexp.experiment.forecast.memory import Running, Stage
 from pruneexp.experiment.forecast.passes import Passes
 from pruneexp.experiment.forecast.shape import Shape, Windows, params_left
 from pruneexp.experiment.forecast.tell import print_forecast, warn_of_files, warn_of_memory
+from pruneexp.experiment.forecast.timing import timing_stages
 
 __all__ = [
     "Forecast",
@@ -21,6 +22,7 @@ __all__ = [
     "params_left",
     "print_forecast",
     "resident_memory",
+    "timing_stages",
     "warn_of_files",
     "warn_of_memory",
 ]

@@ -11,7 +11,8 @@ hidden states  N D e for each copy of the N tokens' hidden states: 1 in a walk t
 statistics     what evidence says that it holds (`held_bytes`): of all sites where a later stage asks for it or whole
                passes give it, of one layer where a walk does; and the inputs of out-projections that are fitted
 kept           what scores keep until the search has ended (`Criterion.kept_bytes`)
-copies         a decoder layer beside what it becomes; streamed, what waits to be written
+copies         a decoder layer beside what it becomes; streamed, what waits to be written; for timing layers, what
+               `timing` says
 activations    of a batch in flight, as `activations` has them; of all layers where backward passes are made
 solves         what a criterion or a compensator works in at its widest site (`working_bytes`)
 """

@@ -11,6 +11,7 @@ from pruneexp.criterion.spill import spill_folder
 from pruneexp.experiment.forecast.figures import Forecast
 from pruneexp.experiment.forecast.memory import PARTS
 from pruneexp.experiment.forecast.shape import Shape
+from pruneexp.experiment.forecast.timing import TIMED
 from pruneexp.types import size_text
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def warn_of_memory(found: Forecast, available: int) -> None:
     if not found.streams and found.streamed and max(stage.needed for stage in found.streamed) < peak.needed:
         helps.append("model.stream=true")
     if weighs("activations"):
-        helps.append("a smaller model.batch_size" if peak.name != "evaluate" else "a smaller batch_size of evaluators")
+        batch = {"evaluate": "a smaller batch_size of evaluators"} | dict.fromkeys(TIMED, "a smaller sparsity.batch")
+        helps.append(batch.get(peak.name, "a smaller model.batch_size"))
     if weighs("hidden states"):
         helps.append("fewer dataset.samples" if peak.name != "evaluate" else "fewer samples of evaluators")
     if weighs("kept") or peak.files:

@@ -17,7 +17,7 @@ from torch import Tensor
 import pruneexp
 from pruneexp import progress
 from pruneexp.__main__ import main
-from pruneexp.calibrate import Meter, split
+from pruneexp.calibrate import Meter
 from pruneexp.compensator import Bias
 from pruneexp.criterion import Flap
 from pruneexp.model import Model
@@ -25,6 +25,7 @@ from pruneexp.model.modeling_pruned import FAMILIES as TABLES
 from pruneexp.pruning import Method, prune_
 from pruneexp.pruning.record import Record
 from pruneexp.recovery import Blockwise
+from pruneexp.recovery.blockwise import split
 from pruneexp.recovery.lesson import relative_error
 from pruneexp.search import AlAm, Global
 from pruneexp.sparsity import OneShot

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from pruneexp.criterion import Flap
 from pruneexp.search import Evolutionary, Global
 from pruneexp.search.levels import Structures, parabola
-from pruneexp.types import Budget, Candidate, ConfigError, Plan, RemovalPath, RunError, start_name
+from pruneexp.types import Budget, Candidate, ConfigError, Plan, RemovalPath, RunError
 from tests.cases import each
 from tests.toy_sites import CHANNEL_COST, HEAD_COST, model_sites, params
 
@@ -66,34 +65,6 @@ WEIGHTS = {name: 1.0 + 3 * (i % 4) for i, name in enumerate(NAMES)}
 
 def convex(levels: dict[str, int]) -> float:
     return sum(WEIGHTS[name] * (levels[name] * COST[name] / 3000) ** 2 for name in NAMES)
-
-
-class Asked(Loss):
-    """It notes which batches were asked for, and whether of a structure that is compensated."""
-
-    def __init__(self) -> None:
-        super().__init__(convex)
-        self.tried: list[Candidate] = []
-        self.asked: list[tuple[bool, int]] = []
-
-    def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> torch.Tensor:
-        assert batch is not None
-        self.asked.append((any(candidates[0] is each for each in self.tried), batch))
-        return super().losses(candidates, batch)
-
-    def trial(self, plan: Plan, share: float) -> Candidate:
-        self.tried.append(Candidate(plan))
-        return self.tried[-1]
-
-
-def test_what_is_found_is_judged_on_batches_that_it_was_not_chosen_by() -> None:
-    oracle, other = Asked(), {start_name("flap", name): path for name, path in paths(1).items()}
-    plan_of(search(starts={"flap": Flap("WIFV", False)}), oracle, scores={**paths(), **other})
-    first = [tried for tried, _ in oracle.asked].index(True)
-    judged = {batch for tried, batch in oracle.asked if tried}
-    searched = {batch for tried, batch in oracle.asked[first:] if not tried}
-    assert len(oracle.tried) >= 3 and len(judged) == 2 and len(searched) == 6
-    assert not judged & searched
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.33, 0.5])

@@ -6,7 +6,6 @@ from pruneexp.calibrate.augmentation import NoAugmentation, SelfGenerated
 from pruneexp.calibrate.bookmark import Bookmark, Meter
 from pruneexp.calibrate.dense_states import DenseStates
 from pruneexp.calibrate.gradients import gradient_evidence
-from pruneexp.calibrate.held_out import split
 from pruneexp.calibrate.influence import Landscape, influence_evidence
 from pruneexp.calibrate.observe import Visit
 from pruneexp.calibrate.probe import Probe, at_once

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Probe, split
+from pruneexp.calibrate import Probe
 from pruneexp.pruning.answers import checked_plan
 from pruneexp.pruning.budget import biases_added, loses_units, refusal, whole_budget
 from pruneexp.pruning.method import Pruning
@@ -69,13 +69,13 @@ def _fitted(work: Pruning, fit: Fit, fitting_NT: Tensor, plan: Plan, share: floa
 
 
 def parted(tokens_NT: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The windows that are scored on, and those that decide between structures: a share `held_out`, drawn at random,
-    of every source alike; all of them for both where it is 0."""
+    """The windows that are scored on, and those that decide between structures: a share `held_out`, drawn at random;
+    all of them for both where it is 0."""
     if not held_out:
         return tokens_NT, tokens_NT
-    rng = torch.Generator().manual_seed(seed)
-    deciding_B, others_B = split(len(tokens_NT), round(held_out * len(tokens_NT)), rng)
-    return tokens_NT[others_B], tokens_NT[deciding_B]
+    drawn = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))
+    deciding = round(held_out * len(tokens_NT))
+    return tokens_NT[drawn[deciding:].sort().values], tokens_NT[drawn[:deciding].sort().values]
 
 
 def plan_within_budget(

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruneexp.calibrate import Meter, split
+from pruneexp.calibrate import Meter
 from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import Family
 from pruneexp.progress import progress
@@ -121,6 +121,17 @@ class Taught:
     steps: int
     first: float
     least: float
+
+
+def split(windows: int, held: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The windows to hold out, one drawn from each of so many stretches of equal length, so that every source of a
+    mixture has its share, in whatever order they come; and the others."""
+    bounds = torch.arange(held + 1) * windows // held
+    drawn = (torch.rand(held, generator=rng) * (bounds[1:] - bounds[:-1])).long()
+    held_B = bounds[:-1] + drawn
+    others = torch.ones(windows, dtype=torch.bool)
+    others[held_B] = False
+    return held_B, others.nonzero().flatten()
 
 
 def _metrics(taught: Sequence[Taught]) -> dict[str, float]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.choice import distinct, least
-from pruneexp.search.levels import Levels, Structures
-from pruneexp.search.mutation import finalists, mutated
+from pruneexp.search.levels import Levels, Structures, parabola
+from pruneexp.search.mutation import mutated
 from pruneexp.search.starts import (
     AL_AM,
     HEAD_SHARES,
@@ -33,8 +33,6 @@ _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
 _AT_ONCE = 3  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
-_ONE_SITE = 0.6  # of a pass: what a structure takes that differs from another in one site, whose first layers it shares
-_FEWEST = 4  # offspring of a generation
 
 Tried = tuple[Plan, Sequence[int], Tensor]  # a structure, batches, and its losses on them: [batches, 1]
 
@@ -96,7 +94,7 @@ class Evolution:
         """Batches that hold about a share of the windows that decide: at least one."""
         return max(1, round(share * self.oracle.batches))
 
-    def price(self, structures: float, share: float) -> float:
+    def price(self, structures: int, share: float) -> float:
         """Passes that judging so many structures costs at most: those that begin alike share layers."""
         return structures * self.count(share) / self.oracle.batches * self.method.deciding
 
@@ -108,11 +106,8 @@ class Evolution:
         return share if share > 0 and self.left >= self.price(structures, share) else None
 
     def drawn(self, share: float) -> list[int]:
-        """Numbers of batches drawn at random; once structures were tried on some, of the others: what is found is to be
-        judged on batches that it was not chosen by."""
-        drawn = torch.randperm(self.oracle.batches, generator=self.rng).tolist()
-        tried = set() if self.tried is None else set(self.tried[1])
-        return ([batch for batch in drawn if batch not in tried] or drawn)[: self.count(share)]
+        """Numbers of batches drawn at random."""
+        return torch.randperm(self.oracle.batches, generator=self.rng)[: self.count(share)].tolist()
 
     def losses(self, population: Iterable[Levels], batches: Sequence[int]) -> Tensor:
         """Loss of each on each of the batches, Inf where it is not finite: float64 [batches, len(population)]."""
@@ -126,6 +121,11 @@ class Evolution:
         if self.skipped == self.asked:
             raise RunError(f"search: none of {self.asked} calibration losses is finite")
         return found.masked_fill(broken, math.inf)
+
+    def in_parts(self, makers: Sequence[Callable[[], Candidate]], batches: Sequence[int]) -> Tensor:
+        """`measured`, few at a time, since the out-projections of structures may all be different."""
+        parts = (makers[i : i + _AT_ONCE] for i in range(0, len(makers), _AT_ONCE))
+        return torch.cat([self.measured([make() for make in part], batches) for part in parts], 1)
 
     # ---- 1: where to start
 
@@ -192,13 +192,8 @@ class Evolution:
         return names[best]
 
     def _ranked(self, candidates: Mapping[str, Callable[[], Candidate]], share: float) -> list[str]:
-        """The names of the structures, that of least loss first; few at a time, since their out-projections may all be
-        different."""
-        batches, structures = self.drawn(share), list(candidates.values())
-        parts = range(0, len(structures), _AT_ONCE)
-        losses = torch.cat(
-            [self.measured([make() for make in structures[i : i + _AT_ONCE]], batches) for i in parts], 1
-        )
+        """The names of the structures, that of least loss first."""
+        losses = self.in_parts(list(candidates.values()), self.drawn(share))
         named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
         names = sorted(named, key=named.__getitem__)
         log.info("search: %s", ", ".join(f"{name} {named[name]:.4f}" for name in names))
@@ -240,8 +235,8 @@ class Evolution:
     def descended(self, levels: Levels) -> Levels:
         distance = self.method.distance
         for _ in range(self.method.rounds):
-            around = self.structures.around(levels, distance)
-            structures = 1 + _ONE_SITE * len(around) + _STEPS
+            around = self._around(levels, distance)
+            structures = 1 + len(around) + _STEPS
             whole = 2 * structures * self.method.deciding
             share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / whole)
             if self.left < self.price(structures, share):
@@ -252,6 +247,16 @@ class Evolution:
             levels = found
         return levels
 
+    def _around(self, levels: Levels, distance: float) -> list[tuple[str, int]]:
+        """Every site's levels at a distance below and above, where they are possible."""
+        around = []
+        for site in self.structures.chosen:
+            step = max(1, round(distance * self.structures.size[site.name]))
+            most = self.structures.most[site.name]
+            beside = {max(0, levels[site.name] - step), min(most, levels[site.name] + step)}
+            around += [(site.name, level) for level in sorted(beside - {levels[site.name]})]
+        return around
+
     def _step(self, levels: Levels, around: list[tuple[str, int]], share: float) -> Levels:
         population = [levels, *({**levels, name: level} for name, level in around)]
         losses = self.losses(population, self.drawn(share)).mean(0)
@@ -261,34 +266,36 @@ class Evolution:
         for (name, level), loss in zip(around, losses[1:], strict=True):
             if loss.isfinite():
                 points[name][level] = float(loss - losses[0])
-        full = self.structures.allotted_around(levels, points)
+        full = self._allotted(levels, points)
         half = {name: round((levels[name] + full[name]) / 2) for name in levels}
         heads = {site.name for site in self.structures.dear}
-        light = {name: {} if name in heads else own for name, own in points.items()}
-        spared = self.structures.allotted_around(levels, light)
+        spared = self._allotted(levels, {name: {} if name in heads else own for name, own in points.items()})
         steps = distinct([levels, full, self.structures.balanced(half), spared])
         share = max(share, min(self.method.tokens, self.left / 4 / self.price(len(steps), 1.0)))
         return steps[least(self.losses(steps, self.drawn(share)))]
+
+    def _allotted(self, levels: Levels, points: dict[str, dict[int, float]]) -> Levels:
+        curves = {}
+        for name, own in points.items():
+            base = levels[name]
+            possible = range(min([base, *own]), max([base, *own]) + 1)
+            curves[name] = (possible, parabola(base, own)) if own else ([base], lambda n: 0.0)
+        return self.structures.allotted(curves)
 
     # ---- 3: evolution
 
     def evolved(self, parent: Levels) -> Levels:
         method, generation = self.method, 0
-        while (offspring := self._offspring()) and (method.steps is None or generation < method.steps):
+        first = method.tokens / 4
+        finalists = max(1, method.offspring // 4)
+        price = self.price(method.offspring, first) + self.price(finalists + 1, method.tokens)
+        while self.left >= price and (method.steps is None or generation < method.steps):
             generation += 1
-            children = distinct([mutated(self.structures, parent, method.distance, self.rng) for _ in range(offspring)])
-            batches = self.drawn(method.tokens / 4)
-            parts = (children[i : i + _AT_ONCE] for i in range(0, len(children), _AT_ONCE))
-            losses = torch.cat([self.losses(part, batches).mean(0) for part in parts])
-            best = losses.sort(stable=True).indices[: finalists(offspring)].tolist()
-            final = [parent, *(children[i] for i in best)]
+            children = distinct(
+                [mutated(self.structures, parent, method.distance, self.rng) for _ in range(method.offspring)]
+            )
+            made = [partial(self.structures.candidate, child) for child in children]
+            losses = self.in_parts(made, self.drawn(first)).mean(0)
+            final = [parent, *(children[i] for i in losses.sort(stable=True).indices[:finalists].tolist())]
             parent = final[least(self.losses(final, self.drawn(method.tokens)))]
         return parent
-
-    def _offspring(self) -> int:
-        """How many a generation has: as many as are asked for, or, the last time, as are paid for; 0 for no more."""
-        most, share = self.method.offspring, self.method.tokens
-        for number in range(most, min(_FEWEST, most) - 1, -1):
-            if self.left >= self.price(number, share / 4) + self.price(finalists(number) + 1, share):
-                return number
-        return 0

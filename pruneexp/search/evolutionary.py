@@ -58,22 +58,21 @@ class Evolutionary:
     3. Evolution, as in EvoPress (Sieberling et al., 2024), with what is left: `offspring` copies of the best structure
        with parameters moved from some sites to others (or a whole sublayer gone, or back) are judged on a few batches,
        the best quarter on four times as many, together with the parent, which the best one replaces. At most `steps`
-       generations (null: what `effort` pays for, the last one perhaps a small one).
+       generations (null: what `effort` pays for).
     4. What the search began with (1) and what it found, each compensated as the run will do it, on the windows scored
        on: the first stays where the other is no better. Left out where that would take more than half of the effort.
        With `starts`, the best start by (1) and what AL-AM removes by each criterion are tried so before the search goes
        on from the best of them, as far as a third of the effort pays for it; where it pays for two trials alone, the
-       better of two starts is the plan. 2 and 3 then look at other windows than those on which these are judged.
+       better of two starts is the plan.
 
     `tokens` is the share of the windows that decide which is looked at to choose between structures in 1 and 2 (less of
     them where the effort would not pay for two rounds of 2), in the last turn of 3 and in 4. A structure takes
     another's place once its loss is lower by more than the standard error of the difference over batches. Losses that
     are not finite are skipped and counted.
 
-    `held_out`: the share of the calibration windows, drawn at random from every source alike, that decides; scores,
-    orders and the fits that structures are judged with are then of the others alone, so that nothing is judged by what
-    it was fitted to. Which units leave is told by scores of all windows in the end, in the order that was chosen. 0:
-    all windows do both.
+    `held_out`: the share of the calibration windows, drawn at random, that decides; scores, orders and the fits that
+    structures are judged with are then of the others alone, so that nothing is judged by what it was fitted to. Which
+    units leave is told by scores of all windows in the end, in the order that was chosen. 0: all windows do both.
     `objective`: next_token, the mean loss of the next token, or kl, the divergence KL(p || q) of the
     structure's predictions q from the dense model's p, in nats per token (where an output head costs more than all
     layers, of every second token, or of fewer).

@@ -187,24 +187,6 @@ class Structures:
         ends = [at(low), at(high)]
         return self.balanced(min(ends, key=lambda levels: abs(self.removed(levels) - self.budget.remove)))
 
-    def around(self, levels: Levels, distance: float) -> list[tuple[str, int]]:
-        """Every site's levels at a distance (a share of its size) below and above, where they are possible."""
-        found = []
-        for site in self.chosen:
-            step, level = max(1, round(distance * self.size[site.name])), levels[site.name]
-            beside = {max(0, level - step), min(self.most[site.name], level + step)}
-            found += [(site.name, other) for other in sorted(beside - {level})]
-        return found
-
-    def allotted_around(self, levels: Levels, points: Mapping[str, Mapping[int, float]]) -> Levels:
-        """`allotted`, by parabolas through 0 at a site's own level and the losses at others (`points`)."""
-        curves: dict[str, tuple[Sequence[int], Curve]] = {}
-        for name, own in points.items():
-            base = levels[name]
-            possible = range(min([base, *own]), max([base, *own]) + 1)
-            curves[name] = (possible, parabola(base, own)) if own else ([base], lambda n: 0.0)
-        return self.allotted(curves)
-
 
 def parabola(base: int, points: Mapping[int, float]) -> Curve:
     """A convex curve through the loss at `base` (0) and one or two levels beside it: a parabola through three points,

@@ -27,8 +27,3 @@ def mutated(structures: Structures, levels: Levels, distance: float, rng: torch.
             units = max(1, round(amount / structures.cost[site.name])) * sign
             child[site.name] = min(max(child[site.name] + units, 0), structures.most[site.name])
     return structures.balanced(child)
-
-
-def finalists(offspring: int) -> int:
-    """How many of a generation are judged on more tokens."""
-    return max(1, offspring // 4)

@@ -286,8 +286,7 @@ class Evolution:
 
     def evolved(self, parent: Levels) -> Levels:
         method, generation = self.method, 0
-        first = method.tokens / 4
-        finalists = max(1, method.offspring // 4)
+        first, finalists = method.tokens / 4, max(1, method.offspring // 4)
         price = self.price(method.offspring, first) + self.price(finalists + 1, method.tokens)
         while self.left >= price and (method.steps is None or generation < method.steps):
             generation += 1

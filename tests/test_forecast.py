@@ -491,10 +491,14 @@ def test_a_warning_names_what_weighs(foretold: Any, caplog: pytest.LogCaptureFix
         warn_of_memory(foretold("recipe=llm_pruner", seen=replace(many, batch_size=10**4))[1], 2**20)
         warn_of_memory(foretold("recipe=best")[1], 2**20)
         warn_of_memory(foretold()[1], 2**40)
-    first, second, third = (record.getMessage() for record in caplog.records)
+        small = foretold()[1]
+        timing = memory.Stage("time layers", {"activations": 2**30})
+        warn_of_memory(replace(small, held=[timing, *small.held], streamed=[]), 2**20)
+    first, second, third, fourth = (record.getMessage() for record in caplog.records)
     assert "fewer dataset.samples" in first and "model.stream" not in first and "batch_size" not in first
     assert "a smaller model.batch_size" in second and "model.stream" not in second
     assert "(search)" in third and "a smaller criterion.memory" in third
+    assert "(time layers)" in fourth and fourth.endswith("would help: a smaller sparsity.batch or sparsity.context")
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])

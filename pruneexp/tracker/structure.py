@@ -168,7 +168,8 @@ def latency_figure(times: Times, plan: Plan, sites: Sequence[Site], origin: Sequ
             _text(draw, (at(kept, 0)[0], at(0, 0)[1] + 5), str(kept), anchor="ma")
         for share in (0.0, 0.5, 1.0):
             _text(draw, (at(0, 0)[0] - 5, at(0, share * tallest)[1]), f"{share * tallest:.3g}", anchor="rm")
-        _text(draw, (at(0, 0)[0], 0.1 * DPI), f"ms by {UNITS[kind]} kept", anchor="la", fill="#444444")
+        caption = f"ms by {UNITS[kind]} kept; bars: interquartile range"
+        _text(draw, (at(0, 0)[0], 0.1 * DPI), caption, anchor="la", fill="#444444")
     image.save(path, format="PNG", compress_level=1)
 
 

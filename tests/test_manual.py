@@ -106,6 +106,19 @@ def test_the_tables_of_forms_have_every_form() -> None:
         assert {cell.strip("`") for cell in head[1:]} == forms
 
 
+def test_the_table_of_biases_is_what_stock_classes_have() -> None:
+    from tests.test_export import takes_biases
+
+    _, *found = rows(EXPORT, "added biases stay stock behind")
+    named = {place: set(re.findall(r"`(\w+)`", families)) for place, families in found}
+    assert sorted(name for families in named.values() for name in families) == sorted(FAMILIES)
+    both = {
+        name for name, family in FAMILIES.items() if not family.experts and name != "mistral" and takes_biases(name)
+    }
+    assert named["attention and FFN"] == both
+    assert "qwen3" in named["attention alone"] and {"qwen2", "mistral", "mixtral"} <= named["neither"]
+
+
 def test_the_table_of_engines_names_what_they_do_not_take() -> None:
     head, *found = rows(EXPORT, "engine")
     cells = {row[0]: dict(zip(head, row, strict=True))["`remote_code`"] for row in found}

@@ -13,6 +13,8 @@ from pruneexp.export.command import CHOICES
 from pruneexp.model.modeling_pruned import FAMILIES
 from pruneexp.surgery.served import NOT_SERVED
 from tests import manual
+from tests.conftest import FAMILIES as TINY_FAMILIES
+from tests.tiny_families import TINY, model_type_of
 
 EXPORT, EVALUATORS = "pruneexp/export/README.md", "pruneexp/evaluator/README.md"
 
@@ -112,9 +114,9 @@ def test_the_table_of_biases_is_what_stock_classes_have() -> None:
     _, *found = rows(EXPORT, "added biases stay stock behind")
     named = {place: set(re.findall(r"`(\w+)`", families)) for place, families in found}
     assert sorted(name for families in named.values() for name in families) == sorted(FAMILIES)
-    both = {
-        name for name, family in FAMILIES.items() if not family.experts and name != "mistral" and takes_biases(name)
-    }
+    tiny = {model_type_of(name): name for name in TINY} | {name: name for name in TINY_FAMILIES}
+    plain = [name for name, family in FAMILIES.items() if not family.experts and name not in ("mistral", "falcon")]
+    both = {name for name in plain if takes_biases(tiny[name])}
     assert named["attention and FFN"] == both
     assert "qwen3" in named["attention alone"] and {"qwen2", "mistral", "mixtral"} <= named["neither"]
 

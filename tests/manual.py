@@ -15,6 +15,8 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +279,42 @@ def statistics() -> str:
     return table(["statistics", "source", "what it is"], rows)
 
 
+def stock_biases() -> str:
+    """Behind which sublayers each family's stock classes hold the biases that compensators add: asked of the code that
+    writes checkpoints, with tiny models that have no weights."""
+    from pruneexp.model.modeling_pruned import FAMILIES
+
+    places = {(True, True): "attention and FFN", (True, False): "attention alone"}
+    places |= {(False, True): "the FFN alone", (False, False): "neither"}
+    found: dict[str, list[str]] = {place: [] for place in places.values()}
+    for name in sorted(FAMILIES):
+        found[places[_biases_held(name)]].append(f"`{name}`")
+    rows = [[place, ", ".join(names)] for place, names in found.items() if names]
+    return table(["added biases stay stock behind", "families"], rows)
+
+
+def _biases_held(name: str) -> tuple[bool, bool]:
+    """Whether a stock class has a place for an added bias behind the attention, and behind the FFN."""
+    from pruneexp.model.given import GivenModel
+    from pruneexp.model.modeling_pruned import resize_layer_
+    from pruneexp.surgery.forms import original_structure, uniform_form
+    from tests.export_matrix import model_of
+
+    model = GivenModel(model_of(name), None, 1, in_place=True).outline()
+    if model.mixture:
+        return False, False
+    before = original_structure(model)
+
+    def holds(**biases: bool) -> bool:
+        structure, layer = replace(before, **biases), deepcopy(model.layers[0])
+        resize_layer_(layer, model.family, structure, model.head_layout)
+        return uniform_form(model, structure, layer) is not None
+
+    if holds(attention_output_bias=True, mlp_output_bias=True):  # one flag may say both
+        return True, True
+    return holds(attention_output_bias=True), holds(mlp_output_bias=True)
+
+
 def fenced(words: str) -> str:
     return f"```text\n{words}\n```"
 
@@ -292,6 +330,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "entries": entries,
     "protocols": protocols,
     "statistics": statistics,
+    "stock-biases": stock_biases,
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pruneexp
-from tests.benchmarks import device_cost, methods
+from tests.benchmarks import device_cost, figures, methods
 from tests.golden import recipes
 
 QUICK = ["model=embedded", "dataset=embedded", "dataset.samples=8", "dataset.length=32", "cache=off"]
@@ -42,3 +42,17 @@ def test_a_cell_is_the_run(tmp_path: Path) -> None:
     cost, passes = device_cost.cost(typed), run["passes/forward"] + run["passes/backward"]
     assert (cost["removed"], cost["passes"]) == (run["sparsity/decoder"], passes)
     assert 0 < cost["ratio"] and methods.pruning_seconds(run) > run["seconds/augment"] + run["seconds/recover"]
+
+
+def test_the_figures_are_asked_for_help_and_for_another_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(*given: object) -> None:
+        raise AssertionError("drawn, though only help was asked for")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(figures, "write_atomic", drawn)
+        figures.main(["--help"])
+    assert ended.value.code == 0 and "--out" in capsys.readouterr().out
+    figures.main(["--out", str(tmp_path / "new")])
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["effort.svg", "ridge.svg"]

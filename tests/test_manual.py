@@ -14,6 +14,8 @@ from pruneexp.export.command import CHOICES
 from pruneexp.model.modeling_pruned import FAMILIES
 from pruneexp.surgery.served import NOT_SERVED
 from tests import manual
+from tests.conftest import FAMILIES as TINY_FAMILIES
+from tests.tiny_families import TINY, model_type_of
 
 EXPORT, EVALUATORS = "pruneexp/export/README.md", "pruneexp/evaluator/README.md"
 
@@ -105,6 +107,19 @@ def test_the_tables_of_forms_have_every_form() -> None:
     for first in ("engine", "family"):
         head, *_ = rows(EXPORT, first)
         assert {cell.strip("`") for cell in head[1:]} == forms
+
+
+def test_the_table_of_biases_is_what_stock_classes_have() -> None:
+    from tests.test_export import takes_biases
+
+    _, *found = rows(EXPORT, "added biases stay stock behind")
+    named = {place: set(re.findall(r"`(\w+)`", families)) for place, families in found}
+    assert sorted(name for families in named.values() for name in families) == sorted(FAMILIES)
+    tiny = {model_type_of(name): name for name in TINY} | {name: name for name in TINY_FAMILIES}
+    plain = [name for name, family in FAMILIES.items() if not family.experts and name not in ("mistral", "falcon")]
+    both = {name for name in plain if takes_biases(tiny[name])}
+    assert named["attention and FFN"] == both
+    assert "qwen3" in named["attention alone"] and {"qwen2", "mistral", "mixtral"} <= named["neither"]
 
 
 def test_the_table_of_engines_names_what_they_do_not_take() -> None:

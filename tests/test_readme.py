@@ -62,6 +62,19 @@ def test_a_criterion_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "my_criteria.Energy" in Path("run/config.yaml").read_text()
 
 
+def test_a_recipe_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written_part("my_criteria.py", "Energy", "criterion/energy.yaml", "criterion=energy")
+    (tmp_path / "my_conf" / "recipe").mkdir()
+    (tmp_path / "my_conf" / "recipe" / "mine.yaml").write_text(
+        block("pruneexp/README.md", "yaml", "/criterion: energy")
+    )
+    (command,) = (each for each in pruneexp_commands() if "recipe=mine,flap" in each)
+    assert main([*command, "dataset.samples=4", "evaluator=[size]"]) == 0
+    configs = [file.read_text() for file in Path("outputs/sweeps/mine+flap").glob("*/config.yaml")]
+    assert len(configs) == 4 and sum("my_criteria.Energy" in config for config in configs) == 2
+
+
 def test_an_evaluator_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     command = written_part("my_evaluators.py", "Top1", "evaluator/top1.yaml", "evaluator=[perplexity,top1]")
@@ -123,7 +136,7 @@ def test_every_command_for_one_run_builds_and_names_a_dataset_for_a_model_of_one
 
 @pytest.mark.slow
 def test_every_command_for_many_runs_composes_its_jobs() -> None:
-    sweeps = [command for command in pruneexp_commands() if swept(command)]
+    sweeps = [command for command in pruneexp_commands() if swept(command) and "--config-dir" not in command]
     sweeps = [command for command in sweeps if "hydra/sweeper=optuna" not in command]  # a plugin, apart
     assert len(sweeps) >= 6
     hydra = open_hydra()

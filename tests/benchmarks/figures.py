@@ -1,10 +1,11 @@
 """Draws this folder's figures from `measured.json`, the numbers behind them: effort.svg and ridge.svg.
 
-python -m tests.benchmarks.figures
+python -m tests.benchmarks.figures [--out FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,10 +46,15 @@ def ridge_figure(measured: Mapping[str, Any]) -> str:
     return as_svg(figure)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """`argv`: the arguments, those typed unless given."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder to write them to; this page's own")
+    out = parser.parse_args(argv).out
     measured = json.loads((HERE / "measured.json").read_text())
-    write_atomic(HERE / "effort.svg", effort_figure(measured["effort"]))
-    write_atomic(HERE / "ridge.svg", ridge_figure(measured["ridge"]))
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "effort.svg", effort_figure(measured["effort"]))
+    write_atomic(out / "ridge.svg", ridge_figure(measured["ridge"]))
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def warn_of_memory(found: Forecast, available: int) -> None:
     if not found.streams and found.streamed and max(stage.needed for stage in found.streamed) < peak.needed:
         helps.append("model.stream=true")
     if weighs("activations"):
-        batch = dict.fromkeys(TIMED, "a smaller sparsity.batch or sparsity.context")
-        batch["evaluate"] = "a smaller batch_size of evaluators"
+        batch = {"evaluate": "a smaller batch_size of evaluators"}
+        batch |= {name: "a smaller sparsity.batch or sparsity.context" for name in TIMED}
         helps.append(batch.get(peak.name, "a smaller model.batch_size"))
     if weighs("hidden states"):
         helps.append("fewer dataset.samples" if peak.name != "evaluate" else "fewer samples of evaluators")

@@ -51,6 +51,7 @@ class LayerShares:
     SlimLLM's code rounds heads to the nearest; where there are few KV groups, `remainder=down` leaves better models.
     What rounding leaves over goes into the next layer's. The whole is so met to half the cost of the cheapest unit.
     Departs: scores and importances are of the dense model, where SlimLLM's code scores a layer behind the pruned ones.
+    With `criterion.sequential=always` they are of each layer behind masked ones, which lose one share alike.
     """
 
     min_units: int

@@ -312,7 +312,7 @@ def test_a_run_on_any_gpu(
     assert "are free" not in caplog.text
     with pretended_gpus(2, free=(2**30, 2**10)), held_gpu("cuda:any"):
         run("cuda:any", "llama", "recipe=flap")
-    assert "1.0 KiB are free" in caplog.text, "it is the free memory of the GPU that was taken"
+    assert "1.00 KiB are free" in caplog.text, "it is the free memory of the GPU that was taken"
     with pretended_gpus(0), pytest.raises(ConfigError, match=r"model.device='cuda:any'.* 0 CUDA devices; expected cpu"):
         run("cuda:any", "llama", "recipe=flap")
 

@@ -200,10 +200,11 @@ def _folder(given: Any) -> Path:
 
 def _path(given: Any, what: str, expected: str) -> Path:
     try:
-        if given == "":
+        path = Path(given).expanduser()
+        if given == "" or "\0" in str(path):
             raise TypeError
-        return Path(given).expanduser()
-    except (TypeError, RuntimeError):  # no path, or none that is named; a home that is not known
+        return path
+    except (TypeError, RuntimeError):  # no path, or none that can be named; a home that is not known
         raise ConfigError(f"{what}={given!r}: expected {expected}") from None
 
 

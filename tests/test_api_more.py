@@ -16,6 +16,7 @@ from torch import nn
 
 import pruneexp
 from pruneexp.tracker import memory_metrics
+from pruneexp.types import SitePlan
 from tests.tiny_families import tiny_model
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -162,9 +163,34 @@ def test_odd_arguments_are_one_line(model: Any, tokens: torch.Tensor) -> None:
         pruneexp.prune(model, None, tokens, overrides=["sweep.dir=x"])
     with pytest.raises(pruneexp.ConfigError, match="tokenizer: is a str"):
         pruneexp.prune(model, "gpt2", tokens)
-    for odd in (None, 3, {}):
+    for odd in (None, 3, {}, "a\0b"):
         with pytest.raises(pruneexp.ConfigError, match="plan=.*expected a Plan"):
             pruneexp.apply(model, odd)  # type: ignore[arg-type]
+    for odd in ("", 3, b"x", "a\0b"):
+        with pytest.raises(pruneexp.ConfigError, match="folder=.*expected the path of a folder"):
+            pruneexp.apply(model, pruneexp.Plan({}), odd)  # type: ignore[arg-type]
+
+
+def test_a_plan_that_leaves_no_model_is_refused(model: Any) -> None:
+    layers = [f"model.layers.{index}" for index in range(3)]
+    with pytest.raises(pruneexp.ConfigError, match="^plan: removes every decoder layer; expected one or more"):
+        pruneexp.apply(model, pruneexp.Plan({name: SitePlan("block", 1, ()) for name in layers}))
+    fewer = pruneexp.apply(model, pruneexp.Plan({name: SitePlan("block", 1, ()) for name in layers[1:]}))
+    assert len(fewer.model.layers) == 1
+    mixture, experts = tiny_model("mixtral").float(), "model.layers.0.mlp.experts"
+    with pytest.raises(pruneexp.ConfigError, match=f"^plan: {experts} keeps 1 of 4 experts, a token .* goes to 2; "):
+        pruneexp.apply(mixture, pruneexp.Plan({experts: SitePlan("experts", 4, (3,))}))
+
+
+def test_units_of_a_plan_are_integers(model: Any) -> None:
+    attention = "model.layers.0.self_attn"
+    halves: Any = (SitePlan("attention", 3, (0, 0.5, 1)), SitePlan("attention", 3, (0,), 6, (0, 0.5)))  # type: ignore[arg-type]
+    for own in halves:
+        plan = pruneexp.Plan({attention: own})
+        Path("plan.json").write_text(plan.to_json())
+        for given in (plan, "plan.json"):
+            with pytest.raises(pruneexp.ConfigError, match=f"^plan: {attention} keeps units by numbers that are no in"):
+                pruneexp.apply(model, given)
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ from pruneexp.types import ConfigError, Plan, RunError, Site, SitePlan
 
 
 def check_plan(model: Model, plan: Plan) -> None:
-    """Raises ConfigError, naming a site or a size, where the plan is not one of this model, as it stands."""
+    """Raises ConfigError, naming a site or a size, where the plan is not one of this model, as it stands, or leaves a
+    model that cannot run: without layers, or with fewer experts than a token goes to."""
     whole = [site for index in range(len(model.layers)) for site in model.whole_block(index).sites]
     experts = [site for index in range(len(model.layers)) for site in model.whole_experts(index)]
     known = {site.name: site for site in (*model.sites(), *experts, *whole)}
@@ -45,6 +46,18 @@ def check_plan(model: Model, plan: Plan) -> None:
                 f"plan: {name} is of {own.query_heads} query heads, in this model {site.units * site.group}; expected "
                 "a plan of the same model"
             )
+        if not all(isinstance(index, int) for index in (*own.kept, *(own.kept_query_heads or ()))):
+            raise ConfigError(
+                f"plan: {name} keeps units by numbers that are no integers; expected indices from 0 to {own.units - 1}"
+            )
+        if len(own.kept) < site.least:
+            raise ConfigError(
+                f"plan: {name} keeps {len(own.kept)} of {site.units} {site.kind}, a token of this model goes to "
+                f"{site.least}; expected at least as many"
+            )
+    blocks = [plan.sites.get(f"{model.layers_path}.{index}") for index in range(len(model.layers))]
+    if all(own is not None and not own.kept for own in blocks):
+        raise ConfigError("plan: removes every decoder layer; expected one or more that stay")
     total = plan.budget.get("total_params") if plan.budget.get("of") == "decoder" else None
     if total not in (None, model.decoder_params):  # sites that are not named stay whole: the sites alone may fit
         raise ConfigError(

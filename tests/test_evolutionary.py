@@ -162,6 +162,16 @@ def test_losses_that_are_no_numbers_are_skipped_and_counted(caplog):
         plan_of(search(), Loss(lambda levels: math.nan))
 
 
+def test_the_first_children_may_all_be_no_numbers():
+    """Few children are judged at a time: those that follow may be finite."""
+    oracle = Loss(lambda levels: math.nan if len(oracle.seen) <= 3 else convex(levels))
+    once = search(rounds=0, tokens=0.7, offspring=4, effort=2.1, steps=1)  # too little to judge where to start
+    plan, budget = plan_of(once, oracle, 0.2, seed=1)
+    assert len(oracle.seen) > 4 and abs(removed(plan) - budget.remove) <= CHANNEL_COST / 2
+    with pytest.raises(RunError, match=r"^search: none of \d+ calibration losses is finite"):
+        plan_of(once, Loss(lambda levels: math.nan), 0.2)
+
+
 def test_no_order_of_sites_matters():
     budget, found = Budget(0.3, params(SITES)), []
     for sites in (SITES, SITES[::-1]):

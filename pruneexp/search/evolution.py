@@ -59,8 +59,7 @@ class Evolution:
     @property
     def left(self) -> float:
         """Passes that may still be spent."""
-        kept_back = self.trials * self.method.trial_price
-        return self.method.effort - kept_back - (self.oracle.passes - self.spent_before)
+        return self.method.effort - self.trials * self.method.trial_price - (self.oracle.passes - self.spent_before)
 
     def decided(self) -> Plan:
         """The structure found, or the one it began with where that is as good. Both are judged as the run will
@@ -113,19 +112,20 @@ class Evolution:
         """Loss of each on each of the batches, Inf where it is not finite: float64 [batches, len(population)]."""
         return self.measured([self.structures.candidate(levels) for levels in population], batches)
 
-    def measured(self, candidates: Sequence[Candidate], batches: Sequence[int]) -> Tensor:
+    def measured(self, candidates: Sequence[Candidate], batches: Sequence[int], last: bool = True) -> Tensor:
         found = torch.stack([self.oracle.losses(candidates, batch) for batch in batches])
         broken = ~found.isfinite().all(0)
         self.asked += len(candidates)
         self.skipped += int(broken.sum())
-        if self.skipped == self.asked:
+        if last and self.skipped == self.asked:  # of those before `last`, others may be finite
             raise RunError(f"search: none of {self.asked} calibration losses is finite")
         return found.masked_fill(broken, math.inf)
 
     def in_parts(self, makers: Sequence[Callable[[], Candidate]], batches: Sequence[int]) -> Tensor:
         """`measured`, few at a time, since the out-projections of structures may all be different."""
-        parts = (makers[i : i + _AT_ONCE] for i in range(0, len(makers), _AT_ONCE))
-        return torch.cat([self.measured([make() for make in part], batches) for part in parts], 1)
+        ends = range(_AT_ONCE, len(makers) + _AT_ONCE, _AT_ONCE)
+        parts = ([make() for make in makers[end - _AT_ONCE : end]] for end in ends)
+        return torch.cat([self.measured(p, batches, end >= len(makers)) for p, end in zip(parts, ends, strict=True)], 1)
 
     # ---- 1: where to start
 

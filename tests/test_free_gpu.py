@@ -200,6 +200,20 @@ def test_a_run_that_fails_gives_its_gpu_back() -> None:
                 raise OSError("disk full")
 
 
+def test_a_gpu_that_is_broken_is_given_back_too(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    with pretended_gpus(1):
+        monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+        with pytest.raises(RuntimeError, match="device-side assert") as found, held_gpu("cuda:any"):
+            pass
+        (file,) = locks.glob("pruneexp-*.lock")
+        with FileLock(file, timeout=0) as again:
+            assert again.is_locked
+    assert found.tb is not None  # which keeps what the context held
+
+
 def test_other_devices_take_no_lock(locks: Path) -> None:
     for name in ("cpu", "cuda:1", "auto"):
         with held_gpu(name) as device:

@@ -53,8 +53,10 @@ def held_gpu(device: str) -> Iterator[str]:
     try:
         yield f"cuda:{number}"
     finally:
-        torch.cuda.empty_cache()  # before another run takes it
-        locks[number].release()
+        try:
+            torch.cuda.empty_cache()  # before another run takes it
+        finally:  # an error of the GPU's is told here again
+            locks[number].release()
 
 
 def _first_free(locks: Sequence[FileLock]) -> int | None:

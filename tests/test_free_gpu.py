@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,6 +199,32 @@ def test_a_run_that_fails_gives_its_gpu_back() -> None:
         for _ in range(2):
             with pytest.raises(OSError, match="disk"), held_gpu("cuda:any"):
                 raise OSError("disk full")
+
+
+@pytest.mark.usefixtures("locks")
+def test_what_failed_has_left_its_gpu_before_another_run_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[weakref.ref[torch.nn.Module]] = []
+    emptied: list[bool] = []
+
+    def load() -> None:
+        model = torch.nn.Linear(1, 1)
+        models.append(weakref.ref(model))
+        raise MemoryError
+
+    def works() -> None:
+        model = torch.nn.Linear(1, 1)
+        models.append(weakref.ref(model))
+        try:
+            load()
+        except MemoryError as error:
+            raise RuntimeError("out of memory") from error
+
+    with pretended_gpus(1):
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.extend(model() is None for model in models))
+        with pytest.raises(RuntimeError, match="out of memory") as found, held_gpu("cuda:any"):
+            works()
+    assert emptied == [True, True]
+    assert found.tb is not None  # which kept them
 
 
 def test_a_gpu_that_is_broken_is_given_back_too(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ WAIT = 0.5  # seconds between two looks at GPUs that are all taken
 def held_gpu(device: str) -> Iterator[str]:
     """Gives `device`; for "cuda:any", a visible GPU that no other run of this user has taken in this way. The GPU is
     held until the end, also that of a process that is killed. While all are taken, this waits. A model that is still
-    there at the end stays on a GPU that counts as free.
+    there at the end stays on a GPU that counts as free; what an error's traceback holds is let go.
 
     A GPU is a lock file in the folder of temporary files, named by the GPU's own id: processes that see other GPUs, or
     the same ones under other numbers, agree. Programs that take no such lock are not noticed.
@@ -52,11 +53,21 @@ def held_gpu(device: str) -> Iterator[str]:
     logger.info("model.device=%s: takes cuda:%d", ANY, number)
     try:
         yield f"cuda:{number}"
+    except BaseException as error:
+        _forget_variables(error)
+        raise
     finally:
         try:
             torch.cuda.empty_cache()  # before another run takes it
         finally:  # an error of the GPU's is told here again
             locks[number].release()
+
+
+def _forget_variables(error: BaseException | None) -> None:
+    """A traceback holds the variables of the calls that failed, the model among them."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _first_free(locks: Sequence[FileLock]) -> int | None:

@@ -171,6 +171,16 @@ def test_odd_arguments_are_one_line(model: Any, tokens: torch.Tensor) -> None:
             pruneexp.apply(model, pruneexp.Plan({}), odd)  # type: ignore[arg-type]
 
 
+def test_advice_about_shared_text_is_of_what_the_caller_has(
+    model: Any, tokens: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = ["search=evolutionary", "search.starts=[]", "search.effort=1"]
+    pruneexp.prune(model, None, tokens[:1].repeat(4, 1), overrides=short)
+    (shared,) = [line for line in caplog.messages if "share text" in line]
+    assert shared.startswith("100 % of the windows that search.held_out=0.5 lets decide share text with those ")
+    assert shared.endswith("; a longer text would keep them apart")  # neither samples nor sampling are its own to set
+
+
 def test_a_plan_that_leaves_no_model_is_refused(model: Any) -> None:
     layers = [f"model.layers.{index}" for index in range(3)]
     with pytest.raises(pruneexp.ConfigError, match="^plan: removes every decoder layer; expected one or more"):

@@ -49,10 +49,15 @@ def warn_of_shared_text(experiment: Experiment, tokens_NT: Tensor) -> None:
         return
     share = overlap(*parted(tokens_NT, held_out, experiment.seed))
     if share > SHARED:
+        helps = ["a longer text"]
+        if experiment.dataset.samples is not None:
+            helps.append("fewer dataset.samples")
+        if experiment.config["dataset"].get("sampling") == "random":
+            helps.append("dataset.sampling=consecutive")
         logger.warning(
-            "%.0f %% of the windows that search.held_out=%g lets decide share text with those that are scored on; a "
-            "longer text, fewer dataset.samples or dataset.sampling=consecutive would keep them apart",
-            *(100 * share, held_out),
+            "%.0f %% of the windows that search.held_out=%g lets decide share text with those that are scored on; %s "
+            "would keep them apart",
+            *(100 * share, held_out, " or ".join([", ".join(helps[:-1]), helps[-1]] if helps[1:] else helps)),
         )
 
 

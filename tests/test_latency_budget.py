@@ -468,6 +468,7 @@ REFUSED = [  # what is typed, what the line names, what it says besides
         "sparsity.table='t.json'",
         ["no query_heads of layer 0", "1 to 2"],
     ),
+    ("sparsity.table=whole.json", "sparsity.table='whole.json'", ["query_heads of layer 0 goes from 2 to 2", "1 to 2"]),
     ("sparsity.table=t.json sparsity.ratio=0.99", "sparsity.ratio=0.99", ["at most", "table of times"]),
     ("sparsity.phase=prefill", "sparsity.context=0", ["phase=prefill"]),
     ("sparsity.batch=0", "sparsity.batch=0", [">= 1"]),
@@ -504,6 +505,7 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
         "number": {**table, "layers": [{**table["layers"][0], "attention": 7}]},
         "more": {**table, "model": {**table["model"], "experts": 2}},
         "slower": {**table, "layers": [{**table["layers"][0], **slower}]},
+        "whole": {**table, "layers": [{**table["layers"][0], "query_heads": [[2, 1.0, 0.0]]}]},
     }
     points = {"nan": [9, math.nan, 0.0], "below": [9, -1.0, 0.0], "half": [8.5, 1.0, 0.0]}
     points |= {"down": [8, 0.5, 0.0], "words": ["9", "1", "0"], "flat": 9}

@@ -117,16 +117,16 @@ def check_table(table: Table, asked: Conditions, by_query_head: bool = False) ->
         own = next((each for each in table.times.of if index in each.layers), None)
         if own is None:
             raise ConfigError(f"{where}: has no times of layer {index}; expected those of all {len(widths)}")
-        ends = [("attention", own.attention, groups), ("ffn", own.ffn, channels)]
+        ends = [("attention", own.attention, 0, groups), ("ffn", own.ffn, 0, channels)]
         if own.query_heads is not None:
-            ends.append(("query_heads", own.query_heads, heads))
+            ends.append(("query_heads", own.query_heads, 1, heads))
         elif by_query_head and heads > 1:
             raise ConfigError(f"{where}: has no query_heads of layer {index}; expected times of 1 to {heads}")
-        for name, curve, whole in ends:
-            if curve.most != whole or (whole and name != "query_heads" and curve.points[0][0] > 0):
+        for name, curve, least, whole in ends:
+            if curve.most != whole or (whole and curve.points[0][0] > least):
                 raise ConfigError(
-                    f"{where}: {name} of layer {index} goes from {curve.points[0][0]} to {curve.most}; expected 0 to "
-                    f"{whole}, all that it has"
+                    f"{where}: {name} of layer {index} goes from {curve.points[0][0]} to {curve.most}; expected "
+                    f"{least} to {whole}, all that it has"
                 )
 
 

@@ -21,9 +21,9 @@ class ServeSafe:
 
     The number of heads comes nearest to their share of the budget, of those for which FFN channels can make up the
     rest; with `remainder` down, it takes no more than that share where it need not (of a share of 0.6 of a head,
-    nothing). `Global` over the channels alone then meets the budget (`normalise`, `multiple` as there). Heads alone come
-    nearest to the budget. At least one head stays in every layer, and `min_units` of every site. `granularity`: heads,
-    channels or both.
+    nothing). `Global` over the channels alone then meets the budget (`normalise`, `multiple` as there). Heads alone
+    come nearest to the budget. At least one head stays in every layer, and `min_units` of every site. `granularity`:
+    heads, channels or both.
     """
 
     min_units: int

@@ -17,6 +17,7 @@ from torch import nn
 import pruneexp
 from pruneexp.tracker import memory_metrics
 from pruneexp.types import SitePlan
+from tests.cases import each
 from tests.tiny_families import tiny_model
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -179,6 +180,29 @@ def test_advice_about_shared_text_is_of_what_the_caller_has(
     (shared,) = [line for line in caplog.messages if "share text" in line]
     assert shared.startswith("100 % of the windows that search.held_out=0.5 lets decide share text with those ")
     assert shared.endswith("; a longer text would keep them apart")  # neither samples nor sampling are its own to set
+
+
+@pytest.mark.slow
+@each("name", ["falcon_rw", "gpt2", "mixtral"])  # ALiBi's slopes, transposed weights, experts
+def test_a_pruned_model_that_was_loaded_again_is_pruned_as_what_was_saved(name: str, tokens: torch.Tensor) -> None:
+    model = tiny_model(name).float()
+    plan = pruneexp.prune(model, None, tokens, recipe="wanda_sp", overrides=["compensator=none"]).plan
+    attention = next(site for site in plan.sites if plan.sites[site].kind == "attention")  # type: ignore[union-attr]
+    gone = SitePlan("attention", plan.sites[attention].units, ())  # type: ignore[union-attr]
+    pruned = pruneexp.apply(model, plan.merged(pruneexp.Plan({attention: gone})), name)  # type: ignore[union-attr]
+    read, windows = reloaded(name), torch.randint(3, 64, (16, 24), generator=torch.Generator().manual_seed(1))
+    kinds = [type(part) for part in read.modules()]
+    for recipe in ("flap", "best_tuned"):
+        short = ["search.effort=2", "augmentation=none", "recovery.held_out=0.25"] if recipe == "best_tuned" else []
+        windows = tokens.repeat(3, 1)[:16]
+        again, wanted = (
+            pruneexp.prune(given, None, windows, recipe=recipe, overrides=short) for given in (read, pruned)
+        )
+        assert again.plan == wanted.plan and again.metrics["sparsity/decoder"] > 0.1
+        assert torch.equal(again.model(tokens).logits, wanted.model(tokens).logits)
+    assert kinds == [type(part) for part in read.modules()]
+    again.save(f"{name}_again")
+    assert torch.equal(reloaded(f"{name}_again")(tokens).logits, again.model(tokens).logits)
 
 
 def test_a_plan_that_leaves_no_model_is_refused(model: Any) -> None:

@@ -19,7 +19,18 @@ from pruneexp.model import modeling_pruned
 from pruneexp.model.architecture import stock_of
 from pruneexp.model.checks import check_counts
 from pruneexp.model.loaded import Model
-from pruneexp.model.modeling_pruned import Experts, Family, experts_of, family_of, split_experts_
+from pruneexp.model.modeling_pruned import (
+    Expert,
+    Experts,
+    Family,
+    NoChannels,
+    OutputBias,
+    RemovedAttention,
+    RemovedFFN,
+    experts_of,
+    family_of,
+    split_experts_,
+)
 from pruneexp.model.placement import connect_
 from pruneexp.model.source import DTYPES, Described
 from pruneexp.model.weights import check_finite
@@ -28,6 +39,7 @@ from pruneexp.types import ConfigError, one_line
 PLACEMENT = "accelerate."  # package whose hooks only bring inputs to their device
 OBSERVERS = "transformers."  # package whose hooks only look
 LINEARS = ("torch", "transformers", "transformers_modules", "pruneexp")  # packages whose linear layers are plain ones
+PARTS = (OutputBias, NoChannels, RemovedFFN, RemovedAttention, Expert, Experts)  # of a pruned model alone
 QUANTISERS = ("torchao.", "torch.ao.nn.")  # packages whose quantised weights say that their dtype is a float's
 
 
@@ -114,6 +126,7 @@ class GivenModel:
         return {"name": self.name, "path": self.path, "files": {"given": {"sha256": digest.hexdigest()}}}
 
     def _model(self, module: Any) -> Model:
+        _adopt_parts_(module)
         config = stock_of(module.config)
         family = family_of(config)
         head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
@@ -203,8 +216,22 @@ def _foreign_hooks(module: nn.Module) -> Iterator[str]:
         hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values(), *backward]
         for hook in hooks:
             home = getattr(hook, "__module__", None) or ""
-            if not home.startswith((PLACEMENT, OBSERVERS, "pruneexp.")):
+            if not (_is_ours(home) or home.startswith((PLACEMENT, OBSERVERS, "pruneexp."))):
                 yield name or "the model"
+
+
+def _is_ours(home: str) -> bool:
+    """Whether a Python module is the modeling file that lies beside a pruned checkpoint's weights."""
+    return home.startswith("transformers_modules.") and home.endswith(".modeling_pruned")
+
+
+def _adopt_parts_(module: nn.Module) -> None:
+    """Gives what stands for removed parts and for experts, where it comes of a checkpoint's own modeling file, the
+    classes of that name here, by which the code knows them."""
+    kinds = {kind.__name__: kind for kind in PARTS}
+    for part in module.modules():
+        if _is_ours(type(part).__module__) and type(part).__name__ in kinds:
+            part.__class__ = kinds[type(part).__name__]
 
 
 def _split_experts_(layer: nn.Module, family: Family) -> None:

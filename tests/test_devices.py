@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import tempfile
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pruneexp.experiment.run
 from pruneexp.cache import NoCache
 from pruneexp.cache.packing import packed, unpacked
 from pruneexp.calibrate import DenseStates
@@ -23,7 +27,7 @@ from pruneexp.evaluator.generation import continued
 from pruneexp.experiment.forecast import available_memory
 from pruneexp.experiment.forecast.machine import out_of_memory
 from pruneexp.experiment.run import run_experiment
-from pruneexp.model import Model
+from pruneexp.model import Model, ModelSource
 from pruneexp.model.free_gpu import held_gpu
 from pruneexp.model.placement import connect_, devices_of, placed
 from pruneexp.pruning import Method, prune_
@@ -315,6 +319,42 @@ def test_a_run_on_any_gpu(
     assert "1.00 KiB are free" in caplog.text, "it is the free memory of the GPU that was taken"
     with pretended_gpus(0), pytest.raises(ConfigError, match=r"model.device='cuda:any'.* 0 CUDA devices; expected cpu"):
         run("cuda:any", "llama", "recipe=flap")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_sweep_s_job_has_left_its_gpu_when_another_takes_it(
+    fails: bool, tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(structure, "structure_figure", lambda *_: None)
+    load, prunes, models, left = ModelSource.load, pruneexp.experiment.run.prune_in_rounds_, [], []
+
+    def loads(source: ModelSource, *args: Any) -> Any:
+        model = load(source, *args)
+        models.append(weakref.ref(model.module))
+        return model
+
+    def empties() -> None:
+        gc.collect()
+        left.append(any(one() is not None for one in models))
+
+    def pruned(*args: Any) -> Any:
+        found = prunes(*args)
+        if fails:
+            raise torch.OutOfMemoryError("of GPU 0")
+        return found
+
+    monkeypatch.setattr(ModelSource, "load", loads)
+    monkeypatch.setattr(pruneexp.experiment.run, "prune_in_rounds_", pruned)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empties)
+    model = ["model=hf", f"model.path={tiny_folder('llama')}", "model.device=cuda:any"]
+    np.save("windows.npy", torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(1)).numpy())
+    seen = ["dataset=tokens", "dataset.calibration=windows.npy", "dataset.evaluation=windows.npy", "cache=off"]
+    with pretended_gpus(1):
+        with pytest.raises(RunError, match=r"failed: \w+, \w+$") if fails else nullcontext():
+            pruneexp.run(["--multirun", *model, *seen, "evaluator=[perplexity]", "sparsity.ratio=0.2,0.3"])
+    assert len(models) == 2 and left == [False, False]
 
 
 @pytest.mark.parametrize(

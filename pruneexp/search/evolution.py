@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pruneexp.search.choice import distinct, least
+from pruneexp.search.judging import Judge, Tried
 from pruneexp.search.levels import Levels, Structures, parabola
 from pruneexp.search.mutation import mutated
 from pruneexp.search.starts import (
@@ -25,16 +25,13 @@ from pruneexp.search.starts import (
     same_share,
     standardised_share,
 )
-from pruneexp.types import Candidate, Oracle, Plan, RemovalPath, RunError, Scores, start_name
+from pruneexp.types import Candidate, Plan, RemovalPath, Scores, start_name
 
 log = logging.getLogger("pruneexp")
 
 _SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
-_AT_ONCE = 3  # structures whose out-projections may all differ, that are held together
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
-
-Tried = tuple[Plan, Sequence[int], Tensor]  # a structure, batches, and its losses on them: [batches, 1]
 
 
 @dataclass
@@ -43,89 +40,31 @@ class Evolution:
 
     method: Any  # an `Evolutionary`, which says what each setting means
     structures: Structures
-    oracle: Oracle
-    rng: torch.Generator
-    asked: int = 0
-    skipped: int = 0
+    judge: Judge
     began: str = ""  # the start's name
-    trials: int = field(init=False)  # that are left, and are paid for
     tried: Tried | None = None  # where it begins, compensated
-    spent_before: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.spent_before = self.oracle.passes
-        self.trials = self.method.trials
-
-    @property
-    def left(self) -> float:
-        """Passes that may still be spent."""
-        return self.method.effort - self.trials * self.method.trial_price - (self.oracle.passes - self.spent_before)
 
     def decided(self) -> Plan:
         """The structure found, or the one it began with where that is as good. Both are judged as the run will
         compensate them: fits at other sites make up for much that a probe's fits do not."""
         levels, share = self.start(), self.method.tokens
-        if self.tried is not None and not self.trials:
+        if self.tried is not None and not self.judge.trials:
             return self.tried[0]  # nothing is left to try what would be found
         found = self.structures.plan(self.evolved(self.descended(levels)))
         began = self.tried[0] if self.tried is not None else begun_with(self.structures.plan(levels), self.began)
         if found.sites == began.sites:
             return began
-        if not self.trials:
+        if not self.judge.trials:
             return found
         if self.tried is None:
-            self.tried = self.compensated({"where it began": began}, self.drawn(share))[0]
+            self.tried = self.judge.compensated({"where it began": began}, self.judge.drawn(share))[0]
         _, batches, loss = self.tried
-        both = torch.cat([loss, self.compensated({"found": found}, batches)[0][2]], 1)
+        both = torch.cat([loss, self.judge.compensated({"found": found}, batches)[0][2]], 1)
         return (began, found)[least(both)]
 
-    def compensated(self, plans: Mapping[str, Plan], batches: Sequence[int]) -> list[Tried]:
-        """Each as the run will compensate it; one at a time, since all their out-projections differ."""
-        share, found = self.method.tokens, []
-        for name, plan in plans.items():
-            self.trials = max(0, self.trials - 1)
-            loss = self.measured([self.oracle.trial(plan, share)], batches)
-            log.info("search: compensated, %s %.4f", name, float(loss.mean()))
-            found.append((plan, batches, loss))
-        return found
-
-    def count(self, share: float) -> int:
-        """Batches that hold about a share of the windows that decide: at least one."""
-        return max(1, round(share * self.oracle.batches))
-
-    def price(self, structures: int, share: float) -> float:
-        """Passes that judging so many structures costs at most: those that begin alike share layers."""
-        return structures * self.count(share) / self.oracle.batches * self.method.deciding
-
-    def affordable(self, structures: int, part: float) -> float | None:
-        """The share of the windows that decide, `tokens` at most, on which so many structures cost no more than a part
-        of the effort; None where a single batch is too dear."""
-        share = part * self.method.effort / (structures * self.method.deciding)
-        share = min(self.method.tokens, math.floor(share * self.oracle.batches) / self.oracle.batches)
-        return share if share > 0 and self.left >= self.price(structures, share) else None
-
-    def drawn(self, share: float) -> list[int]:
-        """Numbers of batches drawn at random."""
-        return torch.randperm(self.oracle.batches, generator=self.rng)[: self.count(share)].tolist()
-
     def losses(self, population: Iterable[Levels], batches: Sequence[int]) -> Tensor:
-        """Loss of each on each of the batches, Inf where it is not finite: float64 [batches, len(population)]."""
-        return self.measured([self.structures.candidate(levels) for levels in population], batches)
-
-    def measured(self, candidates: Sequence[Candidate], batches: Sequence[int], last: bool = True) -> Tensor:
-        found = torch.stack([self.oracle.losses(candidates, batch) for batch in batches])
-        broken = ~found.isfinite().all(0)
-        self.asked += len(candidates)
-        self.skipped += int(broken.sum())
-        if last and self.skipped == self.asked:  # of those before `last`, others may be finite
-            raise RunError(f"search: none of {self.asked} calibration losses is finite")
-        return found.masked_fill(broken, math.inf)
-
-    def in_parts(self, makers: Sequence[Callable[[], Candidate]], batches: Sequence[int]) -> Tensor:
-        """`measured`, few at a time, since the out-projections of structures may all be different."""
-        ends = range(_AT_ONCE, len(makers) + _AT_ONCE, _AT_ONCE)
-        parts = ([make() for make in makers[end - _AT_ONCE : end]] for end in ends)
-        return torch.cat([self.measured(p, batches, end >= len(makers)) for p, end in zip(parts, ends, strict=True)], 1)
+        """Loss of each on each of the batches: float64 [batches, len(population)]."""
+        return self.judge.measured([self.structures.candidate(levels) for levels in population], batches)
 
     # ---- 1: where to start
 
@@ -141,9 +80,9 @@ class Evolution:
         if others:
             return self._among_criteria(starts, others)
         last, starts = starts[-1], distinct(starts)
-        if self.left < self.price(len(starts), method.tokens):
+        if self.judge.left < self.judge.price(len(starts), method.tokens):
             return last
-        return starts[int(self.losses(starts, self.drawn(method.tokens)).mean(0).argmin())]
+        return starts[int(self.losses(starts, self.judge.drawn(method.tokens)).mean(0).argmin())]
 
     def _among_criteria(self, shares: list[Levels], others: Mapping[str, Scores]) -> Levels:
         """The best of the levels so far and of those that other criteria give, then the best order of units."""
@@ -155,7 +94,7 @@ class Evolution:
         if not structures.composites:
             starts |= {f"{AL_AM}{name}": standardised_share(structures, own) for name, own in criteria.items()}
         orders = {name: structures.ordered(own) if name in others else structures for name, own in criteria.items()}
-        share = self.affordable(len(starts), _STARTS) or self.affordable(len(starts), 1.0)
+        share = self.judge.affordable(len(starts), _STARTS) or self.judge.affordable(len(starts), 1.0)
         if share is None:
             first = f"{AL_AM}{next(iter(others))}"
             chosen = first if first in starts else f"shares {len(shares) - 1}"
@@ -165,9 +104,9 @@ class Evolution:
         levels, own, self.began = starts[chosen], chosen.removeprefix(AL_AM), chosen
         if own in orders:  # it stays with the order that its levels are made for, unless another is clearly better
             self.structures, orders = orders[own], {own: orders.pop(own), **orders}
-        if share is None or (self.tried is not None and not self.trials):
+        if share is None or (self.tried is not None and not self.judge.trials):
             return levels
-        if self.left >= self.price(len(orders), share):
+        if self.judge.left >= self.judge.price(len(orders), share):
             candidates = {name: partial(each.candidate, levels) for name, each in orders.items()}
             self.structures = orders[self._ranked(candidates, share)[0]]
         self._order_each(list(criteria.values()), levels)
@@ -186,14 +125,14 @@ class Evolution:
         names = list(plans)[: self.method.trials - (self.method.trials > 2)]
         if len(names) < 2:
             return ranking[0]
-        tried = self.compensated({name: plans[name] for name in names}, self.drawn(self.method.tokens))
+        tried = self.judge.compensated({name: plans[name] for name in names}, self.judge.drawn(self.method.tokens))
         best = least(torch.cat([loss for _, _, loss in tried], 1))
         self.tried = tried[best]
         return names[best]
 
     def _ranked(self, candidates: Mapping[str, Callable[[], Candidate]], share: float) -> list[str]:
         """The names of the structures, that of least loss first."""
-        losses = self.in_parts(list(candidates.values()), self.drawn(share))
+        losses = self.judge.in_parts(list(candidates.values()), self.judge.drawn(share))
         named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
         names = sorted(named, key=named.__getitem__)
         log.info("search: %s", ", ".join(f"{name} {named[name]:.4f}" for name in names))
@@ -212,19 +151,19 @@ class Evolution:
         owns = [{name: scores[name]} for name, level in levels.items() if level for scores in orders if name in scores]
         tried = [(own, there.ordered(own)) for own in owns]
         tried = [each for each in tried if each[1].plan(levels).sites != now]
-        spare = self.left / self.method.effort - _SENSITIVITIES  # these come first
-        share = self.affordable(len(tried) + 1, min(_STARTS / 2, spare)) if tried else None
+        spare = self.judge.left / self.method.effort - _SENSITIVITIES  # these come first
+        share = self.judge.affordable(len(tried) + 1, min(_STARTS / 2, spare)) if tried else None
         if share is None:
             return
         candidates = [there.candidate(levels), *(structures.candidate(levels) for _, structures in tried)]
-        losses = self.measured(candidates, self.drawn(share)).mean(0)
+        losses = self.judge.measured(candidates, self.judge.drawn(share)).mean(0)
         best: dict[str, tuple[float, Scores]] = {}
         for (own, _), loss in zip(tried, (losses[1:] - losses[0]).tolist(), strict=True):
             for name in own:
                 best[name] = min(best.get(name, (0.0, {})), (loss, own), key=lambda found: found[0])
         mixed = there.ordered({name: score for _, own in best.values() for name, score in own.items()})
-        share = max(share, min(self.method.tokens, self.left / 4))
-        judged = self.measured([there.candidate(levels), mixed.candidate(levels)], self.drawn(share))
+        share = max(share, min(self.method.tokens, self.judge.left / 4))
+        judged = self.judge.measured([there.candidate(levels), mixed.candidate(levels)], self.judge.drawn(share))
         self.structures = (there, mixed)[least(judged)]
         before, after = judged.mean(0).tolist()
         own = sum(loss < 0 for loss, _ in best.values())
@@ -239,7 +178,7 @@ class Evolution:
             structures = 1 + len(around) + _STEPS
             whole = 2 * structures * self.method.deciding
             share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / whole)
-            if self.left < self.price(structures, share):
+            if self.judge.left < self.judge.price(structures, share):
                 break
             found = self._step(levels, around, share)
             if found == levels:
@@ -259,7 +198,7 @@ class Evolution:
 
     def _step(self, levels: Levels, around: list[tuple[str, int]], share: float) -> Levels:
         population = [levels, *({**levels, name: level} for name, level in around)]
-        losses = self.losses(population, self.drawn(share)).mean(0)
+        losses = self.losses(population, self.judge.drawn(share)).mean(0)
         if not losses[0].isfinite():
             return levels
         points: dict[str, dict[int, float]] = {name: {} for name in levels}
@@ -271,8 +210,8 @@ class Evolution:
         heads = {site.name for site in self.structures.dear}
         spared = self._allotted(levels, {name: {} if name in heads else own for name, own in points.items()})
         steps = distinct([levels, full, self.structures.balanced(half), spared])
-        share = max(share, min(self.method.tokens, self.left / 4 / self.price(len(steps), 1.0)))
-        return steps[least(self.losses(steps, self.drawn(share)))]
+        share = max(share, min(self.method.tokens, self.judge.left / 4 / self.judge.price(len(steps), 1.0)))
+        return steps[least(self.losses(steps, self.judge.drawn(share)))]
 
     def _allotted(self, levels: Levels, points: dict[str, dict[int, float]]) -> Levels:
         curves = {}
@@ -287,14 +226,14 @@ class Evolution:
     def evolved(self, parent: Levels) -> Levels:
         method, generation = self.method, 0
         first, finalists = method.tokens / 4, max(1, method.offspring // 4)
-        price = self.price(method.offspring, first) + self.price(finalists + 1, method.tokens)
-        while self.left >= price and (method.steps is None or generation < method.steps):
+        price = self.judge.price(method.offspring, first) + self.judge.price(finalists + 1, method.tokens)
+        while self.judge.left >= price and (method.steps is None or generation < method.steps):
             generation += 1
             children = distinct(
-                [mutated(self.structures, parent, method.distance, self.rng) for _ in range(method.offspring)]
+                [mutated(self.structures, parent, method.distance, self.judge.rng) for _ in range(method.offspring)]
             )
             made = [partial(self.structures.candidate, child) for child in children]
-            losses = self.in_parts(made, self.drawn(first)).mean(0)
+            losses = self.judge.in_parts(made, self.judge.drawn(first)).mean(0)
             final = [parent, *(children[i] for i in losses.sort(stable=True).indices[:finalists].tolist())]
-            parent = final[least(self.losses(final, self.drawn(method.tokens)))]
+            parent = final[least(self.losses(final, self.judge.drawn(method.tokens)))]
         return parent

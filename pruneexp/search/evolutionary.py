@@ -13,6 +13,7 @@ import torch
 from pruneexp.search.common import require
 from pruneexp.search.evolution import HEAD_SHARES, Evolution
 from pruneexp.search.granularity import Granularity, check_settings, chosen_sites, is_plain
+from pruneexp.search.judging import Judge
 from pruneexp.search.levels import Structures
 from pruneexp.search.removable import Removable, within_reach
 from pruneexp.search.reordered import followed, orders_followed, reordered
@@ -156,10 +157,10 @@ class Evolutionary:
             return structures.plan({site.name: 0 for site in structures.chosen})
         if oracle is None:
             raise ConfigError("search=evolutionary: needs the whole model in memory; expected model.stream=false")
-        work = Evolution(self, structures, oracle, rng)
-        plan = work.decided()
-        if work.skipped:
-            log.warning("search: %d of %d losses were not finite and were skipped", work.skipped, work.asked)
+        judge = Judge(self, oracle, rng)
+        plan = Evolution(self, structures, judge).decided()
+        if judge.skipped:
+            log.warning("search: %d of %d losses were not finite and were skipped", judge.skipped, judge.asked)
         return plan
 
     def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:

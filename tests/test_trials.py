@@ -150,9 +150,7 @@ def test_of_many_starts_four_are_judged_on_all_windows_that_are_looked_at():
             return super().losses(candidates, batch)
 
     method = search(starts={"one": Flap("WIFV", False)}, effort=30.0, tokens=0.5, rounds=0, steps=0)
-    oracle = Counted(convex, 16)
-    oracle.trial = lambda plan, share: Candidate(plan)
-    plan_of(method, oracle, scores=with_starts(("one",)))
+    plan_of(method, Counted(convex, 16), scores=with_starts(("one",)))
     worth = sorted(looks, key=lambda levels: convex({site.name: n for site, n in zip(SITES, levels, strict=True)}))
     assert len(worth) == 8 and all(looks[levels] >= 2 + 8 for levels in worth[:4])
     assert [looks[levels] for levels in worth[4:]] == [2] * 4

@@ -57,7 +57,7 @@ def warn_of_shared_text(experiment: Experiment, tokens_NT: Tensor) -> None:
         logger.warning(
             "%.0f %% of the windows that search.held_out=%g lets decide share text with those that are scored on; %s "
             "would keep them apart",
-            *(100 * share, held_out, " or ".join([", ".join(helps[:-1]), helps[-1]] if helps[1:] else helps)),
+            *(100 * share, held_out, " or ".join(helps)),
         )
 
 

@@ -293,6 +293,21 @@ def test_run_by_llama_cpp(name: str, kept: Kept, llama_cpp: str, tmp_path: Path)
     assert record["greedy_tokens_equal"] and record[f"max_{what}_difference"] < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [16, 17, 32])
+def test_run_by_llama_cpp_as_far_as_the_context_goes(context: int, llama_cpp: str, tmp_path: Path) -> None:
+    values = {**MODELS["llama"][1], "max_position_embeddings": context}
+    random_model("Llama", values).save_pretrained(tmp_path / "dense")
+    model = ModelSource("dense", str(tmp_path / "dense"), None, "float64", "cpu", False, False, 4).load()
+    save(model, tmp_path / "own")
+    assert main([str(tmp_path / "own"), "format=gguf", f"out={tmp_path / 'out'}"]) == 0
+    if context > 16:
+        assert run_by(llama_cpp, tmp_path / "out")["greedy_tokens_equal"]
+        return
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["prove"] == "read_back" and "a context of 16 tokens is too short to try it" in record["notes"][-1]
+
+
 def test_rows_in_transformers_order_are_another_model(
     llama_cpp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
 import pytest
 
 from tests import golden
-
-
-def frozen(name: str) -> dict:
-    return json.loads((golden.FOLDER / f"{name}.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -34,19 +29,23 @@ def same(model: str, recipe: str, found: dict, before: dict) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("name", [*golden.MODELS, "configs"])
+def test_every_recipe_and_sweep_has_an_answer(name: str) -> None:
+    expected = golden.sweeps() if name == "configs" else golden.recipes()
+    assert sorted(golden.frozen(name)) == expected, "`python -m tests.golden` adds what is new and drops what is gone"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", golden.MODELS)
 def test_every_recipe_gives_what_it_gave(model: str, tmp_path: Path) -> None:
-    before = frozen(model)
-    assert set(golden.recipes()) == set(before)
-    found = golden.runs_of(model, tmp_path)
+    before = golden.frozen(model)
+    found = golden.runs_of(model, tmp_path, list(before))
     different = [line for recipe in before for line in same(model, recipe, found[recipe], before[recipe])]
     assert not different, "\n".join(different)
 
 
 @pytest.mark.slow
 def test_sweeps_compose_as_they_did() -> None:
-    before = frozen("configs")
-    assert set(golden.sweeps()) == set(before)
-    for name in golden.sweeps():
-        assert golden.config_of(name) == before[name], name
+    before = golden.frozen("configs")
+    for name, config in before.items():
+        assert golden.config_of(name) == config, name

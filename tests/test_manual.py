@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 
 import pytest
+import yaml
+from hydra.utils import get_class
 
-from pruneexp import evaluator
 from pruneexp.conf_files import choices, conf_folder
 from pruneexp.export.command import CHOICES
 from pruneexp.model.modeling_pruned import FAMILIES
@@ -17,7 +17,7 @@ from tests import manual
 from tests.conftest import FAMILIES as TINY_FAMILIES
 from tests.tiny_families import TINY, model_type_of
 
-EXPORT, EVALUATORS = "pruneexp/export/README.md", "pruneexp/evaluator/README.md"
+EXPORT = "pruneexp/export/README.md"
 
 
 def rows(file: str, first: str) -> list[list[str]]:
@@ -138,11 +138,11 @@ def test_the_table_of_families_has_all_of_them() -> None:
         assert stem in named, f"{family.stock}: conf/README.md has no row for it"
 
 
-def test_the_evaluators_that_need_the_model_in_memory_are_named() -> None:
-    (sentence,) = re.findall(r"^(.*) need the whole model in memory\.", manual.text(EVALUATORS), re.MULTILINE)
-    kinds = {name: kind for name, kind in vars(evaluator).items() if inspect.isclass(kind)}
-    whole = {name.lower() for name, kind in kinds.items() if not kind.streams}
-    assert set(re.findall(r"`(\w+)`", sentence)) == whole
+def test_the_evaluators_that_need_the_model_in_memory_are_marked() -> None:
+    for path in (conf_folder() / "evaluator").glob("*.yaml"):
+        kind = get_class(yaml.safe_load(path.read_text())["_target_"])
+        marked = "(not with model.stream=true)" in path.read_text().splitlines()[1]
+        assert marked == (not kind.streams), path.stem
 
 
 def test_conf_holds_no_page_that_hydra_would_read() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container
 from typing import Any
 
 from pruneexp.model.modeling_pruned import FAMILIES, Family
-from pruneexp.surgery.stock_widths import STOCK_WIDTHS
+from pruneexp.surgery.stock_widths import stock_widths
 from tests.conftest import FAMILIES as IN_CONFTEST
 from tests.conftest import tiny_config
 
@@ -130,7 +130,7 @@ def says_heads(name: str) -> bool:
     if name in ("phi4_mini", "phi_qk_norm"):  # rotary factors, norms: their classes count them by hidden size / heads
         return False
     model_type = model_type_of(name)
-    widths = STOCK_WIDTHS.get(model_type)
+    widths = stock_widths(model_type)
     return model_type in ("llama", "mistral") or is_mixture(name) or bool(widths and widths.num_attention_heads)
 
 

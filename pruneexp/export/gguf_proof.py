@@ -12,7 +12,7 @@ from pruneexp.experiment.forecast import available_memory
 from pruneexp.export.checkpoint import TOLERANCE, check_difference, proof_tokens
 from pruneexp.export.folders import exact_source, stored_source
 from pruneexp.export.gguf_layout import GgufLayout, as_array, tensors
-from pruneexp.export.gguf_run import Answer, installed, run_file
+from pruneexp.export.gguf_run import GENERATED, Answer, installed, run_file
 from pruneexp.export.gguf_vocabulary import stand_in, vocabulary
 from pruneexp.export.llama_like import context_length
 from pruneexp.files import scratch_folder
@@ -75,7 +75,9 @@ def read_back(layout: GgufLayout, model: Model, file: Path) -> dict[str, Any]:
 def _run(layout: GgufLayout, checkpoint: Path, file: Path, package: str) -> dict[str, Any]:
     model = exact_source(checkpoint).load()
     words = vocabulary(model.tokenizer, model.vocab_size)
-    tokens_BT = proof_tokens(model)[:, : context_length(model)]
+    tokens_BT = proof_tokens(model)[:, : context_length(model) - 1]  # a server wants room for an answer
+    if tokens_BT.shape[1] < GENERATED:
+        return {"notes": [_not_run(f"a context of {context_length(model)} tokens is too short to try it")]}
     texts = TEXTS if words.tokens else ()
     with scratch_folder() as scratch:
         if not words.tokens and package == "xllamacpp":  # its server wants words: a copy that has some, in its place

@@ -95,6 +95,7 @@ save_file(found, out_file)
 told = {"version": engine.__version__, "words": [words_of(text) for text in texts]}
 json.dump(told, open(out_file + ".json", "w"))
 """
+GENERATED = 16  # tokens of the text that both scripts continue, 8 of which are given
 SCRIPTS = {"llama_cpp": _BEGIN + _LLAMA_CPP, "xllamacpp": _BEGIN + _XLLAMACPP}  # by module; the first gives all logits
 
 

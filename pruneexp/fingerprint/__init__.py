@@ -1,4 +1,4 @@
-"""What says that two things are the same: files, configs, code, runs. Every hash is made here."""
+"""What says that two things are the same: files, configs, code, runs."""
 
 from __future__ import annotations
 

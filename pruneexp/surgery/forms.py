@@ -13,7 +13,7 @@ from torch import nn
 
 from pruneexp.model import Model, layer_structure, modeling_pruned, select_layers_
 from pruneexp.model.modeling_pruned import FAMILIES, Family, LayerStructure, family_of, head_size
-from pruneexp.surgery.stock_widths import STOCK_WIDTHS
+from pruneexp.surgery.stock_widths import stock_widths
 
 logger = logging.getLogger("pruneexp")
 
@@ -122,7 +122,7 @@ def _values(model: Model) -> dict[str, Any]:
 
 def _uniform_own(model: Model, structure: LayerStructure, before: LayerStructure, layer: nn.Module) -> Form | None:
     """The model's own stock class with other widths, where its config takes them and builds what they say."""
-    widths = STOCK_WIDTHS.get(model.config.model_type)
+    widths = stock_widths(model.config.model_type)
     if widths is None:
         return None
     values, linears = _values(model), []

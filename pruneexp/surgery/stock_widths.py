@@ -21,18 +21,19 @@ _HEADS = StockWidths(num_attention_heads="num_attention_heads", num_key_value_he
 _HEADS_BIAS = replace(_HEADS, attention_output_bias="attention_bias")
 _HEADS_BIASES = replace(_HEADS_BIAS, mlp_output_bias="mlp_bias")
 _ONE_FLAG = replace(_HEADS, attention_output_bias="use_bias", mlp_output_bias="use_bias")
-STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / heads need a `head_dim` that is heeded
+# By model_type, of those that do not count heads and channels as LLaMA does, or have keys for biases. None: no width.
+# Heads of another size than hidden size / heads need a `head_dim` that is heeded.
+_STOCK_WIDTHS: dict[str, StockWidths | None] = {
     "apertus": _HEADS_BIAS,
     "arcee": _HEADS_BIASES,
+    "bloom": None,
     "cohere": _HEADS_BIAS,
     "cohere2": _HEADS_BIAS,
     "ernie4_5": _ONE_FLAG,
-    "exaone4": _HEADS,
     "falcon": StockWidths("ffn_hidden_size"),
     "gemma": _HEADS_BIAS,
     "gemma2": _HEADS_BIAS,
     "gemma3_text": _HEADS_BIAS,
-    "glm4": _HEADS,
     "gpt2": StockWidths("n_inner"),
     "gpt_neox": StockWidths(),
     "granite": _HEADS_BIASES,
@@ -43,12 +44,14 @@ STOCK_WIDTHS = {  # by model_type; heads of another size than hidden size / head
     "olmo2": _HEADS_BIAS,
     "olmo3": _HEADS_BIAS,
     "opt": StockWidths("ffn_dim"),
-    "phi": _HEADS,
-    "phi3": _HEADS,
-    "qwen2": _HEADS,
     "qwen3": _HEADS_BIAS,
     "seed_oss": replace(_HEADS, attention_output_bias="attention_out_bias", mlp_output_bias="mlp_bias"),
     "smollm3": _HEADS_BIASES,
     "stablelm": StockWidths(),
     "starcoder2": _ONE_FLAG,
 }
+
+
+def stock_widths(model_type: str) -> StockWidths | None:
+    """What the family's stock config can say; None where layers can only leave whole."""
+    return _STOCK_WIDTHS.get(model_type, _HEADS)

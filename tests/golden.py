@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,8 +103,10 @@ def write(folder: Path, anew: Sequence[str] = ()) -> None:
             for model in MODELS:
                 before = frozen(model, folder).items()
                 kept = {name: answer for name, answer in before if name in recipes() and name not in anew}
-                found = kept | runs_of(model, Path(scratch), [name for name in recipes() if name not in kept])
+                missing = [name for name in recipes() if name not in kept]
+                found = kept | runs_of(model, Path(scratch), missing)
                 write_atomic(folder / f"{model}.json", json.dumps(found, separators=(",", ":"), sort_keys=True) + "\n")
+                print(f"{model}: made {', '.join(missing) or 'nothing'}", file=sys.stderr)
         finally:
             os.chdir(here)
 

@@ -108,4 +108,4 @@ if __name__ == "__main__":  # adds what is new; what is there already stays
     sweeps = {name: hashes(sweep_jobs(name)) for name in sorted(sweep_files()) if name not in found["sweeps"]}
     found = {"runs": found["runs"] | runs, "sweeps": found["sweeps"] | sweeps}
     FROZEN.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{len(runs)} runs and {len(sweeps)} sweeps added to {FROZEN}", file=sys.stderr)
+    print(f"added to {FROZEN}: {', '.join([*runs, *sweeps]) or 'nothing'}", file=sys.stderr)

@@ -138,24 +138,6 @@ def test_no_structure_is_tried_twice():
     assert all(alone_by(method, scores, start, budget).sites in known for start in ("", "two", "three"))
 
 
-def test_of_many_starts_four_are_judged_on_all_windows_that_are_looked_at():
-    """Those that are best by a quarter of them."""
-    looks: dict[tuple[int, ...], int] = {}
-
-    class Counted(Loss):
-        def losses(self, candidates, batch=None):
-            for candidate in candidates:
-                levels = tuple(candidate.plan.removed(site) for site in SITES)
-                looks[levels] = looks.get(levels, 0) + 1
-            return super().losses(candidates, batch)
-
-    method = search(starts={"one": Flap("WIFV", False)}, effort=30.0, tokens=0.5, rounds=0, steps=0)
-    plan_of(method, Counted(convex, 16), scores=with_starts(("one",)))
-    worth = sorted(looks, key=lambda levels: convex({site.name: n for site, n in zip(SITES, levels, strict=True)}))
-    assert len(worth) == 8 and all(looks[levels] >= 2 + 8 for levels in worth[:4])
-    assert [looks[levels] for levels in worth[4:]] == [2] * 4
-
-
 def test_orders_of_single_sites_leave_enough_for_sensitivities():
     scores = with_starts(("one", "two"))
     started = {"starts": dict.fromkeys(("one", "two"), Flap("WIFV", False)), "tokens": 0.5}

@@ -29,8 +29,7 @@ from pruneexp.types import Candidate, Plan, RemovalPath, Scores, start_name
 
 log = logging.getLogger("pruneexp")
 
-_SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost, on fewer tokens if need be
-_FINALISTS = 4  # of many structures, that are judged on all windows looked at
+_SENSITIVITIES = 0.7  # of the effort: what two rounds of sensitivities may cost at most, on fewer tokens if need be
 _STARTS = 0.6  # of the effort: what choosing where to start, and the orders, may each cost at most
 _STEPS = 4  # structures that a round of sensitivities proposes, the one it began with among them
 
@@ -90,7 +89,7 @@ class Evolution:
         structures = self.structures
         criteria: dict[str, Scores] = {"criterion": {s.name: structures.scores[s.name] for s in structures.chosen}}
         criteria |= others
-        starts = {f"shares {n}": levels for n, levels in enumerate(shares) if levels not in shares[n + 1 :]}
+        starts = {f"shares {number}": levels for number, levels in enumerate(shares)}
         starts |= {f"ramp {ramp:+g}": same_share(structures, 1.0, ramp) for ramp in RAMPS}
         if not structures.composites:
             starts |= {f"{AL_AM}{name}": standardised_share(structures, own) for name, own in criteria.items()}
@@ -132,19 +131,13 @@ class Evolution:
         return names[best]
 
     def _ranked(self, candidates: Mapping[str, Callable[[], Candidate]], share: float) -> list[str]:
-        """The names of the structures, that of least loss first. Of many, a quarter of the windows tells which ones are
-        judged on all of them."""
-        left_out: list[str] = []
-        if len(candidates) > _FINALISTS and self.judge.count(share / 4) < self.judge.count(share):
-            quick = self.judge.in_parts(list(candidates.values()), self.judge.drawn(share / 4)).mean(0).tolist()
-            names = [name for _, name in sorted(zip(quick, candidates, strict=True))]
-            candidates, left_out = {name: candidates[name] for name in names[:_FINALISTS]}, names[_FINALISTS:]
+        """The names of the structures, that of least loss first."""
         losses = self.judge.in_parts(list(candidates.values()), self.judge.drawn(share))
         named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
         names = sorted(named, key=named.__getitem__)
         log.info("search: %s", ", ".join(f"{name} {named[name]:.4f}" for name in names))
         best = list(candidates)[least(losses)]
-        return [best, *(name for name in names if name != best), *left_out]
+        return [best, *(name for name in names if name != best)]
 
     def _scores_of(self, start: str) -> Scores:
         named = {site.name: start_name(start, site.name) for site in self.structures.chosen}
@@ -182,11 +175,10 @@ class Evolution:
         distance = self.method.distance
         for _ in range(self.method.rounds):
             around = self._around(levels, distance)
-            structures = 1 + self._runs(around) + _STEPS
-            share = self.judge.affordable(structures, _SENSITIVITIES / 2)
-            if share is None:
-                share = self.judge.affordable(structures, self.judge.left / self.method.effort)
-            if share is None:
+            structures = 1 + len(around) + _STEPS
+            whole = 2 * structures * self.method.deciding
+            share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / whole)
+            if self.judge.left < self.judge.price(structures, share):
                 break
             found = self._step(levels, around, share)
             if found == levels:
@@ -203,12 +195,6 @@ class Evolution:
             beside = {max(0, levels[site.name] - step), min(most, levels[site.name] + step)}
             around += [(site.name, level) for level in sorted(beside - {levels[site.name]})]
         return around
-
-    def _runs(self, around: Sequence[tuple[str, int]]) -> float:
-        """Of all layers, that these structures take together: each shares the layers in front of its site."""
-        layers = {site.name: site.layer for site in self.structures.sites}
-        depth = 1 + max(layers.values())
-        return sum(1 - layers[name] / depth for name, _ in around)
 
     def _step(self, levels: Levels, around: list[tuple[str, int]], share: float) -> Levels:
         population = [levels, *({**levels, name: level} for name, level in around)]

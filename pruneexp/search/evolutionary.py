@@ -50,13 +50,12 @@ class Evolutionary:
        removal cost, and, with whole sublayers, what `Global` removes by score over cost. Where the effort is too little
        to tell, the last of these that there is; without removal paths or whole sublayers, the same share. With
        `starts`, other criteria by name, also shares that rise or fall with depth, and what FLAP's AL-AM removes by the
-       standardised scores of each (the first one's, where the effort is too little to tell); a quarter of the windows
-       looked at tells which four of them are judged on all of these. Then the best order of units, of the criterion's
-       and theirs, and where the effort pays for it beside two rounds of 2 the best order of each site by itself.
-    2. At most `rounds` rounds of sensitivities, as the effort pays for them: every site's level is moved up and down by
-       itself; the parabolas through the losses, taken to add up, give the levels of least loss at the budget within
-       that distance. The step (or half of it, or the one that leaves heads alone) is taken if its loss is lower; else
-       the distance is halved. A round may take 0.35 of the effort, on fewer windows if need be, or what is left of it.
+       standardised scores of each (the first one's, where the effort is too little to tell); then the best order of
+       units, of the criterion's and theirs, and where the effort pays for it beside two rounds of 2 the best order of
+       each site by itself.
+    2. `rounds` rounds of sensitivities: every site's level is moved up and down by itself; the parabolas through the
+       losses, taken to add up, give the levels of least loss at the budget within that distance. The step (or half of
+       it, or the one that leaves heads alone) is taken if its loss is lower; else the distance is halved.
     3. Evolution, as in EvoPress (Sieberling et al., 2024), with what is left: `offspring` copies of the best structure
        with parameters moved from some sites to others (or a whole sublayer gone, or back) are judged on a few batches,
        the best quarter on four times as many, together with the parent, which the best one replaces. At most `steps`

@@ -45,11 +45,11 @@ class Judge:
         """Batches that hold about a share of the windows that decide: at least one."""
         return max(1, round(share * self.oracle.batches))
 
-    def price(self, structures: float, share: float) -> float:
-        """Passes that judging so many structures costs, where they share no layers."""
+    def price(self, structures: int, share: float) -> float:
+        """Passes that judging so many structures costs at most: those that begin alike share layers."""
         return structures * self.count(share) / self.oracle.batches * self.method.deciding
 
-    def affordable(self, structures: float, part: float) -> float | None:
+    def affordable(self, structures: int, part: float) -> float | None:
         """The share of the windows that decide, `tokens` at most, on which so many structures cost no more than a part
         of the effort; None where a single batch is too dear."""
         share = part * self.method.effort / (structures * self.method.deciding)

@@ -73,25 +73,25 @@ def key_comments(path: Path) -> dict[str, str]:
     comments: dict[str, str] = {}
     parents: list[tuple[int, str]] = []
     for line in path.read_text().splitlines():
-        if not (found := re.match(r"( *)([\w.]+):(?:\s.*?)??(?:\s#\s*(.*\S))?\s*$", line)):
+        if not (match := re.match(r"( *)([\w.]+):(?:\s.*?)??(?:\s#\s*(.*\S))?\s*$", line)):
             continue
-        indent, key = len(found[1]), found[2]
+        indent, key = len(match[1]), match[2]
         parents = [parent for parent in parents if parent[0] < indent]
         parents.append((indent, key))
-        comments[".".join(key for _, key in parents)] = found[3] or ""
+        comments[".".join(key for _, key in parents)] = match[3] or ""
     return comments
 
 
 def inherited(path: Path) -> list[Path]:
     """The file and, after it, the files of its group that its defaults list names, nearest first: those beside it or,
     for one of somebody's own, ours."""
-    found, group = [path], path.parent.name
+    paths, group = [path], path.parent.name
     ours = sweeps_folder() if group == "sweep" else conf_folder() / group
     for name in _defaults(path):
         parents = [folder / f"{name}.yaml" for folder in (path.parent, ours)]
         if parent := next((file for file in parents if file != path and file.is_file()), None):
-            found += inherited(parent)
-    return found
+            paths += inherited(parent)
+    return paths
 
 
 def _defaults(path: Path) -> list[str]:
@@ -107,10 +107,10 @@ def _defaults(path: Path) -> list[str]:
 
 def option_content(path: Path) -> dict[str, Any]:
     """What the file sets, over what the files of its group set that its defaults list names."""
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for each in reversed(inherited(path)):
-        found |= yaml.load(each.read_text(encoding="utf-8"), YamlLoader) or {}
-    return {key: value for key, value in found.items() if key != "defaults"}
+        content |= yaml.load(each.read_text(encoding="utf-8"), YamlLoader) or {}
+    return {key: value for key, value in content.items() if key != "defaults"}
 
 
 def option_file(folders: Iterable[Path], group: str, choice: str) -> Path | None:

@@ -90,9 +90,9 @@ class WeightOnly:
     def prepare(self, model: Model) -> None:
         """Raises ConfigError for a decoder that holds other matrices than those of linear layers, or none for torchao
         where its kernels are asked for."""
-        found = [linear for _, linear in linears(model, self.bits)]
-        if self.kernels and not any(isinstance(linear, nn.Linear) for linear in found):
-            kinds = ", ".join(sorted({type(linear).__name__ for linear in found}))
+        layers = [linear for _, linear in linears(model, self.bits)]
+        if self.kernels and not any(isinstance(linear, nn.Linear) for linear in layers):
+            kinds = ", ".join(sorted({type(linear).__name__ for linear in layers}))
             raise ConfigError(
                 f"quantise.kernels=True: torchao runs layers of type Linear alone, these are {kinds}; expected false"
             )

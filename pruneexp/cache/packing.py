@@ -72,12 +72,12 @@ def unpacked(outline: Any, tensors: Mapping[str, Tensor], devices: Sequence[torc
 
 
 def _dataclass(module: str, name: str) -> Any:
-    found: Any = sys.modules[module]
+    kind: Any = sys.modules[module]
     for part in name.split("."):
-        found = getattr(found, part)
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        kind = getattr(kind, part)
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise Unpackable(f"{module}.{name} is no dataclass")
-    return found
+    return kind
 
 
 def bytes_of(value: Any) -> int:

@@ -106,9 +106,9 @@ def _written(model: Model, first_N: Tensor, drawn_TN: Tensor, temperature: float
     """[N, 1 + T] tokens: `first_N`, and what follows by numbers from 0 to 1, one for each token."""
     tokens, name, cache = [first_N], cache_name(model.module), None
     for drawn_N, _ in zip(drawn_TN, steps, strict=False):
-        found = model.module(tokens[-1][:, None].to(model.device), use_cache=True, **{name: cache})
-        cache = getattr(found, name)
-        shares_NV = (found.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
+        output = model.module(tokens[-1][:, None].to(model.device), use_cache=True, **{name: cache})
+        cache = getattr(output, name)
+        shares_NV = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
         whole_N1 = shares_NV[:, -1:]
         if not bool(whole_N1.isfinite().all()):
             raise RunError("augmentation: the model's predictions are not finite; expected augmentation=none")

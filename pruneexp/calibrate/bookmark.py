@@ -28,7 +28,7 @@ class Bookmark:
     """Where a walk through the layers stands: what it has read, found and spent in front of layer `index`.
 
     `meter`: charged for what it spends. `stage`: what its progress is shown as. `hidden`: hidden states in front of
-    that layer, batch by batch; of several models, one list each. `found`: what the walk's caller had noted by then,
+    that layer, batch by batch; of several models, one list each. `state`: what the walk's caller had noted by then,
     None at the start.
     """
 
@@ -36,7 +36,7 @@ class Bookmark:
     stage: str
     index: int = 0
     hidden: list[list[Tensor]] = field(default_factory=list)
-    found: Any = None
+    state: Any = None
     forward: float = 0.0  # passes spent in all
     note: Callable[[Bookmark], None] | None = None
     _noted: float = field(default_factory=time.monotonic)

@@ -59,10 +59,10 @@ def influence_evidence(model: Model, tokens_NT: Tensor, kind: Influence, meter: 
             used = partial(spend, len(part_NT) / len(tokens_NT))
             units = sum(site.units for site in sites)
             landscape = Landscape(loss, batches, weights, units, kind, model.device, used)
-            found = landscape.together() if kind.directions == "together" else landscape.apart(survivors)
+            derivatives = landscape.together() if kind.directions == "together" else landscape.apart(survivors)
             start = 0
             for site in sites:
-                evidence[site.name] = evidence[site.name].update_(found.part(start, site.units))
+                evidence[site.name] = evidence[site.name].update_(derivatives.part(start, site.units))
                 start += site.units
     return evidence
 
@@ -94,15 +94,17 @@ class Landscape:
 
     def apart(self, survivors: Callable[[int, Tensors], None]) -> BatchDerivatives:
         """Diagonals: gate by gate. `survivors(unit, tensors)` sets the unit's own entries of tensors like w to 0."""
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        derivatives: list[tuple[Tensor, Tensor, Tensor]] = []
         for unit in progress(range(self.units), "second derivatives", self.units, "units"):
             along_U = torch.zeros(self.units, dtype=self.wide, device=self.device)
             along_U[unit] = 1
             hessian_U, u, slopes_NU = self.along(gates_U=along_U)
             mask = partial(survivors, unit)
             mask(u)
-            found.append((slopes_NU.sum(0)[unit], hessian_U[unit], _dot(u, self._answer(u, mask))))
-        slope_U, curvature_U, retraining_U = (torch.stack(each).double().cpu() for each in zip(*found, strict=True))
+            derivatives.append((slopes_NU.sum(0)[unit], hessian_U[unit], _dot(u, self._answer(u, mask))))
+        slope_U, curvature_U, retraining_U = (
+            torch.stack(each).double().cpu() for each in zip(*derivatives, strict=True)
+        )
         return BatchDerivatives(slope_U, curvature_U, retraining_U)
 
     def along(self, gates_U: Tensor | None = None, weights: Tensors | None = None) -> tuple[Tensor, Tensors, Tensor]:
@@ -130,9 +132,9 @@ class Landscape:
         slopes, total = [], [torch.zeros_like(w, dtype=self.wide) for w in self.weights]
         for number in range(len(self.batches)):
             gates_BU, loss = self._loss(number, gates_U)
-            slope_BU, *found = torch.autograd.grad(loss, [gates_BU, *self.weights], materialize_grads=True)
+            slope_BU, *gradients = torch.autograd.grad(loss, [gates_BU, *self.weights], materialize_grads=True)
             slopes.append(slope_BU.double().cpu())
-            for sum_, each in zip(total, found, strict=True):
+            for sum_, each in zip(total, gradients, strict=True):
                 sum_.add_(each)
         self.spend(1, 1)
         return torch.cat(slopes), total

@@ -34,8 +34,8 @@ def evidence_ahead(
 
 def _derivatives(collect: Callable[[Model, Tensor, Any, Meter], dict[str, Any]]) -> Callable[..., Share]:
     def collected(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter, whole: Collection[str]) -> Share:
-        found = collect(model, tokens_NT, kind, meter)
-        return lambda block, judged: {site.name: found.pop(site.name) for site in block.sites}  # held no longer
+        evidence = collect(model, tokens_NT, kind, meter)
+        return lambda block, judged: {site.name: evidence.pop(site.name) for site in block.sites}  # held no longer
 
     return collected
 

@@ -219,13 +219,13 @@ def _require_callable(part: Any, protocol: type | None, key: str) -> None:
     """Raises ConfigError where a method of the part cannot be called as the protocol says: with its arguments, with or
     without those that have a default. At the call it would end the run, behind everything slow."""
     for name, declared in _methods(protocol).items():
-        asked = [each for each in inspect.signature(declared).parameters.values() if each.name != "self"]
-        needed = [each.name for each in asked if each.default is each.empty]
+        parameters = [each for each in inspect.signature(declared).parameters.values() if each.name != "self"]
+        needed = [each.name for each in parameters if each.default is each.empty]
         try:
             own = inspect.signature(getattr(part, name, None))  # type: ignore
         except (TypeError, ValueError):  # left out, or without a signature that can be read
             continue
-        if not any(_takes(own, given) for given in (needed, [each.name for each in asked])):
+        if not any(_takes(own, given) for given in (needed, [each.name for each in parameters])):
             called = f"{type(part).__name__}.{name}({', '.join(own.parameters)})"
             raise ConfigError(f"{key}: {called}: expected to take ({', '.join(needed)}); see pruneexp.types")
 
@@ -268,5 +268,7 @@ def _members(protocol: type | None) -> list[str]:
 
 
 def _methods(protocol: type | None) -> dict[str, Callable[..., Any]]:
-    found = {} if protocol is None else {n: value for n, value in vars(protocol).items() if inspect.isfunction(value)}
-    return {name: value for name, value in found.items() if name == "__call__" or not name.startswith("_")}
+    functions = (
+        {} if protocol is None else {n: value for n, value in vars(protocol).items() if inspect.isfunction(value)}
+    )
+    return {name: value for name, value in functions.items() if name == "__call__" or not name.startswith("_")}

@@ -105,8 +105,8 @@ class ConfigFiles(ConfigRepository):
     A copy has the same sources: Hydra copies them, with all files in its store, for every config.
     """
 
-    def __init__(self, found: ConfigRepository):
-        self.sources = found.sources
+    def __init__(self, repository: ConfigRepository):
+        self.sources = repository.sources
         self.read: dict[str, ConfigResult | None] = {}
 
     def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:

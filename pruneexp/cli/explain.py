@@ -35,8 +35,8 @@ def explained(
             return ConfigErrors(list(dict.fromkeys(plain)))
         for message in (*plain, *_override_mistakes(hydra, parsed, swept, error)):
             return ConfigError(message)
-    if found := re.search(r"Too many components in '@package ([^']*)'", str(error)):
-        return ConfigError(f"# @package {found[1]}: expected a name without spaces, as in '# @package evaluator.NAME'")
+    if match := re.search(r"Too many components in '@package ([^']*)'", str(error)):
+        return ConfigError(f"# @package {match[1]}: expected a name without spaces, as in '# @package evaluator.NAME'")
     if "RecursionError" in str(error) or "Recursive interpolation" in str(error):
         circular = [text for text in overrides if "${" in text] or [str(getattr(error, "full_key", None) or "")]
         return ConfigError(f"{circular[0]}: its ${{...}} leads back to itself; expected a value that is made of others")
@@ -77,8 +77,8 @@ def _override_mistakes(
             yield f"{text}: this group has a choice already; expected {text.lstrip('+')}"
         if "BasicSweeper does not support" in str(error) and override.is_interval_sweep():
             yield f"{text}: a sweep needs values, {key}=A,B; an interval is searched by hydra/sweeper=optuna"
-    if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error)):
-        yield from _unknown_key(found[1], parsed, _parsed(hydra, swept)[0], hydra)
+    if match := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error)):
+        yield from _unknown_key(match[1], parsed, _parsed(hydra, swept)[0], hydra)
 
 
 def _malformed(text: str, hydra: Hydra) -> str:
@@ -194,11 +194,11 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _keys_of_choices(group: str, folders: Iterable[Path]) -> dict[str, list[str]]:
     """Every key that some choice of the group has, and the choices that have it."""
-    found: dict[str, list[str]] = {}
+    holders: dict[str, list[str]] = {}
     for path in sorted(path for folder in folders for path in (folder / group).glob("*.yaml")):
         for key in {key: None for file in inherited(path) for key in key_comments(file)}:
-            found.setdefault(key, []).append(path.stem)
-    return {key: choices for key, choices in found.items() if not key.startswith(("_", "defaults"))}
+            holders.setdefault(key, []).append(path.stem)
+    return {key: choices for key, choices in holders.items() if not key.startswith(("_", "defaults"))}
 
 
 def key_hint(key: str, choices: Mapping[str, Any], folders: Iterable[Path]) -> str:

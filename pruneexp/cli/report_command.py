@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str]) -> int:
     from pruneexp.report.tables import count
 
-    asked = request(argv)
-    found = write_report(asked)
-    for one in (*found.skipped, *found.repeats):
+    options = request(argv)
+    read = write_report(options)
+    for one in (*read.skipped, *read.repeats):
         print(f"left out: {one.name}: {one.reason}")
-    for hashed, why in found.conflicts.items():
+    for hashed, why in read.conflicts.items():
         print(f"same config, another result ({hashed}): {why}")
-    print(f"{count(len(found.runs), 'run')}; the report is {asked.out / 'index.html'}")
+    print(f"{count(len(read.runs), 'run')}; the report is {options.out / 'index.html'}")
     return 0
 
 
@@ -81,7 +81,7 @@ def request(argv: Sequence[str]) -> Request:
     return Request(tuple(folders), out, values.get("versions", "same"), values.get("overwrite") == "true")
 
 
-def write_report(asked: Request) -> RunsRead:
+def write_report(options: Request) -> RunsRead:
     """Writes the report and gives what was found.
 
     Raises:
@@ -93,37 +93,37 @@ def write_report(asked: Request) -> RunsRead:
     from pruneexp.report.folders import find
     from pruneexp.types import ConfigError
 
-    found = find(asked.folders, asked.versions)
-    if not found.runs:
-        where = ", ".join(repr(str(folder)) for folder in asked.folders)
-        left = [f"{one.name}: {one.reason}" for one in found.skipped]
+    read = find(options.folders, options.versions)
+    if not read.runs:
+        where = ", ".join(repr(str(folder)) for folder in options.folders)
+        left = [f"{one.name}: {one.reason}" for one in read.skipped]
         why = f"; the first of {len(left)} left out: {left[0]}" if left else ""
         raise ConfigError(f"FOLDER={where}: no finished run there{why}")
-    _check_out(asked, [run.folder for run in found.runs])
+    _check_out(options, [run.folder for run in read.runs])
 
     from pruneexp.report.contents import report
 
-    made = report(found, asked.folders)
-    place = asked.out.resolve()  # a link stays
-    with made_aside(asked.out, place) as aside:
-        _write(made, found, aside)
-        _check_out(asked, [run.folder for run in found.runs])  # it may be there by now
+    made = report(read, options.folders)
+    place = options.out.resolve()  # a link stays
+    with made_aside(options.out, place) as aside:
+        _write(made, read, aside)
+        _check_out(options, [run.folder for run in read.runs])  # it may be there by now
         replace_folder(aside, place)
-    return found
+    return read
 
 
-def _check_out(asked: Request, runs: Sequence[Path]) -> None:
+def _check_out(options: Request, runs: Sequence[Path]) -> None:
     from pruneexp.files import check_replaceable
     from pruneexp.types import ConfigError
 
-    where, out = f"out={str(asked.out)!r}", asked.out.resolve()
-    for folder in (*asked.folders, *runs):
+    where, out = f"out={str(options.out)!r}", options.out.resolve()
+    for folder in (*options.folders, *runs):
         if out == folder.resolve() or out in folder.resolve().parents:
             raise ConfigError(f"{where}: holds {str(folder)!r}; expected a folder of its own")
-    check_replaceable(asked.out, RECORD, "report", asked.overwrite)
+    check_replaceable(options.out, RECORD, "report", options.overwrite)
 
 
-def _write(made: Report, found: RunsRead, folder: Path) -> None:
+def _write(made: Report, read: RunsRead, folder: Path) -> None:
     from pruneexp.files import files_in, write_json
     from pruneexp.progress import progress
     from pruneexp.report.figures import as_png
@@ -140,9 +140,9 @@ def _write(made: Report, found: RunsRead, folder: Path) -> None:
         (folder / "figures" / f"{picture.name}.png").write_bytes(as_png(picture.figure))
     (folder / "index.html").write_text(page(made), encoding="utf-8")
     record = {
-        "runs": {run.name: run.hash for run in found.runs},
-        "left_out": {one.name: one.reason for one in (*found.skipped, *found.repeats)},
-        "conflicts": dict(found.conflicts),
+        "runs": {run.name: run.hash for run in read.runs},
+        "left_out": {one.name: one.reason for one in (*read.skipped, *read.repeats)},
+        "conflicts": dict(read.conflicts),
         "files": [*files_in(folder), RECORD],
     }
     write_json(folder / RECORD, record)

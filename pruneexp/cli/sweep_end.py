@@ -28,8 +28,8 @@ def hand_over(config: DictConfig, folder: Path, group: str) -> None:
         from pruneexp.report.figures import as_png
         from pruneexp.report.folders import find
 
-        found = find([folder], "same")
-        pictures = report(found, [folder]).pictures if found.runs else []
+        read = find([folder], "same")
+        pictures = report(read, [folder]).pictures if read.runs else []
         figures = {one.name: (one.caption, as_png(one.figure)) for one in progress(pictures, "draw", unit="figures")}
         record = RunRecord(folder, {}, group, f"{group}-summary", "summary")
         summarise(record, *sweep_table(folder), figures)

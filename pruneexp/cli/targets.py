@@ -25,15 +25,15 @@ def located(target: Any, key: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: a file that is called datasets.py must not hide a library
     try:
-        found = getattr(importlib.import_module(module), name)
+        symbol = getattr(importlib.import_module(module), name)
     except AttributeError:
         near = did_you_mean(name, dir(sys.modules[module]), f"{module}.{{}}")
         raise ConfigError(f"{key}={target!r}: module {module} has no {name}{near}") from None
     except Exception as error:
         raise ConfigError(f"{key}={target!r}: cannot import it: {type(error).__name__}: {one_line(error)}") from error
-    if not callable(found):
-        raise ConfigError(f"{key}={target!r}: expected a class or a function, found {type(found).__name__}")
-    return found
+    if not callable(symbol):
+        raise ConfigError(f"{key}={target!r}: expected a class or a function, found {type(symbol).__name__}")
+    return symbol
 
 
 def signature(target: Callable[..., Any]) -> tuple[Parameters, dict[str, Any]]:

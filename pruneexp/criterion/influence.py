@@ -60,7 +60,7 @@ class Ifso:
     def __call__(self, block: Block, evidence: Mapping[str, GateDerivatives]) -> dict[str, Score]:
         scores: dict[str, Score] = {}
         for site in block.sites:
-            score_U = torch.stack([self._score_U(part) for part in evidence[site.name].found]).mean(0)
+            score_U = torch.stack([self._score_U(part) for part in evidence[site.name].batches]).mean(0)
             saved = {"none": 1, "params": site.cost.params, "macs": site.cost.macs}[self.scale]
             scores[site.name] = score_U / saved**0.5
         return scores

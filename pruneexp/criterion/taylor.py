@@ -50,12 +50,12 @@ class Taylor:
         return {s.name: self._score_U(s, block.weights[s.name], evidence[s.name]) for s in block.sites}
 
     def _score_U(self, site: Site, weights: SiteWeights, seen: Gradient | PerSampleGradient) -> Tensor:
-        found = (seen.mean, seen.mean_square) if isinstance(seen, PerSampleGradient) else (seen.mean,)
+        moments = (seen.mean, seen.mean_square) if isinstance(seen, PerSampleGradient) else (seen.mean,)
         parts_UR = [
-            self._rows(w_URD, *(each.in_projections[role] for each in found))
+            self._rows(w_URD, *(each.in_projections[role] for each in moments))
             for role, w_URD in weights.in_projections.items()
         ]
-        columns_C = self._rows(weights.out_projection.T, *(each.out_projection.T for each in found))
+        columns_C = self._rows(weights.out_projection.T, *(each.out_projection.T for each in moments))
         columns_UR = columns_C.reshape(site.units, -1)
         parts_UR.sort(key=lambda part: part.shape[1])  # stable: a group's key stands before its many query rows
         shortest = parts_UR[0].shape[1]

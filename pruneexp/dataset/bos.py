@@ -41,10 +41,10 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     decided = {
         key: needed and not _as_they_are(node) if node["bos"] == AUTO else node["bos"] for key, node in known.items()
     }
-    asked = {f"{key}.bos": node["bos"] for key, node in known.items() if not is_inner(key)}
+    typed = {f"{key}.bos": node["bos"] for key, node in known.items() if not is_inner(key)}
     before = config.get(ASKED, {})
-    asked = {key: value if value == AUTO else before.get(key, value) for key, value in asked.items()}
-    return {**with_bos(config, decided), ASKED: asked}
+    typed = {key: value if value == AUTO else before.get(key, value) for key, value in typed.items()}
+    return {**with_bos(config, decided), ASKED: typed}
 
 
 def check_asked(config: Mapping[str, Any]) -> None:

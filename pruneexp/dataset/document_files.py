@@ -94,8 +94,8 @@ class DocumentFiles(DocumentSource):
         parts: dict[str, Any] = {}
         for part, taken in self.slices.items():
             files = [Path(path).expanduser() for path in self._files(part) or ()]
-            found = [{"file": str(f), "sha256": sha256(f)} for f in files]
-            parts[part] = {"files": found, "documents": taken, "join": getattr(self, f"{part}_join")} if found else None
+            sums = [{"file": str(f), "sha256": sha256(f)} for f in files]
+            parts[part] = {"files": sums, "documents": taken, "join": getattr(self, f"{part}_join")} if sums else None
         own = {"special_tokens": self.special_tokens, "fields": list(self.fields)}
         return {"kind": "documents", **parts, "evaluation_windows": self.evaluation_windows, **own, **self.drawing()}
 
@@ -147,15 +147,15 @@ def _read(state: FileState, fields: Sequence[str], key: str) -> list[dict[str, s
     if state[0].lower().endswith(".parquet"):
         return _parquet(state[0], fields, key)
     opened = gzip.open if state[0].lower().endswith(".gz") else open
-    found = []
+    entries = []
     try:
         with opened(state[0], "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    found.append(_fields_of(line, fields, f"{key}: line {number}"))
+                    entries.append(_fields_of(line, fields, f"{key}: line {number}"))
     except (UnicodeDecodeError, OSError, EOFError) as error:
         raise ConfigError(f"{key}: cannot be read ({error}); expected {EXPECTED}") from None
-    return found
+    return entries
 
 
 def _fields_of(line: str, fields: Sequence[str], where: str) -> dict[str, str]:

@@ -177,8 +177,8 @@ class Tokens(_Files):
         windows_NT = self._load("evaluation")
         length = length or self.length or windows_NT.shape[1]
         if windows_NT.shape[1] < length:
-            found = f"its windows are {windows_NT.shape[1]} tokens wide"
-            raise ConfigError(f"{self.key('evaluation')}: {found}; expected at least the evaluation length, {length}")
+            windows = f"its windows are {windows_NT.shape[1]} tokens wide"
+            raise ConfigError(f"{self.key('evaluation')}: {windows}; expected at least the evaluation length, {length}")
         return torch.cat([cut(row_T, length, self.key("evaluation")) for row_T in windows_NT])
 
     def description(self) -> Mapping[str, Any]:

@@ -124,13 +124,13 @@ class Mixed(Drawn):
     def apart(self, tokenizer: Any, length: int | None) -> dict[str, tuple[float, Tensor]]:
         """Each source's weight and evaluation windows, by its name."""
         self._check_evaluated()
-        found = {}
+        parts = {}
         for name, share in self._evaluated.items():
             bos = self.bos and takes_bos(share.dataset)
             with _under(name):
                 windows_NT = evaluation_windows(share.dataset, tokenizer, length or self.length, bos)
-            found[name] = share.weight, windows_NT
-        return found
+            parts[name] = share.weight, windows_NT
+        return parts
 
     def key(self, part: str) -> str:
         return f"dataset.sources=[{','.join(self._shares)}]"

@@ -49,10 +49,10 @@ def in_pieces(tokenizer: Any, text: str, options: Mapping[str, Any]) -> np.ndarr
 def _read(tokenizer: Any, text: str, start: int, options: Mapping[str, Any]) -> np.ndarray:
     """The tokens of a piece, int64 [M, 4]: ids, the characters where they begin and end, counted from `start`, the
     words that they are of (what the text was split into before; -1 for special tokens)."""
-    found = tokenizer(text, return_offsets_mapping=True, **options)
-    words_M = [-1 if word is None else word for word in found.word_ids()]
-    places_M2 = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2) + start
-    return np.column_stack([np.asarray(found["input_ids"], np.int64), places_M2, np.asarray(words_M, np.int64)])
+    encoding = tokenizer(text, return_offsets_mapping=True, **options)
+    words_M = [-1 if word is None else word for word in encoding.word_ids()]
+    places_M2 = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2) + start
+    return np.column_stack([np.asarray(encoding["input_ids"], np.int64), places_M2, np.asarray(words_M, np.int64)])
 
 
 def _meeting(piece_M4: np.ndarray, after_M4: np.ndarray, begin: int, ranked: bool) -> tuple[int, int] | None:
@@ -66,8 +66,8 @@ def _meeting(piece_M4: np.ndarray, after_M4: np.ndarray, begin: int, ranked: boo
 
 def _between(piece_M4: np.ndarray, first: int, last: int) -> slice:
     """The tokens that begin at the characters `first` to `last`."""
-    found = np.flatnonzero((piece_M4[:, 1] >= first) & (piece_M4[:, 1] < last))
-    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
+    inside = np.flatnonzero((piece_M4[:, 1] >= first) & (piece_M4[:, 1] < last))
+    return slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
 
 
 def _join(here_M4: np.ndarray, there_M4: np.ndarray, ranked: bool) -> int | None:

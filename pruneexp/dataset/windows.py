@@ -142,8 +142,8 @@ def draw(stream_M: Tensor, samples: int, length: int, seed: int, sampling: str, 
     if sampling == "consecutive":
         windows_NT = cut(stream_M, length, key)
         if len(windows_NT) < samples:
-            found = f"{len(stream_M)} tokens found, {len(windows_NT)} windows of {length}"
-            raise ConfigError(f"{key}: {found}; expected at least dataset.samples={samples} for consecutive windows")
+            there = f"{len(stream_M)} tokens found, {len(windows_NT)} windows of {length}"
+            raise ConfigError(f"{key}: {there}; expected at least dataset.samples={samples} for consecutive windows")
         return windows_NT[:samples].clone()
     _check_length(stream_M, length, key)
     starts_N = torch.randint(len(stream_M) - length + 1, (samples,), generator=torch.Generator().manual_seed(seed))

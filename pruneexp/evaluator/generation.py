@@ -115,8 +115,8 @@ class Generation:
                     "expected null, and dataset=tokens"
                 )
             bos = bos_token(tokenizer, "evaluator.generation.bos") if self.bos else None
-            found = [encode(tokenizer, line, special_tokens=True) for line in self._lines()]
-            return [windows_of(line_T, 0, bos, lambda text_T, _: text_T[None])[0] for line_T in found]
+            prompts = [encode(tokenizer, line, special_tokens=True) for line in self._lines()]
+            return [windows_of(line_T, 0, bos, lambda text_T, _: text_T[None])[0] for line_T in prompts]
         windows_NT = evaluation_windows(self.dataset, tokenizer, None, self.bos)
         if self.prompt_tokens > windows_NT.shape[1]:
             wide = f"{windows_NT.shape[1]}, the width of the windows of {self.dataset.key('evaluation')}"
@@ -187,9 +187,9 @@ def drawn(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
 def end_tokens(module: Any) -> frozenset[int]:
     """The tokens that end a text, as the model's own settings name them."""
     for config in (getattr(module, "generation_config", None), module.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
 
 
@@ -206,10 +206,10 @@ def text_figures(texts: Sequence[Tokens]) -> dict[str, float]:
     """distinct_1 to distinct_3 and seq_rep_4, as Generation defines them; left out where no text is long enough."""
     figures = {}
     for n in (1, 2, 3):
-        found = [gram for text in texts for gram in ngrams(text, n)]
-        if found:
-            figures[f"distinct_{n}"] = len(set(found)) / len(found)
-    repeated = [1 - len(set(found)) / len(found) for found in (ngrams(text, 4) for text in texts) if found]
+        grams = [gram for text in texts for gram in ngrams(text, n)]
+        if grams:
+            figures[f"distinct_{n}"] = len(set(grams)) / len(grams)
+    repeated = [1 - len(set(grams)) / len(grams) for grams in (ngrams(text, 4) for text in texts) if grams]
     if repeated:
         figures["seq_rep_4"] = sum(repeated) / len(repeated)
     return figures
@@ -245,5 +245,5 @@ def side_by_side(tokenizer: Any, prompts: Sequence[Tokens], dense: Sequence[Toke
 
 def _cell(text: str) -> str:
     """Text that Markdown and HTML take as it is, on one line."""
-    escaped = re.sub(r"[|*_`~\\\[\]]", lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
+    escaped = re.sub(r"[|*_`~\\\[\]]", lambda match: f"&#{ord(match[0])};", html.escape(text, quote=False))
     return "<br>".join(escaped.splitlines())

@@ -79,7 +79,7 @@ def _loaded(manager: Any, name: str, rows: TaskRows | None, unreachable: str) ->
     # A task inside a group of one is how the harness lets a definition's settings be replaced.
     spec: Any = name if rows is None else {"group": f"local_{name}", "task": [{"task": name, **_replaced(rows)}]}
     try:
-        found = manager.load(spec)
+        loaded = manager.load(spec)
     except (ConfigError, MemoryError):
         raise
     except Exception as error:  # the hub's client raises OSError, ValueError, RuntimeError, its http library's own
@@ -87,19 +87,19 @@ def _loaded(manager: Any, name: str, rows: TaskRows | None, unreachable: str) ->
         offline = "offline, evaluator.zeroshot.data=FOLDER reads local files"
         raise RunError(f"{TASKS_KEY}: {name}'s data cannot be loaded ({reason}); {offline}") from error
     if rows is not None:
-        found = {"tasks": found["tasks"], "groups": {}, "group_map": {}}
-    for task in found["tasks"].values():
+        loaded = {"tasks": loaded["tasks"], "groups": {}, "group_map": {}}
+    for task in loaded["tasks"].values():
         unfit = [what for what in ("UNSAFE_CODE", "MULTIMODAL") if getattr(task, what, False)]
         if unfit:
             does = "runs code that the model writes" if unfit == ["UNSAFE_CODE"] else "needs more than text"
             raise ConfigError(f"{TASKS_KEY}: {task.task_name} {does}; expected tasks of text alone")
-    return Loaded(name, found["tasks"], found["groups"], found["group_map"])
+    return Loaded(name, loaded["tasks"], loaded["groups"], loaded["group_map"])
 
 
 def _replaced(rows: TaskRows) -> dict[str, Any]:
     import datasets
 
-    splits = {name: datasets.Dataset.from_list([dict(row) for row in found]) for name, found in rows.splits.items()}
+    splits = {name: datasets.Dataset.from_list([dict(row) for row in split]) for name, split in rows.splits.items()}
     any_split = next(iter(splits.values()))
     # A definition reads its examples' split even where none is asked for.
     filled = datasets.DatasetDict({"train": any_split.select([]), **splits})
@@ -110,17 +110,17 @@ def identified(loaded: Sequence[Loaded]) -> list[Any] | None:
     """What the harness will ask and how it will score that, for as long as its version is the same: each task's
     definition with the source of its functions, the fingerprints that `datasets` gives its splits, the groups'
     definitions. None where a split has no fingerprint."""
-    found: list[Any] = []
+    identities: list[Any] = []
     for each in loaded:
         for name, task in each.tasks.items():
             splits = task.dataset if isinstance(task.dataset, Mapping) else {}
             prints = {split: getattr(rows, "_fingerprint", None) for split, rows in splits.items()}
             if not prints or None in prints.values():
                 return None
-            found.append([name, task.VERSION, type(task).__qualname__, task.dump_config(), prints])
+            identities.append([name, task.VERSION, type(task).__qualname__, task.dump_config(), prints])
         for name, group in each.groups.items():
-            found.append([name, group.version, group.aggregate_metric_list, each.members.get(name)])
-    return found
+            identities.append([name, group.version, group.aggregate_metric_list, each.members.get(name)])
+    return identities
 
 
 def answer(
@@ -156,15 +156,15 @@ def answer(
         )
         if bos:
             lm.loglikelihood_rolling = _begun_once(lm, lm.loglikelihood_rolling)
-        found: Any = evaluate(
+        evaluation: Any = evaluate(
             lm=lm,
             task_dict={"tasks": loaded.tasks, "groups": loaded.groups, "group_map": loaded.members},  # type: ignore
             limit=limit,
             bootstrap_iters=0,  # its standard errors cost a pool of processes
         )
         # Inside: even to ask a task for its name draws a random number.
-        answered = {name: _answered(task, found) for name, task in loaded.tasks.items()}
-        return answered | {name: _aggregated(group, found, answered) for name, group in loaded.groups.items()}
+        answered = {name: _answered(task, evaluation) for name, task in loaded.tasks.items()}
+        return answered | {name: _aggregated(group, evaluation, answered) for name, group in loaded.groups.items()}
 
 
 def begins(tokenizer: Any) -> bool:
@@ -185,15 +185,15 @@ def _begun_once(lm: Any, rolling: Callable[..., list[float]]) -> Callable[..., l
     return begun
 
 
-def _answered(task: Any, found: Mapping[str, Any]) -> Answered:
+def _answered(task: Any, evaluation: Mapping[str, Any]) -> Answered:
     name = task.task_name
-    counts = found["n-samples"][name]
+    counts = evaluation["n-samples"][name]
     scores: dict[str, list[float]] = {}
     requests, nats = [], []
-    for sample in found["samples"][name]:
+    for sample in evaluation["samples"][name]:
         for metric in sample["metrics"]:
             scores.setdefault(_named(metric, sample["filter"]), []).append(sample[metric])
-        if sample["filter"] == found["samples"][name][0]["filter"]:  # each filter repeats the same requests
+        if sample["filter"] == evaluation["samples"][name][0]["filter"]:  # each filter repeats the same requests
             requests += [tuple(request) for request in sample["arguments"]]
             if task.OUTPUT_TYPE != "generate_until":
                 nats += [_likelihood(answers[0]) for answers in sample["resps"]]
@@ -201,26 +201,26 @@ def _answered(task: Any, found: Mapping[str, Any]) -> Answered:
         broken = next(i for i, value in enumerate(nats) if math.isnan(value))
         raise RunError(f"evaluator.zeroshot: {name}: the model's log-likelihood of request {broken} is not a number")
     return Answered(
-        shots=found["n-shot"][name],
+        shots=evaluation["n-shot"][name],
         items=counts["effective"],
         complete=counts["effective"] == counts["original"],
-        figures=_figures(found["results"][name]),
+        figures=_figures(evaluation["results"][name]),
         scores=scores,
         requests=requests,
         log_likelihoods=nats,
-        version=found["versions"][name],
+        version=evaluation["versions"][name],
         data="local files" if task.config.custom_dataset is not None else f"{task.DATASET_PATH}/{task.DATASET_NAME}",
     )
 
 
-def _aggregated(group: Any, found: Mapping[str, Any], tasks: Mapping[str, Answered]) -> Answered:
+def _aggregated(group: Any, evaluation: Mapping[str, Any], tasks: Mapping[str, Answered]) -> Answered:
     """A group's own figures (a weighted mean, say), where its definition asks for any."""
     members = [tasks[task.task_name] for task in group.get_all_tasks()]
     return Answered(
         shots=max(member.shots for member in members),
         items=sum(member.items for member in members),
         complete=all(member.complete for member in members),
-        figures=_figures(found["results"].get(group.name, {})),
+        figures=_figures(evaluation["results"].get(group.name, {})),
         scores={},
         requests=(),
         log_likelihoods=(),

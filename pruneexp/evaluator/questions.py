@@ -61,17 +61,17 @@ class Questions:
 
         if tokenizer is None:
             raise ConfigError("evaluator.questions: needs a tokenizer and the model has none")
-        asked = questions(EVALUATION[1], self.samples)  # EVALUATION[0] is the dataset's
+        drawn = questions(EVALUATION[1], self.samples)  # EVALUATION[0] is the dataset's
         begin = [bos_token(tokenizer, "evaluator.questions.bos")] if self.bos else []
         room = max_length and max_length - len(begin)
-        rows = [_row(tokenizer, q.context, choice, room) for q in asked for choice in q.choices]
+        rows = [_row(tokenizer, q.context, choice, room) for q in drawn for choice in q.choices]
         rows = [([*begin, *ids], n) for ids, n in rows]
         length = max(len(ids) for ids, _ in rows)
         # Padding stands on the right, where a causal model's earlier tokens cannot see it; it is never scored.
         rows_NT = torch.tensor([[*ids, *[ids[-1]] * (length - len(ids))] for ids, _ in rows])
         position_T = torch.arange(length)
         scored_NT = torch.stack([(position_T >= len(ids) - n) & (position_T < len(ids)) for ids, n in rows])
-        return rows_NT, scored_NT, [q.answer for q in asked]
+        return rows_NT, scored_NT, [q.answer for q in drawn]
 
 
 def _row(tokenizer: Any, context: str, choice: str, max_length: int | None) -> tuple[list[int], int]:

@@ -34,39 +34,39 @@ class Row:
 
     def texts(self, path: str) -> list[str]:
         """The texts of the list under `path`, at least two. Raises ConfigError."""
-        found = self._of(path, list, "a list of texts")
-        if len(found) < 2 or not all(isinstance(each, str) for each in found):
-            raise ConfigError(f"{self.where}: {path}={found!r}; expected a list of two texts or more")
-        return found
+        texts = self._of(path, list, "a list of texts")
+        if len(texts) < 2 or not all(isinstance(each, str) for each in texts):
+            raise ConfigError(f"{self.where}: {path}={texts!r}; expected a list of two texts or more")
+        return texts
 
     def choices(self, path: str) -> dict[str, list[str]]:
         """[{"text": ..., "label": ...}, ...] under `path` as {"text": [...], "label": [...]}. Raises ConfigError."""
-        found = self._of(path, list, "a list of choices")
-        for index, each in enumerate(found):
+        choices = self._of(path, list, "a list of choices")
+        for index, each in enumerate(choices):
             if not isinstance(each, dict) or not all(isinstance(each.get(key), str) for key in ("text", "label")):
                 raise ConfigError(f"{self.where}: {path}[{index}]={each!r}; expected a text and its label")
-        return {key: [each[key] for each in found] for key in ("text", "label")}
+        return {key: [each[key] for each in choices] for key in ("text", "label")}
 
     def one_of(self, path: str, known: Collection[Any]) -> Any:
         """The right answer under `path`, which must be one of the `known`. Raises ConfigError."""
-        found = self._of(path, object, "the label")
+        label = self._of(path, object, "the label")
         # True == 1, but a label of another type is a mistake in the file.
-        if not any(found == each and type(found) is type(each) for each in known):
-            raise ConfigError(f"{self.where}: {path}={found!r}; expected one of {', '.join(map(repr, known))}")
-        return found
+        if not any(label == each and type(label) is type(each) for each in known):
+            raise ConfigError(f"{self.where}: {path}={label!r}; expected one of {', '.join(map(repr, known))}")
+        return label
 
     def has(self, name: str) -> bool:
         return name in self.values
 
     def _of(self, path: str, kind: type, what: str) -> Any:
-        found: Any = self.values
+        part: Any = self.values
         for name in path.split("."):
-            if not isinstance(found, dict) or name not in found:
+            if not isinstance(part, dict) or name not in part:
                 raise ConfigError(f"{self.where}: no field {path!r}; expected {what}")
-            found = found[name]
-        if not isinstance(found, kind):
-            raise ConfigError(f"{self.where}: {path}={found!r}; expected {what}")
-        return found
+            part = part[name]
+        if not isinstance(part, kind):
+            raise ConfigError(f"{self.where}: {path}={part!r}; expected {what}")
+        return part
 
 
 def boolq(row: Row) -> dict[str, Any]:
@@ -204,13 +204,13 @@ def read_task(folder: str, task: str, shots: int) -> TaskRows:
 
 
 def _file(root: Path, pattern: str, what: str) -> Path:
-    found = sorted(path for path in root.glob(pattern) if path.is_file())
-    if not found:
+    matches = sorted(path for path in root.glob(pattern) if path.is_file())
+    if not matches:
         raise ConfigError(f"{KEY}={root}: no file {root / pattern}; expected {what}")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+    if len(matches) > 1:
+        names = ", ".join(path.name for path in matches)
         raise ConfigError(f"{KEY}={root}: {names} all fit {pattern}; expected one file of {what}")
-    return found[0]
+    return matches[0]
 
 
 def _rows(path: Path, files: TaskFiles) -> tuple[list[dict[str, Any]], dict[str, str]]:

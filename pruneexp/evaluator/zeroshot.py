@@ -70,21 +70,21 @@ class Zeroshot:
 
     def __call__(self, model: Any, tokenizer: Any) -> Measured:
         """The figures, and a file of what every item scored."""
-        found: dict[str, Answered] = {}
+        answers: dict[str, Answered] = {}
         for loaded in self._loaded.tasks:
-            found |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size, self.bos)
+            answers |= answer(model, loaded, self.num_fewshot, self.limit, self.batch_size, self.bos)
         figures = {
             self._name(metric, task, answered): value
-            for task, answered in found.items()
+            for task, answered in answers.items()
             for metric, value in answered.figures.items()
         }
         record = {
             "lm_eval": metadata.version("lm_eval"),
             "batch_size": self.batch_size,
             "bos": self.bos,
-            "tasks": {task: self._record(task, answered) for task, answered in found.items()},
+            "tasks": {task: self._record(task, answered) for task, answered in answers.items()},
         }
-        return Measured({**figures, **self._means(found)}, {"json": json.dumps(record, default=_plain) + "\n"})
+        return Measured({**figures, **self._means(answers)}, {"json": json.dumps(record, default=_plain) + "\n"})
 
     def lacks_bos(self, tokenizer: Any, token: int) -> bool:
         """Whether prompts begin with another token."""
@@ -124,10 +124,10 @@ class Zeroshot:
     def _begun(self) -> str:
         return "+bos" if self.bos else ""
 
-    def _means(self, found: Mapping[str, Answered]) -> dict[str, float]:
+    def _means(self, answers: Mapping[str, Answered]) -> dict[str, float]:
         if not set(PUBLISHED) <= set(self.tasks):
             return {}
-        seven = {task: found[task] for task in PUBLISHED}
+        seven = {task: answers[task] for task in PUBLISHED}
         partial = any(self._partial(task, answered) for task, answered in seven.items())
         count = f"[{sum(answered.items for answered in seven.values())}]" if partial else ""
         protocol = f"/mean7@{seven['boolq'].shots}shot{self._begun}{count}"

@@ -104,7 +104,7 @@ class GateDerivatives:
         return GateDerivatives((*self.parts, *other.parts))
 
     @property
-    def found(self) -> tuple[BatchDerivatives, ...]:
+    def batches(self) -> tuple[BatchDerivatives, ...]:
         """The parts. Raises RunError without any."""
         if not self.parts:
             raise RunError("0 calibration windows were seen: expected at least 1")

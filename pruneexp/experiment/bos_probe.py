@@ -24,8 +24,8 @@ WINDOWS, LENGTH = 4, 128  # of the calibration text, on which it is measured
 def check_bos(experiment: Experiment, tokenizer: Any) -> None:
     """Raises ConfigError, naming the key, where a token is asked for that the tokenizer does not have."""
     dataset: Any = experiment.dataset
-    asked = {f"evaluator.{name}.bos": each.bos for name, each in experiment.evaluators.items()}
-    for key, bos in ({"dataset.bos": takes_bos(dataset) and dataset.bos} | asked).items():
+    of_evaluators = {f"evaluator.{name}.bos": each.bos for name, each in experiment.evaluators.items()}
+    for key, bos in ({"dataset.bos": takes_bos(dataset) and dataset.bos} | of_evaluators).items():
         if tokenizer is not None and bos:  # where there is none, whoever needs one says so
             bos_token(tokenizer, key)
 

@@ -247,9 +247,9 @@ def license_of(folder: Path | None) -> dict[str, Any]:
 
 def front_matter(text: str) -> dict[str, Any]:
     """A card's metadata; empty where it has none that can be read."""
-    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     try:
-        data = yaml.safe_load(found[1]) if found else None
+        data = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
     return data if isinstance(data, dict) else {}

@@ -70,7 +70,7 @@ def _check_streamed(experiment: Experiment) -> None:
     backward, losses = "needs backward passes through the whole model", "measures the loss of many structures"
     trains = "trains what a streamed run has written by then" if experiment.recovery.layerwise else backward
     held = [name for name, each in experiment.evaluators.items() if not each.streams]
-    for found, group, why, instead in (
+    for refused, group, why, instead in (
         (differentiates, "criterion", backward, "a criterion that only needs forward passes"),
         (probes, "criterion", losses, "a criterion that goes layer by layer"),
         (experiment.search.probes, "search", losses, "a search that goes by scores"),
@@ -79,8 +79,8 @@ def _check_streamed(experiment: Experiment) -> None:
         (experiment.augmentation.added(1, 1), "augmentation", "writes token by token", "augmentation=none"),
         (held, "evaluator", "needs the whole model in memory", "only evaluators that can stream"),
     ):
-        if found:
-            chosen = ",".join(held) if found is held else experiment.job["choices"][group]
+        if refused:
+            chosen = ",".join(held) if refused is held else experiment.job["choices"][group]
             instead = f"expected model.stream=false, or {instead}"
             raise ConfigError(f"model.stream=True: {group}={chosen} {why}; {instead}")
     compensator = experiment.compensator
@@ -126,8 +126,8 @@ def _check_sequential(experiment: Experiment) -> None:
     if search.local or criterion.evidence is None:
         return
     typed = typed_value(experiment.job["overrides"], "criterion.sequential") or ""
-    asked = typed.lower() == "true" or "given" in experiment.config["criterion"]
-    if criterion.sequential is True and asked:
+    wanted = typed.lower() == "true" or "given" in experiment.config["criterion"]
+    if criterion.sequential is True and wanted:
         raise ConfigError(
             f"criterion.sequential=True: search={chosen} decides over all layers at once; {instead}, always (scores "
             "behind masked layers), or a search that decides layer by layer"

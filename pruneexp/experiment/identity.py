@@ -29,8 +29,8 @@ class Identity:
 def dense_identity(experiment: Experiment, model: Model, recorded: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Fingerprints of the weights of a model that is loaded, as environment.json has them; these, and how the model is
     run. Where neither a record nor the cache asks, weights are not looked through."""
-    asked = recorded or not isinstance(experiment.cache, NoCache)
-    weights = experiment.model.fingerprint() if asked else {"files": {}}
+    needed = recorded or not isinstance(experiment.cache, NoCache)
+    weights = experiment.model.fingerprint() if needed else {"files": {}}
     gpus = sorted({torch.cuda.get_device_name(device) for device in model.devices if device.type == "cuda"})
     how = {"dtype": str(model.dtype), "device": gpus or "cpu", "batch_size": model.batch_size}
     return weights, {"weights": weights["files"], **how}

@@ -41,10 +41,10 @@ class Timing:
         """The pruned layers against what they were, measured in turns, beside the share that the table foretold."""
         if self.work is None:
             return {}
-        asked, found = self.table.conditions, compared(self.work, model)
-        name = f"latency/decoder_{asked.phase}_ms@b{asked.batch}x{asked.context}"
-        shares = [1 - pruned / dense for dense, pruned in zip(found.dense, found.pruned, strict=True)]
-        dense, pruned, share = median(found.dense), median(found.pruned), median(shares)
+        conditions, timed = self.table.conditions, compared(self.work, model)
+        name = f"latency/decoder_{conditions.phase}_ms@b{conditions.batch}x{conditions.context}"
+        shares = [1 - pruned / dense for dense, pruned in zip(timed.dense, timed.pruned, strict=True)]
+        dense, pruned, share = median(timed.dense), median(timed.pruned), median(shares)
         logger.info(
             "latency: the table foretold %.1f %% less, measured are %.1f %% (%.1f to %.1f %% in %d repeats): %.4g ms "
             "became %.4g",
@@ -126,7 +126,7 @@ def assumed(model: Model) -> Times:
         whole = [] if site is None else [(site.units, site.units * site.cost.params * 1e-6, 0.0)]
         return Curve(((0, 0.0, 0.0), *whole))
 
-    found = []
+    layer_times = []
     for index in range(len(model.layers)):
         there = {site.kind: site for site in model.layer_sites(index)}
         attention, ffn = curve(there.get("attention")), curve(there.get("mlp"))
@@ -135,8 +135,8 @@ def assumed(model: Model) -> Times:
             ms = attention.at(site.units)
             least = ms - (site.group - 1) * site.units * site.head_cost.params * 1e-6
             heads = Curve(((1, max(0.0, least), 0.0), (site.group, ms, 0.0)))
-        found.append(LayerTimes((index,), attention, ffn, heads))
-    return Times(tuple(found))
+        layer_times.append(LayerTimes((index,), attention, ffn, heads))
+    return Times(tuple(layer_times))
 
 
 def with_timing(experiment: Experiment, model: Model, given: Table | None, expected: Forecast) -> Forecast:

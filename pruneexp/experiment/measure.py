@@ -38,11 +38,11 @@ def measured(
     found. `known`: gives what was measured before, or measures. `dense`: what each found before pruning. Files go to
     samples/ in `folder`; None: nowhere."""
     figures: dict[str, float] = {"params": model.params, "params/decoder": model.decoder_params}
-    found: dict[str, Measured] = {}
+    answers: dict[str, Measured] = {}
     origins = dict.fromkeys(figures, "every run")
     for name, evaluator in evaluators.items():
         who = f"evaluator.{name}: {type(evaluator).__name__}"
-        one = found[name] = known(
+        one = answers[name] = known(
             evaluator, name, lambda e=evaluator, w=who: _checked(e(model, model.tokenizer), f"{w}.__call__")
         )
         compared = Measured({})
@@ -56,13 +56,13 @@ def measured(
             _write(folder / "samples", name, compared.files)
     named = {f"{when}/{key}": value for key, value in figures.items()}
     trackers.log(named)
-    return named, found
+    return named, answers
 
 
-def _checked(found: Any, who: str) -> Measured:
+def _checked(answer: Any, who: str) -> Measured:
     """What an evaluator's method gave: a Measured, or figures alone. Raises RunError, naming the method, where it gave
     something else."""
-    one = found if isinstance(found, Measured) else Measured(found)
+    one = answer if isinstance(answer, Measured) else Measured(answer)
     if not isinstance(one.figures, Mapping) or not all(isinstance(name, str) for name in one.figures):
         expected = 'expected figures by name, as {"ppl/mine@128": 5.47}, or a Measured of them'
         raise RunError(f"{who} gave {one_line(repr(one.figures))[:60]}; {expected}")
@@ -98,11 +98,11 @@ def _write(folder: Path, stem: str, files: Mapping[str, str]) -> None:
 def kept(cache: Cache | NoCache, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
     """What `compute` gives, from the cache where it was computed before."""
     with cache.held([key]) as entries:
-        found = entries.get(key)
-        if found is None:
-            found = compute()
-            entries.put(key, found)
-    return found
+        entry = entries.get(key)
+        if entry is None:
+            entry = compute()
+            entries.put(key, entry)
+    return entry
 
 
 def dense_figures(

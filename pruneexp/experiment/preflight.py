@@ -126,14 +126,14 @@ def check_room(experiment: Experiment) -> None:
     """Raises ConfigError where the windows that are asked for, int64 [N, T], take more memory than is free. Datasets
     that make any number of windows would find out after hours."""
     dataset = experiment.dataset
-    asked = [("dataset.samples", dataset.samples or 0, dataset.length or 0)]
+    requests = [("dataset.samples", dataset.samples or 0, dataset.length or 0)]
     for name, evaluator in experiment.evaluators.items():
         source = evaluator.dataset
         key = f"{'dataset' if source == dataset else f'evaluator.{name}.dataset'}.evaluation_samples"
         length = evaluator.length or (source and source.length) or 0
-        asked.append((key, (source and source.evaluation_samples) or 0, length))
+        requests.append((key, (source and source.evaluation_samples) or 0, length))
     free = available_memory(torch.device("cpu"))
-    for key, samples, length in asked:
+    for key, samples, length in requests:
         needed = 8 * samples * length
         if needed > free:
             raise ConfigError(
@@ -190,12 +190,12 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
 def _check_windows(experiment: Experiment, windows: int) -> None:
     """Raises ConfigError where a method wants more calibration windows than there are."""
     dataset = experiment.dataset
-    found = f"dataset.samples={windows}" if dataset.samples is not None else dataset.key("calibration")
+    setting = f"dataset.samples={windows}" if dataset.samples is not None else dataset.key("calibration")
     share = experiment.search.held_out
     held_out = round(share * windows)
     if share and held_out < 2:
         raise ConfigError(
-            f"{found}: {windows} calibration windows, {held_out} of them held out by search.held_out={share}; "
+            f"{setting}: {windows} calibration windows, {held_out} of them held out by search.held_out={share}; "
             f"expected at least {math.ceil(2 / share)}, or search.held_out=0"
         )
     for group in ("criterion", "compensator"):
@@ -204,11 +204,11 @@ def _check_windows(experiment: Experiment, windows: int) -> None:
         least = max((kind.least_windows for kind in kinds), default=0)
         if there < least:
             if there < windows:
-                found = f"{found}, {held_out} of them held out by search.held_out={share}"
+                setting = f"{setting}, {held_out} of them held out by search.held_out={share}"
             method, settings = experiment.job["choices"].get(group), experiment.config[group].items()
             autos = " and ".join(f"{group}.{key}" for key, value in settings if value == "auto")
             raise ConfigError(
-                f"{found}: {there} calibration windows; expected at least {least}, since {group}={method} holds some "
+                f"{setting}: {there} calibration windows; expected at least {least}, since {group}={method} holds some "
                 f"out to judge by, or a number for {autos}"
             )
 
@@ -271,7 +271,7 @@ def tell_forecast(experiment: Experiment, inputs: Inputs) -> dict[str, float]:
         logger.warning("%s", refused)
     sites, total, decoder = model.sites(), model.params, model.decoder_params
     kinds = {kind: [s for s in sites if s.kind == kind] for kind in ("attention", "mlp")}
-    units = ", ".join(f"{sum(s.units for s in found)} {kind} units" for kind, found in kinds.items())
+    units = ", ".join(f"{sum(s.units for s in own_sites)} {kind} units" for kind, own_sites in kinds.items())
     layers = f"{len(model.layers)} layers, {units}"
     print(f"{experiment.model.name}: {layers}; {total:,} parameters, {decoder:,} in decoder layers")
     added = experiment.augmentation.added(*tokens_NT.shape)

@@ -70,11 +70,11 @@ def quantised(
         compute = partial(quantise, model, when, evaluators, folder)
         measured_on = quantise.measured_on(model, evaluators) if when == "dense" else None
         if measured_on is None:
-            found = compute()
+            measured = compute()
         else:
             code = code_version("pruneexp.dataset", "pruneexp.evaluator", type(quantise).__module__)
             own = {"quantise": version_of(quantise), "inputs": measured_on, "code": code}
-            found = kept(experiment.cache, {"what": "the quantised dense model's figures", **basis, **own}, compute)
-    figures = {f"{when}/{name}": value for name, value in found.items()}
+            measured = kept(experiment.cache, {"what": "the quantised dense model's figures", **basis, **own}, compute)
+    figures = {f"{when}/{name}": value for name, value in measured.items()}
     trackers.log(figures)
     record.metrics |= figures

@@ -177,13 +177,13 @@ def _shares(experiment: Experiment, metrics: Mapping[str, float], before: int, a
     """The shares that left, and a line of the log where that is far from what was asked for, which is no error."""
     counts = {"decoder": "params/decoder", "model": "params"}
     gone = {of: 1 - metrics[f"pruned/{count}"] / metrics[f"dense/{count}"] for of, count in counts.items()}
-    asked, of = experiment.sparsity.ratio, experiment.sparsity.of
+    ratio, of = experiment.sparsity.ratio, experiment.sparsity.of
     if of != "decoder":
         gone[of] = _gone(before, after)
-    if abs(gone[of] - asked) > WIDE:
+    if abs(gone[of] - ratio) > WIDE:
         logger.warning(
             "sparsity.ratio=%g was asked for, %.3f of %s has left: the search rounds in its own way, by units that "
             "large, or takes all units of one score",
-            *(asked, gone[of], of),
+            *(ratio, gone[of], of),
         )
     return {f"sparsity/{of}": share for of, share in gone.items()}

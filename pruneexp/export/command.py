@@ -74,8 +74,8 @@ def request(argv: Sequence[str]) -> Request:
 
     folders, values = read_arguments(argv, "pruneexp-export", KEYS, CHOICES)
     if len(folders) != 1:
-        found = " ".join(folders) or "none"
-        raise ConfigError(f"RUN_FOLDER: expected one folder, got {found}; see pruneexp-export --help")
+        given = " ".join(folders) or "none"
+        raise ConfigError(f"RUN_FOLDER: expected one folder, got {given}; see pruneexp-export --help")
     if not values.get("out"):
         raise ConfigError("out is missing: expected out=PATH, the folder to write (with format=gguf also NAME.gguf)")
     multiple = values.get("multiple")

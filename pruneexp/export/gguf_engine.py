@@ -157,14 +157,14 @@ class Engine:
         """Nats of every predicted token, float64 [N, T-1]. Raises RunError."""
         return self._run(file, windows_NT, vocabulary, 0, f"{stage} in llama.cpp")
 
-    def speeds(self, file: Path, vocabulary: int, prompt_1T: Tensor, asked: Latency) -> dict[str, float]:
+    def speeds(self, file: Path, vocabulary: int, prompt_1T: Tensor, settings: Latency) -> dict[str, float]:
         """Tokens per second, as `evaluator=[latency]` gives them: the first rounds are left out. Raises RunError."""
-        rounds_NT = prompt_1T.repeat(asked.warmup + asked.repeats, 1)
-        seconds = self._run(file, rounds_NT, vocabulary, asked.new_tokens, "speed in llama.cpp")[asked.warmup :]
+        rounds_NT = prompt_1T.repeat(settings.warmup + settings.repeats, 1)
+        seconds = self._run(file, rounds_NT, vocabulary, settings.new_tokens, "speed in llama.cpp")[settings.warmup :]
         read_N, wrote_N = seconds.T
-        protocol = f"@b1x{asked.prompt}"
-        prefill = summary(f"latency/prefill_tok_s{protocol}", asked.prompt / read_N)
-        return prefill | summary(f"latency/decode_tok_s{protocol}+{asked.new_tokens}", asked.new_tokens / wrote_N)
+        protocol = f"@b1x{settings.prompt}"
+        prefill = summary(f"latency/prefill_tok_s{protocol}", settings.prompt / read_N)
+        return prefill | summary(f"latency/decode_tok_s{protocol}+{settings.new_tokens}", settings.new_tokens / wrote_N)
 
     def _run(self, file: Path, windows_NT: Tensor, vocabulary: int, written: int, stage: str) -> Tensor:
         from safetensors.torch import load_file, save_file
@@ -172,16 +172,16 @@ class Engine:
         with scratch_folder() as scratch, waiting(stage):
             tokens, out = (str(Path(scratch, name)) for name in ("tokens", "out"))
             save_file({"tokens": windows_NT.cpu().contiguous()}, tokens)
-            asked = {"file": str(file), "tokens": tokens, "out": out, "vocabulary": vocabulary, "written": written}
-            done = self._called(_RUN, **asked, piece=PIECE)
+            arguments = {"file": str(file), "tokens": tokens, "out": out, "vocabulary": vocabulary, "written": written}
+            done = self._called(_RUN, **arguments, piece=PIECE)
             if done.returncode:
                 raise RunError(f"llama.cpp does not run {file.name} ({reason_of(done)})")
             return load_file(out)["found"]
 
-    def _called(self, script: str, **asked: Any) -> subprocess.CompletedProcess[str]:
+    def _called(self, script: str, **arguments: Any) -> subprocess.CompletedProcess[str]:
         own = {"library": str(self.library), "threads": torch.get_num_threads()}
         own |= {name: path and str(path) for name, path in (("loader", self.loader), ("backend", self.backend))}
-        command = [sys.executable, "-c", _BEGIN + script, json.dumps(own | asked)]
+        command = [sys.executable, "-c", _BEGIN + script, json.dumps(own | arguments)]
         env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         return subprocess.run(
             command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=env

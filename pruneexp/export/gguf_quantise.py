@@ -141,8 +141,8 @@ def perplexities(model: InEngine, evaluators: Mapping[str, Evaluator], tokenizer
     """The figures of the evaluators that want losses of windows and nothing else of a model."""
     figures: dict[str, float] = {}
     for evaluator in _of_text(evaluators, tokenizer).values():
-        found = evaluator(model, tokenizer)
-        figures |= found.figures if isinstance(found, Measured) else found
+        answer = evaluator(model, tokenizer)
+        figures |= answer.figures if isinstance(answer, Measured) else answer
     return figures
 
 

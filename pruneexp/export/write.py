@@ -63,7 +63,7 @@ class Exporter(Protocol):
         ...
 
 
-def export(asked: Request) -> dict[str, Any]:
+def export(request: Request) -> dict[str, Any]:
     """Writes the export and gives what its export.json says.
 
     Raises:
@@ -74,44 +74,45 @@ def export(asked: Request) -> dict[str, Any]:
     from pruneexp.export.streamed import wants_streaming
     from pruneexp.files import replace_folder
 
-    checkpoint = checkpoint_folder(asked.source)
-    check_out(asked.out, asked.source, checkpoint, asked.overwrite, asked.single_file)
+    checkpoint = checkpoint_folder(request.source)
+    check_out(request.out, request.source, checkpoint, request.overwrite, request.single_file)
     source = stored_source(checkpoint)
     source.check()
     outline = source.outline()
-    exporter = chosen(outline, asked)
-    place = asked.out.absolute() if asked.single_file else asked.out.resolve()  # a link to a folder stays
-    check_space(asked.out, place, exporter.bytes)
-    stream = wants_streaming(outline) if asked.stream is None else asked.stream
-    with made_aside(asked.out, place) as aside:
-        record = _written(asked, checkpoint, stream, exporter, aside)
-        check_out(asked.out, asked.source, checkpoint, asked.overwrite, asked.single_file)  # it may be there by now
-        if asked.single_file:
+    exporter = chosen(outline, request)
+    place = request.out.absolute() if request.single_file else request.out.resolve()  # a link to a folder stays
+    check_space(request.out, place, exporter.bytes)
+    stream = wants_streaming(outline) if request.stream is None else request.stream
+    with made_aside(request.out, place) as aside:
+        record = _written(request, checkpoint, stream, exporter, aside)
+        # it may be there by now
+        check_out(request.out, request.source, checkpoint, request.overwrite, request.single_file)
+        if request.single_file:
             place_file(aside / GGUF_FILE, place, record)
         else:
             replace_folder(aside, place)
     return record
 
 
-def chosen(model: Model, asked: Request) -> Exporter:
+def chosen(model: Model, request: Request) -> Exporter:
     """What writes the format that was asked for, from the model's structure alone.
 
     Raises ConfigError where the format cannot hold the model; the message names what can.
     """
-    if asked.format == "gguf":
+    if request.format == "gguf":
         from pruneexp.export.gguf_file import gguf_exporter
 
-        return gguf_exporter(model, asked.dtype, asked.multiple)
-    if asked.format == "vllm":
+        return gguf_exporter(model, request.dtype, request.multiple)
+    if request.format == "vllm":
         from pruneexp.export.vllm import vllm_exporter
 
-        return vllm_exporter(model, asked.multiple or 1)
+        return vllm_exporter(model, request.multiple or 1)
     from pruneexp.export.checkpoint import checkpoint_exporter
 
-    return checkpoint_exporter(model, asked.format, asked.multiple or 1)
+    return checkpoint_exporter(model, request.format, request.multiple or 1)
 
 
-def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter, aside: Path) -> dict[str, Any]:
+def _written(request: Request, checkpoint: Path, stream: bool, exporter: Exporter, aside: Path) -> dict[str, Any]:
     """Writes and proves the export in `aside`."""
     from pruneexp.export.card import card
     from pruneexp.files import files_in, write_atomic, write_json
@@ -121,19 +122,19 @@ def _written(asked: Request, checkpoint: Path, stream: bool, exporter: Exporter,
     notes = exporter.write(model, aside)
     del model
     copy_files(checkpoint, aside, ("plan.json", GENERATION, *LEGAL))
-    if text := card(asked.source, checkpoint, aside, exporter.form, asked.format == "padded"):
+    if text := card(request.source, checkpoint, aside, exporter.form, request.format == "padded"):
         write_atomic(aside / CARD, text)
     record: dict[str, Any] = {
-        "format": asked.format,
+        "format": request.format,
         "form": exporter.form,
         "why": exporter.why,
-        "source": str(asked.source.absolute()),
-        "out": str(asked.out.absolute()),
+        "source": str(request.source.absolute()),
+        "out": str(request.out.absolute()),
         "streamed": stream,
-        "prove": asked.prove,
+        "prove": request.prove,
     }
-    if asked.prove != "off":
-        proof = exporter.prove(checkpoint, asked.prove, stream, aside)
+    if request.prove != "off":
+        proof = exporter.prove(checkpoint, request.prove, stream, aside)
         notes += proof.pop("notes", [])
         record |= proof
     if notes:

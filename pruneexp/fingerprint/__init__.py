@@ -21,7 +21,7 @@ ASKED = "asked"  # top-level key of a config: what each `bos` was before it was 
 NOT_HASHED = ("run", "sweep", "cache", "tracker", "hydra", ASKED)  # where a run goes and is reported, not what it does
 PERPLEXITY = "pruneexp.evaluator.Perplexity"
 GGUF = "/gguf-"  # between a figure's name and the type of the file that llama.cpp measured it on
-NOTES_VERSION = 2  # of what a streamed run notes of how far it has come
+NOTES_VERSION = 3  # of what a streamed run notes of how far it has come
 
 FileState = tuple[str, int, int, int]
 
@@ -29,8 +29,8 @@ FileState = tuple[str, int, int, int]
 def file_state(path: Path) -> FileState:
     """Absolute path, inode, size and time of the last change (ns): a key for what was read from the file. Raises
     OSError."""
-    found = path.stat()
-    return str(path.absolute()), found.st_ino, found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # Configs
@@ -87,12 +87,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def with_bos(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The config with other values of `bos` in the nodes that `values` names: {"evaluator.ptb.dataset": True, ...}."""
 
-    def node(key: str, found: Any) -> Any:
-        if not isinstance(found, Mapping):
-            return found
+    def node(key: str, part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
         own = {"bos": values[key]} if key in values else {}
-        inner = {"dataset": node(f"{key}.dataset", found["dataset"])} if "dataset" in found else {}
-        return {**found, **own, **inner}
+        inner = {"dataset": node(f"{key}.dataset", part["dataset"])} if "dataset" in part else {}
+        return {**part, **own, **inner}
 
     changed = dict(config)
     if "dataset" in config:
@@ -106,11 +106,11 @@ def as_hashed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved config as it is hashed. The `bos` of an evaluator's dataset is left out, since the evaluator's own
     decides. Perplexities with `bos` are marked where the config has `asked`: without it, their windows were a token
     longer."""
-    asked, values = config.get(ASKED, {}), {}
+    typed, values = config.get(ASKED, {}), {}
     for key, node in bos_nodes(config):
         if is_inner(key) and "bos" in node:
             values[key] = False
-        elif node.get("_target_") == PERPLEXITY and node.get("bos") is True and f"{key}.bos" in asked:
+        elif node.get("_target_") == PERPLEXITY and node.get("bos") is True and f"{key}.bos" in typed:
             values[key] = "counted"
     return with_bos(config, values)
 
@@ -172,10 +172,10 @@ def _typed(values: list[Any]) -> str:
     return f"[{','.join(values)}]" if plain else json.dumps(values)
 
 
-def differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys whose value is not the same in all settings; empty settings are passed over. An absent key that came later
     counts as the value that means what was done before."""
-    known = [setting for setting in found if setting]
+    known = [setting for setting in configs if setting]
     keys = dict.fromkeys(key for setting in known for key in setting)
     before = {key: value_before(key) for key in keys}
     return [key for key in keys if len({str(setting.get(key, before[key])) for setting in known}) > 1]

@@ -45,18 +45,18 @@ def import_closure(*names: str) -> set[str]:
     depth."""
     files = (path.relative_to(ROOT.parent).with_suffix("") for path in ROOT.rglob("*.py"))
     modules = {".".join(file.parts).removesuffix(".__init__") for file in files} - {"pruneexp"}
-    found: set[str] = set()
+    closure: set[str] = set()
     waiting = list(names)
     while waiting:
         name = waiting.pop()
         while name not in modules and name:  # of what is imported from a module, the module
             name = name.rpartition(".")[0]
-        if not name or name in found:
+        if not name or name in closure:
             continue
-        found.add(name)
+        closure.add(name)
         waiting += _code(name)[1]
         waiting += [each for each in modules if each.rpartition(".")[0] == name]
-    return found
+    return closure
 
 
 @cache
@@ -92,18 +92,18 @@ def version_of(part: object) -> str:
 def _own_files(name: str) -> list[bytes]:
     """What the file of a loaded module holds, and the files of all that it imports, at any depth, as far as they are of
     its package or lie where nothing is installed. None of a module without a file."""
-    found: dict[str, bytes] = {}
+    sources: dict[str, bytes] = {}
     waiting = [name]
     while waiting:
         each = waiting.pop()
         file, root = _file_of(each), each.partition(".")[0]
-        if each in found or not file.is_file() or root == "pruneexp":
+        if each in sources or not file.is_file() or root == "pruneexp":
             continue
         if root == name.partition(".")[0] or not is_installed(file):
-            found[each] = file.read_bytes()
+            sources[each] = file.read_bytes()
             package = sys.modules[each].__package__ or ""
-            waiting += [package, *_imported(found[each], package)]
-    return [found[each] for each in sorted(found)]
+            waiting += [package, *_imported(sources[each], package)]
+    return [sources[each] for each in sorted(sources)]
 
 
 def _file_of(name: str) -> Path:

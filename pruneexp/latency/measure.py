@@ -56,8 +56,8 @@ def measured_table(work: Workload, conditions: Conditions, multiple: int) -> Tab
     model = work.model
     pool = Pool(min(POOL_BYTES, bytes_of(model.layers)), model.dtype, model.device)
     kinds = list(alike(model).values())
-    asked = {(n, w): None for n, own in enumerate(kinds) for w in grid(widths(model.layer_sites(own[0])), multiple)}
-    layers = {point: resized(model.layers[kinds[point[0]][0]], model, *point[1]) for point in asked}
+    points = {(n, w): None for n, own in enumerate(kinds) for w in grid(widths(model.layer_sites(own[0])), multiple)}
+    layers = {point: resized(model.layers[kinds[point[0]][0]], model, *point[1]) for point in points}
     copies = max(1, -(-len(pool.numbers) * model.dtype.itemsize // max(1, bytes_of(list(layers.values())))))
     runs = {point: _in_a_row(work, layer, kinds[point[0]][0], pool, copies) for point, layer in layers.items()}
     spent = _rounds(work, runs)
@@ -66,8 +66,8 @@ def measured_table(work: Workload, conditions: Conditions, multiple: int) -> Tab
     gc.collect()
     times = []
     for n, own in enumerate(kinds):
-        found = {w: measured[m, w] for m, w in asked if m == n}
-        times.append(_layer_times(tuple(own), found, widths(model.layer_sites(own[0]))))
+        by_widths = {w: measured[m, w] for m, w in points if m == n}
+        times.append(_layer_times(tuple(own), by_widths, widths(model.layer_sites(own[0]))))
     return Table(conditions, Times(tuple(times)))
 
 
@@ -89,10 +89,10 @@ def spaced(most: int, points: int, multiple: int) -> list[int]:
         return list(range(1, most + 1))
     inner = [most * n / points for n in range(1, points)]
     if multiple > 1:
-        found = [max(1, round(n / multiple)) * multiple for n in inner]
+        counts = [max(1, round(n / multiple)) * multiple for n in inner]
     else:
-        found = [round(n / 2) * 2 - 1 for n in inner] + [most - 1 - most % 2]
-    return sorted({n for n in found if 0 < n < most} | {min(multiple, most), most})
+        counts = [round(n / 2) * 2 - 1 for n in inner] + [most - 1 - most % 2]
+    return sorted({n for n in counts if 0 < n < most} | {min(multiple, most), most})
 
 
 def _in_a_row(work: Workload, layer: Any, origin: int, pool: Pool, copies: int) -> list[Prepared]:
@@ -146,17 +146,17 @@ def _rounds(work: Workload, runs: Mapping[Any, Sequence[Prepared]]) -> dict[Any,
 
 def _summary(seconds: Sequence[float]) -> tuple[float, float]:
     """Median and interquartile range, in milliseconds."""
-    found = torch.tensor(seconds, dtype=torch.float64) * 1e3
-    low, median, high = torch.quantile(found, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    milliseconds = torch.tensor(seconds, dtype=torch.float64) * 1e3
+    low, median, high = torch.quantile(milliseconds, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
     return median, high - low
 
 
-def _layer_times(layers: tuple[int, ...], found: Mapping[Widths, tuple[float, float]], whole: Widths) -> LayerTimes:
+def _layer_times(layers: tuple[int, ...], by_widths: Mapping[Widths, tuple[float, float]], whole: Widths) -> LayerTimes:
     groups, heads, channels = whole
-    beside, spread = found[0, 0, 0]
+    beside, spread = by_widths[0, 0, 0]
 
     def curve(points: Callable[[int], Widths], most: int) -> Curve:
-        of = {n: found[points(n)] for n in range(1, most + 1) if points(n) in found}
+        of = {n: by_widths[points(n)] for n in range(1, most + 1) if points(n) in by_widths}
         bare = (0, beside / 2, spread / 2)
         return Curve((bare, *((n, max(0.0, ms - beside / 2), iqr) for n, (ms, iqr) in of.items())))
 

@@ -97,12 +97,12 @@ def read_table(path: str) -> Table:
         raise ConfigError(f"{where}: {lacks}; expected a table as a run's latency.json is") from None
 
 
-def check_table(table: Table, asked: Conditions, by_query_head: bool = False) -> None:
+def check_table(table: Table, conditions: Conditions, by_query_head: bool = False) -> None:
     """Raises ConfigError where a table from a file is of another model, or at other conditions than those asked for, or
     has no times of query heads, which are to leave `by_query_head`. Devices, threads and versions may differ."""
     where = f"sparsity.table={table.source!r}"
     for name in ("model", "dtype", "batch", "context", "phase"):
-        has, wanted = (json.loads(json.dumps(getattr(each, name))) for each in (table.conditions, asked))
+        has, wanted = (json.loads(json.dumps(getattr(each, name))) for each in (table.conditions, conditions))
         if has != wanted and name == "model":
             if not isinstance(has, dict) or has.keys() != wanted.keys():
                 raise ConfigError(f"{where}: has model={has!r:.60}; expected an object of {', '.join(wanted)}")
@@ -110,7 +110,7 @@ def check_table(table: Table, asked: Conditions, by_query_head: bool = False) ->
         if has != wanted:
             key = "model.dtype" if name == "dtype" else f"sparsity.{name}"
             raise ConfigError(f"{where}: is at {name}={has}; expected {key}={wanted}, as asked for")
-    widths: Sequence[Sequence[int]] = asked.model["widths"]
+    widths: Sequence[Sequence[int]] = conditions.model["widths"]
     if beyond := {index for own in table.times.of for index in own.layers if not 0 <= index < len(widths)}:
         raise ConfigError(f"{where}: has times of layer {min(beyond)}; expected 0 to {len(widths) - 1}, all layers")
     for index, (groups, heads, channels) in enumerate(widths):

@@ -197,13 +197,13 @@ def resized(layer: nn.Module, model: Model, groups: int, heads: int, channels: i
 
 def alike(model: Model) -> dict[tuple[Any, ...], list[int]]:
     """Layers that are alike, in widths and kind of attention: what they are -> their indices."""
-    found: dict[tuple[Any, ...], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index, layer in enumerate(model.layers):
         attention: Any = layer.get_submodule(model.family.attention)
         kind = tuple(str(getattr(attention, name, None)) for name in ("layer_type", "is_sliding", "sliding_window"))
         shapes = tuple((name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters())
-        found.setdefault((kind, shapes), []).append(index)
-    return found
+        groups.setdefault((kind, shapes), []).append(index)
+    return groups
 
 
 def widths(sites: Sequence[Site]) -> tuple[int, int, int]:

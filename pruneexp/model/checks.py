@@ -138,8 +138,8 @@ def check_tensors(module: Any, checkpoint: Checkpoint, path: str) -> None:
 
 def precisions(stored: Mapping[str, str]) -> str:
     """ "290 tensors as BF16, 1 as F32"; "" where all floats are stored alike."""
-    found = Counter(kind for kind in stored.values() if kind in FLOATS).most_common()
-    if len(found) < 2:
+    counts = Counter(kind for kind in stored.values() if kind in FLOATS).most_common()
+    if len(counts) < 2:
         return ""
-    (most, number), *others = found
+    (most, number), *others = counts
     return ", ".join([f"{number} tensors as {most}", *(f"{count} as {kind}" for kind, count in others)])

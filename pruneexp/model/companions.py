@@ -35,7 +35,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TWICE = ("consolidated*", "*/*.safetensors")  # the same weights once more, as their authors' own code reads them
 
 
-def found(folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
+def matching_files(folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
     """The files in `folder` that match the patterns, as paths in it."""
     files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder).as_posix() for path in files)
@@ -43,7 +43,7 @@ def found(folder: Path, patterns: Sequence[str] = TRAVELS) -> list[str]:
 
 def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> list[str]:
     """Copies the files in `source` that match, byte for byte; returns their paths in the folder. Raises OSError."""
-    names = found(source, patterns)
+    names = matching_files(source, patterns)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)  # not its permissions: those of a new file

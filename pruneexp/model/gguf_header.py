@@ -62,14 +62,14 @@ def _header(state: FileState) -> Header:
         for _ in range(value_count):
             key = _string(file)
             values[key] = _value(file, *_unpack(file, "I"))
-        found = {}
+        places = {}
         for _ in range(tensor_count):
             name, (dimensions,) = _string(file), _unpack(file, "I")
             count = math.prod(_unpack(file, f"{dimensions}Q"))
-            found[name] = (count, *_unpack(file, "IQ"))
+            places[name] = (count, *_unpack(file, "IQ"))
         alignment = int(values.get("general.alignment", 32))
         data = -(-file.tell() // alignment) * alignment
-    tensors = {name: (count, kind, data + offset) for name, (count, kind, offset) in found.items()}
+    tensors = {name: (count, kind, data + offset) for name, (count, kind, offset) in places.items()}
     if any(start >= size for _, _, start in tensors.values()):
         raise ValueError(f"it is cut short: {size:,} bytes")
     return Header(values, tensors)

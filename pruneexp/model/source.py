@@ -160,7 +160,7 @@ class ModelSource:
         """The model, ready to run: evaluation mode, no gradients. `tokenizer`: the one of `describe`, if at hand.
         Raises RunError where somebody else writes the checkpoint meanwhile."""
         folder = self.folder()
-        config_json, found = self.read_config(folder), changes(folder)
+        config_json, before = self.read_config(folder), changes(folder)
         dtype = self._dtype(config_json)
         _quiet_transformers()
         model_class, config, family = model_class_of(folder, config_json["model_type"])
@@ -179,7 +179,7 @@ class ModelSource:
                 prefix = f"{model.layers_path}.{index}."
                 load_into_(layer, stored_tensors(layer, checkpoint, prefix), prefix, model.layer_device(index), dtype)
                 check_finite(layer, prefix)
-        if changes(folder) != found:  # parts of two models, or another than its fingerprint will be of
+        if changes(folder) != before:  # parts of two models, or another than its fingerprint will be of
             raise RunError(f"model.path={self.path!r}: changed while it was read; expected files that nobody writes")
         module.eval().requires_grad_(False)
         if len(model.devices) > 1:

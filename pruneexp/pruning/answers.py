@@ -50,11 +50,11 @@ def _call_read_only(by: str, given: Any, answer: Callable[[], Any]) -> Any:
     """The answer. Raises RunError where a tensor of what was given was written to meanwhile: another method may read it
     after this one, or the model itself, and nobody would know."""
     before = [(name, tensor, tensor._version) for name, tensor in _tensors("", given)]
-    found = answer()
+    returned = answer()
     for name, tensor, version in before:
         if tensor._version != version:
             raise RunError(f"{name}: the {by} wrote into what it was given, expected it to work on a copy")
-    return found
+    return returned
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -79,7 +79,7 @@ def checked_scores(scores: Any, block: Block) -> dict[str, Score]:
     if not isinstance(scores, Mapping):
         raise RunError(f"the criterion gave {type(scores).__name__}, expected scores by site name")
     known = {site.name: site for site in block.sites}
-    found = {}
+    checked = {}
     for name, score in scores.items():
         site = known.get(str(name).rpartition(":")[2])  # a start's name may stand in front
         if site is None:
@@ -94,12 +94,12 @@ def checked_scores(scores: Any, block: Block) -> dict[str, Score]:
             kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
             layout = "" if not isinstance(given, Tensor) or given.layout == torch.strided else f" ({given.layout})"
             raise RunError(f"{name}: the criterion's scores are {kind}{layout}, expected a floating-point tensor")
-        found[name] = _on_cpu(score)
+        checked[name] = _on_cpu(score)
         if isinstance(score, ColumnScores):
             _check_columns(score, site)
-        if not torch.isfinite(unit_scores(found[name])).all():
+        if not torch.isfinite(unit_scores(checked[name])).all():
             raise RunError(f"{name}: scores hold NaN or Inf")
-    return found
+    return checked
 
 
 def _path(path: RemovalPath, site: Site) -> Tensor:

@@ -92,8 +92,8 @@ def plan_within_budget(
     if QUERY_HEADS not in work.method.search.granularity:
         return _settled(work, scores, sites, budget, oracle)
     turns = Turns(work.model.sites(), scores)
-    asked = None if oracle is None else turns.oracle(oracle)
-    plan, short = _settled(work, turns.scored(), sites, budget, asked)
+    in_turns = None if oracle is None else turns.oracle(oracle)
+    plan, short = _settled(work, turns.scored(), sites, budget, in_turns)
     return turns.resolved(plan), short
 
 

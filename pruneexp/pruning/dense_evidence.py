@@ -69,7 +69,7 @@ class Results:
             evidence = {} if kind is None else entries.get(keys[kind], model.devices)
             if scored is None or evidence is None:
                 kinds = [*([kind] if evidence is None else []), *(small if scored is None else [])]
-                found, seen, spent = _collected(
+                collected, seen, spent = _collected(
                     model,
                     tokens_NT,
                     criterion if scored is None else None,
@@ -79,7 +79,7 @@ class Results:
                     self.dense_states(model),
                 )
                 if scored is None:
-                    scored = (found, spent.forward, spent.backward)
+                    scored = (collected, spent.forward, spent.backward)
                     entries.put(score_key, scored)
                 for each, own in zip(kinds, seen, strict=True):
                     entries.put(keys[each], own)
@@ -96,8 +96,9 @@ class Results:
         return None if self.shared is None else self.shared.of((self.basis, tuple(model.origin)))
 
     def _key(self, what: str, criterion: str | None, kinds: tuple[Any, ...], whole: tuple[str, ...]) -> dict[str, Any]:
-        asked = {"criterion": criterion, "evidence": [version_of(kind) for kind in kinds if kind], "whole": list(whole)}
-        return {"what": what, **self.basis, **asked, "code": code_version()}
+        evidence = [version_of(kind) for kind in kinds if kind]
+        own = {"what": what, "criterion": criterion, "evidence": evidence, "whole": list(whole)}
+        return {**self.basis, **own, "code": code_version()}
 
 
 def _collected(
@@ -118,16 +119,16 @@ def _collected(
     kinds = distinct(wanted, *kept)
     name = "_".join(["dense", *(["scores"] if criterion else []), *(["evidence"] if kept else [])])
     note = notes.bookmark(name, Bookmark(meter, "calibrate"), lambda: (scores, evidence))
-    if note.found is not None:
-        scores, evidence = note.found
+    if note.state is not None:
+        scores, evidence = note.state
     by_head = QUERY_HEADS in shown
     walked = walk(model, tokens_NT, kinds, note, read_only=True, whole=() if by_head else shown, dense_states=states)
     for visit in walked:
         if criterion is not None:
             block, seen = visit.whole or visit.block, visit.of(wanted)
             block, seen = with_query_heads(block, seen) if by_head else (block, seen)
-            found = scores_of(criterion, block, seen)
-            scores.update(without_out_projections(found) if model.streamed else found)
+            block_scores = scores_of(criterion, block, seen)
+            scores.update(without_out_projections(block_scores) if model.streamed else block_scores)
         for kind, own in zip(kept, evidence, strict=True):
             own.update(visit.of(kind))
         del visit  # holds the layer's weights: before the next ones come

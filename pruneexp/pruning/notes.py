@@ -32,8 +32,8 @@ class Notes:
     def __init__(self, folder: Path | None, writes: StreamedSave | None = None, devices: Sequence[torch.device] = ()):
         self.folder, self.writes, self.devices = folder, writes, devices
 
-    def bookmark(self, walk: str, at: Bookmark, found: Callable[[], Any], writing: bool = False) -> Bookmark:
-        """`at`, the start of the walk called `walk`, moved to where that stands. `found`: what is to be noted of its
+    def bookmark(self, walk: str, at: Bookmark, state: Callable[[], Any], writing: bool = False) -> Bookmark:
+        """`at`, the start of the walk called `walk`, moved to where that stands. `state`: what is to be noted of its
         findings."""
         if self.folder is None:
             return at
@@ -44,7 +44,7 @@ class Notes:
 
         def note(at: Bookmark) -> None:
             written = None if writes is None else writes.state()
-            value = {"index": at.index, "forward": at.forward, "found": found(), "writes": written}
+            value = {"index": at.index, "forward": at.forward, "state": state(), "writes": written}
             try:
                 _write(file, value, at.hidden)
             except Unpackable as error:
@@ -58,7 +58,7 @@ class Notes:
         if noted is None:
             return at
         logger.info("%s: goes on with layer %d, where it stopped", walk, noted["index"])
-        return replace(at, **{name: noted[name] for name in ("index", "hidden", "found", "forward")})
+        return replace(at, **{name: noted[name] for name in ("index", "hidden", "state", "forward")})
 
 
 def _write(file: Path, value: Mapping[str, Any], hidden: Sequence[Sequence[Tensor]]) -> None:

@@ -42,14 +42,14 @@ def masked_scores(work: Pruning) -> dict[str, Score]:
     criterion, search = work.method.criterion, work.method.search
     kinds, scores, masks = {KIND[name] for name in search.granularity}, {}, ExitStack()
     note = work.record.notes.bookmark("masked_scores", Bookmark(work.record.meter, "calibrate"), lambda: scores)
-    scores.update(note.found or {})
+    scores.update(note.state or {})
     with masks:
         for visit in walk(work.model, work.tokens_NT, distinct(criterion.evidence), note):
             masks.close()  # of the layer before
-            found = scores_of(criterion, visit.block, visit.of(criterion.evidence))
-            scores.update(without_out_projections(found) if work.model.streamed else found)
+            block_scores = scores_of(criterion, visit.block, visit.of(criterion.evidence))
+            scores.update(without_out_projections(block_scores) if work.model.streamed else block_scores)
             sites = [site for site in visit.block.sites if site.kind in kinds]
-            plan = UlUm()(own_scores(found), sites, Budget(work.ratio, 1), None, work.record.rng)
+            plan = UlUm()(own_scores(block_scores), sites, Budget(work.ratio, 1), None, work.record.rng)
             masks.enter_context(masked_layer(work.model, visit.index, plan))
             del visit
     return scores
@@ -72,11 +72,11 @@ def scores_of_part(work: Pruning, criterion: Criterion, shown: tuple[str, ...]) 
 def by_all_windows(work: Pruning, plan: Plan, sites: Sequence[Site], shown: tuple[str, ...]) -> Plan:
     """The plan's units by scores of all windows, which become the run's."""
     record, before = work.record, work.scores
-    found, _ = record.results.of(
+    scores, _ = record.results.of(
         work.model, work.tokens_NT, work.method.criterion, None, shown, record.meter, Notes(None)
     )
-    found = without_out_projections(found)
-    work.scores = {**found, **expert_scores(found, sites, work.method.search.starts)}
+    scores = without_out_projections(scores)
+    work.scores = {**scores, **expert_scores(scores, sites, work.method.search.starts)}
     budget = whole_budget(work.model, work.method.search, work.method.sparsity, work.ratio)
     rescored = work.method.search.rescored
     if rescored is None:

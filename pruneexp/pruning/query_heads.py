@@ -55,8 +55,8 @@ def _of_heads(evidence: Any, group: int) -> Any:
         return tuple(_of_heads(each, group) for each in evidence)
     if not is_dataclass(evidence) or isinstance(evidence, type):
         return evidence
-    found = {each.name: getattr(evidence, each.name) for each in fields(evidence)}
-    weights = {name: _by_head(own, group) for name, own in found.items() if isinstance(own, SiteWeights)}
+    parts = {each.name: getattr(evidence, each.name) for each in fields(evidence)}
+    weights = {name: _by_head(own, group) for name, own in parts.items() if isinstance(own, SiteWeights)}
     return replace(evidence, **weights) if weights else evidence
 
 

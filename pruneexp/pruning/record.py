@@ -33,9 +33,9 @@ class Record:
     notes: Notes = field(default_factory=lambda: Notes(None))
     shrunk: Callable[[int], None] = _nothing
 
-    def bookmark(self, stage: str, found: Callable[[], Any] = lambda: None) -> Bookmark:
-        """Where the walk that shrinks stands. `found`: what it is to go on from, besides."""
-        return self.notes.bookmark("shrink", Bookmark(self.meter, stage), found, writing=True)
+    def bookmark(self, stage: str, state: Callable[[], Any] = lambda: None) -> Bookmark:
+        """Where the walk that shrinks stands. `state`: what it is to go on from, besides."""
+        return self.notes.bookmark("shrink", Bookmark(self.meter, stage), state, writing=True)
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:

@@ -110,7 +110,7 @@ def _compensate_and_shrink(work: Pruning, plan: Plan, dense: Mapping[str, Any], 
     """A walk over all layers. `dense`: the compensator's evidence on the dense model, where it goes by that."""
     compensator, compensates = work.method.compensator, not blocks_alone(work.method.search)
     note = work.record.bookmark(stage, lambda: work.chosen)
-    work.chosen.update(note.found or {})
+    work.chosen.update(note.state or {})
     if by_site(compensator) and compensates:
         _site_by_site(work, lambda visit: plan, (), note)
         return
@@ -193,8 +193,8 @@ def _layer_by_layer(work: Pruning, sites: Sequence[Site]) -> Plan:
     kinds = distinct(criterion.evidence, compensator.evidence if compensator.sequential and not sitewise else None)
     decided = _Decided(work)
     note = work.record.bookmark("shrink" if sitewise else "calibrate and shrink", decided.noted)
-    if note.found is not None:
-        decided.go_on(note.found)
+    if note.state is not None:
+        decided.go_on(note.state)
     with work.record.clock("calibrate"):
         if sitewise:
             _site_by_site(work, decided.at, kinds, note)

@@ -62,12 +62,12 @@ def sized(runs: Runs, metric: str) -> list[Sized]:
     """The points that have a size for the metric."""
     _, there, kind = metric.partition(GGUF)
     suffix = there + kind
-    found = []
+    marks = []
     for point in points(runs, metric):
         size, bits = (mean_of(point, f"pruned/{key}{suffix}") for key in ("bytes", "bits/param"))
         if size is not None:
-            found.append(Sized(point.method, point.ratio, size / 2**20, bits, point.value))
-    return found
+            marks.append(Sized(point.method, point.ratio, size / 2**20, bits, point.value))
+    return marks
 
 
 def bytes_figure(name: str, metric: str, shown: Sequence[Sized], before: Sequence[float], looks: Looks) -> Picture:

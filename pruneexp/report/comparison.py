@@ -98,8 +98,8 @@ def _compared(figure: Published, method: str, members: Sequence[Described]) -> C
         ours = interval(by_seed([100 * value if figure.unit == "percent" else value for value in values], seeds))
     share = fmean(one.run.metrics.get(SHARE, 0.0) if figure.ratio else 0.0 for one in members)
     within = abs(ours.mean - figure.value) <= figure.tolerance
-    asked = members[0].ratio if figure.ratio else 0.0
-    return Comparison(figure, tuple(members), method, ours, asked, share, within, _aspects(figure, members[0]))
+    ratio = members[0].ratio if figure.ratio else 0.0
+    return Comparison(figure, tuple(members), method, ours, ratio, share, within, _aspects(figure, members[0]))
 
 
 def _aspects(figure: Published, one: Described) -> list[Aspect]:

@@ -37,18 +37,18 @@ FEW = 3  # folders that the title names
 SHOWN = rf"ppl/.*|{ACCURACY}|latency/.*|params.*|bytes|macs/.*|kv_bytes/.*"  # in other sections, or sizes
 
 
-def report(found: RunsRead, folders: Sequence[Path]) -> Report:
+def report(read: RunsRead, folders: Sequence[Path]) -> Report:
     """From runs to content. There is at least one run."""
-    described = describe(found.runs)
+    described = describe(read.runs)
     runs = sorted(described, key=lambda one: (one.context, one.method, one.ratio, str(one.seed), one.run.name))
-    counted = [one for one in runs if one.run.hash not in found.conflicts]
-    conflicting = [one for one in runs if one.run.hash in found.conflicts]
+    counted = [one for one in runs if one.run.hash not in read.conflicts]
+    conflicting = [one for one in runs if one.run.hash in read.conflicts]
     papers = published_tables()
     compared = comparisons(counted, papers)
     looks = styles(list(dict.fromkeys(one.method for one in runs)))
     sections = [
-        _runs(runs, found),
-        _left_out(found),
+        _runs(runs, read),
+        _left_out(read),
         perplexity_section(counted, conflicting, compared, looks),
         accuracy_section(counted, conflicting, compared, looks),
         bytes_section(counted, looks),
@@ -66,10 +66,10 @@ def report(found: RunsRead, folders: Sequence[Path]) -> Report:
     tables = [*(table for section in shown for table in section.tables), _all_metrics(runs), _kept(runs)]
     names = " and ".join(folder.resolve().name or "/" for folder in folders[:FEW])
     more = f" and {len(folders) - FEW} more" if len(folders) > FEW else ""
-    return Report(f"Pruning runs: {names}{more}", _header(runs, found), shown, notes, tables)
+    return Report(f"Pruning runs: {names}{more}", _header(runs, read), shown, notes, tables)
 
 
-def _header(runs: Runs, found: RunsRead) -> list[str]:
+def _header(runs: Runs, read: RunsRead) -> list[str]:
     models = ", ".join(dict.fromkeys(one.context for one in runs))
     ended = sorted(str(one.run.status.get("ended") or "")[:10] for one in runs)
     when = f"{ended[0]} to {ended[-1]}" if ended[0] != ended[-1] else ended[0]
@@ -77,14 +77,14 @@ def _header(runs: Runs, found: RunsRead) -> list[str]:
     where = sorted({machine(one.run) for one in runs})
     first = f"{count(len(runs), 'finished run')} of {models}" + (f", {when}" if when else "")
     lines = [f"{first}; pruneexp {', '.join(versions)}; on {'; '.join(where)}."]
-    if left := len(found.skipped) + len(found.repeats):
+    if left := len(read.skipped) + len(read.repeats):
         lines.append(f"{count(left, 'more folder')} with a run left out, for the reasons below.")
-    if found.conflicts:
-        lines.append(f"{count(len(found.conflicts), 'config')} with more than one result: see Runs.")
+    if read.conflicts:
+        lines.append(f"{count(len(read.conflicts), 'config')} with more than one result: see Runs.")
     return lines
 
 
-def _runs(runs: Runs, found: RunsRead) -> Section:
+def _runs(runs: Runs, read: RunsRead) -> Section:
     # What a choice brings along is told by the method's name.
     keys = [key for one in runs for key in one.settings] + (["sparsity.of"] if removed(runs).note else [])
     keys = list(dict.fromkeys(keys))
@@ -95,21 +95,21 @@ def _runs(runs: Runs, found: RunsRead) -> Section:
     metrics = [*shares, *(key for key in ("pruned/params", *measured, *LATER) if key in there)]
     units = {key: "share" if key in shares else UNITS.get(key, "accuracy" if "/acc" in key else "") for key in metrics}
     columns: dict[str, Show] = {
-        "run": lambda one: Cell(one.run.name, mark="flag" if one.run.hash in found.conflicts else ""),
+        "run": lambda one: Cell(one.run.name, mark="flag" if one.run.hash in read.conflicts else ""),
         **_what_ran(runs),
         **{key: _setting(key) for key in keys},
         **{key: lambda one, key=key: number(one.run.metrics.get(key), units[key]) for key in metrics},
     }
-    if found.conflicts:
+    if read.conflicts:
         remark = Cell("same config, another result", mark="flag")
-        columns["remark"] = lambda one: remark if one.run.hash in found.conflicts else ""
+        columns["remark"] = lambda one: remark if one.run.hash in read.conflicts else ""
     # The choices that are the same in all runs, and the settings in which they all depart from them alike.
     settings = [{group: one.choices[group].name for group in GROUPS} | departures(one) for one in runs]
     alike = [
         f"{k}={value}" for k, value in settings[0].items() if all(k in one and one[k] == value for one in settings)
     ]
     lines = [f"In all of them: {', '.join(alike)}."] if alike else []
-    for hashed, why in found.conflicts.items():
+    for hashed, why in read.conflicts.items():
         names = " and ".join(one.run.name for one in runs if one.run.hash == hashed)
         lines.append(
             f"Same config ({hashed}), another result: {names}: {why}. They are shown one by one and counted in no mean."
@@ -171,11 +171,11 @@ def _kept(runs: Runs) -> Table:
     return Table("widths", "Share kept", ("run", "method", "ratio asked", "kind", "layer", "kept"), rows)
 
 
-def _left_out(found: RunsRead) -> Section | None:
-    left = (*found.skipped, *found.repeats)
+def _left_out(read: RunsRead) -> Section | None:
+    left = (*read.skipped, *read.repeats)
     columns: dict[str, Show] = {
         "folder": lambda one: one.name,
-        "reason": lambda one: Cell(one.reason, mark="flag" if one in found.skipped else ""),
+        "reason": lambda one: Cell(one.reason, mark="flag" if one in read.skipped else ""),
     }
     shown = table("left_out", "Folders that are in no figure, and why", left, columns)
     return Section("left-out", "Folders left out", (), (shown,)) if left else None

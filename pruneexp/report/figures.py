@@ -166,10 +166,10 @@ def widths_figure(name: str, kind: str, rows: Mapping[str, Runs]) -> Picture | N
     return Picture(name, f"Share of {KIND_NAMES.get(kind, kind)} kept in each layer.", f"per cent: {in_words}", figure)
 
 
-def effects_figure(name: str, found: Ablation) -> Picture:
+def effects_figure(name: str, study: Ablation) -> Picture:
     """Main effects: mean rise in log perplexity at each level, bars of one standard deviation over the runs there."""
-    factors = grouped(found.effects, lambda effect: effect.factor)
-    figure, axes = new_figure(0.9 + 0.26 * (len(found.effects) + len(factors)), 0)
+    factors = grouped(study.effects, lambda effect: effect.factor)
+    figure, axes = new_figure(0.9 + 0.26 * (len(study.effects) + len(factors)), 0)
     place, ticks, labels = 0.0, [], []
     for k, (factor, levels) in enumerate(factors.items()):
         places = [place + j for j in range(len(levels))]
@@ -181,11 +181,11 @@ def effects_figure(name: str, found: Ablation) -> Picture:
         place += len(levels) + 0.8
     axes.set_yticks(ticks, labels)
     axes.invert_yaxis()
-    axes.set_xlabel(f"rise in ln {found.metric}")
+    axes.set_xlabel(f"rise in ln {study.metric}")
     axes.locator_params(axis="x", nbins=5)  # "-0.025" and its like are wide
     axes.grid(axis="x", color=GRID, linewidth=0.6)
-    in_words = "; ".join(f"{effect.factor}={effect.level} {effect.mean:.4g}" for effect in found.effects)
-    text = f"Mean rise in ln {found.metric} at each level; bars of one standard deviation over the runs there."
+    in_words = "; ".join(f"{effect.factor}={effect.level} {effect.mean:.4g}" for effect in study.effects)
+    text = f"Mean rise in ln {study.metric} at each level; bars of one standard deviation over the runs there."
     return Picture(name, text, in_words, figure)
 
 

@@ -202,11 +202,11 @@ def _check_untouched(run: Run) -> None:
         if key in metrics and _apart(metrics[key], logged) > LOGGED:
             raise _Unusable(f"edited: metrics.json has {key}={metrics[key]:g}, log.txt {logged:g}")
     for key in ("ratio", "of"):
-        asked = run.config["sparsity"].get(key)
-        met = run.plan.budget.get(key, asked)
-        numbers = isinstance(met, float) and isinstance(asked, float)
-        if met != asked and not (numbers and _apart(met, asked) <= SAME):
-            raise _Unusable(f"edited: config.yaml has sparsity.{key}={asked}, plan.json met {met}")
+        configured = run.config["sparsity"].get(key)
+        met = run.plan.budget.get(key, configured)
+        numbers = isinstance(met, float) and isinstance(configured, float)
+        if met != configured and not (numbers and _apart(met, configured) <= SAME):
+            raise _Unusable(f"edited: config.yaml has sparsity.{key}={configured}, plan.json met {met}")
     written = hashlib.sha256((folder / "plan.json").read_bytes()).hexdigest()
     if run.status.get("plan_sha256", written) != written:
         raise _Unusable("edited: plan.json is not the plan whose SHA-256 status.json has")

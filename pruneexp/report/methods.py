@@ -205,7 +205,7 @@ def _describe(context: str, runs: Sequence[Run]) -> list[Described]:
         flat.append({key: value for key, value in whole.items() if key != RATIO and not _is_seed(key)})
     heads, by_recipe = _heads(choices, recipes), _by_recipe(choices, recipes)
     extra = _extra([tuple(one.name for one in of_run.values()) for of_run in choices], flat)
-    keys = list(dict.fromkeys(key for found in extra for key in found))
+    keys = list(dict.fromkeys(key for of_run in extra for key in of_run))
     lasts = [key.rpartition(".")[2] for key in keys]
     short = {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
     several = {key for head in heads for key in head if len({other.get(key) for other in heads}) > 1}

@@ -85,8 +85,8 @@ def perplexities(runs: Runs) -> list[str]:
 
 def accuracies(runs: Runs) -> list[str]:
     """Means over tasks, then tasks."""
-    found = metrics_of(runs, ACCURACY)
-    return sorted(found, key=lambda name: (not is_mean(name), name))
+    names = metrics_of(runs, ACCURACY)
+    return sorted(names, key=lambda name: (not is_mean(name), name))
 
 
 def is_mean(accuracy: str) -> bool:
@@ -96,10 +96,10 @@ def is_mean(accuracy: str) -> bool:
 def left_out(runs: Runs, what: str, pattern: str) -> list[str]:
     """A line that names the methods whose figures are left out, since they are those of a model that is not
     quantised."""
-    told = [one for one in runs if any(re.fullmatch(f"unquantised/(?:{pattern})", key) for key in one.run.metrics)]
-    methods = ", ".join(dict.fromkeys(one.method for one in told))
+    measured = [one for one in runs if any(re.fullmatch(f"unquantised/(?:{pattern})", key) for key in one.run.metrics)]
+    methods = ", ".join(dict.fromkeys(one.method for one in measured))
     why = "which is that of a model that is not quantised (unquantised/... in metrics.csv)"
-    return [f"Left out: {what} of {methods} in transformers, {why}."] if told else []
+    return [f"Left out: {what} of {methods} in transformers, {why}."] if measured else []
 
 
 def points(runs: Runs, metric: str, share: str = SHARE) -> list[Point]:
@@ -135,11 +135,11 @@ def dense(runs: Runs, metric: str) -> list[float]:
 
 def distinct(values: Sequence[float]) -> list[float]:
     """Ascending, those that are the same up to rounding once."""
-    found: list[float] = []
+    apart: list[float] = []
     for value in sorted(values):
-        if not found or value > found[-1] * (1 + SAME):
-            found.append(value)
-    return found
+        if not apart or value > apart[-1] * (1 + SAME):
+            apart.append(value)
+    return apart
 
 
 def mean_of(point: Point, key: str) -> float | None:
@@ -174,16 +174,16 @@ class Cost:
 
 def costs(runs: Runs, kind: str = "") -> list[Cost]:
     """Measured latency and bytes, as far as the runs have them; with `kind` ("/gguf-q8_0"), latency in llama.cpp."""
-    found = []
+    measures = []
     for metric in metrics_of(runs, rf"latency/\w+_tok_s@[^/]+{re.escape(kind)}"):
         stage, _, how = metric.removeprefix("latency/").removesuffix(kind).partition("_tok_s@")
-        found.append(Cost(metric, f"{stage}, ms per token ({how})", True, 1e3))
+        measures.append(Cost(metric, f"{stage}, ms per token ({how})", True, 1e3))
     for metric in [] if kind else metrics_of(runs, r"latency/decoder_\w+_ms@[^/]+"):
         stage, _, how = metric.removeprefix("latency/decoder_").partition("_ms@")
-        found.append(Cost(metric, f"decoder layers, ms per {PASSES.get(stage, stage)} ({how})", False, 1.0))
+        measures.append(Cost(metric, f"decoder layers, ms per {PASSES.get(stage, stage)} ({how})", False, 1.0))
     if not kind and metrics_of(runs, "bytes"):
-        found.append(Cost("bytes", "weights, MiB", False, 2**-20))
-    return found
+        measures.append(Cost("bytes", "weights, MiB", False, 2**-20))
+    return measures
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,11 @@ def priced(points: Sequence[Point], cost: Cost) -> list[Priced]:
 
 def machine(run: Run) -> str:
     """What a run computed on, from environment.json: the machine's GPUs, where it used any."""
-    found = run.environment
-    cpus = ", ".join(str(found[key]) for key in ("platform", "cpu") if found.get(key))
-    gpus = () if str(run.config["model"].get("device")) == "cpu" else found.get("gpus") or ()
-    where = ", ".join(gpus) or f"{cpus}, {found.get('cpus')} CPUs"
-    return f"{where}, {count(found.get('threads'), 'thread')}"
+    environment = run.environment
+    cpus = ", ".join(str(environment[key]) for key in ("platform", "cpu") if environment.get(key))
+    gpus = () if str(run.config["model"].get("device")) == "cpu" else environment.get("gpus") or ()
+    where = ", ".join(gpus) or f"{cpus}, {environment.get('cpus')} CPUs"
+    return f"{where}, {count(environment.get('threads'), 'thread')}"
 
 
 @dataclass(frozen=True)

@@ -99,25 +99,25 @@ def widths_section(runs: Runs) -> Section | None:
 def effects_section(runs: Runs) -> Section | None:
     lines, tables, pictures = [], [], []
     for context, short, members in by_context(runs):
-        ablations = [found for metric in perplexities(members) if (found := ablation(members, metric)) is not None]
-        for found in ablations:
-            name = file_name("effects", found.metric, *short)
-            tables.append(_effects_table(name, found, context if short else ""))
-            pictures.append(named(context, short, effects_figure(name, found)))
+        ablations = [study for metric in perplexities(members) if (study := ablation(members, metric)) is not None]
+        for study in ablations:
+            name = file_name("effects", study.metric, *short)
+            tables.append(_effects_table(name, study, context if short else ""))
+            pictures.append(named(context, short, effects_figure(name, study)))
         for design, alike in grouped(ablations, _design).items():
-            lines.append(f"{context}, {', '.join(found.metric for found in alike)}: {design}")
+            lines.append(f"{context}, {', '.join(study.metric for study in alike)}: {design}")
         if ablations:
             lines += _unequal_shares(context, members)
     lines += left_out(runs, "perplexity", "ppl/.*")
     return Section("effects", "Main effects", lines, tables, pictures) if pictures else None
 
 
-def _design(found: Ablation) -> str:
-    seeds = f", {count(found.seeds, 'seed')}"
-    if found.balanced:
-        return f"balanced, all {found.possible} combinations of levels alike{seeds}."
+def _design(study: Ablation) -> str:
+    seeds = f", {count(study.seeds, 'seed')}"
+    if study.balanced:
+        return f"balanced, all {study.possible} combinations of levels alike{seeds}."
     return (
-        f"unbalanced, {found.cells} of {found.possible} combinations of levels, not all equally often{seeds}: a "
+        f"unbalanced, {study.cells} of {study.possible} combinations of levels, not all equally often{seeds}: a "
         "level's mean holds what the other factors happened to be there."
     )
 
@@ -128,10 +128,10 @@ def _unequal_shares(context: str, runs: Runs) -> list[str]:
     share = removed(runs)
     by_ratio = grouped((one for one in runs if share.metric in one.run.metrics), lambda one: one.ratio)
     apart = []
-    for asked, members in sorted(by_ratio.items()):
+    for target, members in sorted(by_ratio.items()):
         shares = [one.run.metrics[share.metric] for one in members]
         if max(shares) - min(shares) > UNEQUAL:
-            apart.append(f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % at {asked:g}")
+            apart.append(f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % at {target:g}")
     if not apart:
         return []
     return [
@@ -141,7 +141,7 @@ def _unequal_shares(context: str, runs: Runs) -> list[str]:
     ]
 
 
-def _effects_table(name: str, found: Ablation, where: str) -> Table:
+def _effects_table(name: str, study: Ablation, where: str) -> Table:
     columns: dict[str, Callable[[Effect], Any]] = {
         "factor": lambda effect: effect.factor,
         "level": lambda effect: effect.level,
@@ -150,10 +150,10 @@ def _effects_table(name: str, found: Ablation, where: str) -> Table:
         "standard deviation": lambda effect: effect.spread,
         "effect": lambda effect: effect.effect,
     }
-    if any(effect.half is not None for effect in found.effects):
+    if any(effect.half is not None for effect in study.effects):
         columns["95 % over seeds, ±"] = lambda effect: effect.half
-    title = f"Rise in ln {found.metric} over the dense model by level; effect: its mean less that of all runs"
-    return table(name, title + (f" ({where})" if where else ""), found.effects, columns)
+    title = f"Rise in ln {study.metric} over the dense model by level; effect: its mean less that of all runs"
+    return table(name, title + (f" ({where})" if where else ""), study.effects, columns)
 
 
 def published_section(compared: Sequence[Comparison]) -> Section | None:

@@ -54,10 +54,10 @@ def write_summary(folder: Path) -> Path:
 def _object(path: Path) -> dict[str, Any]:
     """What a YAML or JSON file holds; empty where it is missing, damaged, or no object."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _recipe(job: Path, config: Mapping[str, Any]) -> str:

@@ -118,8 +118,8 @@ def planned(keep: Mapping[str, Tensor], sites: Sequence[Site], budget: Budget) -
 def completed(plan: Plan, sites: Sequence[Site], budget: Budget) -> Plan:
     """The plan of all sites in order, those that it does not name whole, with the budget and what leaves."""
     there = in_order(sites)
-    found = Plan.keep_all([site for site in there if site.name not in plan.sites]).merged(plan).sites
-    plan = Plan({**{site.name: found[site.name] for site in there}, **found})
+    site_plans = Plan.keep_all([site for site in there if site.name not in plan.sites]).merged(plan).sites
+    plan = Plan({**{site.name: site_plans[site.name] for site in there}, **site_plans})
     figures = {
         "ratio": budget.ratio,
         f"target_{budget.counts}": budget.remove,

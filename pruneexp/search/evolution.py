@@ -50,17 +50,17 @@ class Evolution:
         levels, share = self.start(), self.method.tokens
         if self.tried is not None and not self.judge.trials:
             return self.tried[0]  # nothing is left to try what would be found
-        found = self.structures.plan(self.evolved(self.descended(levels)))
+        plan = self.structures.plan(self.evolved(self.descended(levels)))
         began = self.tried[0] if self.tried is not None else begun_with(self.structures.plan(levels), self.began)
-        if found.sites == began.sites:
+        if plan.sites == began.sites:
             return began
         if not self.judge.trials:
-            return found
+            return plan
         if self.tried is None:
             self.tried = self.judge.compensated({"where it began": began}, self.judge.drawn(share))[0]
         _, batches, loss = self.tried
-        both = torch.cat([loss, self.judge.compensated({"found": found}, batches)[0][2]], 1)
-        return (began, found)[least(both)]
+        both = torch.cat([loss, self.judge.compensated({"found": plan}, batches)[0][2]], 1)
+        return (began, plan)[least(both)]
 
     def losses(self, population: Iterable[Levels], batches: Sequence[int]) -> Tensor:
         """Loss of each on each of the batches: float64 [batches, len(population)]."""
@@ -76,7 +76,7 @@ class Evolution:
             starts.append(cheapest(structures))
         if structures.composites:
             starts.append(by_score_over_cost(structures, method))
-        others = {start: found for start in method.starts if (found := self._scores_of(start))}
+        others = {start: own for start in method.starts if (own := self._scores_of(start))}
         if others:
             return self._among_criteria(starts, others)
         last, starts = starts[-1], distinct(starts)
@@ -160,7 +160,7 @@ class Evolution:
         best: dict[str, tuple[float, Scores]] = {}
         for (own, _), loss in zip(tried, (losses[1:] - losses[0]).tolist(), strict=True):
             for name in own:
-                best[name] = min(best.get(name, (0.0, {})), (loss, own), key=lambda found: found[0])
+                best[name] = min(best.get(name, (0.0, {})), (loss, own), key=lambda pair: pair[0])
         mixed = there.ordered({name: score for _, own in best.values() for name, score in own.items()})
         share = max(share, min(self.method.tokens, self.judge.left / 4))
         judged = self.judge.measured([there.candidate(levels), mixed.candidate(levels)], self.judge.drawn(share))
@@ -180,10 +180,10 @@ class Evolution:
             share = min(self.method.tokens, _SENSITIVITIES * self.method.effort / whole)
             if self.judge.left < self.judge.price(structures, share):
                 break
-            found = self._step(levels, around, share)
-            if found == levels:
+            step = self._step(levels, around, share)
+            if step == levels:
                 distance /= 2
-            levels = found
+            levels = step
         return levels
 
     def _around(self, levels: Levels, distance: float) -> list[tuple[str, int]]:

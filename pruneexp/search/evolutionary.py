@@ -160,7 +160,7 @@ class Evolutionary:
         judge = Judge(self, oracle, rng)
         plan = Evolution(self, structures, judge).decided()
         if judge.skipped:
-            log.warning("search: %d of %d losses were not finite and were skipped", judge.skipped, judge.asked)
+            log.warning("search: %d of %d losses were not finite and were skipped", judge.skipped, judge.judged)
         return plan
 
     def spends(self, sites: Sequence[Site], budget: Budget, batches: int) -> float:

@@ -195,17 +195,17 @@ def _ffn(sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if site.kind == "mlp"]
 
 
-def _channels(wanted: float, heads: int, sites: Sequence[Site], budget: Budget, asked: int, per: int) -> int:
+def _channels(wanted: float, heads: int, sites: Sequence[Site], budget: Budget, typed: int, per: int) -> int:
     """FFN channels that leave the sites together for `wanted` (as the budget counts) to go with them and `heads` heads.
 
-    Raises ConfigError, naming the heads `asked` for (`heads` times `per` layers), where there are fewer heads, where
+    Raises ConfigError, naming the heads `typed` (`heads` times `per` layers), where there are fewer heads, where
     they alone are more than wanted, or where all channels cannot make up for what they leave.
     """
     attention, ffn = _attention(sites), _ffn(sites)
     if wanted == 0:
         return 0
     if not ffn or not attention:
-        raise ConfigError(f"search.heads={asked}: expected a model with attention and FFN sites, both are cut")
+        raise ConfigError(f"search.heads={typed}: expected a model with attention and FFN sites, both are cut")
     head, channel = budget.price(attention[0]), budget.price(ffn[0])
     if not channel:
         raise ConfigError(
@@ -218,8 +218,8 @@ def _channels(wanted: float, heads: int, sites: Sequence[Site], budget: Budget, 
     least = math.ceil((wanted - all_channels * channel) / head) if head else 0
     if heads > most:
         why = "all heads (KV groups)" if most == there else "what the sparsity.ratio pays for"
-        raise ConfigError(f"search.heads={asked}: expected at most {most * per}, {why}")
+        raise ConfigError(f"search.heads={typed}: expected at most {most * per}, {why}")
     if channels > all_channels:
         fits = f"at least {least * per}" if least <= there else "a lower sparsity.ratio"
-        raise ConfigError(f"search.heads={asked}: expected {fits}, all FFN channels together are too few for the rest")
+        raise ConfigError(f"search.heads={typed}: expected {fits}, all FFN channels together are too few for the rest")
     return channels

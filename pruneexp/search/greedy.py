@@ -78,7 +78,7 @@ class Greedy:
             rounds.take(choices[0] if by_score else rounds.probed(choices[: self.shortlist]))
             by_score = False
         if rounds.lost:
-            logger.warning("search: %d of %d losses were not finite and were skipped", rounds.lost, rounds.asked)
+            logger.warning("search: %d of %d losses were not finite and were skipped", rounds.lost, rounds.judged)
         return removable.plan(rounds.keep, rounds.out)
 
     def _inner(self, sites: Sequence[Site], budget: Budget) -> set[int]:
@@ -119,14 +119,14 @@ class _Rounds:
         self.keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in removable.chosen if s.kind != "block"}
         self.out: set[int] = set()
         self.left = removable.budget.remove
-        self.asked = self.lost = 0  # losses, and those that are NaN or Inf
+        self.judged = self.lost = 0  # losses, and those that are NaN or Inf
         self.score_U = {s.name: unit_scores(removable.scores[s.name]).detach().cpu().double() for s in removable.fine}
         self.losses_U = {site.name: _by_unit(removable, site) for site in removable.fine}
         self.place = {site.name: place for place, site in enumerate(removable.sites)}
 
     def choices(self) -> list[Choice]:
         """What may leave next and takes what is removed no farther from the budget."""
-        found: list[Choice] = []
+        possible: list[Choice] = []
         for site in self.removable.fine:
             kept = torch.nonzero(self.keep[site.name]).flatten()
             size = self._step(site, len(kept))
@@ -134,9 +134,9 @@ class _Rounds:
                 continue
             lowest = kept[self.score_U[site.name][kept].sort(stable=True).indices[:size]].tolist()
             units = [(unit,) for unit in kept.tolist()] if size == 1 == self._multiple(site) else [tuple(lowest)]
-            found.extend((UNIT, site, each) for each in units if each)
-        found.extend((tier, site, ()) for tier, site in self.removable.composites if site.layer not in self.out)
-        return [choice for choice in found if 0 < self.cost(choice) <= 2 * self.left + PARAMS_EPSILON]
+            possible.extend((UNIT, site, each) for each in units if each)
+        possible.extend((tier, site, ()) for tier, site in self.removable.composites if site.layer not in self.out)
+        return [choice for choice in possible if 0 < self.cost(choice) <= 2 * self.left + PARAMS_EPSILON]
 
     def _multiple(self, site: Site) -> int:
         return self.method.multiple if site.kind == "mlp" else 1
@@ -193,7 +193,7 @@ class _Rounds:
         if weighed:
             costs = torch.tensor([self.cost(choice) for choice in choices], dtype=torch.float64)
             losses = (losses[:-1] - losses[-1]) / costs
-        self.asked += len(choices)
+        self.judged += len(choices)
         self.lost += int((~losses.isfinite()).sum())
         losses = torch.where(losses.isfinite(), losses, torch.inf)
         if not losses.isfinite().any():

@@ -27,7 +27,7 @@ class Judge:
     method: Any  # an `Evolutionary`, which says what each setting means
     oracle: Oracle
     rng: torch.Generator
-    asked: int = 0
+    judged: int = 0
     skipped: int = 0
     trials: int = field(init=False)  # that are left, and are paid for
     spent_before: float = field(init=False)
@@ -62,13 +62,13 @@ class Judge:
 
     def measured(self, candidates: Sequence[Candidate], batches: Sequence[int], last: bool = True) -> Tensor:
         """Loss of each on each of the batches, Inf where it is not finite: float64 [batches, len(candidates)]."""
-        found = torch.stack([self.oracle.losses(candidates, batch) for batch in batches])
-        broken = ~found.isfinite().all(0)
-        self.asked += len(candidates)
+        losses = torch.stack([self.oracle.losses(candidates, batch) for batch in batches])
+        broken = ~losses.isfinite().all(0)
+        self.judged += len(candidates)
         self.skipped += int(broken.sum())
-        if last and self.skipped == self.asked:  # of those before `last`, others may be finite
-            raise RunError(f"search: none of {self.asked} calibration losses is finite")
-        return found.masked_fill(broken, math.inf)
+        if last and self.skipped == self.judged:  # of those before `last`, others may be finite
+            raise RunError(f"search: none of {self.judged} calibration losses is finite")
+        return losses.masked_fill(broken, math.inf)
 
     def in_parts(self, makers: Sequence[Callable[[], Candidate]], batches: Sequence[int]) -> Tensor:
         """`measured`, few at a time, since the out-projections of structures may all be different."""
@@ -78,10 +78,10 @@ class Judge:
 
     def compensated(self, plans: Mapping[str, Plan], batches: Sequence[int]) -> list[Tried]:
         """Each as the run will compensate it; one at a time, since all their out-projections differ."""
-        share, found = self.method.tokens, []
+        share, tried = self.method.tokens, []
         for name, plan in plans.items():
             self.trials = max(0, self.trials - 1)
             loss = self.measured([self.oracle.trial(plan, share)], batches)
             log.info("search: compensated, %s %.4f", name, float(loss.mean()))
-            found.append((plan, batches, loss))
-        return found
+            tried.append((plan, batches, loss))
+        return tried

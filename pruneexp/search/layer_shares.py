@@ -110,7 +110,7 @@ class LayerShares:
     def _importance_L(self, scores: Scores, layers: Mapping[int, Sequence[Site]]) -> Tensor:
         """Mean over the units of each layer: float64 [L]. Query heads in turns count as their KV groups: a turn's score
         is a sum."""
-        found, turns = [], f".{QUERY_HEADS}"
+        importances, turns = [], f".{QUERY_HEADS}"
         (start,) = self.importance
         for layer, own in layers.items():
             front = tuple(start_name(start, site.name.removesuffix(turns)) for site in own)
@@ -122,8 +122,8 @@ class LayerShares:
             ]
             if not values:
                 raise RunError(f"layer {layer}: the criterion {start} gave no scores")
-            found.append(torch.stack(values).mean())
-        return torch.stack(found)
+            importances.append(torch.stack(values).mean())
+        return torch.stack(importances)
 
     def _wanted(self, layers: Mapping[int, list[Site]], importance_L: Tensor, budget: Budget) -> dict[int, float]:
         """What each layer that loses anything is to lose, as the budget counts."""

@@ -89,8 +89,8 @@ class Structures:
 
     def levels(self, plan: Plan) -> Levels:
         """The levels of a plan, or the next above."""
-        found = {site.name: bisect_left(self.steps[site.name], plan.removed(site)) for site in self.chosen}
-        return {name: min(level, self.most[name]) for name, level in found.items()}
+        levels = {site.name: bisect_left(self.steps[site.name], plan.removed(site)) for site in self.chosen}
+        return {name: min(level, self.most[name]) for name, level in levels.items()}
 
     def removed(self, levels: Levels) -> int:
         """What leaves the sites of these levels, as the budget counts."""

@@ -138,14 +138,14 @@ class PolicyGradient:
             drawn = torch.rand(self.samples, len(s), generator=rng, dtype=torch.float64) < s
             candidates = [Candidate(gates.plan(mask)) for mask in drawn]
             losses = oracle.losses(candidates, batch=step % oracle.batches).double()
-            found = losses.isfinite()
-            lost += int((~found).sum())
-            if not found.any():
+            finite = losses.isfinite()
+            lost += int((~finite).sum())
+            if not finite.any():
                 continue
-            mean = losses[found].mean().item()
+            mean = losses[finite].mean().item()
             baseline = mean if baseline is None else baseline
             baseline += (mean - baseline) / self.memory
-            gradient = policy_gradient(s, drawn[found], losses[found], baseline, self.samples, self.estimator)
+            gradient = policy_gradient(s, drawn[finite], losses[finite], baseline, self.samples, self.estimator)
             rate = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
             s = self._projected(s - rate * gradient, gates, groups, share, most)
         if baseline is None:

@@ -73,14 +73,14 @@ class Turns:
 
     def resolved(self, plan: Plan) -> Plan:
         """The plan with query heads in the place of turns."""
-        found = {}
+        sites = {}
         for name, own in plan.sites.items():
             site = self.sites.get(name)
             if site is None:
-                found[name] = own
+                sites[name] = own
             else:
-                found[site.name] = _without(site, self.heads[name][list(own.kept)])
-        return Plan(found, plan.budget)
+                sites[site.name] = _without(site, self.heads[name][list(own.kept)])
+        return Plan(sites, plan.budget)
 
     def oracle(self, oracle: Oracle) -> Oracle:
         """The same, asked of structures in turns."""
@@ -119,7 +119,7 @@ class _InTurns:
 
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         named = {name: site.name for name, site in self.turns.sites.items()}
-        asked = [
+        resolved = [
             replace(
                 candidate,
                 plan=self.turns.resolved(candidate.plan),
@@ -127,12 +127,12 @@ class _InTurns:
             )
             for candidate in candidates
         ]
-        return self.of.losses(asked, batch)
+        return self.of.losses(resolved, batch)
 
     def trial(self, plan: Plan, share: float) -> Candidate:
         named = {site.name: name for name, site in self.turns.sites.items()}
-        found = self.of.trial(self.turns.resolved(plan), share).out_projections
-        return Candidate(plan, {named.get(name, name): own for name, own in found.items()})
+        out_projections = self.of.trial(self.turns.resolved(plan), share).out_projections
+        return Candidate(plan, {named.get(name, name): own for name, own in out_projections.items()})
 
 
 class _RefitsByTurn(Mapping[int, tuple[Tensor, "Tensor | None"]]):

@@ -184,10 +184,10 @@ def _nearest(removable: Removable, gone: Gone, off: float) -> Gone:
         unit = max(unit, round(removable.budget.total / _FINEST))
     reach = [1]  # of the layers from each on: bit n for a sum of n
     for own in reversed(options):
-        found = 0
+        reachable = 0
         for cost, _, _ in own:
-            found |= reach[-1] << round(cost / unit)
-        reach.append(found)
+            reachable |= reach[-1] << round(cost / unit)
+        reach.append(reachable)
     sums = [n for n in range(reach[-1].bit_length()) if reach[-1] >> n & 1]
     rest = min(reversed(sums), key=lambda n: abs(n * unit - removable.budget.remove))
     if abs(rest * unit - removable.budget.remove) >= off:
@@ -209,12 +209,12 @@ def _inside(removable: Removable, layer: int) -> list[Site]:
 
 def _options(removable: Removable, layer: int) -> list[tuple[int, dict[str, int], bool]]:
     """What may leave a layer: its cost, the units of each site, whether the layer leaves."""
-    own, found = _inside(removable, layer), []
+    own, options = _inside(removable, layer), []
     for counts in itertools.product(*(removable.steps[site.name] for site in own)):
         cost = sum(removable.budget.taken(site, count) for count, site in zip(counts, own, strict=True))
-        found.append((cost, {site.name: count for count, site in zip(counts, own, strict=True)}, False))
+        options.append((cost, {site.name: count for count, site in zip(counts, own, strict=True)}, False))
     blocks = [site for tier, site in removable.composites if tier == BLOCK and site.layer == layer]
-    return found + [(removable.budget.price(site), {}, True) for site in blocks]
+    return options + [(removable.budget.price(site), {}, True) for site in blocks]
 
 
 def _is(gone: Gone, layer: int, units: Mapping[str, int], out: bool) -> bool:

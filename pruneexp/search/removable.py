@@ -62,13 +62,13 @@ def block_scores(scores: Scores, blocks: Sequence[Site]) -> dict[str, Tensor]:
 def expert_scores(scores: Scores, sites: Sequence[Site], starts: Iterable[str] = ()) -> dict[str, Tensor]:
     """Scores of whole experts, [U] for each of the sites whose units they are, from those of their channels: the
     criterion's, and those of a search's starts."""
-    found = {}
+    wholes = {}
     for site in (site for site in sites if site.kind == "experts"):
         for own in (site.name, *(start_name(start, site.name) for start in starts)):
             names = [f"{own}.{unit}" for unit in range(site.units)]
             if all(name in scores for name in names):
-                found[own] = torch.tensor([whole_score(scores[name]) for name in names], dtype=torch.float64)
-    return found
+                wholes[own] = torch.tensor([whole_score(scores[name]) for name in names], dtype=torch.float64)
+    return wholes
 
 
 def bundled(values: Tensor, steps: Sequence[int]) -> list[float]:

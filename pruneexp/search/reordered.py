@@ -26,7 +26,7 @@ def reordered(plan: Plan, before: Scores, after: Scores, starts: Iterable[str], 
 def orders_followed(plan: Plan, scores: Scores, starts: Sequence[str], sites: Sequence[Site]) -> dict[str, str]:
     """By site that has lost some of its units: the name of the scores, of the first of `starts` ("": the criterion),
     which are lowest for those units. Without the sites that no scores explain."""
-    found = {}
+    orders = {}
     for site in sites:
         own, count = plan.sites.get(site.name), plan.removed(site)
         if own is None or own.kept_query_heads is not None or not 0 < count < site.units:
@@ -34,9 +34,9 @@ def orders_followed(plan: Plan, scores: Scores, starts: Sequence[str], sites: Se
         gone = set(range(site.units)) - set(own.kept)
         for name in (start_name(start, site.name) if start else site.name for start in starts):
             if name in scores and set(unit_order(scores[name], site.units)[:count].tolist()) == gone:
-                found[site.name] = name
+                orders[site.name] = name
                 break
-    return found
+    return orders
 
 
 def followed(structures: Structures, plan: Plan, scores: Scores, orders: Mapping[str, str]) -> Structures:

@@ -119,8 +119,8 @@ class Uniform:
         for layer, share in layer_budgets(budget, free).items():
             share = replace(share, added=share.added + over)
             own = [site for site in chosen if site.layer == layer]
-            found, over = self._counts(own, share) if own else ({}, share.remove)
-            counts.update(found)
+            own_counts, over = self._counts(own, share) if own else ({}, share.remove)
+            counts.update(own_counts)
         return counts
 
     def _alike_counts(self, sites: Sequence[Site], chosen: list[Site], budget: Budget) -> dict[str, int]:
@@ -130,10 +130,10 @@ class Uniform:
         wider = sum((site.units - one.units) * budget.price(site) for one, site in pairs)
         stand_ins = list({one.name: one for one, _ in pairs}.values())
         if self.remainder == "dropped":
-            found = self._dropped_counts(stand_ins, budget)
+            counts = self._dropped_counts(stand_ins, budget)
         else:
-            found, _ = self._counts(stand_ins, replace(budget, added=budget.added - wider))
-        return {site.name: site.units - one.units + found[one.name] for one, site in pairs}
+            counts, _ = self._counts(stand_ins, replace(budget, added=budget.added - wider))
+        return {site.name: site.units - one.units + counts[one.name] for one, site in pairs}
 
     def _unprotected(self, sites: Sequence[Site]) -> list[Site]:
         layers = list(by_layer(sites))
@@ -226,13 +226,13 @@ class Uniform:
         for kind in list(dict.fromkeys(site.kind for site in able))[:-1]:  # the cheapest make up for the others
             own = [site for site in able if site.kind == kind]
             units, gone = sum(site.units for site in own), sum(counts[site.name] for site in own)
-            asked = budget.remove / prunable(able, budget) * units
-            if abs(gone - asked) >= max(1.0, COARSE * asked):
+            wanted = budget.remove / prunable(able, budget) * units
+            if abs(gone - wanted) >= max(1.0, COARSE * wanted):
                 down = self.remainder == "down"
                 rest = "other units make up for it" if down else "search.remainder=down leaves the rest to other units"
                 return (
                     f"search.remainder={self.remainder}: {gone / units:.1%} of the {UNITS[kind].replace('_', ' ')} "
-                    f"{leave} for a share of {asked / units:.1%}, of which a layer has {own[0].units}; {rest}"
+                    f"{leave} for a share of {wanted / units:.1%}, of which a layer has {own[0].units}; {rest}"
                 )
         return None
 

@@ -242,8 +242,8 @@ def remote_code_form(model: Model, why: str) -> Form:
     named = {name for layer in per_layer.values() for name in layer}
     for layer in per_layer.values():  # transformers wants them alike: layers without experts have lists of none
         layer.update({name: [] for name in sorted(named - set(layer))})
-    told = all(s.num_attention_heads == s.num_key_value_heads * layout.group for s in structures) or layout.shared
-    if told and getattr(model.config, "num_key_value_heads", None) is None:
+    says_heads = all(s.num_attention_heads == s.num_key_value_heads * layout.group for s in structures) or layout.shared
+    if says_heads and getattr(model.config, "num_key_value_heads", None) is None:
         for layer in per_layer.values():
             layer.pop("num_key_value_heads")
     # Without a head size, out-projections would divide the hidden size by a layer's own number of heads.

@@ -93,9 +93,9 @@ def structure_figure(plan: Plan, sites: Sequence[Site], path: Path) -> None:
     draw = ImageDraw.Draw(image)
     title = f"{100 * removed_share(plan, sites):.1f} % of the prunable parameters removed"
     _text(draw, (DPI * width / 2, 0.1 * DPI), title, anchor="ma", points=11)
-    for number, (kind, found) in enumerate(panels.items()):
-        units = max(w.units for w in found)
-        _panel(draw, Frame(0.6, 0.65 + 1.95 * number, width - 0.75, 1.45, layers, units), kind, found)
+    for number, (kind, bars) in enumerate(panels.items()):
+        units = max(w.units for w in bars)
+        _panel(draw, Frame(0.6, 0.65 + 1.95 * number, width - 0.75, 1.45, layers, units), kind, bars)
     _text(draw, (DPI * width / 2, DPI * (height - 0.1)), "layer", anchor="md")
     image.save(path, format="PNG", compress_level=1)
 
@@ -128,10 +128,10 @@ def kept_times(
 ) -> list[tuple[int, float]]:
     """Units that each layer keeps of its "attention" or "mlp", and their milliseconds by the table; no time where the
     whole layer leaves. `origin`: which layer of the table each layer of the sites is."""
-    found, group = widths(plan, sites), {site.layer: site.group for site in sites if site.kind == kind}
-    heads = {w.layer: w.kept for w in found.get(QUERY_HEADS, ()) if kind == "attention"}
+    by_kind, group = widths(plan, sites), {site.layer: site.group for site in sites if site.kind == kind}
+    heads = {w.layer: w.kept for w in by_kind.get(QUERY_HEADS, ()) if kind == "attention"}
     marks = []
-    for w in found.get(kind, ()):
+    for w in by_kind.get(kind, ()):
         each = heads[w.layer] // w.kept if w.kept and w.layer in heads else group[w.layer]
         ms = 0.0 if w.block_gone else times.layer(origin[w.layer]).sublayer(kind, w.kept, each)
         marks.append((w.kept, ms))
@@ -173,8 +173,8 @@ def latency_figure(times: Times, plan: Plan, sites: Sequence[Site], origin: Sequ
     image.save(path, format="PNG", compress_level=1)
 
 
-def _panel(draw: ImageDraw, frame: Frame, kind: str, found: Sequence[Width]) -> None:
-    for w in found:
+def _panel(draw: ImageDraw, frame: Frame, kind: str, bars: Sequence[Width]) -> None:
+    for w in bars:
         draw.rectangle(frame.bar(w.layer, w.units), fill=GONE, outline=OUTLINE)
         if w.kept:
             draw.rectangle(frame.bar(w.layer, w.kept), fill=KEPT)
@@ -192,7 +192,7 @@ def _panel(draw: ImageDraw, frame: Frame, kind: str, found: Sequence[Width]) -> 
     for units in range(0, frame.units + 1, tick_step(frame.units, 5)):
         draw.line((left - tick, frame.y(units), left, frame.y(units)), fill="black")
         _text(draw, (left - 1.6 * tick, frame.y(units)), str(units), anchor="rm")
-    _text(draw, (left, DPI * (frame.top - 0.05)), _caption(found, UNITS.get(kind, kind)), anchor="ld", fill="#444444")
+    _text(draw, (left, DPI * (frame.top - 0.05)), _caption(bars, UNITS.get(kind, kind)), anchor="ld", fill="#444444")
 
 
 def _hatch(draw: ImageDraw, bar: tuple[float, float, float, float]) -> None:
@@ -221,11 +221,11 @@ def tick_step(count: int, most: int) -> int:
     return next(digit * 10**power for power in range(12) for digit in (1, 2, 5) if count <= most * digit * 10**power)
 
 
-def _caption(found: Sequence[Width], unit: str) -> str:
-    units, kept = sum(w.units for w in found), sum(w.kept for w in found)
+def _caption(bars: Sequence[Width], unit: str) -> str:
+    units, kept = sum(w.units for w in bars), sum(w.kept for w in bars)
     words = [f"{kept:,} of {units:,} {unit} kept ({100 * kept / units:.1f} %)"]
-    empty = sum(1 for w in found if not w.kept and not w.block_gone)
-    gone = sum(w.block_gone for w in found)
+    empty = sum(1 for w in bars if not w.kept and not w.block_gone)
+    gone = sum(w.block_gone for w in bars)
     words += [f"{empty} emptied (x)"] * bool(empty)
     words += [f"{gone} layer{'s' * (gone > 1)} removed (hatched)"] * bool(gone)
     return ", ".join(words)

@@ -140,7 +140,7 @@ def times_of(data: Sequence[Mapping[str, Any]]) -> Times:
     """From a table's `layers`. Raises ValueError, KeyError."""
     if not isinstance(data, list) or not all(isinstance(own, dict) for own in data):
         raise ValueError(f"layers={data!r:.60}: expected a list of objects")
-    found, known = [], set()
+    layer_times, known = [], set()
     for own in data:
         layers = own["layers"]
         if not isinstance(layers, list) or not all(type(index) is int for index in layers):
@@ -149,8 +149,8 @@ def times_of(data: Sequence[Mapping[str, Any]]) -> Times:
             raise ValueError(f"layers={layers!r:.60}: has times of layer {twice[0]} a second time")
         known |= {*layers}
         heads = _named("query_heads", own) if own.get("query_heads") else None
-        found.append(LayerTimes(tuple(layers), _named("attention", own), _named("ffn", own), heads))
-    return Times(tuple(found))
+        layer_times.append(LayerTimes(tuple(layers), _named("attention", own), _named("ffn", own), heads))
+    return Times(tuple(layer_times))
 
 
 def _named(name: str, own: Mapping[str, Any]) -> Curve:

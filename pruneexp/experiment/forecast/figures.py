@@ -49,7 +49,7 @@ class Forecast:
 
     def metrics(self) -> dict[str, float]:
         """Flat, as those of a run. Of memory, what its `memory/peak_bytes` will be."""
-        found: dict[str, float] = {
+        metrics: dict[str, float] = {
             "dense/params": self.shape.params,
             "dense/params/decoder": self.shape.decoder,
             "forecast/params": self.params_left,
@@ -60,11 +60,11 @@ class Forecast:
             "forecast/passes/backward": self.passes.backward,
         }
         if self.files:
-            found["forecast/disk/files_bytes"] = self.files
+            metrics["forecast/disk/files_bytes"] = self.files
         for how, stages in (("held", self.held), ("streamed", self.streamed)):
             if stages:
-                found[f"forecast/memory/{how}_bytes"] = max(stage.total for stage in stages)
-        return found
+                metrics[f"forecast/memory/{how}_bytes"] = max(stage.total for stage in stages)
+        return metrics
 
 
 def forecast(

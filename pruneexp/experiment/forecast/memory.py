@@ -88,21 +88,21 @@ class Memory:
 
     def stages(self) -> list[Stage]:
         """All stages in their order. Of the evaluators, the one that takes most."""
-        shape, found = self.shape, []
+        shape, stages = self.shape, []
         if self.how.reached > self.how.process:
-            found.append(Stage("start", {"process": self.how.reached}))
+            stages.append(Stage("start", {"process": self.how.reached}))
         if self.measured:
-            found.append(max(map(self._evaluating, self.measured), key=lambda stage: stage.total))
+            stages.append(max(map(self._evaluating, self.measured), key=lambda stage: stage.total))
         if goes_layer_by_layer(self.method):
-            found.append(self._calibrating(shrinks=True))
+            stages.append(self._calibrating(shrinks=True))
         else:
-            found += [self._calibrating(shrinks=False), *self._searching(), self._shrinking()]
+            stages += [self._calibrating(shrinks=False), *self._searching(), self._shrinking()]
         if self.trains:
-            found.append(self._recovering())
+            stages.append(self._recovering())
         if self.how.prove in ("process", "in_place") and not self.how.stream:  # the source comes, too
             process = {"process": self.how.process}
-            found.append(Stage("prove", {**process, "weights": self.left * shape.itemsize, "copies": shape.bytes}))
-        return found
+            stages.append(Stage("prove", {**process, "weights": self.left * shape.itemsize, "copies": shape.bytes}))
+        return stages
 
     def _stage(self, name: str, hidden: int, **parts: int) -> Stage:
         """`hidden`: bytes of hidden states."""
@@ -224,14 +224,14 @@ class Memory:
 
     def _passes(self, kinds: Sequence[Any]) -> int:
         """Activations of whole passes to the loss, and of what waits for backward passes."""
-        found = 0
+        most = 0
         for kind in kinds:
             forward, backward = kind.passes(self.seen.count, self.shape.sites)
             batch = replace(self.seen, batch_size=1) if kind.per_sample else self.seen
             waiting = len(self.shape.layers) * activations(self.shape, batch) if backward else 0
             logits = with_gradients(self.shape) if backward else self.shape.itemsize
-            found = max(found, activations(self.shape, batch, logits) + waiting if forward else 0)
-        return found
+            most = max(most, activations(self.shape, batch, logits) + waiting if forward else 0)
+        return most
 
     def _kept(self, refits: float) -> tuple[int, int]:
         """What scores keep for the search, in memory and in files; a streamed model's searches need nothing of it."""

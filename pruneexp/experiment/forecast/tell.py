@@ -20,37 +20,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pruneexp")
 
 
-def print_forecast(found: Forecast, *, dtype: str, available: int) -> None:
+def print_forecast(forecast: Forecast, *, dtype: str, available: int) -> None:
     """Structure, sizes, memory by stage, and passes. `available`: bytes of memory."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False, emoji=False)
-    console.print(_sizes(found, dtype))
-    console.print(_memory(found))
-    held = found.peak.parts.get("process", 0)
+    console.print(_sizes(forecast, dtype))
+    console.print(_memory(forecast))
+    held = forecast.peak.parts.get("process", 0)
     beside = f", of which this process holds {size_text(held)} already" if held else ""
     free = f"{size_text(available)} are free here"
-    console.print(f"memory at most: {size_text(found.peak.total)} ({found.peak.name}){beside}; {free}", soft_wrap=True)
-    if found.files:
-        files = f"in files of {spill_folder()} for a while: {size_text(found.files)} beyond criterion.memory"
+    console.print(
+        f"memory at most: {size_text(forecast.peak.total)} ({forecast.peak.name}){beside}; {free}", soft_wrap=True
+    )
+    if forecast.files:
+        files = f"in files of {spill_folder()} for a while: {size_text(forecast.files)} beyond criterion.memory"
         console.print(files, soft_wrap=True)
-    if not found.streamed:
+    if not forecast.streamed:
         console.print("model.stream=true is not possible with these methods")
-    passes = found.passes
+    passes = forecast.passes
     console.print(f"passes over the calibration windows: {passes.forward:.3g} forward, {passes.backward:.3g} backward")
 
 
-def _sizes(found: Forecast, dtype: str) -> Table:
+def _sizes(forecast: Forecast, dtype: str) -> Table:
     table = _table("", "dense", "pruned", "change")
-    shape = found.shape
+    shape = forecast.shape
     for what, value in _structure(shape):
         table.add_row(what, value, "", "")
     for what, dense, pruned in (
-        ("parameters", shape.params, found.params_left),
-        ("decoder parameters", shape.decoder, found.decoder_left),
+        ("parameters", shape.params, forecast.params_left),
+        ("decoder parameters", shape.decoder, forecast.decoder_left),
     ):
         table.add_row(what, f"{dense:,}", f"{pruned:,}", f"{100 * (pruned / dense - 1):+.1f} %" if dense else "")
-    table.add_row(f"on disk, {dtype}", size_text(shape.bytes), size_text(found.bytes_left), "")
+    table.add_row(f"on disk, {dtype}", size_text(shape.bytes), size_text(forecast.bytes_left), "")
     return table
 
 
@@ -63,8 +65,8 @@ def _structure(shape: Shape) -> list[tuple[str, str]]:
     return rows
 
 
-def _memory(found: Forecast) -> Table:
-    both = {"held": found.held, "streamed": found.streamed}
+def _memory(forecast: Forecast) -> Table:
+    both = {"held": forecast.held, "streamed": forecast.streamed}
     shown = [part for part in PARTS if any(stage.parts.get(part) for stages in both.values() for stage in stages)]
     table = _table("memory", *(part.replace(" ", "\n") for part in shown), "in all")
     for how, stages in both.items():
@@ -86,21 +88,21 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def warn_of_files(found: Forecast) -> None:
+def warn_of_files(forecast: Forecast) -> None:
     """Logs one line where the disk may have no room for what lies in files of TMPDIR for a while."""
-    if found.files and found.files > (free := shutil.disk_usage(spill_folder()).free):
+    if forecast.files and forecast.files > (free := shutil.disk_usage(spill_folder()).free):
         logger.warning(
             "up to %s will lie in files of %s for a while, %s are free; what would help: TMPDIR on another disk, a "
             "smaller criterion.levels or search.offspring",
-            size_text(found.files),
+            size_text(forecast.files),
             spill_folder(),
             size_text(free),
         )
 
 
-def warn_of_memory(found: Forecast, available: int) -> None:
+def warn_of_memory(forecast: Forecast, available: int) -> None:
     """Logs one line, with what would help, where a run takes more memory than there is."""
-    peak = max(found.stages, key=lambda stage: stage.needed)
+    peak = max(forecast.stages, key=lambda stage: stage.needed)
     if peak.needed <= available:
         return
 
@@ -108,7 +110,7 @@ def warn_of_memory(found: Forecast, available: int) -> None:
         return peak.parts.get(part, 0) > peak.needed / 10
 
     helps = []
-    if not found.streams and found.streamed and max(stage.needed for stage in found.streamed) < peak.needed:
+    if not forecast.streams and forecast.streamed and max(stage.needed for stage in forecast.streamed) < peak.needed:
         helps.append("model.stream=true")
     if weighs("activations"):
         batch = {"evaluate": "a smaller batch_size of evaluators"}

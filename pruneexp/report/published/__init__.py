@@ -170,11 +170,11 @@ def _by_others(
     where: str, row: Mapping[str, Any], values: Mapping[str, float], data: Mapping[str, Any]
 ) -> dict[str, float]:
     """What others found, by column. Raises ValueError where a figure stands beside none, or nobody is named."""
-    found = {name: _positive(f"{where}, {name}", value) for name, value in (row.get("reproduced") or {}).items()}
-    _known(f"{where}, reproduced", found, set(values))
-    if found and not data.get("reproduced_by"):
+    figures = {name: _positive(f"{where}, {name}", value) for name, value in (row.get("reproduced") or {}).items()}
+    _known(f"{where}, reproduced", figures, set(values))
+    if figures and not data.get("reproduced_by"):
         raise ValueError(f"{where}: expected `reproduced_by`, who reproduced it")
-    return found
+    return figures
 
 
 def _values(where: str, values: Any, columns: Mapping[str, Any]) -> dict[str, float]:

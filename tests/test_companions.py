@@ -15,7 +15,7 @@ import pytest
 from pruneexp.evaluator.generation import end_tokens
 from pruneexp.export import main as export
 from pruneexp.model import ModelSource
-from pruneexp.model.companions import FETCHED, TRAVELS, found
+from pruneexp.model.companions import FETCHED, TRAVELS, matching_files
 from pruneexp.surgery import remote_code_form, save
 from tests.furnished import EMBEDDED, OTHERS, TRAVELLING, furnished_folder
 from tests.small_hub import small_hub
@@ -32,8 +32,8 @@ def same_bytes(folder: Path, source: Path, names: Any) -> None:
 
 
 def test_what_travels(furnished: Path) -> None:
-    assert found(furnished) == TRAVELLING
-    assert set(found(furnished, FETCHED)) == {*TRAVELLING, "config.json"}
+    assert matching_files(furnished) == TRAVELLING
+    assert set(matching_files(furnished, FETCHED)) == {*TRAVELLING, "config.json"}
     assert len(set(TRAVELS)) == len(TRAVELS)
 
 

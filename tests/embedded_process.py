@@ -86,11 +86,11 @@ class _Coder:
             if whole != [token for word in words for token in self.ids(word)]:
                 raise ValueError("this tokenizer joins or changes words: its tokens have no exact nats")
 
-    def story(self, told: Telling) -> tuple[list[int], list[float]]:
+    def story(self, telling: Telling) -> tuple[list[int], list[float]]:
         tokens: list[int] = []
         nats: list[float] = []
         carried = 0.0
-        for i, (step, word) in enumerate(told):
+        for i, (step, word) in enumerate(telling):
             tokens += self.ids(piece(word, i == 0))
             head, *tail, rest = self._nats(step.probs, word, i == 0)
             nats += [head + carried, *tail]
@@ -150,4 +150,4 @@ def chosen(model: Any, tokenizer: Any, question: Question) -> int:
 
 def accuracy(model: Any, tokenizer: Any, questions: Sequence[Question]) -> float:
     """The share answered right; chance is 0.25."""
-    return sum(chosen(model, tokenizer, asked) == asked.answer for asked in questions) / len(questions)
+    return sum(chosen(model, tokenizer, question) == question.answer for question in questions) / len(questions)

@@ -96,10 +96,10 @@ def cells(model_type: str, folder: Path) -> tuple[str, ...]:
         model = ModelSource(model_type, str(folder / "dense"), None, "float64", "cpu", False, False, 4).load()
         shrink_(model, made(model))
         save(model, folder / plan)
-        for format, found in held.items():
-            if not set(WIDER.get(plan, ())) & set(found) and holds(folder / plan, format, folder / f"{plan}.{format}"):
-                found.append(plan)
-    return tuple(", ".join(found) or "–" for found in held.values())
+        for format, plans in held.items():
+            if not set(WIDER.get(plan, ())) & set(plans) and holds(folder / plan, format, folder / f"{plan}.{format}"):
+                plans.append(plan)
+    return tuple(", ".join(plans) or "–" for plans in held.values())
 
 
 def matrix() -> str:
@@ -108,11 +108,11 @@ def matrix() -> str:
         "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |",
         "|---" * (1 + len(FORMATS)) + "|",
     ]
-    found: dict[tuple[str, ...], list[str]] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for model_type in sorted(FAMILIES):
         with tempfile.TemporaryDirectory() as folder:
-            found.setdefault(cells(model_type, Path(folder)), []).append(model_type)
-    for row, families in found.items():  # families alike share one
+            rows.setdefault(cells(model_type, Path(folder)), []).append(model_type)
+    for row, families in rows.items():  # families alike share one
         lines.append(f"| {', '.join(f'`{name}`' for name in families)} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 

@@ -104,8 +104,10 @@ def write(folder: Path, anew: Sequence[str] = ()) -> None:
                 before = frozen(model, folder).items()
                 kept = {name: answer for name, answer in before if name in recipes() and name not in anew}
                 missing = [name for name in recipes() if name not in kept]
-                found = kept | runs_of(model, Path(scratch), missing)
-                write_atomic(folder / f"{model}.json", json.dumps(found, separators=(",", ":"), sort_keys=True) + "\n")
+                answers = kept | runs_of(model, Path(scratch), missing)
+                write_atomic(
+                    folder / f"{model}.json", json.dumps(answers, separators=(",", ":"), sort_keys=True) + "\n"
+                )
                 print(f"{model}: made {', '.join(missing) or 'nothing'}", file=sys.stderr)
         finally:
             os.chdir(here)

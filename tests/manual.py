@@ -92,10 +92,10 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def comments(path: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
+    of_keys: dict[str, str] = {}
     for each in reversed(inherited(path)):
-        found |= {key: comment for key, comment in key_comments(each).items() if comment}
-    return found
+        of_keys |= {key: comment for key, comment in key_comments(each).items() if comment}
+    return of_keys
 
 
 def groups() -> list[str]:
@@ -107,8 +107,8 @@ def groups() -> list[str]:
 
 def default_of(group: str) -> list[str]:
     entries = yaml.safe_load((conf_folder() / "config.yaml").read_text())["defaults"]
-    (found,) = (entry[group] for entry in entries if isinstance(entry, dict) and group in entry)
-    return found if isinstance(found, list) else [found]
+    (default,) = (entry[group] for entry in entries if isinstance(entry, dict) and group in entry)
+    return default if isinstance(default, list) else [default]
 
 
 # Parts
@@ -139,21 +139,21 @@ def group_keys(group: str) -> str:
                 continue
             having.setdefault((key, about.get(key, "")), {})[name] = shown(value)
     rows, order = [], list(dict.fromkeys(key for key, _ in having))
-    for (key, about), found in sorted(having.items(), key=lambda item: order.index(item[0][0])):
-        values = list(dict.fromkeys(found.values()))
-        of = {value: [name for name in found if found[name] == value] for value in values}
-        everywhere = len(values) == 1 and len(found) == len(names)
+    for (key, about), values_of in sorted(having.items(), key=lambda item: order.index(item[0][0])):
+        values = list(dict.fromkeys(values_of.values()))
+        of = {value: [name for name in values_of if values_of[name] == value] for value in values}
+        everywhere = len(values) == 1 and len(values_of) == len(names)
         cells = [f"`{value}`{'' if everywhere else f' ({_names(of[value], names)})'}" for value in values]
         prefix = "evaluator.NAME" if group == "evaluator" else group
         rows.append([f"`{prefix}.{key}`", "; ".join(cells), about])
     return table(["key", "default", "meaning"], rows) if rows else ""
 
 
-def _names(found: Sequence[str], names: Sequence[str]) -> str:
-    left = [name for name in names if name not in found]
-    if len(left) < len(found) - 2:
+def _names(having: Sequence[str], names: Sequence[str]) -> str:
+    left = [name for name in names if name not in having]
+    if len(left) < len(having) - 2:
         return f"all but {', '.join(left)}" if left else "all"
-    return ", ".join(found)
+    return ", ".join(having)
 
 
 def run_keys() -> str:
@@ -192,7 +192,7 @@ def takes(name: str, granularity: Sequence[str], **settings: Any) -> bool:
 def _search(name: str) -> Any:
     """The class of the search of this name."""
     path = conf_folder() / "search" / f"{name}.yaml"
-    target = next(found["_target_"] for each in inherited(path) if "_target_" in (found := _yaml(each)))
+    target = next(own["_target_"] for each in inherited(path) if "_target_" in (own := _yaml(each)))
     module, _, kind = target.rpartition(".")
     return getattr(importlib.import_module(module), kind)
 
@@ -252,12 +252,12 @@ def entries() -> str:
 
 def protocols() -> str:
     """Members of every protocol, as protocols.py and windows.py declare them."""
-    found = []
+    lines = []
     files = (PACKAGE / "types" / f"{name}.py" for name in ("protocols", "windows"))
     for node in (node for file in files for node in ast.parse(file.read_text()).body):
         if isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in node.bases):
-            found += [node.name, *(f"    {line}" for line in _members(node))]
-    return "\n".join(["```text", *found, "```"])
+            lines += [node.name, *(f"    {line}" for line in _members(node))]
+    return "\n".join(["```text", *lines, "```"])
 
 
 def _members(node: ast.ClassDef) -> Iterator[str]:
@@ -286,10 +286,10 @@ def stock_biases() -> str:
 
     places = {(True, True): "attention and FFN", (True, False): "attention alone"}
     places |= {(False, True): "the FFN alone", (False, False): "neither"}
-    found: dict[str, list[str]] = {place: [] for place in places.values()}
+    families: dict[str, list[str]] = {place: [] for place in places.values()}
     for name in sorted(FAMILIES):
-        found[places[_biases_held(name)]].append(f"`{name}`")
-    rows = [[place, ", ".join(names)] for place, names in found.items() if names]
+        families[places[_biases_held(name)]].append(f"`{name}`")
+    rows = [[place, ", ".join(names)] for place, names in families.items() if names]
     return table(["added biases stay stock behind", "families"], rows)
 
 
@@ -336,12 +336,12 @@ PARTS: Mapping[str, Callable[[], str]] = {
 
 def parts(file: str) -> dict[str, str]:
     """Name -> what stands between its marks."""
-    return {found[2]: found[3] for found in PART.finditer(text(file))}
+    return {match[2]: match[3] for match in PART.finditer(text(file))}
 
 
 def written(file: str) -> str:
     """The file with its parts as the code has them now."""
-    return PART.sub(lambda found: f"{found[1]}{PARTS[found[2]]()}\n{found[4]}", text(file))
+    return PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[4]}", text(file))
 
 
 def main() -> None:

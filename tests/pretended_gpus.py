@@ -42,8 +42,8 @@ class PretendedGpus(TorchFunctionMode):
     def of(self, tensor: Tensor) -> torch.device:
         if tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return tensor.device
-        found = self.places.get(tensor.untyped_storage()._cdata)
-        return CPU if found is None else found[1]
+        place = self.places.get(tensor.untyped_storage()._cdata)
+        return CPU if place is None else place[1]
 
     def put(self, tensor: Tensor, device: torch.device) -> None:
         if not (tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor) or device == CPU):
@@ -60,23 +60,23 @@ class PretendedGpus(TorchFunctionMode):
             return self.of(args[0]).type == "cuda"
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._moved(func, *args, **kwargs)
-        if getattr(func, "__name__", "") == "__get__" and not isinstance(found := func(*args, **kwargs), Tensor):
-            return found  # a shape, a type: nothing meets
+        if getattr(func, "__name__", "") == "__get__" and not isinstance(answer := func(*args, **kwargs), Tensor):
+            return answer  # a shape, a type: nothing meets
         given = _tensors((args, kwargs))
         device = self._common(func, given)
-        asked = kwargs.get("device")
-        if asked is not None and torch.device(asked).type == "cuda":
-            device, kwargs["device"] = torch.device(asked), CPU
-        elif asked is not None:
-            device = torch.device(asked)
+        wanted = kwargs.get("device")
+        if wanted is not None and torch.device(wanted).type == "cuda":
+            device, kwargs["device"] = torch.device(wanted), CPU
+        elif wanted is not None:
+            device = torch.device(wanted)
         generator = kwargs.get("generator")
         if generator is not None and (place := getattr(generator, "place", CPU)) != device:
             raise Mixed(f"{func.__name__}: a generator of {place} draws on {device}")
         before = {t.untyped_storage()._cdata for t in given if not self._without_storage(t)}
         result = func(*args, **kwargs)
         if func is torch.autograd.grad:
-            for found, by in zip(result, args[1] if isinstance(args[1], (list, tuple)) else [args[1]], strict=True):
-                self.put(found, self.of(by))
+            for gradient, by in zip(result, args[1] if isinstance(args[1], (list, tuple)) else [args[1]], strict=True):
+                self.put(gradient, self.of(by))
             return result
         for tensor in _tensors((result,)):
             if not self._without_storage(tensor) and tensor.untyped_storage()._cdata not in before:
@@ -126,15 +126,15 @@ class PretendedGpus(TorchFunctionMode):
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """Those among the values, and in them."""
-    found = []
+    tensors = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
+            tensors += _tensors(value)
         elif isinstance(value, dict):
-            found += _tensors(value.values())
-    return found
+            tensors += _tensors(value.values())
+    return tensors
 
 
 class Generator(torch.Generator):
@@ -152,7 +152,7 @@ class Generator(torch.Generator):
 def pretended_gpus(count: int = 2, free: Sequence[int] = (2**30, 2**30)) -> Iterator[PretendedGpus]:
     """PretendedGpus, and a machine that says it has `count` of them."""
     forked = torch.random.fork_rng
-    told = {
+    answers = {
         "device_count": lambda: count,
         "mem_get_info": lambda device: (free[torch.device(device).index or 0], 2**30),
         "memory_reserved": lambda device: 0,
@@ -163,7 +163,7 @@ def pretended_gpus(count: int = 2, free: Sequence[int] = (2**30, 2**30)) -> Iter
         "synchronize": lambda device=None: None,
     }
     with ExitStack() as stack:
-        for name, answer in told.items():
+        for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", lambda devices: forked(devices=[])))
@@ -178,4 +178,6 @@ def _grouped(lists: Sequence[Sequence[Tensor | None]], with_indices: bool) -> di
     for index, tensor in enumerate(lists[0]):
         assert tensor is not None
         groups.setdefault((tensor.device, tensor.dtype), []).append(index)
-    return {key: ([[own[i] for i in found] if own else [] for own in lists], found) for key, found in groups.items()}
+    return {
+        key: ([[own[i] for i in indices] if own else [] for own in lists], indices) for key, indices in groups.items()
+    }

@@ -31,10 +31,10 @@ def cache_folder() -> Path:
 
 def smollm2_gguf() -> Path:
     """The GGUF file, as the package holds it. Skips the test where it cannot be had."""
-    found = _fetched()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    file = _fetched()
+    if isinstance(file, str):
+        pytest.skip(file)
+    return file
 
 
 @cache

@@ -28,15 +28,15 @@ def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def config(*overrides: str, **settings: Any) -> dict[str, Any]:
     """A composed config, with dotted keys set afterwards: config("recipe=flap", **{"sparsity.ratio": 0.3})."""
-    found = deepcopy(_composed(overrides))
+    composed = deepcopy(_composed(overrides))
     for key, value in settings.items():
-        node = found
+        node = composed
         *parents, last = key.split(".")
         for parent in parents:
             node = node[parent]
         assert last in node, key
         node[last] = value
-    return found
+    return composed
 
 
 def plan(kept: Mapping[str, Sequence[int]] | None = None) -> Plan:
@@ -56,7 +56,7 @@ def plan(kept: Mapping[str, Sequence[int]] | None = None) -> Plan:
 def metrics(ppl: float = 4.0, share: float = 0.2, **more: float) -> dict[str, float]:
     params = 1_000_000
     left = round(params * (1 - share))
-    found = {
+    figures = {
         "dense/params": params,
         "pruned/params": left,
         "dense/params/decoder": params,
@@ -69,11 +69,11 @@ def metrics(ppl: float = 4.0, share: float = 0.2, **more: float) -> dict[str, fl
         "seconds/calibrate": 1.5,
         "memory/peak_bytes": 2**30,
     }
-    return found | more
+    return figures | more
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    found = {
+    facts = {
         "versions": {"pruneexp": pruneexp.__version__, "torch": "2.13", "lm_eval": "0.4.13"},
         "platform": "Linux",
         "cpus": 2,
@@ -83,7 +83,7 @@ def environment(**more: Any) -> dict[str, Any]:
         "model": {"files": {"model.safetensors": {"sha256": "a" * 64}}},
         "data": {},
     }
-    return found | more
+    return facts | more
 
 
 def write_run(

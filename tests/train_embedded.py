@@ -188,10 +188,10 @@ def evaluate(folder: Path) -> Record:
         tokens, nats = process.windows(tokenizer, language.EVALUATION[0], EVALUATION_WINDOWS, length)
         figures[f"perplexity@{length}"] = process.perplexity(model, tokens)
         figures[f"process_perplexity@{length}"] = process.best_perplexity(nats)
-    asked = language.questions(language.EVALUATION[1], EVALUATION_QUESTIONS)
-    figures["question_accuracy"] = process.accuracy(model, tokenizer, asked)
+    questions = language.questions(language.EVALUATION[1], EVALUATION_QUESTIONS)
+    figures["question_accuracy"] = process.accuracy(model, tokenizer, questions)
     for kind in language.KINDS:
-        mine = [question for question in asked if question.kind == kind]
+        mine = [question for question in questions if question.kind == kind]
         figures[f"question_accuracy/{kind}"] = process.accuracy(model, tokenizer, mine)
     protocol = (
         f"float16 weights computed in float32; {EVALUATION_WINDOWS} windows per length, each from a story's "
@@ -210,19 +210,19 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--resume", action="store_true", help="train what is in --out further")
     parser.add_argument("--threads", type=int, default=2)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     tokenizer = train_tokenizer()  # the same every time
     print(f"{len(tokenizer)} tokens in the vocabulary", flush=True)
-    for family in FAMILIES if asked.family == "all" else [asked.family]:
-        folder = asked.out / family
-        if asked.resume:
+    for family in FAMILIES if args.family == "all" else [args.family]:
+        folder = args.out / family
+        if args.resume:
             model, record = stored(folder), read(folder / "training.json")
         else:
             model, record = begin(family, len(tokenizer))
-        record = train(tokenizer, model, record, Limit(asked.steps, asked.minutes), asked.rate)
+        record = train(tokenizer, model, record, Limit(args.steps, args.minutes), args.rate)
         save(model, tokenizer, folder)
-        record |= {"peak_learning_rate": asked.rate, "evaluation": evaluate(folder)}
+        record |= {"peak_learning_rate": args.rate, "evaluation": evaluate(folder)}
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         print(json.dumps(record, indent=2), flush=True)
 

@@ -67,9 +67,9 @@ def served_tokens(
 ) -> dict[Path, list[list[int]] | str]:
     """What vLLM generates greedily after each prompt, for each folder; the reason where it serves one not."""
     names = {str(folder): folder for folder in folders}
-    asked = {"folders": list(names), "prompts": prompts, "new": new, "dtype": dtype, "length": length}
-    command = [PYTHON, "-c", RUN, json.dumps(asked)]
+    job = {"folders": list(names), "prompts": prompts, "new": new, "dtype": dtype, "length": length}
+    command = [PYTHON, "-c", RUN, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SETTINGS}, timeout=900)
     answers = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    told = {names[folder]: answer for folder, answer in answers}
-    return {folder: told.get(folder, f"vLLM ended: {done.stderr[-500:]}") for folder in folders}
+    answered = {names[folder]: answer for folder, answer in answers}
+    return {folder: answered.get(folder, f"vLLM ended: {done.stderr[-500:]}") for folder in folders}

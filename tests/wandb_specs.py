@@ -14,11 +14,11 @@ def parameters(path: Path) -> dict[str, list[str]]:
     """What a sweep varies, its parents' included: key -> values as Hydra is given them."""
     content = yaml.safe_load(path.read_text())
     parents = [each for each in content.get("defaults", []) if isinstance(each, str) and each != "_self_"]
-    found: dict[str, list[str]] = {}
+    varied: dict[str, list[str]] = {}
     for parent in parents:
-        found |= parameters(sweep_files()[parent])
+        varied |= parameters(sweep_files()[parent])
     own = content.get("hydra", {}).get("sweeper", {}).get("params", {})
-    return found | {key: _split(str(values)) for key, values in own.items()}
+    return varied | {key: _split(str(values)) for key, values in own.items()}
 
 
 def _split(values: str) -> list[str]:

@@ -112,11 +112,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    shape = Shape(**{name: getattr(asked, name) for name in vars(LLAMA_2_7B)})
-    total = write_checkpoint(asked.folder, shape, asked.dtype, asked.seed)
-    write_tokens(asked.folder / "calibration.npy", asked.windows, asked.length, shape.vocab, asked.seed)
-    print(f"{asked.folder}: {total / 1e9:.2f} GB")
+    args = parser.parse_args()
+    shape = Shape(**{name: getattr(args, name) for name in vars(LLAMA_2_7B)})
+    total = write_checkpoint(args.folder, shape, args.dtype, args.seed)
+    write_tokens(args.folder / "calibration.npy", args.windows, args.length, shape.vocab, args.seed)
+    print(f"{args.folder}: {total / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ def settings_of(args: argparse.Namespace, recipe: str) -> list[str]:
     ]
 
 
-def row(recipe: str, found: dict[str, Any]) -> str:
+def row(recipe: str, figures: dict[str, Any]) -> str:
     return (
-        f"| `{recipe}` | {found['removed']:.1%} | {found['seconds'] / 60:.2f} | {found['peak'] / 2**30:.2f} "
-        f"| {found['ratio']:.2f} | {found['passes']:.1f} |"
+        f"| `{recipe}` | {figures['removed']:.1%} | {figures['seconds'] / 60:.2f} | {figures['peak'] / 2**30:.2f} "
+        f"| {figures['ratio']:.2f} | {figures['passes']:.1f} |"
     )
 
 

@@ -40,16 +40,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--only", help="runs whose names begin so")
     parser.add_argument("settings", nargs="*")
-    asked = parser.parse_intermixed_args()
-    common = ["model=hf", f"model.path={asked.folder}", "dataset=text", "evaluator=[perplexity,size]"]
-    common += [f"dataset.{split}={asked.text}" for split in ("calibration", "evaluation")]
-    common += [f"dataset.samples={asked.samples}", f"dataset.length={asked.length}", "evaluator.perplexity.samples=16"]
+    args = parser.parse_intermixed_args()
+    common = ["model=hf", f"model.path={args.folder}", "dataset=text", "evaluator=[perplexity,size]"]
+    common += [f"dataset.{split}={args.text}" for split in ("calibration", "evaluation")]
+    common += [f"dataset.samples={args.samples}", f"dataset.length={args.length}", "evaluator.perplexity.samples=16"]
     print("| run | forecast | measured | ratio |\n|---|---|---|---|", flush=True)
     for name, run in RUNS.items():
-        if not name.startswith(asked.only or ""):
+        if not name.startswith(args.only or ""):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            settings = [*common, *run.split(), "cache=off", "run.prove=off", f"run.dir={folder}/run", *asked.settings]
+            settings = [*common, *run.split(), "cache=off", "run.prove=off", f"run.dir={folder}/run", *args.settings]
             expected = metrics_of([*settings, "run.dry=true"])
             measured = metrics_of(settings)["memory/peak_bytes"]
         forecast = expected[f"forecast/memory/{'streamed' if 'model.stream=true' in settings else 'held'}_bytes"]

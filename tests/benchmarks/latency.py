@@ -104,8 +104,8 @@ def main() -> None:
                 pruned = sharing(model)
                 own = Pruning(pruned, tokens_NT, Method(criterion, timed, search, compensator), ratio, Record())
                 _compensate_and_shrink(own, chosen, evidence, "shrink")
-                found = compared(work, pruned)
-                shares = [1 - b / a for a, b in zip(found.dense, found.pruned, strict=True)]
+                compared_ms = compared(work, pruned)
+                shares = [1 - b / a for a, b in zip(compared_ms.dense, compared_ms.pruned, strict=True)]
                 perplexity = pruned.token_losses(judged_NT, 4).mean().exp().item()
                 spread = f"{median(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})"
                 left = 1 - pruned.decoder_params / model.decoder_params

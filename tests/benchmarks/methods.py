@@ -72,18 +72,18 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     described = experiment.model.describe()
     if cell["method"] == "dense":
         model = experiment.model.load(described.tokenizer)
-        found: dict[str, Any] = {"dense/params": model.params, "dense/params/decoder": model.decoder_params}
+        figures: dict[str, Any] = {"dense/params": model.params, "dense/params/decoder": model.decoder_params}
     else:
         tokens_NT = experiment.dataset.calibration(described.tokenizer)
         before = resident()  # tokenising leaves much behind that is no business of the method's
         outcome = prune(experiment, tokens_NT)
         model = outcome.model
         assert model is not None
-        found = {"memory/added_bytes": resident("VmHWM") - before, "seconds": pruning_seconds(outcome.metrics)}
-        found |= {key.removeprefix("pruned/"): value for key, value in outcome.metrics.items()}
+        figures = {"memory/added_bytes": resident("VmHWM") - before, "seconds": pruning_seconds(outcome.metrics)}
+        figures |= {key.removeprefix("pruned/"): value for key, value in outcome.metrics.items()}
     evaluator: Any = experiment.evaluators["perplexity"]
     with widened(model.dtype):
-        return found | evaluator(model, model.tokenizer)
+        return figures | evaluator(model, model.tokenizer)
 
 
 def resident(what: str = "VmRSS") -> int:
@@ -141,16 +141,16 @@ def main() -> None:
 
     for folder in args.models:
         for method in ["dense", *args.methods]:
-            for asked in [0.0] if method == "dense" else args.ratios:
+            for target in [0.0] if method == "dense" else args.ratios:
                 for seed in range(args.seeds if method == "random" else 1):
                     name = method if method == "dense" else method + args.label
-                    if cell_of(folder.name, name, asked, seed):
+                    if cell_of(folder.name, name, target, seed):
                         continue
-                    ratio = asked
+                    ratio = target
                     if args.match and method not in ("dense", args.match):
-                        like = cell_of(folder.name, args.match, asked, 0)
-                        ratio = like["sparsity/decoder"] if like else asked
-                    cell = {"model": folder.name, "method": name, "asked": asked, "ratio": ratio, "seed": seed}
+                        like = cell_of(folder.name, args.match, target, 0)
+                        ratio = like["sparsity/decoder"] if like else target
+                    cell = {"model": folder.name, "method": name, "asked": target, "ratio": ratio, "seed": seed}
                     cell |= {"threads": args.threads, "overrides": overrides(args, folder, method, ratio, seed)}
                     command = [sys.executable, "-m", "tests.benchmarks.methods", "--cell"]
                     done = subprocess.run(

@@ -149,25 +149,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-of", nargs=2, metavar=("FOLDER", "held|streamed"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    if asked.memory_of:
-        peak_memory(Path(asked.memory_of[0]), asked.windows, asked.memory_of[1] == "streamed", asked.layers)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        peak_memory(Path(args.memory_of[0]), args.windows, args.memory_of[1] == "streamed", args.layers)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
-        write_model(folder, asked.layers, asked.hidden)
-        tokens_NT = torch.randint(3, 8192, (asked.windows, LENGTH), generator=torch.Generator().manual_seed(0))
+        write_model(folder, args.layers, args.hidden)
+        tokens_NT = torch.randint(3, 8192, (args.windows, LENGTH), generator=torch.Generator().manual_seed(0))
         model = experiment_of(folder, []).model.load()
         params = sum(p.numel() for p in model.module.parameters())
         print(f"LLaMA, {params / 1e6:.0f} M parameters, {tokens_NT.numel()} tokens, {torch.get_num_threads()} threads")
         del model
-        time_methods(folder, tokens_NT, asked.repeats)
+        time_methods(folder, tokens_NT, args.repeats)
         for how in ("held", "streamed"):
-            sizes = ["--layers", str(asked.layers), "--windows", str(asked.windows), "--threads", str(asked.threads)]
+            sizes = ["--layers", str(args.layers), "--windows", str(args.windows), "--threads", str(args.threads)]
             command = [sys.executable, "-m", "tests.benchmarks.pruning_cost", "--memory-of", str(folder), how, *sizes]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            mib = {key: f"{value / 2**20:.0f} MiB" for key, value in found.items()}
+            peaks = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            mib = {key: f"{value / 2**20:.0f} MiB" for key, value in peaks.items()}
             print(f"peak resident memory added, {how}: {mib}")
 
 

@@ -81,7 +81,7 @@ def protocol_of(args: argparse.Namespace) -> list[str]:
     return ["evaluator=[perplexity,zeroshot]", *windows, *tasks]
 
 
-def judge(asked: Mapping[str, Any]) -> dict[str, Any]:
+def judge(job: Mapping[str, Any]) -> dict[str, Any]:
     """Perplexities, KL divergences and scores of the checkpoint in `asked["folder"]`, by plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,28 +92,28 @@ def judge(asked: Mapping[str, Any]) -> dict[str, Any]:
     from pruneexp.model.half import widened
 
     def load(folder: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=folder != asked["model"])
-        return model.to(asked["device"]).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=folder != job["model"])
+        return model.to(job["device"]).eval()
 
-    dtype = getattr(torch, asked["dtype"])
-    evaluators = build(compose([*asked["settings"], *asked["protocol"]])).evaluators
+    dtype = getattr(torch, job["dtype"])
+    evaluators = build(compose([*job["settings"], *job["protocol"]])).evaluators
     windows: Any = evaluators["perplexity"]
-    tokenizer = AutoTokenizer.from_pretrained(asked["model"])
-    dense = load(asked["model"])
-    model = dense if asked["folder"] == asked["model"] else load(asked["folder"])
-    found: dict[str, Any] = {"protocol": asked["protocol"], "ppl": {}, "kl": {}, "acc": {}}
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    dense = load(job["model"])
+    model = dense if job["folder"] == job["model"] else load(job["folder"])
+    figures: dict[str, Any] = {"protocol": job["protocol"], "ppl": {}, "kl": {}, "acc": {}}
     parts = evaluation_parts(windows.dataset, tokenizer, windows.length, windows.bos)
     with widened(dtype):
         for name, (_, windows_NT) in parts.items():
-            found["ppl"][name], found["kl"][name] = compared(model, dense, windows_NT[: windows.samples])
+            figures["ppl"][name], figures["kl"][name] = compared(model, dense, windows_NT[: windows.samples])
         del dense
         if "zeroshot" in evaluators:
             asks: Any = evaluators["zeroshot"]
-            devices = tuple(torch.device(name) for name in [asked["device"]] if name != "cpu")
+            devices = tuple(torch.device(name) for name in [job["device"]] if name != "cpu")
             held = SimpleNamespace(module=model, tokenizer=tokenizer, devices=devices, streamed=False)
             tasks = json.loads(asks(held, tokenizer).files["json"])["tasks"]
-            found["acc"] = {name: task["scores"]["acc"] for name, task in tasks.items()}
-    return found
+            figures["acc"] = {name: task["scores"]["acc"] for name, task in tasks.items()}
+    return figures
 
 
 def compared(model: Any, dense: Any, windows_NT: Any) -> tuple[float, float]:
@@ -143,16 +143,16 @@ def job_folder(out: Path, settings: Sequence[str]) -> Path:
 def judged(folder: Path, protocol: Sequence[str]) -> dict[str, Any] | None:
     """What is there already, if it was asked for in the same way."""
     path = folder / "judged.json"
-    found = json.loads(path.read_text()) if path.exists() else None
-    return found if found and found["protocol"] == list(protocol) else None
+    figures = json.loads(path.read_text()) if path.exists() else None
+    return figures if figures and figures["protocol"] == list(protocol) else None
 
 
 def run_cell(args: argparse.Namespace, recipe: str, ratio: float) -> Cell | None:
     """Prunes and judges, as far as that is not done; None where either fails, which the next start tries again."""
     settings, protocol = settings_of(args, recipe, ratio), protocol_of(args)
     folder = job_folder(args.out, settings)
-    found = judged(folder, protocol)
-    if found is None:
+    figures = judged(folder, protocol)
+    if figures is None:
         where = [f"sweep.dir={args.out / 'jobs'}", "run.save=true", "cache=off"]
         command = [sys.executable, "-m", "pruneexp", "--multirun", *settings, *where]
         try:
@@ -161,11 +161,11 @@ def run_cell(args: argparse.Namespace, recipe: str, ratio: float) -> Cell | None
         except subprocess.TimeoutExpired:
             print(f"{recipe} at {ratio}: not done in --minutes={args.minutes:g}, left out", file=sys.stderr)
             return None
-        found = judge_apart(args, settings, folder, folder / "model")
-    if found is not None and not args.keep:
+        figures = judge_apart(args, settings, folder, folder / "model")
+    if figures is not None and not args.keep:
         shutil.rmtree(folder / "model", ignore_errors=True)
     metrics = json.loads((folder / "metrics.json").read_text())
-    return found and Cell(recipe, ratio, metrics, found["ppl"], found["kl"], found["acc"])
+    return figures and Cell(recipe, ratio, metrics, figures["ppl"], figures["kl"], figures["acc"])
 
 
 def judge_apart(
@@ -173,24 +173,24 @@ def judge_apart(
 ) -> dict[str, Any] | None:
     """`judge` in a process of its own, kept in `folder`."""
     model = str(args.model.resolve())
-    asked = {"settings": settings, "protocol": protocol_of(args), "model": model, "folder": str(checkpoint)}
-    asked |= {"dtype": args.dtype, "device": args.device}
-    command = [sys.executable, "-m", "tests.benchmarks.real", "--judge", json.dumps(asked)]
+    job = {"settings": settings, "protocol": protocol_of(args), "model": model, "folder": str(checkpoint)}
+    job |= {"dtype": args.dtype, "device": args.device}
+    command = [sys.executable, "-m", "tests.benchmarks.real", "--judge", json.dumps(job)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return None
-    found = json.loads(done.stdout.splitlines()[-1])
+    figures = json.loads(done.stdout.splitlines()[-1])
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "judged.json", json.dumps(found) + "\n")
-    return found
+    write_atomic(folder / "judged.json", json.dumps(figures) + "\n")
+    return figures
 
 
 def dense_cell(args: argparse.Namespace) -> Cell:
     settings, folder = settings_of(args, "magnitude", 0.2), args.out / "dense"
-    found = judged(folder, protocol_of(args)) or judge_apart(args, settings, folder, args.model.resolve())
-    if found is None:
+    figures = judged(folder, protocol_of(args)) or judge_apart(args, settings, folder, args.model.resolve())
+    if figures is None:
         sys.exit("the dense model could not be judged")
-    return Cell("dense", 0.0, {}, found["ppl"], found["kl"], found["acc"])
+    return Cell("dense", 0.0, {}, figures["ppl"], figures["kl"], figures["acc"])
 
 
 def mean7(acc: Mapping[str, Sequence[float]]) -> tuple[float, float]:

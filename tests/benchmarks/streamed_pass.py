@@ -34,19 +34,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--without-read-ahead", action="store_true")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    if asked.cold:
-        forget(asked.folder)
-    settings = ["model.stream=true", f"model.batch_size={asked.batch_size}", "evaluator=[size]"]
-    model = experiment_of(asked.folder, settings).model.load()
-    tokens_NT = torch.from_numpy(np.load(asked.folder / "calibration.npy"))
-    entered = [model.enter(batch) for batch in tokens_NT.split(asked.batch_size)]
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.cold:
+        forget(args.folder)
+    settings = ["model.stream=true", f"model.batch_size={args.batch_size}", "evaluator=[size]"]
+    model = experiment_of(args.folder, settings).model.load()
+    tokens_NT = torch.from_numpy(np.load(args.folder / "calibration.npy"))
+    entered = [model.enter(batch) for batch in tokens_NT.split(args.batch_size)]
     hidden, calls = [h for h, _ in entered], [c for _, c in entered]
     start, waited = time.perf_counter(), 0.0
     for index in range(len(model.layers)):
         opened = time.perf_counter()
-        with model.loaded(index, None if asked.without_read_ahead else index + 1) as layer, widened(model.dtype):
+        with model.loaded(index, None if args.without_read_ahead else index + 1) as layer, widened(model.dtype):
             waited += time.perf_counter() - opened
             hidden = [model.run_layer(layer, h, c[index]) for h, c in zip(hidden, calls, strict=True)]
     spent = time.perf_counter() - start

@@ -147,6 +147,8 @@ def test_no_module_bears_the_name_of_a_function_of_the_door() -> None:
 def test_files_stay_readable() -> None:
     long = {dotted(path): len(path.read_text().splitlines()) for path in FILES if path.name not in LINES}
     assert max(long.values()) <= 300, f"{max(long, key=long.__getitem__)}: split it into a package of the same name"
+    run = PACKAGE / "experiment" / "run.py"
+    assert len(run.read_text().splitlines()) <= 150, "the steps of a run have files of their own"
     functions = [
         (node.end_lineno - node.lineno + 1, f"{dotted(path)}.{node.name}")
         for path in FILES

@@ -5,8 +5,6 @@ tokens -> calibrate -> score -> search -> compensate + shrink -> recover -> quan
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pruneexp.calibrate import DenseStates
 from pruneexp.dataset import forget_documents
@@ -28,22 +25,19 @@ from pruneexp.experiment.latency import timing_of
 from pruneexp.experiment.measure import bos_worth, dense_figures, measured
 from pruneexp.experiment.preflight import Inputs, prepare, tell_forecast, warn
 from pruneexp.experiment.quantised import quantised, said
+from pruneexp.experiment.recovered import recovered
 from pruneexp.experiment.settings import Experiment
+from pruneexp.experiment.shares import counted, share_gone, shares_gone
 from pruneexp.experiment.summary_table import print_summary, summary_line
 from pruneexp.fingerprint import comparable
 from pruneexp.model import Model
 from pruneexp.model.half import widened
-from pruneexp.pruning.budget import whole_budget
 from pruneexp.pruning.dense_evidence import Results
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
 from pruneexp.recovery import Adapter
 from pruneexp.tracker import LocalRun, Trackers, memory_metrics, reset_peak_memory, run_folder
 from pruneexp.types import Plan, RunRecord
-
-logger = logging.getLogger("pruneexp")
-
-WIDE = 0.02  # between the share asked for and the one that left
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ def _pruned(
         record.metrics |= figures
     quantise = partial(quantised, experiment, basis, model, record, trackers)
     quantise("dense", None)
-    counted, origin = _counted(experiment, model), list(model.origin)
+    before, origin = counted(experiment, model), list(model.origin)
     record.results = Results(experiment.cache, {**basis, "tokens": known.tokens}, shared)
     delivery, record.notes = prepare_delivery(experiment, model, folder, tokens_NT, known.run)
     if delivery.streamed is not None:
@@ -129,21 +123,21 @@ def _pruned(
     trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
     if timing is not None:
         timing.write(folder, pruned, origin)
-    adapter = _recovered(experiment, model, tokens_NT, record)
+    adapter = recovered(experiment, model, tokens_NT, record)
     card = card_of(experiment, model, pruned, adapter is not None)
     card = replace(card, quantised=said(experiment.quantise, rounded=True))
     with record.clock("save"):
         record.metrics |= deliver(delivery, model, adapter, experiment.model.path)
     if timing is not None:  # before weights are rounded: the dense layers are not
         with record.clock("latency"):
-            record.metrics |= timing.figures(model, _gone(counted, _counted(experiment, model)))
+            record.metrics |= timing.figures(model, share_gone(before, counted(experiment, model)))
     quantise("pruned", folder if experiment.run.save else None)
     try:
         with record.clock("evaluate_pruned"):
             record.metrics |= measure("pruned", dense=dense)[0]
     finally:
         delivery.clear()
-    record.metrics |= _shares(experiment, record.metrics, counted, _counted(experiment, model))
+    record.metrics |= shares_gone(experiment, record.metrics, before, counted(experiment, model))
     record.metrics |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
     record.metrics |= memory_metrics(model.devices)
     if folder is not None:
@@ -151,39 +145,3 @@ def _pruned(
         own_card = replace(card, metrics=record.metrics, quantised=unrounded)
         finish_folder(folder, own_card, experiment, pruned)
     return Outcome(record.metrics, pruned.plan, model, card, folder, adapter)
-
-
-def _recovered(experiment: Experiment, model: Model, tokens_NT: Tensor, record: Record) -> Adapter | None:
-    """Trains what is left, where anything trains; the adapter, where that is what was trained."""
-    if not experiment.recovery.trains:
-        return None
-    with record.clock("recover"):
-        dense_model = {"dense": experiment.model.reference()} if experiment.recovery.layerwise else {}
-        recovered = experiment.recovery(model, tokens_NT, record.meter, experiment.seed, **dense_model)
-    record.metrics |= recovered.metrics
-    return recovered.adapter
-
-
-def _counted(experiment: Experiment, model: Model) -> int:
-    """What the sparsity counts in the model as it stands."""
-    return whole_budget(model, experiment.search, experiment.sparsity, 0.0).total
-
-
-def _gone(before: int, after: int) -> float:
-    return 1 - after / before if before else 0.0
-
-
-def _shares(experiment: Experiment, metrics: Mapping[str, float], before: int, after: int) -> dict[str, float]:
-    """The shares that left, and a line of the log where that is far from what was asked for, which is no error."""
-    counts = {"decoder": "params/decoder", "model": "params"}
-    gone = {of: 1 - metrics[f"pruned/{count}"] / metrics[f"dense/{count}"] for of, count in counts.items()}
-    ratio, of = experiment.sparsity.ratio, experiment.sparsity.of
-    if of != "decoder":
-        gone[of] = _gone(before, after)
-    if abs(gone[of] - ratio) > WIDE:
-        logger.warning(
-            "sparsity.ratio=%g was asked for, %.3f of %s has left: the search rounds in its own way, by units that "
-            "large, or takes all units of one score",
-            *(ratio, gone[of], of),
-        )
-    return {f"sparsity/{of}": share for of, share in gone.items()}

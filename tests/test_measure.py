@@ -10,7 +10,7 @@ import pytest
 
 from pruneexp.cache import Cache
 from pruneexp.cli.build import satisfying
-from pruneexp.experiment.measure import dense_figures, measured
+from pruneexp.experiment.measure import dense_figures, measure
 from pruneexp.tracker import Trackers
 from pruneexp.types import ConfigError, Evaluator, Measured, RunError, filled
 from pruneexp.types.defaults import EVALUATOR
@@ -50,9 +50,9 @@ def test_figures_and_files_come_together_and_from_the_cache(tmp_path: Path) -> N
 
     for run in ("first", "again"):
         (tmp_path / run).mkdir()
-        figures, found = measured(evaluators, MODEL, tmp_path / run, Trackers(()), "dense", kept)
+        figures, found = measure(evaluators, MODEL, tmp_path / run, Trackers(()), "dense", kept)
         assert figures == {"dense/params": 7, "dense/params/decoder": 5, "dense/parameters": 7, "dense/words": 7}
-        figures, _ = measured(evaluators, pruned, tmp_path / run, Trackers(()), "pruned", dense=found)
+        figures, _ = measure(evaluators, pruned, tmp_path / run, Trackers(()), "pruned", dense=found)
         assert figures["pruned/words"] == 4 and figures["pruned/gone"] == 3 and figures["pruned/parameters"] == 4
         written = {file.name: file.read_text() for file in (tmp_path / run / "samples").iterdir()}
         assert written == {
@@ -90,22 +90,22 @@ def test_answers_that_are_no_figures_name_the_method(tmp_path: Path, method: str
     for answer, told in WRONG.values():
         evaluator = giving(answer) if method == "__call__" else giving({}, answer)
         with pytest.raises(RunError) as error:
-            measured({"mine": evaluator}, MODEL, tmp_path, Trackers(()), "pruned", dense={"mine": Measured({})})
+            measure({"mine": evaluator}, MODEL, tmp_path, Trackers(()), "pruned", dense={"mine": Measured({})})
         assert [each for each in told if each.replace("__call__", method) not in str(error.value)] == []
     assert not list(tmp_path.rglob("*")), "nothing is written"
 
 
 def test_two_figures_of_one_name_are_refused_where_they_differ() -> None:
     same = {"one": giving({"a/x@1": 1.001}), "two": giving({"a/x@1": 1.0})}  # batches round
-    assert measured(same, MODEL, None, Trackers(()), "dense")[0]["dense/a/x@1"] == 1.0
+    assert measure(same, MODEL, None, Trackers(()), "dense")[0]["dense/a/x@1"] == 1.0
     told = "evaluator.two: Gives.__call__ gave a/x@1=2.0, which evaluator.one: Gives.__call__ gave as 1.001"
     with pytest.raises(RunError, match=told):
-        measured({**same, "two": giving({"a/x@1": 2.0})}, MODEL, None, Trackers(()), "dense")
+        measure({**same, "two": giving({"a/x@1": 2.0})}, MODEL, None, Trackers(()), "dense")
     with pytest.raises(RunError, match="Gives.against gave a/x@1=3.0, which evaluator.one"):
         compared = {"one": giving({"a/x@1": 1.0}, {"a/x@1": 3.0})}
-        measured(compared, MODEL, None, Trackers(()), "pruned", dense={"one": Measured({})})
+        measure(compared, MODEL, None, Trackers(()), "pruned", dense={"one": Measured({})})
     with pytest.raises(RunError, match="params=1, which every run"):
-        measured({"one": giving({"params": 1})}, MODEL, None, Trackers(()), "dense")
+        measure({"one": giving({"params": 1})}, MODEL, None, Trackers(()), "dense")
 
 
 def test_methods_that_cannot_be_called_are_told_before_a_run() -> None:

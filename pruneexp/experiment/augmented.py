@@ -9,16 +9,14 @@ from torch import Tensor
 
 from pruneexp.calibrate import Meter
 from pruneexp.dataset import fingerprint
-from pruneexp.experiment.measure import kept
+from pruneexp.experiment.measure import recall
 from pruneexp.experiment.settings import Experiment
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
 from pruneexp.pruning.record import Record
 
 
-def augmented(
-    experiment: Experiment, model: Model, given_NT: Tensor, basis: Mapping[str, Any], record: Record
-) -> Tensor:
+def augment(experiment: Experiment, model: Model, given_NT: Tensor, basis: Mapping[str, Any], record: Record) -> Tensor:
     """The given windows and those that join them. What a model wrote before comes from the cache, since its text
     differs between machines; the meter is charged in either case. `basis`: what identifies the dense model, and how it
     is run."""
@@ -33,7 +31,7 @@ def augmented(
         return join(model, given_NT, spent, experiment.seed), spent.forward, spent.backward
 
     with record.clock("augment"):
-        windows_NT, forward, backward = kept(experiment.cache, key, make)
+        windows_NT, forward, backward = recall(experiment.cache, key, make)
     record.meter.forward += forward
     record.meter.backward += backward
     return windows_NT

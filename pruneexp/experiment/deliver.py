@@ -166,7 +166,7 @@ def card_of(experiment: Experiment, model: Model, pruned: Pruned, adapter: bool)
 
 def write_card(card: Card, folder: Path) -> None:
     """Writes the card of the checkpoint in `folder`, which has its config.json. Raises OSError."""
-    write_atomic(folder / CARD, card_text(card, written(folder)))
+    write_atomic(folder / CARD, card_text(card, form_of(folder)))
 
 
 def chosen_by_site(experiment: Experiment, pruned: Pruned) -> Mapping[str, Mapping[str, Any]]:
@@ -218,7 +218,7 @@ def save_checkpoint(model: Model, plan: Plan, adapter: Adapter | None, card: Car
     _warn(save(model, folder.resolve(), complete=complete))  # a link to a folder stays, an empty folder is replaced
 
 
-def written(folder: Path) -> Written:
+def form_of(folder: Path) -> Written:
     """How a checkpoint is written down, by its config.json."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES[config["model_type"].removeprefix("pruned_")]

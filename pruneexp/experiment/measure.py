@@ -20,18 +20,18 @@ SAME = 1e-2  # of two figures, relative
 Known = Callable[[Evaluator, str, Callable[[], Measured]], Measured]
 
 
-def anew(evaluator: Evaluator, name: str, compute: Callable[[], Measured]) -> Measured:
+def measure_anew(evaluator: Evaluator, name: str, compute: Callable[[], Measured]) -> Measured:
     """What `compute` measures."""
     return compute()
 
 
-def measured(
+def measure(
     evaluators: Mapping[str, Evaluator],
     model: Model,
     folder: Path | None,
     trackers: Trackers,
     when: str,
-    known: Known = anew,
+    known: Known = measure_anew,
     dense: Mapping[str, Measured] = MappingProxyType({}),
 ) -> tuple[dict[str, float], dict[str, Measured]]:
     """Figures of all evaluators, under names that begin with `when` ("dense" or "pruned"), and what each evaluator
@@ -95,7 +95,7 @@ def _write(folder: Path, stem: str, files: Mapping[str, str]) -> None:
         write_atomic(folder / f"{stem}.{ending}", content)
 
 
-def kept(cache: Cache | NoCache, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+def recall(cache: Cache | NoCache, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
     """What `compute` gives, from the cache where it was computed before."""
     with cache.held([key]) as entries:
         entry = entries.get(key)
@@ -123,14 +123,13 @@ def dense_figures(
     settings = model.module.generation_config  # what it writes depends on them
     key = {"what": "the dense model's figures", **basis, **what, "code": code}
     key |= {} if settings is None else {"generation": settings.to_json_string()}
-    return kept(cache, key, compute)
+    return recall(cache, key, compute)
 
 
 def bos_worth(
-    cache: Cache | NoCache, basis: Mapping[str, Any], measured_on: str, measure: Callable[[], float]
+    cache: Cache | NoCache, basis: Mapping[str, Any], measured_on: str, compute: Callable[[], float]
 ) -> float:
     """What a beginning-of-sequence token is worth, from the cache."""
     what = {"what": "what a beginning-of-sequence token is worth", "inputs": measured_on}
-    return kept(
-        cache, {**what, **basis, "code": code_version("pruneexp.dataset", "pruneexp.experiment.bos_probe")}, measure
-    )
+    code = code_version("pruneexp.dataset", "pruneexp.experiment.bos_probe")
+    return recall(cache, {**what, **basis, "code": code}, compute)

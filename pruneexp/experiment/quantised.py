@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pruneexp.experiment.measure import kept
+from pruneexp.experiment.measure import recall
 from pruneexp.experiment.settings import Experiment
 from pruneexp.fingerprint import code_version, version_of
 from pruneexp.model import Model
@@ -42,7 +42,7 @@ def warn_of_scratch(quantise: Quantise, model: Model) -> None:
         )
 
 
-def said(quantise: Quantise, rounded: bool) -> str:
+def card_line(quantise: Quantise, rounded: bool) -> str:
     """What a checkpoint's card says. `rounded`: the checkpoint has the weights of a model that was quantised in
     place."""
     if not quantise.applies:
@@ -51,7 +51,7 @@ def said(quantise: Quantise, rounded: bool) -> str:
     return f"What was measured: {quantise.note()}. The weights in this folder are {own}."
 
 
-def quantised(
+def measure_quantised(
     experiment: Experiment,
     basis: Mapping[str, Any],
     model: Model,
@@ -74,7 +74,8 @@ def quantised(
         else:
             code = code_version("pruneexp.dataset", "pruneexp.evaluator", type(quantise).__module__)
             own = {"quantise": version_of(quantise), "inputs": measured_on, "code": code}
-            measured = kept(experiment.cache, {"what": "the quantised dense model's figures", **basis, **own}, compute)
+            key = {"what": "the quantised dense model's figures", **basis, **own}
+            measured = recall(experiment.cache, key, compute)
     figures = {f"{when}/{name}": value for name, value in measured.items()}
     trackers.log(figures)
     record.metrics |= figures

@@ -10,7 +10,7 @@ from pruneexp.pruning.record import Record
 from pruneexp.recovery import Adapter
 
 
-def recovered(experiment: Experiment, model: Model, tokens_NT: Tensor, record: Record) -> Adapter | None:
+def recover(experiment: Experiment, model: Model, tokens_NT: Tensor, record: Record) -> Adapter | None:
     """Trains what is left, where anything trains; the adapter, where that is what was trained."""
     if not experiment.recovery.trains:
         return None

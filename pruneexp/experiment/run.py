@@ -15,17 +15,17 @@ import torch
 
 from pruneexp.calibrate import DenseStates
 from pruneexp.dataset import forget_documents
-from pruneexp.experiment.augmented import augmented
+from pruneexp.experiment.augmented import augment
 from pruneexp.experiment.bos_probe import tell_of_bos
 from pruneexp.experiment.card import Card
 from pruneexp.experiment.deliver import card_of, deliver, finish_folder, prepare_delivery
 from pruneexp.experiment.failures import failures_recorded
 from pruneexp.experiment.identity import dense_identity, identify
 from pruneexp.experiment.latency import timing_of
-from pruneexp.experiment.measure import bos_worth, dense_figures, measured
+from pruneexp.experiment.measure import bos_worth, dense_figures, measure
 from pruneexp.experiment.preflight import Inputs, prepare, tell_forecast, warn
-from pruneexp.experiment.quantised import quantised, said
-from pruneexp.experiment.recovered import recovered
+from pruneexp.experiment.quantised import card_line, measure_quantised
+from pruneexp.experiment.recovered import recover
 from pruneexp.experiment.settings import Experiment
 from pruneexp.experiment.shares import counted, share_gone, shares_gone
 from pruneexp.experiment.summary_table import print_summary, summary_line
@@ -102,17 +102,17 @@ def _pruned(
         model = experiment.model.load(inputs.tokenizer)
     with record.clock("latency") if experiment.sparsity.of == "latency" else nullcontext():
         timing = timing_of(experiment, model, inputs.table)
-    measure = partial(measured, experiment.evaluators, model, folder, trackers)
+    evaluate = partial(measure, experiment.evaluators, model, folder, trackers)
     weights, basis = dense_identity(experiment, model, recorded=folder is not None)
-    tokens_NT = augmented(experiment, model, inputs.tokens_NT, basis, record)
+    tokens_NT = augment(experiment, model, inputs.tokens_NT, basis, record)
     known = identify(experiment, weights, tokens_NT)
     if folder is not None:
         local.environment(weights, known.data)
     tell_of_bos(experiment, model, inputs.tokens_NT, partial(bos_worth, experiment.cache, basis))
     with record.clock("evaluate_dense"):
-        figures, dense = measure("dense", partial(dense_figures, experiment.cache, basis, model))
+        figures, dense = evaluate("dense", partial(dense_figures, experiment.cache, basis, model))
         record.metrics |= figures
-    quantise = partial(quantised, experiment, basis, model, record, trackers)
+    quantise = partial(measure_quantised, experiment, basis, model, record, trackers)
     quantise("dense", None)
     before, origin = counted(experiment, model), list(model.origin)
     record.results = Results(experiment.cache, {**basis, "tokens": known.tokens}, shared)
@@ -123,9 +123,9 @@ def _pruned(
     trackers.artifacts(pruned.plan, pruned.scores, pruned.sites)
     if timing is not None:
         timing.write(folder, pruned, origin)
-    adapter = recovered(experiment, model, tokens_NT, record)
+    adapter = recover(experiment, model, tokens_NT, record)
     card = card_of(experiment, model, pruned, adapter is not None)
-    card = replace(card, quantised=said(experiment.quantise, rounded=True))
+    card = replace(card, quantised=card_line(experiment.quantise, rounded=True))
     with record.clock("save"):
         record.metrics |= deliver(delivery, model, adapter, experiment.model.path)
     if timing is not None:  # before weights are rounded: the dense layers are not
@@ -134,14 +134,14 @@ def _pruned(
     quantise("pruned", folder if experiment.run.save else None)
     try:
         with record.clock("evaluate_pruned"):
-            record.metrics |= measure("pruned", dense=dense)[0]
+            record.metrics |= evaluate("pruned", dense=dense)[0]
     finally:
         delivery.clear()
     record.metrics |= shares_gone(experiment, record.metrics, before, counted(experiment, model))
     record.metrics |= {"passes/forward": record.meter.forward, "passes/backward": record.meter.backward}
     record.metrics |= memory_metrics(model.devices)
     if folder is not None:
-        unrounded = said(experiment.quantise, rounded=False)  # its checkpoint was written before
+        unrounded = card_line(experiment.quantise, rounded=False)  # its checkpoint was written before
         own_card = replace(card, metrics=record.metrics, quantised=unrounded)
         finish_folder(folder, own_card, experiment, pruned)
     return Outcome(record.metrics, pruned.plan, model, card, folder, adapter)

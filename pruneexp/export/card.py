@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pruneexp.experiment.card import Card, Written, base_model, card_text, is_ours, license_of, reworded
-from pruneexp.experiment.deliver import linear_names, written
+from pruneexp.experiment.deliver import form_of, linear_names
 from pruneexp.files import read_object
 from pruneexp.model.companions import CARD
 from pruneexp.model.modeling_pruned import FAMILIES
@@ -16,7 +16,7 @@ from pruneexp.model.modeling_pruned import FAMILIES
 def card(source: Path, checkpoint: Path, folder: Path, form: str, padded: bool) -> str:
     """README.md of the export in `folder`, of the checkpoint of the run `source` (or of that folder itself). Where
     nothing has been pruned, the checkpoint's own; "" where it has none. `padded`: with zeros up to the widest layer."""
-    how = replace(written(folder), padded=padded) if form in ("stock", "remote_code") else Written(form)
+    how = replace(form_of(folder), padded=padded) if form in ("stock", "remote_code") else Written(form)
     file = checkpoint / CARD
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     if is_ours(text):

@@ -44,27 +44,27 @@ class Evolution:
     began: str = ""  # the start's name
     tried: Tried | None = None  # where it begins, compensated
 
-    def decided(self) -> Plan:
+    def decide(self) -> Plan:
         """The structure found, or the one it began with where that is as good. Both are judged as the run will
         compensate them: fits at other sites make up for much that a probe's fits do not."""
         levels, share = self.start(), self.method.tokens
         if self.tried is not None and not self.judge.trials:
             return self.tried[0]  # nothing is left to try what would be found
-        plan = self.structures.plan(self.evolved(self.descended(levels)))
+        plan = self.structures.plan(self.evolve(self.descend(levels)))
         began = self.tried[0] if self.tried is not None else begun_with(self.structures.plan(levels), self.began)
         if plan.sites == began.sites:
             return began
         if not self.judge.trials:
             return plan
         if self.tried is None:
-            self.tried = self.judge.compensated({"where it began": began}, self.judge.drawn(share))[0]
+            self.tried = self.judge.try_compensated({"where it began": began}, self.judge.draw(share))[0]
         _, batches, loss = self.tried
-        both = torch.cat([loss, self.judge.compensated({"found": plan}, batches)[0][2]], 1)
+        both = torch.cat([loss, self.judge.try_compensated({"found": plan}, batches)[0][2]], 1)
         return (began, plan)[least(both)]
 
     def losses(self, population: Iterable[Levels], batches: Sequence[int]) -> Tensor:
         """Loss of each on each of the batches: float64 [batches, len(population)]."""
-        return self.judge.measured([self.structures.candidate(levels) for levels in population], batches)
+        return self.judge.measure([self.structures.candidate(levels) for levels in population], batches)
 
     # ---- 1: where to start
 
@@ -82,7 +82,7 @@ class Evolution:
         last, starts = starts[-1], distinct(starts)
         if self.judge.left < self.judge.price(len(starts), method.tokens):
             return last
-        return starts[int(self.losses(starts, self.judge.drawn(method.tokens)).mean(0).argmin())]
+        return starts[int(self.losses(starts, self.judge.draw(method.tokens)).mean(0).argmin())]
 
     def _among_criteria(self, shares: list[Levels], others: Mapping[str, Scores]) -> Levels:
         """The best of the levels so far and of those that other criteria give, then the best order of units."""
@@ -125,14 +125,14 @@ class Evolution:
         names = list(plans)[: self.method.trials - (self.method.trials > 2)]
         if len(names) < 2:
             return ranking[0]
-        tried = self.judge.compensated({name: plans[name] for name in names}, self.judge.drawn(self.method.tokens))
+        tried = self.judge.try_compensated({name: plans[name] for name in names}, self.judge.draw(self.method.tokens))
         best = least(torch.cat([loss for _, _, loss in tried], 1))
         self.tried = tried[best]
         return names[best]
 
     def _ranked(self, candidates: Mapping[str, Callable[[], Candidate]], share: float) -> list[str]:
         """The names of the structures, that of least loss first."""
-        losses = self.judge.in_parts(list(candidates.values()), self.judge.drawn(share))
+        losses = self.judge.in_parts(list(candidates.values()), self.judge.draw(share))
         named = dict(zip(candidates, losses.mean(0).tolist(), strict=True))
         names = sorted(named, key=named.__getitem__)
         log.info("search: %s", ", ".join(f"{name} {named[name]:.4f}" for name in names))
@@ -156,14 +156,14 @@ class Evolution:
         if share is None:
             return
         candidates = [there.candidate(levels), *(structures.candidate(levels) for _, structures in tried)]
-        losses = self.judge.measured(candidates, self.judge.drawn(share)).mean(0)
+        losses = self.judge.measure(candidates, self.judge.draw(share)).mean(0)
         best: dict[str, tuple[float, Scores]] = {}
         for (own, _), loss in zip(tried, (losses[1:] - losses[0]).tolist(), strict=True):
             for name in own:
                 best[name] = min(best.get(name, (0.0, {})), (loss, own), key=lambda pair: pair[0])
         mixed = there.ordered({name: score for _, own in best.values() for name, score in own.items()})
         share = max(share, min(self.method.tokens, self.judge.left / 4))
-        judged = self.judge.measured([there.candidate(levels), mixed.candidate(levels)], self.judge.drawn(share))
+        judged = self.judge.measure([there.candidate(levels), mixed.candidate(levels)], self.judge.draw(share))
         self.structures = (there, mixed)[least(judged)]
         before, after = judged.mean(0).tolist()
         own = sum(loss < 0 for loss, _ in best.values())
@@ -171,7 +171,7 @@ class Evolution:
 
     # ---- 2: sensitivities
 
-    def descended(self, levels: Levels) -> Levels:
+    def descend(self, levels: Levels) -> Levels:
         distance = self.method.distance
         for _ in range(self.method.rounds):
             around = self._around(levels, distance)
@@ -198,7 +198,7 @@ class Evolution:
 
     def _step(self, levels: Levels, around: list[tuple[str, int]], share: float) -> Levels:
         population = [levels, *({**levels, name: level} for name, level in around)]
-        losses = self.losses(population, self.judge.drawn(share)).mean(0)
+        losses = self.losses(population, self.judge.draw(share)).mean(0)
         if not losses[0].isfinite():
             return levels
         points: dict[str, dict[int, float]] = {name: {} for name in levels}
@@ -211,7 +211,7 @@ class Evolution:
         spared = self._allotted(levels, {name: {} if name in heads else own for name, own in points.items()})
         steps = distinct([levels, full, self.structures.balanced(half), spared])
         share = max(share, min(self.method.tokens, self.judge.left / 4 / self.judge.price(len(steps), 1.0)))
-        return steps[least(self.losses(steps, self.judge.drawn(share)))]
+        return steps[least(self.losses(steps, self.judge.draw(share)))]
 
     def _allotted(self, levels: Levels, points: dict[str, dict[int, float]]) -> Levels:
         curves = {}
@@ -223,7 +223,7 @@ class Evolution:
 
     # ---- 3: evolution
 
-    def evolved(self, parent: Levels) -> Levels:
+    def evolve(self, parent: Levels) -> Levels:
         method, generation = self.method, 0
         first, finalists = method.tokens / 4, max(1, method.offspring // 4)
         price = self.judge.price(method.offspring, first) + self.judge.price(finalists + 1, method.tokens)
@@ -233,7 +233,7 @@ class Evolution:
                 [mutated(self.structures, parent, method.distance, self.judge.rng) for _ in range(method.offspring)]
             )
             made = [partial(self.structures.candidate, child) for child in children]
-            losses = self.judge.in_parts(made, self.judge.drawn(first)).mean(0)
+            losses = self.judge.in_parts(made, self.judge.draw(first)).mean(0)
             final = [parent, *(children[i] for i in losses.sort(stable=True).indices[:finalists].tolist())]
-            parent = final[least(self.losses(final, self.judge.drawn(method.tokens)))]
+            parent = final[least(self.losses(final, self.judge.draw(method.tokens)))]
         return parent

@@ -158,7 +158,7 @@ class Evolutionary:
         if oracle is None:
             raise ConfigError("search=evolutionary: needs the whole model in memory; expected model.stream=false")
         judge = Judge(self, oracle, rng)
-        plan = Evolution(self, structures, judge).decided()
+        plan = Evolution(self, structures, judge).decide()
         if judge.skipped:
             log.warning("search: %d of %d losses were not finite and were skipped", judge.skipped, judge.judged)
         return plan

@@ -56,11 +56,11 @@ class Judge:
         share = min(self.method.tokens, math.floor(share * self.oracle.batches) / self.oracle.batches)
         return share if share > 0 and self.left >= self.price(structures, share) else None
 
-    def drawn(self, share: float) -> list[int]:
+    def draw(self, share: float) -> list[int]:
         """Numbers of batches drawn at random."""
         return torch.randperm(self.oracle.batches, generator=self.rng)[: self.count(share)].tolist()
 
-    def measured(self, candidates: Sequence[Candidate], batches: Sequence[int], last: bool = True) -> Tensor:
+    def measure(self, candidates: Sequence[Candidate], batches: Sequence[int], last: bool = True) -> Tensor:
         """Loss of each on each of the batches, Inf where it is not finite: float64 [batches, len(candidates)]."""
         losses = torch.stack([self.oracle.losses(candidates, batch) for batch in batches])
         broken = ~losses.isfinite().all(0)
@@ -74,14 +74,14 @@ class Judge:
         """`measured`, few at a time, since the out-projections of structures may all be different."""
         ends = range(_AT_ONCE, len(makers) + _AT_ONCE, _AT_ONCE)
         parts = ([make() for make in makers[end - _AT_ONCE : end]] for end in ends)
-        return torch.cat([self.measured(p, batches, end >= len(makers)) for p, end in zip(parts, ends, strict=True)], 1)
+        return torch.cat([self.measure(p, batches, end >= len(makers)) for p, end in zip(parts, ends, strict=True)], 1)
 
-    def compensated(self, plans: Mapping[str, Plan], batches: Sequence[int]) -> list[Tried]:
+    def try_compensated(self, plans: Mapping[str, Plan], batches: Sequence[int]) -> list[Tried]:
         """Each as the run will compensate it; one at a time, since all their out-projections differ."""
         share, tried = self.method.tokens, []
         for name, plan in plans.items():
             self.trials = max(0, self.trials - 1)
-            loss = self.measured([self.oracle.trial(plan, share)], batches)
+            loss = self.measure([self.oracle.trial(plan, share)], batches)
             log.info("search: compensated, %s %.4f", name, float(loss.mean()))
             tried.append((plan, batches, loss))
         return tried

@@ -199,11 +199,11 @@ def test_tokenizer(tokenizer: Any, sample: list[Story]) -> None:
 
 def test_questions() -> None:
     """The context is a story's prefix, the right choice its only continuation; kinds and answers balance."""
-    asked = language.questions(QUESTIONS, 400)
-    assert set(Counter(q.answer for q in asked).values()) == {100}
-    assert Counter(q.kind for q in asked) == dict.fromkeys(KINDS, 40)
-    assert max(Counter((q.kind, q.answer) for q in asked).values()) == 10
-    for question in asked:
+    questions = language.questions(QUESTIONS, 400)
+    assert set(Counter(q.answer for q in questions).values()) == {100}
+    assert Counter(q.kind for q in questions) == dict.fromkeys(KINDS, 40)
+    assert max(Counter((q.kind, q.answer) for q in questions).values()) == 10
+    for question in questions:
         assert len(set(question.choices)) == 4 and len({len(c.split()) for c in question.choices}) == 1
         possible = []
         for choice in question.choices:
@@ -219,13 +219,13 @@ def test_questions() -> None:
 
 def test_wrong_choices_are_near() -> None:
     """Names, foods and numbers of the same story, or half of the right answer."""
-    asked = [q for q in language.questions(QUESTIONS, 200) if q.kind not in ("agreement", "pronoun", "count")]
-    for question in asked:
+    questions = [q for q in language.questions(QUESTIONS, 200) if q.kind not in ("agreement", "pronoun", "count")]
+    for question in questions:
         words = set(question.choices[question.answer].split())
         wrong = [choice for i, choice in enumerate(question.choices) if i != question.answer]
         if question.kind in ("thing", "place", "visit", "object"):
             assert sum(bool(words & set(choice.split())) for choice in wrong) == 2
-    owners = [q for q in asked if q.kind == "owner"]
+    owners = [q for q in questions if q.kind == "owner"]
     assert sum(sum(choice in q.context for choice in q.choices) == 2 for q in owners) > len(owners) / 5
 
 
@@ -244,8 +244,8 @@ def test_committed_files(checkpoint: tuple[str, Any, Any]) -> None:
 def test_perplexity_is_near_the_process(checkpoint: tuple[str, Any, Any]) -> None:
     _, model, tokenizer = checkpoint
     tokens, nats = embedded_process.windows(tokenizer, WINDOWS, 80, 128)
-    best, found = embedded_process.best_perplexity(nats), embedded_process.perplexity(model, tokens)
-    assert 0.97 * best < found < 1.10 * best
+    best, perplexity = embedded_process.best_perplexity(nats), embedded_process.perplexity(model, tokens)
+    assert 0.97 * best < perplexity < 1.10 * best
 
 
 @pytest.mark.slow

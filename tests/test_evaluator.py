@@ -346,10 +346,10 @@ class Knows:
     def __init__(self, samples: int, right: bool) -> None:
         from pruneexp.embedded.language import EVALUATION, questions
 
-        asked = questions(EVALUATION[1], samples)
-        self.rows = [Bytes().encode(f"{q.context} {c}") for q in asked for c in q.choices]
-        self.good = [(i == q.answer) == right for q in asked for i in range(4)]
-        self.contexts = [len(Bytes().encode(q.context)) for q in asked for _ in range(4)]
+        examples = questions(EVALUATION[1], samples)
+        self.rows = [Bytes().encode(f"{q.context} {c}") for q in examples for c in q.choices]
+        self.good = [(i == q.answer) == right for q in examples for i in range(4)]
+        self.contexts = [len(Bytes().encode(q.context)) for q in examples for _ in range(4)]
 
     def token_losses(self, tokens_NT: Tensor, batch_size: int, stage: str = "") -> Tensor:
         losses = torch.full((tokens_NT.shape[0], tokens_NT.shape[1] - 1), 1e3)
@@ -373,8 +373,8 @@ def test_questions_against_one_row_at_a_time():
     from pruneexp.embedded.language import EVALUATION, questions
 
     model = replace(tiny_llama(max_position_embeddings=4096), max_length=4096)
-    right, asked = 0, questions(EVALUATION[1], 3)
-    for question in asked:
+    right, examples = 0, questions(EVALUATION[1], 3)
+    for question in examples:
         nats = []
         for choice in question.choices:
             ids = torch.tensor([Bytes().encode(f"{question.context} {choice}")])
@@ -394,8 +394,8 @@ def test_questions_say_what_the_dense_models_answers_depend_on():
         def encode(self, text, **more):
             return super().encode(text.upper(), **more)
 
-    asked = [(3, Bytes()), (4, Bytes()), (3, Upper())]
-    prints = [Questions(samples=n, batch_size=4, bos=False).measured_on(tokenizer) for n, tokenizer in asked]
+    cases = [(3, Bytes()), (4, Bytes()), (3, Upper())]
+    prints = [Questions(samples=n, batch_size=4, bos=False).measured_on(tokenizer) for n, tokenizer in cases]
     assert len(set(prints)) == 3 and prints[0] == Questions(samples=3, batch_size=8, bos=False).measured_on(Bytes())
 
 

@@ -119,9 +119,9 @@ def test_candidates_carry_the_readers_of_their_level():
     out_projections = {n: (torch.full((2, 40 - n), float(n)), None) for n in range(1, 41)}
     scores = {**paths(), NAMES[1]: RemovalPath(torch.arange(40), torch.arange(40.0), out_projections)}
     structures = Structures(scores, SITES, SITES, Budget(0.2, params(SITES)), 1)
-    found = structures.candidate(structures.balanced({name: 0 for name in NAMES}))
-    assert set(found.out_projections) == {NAMES[1]}
-    assert found.out_projections[NAMES[1]] is out_projections[found.plan.removed(SITES[1])]
+    candidate = structures.candidate(structures.balanced({name: 0 for name in NAMES}))
+    assert set(candidate.out_projections) == {NAMES[1]}
+    assert candidate.out_projections[NAMES[1]] is out_projections[candidate.plan.removed(SITES[1])]
 
 
 def test_it_spends_its_effort_and_no_more():
@@ -142,8 +142,10 @@ def test_without_the_effort_to_probe_every_site_loses_the_same_share():
 
 @pytest.mark.slow
 def test_more_effort_is_no_worse():
-    found = [convex({s.name: plan_of(search(effort=e), Loss(convex))[0].removed(s) for s in SITES}) for e in (1, 8, 60)]
-    assert found[0] >= found[1] >= found[2]
+    losses = [
+        convex({s.name: plan_of(search(effort=e), Loss(convex))[0].removed(s) for s in SITES}) for e in (1, 8, 60)
+    ]
+    assert losses[0] >= losses[1] >= losses[2]
 
 
 def test_the_same_seed_gives_the_same_plan():
@@ -173,10 +175,10 @@ def test_the_first_children_may_all_be_no_numbers():
 
 
 def test_no_order_of_sites_matters():
-    budget, found = Budget(0.3, params(SITES)), []
+    budget, plans = Budget(0.3, params(SITES)), []
     for sites in (SITES, SITES[::-1]):
-        found.append(search(effort=6.0)(paths(), sites, budget, Loss(convex), torch.Generator().manual_seed(0)))
-    assert found[0].to_json() == found[1].to_json()
+        plans.append(search(effort=6.0)(paths(), sites, budget, Loss(convex), torch.Generator().manual_seed(0)))
+    assert plans[0].to_json() == plans[1].to_json()
 
 
 def test_without_an_oracle_it_says_what_it_needs():

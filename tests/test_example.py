@@ -22,20 +22,20 @@ def commands() -> list[list[str]]:
 
 
 def test_every_run_of_the_example_is_read() -> None:
-    found = find([EXAMPLE], "same")
-    assert len(found.runs) == 9 and not found.skipped and not found.repeats and not found.conflicts
+    runs_read = find([EXAMPLE], "same")
+    assert len(runs_read.runs) == 9 and not runs_read.skipped and not runs_read.repeats and not runs_read.conflicts
 
 
 def test_it_is_what_the_commands_make() -> None:
     sweep, report = commands()
     assert report == ["pruneexp-report", "outputs/example", "out=outputs/example/report"]
-    found = find([EXAMPLE], "same").runs
-    assert all(run.environment["command"] == sweep for run in found)
+    runs = find([EXAMPLE], "same").runs
+    assert all(run.environment["command"] == sweep for run in runs)
     listed = json.loads((EXAMPLE / "report" / "report.json").read_text())
     assert sorted(listed.pop("files")) == files_in(EXAMPLE / "report")
-    assert listed == {"runs": {run.name: run.hash for run in found}, "left_out": {}, "conflicts": {}}
+    assert listed == {"runs": {run.name: run.hash for run in runs}, "left_out": {}, "conflicts": {}}
     shown = {row["run"]: row for row in csv.DictReader((EXAMPLE / "report" / "tables" / "metrics.csv").open())}
-    for run in found:
+    for run in runs:
         assert {key: float(shown[run.name][key]) for key in run.metrics} == run.metrics
 
 

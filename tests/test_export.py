@@ -284,10 +284,10 @@ def test_what_appears_meanwhile_is_not_replaced(
 ) -> None:
     source, out, written = str(checkpoint("llama")), tmp_path / "out", write._written
 
-    def meanwhile(*asked: Any) -> Any:
+    def meanwhile(*arguments: Any) -> Any:
         out.mkdir()
         (out / "mine.txt").write_text("mine")
-        return written(*asked)
+        return written(*arguments)
 
     monkeypatch.setattr(write, "_written", meanwhile)
     assert "exists; expected a new folder" in refused(capsys, source, f"out={out}", "prove=off")

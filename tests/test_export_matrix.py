@@ -18,13 +18,13 @@ HEAD = "| family | " + " | ".join(f"`{format}`" for format in FORMATS) + " |"
 def in_manual() -> dict[str, tuple[str, ...]]:
     """The table's cells, by family."""
     lines = MANUAL.read_text().splitlines()
-    found = {}
+    rows = {}
     for line in lines[lines.index(HEAD) + 2 :]:
         if not line.startswith("|"):
             break
         families, *row = (cell.strip() for cell in line.strip("|").split("|"))
-        found |= {family.strip("` "): tuple(row) for family in families.split(",")}
-    return found
+        rows |= {family.strip("` "): tuple(row) for family in families.split(",")}
+    return rows
 
 
 def test_every_family_is_in_the_table() -> None:
@@ -38,5 +38,5 @@ def test_long_rope_has_its_row_below_the_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_what_each_format_holds(model_type: str, tmp_path: Path) -> None:
-    found = cells(model_type, tmp_path)
-    assert in_manual().get(model_type) == found, "python -m tests.export_matrix writes the table"
+    row = cells(model_type, tmp_path)
+    assert in_manual().get(model_type) == row, "python -m tests.export_matrix writes the table"

@@ -36,13 +36,13 @@ def layers_in_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def files_of(folder: Path) -> dict[str, Any]:
     """What a folder holds, its record aside."""
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     for path in folder.iterdir():
         if path.suffix == ".safetensors":
-            found |= {name: tensor.tolist() for name, tensor in load_file(path).items()}
+            contents |= {name: tensor.tolist() for name, tensor in load_file(path).items()}
         elif path.name != "export.json":
-            found[path.name] = path.read_bytes()
-    return found
+            contents[path.name] = path.read_bytes()
+    return contents
 
 
 @pytest.mark.parametrize(

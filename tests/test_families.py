@@ -82,11 +82,11 @@ def evidence(loaded: Made, tokens_NT: torch.Tensor) -> Callable[[str], dict[str,
 
     def collect(name: str) -> dict[str, Any]:
         if name not in made:
-            found: dict[str, Any] = {"none": {}, "bias": {}, "least_squares": {}}
+            by_compensator: dict[str, Any] = {"none": {}, "bias": {}, "least_squares": {}}
             for visit in walk(loaded(name), tokens_NT, (Moments, Gram), Bookmark(Meter(), "test"), read_only=True):
-                found["bias"].update(visit.of(Moments))
-                found["least_squares"].update(visit.of(Gram))
-            made[name] = found
+                by_compensator["bias"].update(visit.of(Moments))
+                by_compensator["least_squares"].update(visit.of(Gram))
+            made[name] = by_compensator
         return made[name]
 
     return collect
@@ -123,9 +123,9 @@ def out_projections_for(model: Model, plan: Plan, compensator: Any, evidence: di
         for site in block.sites:
             if plan.removed(site):
                 weights, keep_C = block.weights[site.name], site.keep_C(plan.sites[site.name].kept)
-                found = evidence.get(site.name)
+                site_evidence = evidence.get(site.name)
                 out_projections[site.name] = compensator(
-                    weights.out_projection, weights.out_projection_bias, found, keep_C
+                    weights.out_projection, weights.out_projection_bias, site_evidence, keep_C
                 )
     return out_projections
 
@@ -135,9 +135,9 @@ def logits(module: Any, tokens_NT: torch.Tensor) -> torch.Tensor:
     return module(tokens_NT, use_cache=False).logits
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
     """Norms in the stock code compute in float32: one rounding to the other side there is 1e-7 here."""
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def reload(path: Path) -> Any:
@@ -389,7 +389,7 @@ def test_site_by_site_in_every_other_family_that_adds_up(
 def layers_run_on_from_what_their_readers_were_left(
     name: str, loaded: Made, tokens_NT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    means = []
     for kept in (site_walk.KEPT_BYTES, 0):
         monkeypatch.setattr(site_walk, "KEPT_BYTES", kept)
         model, seen = loaded(name), {}
@@ -397,9 +397,9 @@ def layers_run_on_from_what_their_readers_were_left(
             half = tuple(range(0, site.units, 2))
             seen[site.name] = collect(site.keep_C(half)).wanted_mean_O
             shrink_layer_(model, visit.index, Plan({site.name: SitePlan(site.kind, site.units, half)}))
-        found.append(seen)
-    for name, wanted_O in found[0].items():
-        torch.testing.assert_close(wanted_O, found[1][name], rtol=1e-9, atol=1e-9)
+        means.append(seen)
+    for name, wanted_O in means[0].items():
+        torch.testing.assert_close(wanted_O, means[1][name], rtol=1e-9, atol=1e-9)
 
 
 @each("name", of_every_family(lambda family: not family.adds_up, conftests=False))

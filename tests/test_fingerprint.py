@@ -38,14 +38,14 @@ def forget() -> None:
 
 def closure() -> set[str]:
     """By the graph that the layering test sorts."""
-    graph, found = file_graph(), set()
+    graph, reachable = file_graph(), set()
     waiting = [name for name in graph if name.startswith(fingerprint.STATISTICS)]
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in reachable:
+            reachable.add(name)
             waiting += graph[name]
-    return found
+    return reachable
 
 
 @pytest.mark.slow
@@ -170,5 +170,5 @@ def test_what_is_left_out_is_docstrings_and_comments() -> None:
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
         assert sorted(each for each in said if each.startswith("#")) == sorted(comments), path
-        found = [ast.literal_eval(each.strip()) for each in said if not each.startswith("#")]
-        assert sorted(found) == sorted(docs), path
+        strings = [ast.literal_eval(each.strip()) for each in said if not each.startswith("#")]
+        assert sorted(strings) == sorted(docs), path

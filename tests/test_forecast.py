@@ -106,10 +106,10 @@ PASSES = [
 @pytest.mark.slow
 @each("overrides", PASSES)
 def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> None:
-    made, found = foretold(*overrides.split())
+    made, estimate = foretold(*overrides.split())
     _, meter = pruned(made)
-    assert found.passes.forward == pytest.approx(meter.forward)
-    assert found.passes.backward == pytest.approx(meter.backward)
+    assert estimate.passes.forward == pytest.approx(meter.forward)
+    assert estimate.passes.backward == pytest.approx(meter.backward)
 
 
 @pytest.mark.slow
@@ -127,30 +127,30 @@ def test_passes_are_those_that_a_run_counts(overrides: str, foretold: Any) -> No
     ],
 )
 def test_what_may_be_spent(overrides: str, least: float, foretold: Any) -> None:
-    made, found = foretold(*overrides.split())
+    made, estimate = foretold(*overrides.split())
     _, meter = pruned(made)
-    assert least * found.passes.forward <= meter.forward <= 1.05 * found.passes.forward
+    assert least * estimate.passes.forward <= meter.forward <= 1.05 * estimate.passes.forward
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", ["recovery.steps=3", "recovery.epochs=3", "recovery.samples=5 recovery.epochs=1"])
 def test_what_recovery_sees(settings: str, foretold: Any) -> None:
-    made, found = foretold("recipe=magnitude", "recovery=lora", "recovery.batch=4", *settings.split())
+    made, estimate = foretold("recipe=magnitude", "recovery=lora", "recovery.batch=4", *settings.split())
     model, _ = pruned(made)
     meter = Meter()
     made.recovery(model, torch.randint(3, 96, (SEEN.count, SEEN.length)), meter, 0)
-    assert found.passes.forward == pytest.approx(meter.forward) and found.passes.backward == pytest.approx(
+    assert estimate.passes.forward == pytest.approx(meter.forward) and estimate.passes.backward == pytest.approx(
         meter.backward
     )
 
 
 def test_what_layers_see_that_are_trained_one_by_one(foretold: Any) -> None:
-    made, found = foretold("recipe=magnitude", "recovery=blockwise", "recovery.held_out=0.2", "recovery.epochs=2")
+    made, estimate = foretold("recipe=magnitude", "recovery=blockwise", "recovery.held_out=0.2", "recovery.epochs=2")
     model, _ = pruned(made)
     meter = Meter()
     tokens_NT = torch.randint(3, 96, (SEEN.count, SEEN.length))
     made.recovery(model, tokens_NT, meter, 0, made.model.reference())
-    assert (meter.forward, meter.backward) == pytest.approx((found.passes.forward, found.passes.backward))
+    assert (meter.forward, meter.backward) == pytest.approx((estimate.passes.forward, estimate.passes.backward))
 
 
 # Parameters
@@ -169,12 +169,12 @@ def test_what_layers_see_that_are_trained_one_by_one(foretold: Any) -> None:
     ],
 )
 def test_parameters_left(overrides: str, foretold: Any) -> None:
-    made, found = foretold(*overrides.split())
+    made, estimate = foretold(*overrides.split())
     model, _ = pruned(made)
-    near = max(site.cost.params for site in found.shape.sites)
-    assert abs(found.params_left - model.params) <= near
-    assert abs(found.decoder_left - model.decoder_params) <= near
-    assert found.bytes_left == 4 * found.params_left
+    near = max(site.cost.params for site in estimate.shape.sites)
+    assert abs(estimate.params_left - model.params) <= near
+    assert abs(estimate.decoder_left - model.decoder_params) <= near
+    assert estimate.bytes_left == 4 * estimate.params_left
 
 
 def test_biases_that_nothing_pays_for_are_added(foretold: Any) -> None:
@@ -215,9 +215,9 @@ def test_stages_by_hand(foretold: Any) -> None:
     settings = ("recipe=best", "search.effort=2", "compensator.target=pruned")
     settings += ("criterion.ridge=1e-3", "search.starts=[]", "search.held_out=0.0")
     how = Running(stream=False, process=1000, reached=5000)
-    _, found = foretold(*settings, how=how)
-    start, calibrate, search, shrink = found.held
-    weights, hidden, batch = 4 * found.shape.params, 10 * 24 * 64 * 4, 8 * 24
+    _, estimate = foretold(*settings, how=how)
+    start, calibrate, search, shrink = estimate.held
+    weights, hidden, batch = 4 * estimate.shape.params, 10 * 24 * 64 * 4, 8 * 24
     layer = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64)
     grams = 8 * (64**2 + 64 + 172**2 + 172)
     covariances, out_projections = 4 * 4 * (64**2 + 172**2), 4 * (3 * 64 + 3 * 172) * 64 * 4
@@ -229,8 +229,8 @@ def test_stages_by_hand(foretold: Any) -> None:
     assert search.total == 1000 + weights + covariances + out_projections + max(24 * 172**2, logits)
     solve = 8 * 172 * 64 + 8 * 172 * (172 + 64)
     assert shrink.total == 1000 + weights + 2 * hidden + 2 * grams + layer + max(solve, ffn, read)
-    assert all(set(stage.parts) <= set(PARTS) for stage in found.held)
-    assert found.peak == max(found.held, key=lambda stage: stage.total) and found.streamed == []
+    assert all(set(stage.parts) <= set(PARTS) for stage in estimate.held)
+    assert estimate.peak == max(estimate.held, key=lambda stage: stage.total) and estimate.streamed == []
 
 
 def test_what_a_method_says_that_it_costs_is_heard(foretold: Any) -> None:
@@ -245,11 +245,11 @@ def test_what_a_method_says_that_it_costs_is_heard(foretold: Any) -> None:
         def kept_bytes(self, sites: Any, outputs: int, itemsize: int, refits: float) -> tuple[int, int]:
             return 10**12 * len(sites), int(refits)
 
-    found = foretold("recipe=flap", "search=evolutionary", "search.effort=2", criterion=Dear())[1]
-    for before, after in zip(plain.held[:2], found.held[:2], strict=True):
+    estimate = foretold("recipe=flap", "search=evolutionary", "search.effort=2", criterion=Dear())[1]
+    for before, after in zip(plain.held[:2], estimate.held[:2], strict=True):
         more = {"solves": 64 * 10**9, "kept": 8 * 10**12, "activations": 0}
         assert after.parts == {**before.parts, **more}
-    assert [stage.files for stage in found.held] == [0, 7, 0]
+    assert [stage.files for stage in estimate.held] == [0, 7, 0]
 
 
 def test_evidence_that_needs_real_tensors_is_no_reason_to_stop() -> None:
@@ -334,13 +334,13 @@ def test_memory_is_what_a_run_holds(
 ) -> None:
     monkeypatch.setattr(spill, "SMALL", 0)  # what is small is not counted
     seen = Windows(count=16, length=64, batch_size=8)
-    made, found = foretold(*overrides.split(), path=wider, seen=seen)
+    made, estimate = foretold(*overrides.split(), path=wider, seen=seen)
     with LiveBytes() as measured:
         pruned(made, seen)
-    assert found.held[0].parts["weights"] == 4 * found.shape.params
-    ratio = found.peak.total / measured.peak
+    assert estimate.held[0].parts["weights"] == 4 * estimate.shape.params
+    ratio = estimate.peak.total / measured.peak
     # statistics of kept channels are counted as if all stayed: twice where halves are apart
-    assert 0.75 <= ratio <= 1.45, f"{ratio:.2f}: {found.peak}"
+    assert 0.75 <= ratio <= 1.45, f"{ratio:.2f}: {estimate.peak}"
 
 
 def test_streamed_memory_does_not_grow_with_the_layers(foretold: Any, wider: Path, tmp_path: Path) -> None:
@@ -379,9 +379,9 @@ def test_hidden_states_that_jobs_of_a_sweep_share(stream: str, foretold: Any) ->
     kept = [x_BTD for layer in shared.layers.values() for batch in layer for x_BTD in batch]
     held = sum(x_BTD.nbytes for x_BTD in [*kept, *shared.entered])
     for limit, more in ((held, held), (held - 1, 0)):
-        found = foretold(*typed, how=Running(stream == "true", shared=limit))[1]
+        estimate = foretold(*typed, how=Running(stream == "true", shared=limit))[1]
         for stages in ("held", "streamed"):
-            assert [(stage.name, stage.total) for stage in getattr(found, stages)] == [
+            assert [(stage.name, stage.total) for stage in getattr(estimate, stages)] == [
                 (stage.name, stage.total + more) for stage in getattr(alone, stages)
             ]
     for without in ("compensator=bias", "compensator.target=pruned", "search=blocks criterion=block_influence"):
@@ -436,18 +436,18 @@ def test_a_model_of_70b_parameters_by_arithmetic(cli: Cli, tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "calib.npy"], "a dry run writes nothing"
     layer = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672 + 2)
     total = 80 * layer + 2 * 32000 * 8192 + 8192
-    (found,) = answers
+    (metrics,) = answers
     assert total == 68_976_648_192 and f"{total:,}" in out
-    assert found["dense/params"] == total and found["forecast/bytes/dense"] == 2 * total
-    assert found["forecast/params"] == total - round(0.2 * 80 * layer)
+    assert metrics["dense/params"] == total and metrics["forecast/bytes/dense"] == 2 * total
+    assert metrics["forecast/params"] == total - round(0.2 * 80 * layer)
     hidden = 128 * 2048 * 8192 * 2
     ffn = 8 * 2048 * (3 * 28672 + 3 * 8192) * 2
     moments = 2 * 8 * (8192 + 28672)  # of a layer
-    assert found["forecast/memory/streamed_bytes"] == 2 * (2 * layer + total - 80 * layer) + hidden + ffn + moments
-    assert found["forecast/memory/held_bytes"] == 2 * total + hidden + ffn + moments
+    assert metrics["forecast/memory/streamed_bytes"] == 2 * (2 * layer + total - 80 * layer) + hidden + ffn + moments
+    assert metrics["forecast/memory/held_bytes"] == 2 * total + hidden + ffn + moments
     assert first_after(out, "heads (KV groups) a layer") == "8" and first_after(out, "FFN channels a layer") == "28,672"
     assert "held" in out and "streamed" in out and "…" not in out
-    assert found["forecast/passes/forward"] == 1 and found["forecast/passes/backward"] == 0
+    assert metrics["forecast/passes/forward"] == 1 and metrics["forecast/passes/backward"] == 0
     assert measured.peak < 2**26
 
 
@@ -515,12 +515,12 @@ def test_a_dry_run_tells_of_a_disk_too_small(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    for save, told in (("true", True), ("false", False)):
+    for save, warned in (("true", True), ("false", False)):
         caplog.clear()
         code, out, _ = cli("run.dir=run", "run.dry=true", f"run.save={save}")
         assert code == 0 and "to remove" in out
         said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("run.dir='run'")]
-        assert ["0 B are free" in line for line in said] == [True] * told
+        assert ["0 B are free" in line for line in said] == [True] * warned
 
 
 @pytest.mark.slow

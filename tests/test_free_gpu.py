@@ -221,10 +221,10 @@ def test_what_failed_has_left_its_gpu_before_another_run_takes_it(monkeypatch: p
 
     with pretended_gpus(1):
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.extend(model() is None for model in models))
-        with pytest.raises(RuntimeError, match="out of memory") as found, held_gpu("cuda:any"):
+        with pytest.raises(RuntimeError, match="out of memory") as failure, held_gpu("cuda:any"):
             works()
     assert emptied == [True, True]
-    assert found.tb is not None  # which kept them
+    assert failure.tb is not None  # which kept them
 
 
 def test_a_gpu_that_is_broken_is_given_back_too(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,12 +233,12 @@ def test_a_gpu_that_is_broken_is_given_back_too(locks: Path, monkeypatch: pytest
 
     with pretended_gpus(1):
         monkeypatch.setattr(torch.cuda, "empty_cache", broken)
-        with pytest.raises(RuntimeError, match="device-side assert") as found, held_gpu("cuda:any"):
+        with pytest.raises(RuntimeError, match="device-side assert") as failure, held_gpu("cuda:any"):
             pass
         (file,) = locks.glob("pruneexp-*.lock")
         with FileLock(file, timeout=0) as again:
             assert again.is_locked
-    assert found.tb is not None  # which keeps what the context held
+    assert failure.tb is not None  # which keeps what the context held
 
 
 def test_other_devices_take_no_lock(locks: Path) -> None:

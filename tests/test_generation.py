@@ -86,8 +86,8 @@ class Since(Counting):
 
 @pytest.mark.parametrize("version", [Before, Since])
 def test_the_kv_cache_goes_by_the_name_that_the_model_has_for_it(version: Any) -> None:
-    found = continued(version(), torch.zeros(2, 3, dtype=torch.int64), lambda logits_BV, _: logits_BV.argmax(-1), 4)
-    assert found.tolist() == [[3, 4, 5, 6]] * 2
+    tokens_BS = continued(version(), torch.zeros(2, 3, dtype=torch.int64), lambda logits_BV, _: logits_BV.argmax(-1), 4)
+    assert tokens_BS.tolist() == [[3, 4, 5, 6]] * 2
 
 
 @pytest.mark.slow

@@ -190,10 +190,10 @@ def test_half_precision(dtype: str, code: int, kind: torch.dtype, tmp_path: Path
     reader = gguf.GGUFReader(out / "model.gguf")
     assert reader.fields["general.file_type"].contents() == code
     dense = ModelSource("own", str(folder), None, "float64", "cpu", False, False, 4).load()
-    found = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    tensors = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     embeddings = dense.module.get_input_embeddings().weight
-    torch.testing.assert_close(found["token_embd.weight"], embeddings.to(kind).float(), rtol=0, atol=0)
-    torch.testing.assert_close(found["output_norm.weight"], dense.module.model.norm.weight.float(), rtol=0, atol=0)
+    torch.testing.assert_close(tensors["token_embd.weight"], embeddings.to(kind).float(), rtol=0, atol=0)
+    torch.testing.assert_close(tensors["output_norm.weight"], dense.module.model.norm.weight.float(), rtol=0, atol=0)
 
 
 def test_numbers_too_large_for_float16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,11 +377,11 @@ def test_other_tokenizers() -> None:
 
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
-    found = vocabulary(tokenizer_of(pre_tokenizers.Sequence([words, plain]), ignore_merges=True), 300)
-    assert (found.split, found.begins, found.ends) == ("llama-bpe", True, False)
-    assert found.tokens[257:260] == ("<s>", "<tool>", "[PAD259]") and len(found.tokens) == 300
-    assert found.types[256:260] == (NORMAL, CONTROL, USER_DEFINED, UNUSED)
-    assert found.merges == ("h e",) and found.special["bos"] == 257
+    vocab = vocabulary(tokenizer_of(pre_tokenizers.Sequence([words, plain]), ignore_merges=True), 300)
+    assert (vocab.split, vocab.begins, vocab.ends) == ("llama-bpe", True, False)
+    assert vocab.tokens[257:260] == ("<s>", "<tool>", "[PAD259]") and len(vocab.tokens) == 300
+    assert vocab.types[256:260] == (NORMAL, CONTROL, USER_DEFINED, UNUSED)
+    assert vocab.merges == ("h e",) and vocab.special["bos"] == 257
     spelled = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     assert vocabulary(tokenizer_of(spelled), 300).split == "smollm"
     for unknown in (
@@ -424,13 +424,13 @@ def pieces_tokenizer(complete: bool = True) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def joined_by_score(text: str, found: Any) -> list[int]:
+def joined_by_score(text: str, vocab: Any) -> list[int]:
     """llama.cpp's way with pieces: of all neighbours that make one, the best score first, the leftmost of equals."""
-    tokens = {word: token for token, word in enumerate(found.tokens)}
-    parts = list(("\u2581" if found.space_prefix else "") + text.replace(" ", "\u2581"))
+    tokens = {word: token for token, word in enumerate(vocab.tokens)}
+    parts = list(("\u2581" if vocab.space_prefix else "") + text.replace(" ", "\u2581"))
     while True:
         joins = (a + b for a, b in zip(parts, parts[1:], strict=False))
-        made = [(-found.scores[tokens[word]], place) for place, word in enumerate(joins) if word in tokens]
+        made = [(-vocab.scores[tokens[word]], place) for place, word in enumerate(joins) if word in tokens]
         if not made:
             break
         place = min(made)[1]
@@ -441,11 +441,11 @@ def joined_by_score(text: str, found: Any) -> list[int]:
 
 def test_tokenizers_of_pieces(tmp_path: Path) -> None:
     tokenizer = pieces_tokenizer()
-    found = vocabulary(tokenizer, len(tokenizer) + 2)
-    assert found.types[:4] == (UNKNOWN, CONTROL, CONTROL, BYTE) and found.types[-1] == UNUSED
-    assert found.space_prefix and not found.merges and not found.notes and not found.begins
+    vocab = vocabulary(tokenizer, len(tokenizer) + 2)
+    assert vocab.types[:4] == (UNKNOWN, CONTROL, CONTROL, BYTE) and vocab.types[-1] == UNUSED
+    assert vocab.space_prefix and not vocab.merges and not vocab.notes and not vocab.begins
     for text in (*gguf_proof.TEXTS, "aaaa aaaaaaa banana bananas", "the mothers gathered  other feathers"):
-        assert joined_by_score(text, found) == tokenizer(text, add_special_tokens=False).input_ids, text
+        assert joined_by_score(text, vocab) == tokenizer(text, add_special_tokens=False).input_ids, text
     incomplete = vocabulary(pieces_tokenizer(complete=False), 600)
     assert not incomplete.tokens and "is no BPE, of bytes or of pieces" in incomplete.notes[0]
 

@@ -128,8 +128,8 @@ def test_it_is_the_model_that_the_file_was_made_from(case: str, tokens_BT: torch
     loaded = source(file).load()
     assert loaded.config.tie_word_embeddings == (case == "tied")
     with torch.no_grad():
-        found, expected = (each(tokens_BT).logits for each in (loaded.module, model))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        logits, expected = (each(tokens_BT).logits for each in (loaded.module, model))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_kept_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +141,9 @@ def test_it_is_kept_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pruneexp.model.gguf_source._write", None)  # not a second time
     assert one.load().dtype == torch.bfloat16 and source(file, dtype="auto").outline().params == one.outline().params
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
-    found = one.fingerprint()
-    assert found["path"] == str(file) and found["gguf"]["file"] == "Tiny.gguf"
-    assert len(found["gguf"]["sha256"]) == 64 and "dequantised" in found["gguf"]["made"]
+    fingerprint = one.fingerprint()
+    assert fingerprint["path"] == str(file) and fingerprint["gguf"]["file"] == "Tiny.gguf"
+    assert len(fingerprint["gguf"]["sha256"]) == 64 and "dequantised" in fingerprint["gguf"]["made"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "weights are as open to others as the rest"
     assert [path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == [folder.name]
 
@@ -287,7 +287,7 @@ def test_smollm2_is_what_plain_transformers_reads(monkeypatch: pytest.MonkeyPatc
     model = source(folder, dtype=dtype).load()
     assert model.params == 134_515_008 and model.config.tie_word_embeddings
     with torch.no_grad():
-        found = model.module(tokens).logits
+        logits = model.module(tokens).logits
         del model
         plain: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, dtype), **place)
-        assert torch.equal(found, plain(tokens).logits)
+        assert torch.equal(logits, plain(tokens).logits)

@@ -18,10 +18,10 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     signal.signal(signal.SIGTERM, before)
 
 
-def same(model: str, recipe: str, found: dict, before: dict) -> list[str]:
+def same(model: str, recipe: str, run: dict, before: dict) -> list[str]:
     """What differs, a line each."""
-    plan = [] if found["plan"] == before["plan"] else [f"{model}, {recipe}: another plan"]
-    now, then = found["metrics"], before["metrics"]
+    plan = [] if run["plan"] == before["plan"] else [f"{model}, {recipe}: another plan"]
+    now, then = run["metrics"], before["metrics"]
     return plan + [
         f"{model}, {recipe}: {key}={now.get(key)}, was {then.get(key)}"
         for key in sorted(now.keys() | then.keys())
@@ -39,8 +39,8 @@ def test_every_recipe_and_sweep_has_an_answer(name: str) -> None:
 @pytest.mark.parametrize("model", golden.MODELS)
 def test_every_recipe_gives_what_it_gave(model: str, tmp_path: Path) -> None:
     before = golden.frozen(model)
-    found = golden.runs_of(model, tmp_path, list(before))
-    different = [line for recipe in before for line in same(model, recipe, found[recipe], before[recipe])]
+    runs = golden.runs_of(model, tmp_path, list(before))
+    different = [line for recipe in before for line in same(model, recipe, runs[recipe], before[recipe])]
     assert not different, "\n".join(different)
 
 

@@ -34,7 +34,7 @@ def test_gradients_are_those_of_autograd_whatever_the_batches(
     family: str, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
     model, meter = tiny(family), Meter()
-    found = gradient_evidence(model, tokens_NT, Gradient, meter)
+    evidence = gradient_evidence(model, tokens_NT, Gradient, meter)
     assert meter.forward == meter.backward == pytest.approx(1)
     assert all(not p.requires_grad and p.grad is None for p in model.module.parameters())
     for parameter in model.module.parameters():
@@ -43,7 +43,7 @@ def test_gradients_are_those_of_autograd_whatever_the_batches(
     for index in range(len(model.layers)):
         expected = model.block(index, read=lambda p: p.grad)
         for site in expected.sites:
-            mine, theirs = found[site.name].mean, expected.weights[site.name]
+            mine, theirs = evidence[site.name].mean, expected.weights[site.name]
             torch.testing.assert_close(
                 mine.out_projection, theirs.out_projection, rtol=1e-3, atol=1e-7
             )  # norms in float32
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_autograd_whatever_the_batches(
 
 def test_a_gradient_is_the_numerical_derivative(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model, eps = tiny("opt"), 1e-5
-    found = gradient_evidence(model, tokens_NT, Gradient, Meter())
+    evidence = gradient_evidence(model, tokens_NT, Gradient, Meter())
     weight = model.layers[1].fc2.weight
     for i, j in ((0, 0), (7, 31), (47, 39)):
         before = weight[i, j].item()
@@ -65,19 +65,19 @@ def test_a_gradient_is_the_numerical_derivative(tiny: Callable[..., Model], toke
                 losses.append(loss_of(model, tokens_NT).item())
                 weight[i, j] = before
         slope = (losses[0] - losses[1]) / (2 * eps)
-        assert found["model.decoder.layers.1.fc2"].mean.out_projection[i, j].item() == pytest.approx(
+        assert evidence["model.decoder.layers.1.fc2"].mean.out_projection[i, j].item() == pytest.approx(
             slope, rel=1e-4, abs=1e-9
         )
 
 
 def test_squares_go_by_window(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model, meter = tiny("llama"), Meter()
-    found = gradient_evidence(model, tokens_NT, PerSampleGradient, meter)["model.layers.0.self_attn"]
-    assert meter.backward == pytest.approx(1) and found.n == len(tokens_NT)
+    evidence = gradient_evidence(model, tokens_NT, PerSampleGradient, meter)["model.layers.0.self_attn"]
+    assert meter.backward == pytest.approx(1) and evidence.n == len(tokens_NT)
     weight = model.layers[0].self_attn.o_proj.weight.requires_grad_(True)
     each = torch.stack([torch.autograd.grad(loss_of(model, window[None]), weight)[0] for window in tokens_NT])
-    torch.testing.assert_close(found.mean_square.out_projection, each.square().mean(0), rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(found.mean.out_projection, each.mean(0), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(evidence.mean_square.out_projection, each.square().mean(0), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(evidence.mean.out_projection, each.mean(0), rtol=1e-3, atol=1e-7)
 
 
 def test_the_walk_hands_gradients_out_beside_statistics(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
@@ -164,9 +164,9 @@ def test_the_released_fold_adds_query_heads_to_other_groups_and_has_the_out_proj
     for kind, groups in (("attention", 1), ("mlp", 1), ("mlp", 3)):
         block, seen = toy(group=groups)
         site = replace(block.sites[0], kind=kind)
-        block, found = replace(block, sites=(site,)), {site.name: seen[Gradient]}
+        block, evidence = replace(block, sites=(site,)), {site.name: seen[Gradient]}
         ours, theirs = (
-            Taylor("param_first", members, how)(block, found)[site.name] for how in ("attention", "released")
+            Taylor("param_first", members, how)(block, evidence)[site.name] for how in ("attention", "released")
         )
         assert torch.equal(ours, theirs) == (members != "second" or kind == "mlp")
 
@@ -179,10 +179,10 @@ def test_the_first_matrix_of_a_group_is_the_one_that_it_is_grown_from() -> None:
         weights = SiteWeights(in_projections, {}, torch.full((5, 8), 9.0, dtype=torch.float64), None)
         seen = Gradient(1, SiteWeights(dict.fromkeys(roles, g), {}, torch.ones(5, 8, dtype=torch.float64), None))
         site = Site("toy", "mlp", 0, 2, 4, Cost(1, 1, 0))
-        toy, found = Block("toy", 0, (site,), {site.name: weights}), {site.name: seen}
-        torch.testing.assert_close(Taylor("param_first", "first", "attention")(toy, found)[site.name], g.sum((1, 2)))
+        toy, evidence = Block("toy", 0, (site,), {site.name: weights}), {site.name: seen}
+        torch.testing.assert_close(Taylor("param_first", "first", "attention")(toy, evidence)[site.name], g.sum((1, 2)))
         second = 2 * g.sum((1, 2)) if len(roles) > 1 else torch.full((2,), 9.0 * 5 * 4, dtype=torch.float64)
-        torch.testing.assert_close(Taylor("param_first", "second", "attention")(toy, found)[site.name], second)
+        torch.testing.assert_close(Taylor("param_first", "second", "attention")(toy, evidence)[site.name], second)
 
 
 def test_removing_a_unit_changes_the_loss_by_the_signed_first_order_sum(
@@ -190,10 +190,10 @@ def test_removing_a_unit_changes_the_loss_by_the_signed_first_order_sum(
 ) -> None:
     """vectorize over a reader column is the derivative by the channel's gate: check it on a scaled-down column."""
     model, eps = tiny("opt"), 1e-5
-    found = gradient_evidence(model, tokens_NT, Gradient, Meter())["model.decoder.layers.2.fc2"].mean
+    gradient = gradient_evidence(model, tokens_NT, Gradient, Meter())["model.decoder.layers.2.fc2"].mean
     weight = model.layers[2].fc2.weight
     for j in (0, 17):
-        expected = (weight[:, j] * found.out_projection[:, j]).sum().item()
+        expected = (weight[:, j] * gradient.out_projection[:, j]).sum().item()
         column, losses = weight[:, j].clone(), []
         for step in (eps, -eps):
             with torch.no_grad():

@@ -27,15 +27,15 @@ def old_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the tokens of every product that is widened."""
-    found: list[int] = []
+    counts: list[int] = []
 
     def spy(x: Tensor, *others: Any) -> Tensor:
-        found.append(x.numel() // x.shape[-1])
+        counts.append(x.numel() // x.shape[-1])
         return own(x, *others)
 
     own = half._wide_linear
     monkeypatch.setattr(half, "_wide_linear", spy)
-    return found
+    return counts
 
 
 def drawn(dtype: torch.dtype) -> list[Tensor]:
@@ -60,11 +60,11 @@ def test_products_and_gradients_are_rounded_once(
     expected = functional.linear(*exact)
     expected.backward(grad.double())
     assert calls == [TOKENS]
-    for found, wanted in zip(
+    for rounded, wanted in zip(
         [output, *(one.grad for one in own)], [expected, *(one.grad for one in exact)], strict=True
     ):
-        assert found is not None and wanted is not None and found.dtype == dtype
-        assert (found == wanted.to(dtype)).float().mean() > 0.99
+        assert rounded is not None and wanted is not None and rounded.dtype == dtype
+        assert (rounded == wanted.to(dtype)).float().mean() > 0.99
 
 
 def test_gradients_are_those_that_are_asked_for() -> None:
@@ -86,9 +86,9 @@ def test_second_derivatives_are_those_of_plain_products(calls: list[int]) -> Non
     *inputs, _ = drawn(torch.bfloat16)
     expected = curvature(*(one.double() for one in inputs))
     with WideLinear():
-        found = curvature(*inputs)
+        derivative = curvature(*inputs)
     assert calls == [TOKENS]
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (derivative - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_only_what_gains_is_widened(calls: list[int]) -> None:

@@ -98,14 +98,14 @@ def test_a_config_of_before_there_were_new_keys_still_builds() -> None:
     job = composer().job(["search=uniform", "evaluator=[generation]"])
     experiment = build(Composed(without_new_keys(job.config), job.job, job.folders))
     assert "alike" not in experiment.config["search"] and "bos" not in experiment.config["dataset"]
-    found = experiment.search, experiment.dataset, experiment.evaluators["generation"]
-    assert [vars(part)[key] for part, key in zip(found, ("alike", "bos", "bos"), strict=True)] == [False] * 3
+    parts = experiment.search, experiment.dataset, experiment.evaluators["generation"]
+    assert [vars(part)[key] for part, key in zip(parts, ("alike", "bos", "bos"), strict=True)] == [False] * 3
 
 
 if __name__ == "__main__":  # adds what is new; what is there already stays
-    found = json.loads(FROZEN.read_text()) if FROZEN.exists() else {"runs": {}, "sweeps": {}}
-    runs = {line: run_hash(line) for line in single_runs() if line not in found["runs"]}
-    sweeps = {name: hashes(sweep_jobs(name)) for name in sorted(sweep_files()) if name not in found["sweeps"]}
-    found = {"runs": found["runs"] | runs, "sweeps": found["sweeps"] | sweeps}
-    FROZEN.write_text(json.dumps(found, indent=1) + "\n")
+    job_hashes = json.loads(FROZEN.read_text()) if FROZEN.exists() else {"runs": {}, "sweeps": {}}
+    runs = {line: run_hash(line) for line in single_runs() if line not in job_hashes["runs"]}
+    sweeps = {name: hashes(sweep_jobs(name)) for name in sorted(sweep_files()) if name not in job_hashes["sweeps"]}
+    job_hashes = {"runs": job_hashes["runs"] | runs, "sweeps": job_hashes["sweeps"] | sweeps}
+    FROZEN.write_text(json.dumps(job_hashes, indent=1) + "\n")
     print(f"added to {FROZEN}: {', '.join([*runs, *sweeps]) or 'nothing'}", file=sys.stderr)

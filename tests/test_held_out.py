@@ -67,7 +67,7 @@ def test_halves_of_a_kind_are_fed_as_that_kind() -> None:
 def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, variance_K) -> list[float]:
     """Of every ridge: the squared error on each half's raw tokens of what was fitted to the other's."""
     halves = [(x[i::2].reshape(-1, C), y[i::2].reshape(-1, y.shape[-1])) for i in (0, 1)]
-    found = []
+    errors = []
     for ridge in RIDGES:
         total = 0.0
         for (fit_x, fit_y), (new_x, new_y) in (halves, halves[::-1]):
@@ -78,8 +78,8 @@ def _errors_by_hand(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, vari
             solved = torch.linalg.lstsq(rows, aim).solution
             bias = fit_y.mean(0) - kept.mean(0) @ solved
             total += float((new_y - new_x[:, KEEP] @ solved - bias).square().mean(0).sum())
-        found.append(total)
-    return found
+        errors.append(total)
+    return errors
 
 
 @each(
@@ -127,12 +127,12 @@ def test_inputs_and_a_weight_are_evidence_of_what_it_gives(outputs: int) -> None
     x = correlated(4, 8) + 3
     seen = WantedOutput.of(MLP, KEEP).update_(x[..., KEEP], x @ weight.T + bias)
     expected, _ = _wanted(seen, mixing @ weight, mixing @ bias, KEEP, mixing)
-    found, _ = _wanted(Gram.empty(MLP).update_(x), mixing @ weight, mixing @ bias, KEEP, mixing)
+    actual, _ = _wanted(Gram.empty(MLP).update_(x), mixing @ weight, mixing @ bias, KEEP, mixing)
     torch.testing.assert_close(expected.cross_KO, seen.cross_KO @ mixing.T)
     for name in ("wanted_O", "cross_KO"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
-    torch.testing.assert_close(found.inputs.gram_CC, seen.inputs.gram_CC)
-    torch.testing.assert_close(found.inputs.sum_C, seen.inputs.sum_C)
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name))
+    torch.testing.assert_close(actual.inputs.gram_CC, seen.inputs.gram_CC)
+    torch.testing.assert_close(actual.inputs.sum_C, seen.inputs.sum_C)
 
 
 def test_more_tokens_are_held_back_less() -> None:

@@ -66,9 +66,9 @@ def survivors(width: int) -> Callable[[int, list[Tensor]], None]:
     return silenced
 
 
-def scored(found: BatchDerivatives, site: Site, **settings: Any) -> Tensor:
+def scored(derivatives: BatchDerivatives, site: Site, **settings: Any) -> Tensor:
     only = Block("toy", 0, (site,), {})
-    return replace(CRITERION, scale="none", **settings)(only, {site.name: GateDerivatives((found,))})[site.name]
+    return replace(CRITERION, scale="none", **settings)(only, {site.name: GateDerivatives((derivatives,))})[site.name]
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -96,10 +96,12 @@ def test_on_least_squares_the_score_is_the_exact_cost_of_removal_the_survivors_f
 def test_with_a_units_own_weights_free_nothing_is_lost() -> None:
     """Gates and a reader's columns say the same twice: H_mm = H_mw H_ww^-1 H_wm at a minimum."""
     made, site, x, _, out_projection = landscape(replace(APART, directions="together"), 1)
-    found = made.together()
+    derivatives = made.together()
     row_sums = (2 * (out_projection.T @ out_projection) * (x.T @ x) / (len(x) - 1)).sum(1)
-    torch.testing.assert_close(found.retraining_U, row_sums.detach(), rtol=1e-6, atol=1e-9)
-    assert scored(found, site, score="retraining").tolist() == pytest.approx(found.retraining_U.abs().tolist())
+    torch.testing.assert_close(derivatives.retraining_U, row_sums.detach(), rtol=1e-6, atol=1e-9)
+    assert scored(derivatives, site, score="retraining").tolist() == pytest.approx(
+        derivatives.retraining_U.abs().tolist()
+    )
 
 
 def test_conjugate_gradients_solve_and_stop_where_the_curvature_is_not_positive() -> None:
@@ -120,7 +122,7 @@ def test_conjugate_gradients_solve_and_stop_where_the_curvature_is_not_positive(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gates_have_the_gradient_of_their_columns(family: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     model = tiny(family)
-    found = influence_evidence(model, tokens_NT, KIND, Meter())
+    evidence = influence_evidence(model, tokens_NT, KIND, Meter())
     exact = gradient_evidence(model, tokens_NT, Gradient, Meter())
     windows = [gradient_evidence(model, window[None], Gradient, Meter()) for window in tokens_NT]
     for index in range(len(model.layers)):
@@ -130,7 +132,7 @@ def test_gates_have_the_gradient_of_their_columns(family: str, tiny: Callable[..
             def slope_U(gradient: Any, out_projection: Tensor = out_projection, site: Site = site) -> Tensor:
                 return (gradient[site.name].mean.out_projection * out_projection).sum(0).reshape(site.units, -1).sum(1)
 
-            (part,) = found[site.name].parts
+            (part,) = evidence[site.name].parts
             torch.testing.assert_close(part.slope_U, slope_U(exact), rtol=1e-3, atol=1e-6)
             fisher_U = torch.stack([slope_U(each) for each in windows]).square().mean(0)
             torch.testing.assert_close(part.curvature_U, fisher_U, rtol=1e-3, atol=1e-9)
@@ -145,14 +147,14 @@ def test_finite_differences_are_near_the_exact_derivatives_and_weights_stay_to_t
 ) -> None:
     model = tiny(family)
     before = {name: p.clone() for name, p in model.module.named_parameters()}
-    found = []
+    by_hessian = []
     for hessian in ("exact", "finite_difference"):
         # OPT: so short that no kink of a ReLU is passed; the others' norms, in float32, drown a step so short
         step = 1e-6 if family == "opt" else 3e-3
         kind = replace(KIND, hessian=hessian, weights=weights, inverse=inverse, damping=0.5, steps=3, step=step)
-        found.append(influence_evidence(model, tokens_NT[:4], kind, Meter()))
-    for name, evidence in found[0].items():
-        (exact,), (near,) = evidence.parts, found[1][name].parts
+        by_hessian.append(influence_evidence(model, tokens_NT[:4], kind, Meter()))
+    for name, evidence in by_hessian[0].items():
+        (exact,), (near,) = evidence.parts, by_hessian[1][name].parts
         for one, other in ((exact.retraining_U, near.retraining_U), (exact.slope_U, near.slope_U)):
             assert (one - other).norm() <= (1e-4 if family == "opt" else 0.03) * one.norm(), name
     assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters())
@@ -170,9 +172,9 @@ def test_a_unit_apart_leaves_its_own_weights_alone(family: str, tiny: Callable[.
     shrink_(model, Plan(few))  # each unit of any site has passes of its own
     tokens, sites = tokens_NT[:2, :8], model.sites()
     kind = replace(APART, inverse="damping", damping=1.0, weights="coupled")
-    found = influence_evidence(model, tokens, kind, Meter())
+    evidence = influence_evidence(model, tokens, kind, Meter())
     site = sites[0]
-    (part,) = found[site.name].parts
+    (part,) = evidence[site.name].parts
     layer = model.layers[0]
     out_projection = layer.get_submodule(model.family.attention_out)
     column = out_projection.weight.data.clone()
@@ -290,8 +292,8 @@ def test_what_cannot_be_had_is_refused(
     half = tiny("opt", dtype="bfloat16")
     with pytest.raises(RunError, match=r"^model.dtype=bfloat16: its rounding hides finite differences"):
         influence_evidence(half, tokens_NT, replace(KIND, hessian="finite_difference"), Meter())
-    found = influence_evidence(half, tokens_NT[:2], KIND, Meter())
-    assert all(torch.isfinite(e.parts[0].retraining_U).all() for e in found.values())
+    evidence = influence_evidence(half, tokens_NT[:2], KIND, Meter())
+    assert all(torch.isfinite(e.parts[0].retraining_U).all() for e in evidence.values())
     model = tiny("llama")
     with torch.no_grad():
         model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan

@@ -76,9 +76,11 @@ def total(model: Model) -> int:
 
 
 def test_between_points_a_curve_is_straight() -> None:
-    found = Curve(((0, 1.0, 0.0), (2, 3.0, 0.0), (6, 4.0, 0.0)))
-    assert [found.at(n) for n in (0, 1, 2, 4, 6)] == [1.0, 2.0, 3.0, 3.5, 4.0]
-    assert found.slope(6) == 0.25 and found.slope(2) == found.slope(1) == 1.0, "what stays to the last is no unit's"
+    polyline = Curve(((0, 1.0, 0.0), (2, 3.0, 0.0), (6, 4.0, 0.0)))
+    assert [polyline.at(n) for n in (0, 1, 2, 4, 6)] == [1.0, 2.0, 3.0, 3.5, 4.0]
+    assert polyline.slope(6) == 0.25 and polyline.slope(2) == polyline.slope(1) == 1.0, (
+        "what stays to the last is no unit's"
+    )
     assert Curve(((0, 1.0, 0.0), (3, 0.5, 0.0))).slope(3) == 0.0
     with pytest.raises(ValueError, match="ascending"):
         Curve(((2, 1.0, 0.0), (1, 1.0, 0.0)))
@@ -86,9 +88,9 @@ def test_between_points_a_curve_is_straight() -> None:
 
 @each("most, multiple", [(1536, 1), (1536, 64), (40, 1), (3, 1), (1, 1), (100, 8)])
 def test_a_grid_ends_with_all_and_has_the_widths_that_may_stay(most: int, multiple: int) -> None:
-    found = spaced(most, 13, multiple)
-    assert found[-1] == most and found == sorted(set(found)) and 0 < found[0] <= multiple and len(found) <= 15
-    assert most <= 13 or all(n % multiple == 0 and (multiple > 1 or n % 2) for n in found[:-1])
+    grid = spaced(most, 13, multiple)
+    assert grid[-1] == most and grid == sorted(set(grid)) and 0 < grid[0] <= multiple and len(grid) <= 15
+    assert most <= 13 or all(n % multiple == 0 and (multiple > 1 or n % 2) for n in grid[:-1])
 
 
 @each("search", [name for name in SEARCHES if name != "blocks"])
@@ -217,12 +219,12 @@ def test_a_picture_has_the_times_of_what_is_kept(
     times, origin = model.times, list(model.origin)
     assert times is not None
     pruned = prune(model, tokens_NT, PICTURED[search], latency(0.4))
-    found = {kind: kept_times(kind, times, pruned.plan, pruned.sites, origin) for kind in ("attention", "mlp")}
-    assert sum(ms for marks in found.values() for _, ms in marks) * 1e9 == pytest.approx(total(model))
-    gone = [layer for layer in range(3) if found["attention"][layer] == found["mlp"][layer] == (0, 0.0)]
+    by_kind = {kind: kept_times(kind, times, pruned.plan, pruned.sites, origin) for kind in ("attention", "mlp")}
+    assert sum(ms for marks in by_kind.values() for _, ms in marks) * 1e9 == pytest.approx(total(model))
+    gone = [layer for layer in range(3) if by_kind["attention"][layer] == by_kind["mlp"][layer] == (0, 0.0)]
     assert len(gone) == 3 - len(model.layers) and bool(gone) == (search == "blocks")
     if search == "query_heads":
-        assert any(ms < times.curve("attention", 0).at(kept) for kept, ms in found["attention"])
+        assert any(ms < times.curve("attention", 0).at(kept) for kept, ms in by_kind["attention"])
     dots, bars = [], []
     monkeypatch.setattr(ImageDraw, "ellipse", lambda _, box, fill: dots.append(box))
     monkeypatch.setattr(ImageDraw, "line", lambda _, xy, fill, width=0: bars.append(xy) if width == 1 else None)
@@ -231,8 +233,8 @@ def test_a_picture_has_the_times_of_what_is_kept(
     latency_figure(Times((replace(own, ffn=spread),)), pruned.plan, pruned.sites, origin, tmp_path / "latency.png")
     centres = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in dots]
     for kind, here in (("attention", centres[:3]), ("mlp", centres[3:])):
-        assert ranks(x for x, _ in here) == ranks(kept for kept, _ in found[kind])
-        assert ranks(-y for _, y in here) == ranks(ms for _, ms in found[kind])
+        assert ranks(x for x, _ in here) == ranks(kept for kept, _ in by_kind[kind])
+        assert ranks(-y for _, y in here) == ranks(ms for _, ms in by_kind[kind])
     heights = [low - high for left, low, right, high in bars if left == right]
     points = len(own.attention.points)
     assert max(heights[:points]) == 0 and heights[points:] == pytest.approx([heights[-1]] * len(spread.points))
@@ -274,21 +276,23 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
 
     def counted(work: Workload, conditions: Conditions, multiple: int) -> Table:
         measured.append(conditions)
-        found = measured_table(work, conditions, multiple)
+        timings = measured_table(work, conditions, multiple)
         # others compute beside the tests: straight lines up to what was measured of the whole
-        calm = [tuple((n, c.at(c.most) * (0.1 + 0.9 * n / c.most), 0.0) for n, _, _ in c.points) for c in found.curves]
-        own = replace(found.times.of[0], attention=Curve(calm[0]), ffn=Curve(calm[1]))
-        return replace(found, times=Times((own,)))
+        calm = [
+            tuple((n, c.at(c.most) * (0.1 + 0.9 * n / c.most), 0.0) for n, _, _ in c.points) for c in timings.curves
+        ]
+        own = replace(timings.times.of[0], attention=Curve(calm[0]), ffn=Curve(calm[1]))
+        return replace(timings, times=Times((own,)))
 
     monkeypatch.setattr(of_runs, "measured_table", counted)
     code, out, err = cli(*OURS, "cache.dir=cache", "run.dir=a")
     assert code == 0, err
-    found = json.loads(Path("a/metrics.json").read_text())
+    metrics = json.loads(Path("a/metrics.json").read_text())
     plan = json.loads(Path("a/plan.json").read_text())["budget"]
-    assert found["sparsity/latency"] == pytest.approx(0.2, abs=0.01)
-    assert found["sparsity/latency"] == pytest.approx(plan["removed_latency"] / plan["total_latency"])
+    assert metrics["sparsity/latency"] == pytest.approx(0.2, abs=0.01)
+    assert metrics["sparsity/latency"] == pytest.approx(plan["removed_latency"] / plan["total_latency"])
     name = "latency/decoder_decode_ms@b1x0"
-    assert found[f"dense/{name}"] > 0 and found[f"pruned/{name}"] > 0 and "sparsity/latency_measured" in found
+    assert metrics[f"dense/{name}"] > 0 and metrics[f"pruned/{name}"] > 0 and "sparsity/latency_measured" in metrics
     assert "the table foretold" in Path("a/log.txt").read_text() and Path("a/latency.png").stat().st_size > 1000
     assert "milliseconds of the decoder, by the table" in out
     assert cli(*OURS, "cache.dir=cache", "run.dir=b")[0] == 0 and len(measured) == 1, "from the cache"
@@ -300,8 +304,8 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
     foreign = json.loads(Path("a/latency.json").read_text()) | {"device": "another", "threads": 64}
     Path("foreign.json").write_text(json.dumps(foreign))
     assert cli(*OURS, "cache=off", "run.dir=d", "sparsity.table=foreign.json")[0] == 0
-    log, found = Path("d/log.txt").read_text(), json.loads(Path("d/metrics.json").read_text())
-    assert "times of another (64 threads)" in log and "sparsity/latency_measured" not in found
+    log, metrics = Path("d/log.txt").read_text(), json.loads(Path("d/metrics.json").read_text())
+    assert "times of another (64 threads)" in log and "sparsity/latency_measured" not in metrics
     code, out, err = cli(*OURS, "run.dry=true")
     assert code == 0 and "20.0% of the decoder layers' milliseconds" in out and len(measured) == 1, err
     code, out, _ = cli(*OURS, "run.dry=true", "sparsity.table=a/latency.json")
@@ -320,8 +324,8 @@ def test_layers_are_timed_before_they_are_quantised(cli: Any, monkeypatch: pytes
     monkeypatch.setattr(of_runs.Timing, "figures", figures)
     code, _, err = cli(*OURS, "cache=off", "run.dir=a", "quantise=int8")
     assert code == 0, err
-    found = json.loads(Path("a/metrics.json").read_text())
-    assert timed == [(False, found["sparsity/latency"])] and "pruned/bits/param" in found
+    metrics = json.loads(Path("a/metrics.json").read_text())
+    assert timed == [(False, metrics["sparsity/latency"])] and "pruned/bits/param" in metrics
 
 
 def test_an_unsteady_table_and_what_was_timed_are_told(
@@ -331,8 +335,8 @@ def test_an_unsteady_table_and_what_was_timed_are_told(
     made: list[Table] = []
 
     def unsteady(work: Workload, conditions: Conditions, multiple: int) -> Table:
-        found = assumed(work.model)
-        wide = [replace(own, ffn=Curve(tuple((n, ms, ms) for n, ms, _ in own.ffn.points))) for own in found.of]
+        times = assumed(work.model)
+        wide = [replace(own, ffn=Curve(tuple((n, ms, ms) for n, ms, _ in own.ffn.points))) for own in times.of]
         wide = [replace(own, attention=Curve(tuple((n, ms, ms) for n, ms, _ in own.attention.points))) for own in wide]
         made.append(Table(conditions, Times(tuple(wide))))
         return made[-1]
@@ -343,8 +347,8 @@ def test_an_unsteady_table_and_what_was_timed_are_told(
         caplog.clear()
         code, _, err = cli(*OURS, "cache.dir=cache", f"run.dir={name}")
         assert code == 0, err
-        (told,) = [line for line in caplog.messages if "times spread by more than a quarter" in line]
-        assert "perhaps something else was running" in told and "sparsity.table=<run>/latency.json" in told
+        (warning,) = [line for line in caplog.messages if "times spread by more than a quarter" in line]
+        assert "perhaps something else was running" in warning and "sparsity.table=<run>/latency.json" in warning
         assert sum("one token behind 0 tokens, for 1 sequence (" in line for line in caplog.messages) == 1
     assert len(made) == 2
     code, out, err = cli(*OURS, "run.dry=true", "sparsity.phase=prefill", "sparsity.context=9", "sparsity.batch=2")
@@ -357,18 +361,18 @@ def test_settings_of_times_without_times_are_told_of_one_run(
     monkeypatch.chdir(tmp_path)
     typed = ["sparsity.phase=prefill", "sparsity.batch=2", "sparsity.context=9"]
 
-    def told(*overrides: str) -> list[str]:
+    def read_log(*overrides: str) -> list[str]:
         caplog.clear()
         code, _, err = cli(*overrides, *DRY)
         assert code == 0, err
         return [text for text in caplog.messages if "no effect with sparsity.of=" in text]
 
     both = "sparsity.batch=2, sparsity.phase='prefill'"
-    assert told(*typed) == [f"{both}, sparsity.context=9: no effect with sparsity.of=decoder"]
-    assert told(*typed, "sparsity.of=bytes") == [f"{both}: no effect with sparsity.of=bytes"]
+    assert read_log(*typed) == [f"{both}, sparsity.context=9: no effect with sparsity.of=decoder"]
+    assert read_log(*typed, "sparsity.of=bytes") == [f"{both}: no effect with sparsity.of=bytes"]
     for quiet in ([], ["sparsity.of=macs", "sparsity.context=9"], ["sparsity.of=latency", *typed]):
-        assert told(*quiet) == []
-    assert told("--multirun", *typed, "sparsity.of=decoder,latency", "cache=off") == [], "the sweep counts by them"
+        assert read_log(*quiet) == []
+    assert read_log("--multirun", *typed, "sparsity.of=decoder,latency", "cache=off") == [], "the sweep counts by them"
 
 
 def test_a_prefill_is_measured_from_python(monkeypatch: pytest.MonkeyPatch, tiny: Any, tokens_NT: Tensor) -> None:
@@ -517,10 +521,10 @@ def test_what_cannot_be_counted_is_refused_before_a_weight_is_loaded(
         Path(f"{name}.json").write_text(json.dumps(data))
     Path("text.json").write_text("milliseconds")
     Path("deep.json").write_text("[" * 100_000)
-    for command, named, told in REFUSED:
+    for command, named, phrases in REFUSED:
         code, _, err = cli("sparsity.of=latency", "search=global", *command.split())
         assert code == 2, command
-        assert_told(err, named, *told)
+        assert_told(err, named, *phrases)
 
 
 def test_a_forecast_says_what_a_run_would_of_its_table(
@@ -535,8 +539,8 @@ def test_a_forecast_says_what_a_run_would_of_its_table(
         code, out, err = cli(*OURS, "run.dry=true", f"sparsity.table={name}.json")
         assert code == 0, err
         assert ("sparsity.table='foreign.json': times of another (64 threads), this run is on" in out) == said
-        told = [line for line in caplog.messages if "times spread by more than a quarter" in line]
-        assert len(told) == said and not any("the cache does not keep" in line for line in told)
+        warnings = [line for line in caplog.messages if "times spread by more than a quarter" in line]
+        assert len(warnings) == said and not any("the cache does not keep" in line for line in warnings)
 
 
 def little(folder: Path) -> Path:
@@ -557,16 +561,16 @@ def test_memory_foretold_is_what_timing_holds(
         monkeypatch.setattr(measure, setting, 0.0)
     monkeypatch.setattr(measure, "LEAST", 1)
     source = ModelSource("x", str(little(tmp_path)), None, "float32", "cpu", False, False, 4)
-    asked, peaks = OneShot(0.2, "latency", context, 8, phase, None), []
+    sparsity, peaks = OneShot(0.2, "latency", context, 8, phase, None), []
     for what in (
-        lambda work: measured_table(work, conditions_of(work.model, asked), 1),
+        lambda work: measured_table(work, conditions_of(work.model, sparsity), 1),
         lambda work: compared(work, work.model),
     ):
         with LiveBytes() as live:
-            what(Workload(asked.batch, asked.context, asked.phase, source.load()))
+            what(Workload(sparsity.batch, sparsity.context, sparsity.phase, source.load()))
         peaks.append(live.peak)
     shape = shape_of(source.outline())
-    stages = timing_stages(shape, shape.bytes, 0, asked)
+    stages = timing_stages(shape, shape.bytes, 0, sparsity)
     for stage, peak in zip(stages, peaks, strict=True):
         assert 0.75 <= stage.total / peak <= 1.2, (stage, peak)
 

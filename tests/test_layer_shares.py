@@ -75,8 +75,8 @@ def test_what_a_layer_loses_is_a_softmax_over_the_least_important() -> None:
     raised[0] = raised[5] = 0.0  # the most important third stays whole
     expected = [0.2 * 6 * each / sum(raised) for each in raised]
     ratio = 0.2 * 60 * 6 * CHANNEL_COST / params(SITES)
-    found = search(rule="softmax", intensity=3.0, pruned=0.67)
-    plan = found(scores_of(SITES), SITES, Budget(ratio, params(SITES)), None, RNG)
+    layer_shares = search(rule="softmax", intensity=3.0, pruned=0.67)
+    plan = layer_shares(scores_of(SITES), SITES, Budget(ratio, params(SITES)), None, RNG)
     assert lost(plan) == pytest.approx(expected, abs=1 / 60) and lost(plan)[0] == lost(plan)[5] == 0
 
 

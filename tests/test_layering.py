@@ -43,14 +43,14 @@ def parsed(path: Path) -> ast.Module:
 @cache
 def imported(path: Path) -> set[str]:
     """Dotted names of everything that a file imports, when it runs, inside functions, or for type checkers alone."""
-    found = set()
+    names = set()
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where a name comes from"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 @cache
@@ -86,10 +86,10 @@ def entry_graph() -> dict[str, set[str]]:
 @cache
 def ranks() -> dict[str, int]:
     """Entry -> one more than the highest rank among those that it imports."""
-    found: dict[str, int] = {}
+    rank_of: dict[str, int] = {}
     for entry in TopologicalSorter(entry_graph()).static_order():
-        found[entry] = 1 + max((found[own] for own in entry_graph()[entry]), default=0)
-    return found
+        rank_of[entry] = 1 + max((rank_of[own] for own in entry_graph()[entry]), default=0)
+    return rank_of
 
 
 def test_no_circle_between_files() -> None:
@@ -123,14 +123,14 @@ def test_a_forecast_knows_no_method() -> None:
 
 def test_a_methods_class_is_asked_for_in_its_package_alone() -> None:
     """Elsewhere its protocol says what it does."""
-    asked = set()
+    checks = set()
     for path in FILES:
         homes = {name.rpartition(".")[2]: name for name in imported(path) if name.startswith("pruneexp.")}
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
                 kinds = [own.id for own in ast.walk(node.args[1]) if isinstance(own, ast.Name)]
-                asked |= {(dotted(path), homes[kind]) for kind in kinds if kind in homes}
-    elsewhere = {(path, kind) for path, kind in asked if entry_of(path + ".") != entry_of(kind) in CHOSEN}
+                checks |= {(dotted(path), homes[kind]) for kind in kinds if kind in homes}
+    elsewhere = {(path, kind) for path, kind in checks if entry_of(path + ".") != entry_of(kind) in CHOSEN}
     assert elsewhere <= ASKED_FOR, elsewhere - ASKED_FOR
 
 

@@ -26,10 +26,10 @@ def at_once(request, monkeypatch):
 def test_losses_are_what_they_are_at_once(dtype):
     tokens = torch.randint(VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(1))
     own, wide = logits(3, 8, dtype=dtype), torch.promote_types(dtype, torch.float32)
-    found = next_token_losses(own, tokens)
+    token_losses = next_token_losses(own, tokens)
     expected = functional.cross_entropy(own[:, :-1].to(wide).mT, tokens[:, 1:], reduction="none")
-    assert found.dtype == torch.float64 and torch.allclose(found, expected.double(), rtol=1e-6)
-    assert float(mean_next_token_loss(own, tokens)) == pytest.approx(float(found.mean()), rel=1e-6)
+    assert token_losses.dtype == torch.float64 and torch.allclose(token_losses, expected.double(), rtol=1e-6)
+    assert float(mean_next_token_loss(own, tokens)) == pytest.approx(float(token_losses.mean()), rel=1e-6)
 
 
 @pytest.mark.usefixtures("at_once")

@@ -25,8 +25,8 @@ def rows(file: str, first: str) -> list[list[str]]:
     lines = manual.text(file).splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith(f"| {first} |"))
     end = next((index for index in range(start, len(lines)) if not lines[index].startswith("|")), len(lines))
-    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
-    return [found[0], *found[2:]]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+    return [table[0], *table[2:]]
 
 
 def anchor(heading: str) -> str:
@@ -40,15 +40,15 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("file", manual.FILES)
 def test_what_is_made_from_the_code_is_as_the_code_has_it(file: str) -> None:
-    found = manual.parts(file)
-    for name, text in found.items():
+    parts = manual.parts(file)
+    for name, text in parts.items():
         assert text == f"{manual.PARTS[name]()}\n", f"{file}: {name}; python -m tests.manual writes it anew"
 
 
 def test_every_part_stands_somewhere_once() -> None:
-    found = [name for file in manual.FILES for name in manual.parts(file)]
+    names = [name for file in manual.FILES for name in manual.parts(file)]
     marks = sum(manual.text(file).count("<!-- made by tests.manual") for file in manual.FILES)
-    assert sorted(found) == sorted(manual.PARTS) and marks == len(found)
+    assert sorted(names) == sorted(manual.PARTS) and marks == len(names)
 
 
 @pytest.mark.parametrize("file", manual.FILES)
@@ -80,15 +80,15 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 def test_every_page_of_ours_is_of_the_manual() -> None:
     folders = ("conf", "pruneexp", "sweeps", "tests/benchmarks")
-    found = {str(path.relative_to(manual.ROOT)) for folder in folders for path in (manual.ROOT / folder).rglob("*.md")}
-    assert found == set(manual.FILES) - {"README.md", "outputs/README.md"}
+    pages = {str(path.relative_to(manual.ROOT)) for folder in folders for path in (manual.ROOT / folder).rglob("*.md")}
+    assert pages == set(manual.FILES) - {"README.md", "outputs/README.md"}
 
 
 def test_the_table_of_searches_is_of_all_of_them() -> None:
-    head, *found = rows("conf/README.md", "search")
-    assert [row[0].strip("`") for row in found] == choices(conf_folder() / "search")
+    head, *body = rows("conf/README.md", "search")
+    assert [row[0].strip("`") for row in body] == choices(conf_folder() / "search")
     assert tuple(cell.strip("`") for cell in head[1 : 1 + len(manual.GRANULARITIES)]) == manual.GRANULARITIES
-    cells = {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in found}
+    cells = {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in body}
     assert cells["al_am"]["`heads`"] == "fixed" and cells["al_am"]["`ffn`"] == "–"
     fixed = {head for head, cell in cells["two_stage"].items() if cell == "fixed"}
     assert fixed == {"`channels`", "`attention`", "units and sublayers"}
@@ -112,8 +112,8 @@ def test_the_tables_of_forms_have_every_form() -> None:
 def test_the_table_of_biases_is_what_stock_classes_have() -> None:
     from tests.test_export import takes_biases
 
-    _, *found = rows(EXPORT, "added biases stay stock behind")
-    named = {place: set(re.findall(r"`(\w+)`", families)) for place, families in found}
+    _, *body = rows(EXPORT, "added biases stay stock behind")
+    named = {place: set(re.findall(r"`(\w+)`", families)) for place, families in body}
     assert sorted(name for families in named.values() for name in families) == sorted(FAMILIES)
     tiny = {model_type_of(name): name for name in TINY} | {name: name for name in TINY_FAMILIES}
     plain = [name for name, family in FAMILIES.items() if not family.experts and name not in ("mistral", "falcon")]
@@ -123,8 +123,8 @@ def test_the_table_of_biases_is_what_stock_classes_have() -> None:
 
 
 def test_the_table_of_engines_names_what_they_do_not_take() -> None:
-    head, *found = rows(EXPORT, "engine")
-    cells = {row[0]: dict(zip(head, row, strict=True))["`remote_code`"] for row in found}
+    head, *body = rows(EXPORT, "engine")
+    cells = {row[0]: dict(zip(head, row, strict=True))["`remote_code`"] for row in body}
     named = {engine: set(re.findall(r"`(\w+)`", text)) & set(FAMILIES) for engine, text in cells.items()}
     assert named["vLLM"] == set(NOT_SERVED)
     late = {name for name, family in FAMILIES.items() if family.pruned_since > "4.57"}

@@ -28,13 +28,13 @@ class Counts:
 class Writes:
     """Figures and files, of each model and of both."""
 
-    asked = 0
+    calls = 0
 
     def measured_on(self, tokenizer: Any) -> str:
         return "always the same"
 
     def __call__(self, model: Any, tokenizer: Any) -> Measured:
-        self.asked += 1
+        self.calls += 1
         return Measured({"words": float(model.params)}, {"txt": f"{model.params} words"}, seen=[model.params])
 
     def against(self, dense: Measured, pruned: Measured, tokenizer: Any) -> Measured:
@@ -50,15 +50,15 @@ def test_figures_and_files_come_together_and_from_the_cache(tmp_path: Path) -> N
 
     for run in ("first", "again"):
         (tmp_path / run).mkdir()
-        figures, found = measure(evaluators, MODEL, tmp_path / run, Trackers(()), "dense", kept)
+        figures, dense = measure(evaluators, MODEL, tmp_path / run, Trackers(()), "dense", kept)
         assert figures == {"dense/params": 7, "dense/params/decoder": 5, "dense/parameters": 7, "dense/words": 7}
-        figures, _ = measure(evaluators, pruned, tmp_path / run, Trackers(()), "pruned", dense=found)
+        figures, _ = measure(evaluators, pruned, tmp_path / run, Trackers(()), "pruned", dense=dense)
         assert figures["pruned/words"] == 4 and figures["pruned/gone"] == 3 and figures["pruned/parameters"] == 4
         written = {file.name: file.read_text() for file in (tmp_path / run / "samples").iterdir()}
         assert written == {
             "writes_dense.txt": "7 words", "writes_pruned.txt": "4 words", "writes.md": "[7] and [4]"
         }  # fmt: skip
-    assert evaluators["writes"].asked == 3  # the dense model once
+    assert evaluators["writes"].calls == 3  # the dense model once
 
 
 def giving(figures: Any, compared: Any = MappingProxyType({})) -> Any:
@@ -87,19 +87,19 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
 
 @pytest.mark.parametrize("method", ["__call__", "against"])
 def test_answers_that_are_no_figures_name_the_method(tmp_path: Path, method: str) -> None:
-    for answer, told in WRONG.values():
+    for answer, phrases in WRONG.values():
         evaluator = giving(answer) if method == "__call__" else giving({}, answer)
         with pytest.raises(RunError) as error:
             measure({"mine": evaluator}, MODEL, tmp_path, Trackers(()), "pruned", dense={"mine": Measured({})})
-        assert [each for each in told if each.replace("__call__", method) not in str(error.value)] == []
+        assert [each for each in phrases if each.replace("__call__", method) not in str(error.value)] == []
     assert not list(tmp_path.rglob("*")), "nothing is written"
 
 
 def test_two_figures_of_one_name_are_refused_where_they_differ() -> None:
     same = {"one": giving({"a/x@1": 1.001}), "two": giving({"a/x@1": 1.0})}  # batches round
     assert measure(same, MODEL, None, Trackers(()), "dense")[0]["dense/a/x@1"] == 1.0
-    told = "evaluator.two: Gives.__call__ gave a/x@1=2.0, which evaluator.one: Gives.__call__ gave as 1.001"
-    with pytest.raises(RunError, match=told):
+    message = "evaluator.two: Gives.__call__ gave a/x@1=2.0, which evaluator.one: Gives.__call__ gave as 1.001"
+    with pytest.raises(RunError, match=message):
         measure({**same, "two": giving({"a/x@1": 2.0})}, MODEL, None, Trackers(()), "dense")
     with pytest.raises(RunError, match="Gives.against gave a/x@1=3.0, which evaluator.one"):
         compared = {"one": giving({"a/x@1": 1.0}, {"a/x@1": 3.0})}
@@ -117,8 +117,8 @@ def test_methods_that_cannot_be_called_are_told_before_a_run() -> None:
         def against(self, dense: Measured, pruned: Measured) -> Measured:
             return Measured({})
 
-    for part, told in ((Short(), "Short.__call__(model)"), (Compares(), "Compares.against(dense, pruned)")):
+    for part, signature in ((Short(), "Short.__call__(model)"), (Compares(), "Compares.against(dense, pruned)")):
         with pytest.raises(ConfigError, match="expected to take") as error:
             satisfying(part, Evaluator, "evaluator.mine")
-        assert told in str(error.value) and "tokenizer" in str(error.value)
+        assert signature in str(error.value) and "tokenizer" in str(error.value)
     assert satisfying(Counts(), Evaluator, "evaluator.mine").against(1, 2, 3) == Measured({})

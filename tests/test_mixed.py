@@ -212,7 +212,7 @@ def test_documents_of_jsonl_and_parquet_are_the_same(folder: Path, tokenizer: An
     rows = [json.loads(line) for line in (folder / "one.jsonl").read_text().splitlines()]
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "one.parquet")
     (folder / "one.json.gz").write_bytes(gzip.compress((folder / "one.jsonl").read_bytes()))
-    found = []
+    splits = []
     for file in ("one.jsonl", "one.parquet", "one.json.gz"):
         run = compose(
             [
@@ -226,9 +226,9 @@ def test_documents_of_jsonl_and_parquet_are_the_same(folder: Path, tokenizer: An
         )
         dataset = build(run).dataset
         dataset.check()
-        found.append((dataset.calibration(tokenizer), dataset.evaluation(tokenizer, 20)))
-        assert set(bytes(found[-1][1].flatten().tolist())) == set(b"34567\n")
-    assert all(torch.equal(one, other) for each in found[1:] for one, other in zip(found[0], each, strict=True))
+        splits.append((dataset.calibration(tokenizer), dataset.evaluation(tokenizer, 20)))
+        assert set(bytes(splits[-1][1].flatten().tolist())) == set(b"34567\n")
+    assert all(torch.equal(one, other) for each in splits[1:] for one, other in zip(splits[0], each, strict=True))
     assert build(run).dataset.description()["calibration"]["files"][0]["sha256"]
 
 

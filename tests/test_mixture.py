@@ -176,7 +176,7 @@ def test_an_expert_without_a_token_can_be_compensated(compensator: Any, made: Ma
     model = made("mixtral")
     idle(model)
     before = model.layers[0].mlp.experts[3].w2.weight.clone()
-    found = pruned(
+    pruning = pruned(
         model,
         tokens_NT,
         Magnitude("reader", 2),
@@ -184,7 +184,7 @@ def test_an_expert_without_a_token_can_be_compensated(compensator: Any, made: Ma
         0.3,
         compensator,
     )
-    kept = list(found.plan.sites["model.layers.0.mlp.experts.3"].kept)
+    kept = list(pruning.plan.sites["model.layers.0.mlp.experts.3"].kept)
     linear = model.layers[0].mlp.experts[3].w2
     assert 0 < len(kept) < 24 and torch.equal(linear.weight, before[:, kept])
     assert torch.equal(linear.bias, torch.zeros(48, dtype=torch.float64))
@@ -197,13 +197,13 @@ def test_searches_remove_whole_experts(
 ) -> None:
     model = made("mixtral")
     before = model.decoder_params
-    found = pruned(model, tokens_NT, WandaSp("sum", False), SEARCHES[search](granularity), 0.3)
+    pruning = pruned(model, tokens_NT, WandaSp("sum", False), SEARCHES[search](granularity), 0.3)
     left = [len(experts_of(layer, model.family)) for layer in model.layers]
     assert min(left) >= 2 and sum(left) < 12
-    assert before - model.decoder_params == found.plan.budget["removed_params"]
+    assert before - model.decoder_params == pruning.plan.budget["removed_params"]
     dearest = before / 12  # an expert is less than that
-    assert abs(found.plan.budget["removed_params"] - 0.3 * before) <= dearest / 2
-    assert not [name for name in found.plan.sites if ".experts." in name]
+    assert abs(pruning.plan.budget["removed_params"] - 0.3 * before) <= dearest / 2
+    assert not [name for name in pruning.plan.sites if ".experts." in name]
     for layer, kept in zip(model.layers, left, strict=True):
         assert router_of(layer, model.family).weight.shape == (kept, 48)
 
@@ -214,8 +214,8 @@ def test_starts_score_whole_experts(granularity: list[str], made: Made, tokens_N
     model, starts = made("mixtral"), {"flap": Flap("WIFV", False)}
     before = model.decoder_params
     search = Evolutionary(1, granularity, 12.0, 0.5, 1, 0.5, 2, 1, 1, starts, 0.5, "kl")
-    found = pruned(model, tokens_NT, with_starts(WandaSp("sum", False), search), search, 0.3)
-    assert found.plan.budget["removed_params"] == before - model.decoder_params > 0.2 * before
+    pruning = pruned(model, tokens_NT, with_starts(WandaSp("sum", False), search), search, 0.3)
+    assert pruning.plan.budget["removed_params"] == before - model.decoder_params > 0.2 * before
     assert min(len(experts_of(layer, model.family)) for layer in model.layers) >= 2
 
 
@@ -223,7 +223,7 @@ def test_an_expert_is_worth_what_its_channels_are(made: Made, tokens_NT: torch.T
     """In layer-by-layer pruning, too; the recorded scores are those that decided."""
     for sequential in (False, True):
         model = made("qwen3_moe")
-        found = pruned(
+        pruning = pruned(
             model,
             tokens_NT,
             WandaSp("sum", sequential),
@@ -231,9 +231,9 @@ def test_an_expert_is_worth_what_its_channels_are(made: Made, tokens_NT: torch.T
             0.15,
         )
         for name in ("model.layers.0.mlp.experts", "model.layers.2.mlp.experts"):
-            own_U = torch.stack([unit_scores(found.scores[f"{name}.{unit}"]).sum() for unit in range(4)])
-            torch.testing.assert_close(found.scores[name], own_U)
-            kept = found.plan.sites[name].kept
+            own_U = torch.stack([unit_scores(pruning.scores[f"{name}.{unit}"]).sum() for unit in range(4)])
+            torch.testing.assert_close(pruning.scores[name], own_U)
+            kept = pruning.plan.sites[name].kept
             assert len(kept) < 4 and sorted(own_U.topk(len(kept)).indices.tolist()) == list(kept)
 
 
@@ -267,16 +267,16 @@ def test_experts_in_rounds_are_counted_as_at_the_start(made: Made, tokens_NT: to
     method = Method(
         WandaSp("sum", False), Linear(0.3, "decoder", 0, 2, *UNTIMED), SEARCHES["global"](["experts"]), NONE
     )
-    found = prune_in_rounds_(model, tokens_NT, method, Record(**settings()))
-    assert len(found.plan.budget["rounds"]) == 2
+    pruning = prune_in_rounds_(model, tokens_NT, method, Record(**settings()))
+    assert len(pruning.plan.budget["rounds"]) == 2
     for index, layer in enumerate(model.layers):
-        site = found.plan.sites[f"model.layers.{index}.mlp.experts"]
+        site = pruning.plan.sites[f"model.layers.{index}.mlp.experts"]
         experts = experts_of(layer, model.family)
         assert site.units == 4 and site.kept == experts.origin
         for expert, number in zip(experts, site.kept, strict=True):
             assert torch.equal(expert.w1.weight, dense.layers[index].mlp.experts[number].w1.weight)
     names = {f"model.layers.0.mlp.experts.{number}" for number in range(4)}
-    assert names <= found.scores.keys(), "of experts that left in the first round, too"
+    assert names <= pruning.scores.keys(), "of experts that left in the first round, too"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -360,9 +360,9 @@ def test_ul_mm_counts_the_channels_of_a_layer(made: Made) -> None:
 
 def test_what_leaves_is_reported(made: Made) -> None:
     model = made("mixtral")
-    found = widths(without_experts(model, 0, 2), model.sites())
-    assert [(w.kept, w.units) for w in found["experts"]] == [(2, 4)] * 3
-    assert [(w.kept, w.units) for w in found["mlp"]] == [(48, 96)] * 3
+    by_kind = widths(without_experts(model, 0, 2), model.sites())
+    assert [(w.kept, w.units) for w in by_kind["experts"]] == [(2, 4)] * 3
+    assert [(w.kept, w.units) for w in by_kind["mlp"]] == [(48, 96)] * 3
 
 
 def test_multiply_accumulates_are_those_of_the_experts_that_run(made: Made) -> None:
@@ -403,9 +403,9 @@ def test_layers_lose_shares_of_their_own(granularity: list[str], made: Made, tok
     model = made("mixtral")
     before = model.decoder_params
     criterion = SlimLlm(True) if "channels" in granularity else WandaSp("sum", False)
-    found = pruned(model, tokens_NT, with_starts(criterion, search), search, 0.3)
+    pruning = pruned(model, tokens_NT, with_starts(criterion, search), search, 0.3)
     assert 1 - model.decoder_params / before == pytest.approx(0.3, abs=0.12 if "experts" in granularity else 0.01)
-    assert len(found.plan.sites) and torch.isfinite(logits(model, tokens_NT)).all()
+    assert len(pruning.plan.sites) and torch.isfinite(logits(model, tokens_NT)).all()
 
 
 @pytest.mark.slow

@@ -273,7 +273,7 @@ def test_cuda_without_cuda(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "asked", "held"),
+    ("stored", "dtype", "held"),
     [
         ("float16", "auto", torch.float32),
         ("float16", "float16", torch.float16),
@@ -285,7 +285,7 @@ def test_cuda_without_cuda(cli: Cli) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_precision(
     stored: str,
-    asked: str,
+    dtype: str,
     held: torch.dtype,
     key: str,
     stream: bool,
@@ -297,7 +297,7 @@ def test_precision(
     config = json.loads((checkpoint / "config.json").read_text())
     del config["torch_dtype"]
     (checkpoint / "config.json").write_text(json.dumps({**config, key: stored}))
-    model = source(checkpoint, dtype=asked, stream=stream).load()
+    model = source(checkpoint, dtype=dtype, stream=stream).load()
     assert model.dtype == held
     assert {p.dtype for p in model.module.parameters()} == {held}
     with model.loaded(1) as layer:
@@ -337,13 +337,13 @@ OUTSIDE = {  # embeddings (tied ones once), positions, norms around the layers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sites_by_hand(family: str, tiny: Callable[..., Model]) -> None:
     model = tiny(family)
-    found = [(s.name, s.kind, s.layer, s.units, s.width, s.cost) for s in model.sites()]
+    rows = [(s.name, s.kind, s.layer, s.units, s.width, s.cost) for s in model.sites()]
     expected = []
     for layer in range(3):
         for which, (kind, cost) in enumerate((("attention", ATTENTION_COST), ("mlp", MLP_COST))):
             name = NAMES[family][which].format(layer)
             expected.append((name, kind, layer, UNITS[family][which], WIDTH[family][which], cost[family]))
-    assert found == expected
+    assert rows == expected
     for site in model.sites():
         model.module.get_submodule(site.name)  # names are module paths
 
@@ -532,13 +532,13 @@ def test_settings_that_cannot_be(source: Callable[..., Any]) -> None:
 def test_a_checkpoint_that_is_written_while_it_is_read_is_no_model(
     checkpoint: Path, source: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = model_source.check_finite
+    check_finite = model_source.check_finite
 
     def written(module: Any, prefix: str) -> None:
         (checkpoint / "README.md").write_text("a card that comes last")
         if ".1." in prefix:
             (checkpoint / "model.safetensors").touch()
-        found(module, prefix)
+        check_finite(module, prefix)
 
     monkeypatch.setattr(model_source, "check_finite", written)
     with pytest.raises(RunError, match=r"^model.path='.*': changed while it was read; expected files that nobody"):

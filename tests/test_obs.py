@@ -173,8 +173,8 @@ def test_the_ridge_is_chosen_for_the_loss_of_a_quarter_of_the_units_or_of_one(gr
     left = 2 if groups == 6 else 1
     ridge = chosen_ridge(weight, None, seen, torch.arange(6 * (groups - left)), "channel")
     assert (ridge == RIDGES[START] / 2) == (groups == 1), "a single unit leaves nothing to fit"
-    found, expected = (Obs(each, 1, 8, "none", False, 8.0, "channel") for each in ("auto", ridge))
-    costs = found(block, {"few": seen})["few"].cost_U, expected(block, {"few": seen.whole})["few"].cost_U
+    auto, expected = (Obs(each, 1, 8, "none", False, 8.0, "channel") for each in ("auto", ridge))
+    costs = auto(block, {"few": seen})["few"].cost_U, expected(block, {"few": seen.whole})["few"].cost_U
     torch.testing.assert_close(*costs)
 
 

@@ -98,10 +98,10 @@ def test_the_reader_of_today_takes_the_same_from_both(case: str, tmp_path: Path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(with_old_keys(json.loads(file.read_text()))))
     both = AutoConfig.from_pretrained(tmp_path)
-    found = getattr(both, "rope_parameters", None) or {}
+    rope_parameters = getattr(both, "rope_parameters", None) or {}
     if case == "phi3":  # keeps the old name of the type, too
-        found = {name: value for name, value in found.items() if name != "type"}
-    assert found == (getattr(plain, "rope_parameters", None) or {})
+        rope_parameters = {name: value for name, value in rope_parameters.items() if name != "type"}
+    assert rope_parameters == (getattr(plain, "rope_parameters", None) or {})
     assert both.dtype == plain.dtype
 
 

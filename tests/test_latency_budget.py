@@ -23,7 +23,7 @@ from pruneexp.experiment.forecast import timing_stages
 from pruneexp.experiment.forecast.shape import shape_of
 from pruneexp.experiment.latency import assumed, conditions_of
 from pruneexp.fingerprint import config_hash
-from pruneexp.latency import Conditions, Table, Workload, compared, measure, measured_table
+from pruneexp.latency import Conditions, Table, Workload, compare_times, measure, measure_table
 from pruneexp.latency.measure import spaced
 from pruneexp.latency.workload import Pool, bytes_of
 from pruneexp.model import Model, ModelSource
@@ -276,7 +276,7 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
 
     def counted(work: Workload, conditions: Conditions, multiple: int) -> Table:
         measured.append(conditions)
-        timings = measured_table(work, conditions, multiple)
+        timings = measure_table(work, conditions, multiple)
         # others compute beside the tests: straight lines up to what was measured of the whole
         calm = [
             tuple((n, c.at(c.most) * (0.1 + 0.9 * n / c.most), 0.0) for n, _, _ in c.points) for c in timings.curves
@@ -284,7 +284,7 @@ def test_a_measured_run_and_one_by_its_table(cli: Any, monkeypatch: pytest.Monke
         own = replace(timings.times.of[0], attention=Curve(calm[0]), ffn=Curve(calm[1]))
         return replace(timings, times=Times((own,)))
 
-    monkeypatch.setattr(of_runs, "measured_table", counted)
+    monkeypatch.setattr(of_runs, "measure_table", counted)
     code, out, err = cli(*OURS, "cache.dir=cache", "run.dir=a")
     assert code == 0, err
     metrics = json.loads(Path("a/metrics.json").read_text())
@@ -320,7 +320,7 @@ def test_layers_are_timed_before_they_are_quantised(cli: Any, monkeypatch: pytes
         timed.append((bool(model.stored_bytes), foretold))
         return {}
 
-    monkeypatch.setattr(measure, "timed", by_bytes)
+    monkeypatch.setattr(measure, "time_pass", by_bytes)
     monkeypatch.setattr(of_runs.Timing, "figures", figures)
     code, _, err = cli(*OURS, "cache=off", "run.dir=a", "quantise=int8")
     assert code == 0, err
@@ -341,7 +341,7 @@ def test_an_unsteady_table_and_what_was_timed_are_told(
         made.append(Table(conditions, Times(tuple(wide))))
         return made[-1]
 
-    monkeypatch.setattr(of_runs, "measured_table", unsteady)
+    monkeypatch.setattr(of_runs, "measure_table", unsteady)
     monkeypatch.setattr(of_runs.Timing, "figures", lambda *_: {})
     for name in ("a", "b"):
         caplog.clear()
@@ -379,7 +379,7 @@ def test_a_prefill_is_measured_from_python(monkeypatch: pytest.MonkeyPatch, tiny
     """The tiny model's times are too short for a budget."""
     import pruneexp
 
-    for name, value in (("SECONDS", 0.0), ("AT_ONCE", 0.0), ("STACK_SECONDS", 0.0), ("timed", by_bytes)):
+    for name, value in (("SECONDS", 0.0), ("AT_ONCE", 0.0), ("STACK_SECONDS", 0.0), ("time_pass", by_bytes)):
         monkeypatch.setattr(measure, name, value)
     model = tiny("bloom").module.float()
     typed = ["sparsity.of=latency", "sparsity.phase=prefill", "sparsity.context=16", "sparsity.batch=2"]
@@ -415,12 +415,12 @@ def test_layers_of_every_kind_can_be_measured(name: str, monkeypatch: pytest.Mon
     for phase, context in (("decode", 9), ("decode", 0), ("prefill", 7)):
         work = Workload(2, context, phase, model)
         sparsity = OneShot(0.2, "latency", context, 2, phase, None)
-        model.times = measured_table(work, conditions_of(model, sparsity), 1).times
+        model.times = measure_table(work, conditions_of(model, sparsity), 1).times
         for index in range(len(model.layers)):
             attention, ffn = (model.times.curve(site.kind, index) for site in model.layer_sites(index))
             assert [attention.most, ffn.most] == [site.units for site in model.layer_sites(index)]
             assert attention.at(attention.most) + ffn.at(ffn.most) > 0
-        assert min(compared(work, model).pruned) > 0
+        assert min(compare_times(work, model).pruned) > 0
 
 
 @pytest.fixture
@@ -563,8 +563,8 @@ def test_memory_foretold_is_what_timing_holds(
     source = ModelSource("x", str(little(tmp_path)), None, "float32", "cpu", False, False, 4)
     sparsity, peaks = OneShot(0.2, "latency", context, 8, phase, None), []
     for what in (
-        lambda work: measured_table(work, conditions_of(work.model, sparsity), 1),
-        lambda work: compared(work, work.model),
+        lambda work: measure_table(work, conditions_of(work.model, sparsity), 1),
+        lambda work: compare_times(work, work.model),
     ):
         with LiveBytes() as live:
             what(Workload(sparsity.batch, sparsity.context, sparsity.phase, source.load()))

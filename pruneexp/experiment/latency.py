@@ -15,7 +15,16 @@ from pruneexp.experiment.forecast import Forecast, timing_stages
 from pruneexp.experiment.settings import Experiment
 from pruneexp.files import write_atomic
 from pruneexp.fingerprint import code_version
-from pruneexp.latency import Conditions, Table, Workload, check_table, compared, measured_table, read_table, same_device
+from pruneexp.latency import (
+    Conditions,
+    Table,
+    Workload,
+    check_table,
+    compare_times,
+    measure_table,
+    read_table,
+    same_device,
+)
 from pruneexp.latency.workload import widths
 from pruneexp.model import Model
 from pruneexp.model.modeling_pruned import head_size
@@ -41,7 +50,7 @@ class Timing:
         """The pruned layers against what they were, measured in turns, beside the share that the table foretold."""
         if self.work is None:
             return {}
-        conditions, timed = self.table.conditions, compared(self.work, model)
+        conditions, timed = self.table.conditions, compare_times(self.work, model)
         name = f"latency/decoder_{conditions.phase}_ms@b{conditions.batch}x{conditions.context}"
         shares = [1 - pruned / dense for dense, pruned in zip(timed.dense, timed.pruned, strict=True)]
         dense, pruned, share = median(timed.dense), median(timed.pruned), median(shares)
@@ -186,7 +195,7 @@ def _measured(cache: Cache | NoCache, work: Workload, here: Conditions, multiple
     key = {"what": "the latency table", **asdict(here), "multiple": multiple, "code": code}
     with cache.held([key]) as entries:
         times = entries.get(key)
-        table = measured_table(work, here, multiple) if times is None else Table(here, times)
+        table = measure_table(work, here, multiple) if times is None else Table(here, times)
         if times is None and table.steady:
             entries.put(key, table.times)
     if times is not None:

@@ -2,6 +2,6 @@
 
 # ruff: noqa: F401
 
-from pruneexp.latency.measure import compared, measured_table
+from pruneexp.latency.measure import compare_times, measure_table
 from pruneexp.latency.table import Conditions, Table, check_table, read_table, same_device
 from pruneexp.latency.workload import Workload

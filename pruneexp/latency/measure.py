@@ -46,7 +46,7 @@ class Compared:
     pruned: tuple[float, ...]
 
 
-def measured_table(work: Workload, conditions: Conditions, multiple: int) -> Table:
+def measure_table(work: Workload, conditions: Conditions, multiple: int) -> Table:
     """Medians and interquartile ranges of every sublayer's times. `multiple`: of which FFN widths will be.
 
     A layer is run without its FFN, for attention, and without attention, for the FFN; what a layer without both takes
@@ -104,11 +104,11 @@ def _in_a_row(work: Workload, layer: Any, origin: int, pool: Pool, copies: int) 
     first = [one()]
     for _ in range(WARM_UP):
         work.run(first)
-    each = max(1e-7, timed(work, first))
+    each = max(1e-7, time_pass(work, first))
     return first + [one() for _ in range(min(copies, int(AT_ONCE / each)))]
 
 
-def timed(work: Workload, layers: Sequence[Prepared]) -> float:
+def time_pass(work: Workload, layers: Sequence[Prepared]) -> float:
     """Seconds that the layers take."""
     device = work.model.device
     start = _computed(device)
@@ -140,7 +140,7 @@ def _rounds(work: Workload, runs: Mapping[Any, Sequence[Prepared]]) -> dict[Any,
     rounds = min(MOST, max(LEAST, int(SECONDS / max(1e-6, time.perf_counter() - start))))
     turns = [point for _ in range(rounds) for point in order.sample(points, len(points))]
     for point in progress(turns, "latency table", len(turns), "times"):
-        spent[point].append(timed(work, runs[point]))
+        spent[point].append(time_pass(work, runs[point]))
     return spent
 
 
@@ -164,20 +164,20 @@ def _layer_times(layers: tuple[int, ...], by_widths: Mapping[Widths, tuple[float
     return LayerTimes(layers, curve(lambda n: (n, heads, 0), groups), curve(lambda n: (0, 0, n), channels), query_heads)
 
 
-def compared(work: Workload, pruned: Model) -> Compared:
+def compare_times(work: Workload, pruned: Model) -> Compared:
     """Times all layers before pruning, with random weights, and the pruned model's own, one run of each in turn."""
     pool = Pool(min(POOL_BYTES, bytes_of(work.skeletons)), pruned.dtype, pruned.device)
     dense = [work.prepared(filled_(skeleton(layer), pool), n, pool) for n, layer in enumerate(work.skeletons)]
     left = [work.prepared(layer, origin, pool) for layer, origin in zip(pruned.layers, pruned.origin, strict=True)]
     for layers in (dense, left):
         work.run(layers)
-    runs = max(1, min(50, int(STACK_SECONDS / max(1e-6, timed(work, dense)))))
+    runs = max(1, min(50, int(STACK_SECONDS / max(1e-6, time_pass(work, dense)))))
     spent: tuple[list[float], list[float]] = ([], [])
     for _ in progress(range(REPEATS), "latency: before and after", REPEATS, "times"):
         took = [0.0, 0.0]
         for _ in range(runs):
             for side, layers in enumerate((dense, left)):
-                took[side] += timed(work, layers)
+                took[side] += time_pass(work, layers)
         for side, seconds in enumerate(took):
             spent[side].append(1e3 * seconds / runs)
     return Compared(tuple(spent[0]), tuple(spent[1]))

@@ -23,7 +23,7 @@ from pruneexp.calibrate import Meter
 from pruneexp.compensator import Bias
 from pruneexp.criterion import Flap
 from pruneexp.experiment.latency import conditions_of
-from pruneexp.latency import Workload, compared, measured_table
+from pruneexp.latency import Workload, compare_times, measure_table
 from pruneexp.model import Model, ModelSource, sharing
 from pruneexp.pruning import Method
 from pruneexp.pruning.ask import plan_within_budget
@@ -88,7 +88,7 @@ def main() -> None:
     for phase in args.phase:
         work = Workload(1, args.context, phase, model)
         timed = OneShot(args.ratio, "latency", args.context, 1, phase, None)
-        model.times = measured_table(work, conditions_of(model, timed), 1).times
+        model.times = measure_table(work, conditions_of(model, timed), 1).times
         for name in args.search:
             search = SEARCHES[name]
             plan = plan_of(model, scores, search, timed)
@@ -104,8 +104,8 @@ def main() -> None:
                 pruned = sharing(model)
                 own = Pruning(pruned, tokens_NT, Method(criterion, timed, search, compensator), ratio, Record())
                 _compensate_and_shrink(own, chosen, evidence, "shrink")
-                compared_ms = compared(work, pruned)
-                shares = [1 - b / a for a, b in zip(compared_ms.dense, compared_ms.pruned, strict=True)]
+                times = compare_times(work, pruned)
+                shares = [1 - b / a for a, b in zip(times.dense, times.pruned, strict=True)]
                 perplexity = pruned.token_losses(judged_NT, 4).mean().exp().item()
                 spread = f"{median(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})"
                 left = 1 - pruned.decoder_params / model.decoder_params

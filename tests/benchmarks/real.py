@@ -105,7 +105,7 @@ def judge(job: Mapping[str, Any]) -> dict[str, Any]:
     parts = evaluation_parts(windows.dataset, tokenizer, windows.length, windows.bos)
     with widened(dtype):
         for name, (_, windows_NT) in parts.items():
-            figures["ppl"][name], figures["kl"][name] = compared(model, dense, windows_NT[: windows.samples])
+            figures["ppl"][name], figures["kl"][name] = compare(model, dense, windows_NT[: windows.samples])
         del dense
         if "zeroshot" in evaluators:
             asks: Any = evaluators["zeroshot"]
@@ -116,7 +116,7 @@ def judge(job: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def compared(model: Any, dense: Any, windows_NT: Any) -> tuple[float, float]:
+def compare(model: Any, dense: Any, windows_NT: Any) -> tuple[float, float]:
     """Perplexity, and nats of KL(dense || model), over all tokens that have one in front of them."""
     import torch
 

@@ -122,6 +122,6 @@ def test_the_figures_are_of_the_measured_numbers() -> None:
         assert places == pytest.approx(kept_places, abs=0.5)
     page = (figures.HERE / "README.md").read_text()
     for point in measured["effort"]["points"]:
-        name = "`best`" if point["effort"] == 10 else f"`best`, `search.effort={point['effort']}`"
+        name = "`best`" if point["effort"] == 20 else f"`best`, `search.effort={point['effort']}`"
         row = next(line for line in page.splitlines() if line.startswith(f"| | | {name} |"))
         assert re.findall(r"\((0\.\d+)\)", row) == [f"{point[text]:.2f}" for text in ("wikitext2", "c4")]

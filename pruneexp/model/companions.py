@@ -1,6 +1,6 @@
 """The small files that lie beside a checkpoint's weights: which of them travel with the model, and how.
 
-The one list of them: what is fetched from the Hub, and what a saved model and an export take along.
+The one list of those that travel: fetched from the Hub, taken along by a saved model and by an export.
 """
 
 from __future__ import annotations

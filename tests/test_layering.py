@@ -17,7 +17,6 @@ LONGEST = 9  # imports in a row from entry to entry, at most
 METHODS = ("criterion", "compensator", "search", "sparsity", "evidence")  # torch and nothing else
 MANY_PARAMETERS = {  # functions of more than seven
     "pruneexp.api.prune",  # the door: all but the first three have defaults
-    "pruneexp.calibrate.probe.__init__",  # so have all but its first three
     "pruneexp.dataset.files.text",  # named by a YAML file, whose keys they are
     "pruneexp.dataset.document_files.documents",  # as `text`
 }

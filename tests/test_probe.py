@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import pruneexp
 from pruneexp.calibrate import Meter, Probe
 from pruneexp.calibrate.probe import predictions_apart
 from pruneexp.types import Candidate, Plan, SitePlan
@@ -60,9 +61,33 @@ def test_the_bar_moves_while_one_batch_is_judged(tiny, tokens_NT, monkeypatch):
             yield step
 
     monkeypatch.setattr("pruneexp.calibrate.probe.progress", bar)
-    probe = Probe(model, tokens_NT, Meter(), effort=1)
+    probe = Probe(model, tokens_NT, Meter())
+    probe.show("search", 1)
     probe.losses([candidate(model, {}), candidate(model, {0: 1}), candidate(model, {0: 2})], batch=0)
     assert len(set(seen)) > len(model.layers) and len(seen) == 99
+
+
+PROBING = {  # recipe -> settings that make it quick
+    "best": ["search.effort=2", "augmentation=none"],
+    "blockpruner": [],
+    "2ssp": [],
+    "policy_gradient": ["search.steps=12"],
+}
+
+
+@pytest.mark.parametrize("recipe", PROBING)
+def test_what_probes_shows_how_far_it_has_come(recipe, tiny, tokens_NT, monkeypatch):
+    steps_of = {}
+
+    def bar(steps, stage, *_):
+        for step in steps:
+            steps_of[stage] = step
+            yield step
+
+    monkeypatch.setattr("pruneexp.calibrate.probe.progress", bar)
+    pruneexp.prune(tiny("llama").module.float(), None, tokens_NT, recipe=recipe, ratio=0.4, overrides=PROBING[recipe])
+    assert 20 < steps_of["search"] < 99
+    assert ("losses" in steps_of) == (recipe == "blockpruner") and steps_of.get("losses", 98) == 98
 
 
 def test_what_is_shared_is_counted_once(tiny, tokens_NT):

@@ -21,13 +21,13 @@ MOST_APART = 8  # of the predictions, one in so many is compared at least
 class Probe:
     """The oracle lent to searches: losses of candidate structures on `tokens_NT`, by masking the model in place.
 
-    Candidates that begin alike share the layers they have in common: each layer is run once for all candidates that
-    are the same up to it, batch by batch. `passes` counts what was run so far, in plain passes of all decoder layers
-    over the calibration windows, of which there are `windows` (None: these are all); `effort` is how many there will
-    be, for a progress bar (until `close`). objective=kl: the divergence from the predictions of the model as it stands,
-    whose last hidden states are kept on the CPU once a batch is asked for; where an output head costs more than all
-    layers (a small model of a large vocabulary), not every prediction is compared, so that it costs no more. `fits`:
-    what `trial` asks. The windows are split into `least_batches` or more, where there are as many.
+    Candidates that begin alike share the layers they have in common: each layer is run once for all candidates that are
+    the same up to it, batch by batch. `passes` counts what was run so far, in plain passes of all decoder layers over
+    the calibration windows, of which there are `windows` (None: these are all). objective=kl: the divergence from the
+    predictions of the model as it stands, whose last hidden states are kept on the CPU once a batch is asked for; where
+    an output head costs more than all layers (a small model of a large vocabulary), not every prediction is compared,
+    so that it costs no more. `fits`: what `trial` asks. The windows are split into `least_batches` or more, where there
+    are as many.
     """
 
     def __init__(
@@ -35,23 +35,26 @@ class Probe:
         model: Model,
         tokens_NT: Tensor,
         meter: Meter,
-        effort: float | None = None,
         objective: Objective = "next_token",
         windows: int | None = None,
         fits: Callable[[Plan, float], Candidate] | None = None,
         least_batches: int = 1,
     ):
-        self.model, self.tokens_NT, self.meter, self.effort = model, tokens_NT, meter, effort
+        self.model, self.tokens_NT, self.meter = model, tokens_NT, meter
         self.batch_size = at_once(len(tokens_NT), model.batch_size, least_batches)
         self.objective, self.windows, self.fits = objective, windows or len(tokens_NT), fits
-        self.passes, self._shown = 0.0, 0
-        self._bar = iter(progress(range(100), "search", 100, "%"))
+        self.passes, self._expected, self._shown = 0.0, 0.0, 0
+        self._bar: Iterator[int] = iter(())
         self.apart = predictions_apart(model) if objective == "kl" else 1
         self._dense: dict[int, Tensor] = {}  # last hidden states of the model as it stands, by batch
 
+    def show(self, stage: str, passes: float) -> None:
+        """Shows from here on how far `stage` has come, which spends about so many passes, until `close`."""
+        self._expected, self._bar = passes, iter(progress(range(100), stage, 100, "%"))
+
     def close(self) -> None:
         """Takes the progress bar away."""
-        self.effort, self._bar = None, iter(())
+        self._expected, self._bar = 0.0, iter(())
 
     @property
     def batches(self) -> int:
@@ -136,7 +139,7 @@ class Probe:
         self._show()
 
     def _show(self) -> None:
-        while self.effort and self._shown < min(99, 100 * self.passes / self.effort):
+        while self._expected and self._shown < min(99, 100 * self.passes / self._expected):
             self._shown += 1
             next(self._bar, None)
 

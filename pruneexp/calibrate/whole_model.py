@@ -50,6 +50,7 @@ def _losses(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter, whole: Col
     units = {site.name: site.units for site in model.sites()}
     plans = [Plan({s.name: SitePlan(s.kind, units.get(s.name, 1), ())}) for s in shown]
     probe = Probe(model, tokens_NT, meter)
+    probe.show("losses", 1 + sum(1 - site.layer / len(model.layers) for site in shown))
     *without, dense = probe.losses([Candidate(p) for p in (*plans, Plan({}))]).tolist()
     probe.close()
     if math.isfinite(dense) and not any(map(math.isfinite, without)):  # a dense one that is not: the criterion says so

@@ -47,7 +47,6 @@ def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, S
             work.model,
             judging,
             work.record.meter,
-            search.effort,
             search.objective,
             windows=len(work.tokens_NT),
             fits=None if fit is None else partial(_fitted, work, fit, fitting),
@@ -55,6 +54,8 @@ def plan_all_layers(work: Pruning, sites: Sequence[Site], scores: Mapping[str, S
         )
     try:
         budget = whole_budget(work.model, search, work.method.sparsity, work.ratio)
+        if oracle is not None and search.spends is not None:
+            oracle.show("search", search.spends(sites, budget, oracle.batches))
         return plan_within_budget(work, scores, sites, budget, oracle)[0]
     finally:
         if oracle is not None:

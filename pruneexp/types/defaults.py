@@ -47,7 +47,6 @@ SEARCH: Defaults = {
     "granularity": ("heads", "channels"),
     "heads": None,  # a count for all layers, in place of the ratio
     "probes": False,
-    "effort": None,
     "check": _nothing,
     "spends": None,
     "refits": 0,

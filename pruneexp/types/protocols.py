@@ -135,8 +135,7 @@ class Search(Protocol):
     granularity  what may leave: units ("heads", "channels", "experts"), sublayers ("attention", "ffn"), "blocks"
     heads        a count to remove in place of the ratio
     probes       it cannot do without losses, and so needs the whole model in memory
-    effort       passes that it will spend, for a progress bar
-    spends       unless None, of (sites, budget, batches): passes that its probes may cost, for forecasts
+    spends       unless None, of (sites, budget, batches): passes that its probes may cost, for forecasts and progress
     refits       about how many refitted out-projections of each site its probes ask for, for forecasts
     rebalanced   unless None, of (plan, scores, sites, budget): its plan at another budget, without a probe
     rescored     unless None, of (plan, before, after, sites, budget): its plan by scores `after`, of all windows, where
@@ -153,7 +152,6 @@ class Search(Protocol):
     granularity: Any
     heads: int | None
     probes: bool
-    effort: float | None
     spends: Any
     refits: Any
     rebalanced: Any

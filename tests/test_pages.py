@@ -55,18 +55,18 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        found = dict(attrs)
+        attributes = dict(attrs)
         if tag not in VOID:
             self.open.append(tag)
-        self.ids += [found["id"]] if "id" in found else []
+        self.ids += [attributes["id"]] if "id" in attributes else []
         self.references += [value for key, value in attrs if key in ("src", "href", "xlink:href", "data", "action")]
-        self.labels += [found["aria-label"]] if tag == "svg" else []
+        self.labels += [attributes["aria-label"]] if tag == "svg" else []
         if tag == "table":
             self._rows = []
         if tag == "tr":
             self._rows.append([])
         if tag in ("td", "th", "caption"):
-            self._cell = ["", found.get("data-value")]
+            self._cell = ["", attributes.get("data-value")]
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
         self.handle_starttag(tag, attrs)
@@ -168,9 +168,9 @@ def test_every_number_in_the_table_is_the_runs_own(made: Path, sweep: Path) -> N
 
 def test_seeds_are_taken_together(made: Path) -> None:
     table = rows(made / "tables" / "perplexity-ppl-embedded-128.csv")
-    found = {(row["method"], row["ratio asked"]): row for row in table}
-    assert set(found) == {(method, ratio) for method in ("flap", "magnitude") for ratio in ("0.2", "0.5")}
-    for (method, ratio), row in found.items():
+    row_of = {(row["method"], row["ratio asked"]): row for row in table}
+    assert set(row_of) == {(method, ratio) for method in ("flap", "magnitude") for ratio in ("0.2", "0.5")}
+    for (method, ratio), row in row_of.items():
         factor = {"flap": 1.1, "magnitude": 1.3}[method]
         middle = math.log(3.0) + 10 * float(ratio) * math.log(factor) + math.log(1.01)
         half = t_quantile(2) * math.log(1.01) / math.sqrt(3)
@@ -182,20 +182,20 @@ def test_seeds_are_taken_together(made: Path) -> None:
 
 def test_main_effects_of_the_sweep(made: Path) -> None:
     assert "balanced, all 4 combinations of levels alike, 3 seeds" in (made / "index.html").read_text()
-    found = {(row["factor"], row["level"]): row for row in rows(made / "tables" / "effects-ppl-embedded-128.csv")}
+    row_of = {(row["factor"], row["level"]): row for row in rows(made / "tables" / "effects-ppl-embedded-128.csv")}
     flap, magnitude = 3.5 * math.log(1.1), 3.5 * math.log(1.3)  # mean of 2 and 5 times
-    assert float(found["recipe", "flap"]["mean rise"]) == pytest.approx(flap + math.log(1.01))
-    assert float(found["recipe", "magnitude"]["effect"]) == pytest.approx((magnitude - flap) / 2)
-    assert float(found["sparsity.ratio", "0.5"]["effect"]) == pytest.approx(1.5 * math.log(1.1 * 1.3) / 2)
+    assert float(row_of["recipe", "flap"]["mean rise"]) == pytest.approx(flap + math.log(1.01))
+    assert float(row_of["recipe", "magnitude"]["effect"]) == pytest.approx((magnitude - flap) / 2)
+    assert float(row_of["sparsity.ratio", "0.5"]["effect"]) == pytest.approx(1.5 * math.log(1.1 * 1.3) / 2)
 
 
 def test_fronts_hold_the_dense_model_and_what_nothing_beats(made: Path) -> None:
     for name, cost in ((f"pareto-{LATENCY}", "prefill, ms per token (b1x128)"), ("pareto-bytes", "weights, MiB")):
         file = f"pareto-{PPL}-{name.removeprefix('pareto-')}"
-        found = rows(made / "tables" / f"{re.sub('[^A-Za-z0-9]+', '-', file)}.csv")
-        points = {(row["method"], row["ratio asked"]): (float(row[cost]), float(row[PPL])) for row in found}
+        table = rows(made / "tables" / f"{re.sub('[^A-Za-z0-9]+', '-', file)}.csv")
+        points = {(row["method"], row["ratio asked"]): (float(row[cost]), float(row[PPL])) for row in table}
         assert len(points) == 5 and points["dense", "0.0"][1] == 3.0
-        for row in found:
+        for row in table:
             x, y = points[row["method"], row["ratio asked"]]
             beaten = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
             assert (row["on the front"] == "yes") == (not beaten)
@@ -235,11 +235,11 @@ def test_decoder_layers_have_a_front_of_their_own_on_each_machine(tmp_path: Path
 def test_speeds_in_llama_cpp_say_how_far_they_vary(tmp_path: Path) -> None:
     kind = "/gguf-q4_k_m"
     for index, ratio in enumerate((0.2, 0.3)):
-        found = {f"{side}/{PPL}{kind}": 5.0 + index for side in ("dense", "pruned")}
-        found |= {f"{side}/{LATENCY}{kind}": 1000.0 for side in ("dense", "pruned")}
-        found |= {f"{side}/{LATENCY}/iqr{kind}": 30.0 + 40 * index for side in ("dense", "pruned")}
+        measured = {f"{side}/{PPL}{kind}": 5.0 + index for side in ("dense", "pruned")}
+        measured |= {f"{side}/{LATENCY}{kind}": 1000.0 for side in ("dense", "pruned")}
+        measured |= {f"{side}/{LATENCY}/iqr{kind}": 30.0 + 40 * index for side in ("dense", "pruned")}
         composed = config("recipe=flap", "quantise=gguf", **{"sparsity.ratio": ratio})
-        write_run(tmp_path / str(index), composed, metrics(4.0, **found))
+        write_run(tmp_path / str(index), composed, metrics(4.0, **measured))
     section = pareto_section(describe(find([tmp_path], "same").runs), styles(["flap quantise=gguf"]))
     assert section is not None
     assert any("at most 7 % of prefill, ms per token (b1x128) in llama.cpp; points" in line for line in section.lines)
@@ -251,8 +251,8 @@ def test_kept_widths_are_means_over_seeds(made: Path) -> None:
     assert "flap, 0.2 100 50 50;" in heads  # the last layer keeps 1, 2 and 3 of 4
     (channels,) = [label for label in Page(made / "index.html").labels if "FFN channels kept" in label]
     assert "magnitude, 0.5 100 0 50." in f"{channels}."
-    found = [row for row in rows(made / "tables" / "widths.csv") if row["kind"] == "attention" and row["layer"] == "2"]
-    assert sorted(float(row["kept"]) for row in found) == [0.25] * 4 + [0.5] * 4 + [0.75] * 4
+    widths = [row for row in rows(made / "tables" / "widths.csv") if row["kind"] == "attention" and row["layer"] == "2"]
+    assert sorted(float(row["kept"]) for row in widths) == [0.25] * 4 + [0.5] * 4 + [0.75] * 4
 
 
 def test_tables_and_figures_come_in_every_form(made: Path) -> None:
@@ -278,8 +278,8 @@ def test_the_same_runs_make_the_same_files(made: Path, sweep: Path, tmp_path: Pa
 
 def test_configs_are_there_whole_and_their_differences_too(made: Path) -> None:
     page = Page(made / "index.html")
-    found = page.table("Every key that is not the same")
-    assert {row["criterion._target_"][0].rpartition(".")[2] for row in found} == {"Flap", "Magnitude"}
+    differences = page.table("Every key that is not the same")
+    assert {row["criterion._target_"][0].rpartition(".")[2] for row in differences} == {"Flap", "Magnitude"}
     assert page.text.count("evaluation_samples: 128") >= 12
     shown = page.table("Every finished run")[0]
     assert "dataset.seed" in shown and "criterion.metric" not in shown  # flap says that
@@ -330,12 +330,12 @@ def test_what_is_not_whole_is_named_and_left_out(tmp_path: Path, capsys: pytest.
     (delivered / "plan.json").write_text(plan({"mlp": [9, 9, 9]}).to_json() + "\n")
     assert report(runs) == 0
     page = Page(runs / "report" / "index.html")
-    told = {row["folder"][0]: row["reason"][0] for row in page.table("Folders that are in no figure")}
+    reasons = {row["folder"][0]: row["reason"][0] for row in page.table("Folders that are in no figure")}
     expected = {name: reason for name, (_, reason) in breakages().items()}
     expected |= {hashed.name: "edited: config.yaml has the hash", "delivered": "edited: plan.json is not the plan of"}
-    assert set(told) == set(expected)
+    assert set(reasons) == set(expected)
     for name, reason in expected.items():
-        assert reason in told[name], name
+        assert reason in reasons[name], name
     assert [row["run"][0] for row in page.table("Every finished run")] == ["good", "unmeasured"]
     said = capsys.readouterr().out
     assert said.count("left out: ") == len(expected) and "2 runs; the report is" in said
@@ -395,17 +395,17 @@ def test_what_was_timed_makes_no_other_result(tmp_path: Path) -> None:
     for name, share in (("a", 0.21), ("b", 0.18)):
         timed = {f"pruned/{DECODER}": 1.0 - share, "sparsity/latency": 0.2, "sparsity/latency_measured": share}
         write_run(tmp_path / name, composed, metrics(4.0, **timed))
-    found = find([tmp_path], "same")
-    assert [one.name for one in found.repeats] == ["b"] and not found.conflicts
+    runs_read = find([tmp_path], "same")
+    assert [one.name for one in runs_read.repeats] == ["b"] and not runs_read.conflicts
     write_run(tmp_path / "c", composed, metrics(4.0, **{"sparsity/latency": 0.3, "sparsity/latency_measured": 0.2}))
     assert find([tmp_path], "same").conflicts
 
 
 def llama(ppl: float, *overrides: str, **settings: Any) -> tuple[dict[str, Any], dict[str, float]]:
     base = ("model=llama_7b", "dataset=wikitext2", "evaluator=[wikitext2_128,size]", "model.device=cpu")
-    found = {key: value for key, value in metrics(ppl).items() if PPL not in key}
-    found |= {"dense/ppl/wikitext2@128": 12.63, "pruned/ppl/wikitext2@128": ppl}
-    return config(*base, *overrides, **settings), found
+    measured = {key: value for key, value in metrics(ppl).items() if PPL not in key}
+    measured |= {"dense/ppl/wikitext2@128": 12.63, "pruned/ppl/wikitext2@128": ppl}
+    return config(*base, *overrides, **settings), measured
 
 
 def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path, drawn: None) -> None:
@@ -417,30 +417,30 @@ def test_published_figures_stand_beside_ours_and_never_among_them(tmp_path: Path
     write_run(tmp_path / "runs" / "wanda", composed, measured)
     out = tmp_path / "page"
     assert report(tmp_path / "runs", f"out={out}") == 0
-    found = {(row["our method"], row["published"]): row for row in rows(out / "tables" / "published.csv")}
-    flap = found["flap", "14.62"]
+    row_of = {(row["our method"], row["published"]): row for row in rows(out / "tables" / "published.csv")}
+    flap = row_of["flap", "14.62"]
     assert float(flap["ours"]) == pytest.approx(math.sqrt(14.5 * 15.0)) and flap["seeds"] == "2"
     assert flap["verdict"] == "within" and "arXiv 2312.11983" in flap["source"]
     assert float(flap["difference"]) == pytest.approx(math.sqrt(14.5 * 15.0) - 14.62)
     assert float(flap["tolerance"]) == pytest.approx(0.05 * 14.62)
-    assert found["wanda_sp", "22.12"]["verdict"] == "outside"
-    assert (flap["found by others"], found["flap", "69.63"]["found by others"]) == ("15.05", "")
-    told = {(key, row["metric"], row["verdict"]) for key, row in found.items() if "acc/" in row["metric"]}
-    assert told == {
+    assert row_of["wanda_sp", "22.12"]["verdict"] == "outside"
+    assert (flap["found by others"], row_of["flap", "69.63"]["found by others"]) == ("15.05", "")
+    verdicts = {(key, row["metric"], row["verdict"]) for key, row in row_of.items() if "acc/" in row["metric"]}
+    assert verdicts == {
         (("dense", "73.18"), "acc/boolq@0shot", "outside"),
         (("flap", "69.63"), "acc/boolq@0shot", "within"),
     }
-    assert float(found["flap", "69.63"]["ours"]) == pytest.approx(70.0)
-    dense = {row["metric"] for row in found.values() if row["our method"] == "dense"}
+    assert float(row_of["flap", "69.63"]["ours"]) == pytest.approx(70.0)
+    dense = {row["metric"] for row in row_of.values() if row["our method"] == "dense"}
     assert dense == {"ppl/wikitext2@128", "params", "acc/boolq@0shot"}
     points = rows(out / "tables" / "perplexity-ppl-wikitext2-128.csv")
     assert [float(row["ppl/wikitext2@128"]) for row in points] == pytest.approx([math.sqrt(14.5 * 15.0), 99.0])
     protocols = rows(out / "tables" / "protocols.csv")
-    told = {row["what"]: row for row in protocols if flap["no."] in row["of no."].split(", ")}
-    assert told["read in"]["published"] == "figure in the README of github.com/CASIA-IVA-Lab/FLAP (read)"
-    assert (told["calibration windows"]["published"], told["calibration windows"]["ours"]) == ("1024", "128")
-    assert told["calibration windows"]["alike"] == "differs" and told["calibration data"]["alike"] == "yes"
-    assert told["window, tokens"]["alike"] == "yes" and told["split"]["published"] == "test"
+    protocol = {row["what"]: row for row in protocols if flap["no."] in row["of no."].split(", ")}
+    assert protocol["read in"]["published"] == "figure in the README of github.com/CASIA-IVA-Lab/FLAP (read)"
+    assert (protocol["calibration windows"]["published"], protocol["calibration windows"]["ours"]) == ("1024", "128")
+    assert protocol["calibration windows"]["alike"] == "differs" and protocol["calibration data"]["alike"] == "yes"
+    assert protocol["window, tokens"]["alike"] == "yes" and protocol["split"]["published"] == "test"
     svg = (out / "figures" / "perplexity-ppl-wikitext2-128.svg").read_text()
     assert "published, at its nominal ratio" in svg
     page = Page(out / "index.html")
@@ -459,13 +459,13 @@ def test_a_papers_mean_over_tasks_stands_beside_the_mean_of_ours_on_them(tmp_pat
     write_run(tmp_path / "whole", composed, of_ppl | dense | pruned)
     composed, _ = llama(14.6, "recipe=flap", **{"dataset.seed": 1})
     write_run(tmp_path / "part", composed, of_ppl | dict(list((dense | pruned).items())[1:-3]))
-    found = comparisons(describe(find([tmp_path], "same").runs), [table])
-    (before, after) = (one for one in found if one.published.mean_of)
+    compared = comparisons(describe(find([tmp_path], "same").runs), [table])
+    (before, after) = (one for one in compared if one.published.mean_of)
     assert (before.published.value, after.published.value) == (63.25, 62.08)
     assert (before.ours.mean, after.ours.mean) == (pytest.approx(53.0), pytest.approx(43.0)) and after.ours.n == 1
     assert [one.run.name for one in after.runs] == ["whole"]
-    told = {aspect.what: aspect.ours for aspect in after.aspects}
-    assert told["score"].startswith("mean of acc/boolq@0shot, ") and "acc_norm/hellaswag@0shot" in told["score"]
+    aspects = {aspect.what: aspect.ours for aspect in after.aspects}
+    assert aspects["score"].startswith("mean of acc/boolq@0shot, ") and "acc_norm/hellaswag@0shot" in aspects["score"]
 
 
 def test_another_ratio_window_metric_or_recovery_is_another_figure(tmp_path: Path) -> None:
@@ -483,23 +483,23 @@ def test_another_ratio_window_metric_or_recovery_is_another_figure(tmp_path: Pat
     renamed = {key.replace("@128", "@2048"): value for key, value in measured.items()}
     write_run(tmp_path / "window", composed, renamed | {"dense/ppl/wikitext2@2048": 5.7})
     runs = describe(find([tmp_path], "same").runs)
-    found = {(one.runs[0].run.name, one.published.method) for one in comparisons(runs, published_tables())}
-    assert {method for _, method in found} == {"dense"}
+    pairs = {(one.runs[0].run.name, one.published.method) for one in comparisons(runs, published_tables())}
+    assert {method for _, method in pairs} == {"dense"}
     assert {one.recipe for one in runs} == {"flap", None}
 
 
 def test_a_published_ratio_is_matched_as_it_is_printed_and_no_run_by_two(tmp_path: Path) -> None:
-    for name, asked in (("near", 0.203125), ("same", 0.2), ("far", 0.2051)):
-        composed, measured = llama(14.6, "recipe=flap", **{"sparsity.ratio": asked})
-        left = {key: value for key, value in metrics(share=asked + 0.001).items() if "ppl" not in key}
+    for name, ratio in (("near", 0.203125), ("same", 0.2), ("far", 0.2051)):
+        composed, measured = llama(14.6, "recipe=flap", **{"sparsity.ratio": ratio})
+        left = {key: value for key, value in metrics(share=ratio + 0.001).items() if "ppl" not in key}
         write_run(tmp_path / "runs" / name, composed, measured | left)
     runs = describe(find([tmp_path / "runs"], "same").runs)
     tables = [table for table in published_tables() if table.name == "flap_perplexity"]
 
     def pruned(tables: Any) -> set[tuple[str, float, float]]:
-        found = [one for one in comparisons(runs, tables) if one.method != "dense"]
-        assert all(len(one.runs) == 1 and one.ratio == one.runs[0].ratio for one in found)
-        return {(one.runs[0].run.name, one.published.ratio, round(one.share, 6)) for one in found}
+        compared = [one for one in comparisons(runs, tables) if one.method != "dense"]
+        assert all(len(one.runs) == 1 and one.ratio == one.runs[0].ratio for one in compared)
+        return {(one.runs[0].run.name, one.published.ratio, round(one.share, 6)) for one in compared}
 
     assert pruned(tables) == {("near", 0.2, 0.204125), ("same", 0.2, 0.201)}
     (table,) = tables
@@ -566,9 +566,9 @@ def test_crossed_choices_are_factors_and_an_unbalanced_design_says_so(tmp_path: 
     text = (runs / "report" / "index.html").read_text()
     assert "unbalanced, 5 of 6 combinations of levels" in text
     table = rows(runs / "report" / "tables" / "effects-ppl-embedded-128.csv")
-    found = {(row["factor"], row["level"]): row for row in table}
-    assert {factor for factor, _ in found} == {"criterion", "search"}
-    assert float(found["criterion", "wanda_sp"]["mean rise"]) == pytest.approx(3.5)
+    row_of = {(row["factor"], row["level"]): row for row in table}
+    assert {factor for factor, _ in row_of} == {"criterion", "search"}
+    assert float(row_of["criterion", "wanda_sp"]["mean rise"]) == pytest.approx(3.5)
     assert "95 % over seeds, ±" not in table[0]  # there is one seed
     methods = [row["method"] for row in rows(runs / "report" / "tables" / "runs.csv")]
     assert "wanda_sp global" in methods and len(set(methods)) == 5
@@ -586,8 +586,8 @@ def test_settings_of_one_choice_tell_methods_apart(tmp_path: Path) -> None:
     for index, metric in enumerate(("WIFV", "IFV")):
         write_run(tmp_path / str(index), config("recipe=flap", **{"criterion.metric": metric}), metrics(4.0 + index))
     assert report(tmp_path, f"out={tmp_path / 'page'}") == 0
-    found = rows(tmp_path / "page" / "tables" / "runs.csv")
-    assert [(row["method"], row["criterion.metric"]) for row in found] == [
+    table = rows(tmp_path / "page" / "tables" / "runs.csv")
+    assert [(row["method"], row["criterion.metric"]) for row in table] == [
         ("flap metric=IFV", "IFV"),
         ("flap metric=WIFV", "WIFV"),
     ]
@@ -597,8 +597,8 @@ def test_settings_alone_name_methods_of_parts_that_all_share(tmp_path: Path) -> 
     for index, kinds in enumerate(("[heads,channels]", "[blocks]")):
         typed = ("recipe=flap", "search=global", "compensator=none", f"search.granularity={kinds}")
         write_run(tmp_path / str(index), config(*typed))
-    found = [one.method for one in describe(find([tmp_path], "same").runs)]
-    assert found == ["granularity=[heads,channels]", "granularity=[blocks]"]
+    methods = [one.method for one in describe(find([tmp_path], "same").runs)]
+    assert methods == ["granularity=[heads,channels]", "granularity=[blocks]"]
 
 
 def test_recipes_keep_their_names_beside_runs_of_no_recipe(tmp_path: Path) -> None:
@@ -624,8 +624,8 @@ def test_a_recipe_says_what_it_chooses_itself(tmp_path: Path) -> None:
     }
     for name, overrides in typed.items():
         write_run(tmp_path / name, config(*overrides))
-    found = [one.method for one in describe(find([tmp_path], "same").runs)]
-    assert found == ["best", "best_tuned", "flap", "flap augmentation=self_generated", "flap recovery=lora"]
+    methods = [one.method for one in describe(find([tmp_path], "same").runs)]
+    assert methods == ["best", "best_tuned", "flap", "flap augmentation=self_generated", "flap recovery=lora"]
 
 
 def test_runs_without_perplexity_have_a_page_too(tmp_path: Path, drawn: None) -> None:
@@ -643,12 +643,12 @@ def test_runs_without_perplexity_have_a_page_too(tmp_path: Path, drawn: None) ->
 def test_accuracies_are_means_over_seeds_beside_the_dense_models(tmp_path: Path) -> None:
     mean, task = "acc/mean7@0shot[280]", "acc/piqa@0shot[40]"
     for recipe, share in (("flap", 0.2), ("magnitude", 0.15)):
-        for seed, found in enumerate((0.40, 0.44)):
+        for seed, accuracy in enumerate((0.40, 0.44)):
             measured = {
                 f"dense/{mean}": 0.5,
-                f"pruned/{mean}": found,
+                f"pruned/{mean}": accuracy,
                 f"dense/{task}": 0.7,
-                f"pruned/{task}": 0.6 + found / 10,
+                f"pruned/{task}": 0.6 + accuracy / 10,
             }
             composed = config(
                 f"recipe={recipe}", **{"dataset.seed": seed, "model.path": "a/b/c/llm", "model.name": "a/b/c/llm"}
@@ -656,10 +656,10 @@ def test_accuracies_are_means_over_seeds_beside_the_dense_models(tmp_path: Path)
             write_run(tmp_path / "runs" / "HASH", composed, metrics(4.0 + seed, share, **measured))
     assert report(tmp_path / "runs", f"out={tmp_path / 'page'}") == 0
     page = Page(tmp_path / "page" / "index.html")
-    found = {(row["model"][0], row["method"][0]): row for row in page.table("Accuracy on every task")}
-    assert set(found) == {("llm", "dense"), ("llm", "flap"), ("llm", "magnitude")}  # of a path, the folder's name
-    assert [found["llm", "dense"][key][0] for key in (mean, task)] == ["0.5000", "0.7000"]
-    assert [found["llm", "flap"][key][0] for key in (mean, task)] == ["0.4200", "0.6420"]
+    row_of = {(row["model"][0], row["method"][0]): row for row in page.table("Accuracy on every task")}
+    assert set(row_of) == {("llm", "dense"), ("llm", "flap"), ("llm", "magnitude")}  # of a path, the folder's name
+    assert [row_of["llm", "dense"][key][0] for key in (mean, task)] == ["0.5000", "0.7000"]
+    assert [row_of["llm", "flap"][key][0] for key in (mean, task)] == ["0.4200", "0.6420"]
     (first, _) = page.table(f"{mean}: mean accuracy")
     half = t_quantile(1) * 0.02  # s / sqrt(n) of 0.40 and 0.44
     assert [float(first[key][1] or "") for key in ("95 % from", "to")] == pytest.approx([0.42 - half, 0.42 + half])
@@ -795,18 +795,20 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @each("recipe", sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
 def test_a_recipe_is_told_from_its_parts(recipe: str) -> None:
-    found, choices = choices_of(config(f"recipe={recipe}"))
-    assert found == recipe and not any(one.departures for one in choices.values())
-    found, choices = choices_of(config(f"recipe={recipe}", **{"sparsity.of": "macs", "sparsity.ratio": 0.4, "seed": 7}))
-    assert found == recipe
+    name, choices = choices_of(config(f"recipe={recipe}"))
+    assert name == recipe and not any(one.departures for one in choices.values())
+    name, choices = choices_of(config(f"recipe={recipe}", **{"sparsity.of": "macs", "sparsity.ratio": 0.4, "seed": 7}))
+    assert name == recipe
     assert {g: one.departures for g, one in choices.items() if one.departures} == {"sparsity": {"of": "macs"}}
     assert choices_of(config(f"recipe={recipe}", "compensator=none", "criterion=random"))[0] is None
 
 
 def test_what_was_chosen_goes_before_what_the_settings_look_like() -> None:
     chosen = {"recipe": "flap", "criterion": "flap", "sparsity": "one_shot", "search": "al_am", "compensator": "bias"}
-    recipe, found = choices_of(config("recipe=flap", "criterion.metric=IFV"), chosen)
-    assert recipe == "flap" and found["criterion"].departures == {"metric": "IFV"} and not found["search"].departures
+    recipe, choices = choices_of(config("recipe=flap", "criterion.metric=IFV"), chosen)
+    assert (
+        recipe == "flap" and choices["criterion"].departures == {"metric": "IFV"} and not choices["search"].departures
+    )
     assert choices_of(config("recipe=flap"), {**chosen, "search": "mine"})[0] is None
     assert choices_of(config("recipe=flap"), {**chosen, "search": "mine"})[1]["search"].name == "mine"
     assert choices_of(config("recipe=flap"), {**chosen, "recipe": "my_own"})[0] == "my_own"
@@ -830,9 +832,9 @@ def test_which_gpu_of_a_machine_is_no_other_model_and_a_cpu_is_named_beside_gpus
         write_run(
             tmp_path / str(number), config("recipe=flap", f"seed={number}", f"model.device={device}"), around=around
         )
-    found = describe(find([tmp_path], "same").runs)
-    assert len({(one.context, one.method) for one in found}) == 1
-    assert {machine(one.run) for one in found} == {"NVIDIA H100, 1 thread"}
+    runs = describe(find([tmp_path], "same").runs)
+    assert len({(one.context, one.method) for one in runs}) == 1
+    assert {machine(one.run) for one in runs} == {"NVIDIA H100, 1 thread"}
     write_run(tmp_path / "cpu", config("recipe=flap", "model.device=cpu"), around=around)
     (last,) = (one for one in describe(find([tmp_path], "same").runs) if one.run.name == "cpu")
     assert machine(last.run) == "Linux, EPYC, 2 CPUs, 1 thread" and last.context.endswith("device=cpu")
@@ -846,8 +848,8 @@ def test_published_figures_of_a_swapped_criterion_stand_beside_runs_that_swap_it
         write_run(tmp_path / criterion, composed, measured)
         composed, measured = llama(20.0, "recipe=llm_pruner", f"criterion={criterion}", "compensator=bias")
         write_run(tmp_path / f"{criterion}_bias", composed, measured)
-    found = comparisons(describe(find([tmp_path], "same").runs), [table])
-    beside = {one.published.method: {run.run.name for run in one.runs} for one in found if one.published.ratio}
+    compared = comparisons(describe(find([tmp_path], "same").runs), [table])
+    beside = {one.published.method: {run.run.name for run in one.runs} for one in compared if one.published.ratio}
     assert beside == {"L2": {"magnitude_coupled"}, "Random": {"random"}, "Element1": {"taylor"}}
 
 
@@ -858,5 +860,5 @@ def test_an_option_is_told_from_its_settings(group: str, name: str) -> None:
 
 
 def test_a_class_of_ones_own_has_its_own_name() -> None:
-    found = choice("criterion", {"criterion": {"_target_": "my_criteria.Energy", "power": 0.5}})
-    assert (found.name, dict(found.departures)) == ("Energy", {})
+    chosen = choice("criterion", {"criterion": {"_target_": "my_criteria.Energy", "power": 0.5}})
+    assert (chosen.name, dict(chosen.departures)) == ("Energy", {})

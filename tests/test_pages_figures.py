@@ -27,8 +27,8 @@ def picture(folder: Path, ppls: dict[float, list[float]]) -> Picture:
     return section.pictures[0]
 
 
-def drawn(found: Picture) -> tuple[Any, list[Any]]:
-    (axes,) = found.figure.axes
+def drawn(plot: Picture) -> tuple[Any, list[Any]]:
+    (axes,) = plot.figure.axes
     return axes, [line for line in axes.get_lines() if len(line.get_xdata())]
 
 
@@ -38,32 +38,32 @@ def bars(lines: list[Any]) -> list[list[float]]:
 
 def test_two_seeds_are_drawn_and_their_interval_is_not(tmp_path: Path) -> None:
     """Of 5 and 20, the interval goes from 0.0015 to 67,000."""
-    found = picture(tmp_path, {0.2: [5.0, 20.0], 0.5: [30.0, 40.0]})
-    axes, lines = drawn(found)
+    plot = picture(tmp_path, {0.2: [5.0, 20.0], 0.5: [30.0, 40.0]})
+    axes, lines = drawn(plot)
     low, high = axes.get_ylim()
     assert 1.5 < low < 3.0 and 40.0 < high < 80.0  # 3 is the dense model's
     small = [sorted(line.get_ydata()) for line in lines if line.get_markersize() == 3]
     assert [pytest.approx(values) for values in small] == [[5.0, 20.0], [30.0, 40.0]] and not bars(lines)
-    assert found.caption.endswith("2 seeds a point; small marks are the seeds.")
+    assert plot.caption.endswith("2 seeds a point; small marks are the seeds.")
 
 
 def test_three_seeds_have_an_interval_that_does_not_set_the_scale(tmp_path: Path) -> None:
-    found = picture(tmp_path, {0.2: [5.0, 5.1, 5.2], 0.5: [6.0, 12.0, 40.0]})
-    axes, lines = drawn(found)
+    plot = picture(tmp_path, {0.2: [5.0, 5.1, 5.2], 0.5: [6.0, 12.0, 40.0]})
+    axes, lines = drawn(plot)
     low, high = axes.get_ylim()
     narrow, wide = bars(lines)
     assert low < narrow[0] < 5.0 < narrow[1] < high and (wide[0] < low or wide[1] > high)
     span = math.log(math.exp(math.log(6 * 12 * 40) / 3) / 3.0)  # of the marks: the dense model's to the highest mean
     assert math.log(high / low) <= span * 1.61
     assert not [line for line in lines if line.get_markersize() == 3]
-    assert found.caption.endswith("t-intervals of the mean log perplexity; bars cut by the frame are longer.")
+    assert plot.caption.endswith("t-intervals of the mean log perplexity; bars cut by the frame are longer.")
 
 
 def test_bars_that_fit_are_said_to_end_where_they_end(tmp_path: Path) -> None:
-    found = picture(tmp_path, {0.2: [5.0, 5.1, 5.2], 0.5: [9.0, 9.1, 9.2]})
-    low, high = drawn(found)[0].get_ylim()
-    assert all(low < bound < high for bar in bars(drawn(found)[1]) for bound in bar)
-    assert found.caption.endswith("bars are 95 % t-intervals of the mean log perplexity.")
+    plot = picture(tmp_path, {0.2: [5.0, 5.1, 5.2], 0.5: [9.0, 9.1, 9.2]})
+    low, high = drawn(plot)[0].get_ylim()
+    assert all(low < bound < high for bar in bars(drawn(plot)[1]) for bound in bar)
+    assert plot.caption.endswith("bars are 95 % t-intervals of the mean log perplexity.")
 
 
 @pytest.mark.parametrize("ppls", [{0.0: [3.5], 0.2: [5.0]}, {0.2: [3.0]}, {0.2: [3.0, 3.0, 3.0]}, {0.2: [1e9, 4.0]}])

@@ -27,9 +27,9 @@ def test_t_quantile_has_the_closed_forms_of_one_and_two_degrees() -> None:
 
 
 def test_interval_of_three() -> None:
-    found = interval([1.0, 2.0, 6.0])  # mean 3, variance (4 + 1 + 9) / 2 = 7
-    assert (found.mean, found.n) == (3.0, 3)
-    assert found.half == pytest.approx(t_quantile(2) * math.sqrt(7 / 3))
+    estimate = interval([1.0, 2.0, 6.0])  # mean 3, variance (4 + 1 + 9) / 2 = 7
+    assert (estimate.mean, estimate.n) == (3.0, 3)
+    assert estimate.half == pytest.approx(t_quantile(2) * math.sqrt(7 / 3))
     assert spread([1.0, 2.0, 6.0]) == pytest.approx(math.sqrt(7))
 
 
@@ -42,8 +42,8 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     draw = random.Random(0)
     inside = 0
     for _ in range(2000):
-        found = interval([draw.gauss(0, 1) for _ in range(4)])
-        inside += abs(found.mean) <= (found.half or 0)
+        estimate = interval([draw.gauss(0, 1) for _ in range(4)])
+        inside += abs(estimate.mean) <= (estimate.half or 0)
     assert 0.935 < inside / 2000 < 0.965
 
 
@@ -73,26 +73,26 @@ def design(seeds: int) -> tuple[dict[str, list[str]], list[float], list[int]]:
 
 def test_main_effects_of_an_additive_response_are_its_parts() -> None:
     factors, responses, seeds = design(3)
-    found = {(one.factor, one.level): one for one in main_effects(factors, responses, seeds)}
+    effects = {(one.factor, one.level): one for one in main_effects(factors, responses, seeds)}
     # The mean of all is 2 + 0 + 10.
-    assert {key: round(one.effect, 12) for key, one in found.items()} == {
+    assert {key: round(one.effect, 12) for key, one in effects.items()} == {
         ("A", "x"): -2.0,
         ("A", "y"): -1.0,
         ("A", "z"): 3.0,
         ("B", "p"): -1.0,
         ("B", "q"): 1.0,
     }
-    assert found["A", "z"].mean == 15.0 and found["A", "z"].n == 6
-    assert found["A", "z"].spread == spread([4.0, 14.0, 24.0, 6.0, 16.0, 26.0])
+    assert effects["A", "z"].mean == 15.0 and effects["A", "z"].n == 6
+    assert effects["A", "z"].spread == spread([4.0, 14.0, 24.0, 6.0, 16.0, 26.0])
     # Offsets of seeds leave an effect alone, so that it is the same under each of them.
-    assert all(one.half == pytest.approx(0.0, abs=1e-12) for one in found.values())
+    assert all(one.half == pytest.approx(0.0, abs=1e-12) for one in effects.values())
 
 
 def test_intervals_of_effects_are_over_seeds() -> None:
     factors = {"A": ["x", "y"] * 3}
     responses = [0.0, 2.0, 0.0, 4.0, 0.0, 12.0]  # y's effect: 1, 2 and 6
-    found = {one.level: one for one in main_effects(factors, responses, [0, 0, 1, 1, 2, 2])}
-    assert found["y"].effect == 3.0 and found["y"].half == pytest.approx(interval([1.0, 2.0, 6.0]).half)
+    effects = {one.level: one for one in main_effects(factors, responses, [0, 0, 1, 1, 2, 2])}
+    assert effects["y"].effect == 3.0 and effects["y"].half == pytest.approx(interval([1.0, 2.0, 6.0]).half)
 
 
 def test_no_interval_for_one_seed_or_designs_that_differ() -> None:
@@ -112,8 +112,8 @@ def test_balanced_and_crossed() -> None:
 
 
 def test_factors_that_change_together_are_one() -> None:
-    found = aliases_joined({"a": ["1", "1", "2"], "b": ["u", "u", "v"], "c": ["p", "q", "p"], "d": ["k", "k", "k"]})
-    assert found == {"a, b": ["1, u", "1, u", "2, v"], "c": ["p", "q", "p"]}
+    factors = aliases_joined({"a": ["1", "1", "2"], "b": ["u", "u", "v"], "c": ["p", "q", "p"], "d": ["k", "k", "k"]})
+    assert factors == {"a, b": ["1, u", "1, u", "2, v"], "c": ["p", "q", "p"]}
 
 
 def test_kept_shares() -> None:

@@ -58,11 +58,11 @@ def test_masks_biases_and_perplexity(setting: str, build_from: Callable[..., Any
                 expected = torch.from_numpy(ARRAYS[f"{setting}|{part}|{layer}"])
                 bias = torch.zeros_like(expected) if linear.bias is None else linear.bias
                 torch.testing.assert_close(bias, expected, rtol=1e-4, atol=1e-6)
-    found = experiment.evaluators["perplexity"](model, None)
-    assert found == {"ppl/test@64": pytest.approx(ORACLE[setting]["ppl"], rel=1e-4)}
+    figures = experiment.evaluators["perplexity"](model, None)
+    assert figures == {"ppl/test@64": pytest.approx(ORACLE[setting]["ppl"], rel=1e-4)}
 
 
 def test_dense_perplexity(build_from: Callable[..., Any]) -> None:
     experiment = build_from(*overrides("mag_sp|-|-|0.2"))
-    found = experiment.evaluators["perplexity"](experiment.model.load(), None)
-    assert found == {"ppl/test@64": pytest.approx(ORACLE["dense_ppl"], rel=1e-5)}
+    figures = experiment.evaluators["perplexity"](experiment.model.load(), None)
+    assert figures == {"ppl/test@64": pytest.approx(ORACLE["dense_ppl"], rel=1e-5)}

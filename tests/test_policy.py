@@ -34,19 +34,19 @@ class Worth:
     """An oracle whose loss is what the removed channels (not heads) are worth: the first half of each site's, all."""
 
     def __init__(self, nan: str = "never") -> None:
-        self.passes, self.batches, self.nan, self.asked = 0.0, 3, nan, []
+        self.passes, self.batches, self.nan, self.calls = 0.0, 3, nan, []
 
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
         self.passes += len(candidates) / self.batches
-        self.asked.append(batch)
-        found = []
+        self.calls.append(batch)
+        losses = []
         for number, candidate in enumerate(candidates):
             lost = 0
             for site in candidate.plan.sites.values():
                 lost += sum(1 for u in range(site.units // 2) if u not in site.kept)
-            bad = self.nan == "always" or (self.nan == "sometimes" and number == 0 and len(self.asked) % 7 == 0)
-            found.append(math.nan if bad else float(lost))
-        return torch.tensor(found, dtype=torch.float64)
+            bad = self.nan == "always" or (self.nan == "sometimes" and number == 0 and len(self.calls) % 7 == 0)
+            losses.append(math.nan if bad else float(lost))
+        return torch.tensor(losses, dtype=torch.float64)
 
 
 def draws(seed: int = 0) -> dict[str, Tensor]:
@@ -94,8 +94,8 @@ def test_the_estimate_converges_to_the_exact_gradient_of_six_bits(estimator: str
     for n in (200, 200_000):
         masks = torch.rand(n, 6, generator=draw, dtype=torch.float64) < s
         losses = table[(masks.long() * torch.tensor([32, 16, 8, 4, 2, 1])).sum(1)]
-        found = policy_gradient(s, masks, losses, expected(s).item(), n + 1, estimator)
-        errors.append(((found - exact).norm() / exact.norm()).item())
+        estimate = policy_gradient(s, masks, losses, expected(s).item(), n + 1, estimator)
+        errors.append(((estimate - exact).norm() / exact.norm()).item())
     assert errors[1] < 0.03 and errors[1] < errors[0] / 5
 
 
@@ -117,7 +117,7 @@ def test_it_finds_the_units_that_matter_and_meets_the_budget(estimator: str, bud
 def test_the_same_seed_gives_the_same_plan_and_batches_go_round() -> None:
     oracle = Worth()
     plans = [SEARCH(draws(), SITES, Budget(0.3, TOTAL), o, torch.Generator().manual_seed(3)) for o in (oracle, Worth())]
-    assert plans[0] == plans[1] and oracle.asked == [step % 3 for step in range(60)]
+    assert plans[0] == plans[1] and oracle.calls == [step % 3 for step in range(60)]
 
 
 @pytest.mark.parametrize("initial", ["scores", "random"])

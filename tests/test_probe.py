@@ -147,13 +147,13 @@ def test_a_removed_block_is_passed_over(tiny, tokens_NT):
 
 @pytest.mark.parametrize("apart", [1, 2, 5])
 def test_divergences_are_those_of_the_predictions_that_are_compared(apart, tiny, tokens_NT):
-    model, found = tiny("llama"), candidate(tiny("llama"), {0: 1, 3: 20})
+    model, variant = tiny("llama"), candidate(tiny("llama"), {0: 1, 3: 20})
     probe = Probe(model, tokens_NT, Meter(), objective="kl")
     assert probe.apart == 1  # 96 tokens
     probe.apart = apart
-    (loss,) = probe.losses([found]).tolist()
+    (loss,) = probe.losses([variant]).tolist()
     p_BTV = model.module(tokens_NT).logits[:, ::apart].log_softmax(-1)
-    with masked(model, found.plan, found.out_projections):
+    with masked(model, variant.plan, variant.out_projections):
         q_BTV = model.module(tokens_NT).logits[:, ::apart].log_softmax(-1)
     assert loss == pytest.approx(float((p_BTV.exp() * (p_BTV - q_BTV)).sum(-1).mean()), rel=1e-9)
 

@@ -127,16 +127,16 @@ def test_twice_is_the_same_to_the_bit(chosen: Method, tiny: Callable[..., Model]
 def test_any_batch_size_is_the_same(
     family: str, criterion: Any, search: Any, compensator: Any, tiny: Callable[..., Model], tokens_NT: Tensor
 ) -> None:
-    found = []
+    outcomes = []
     for batch_size in (1, 3, 10):
         model = tiny(family, batch_size=batch_size)
         pruned = prune(model, tokens_NT, method(criterion, search, compensator))
-        found.append((pruned, model.token_losses(tokens_NT, 5)))
-    assert any(found[0][0].plan.removed(site) for site in found[0][0].sites)
-    for pruned, losses in found[1:]:
-        assert pruned.plan == found[0][0].plan
-        assert_same_scores(pruned.scores, found[0][0].scores, rtol=1e-9)
-        torch.testing.assert_close(losses, found[0][1], rtol=1e-9, atol=1e-9)
+        outcomes.append((pruned, model.token_losses(tokens_NT, 5)))
+    assert any(outcomes[0][0].plan.removed(site) for site in outcomes[0][0].sites)
+    for pruned, losses in outcomes[1:]:
+        assert pruned.plan == outcomes[0][0].plan
+        assert_same_scores(pruned.scores, outcomes[0][0].scores, rtol=1e-9)
+        torch.testing.assert_close(losses, outcomes[0][1], rtol=1e-9, atol=1e-9)
 
 
 STREAMED = {
@@ -158,10 +158,10 @@ def test_streamed_is_in_memory(
     meters = Meter(), Meter()
     expected = prune(held, tokens_NT, STREAMED[case], meters[0])
     saving = StreamedSave(streamed, tmp_path / "model", BlockProof(streamed, tokens_NT[:2]))
-    found = prune(streamed, tokens_NT, STREAMED[case], meters[1], saving.layer)
+    pruned = prune(streamed, tokens_NT, STREAMED[case], meters[1], saving.layer)
     saving.finish()
-    assert found.plan == expected.plan and any(found.plan.removed(site) for site in found.sites)
-    assert_same_scores(found.scores, expected.scores, rtol=0)
+    assert pruned.plan == expected.plan and any(pruned.plan.removed(site) for site in pruned.sites)
+    assert_same_scores(pruned.scores, expected.scores, rtol=0)
     assert torch.equal(streamed.token_losses(tokens_NT, 4), held.token_losses(tokens_NT, 4))
     assert streamed.decoder_params == held.decoder_params
     assert meters[0] == meters[1]
@@ -222,9 +222,9 @@ def test_always_scores_all_layers_behind_masks_as_if_layers_were_pruned_one_by_o
     masked = prune(model, tokens_NT, method(replace(WANDA, sequential="always"), GLOBAL, NONE), meter)
     dense = prune(tiny("llama"), tokens_NT, method(WANDA, GLOBAL, NONE))
     for site in masked.sites:
-        found, expected = (unit_scores(each.scores[site.name]) for each in (masked, one_by_one))
-        torch.testing.assert_close(found, expected)
-        assert torch.equal(found, unit_scores(dense.scores[site.name])) == (site.layer == 0)
+        score_U, expected = (unit_scores(each.scores[site.name]) for each in (masked, one_by_one))
+        torch.testing.assert_close(score_U, expected)
+        assert torch.equal(score_U, unit_scores(dense.scores[site.name])) == (site.layer == 0)
     assert meter.forward == pytest.approx(1 + 2 / 3), "every layer but the last runs once more, masked"
     assert masked.plan.sites != dense.plan.sites
     assert not any(module._forward_pre_hooks for layer in model.layers for module in layer.modules())
@@ -477,10 +477,10 @@ def test_the_combinations_are_those_of_conf() -> None:
 
 def test_a_search_that_probes_is_charged_and_asked_once(tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
     class Probing(AlAm):
-        asked = 0
+        calls = 0
 
         def __call__(self, scores: Any, sites: Any, budget: Any, oracle: Any, rng: Any) -> Plan:
-            Probing.asked += 1
+            Probing.calls += 1
             assert isinstance(oracle, Probe)
             plan = Plan({s.name: SitePlan(s.kind, s.units, tuple(range(1, s.units))) for s in sites})
             from pruneexp.types import Candidate
@@ -490,7 +490,7 @@ def test_a_search_that_probes_is_charged_and_asked_once(tiny: Callable[..., Mode
 
     meter = Meter()
     prune(tiny("llama"), tokens_NT, method(FLAP, Probing(), BIAS), meter)
-    assert Probing.asked == 1 and meter.forward == pytest.approx(3)
+    assert Probing.calls == 1 and meter.forward == pytest.approx(3)
 
 
 class _Own:

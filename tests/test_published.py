@@ -19,12 +19,12 @@ TABLES = {table.name: table for table in tables()}
 
 
 def value(table: str, method: str, ratio: float, metric: str, model: str = "llama_7b") -> float:
-    (found,) = [
+    (published,) = [
         figure.value
         for figure in TABLES[table].figures
         if (figure.method, figure.ratio, figure.metric, figure.model) == (method, ratio, metric, model)
     ]
-    return found
+    return published
 
 
 @each("table", tables())
@@ -59,9 +59,9 @@ def test_every_recipe_of_a_paper_has_a_table() -> None:
 def test_a_perplexity_names_its_window_and_its_protocol_agrees(table: Table) -> None:
     for figure in table.figures:
         if figure.metric.startswith("ppl/"):
-            found = re.fullmatch(r"ppl/(wikitext2|ptb|c4)@(128|1024|2048)", figure.metric)
-            assert found and figure.unit == "perplexity" and figure.value > 1, figure
-            assert figure.protocol.get("window", int(found[2])) == int(found[2]), figure
+            match = re.fullmatch(r"ppl/(wikitext2|ptb|c4)@(128|1024|2048)", figure.metric)
+            assert match and figure.unit == "perplexity" and figure.value > 1, figure
+            assert figure.protocol.get("window", int(match[2])) == int(match[2]), figure
         if figure.unit == "percent":
             assert 10 < figure.value < 100, figure
         assert 0 < figure.tolerance < figure.value, figure
@@ -96,11 +96,11 @@ def test_pruned_is_worse_than_dense_and_more_is_worse() -> None:
 
 
 def test_what_others_found_is_known_and_within_the_tolerance() -> None:
-    found = {(f.method, f.ratio): f for f in TABLES["flap_perplexity"].figures if f.reproduced is not None}
-    assert len(found) == 6 and {figure.model for figure in found.values()} == {"llama_7b"}
-    assert all(abs(f.reproduced - f.value) <= f.tolerance and f.reproduced_by for f in found.values())
-    assert found["FLAP", 0.2].tolerance == pytest.approx(0.05 * 14.62), "they were nearer than that"
-    assert found["Wanda-sp", 0.2].tolerance == pytest.approx(25.02 - 22.12)
+    reproduced = {(f.method, f.ratio): f for f in TABLES["flap_perplexity"].figures if f.reproduced is not None}
+    assert len(reproduced) == 6 and {figure.model for figure in reproduced.values()} == {"llama_7b"}
+    assert all(abs(f.reproduced - f.value) <= f.tolerance and f.reproduced_by for f in reproduced.values())
+    assert reproduced["FLAP", 0.2].tolerance == pytest.approx(0.05 * 14.62), "they were nearer than that"
+    assert reproduced["Wanda-sp", 0.2].tolerance == pytest.approx(25.02 - 22.12)
     others = {"slicegpt": {5.96, 6.86, 7.56, 8.63}, "sleb": {9.34, 12.32, 7.79, 9.35}}
     for table, found_there in others.items():
         assert {figure.reproduced for figure in TABLES[table].figures} == {*found_there, None}
@@ -110,10 +110,10 @@ def test_figures_that_others_found_and_no_paper_prints_have_tables_of_their_own(
     assert value("sleb_by_others", "SLEB", 0.25, "ppl/c4@2048", "llama2_7b") == 13.74
     assert value("flap_by_others", "FLAP", 0.5, "ppl/wikitext2@128", "llama3_1_8b") == 42.86
     for paper, others in (("sleb", "sleb_by_others"), ("flap_perplexity", "flap_by_others")):
-        printed, found = (
+        printed, measured = (
             {(f.method, f.model, f.metric, f.ratio) for f in TABLES[name].figures} for name in (paper, others)
         )
-        assert not printed & found
+        assert not printed & measured
 
 
 def test_sizes_agree_with_their_ratios() -> None:

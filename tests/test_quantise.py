@@ -129,8 +129,8 @@ def test_bytes_of_the_embedded_model(build_from: Callable[..., Any]) -> None:
         (WeightOnly(8, 50, False), lambda width: width + 4 * -(-width // 50)),
         (WeightOnly(4, 50, False), lambda width: -(-width // 2) + 4 * -(-width // 50)),
     ):
-        found = part(model, "pruned", {}, None)["bytes"]
-        assert found == others + sum(m.out_features * a_row(m.in_features) for m in linear)
+        size = part(model, "pruned", {}, None)["bytes"]
+        assert size == others + sum(m.out_features * a_row(m.in_features) for m in linear)
 
 
 def test_torchao_has_the_same_numbers(loaded: Callable[..., Any]) -> None:
@@ -165,13 +165,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
 
 def test_a_run(run: Callable[..., dict[str, float]]) -> None:
     """Its figures are of the quantised model, its checkpoint is the one from before, and says so."""
-    plain, found = run("plain", "quantise=none"), run("int4", "quantise=int4", "quantise.group=16")
+    plain, quantised = run("plain", "quantise=none"), run("int4", "quantise=int4", "quantise.group=16")
     same = {key for key in plain if key.startswith("dense/")} | {"pruned/params", "pruned/macs/token"}
-    assert all(found[key] == plain[key] for key in same)
-    assert found["proof/max_logit_difference"] == plain["proof/max_logit_difference"] == 0
-    assert found["pruned/ppl/test@64"] != plain["pruned/ppl/test@64"]
-    assert found["pruned/bytes"] < plain["pruned/bytes"] / 2
-    assert found["pruned/bits/param"] == 8 * found["pruned/bytes"] / found["pruned/params"]
+    assert all(quantised[key] == plain[key] for key in same)
+    assert quantised["proof/max_logit_difference"] == plain["proof/max_logit_difference"] == 0
+    assert quantised["pruned/ppl/test@64"] != plain["pruned/ppl/test@64"]
+    assert quantised["pruned/bytes"] < plain["pruned/bytes"] / 2
+    assert quantised["pruned/bits/param"] == 8 * quantised["pruned/bytes"] / quantised["pruned/params"]
     assert "pruned/bits/param" not in plain
     stored = [Path(name, "model", "model.safetensors").read_bytes() for name in ("plain", "int4")]
     assert stored[0] == stored[1]
@@ -183,10 +183,10 @@ def test_a_run(run: Callable[..., dict[str, float]]) -> None:
     assert json.loads(Path("int4", "environment.json").read_text())["choices"]["quantise"] == "int4"
     loaded = ModelSource("again", "int4/model", None, "float32", "cpu", False, True, 4).load()
     figures = WeightOnly(4, 16, False)(loaded, "pruned", {}, None)
-    assert figures["bytes"] == found["pruned/bytes"]
+    assert figures["bytes"] == quantised["pruned/bytes"]
     windows_NT = torch.from_numpy(np.load(PARITY / "test.npy")).long().reshape(-1, 64)
     ppl = loaded.token_losses(windows_NT, 4).mean().exp().item()
-    assert ppl == pytest.approx(found["pruned/ppl/test@64"], rel=1e-6), (
+    assert ppl == pytest.approx(quantised["pruned/ppl/test@64"], rel=1e-6), (
         "the checkpoint, quantised, is what was measured"
     )
 
@@ -335,12 +335,12 @@ def test_decoder_layers_are_timed_before_they_are_quantised() -> None:
     """So their times are not those of kernels, either."""
     timed = {f"pruned/{SPEED}": 2.0, "pruned/latency/decoder_decode_ms@b1x0": 3.0}
     layers, speed = "unquantised/latency/decoder_decode_ms@b1x0", f"unquantised/{SPEED}"
-    for typed, found in (
+    for typed, names in (
         (["quantise=none"], set(timed)),
         (["quantise=int8"], {layers, speed}),
         (["quantise=int8", "quantise.kernels=true"], {layers, f"pruned/{SPEED}"}),
     ):
-        assert set(comparable(timed, config(*typed))) == found
+        assert set(comparable(timed, config(*typed))) == names
 
 
 def test_a_new_key_changes_no_hash() -> None:
@@ -363,18 +363,18 @@ def llama() -> Engine:
 def test_gguf(run: Callable[..., dict[str, float]], llama: Engine) -> None:
     """llama.cpp measures what transformers does, but for the rounding; the file lies in the run folder."""
     quick = ["dataset.samples=8", "evaluator.perplexity.samples=8", "cache=off", "quantise=gguf"]
-    found = run("f16", "quantise.type=F16", "evaluator=[perplexity,size]", quick=quick)
+    f16 = run("f16", "quantise.type=F16", "evaluator=[perplexity,size]", quick=quick)
     for side in ("dense", "pruned"):
-        ours = found[f"{side}/ppl/embedded@128[8]"]
-        assert found[f"{side}/ppl/embedded@128[8]/gguf-f16"] == pytest.approx(ours, rel=2e-3)
-        assert found[f"{side}/bytes"] > found[f"{side}/bytes/gguf-f16"]
+        ours = f16[f"{side}/ppl/embedded@128[8]"]
+        assert f16[f"{side}/ppl/embedded@128[8]/gguf-f16"] == pytest.approx(ours, rel=2e-3)
+        assert f16[f"{side}/bytes"] > f16[f"{side}/bytes/gguf-f16"]
     small = run(
         "q4", "quantise.type=Q4_0", "evaluator=[perplexity,latency]", "evaluator.latency.repeats=1", quick=quick
     )
-    assert small["pruned/bytes/gguf-q4_0"] < 0.35 * found["pruned/bytes/gguf-f16"]
+    assert small["pruned/bytes/gguf-q4_0"] < 0.35 * f16["pruned/bytes/gguf-f16"]
     for side in ("dense", "pruned"):
         name = f"{side}/ppl/embedded@128[8]/gguf-"
-        four, sixteen = small[f"{name}q4_0"], found[f"{name}f16"]
+        four, sixteen = small[f"{name}q4_0"], f16[f"{name}f16"]
         assert four == pytest.approx(sixteen, rel=0.05) and four != sixteen
     assert small["pruned/bits/param/gguf-q4_0"] == 8 * small["pruned/bytes/gguf-q4_0"] / small["pruned/params"]
     assert all(small[f"{side}/latency/decode_tok_s@b1x128+16/gguf-q4_0"] > 0 for side in ("dense", "pruned"))
@@ -401,7 +401,7 @@ class Pretended:
         self.called.append("losses")
         return torch.full((len(windows_NT), windows_NT.shape[1] - 1), float(len(self.called)))
 
-    def speeds(self, file: Path, vocabulary: int, prompt_1T: Tensor, asked: Latency) -> dict[str, float]:
+    def speeds(self, file: Path, vocabulary: int, prompt_1T: Tensor, latency: Latency) -> dict[str, float]:
         self.called.append("speeds")
         return {"latency/prefill_tok_s": float(len(self.called))}
 
@@ -418,14 +418,14 @@ def test_gguf_measures_the_dense_model_once(
 
     def calls(name: str, *typed: str) -> list[str]:
         llama.called.clear()
-        found[name] = run(name, *typed, quick=quick)
+        metrics_of[name] = run(name, *typed, quick=quick)
         return list(llama.called)
 
-    found: dict[str, dict[str, float]] = {}
+    metrics_of: dict[str, dict[str, float]] = {}
     pruned = ["quantise", "losses"]
     assert calls("first") == 2 * pruned and calls("second", "sparsity.ratio=0.4") == pruned
-    names = [name for name in found["first"] if name.startswith("dense/") and name.endswith("/gguf-q4_k_m")]
-    assert len(names) == 3 and all(found["first"][name] == found["second"][name] for name in names)
+    names = [name for name in metrics_of["first"] if name.startswith("dense/") and name.endswith("/gguf-q4_k_m")]
+    assert len(names) == 3 and all(metrics_of["first"][name] == metrics_of["second"][name] for name in names)
     for other in ("quantise.type=Q8_0", "evaluator.perplexity.samples=3", "model.dtype=bfloat16"):
         assert calls(other.partition("=")[2], other) == 2 * pruned, other
     assert calls("timed", "evaluator=[perplexity,latency]", "evaluator.latency.repeats=1") == 2 * [*pruned, "speeds"]
@@ -437,10 +437,10 @@ def test_llama_cpp_is_timed_as_the_evaluator_says(
     run: Callable[..., dict[str, float]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("gguf", reason="needs gguf")
-    asked: list[tuple[list[int], int]] = []
+    requests: list[tuple[list[int], int]] = []
 
     def ran(self: Engine, file: Path, windows_NT: Tensor, vocabulary: int, written: int, stage: str) -> Tensor:
-        asked.append((list(windows_NT.shape), written))
+        requests.append((list(windows_NT.shape), written))
         return torch.arange(1.0, 1 + 2 * len(windows_NT)).view(-1, 2)  # seconds of a prompt and of what is behind it
 
     monkeypatch.setattr(gguf_quantise, "engine", lambda: Engine(Path(__file__), quantiser="cp"))
@@ -448,12 +448,12 @@ def test_llama_cpp_is_timed_as_the_evaluator_says(
     monkeypatch.setattr(Engine, "_run", ran)
     settings = {"prompt": 6, "new_tokens": 3, "repeats": 2, "warmup": 2, "batch_sizes": "[1,2]"}
     typed = [f"evaluator.latency.{key}={value}" for key, value in settings.items()]
-    found = run("timed", "evaluator=[latency]", *typed, quick=["dataset.samples=4", "cache=off", "quantise=gguf"])
-    assert asked == 2 * [([4, 6], 3)]
+    measured = run("timed", "evaluator=[latency]", *typed, quick=["dataset.samples=4", "cache=off", "quantise=gguf"])
+    assert requests == 2 * [([4, 6], 3)]
     for side in ("dense", "pruned"):
         # of two rounds, the quartiles and the median are a quarter and a half of the way from one rate to the other
         for name, rates in (("prefill_tok_s@b1x6", (6 / 5, 6 / 7)), ("decode_tok_s@b1x6+3", (3 / 6, 3 / 8))):
-            rate, spread = (found[f"{side}/latency/{name}{end}/gguf-q4_k_m"] for end in ("", "/iqr"))
+            rate, spread = (measured[f"{side}/latency/{name}{end}/gguf-q4_k_m"] for end in ("", "/iqr"))
             assert rate == pytest.approx(sum(rates) / 2) and spread == pytest.approx((rates[0] - rates[1]) / 2)
     assert "/iqr" not in Path("timed", "model", "README.md").read_text()
     assert sum("evaluator.latency.batch_sizes=[1, 2]: llama.cpp runs 1" in text for text in caplog.messages) == 1
@@ -501,19 +501,19 @@ def test_a_sweep_takes_a_job_by_what_llama_cpp_measured(
     (line,) = [text for text in capsys.readouterr().out.splitlines() if "decoder parameters" in text]
     assert f"{name}/gguf-q4_k_m " in line and f"{name} " not in line
     assert main([*sweep, f"sweep.objective='pruned/{name}'"]) == 1
-    told = capsys.readouterr().err
-    assert f"sweep.objective='pruned/{name}': expected one of" in told and f"unquantised/{name}" in told
+    message = capsys.readouterr().err
+    assert f"sweep.objective='pruned/{name}': expected one of" in message and f"unquantised/{name}" in message
 
 
 def test_a_forecast_has_the_files_of_gguf(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf", reason="needs gguf")
     monkeypatch.setattr(gguf_quantise, "engine", lambda: Pretended([]))
-    asked = ["run.dry=true", "dataset.samples=4", "evaluator=[]", "quantise=gguf", "quantise.type=Q4_0"]
-    _, out, err = cli(*asked)
+    overrides = ["run.dry=true", "dataset.samples=4", "evaluator=[]", "quantise=gguf", "quantise.type=Q4_0"]
+    _, out, err = cli(*overrides)
     assert "quantised afterwards: " in out and f"in files of {tempfile.gettempdir()} for a while: about " in out, err
-    found = pruneexp.run(asked).metrics
-    plain = found["forecast/bytes/dense"]  # but for FFN widths, filled up, and vectors in float32
-    assert found["forecast/disk/quantise_bytes"] == pytest.approx(plain * (1 + 6 / 32), rel=0.1)
+    measured = pruneexp.run(overrides).metrics
+    plain = measured["forecast/bytes/dense"]  # but for FFN widths, filled up, and vectors in float32
+    assert measured["forecast/disk/quantise_bytes"] == pytest.approx(plain * (1 + 6 / 32), rel=0.1)
 
 
 @pytest.mark.parametrize(

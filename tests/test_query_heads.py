@@ -207,14 +207,14 @@ PARTS = [(name, "flap") for name in SEARCHES] + [("global", name) for name in CR
 @pytest.mark.parametrize(("search", "criterion"), PARTS)
 def test_scored_searched_shrunk(search: str, criterion: str, grouped: Model, tokens_NT: torch.Tensor) -> None:
     before, sites = grouped.decoder_params, grouped.sites()
-    found = pruned(grouped, tokens_NT, CRITERIA[criterion], SEARCHES[search], NONE)
-    plan = Plan.from_json(found.plan.to_json())
+    outcome = pruned(grouped, tokens_NT, CRITERIA[criterion], SEARCHES[search], NONE)
+    plan = Plan.from_json(outcome.plan.to_json())
     gone = {site.layer for site in sites if site.name not in plan.sites}
     fewer = [site for site in sites if plan.lost_heads(site)]
     assert fewer and plan.budget["removed_params"] == before - grouped.decoder_params
     assert abs(plan.budget["removed_params"] - 0.25 * before) < (0.04 if search == "al_am" else 0.01) * before
     for site in fewer:
-        own, score_H = plan.sites[site.name], unit_scores(found.scores[f"{site.name}.query_heads"])
+        own, score_H = plan.sites[site.name], unit_scores(outcome.scores[f"{site.name}.query_heads"])
         assert own.kept == (0, 1, 2) and own.query_heads == 12 == len(score_H)
         for group in range(3):  # its own weakest
             stays = torch.isin(torch.arange(4 * group, 4 * group + 4), torch.tensor(own.heads(site)))
@@ -283,12 +283,12 @@ def test_refits_by_turn_are_those_of_the_heads_that_stay(grouped: Model) -> None
 def test_rounds_count_heads_as_the_original(grouped: Model, tokens_NT: torch.Tensor) -> None:
     dense = deepcopy(grouped)
     parts = (CRITERIA["flap"], Global(1, ["query_heads"], "zscore", 1), NONE)
-    found = pruned(grouped, tokens_NT, *parts, schedule=Linear(0.35, "decoder", 0, 3, *UNTIMED))
-    lost = [found.plan.lost_heads(site) for site in dense.sites() if site.kind == "attention"]
-    assert max(lost) > 3 and len(found.plan.budget["rounds"]) == 3
+    outcome = pruned(grouped, tokens_NT, *parts, schedule=Linear(0.35, "decoder", 0, 3, *UNTIMED))
+    lost = [outcome.plan.lost_heads(site) for site in dense.sites() if site.kind == "attention"]
+    assert max(lost) > 3 and len(outcome.plan.budget["rounds"]) == 3
     for site in (site for site in dense.sites() if site.kind == "attention"):
-        assert len(unit_scores(found.scores[f"{site.name}.query_heads"])) == 12
-    shrink_(dense, found.plan)
+        assert len(unit_scores(outcome.scores[f"{site.name}.query_heads"])) == 12
+    shrink_(dense, outcome.plan)
     torch.testing.assert_close(logits(dense, tokens_NT % 64), logits(grouped, tokens_NT % 64))
 
 

@@ -191,11 +191,11 @@ def test_a_tokenizer_needs_no_code(
     model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2")
     save(model, tmp_path / "model")
 
-    def asked(_question: str) -> str:
+    def ask(_question: str) -> str:
         assert not terminal, "somebody was asked"
         raise EOFError
 
-    monkeypatch.setattr(builtins, "input", asked)
+    monkeypatch.setattr(builtins, "input", ask)
     settings = {"trust_remote_code": False} if terminal else {}
     assert AutoTokenizer.from_pretrained(tmp_path / "model", **settings)("w5 w9").input_ids == [5, 9]
     named = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())

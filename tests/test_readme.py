@@ -25,14 +25,14 @@ README = manual.text("README.md")
 def block(file: str, language: str, about: str) -> str:
     """The one block of the language that holds the text."""
     blocks = re.findall(rf"```{language}\n(.*?)```", manual.text(file), flags=re.DOTALL)
-    (found,) = (text for text in blocks if about in text)
-    return found
+    (snippet,) = (text for text in blocks if about in text)
+    return snippet
 
 
 def pruneexp_commands() -> list[list[str]]:
-    found = [command for file in manual.FILES for command in manual.commands(file, "pruneexp")]
-    assert len(found) >= 30
-    return found
+    commands = [command for file in manual.FILES for command in manual.commands(file, "pruneexp")]
+    assert len(commands) >= 30
+    return commands
 
 
 def swept(command: list[str]) -> bool:
@@ -98,9 +98,9 @@ def test_a_table_of_times_written_by_hand(
     for granularity in ("heads", "query_heads"):
         typed = [f"search.granularity=[{granularity},channels]", "search=global", "evaluator=[size]"]
         assert main([*command, *typed, "dataset.samples=4", "run.dry=true"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     total = 6 * (0.14 + 0.33)  # ms of all layers
-    assert f"to remove: 20.0% of {round(total * 1e9):,} = " in told and "times of my board (4 threads)" in told
+    assert f"to remove: 20.0% of {round(total * 1e9):,} = " in output and "times of my board (4 threads)" in output
 
 
 def test_a_sweep_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +151,9 @@ def test_every_command_for_many_runs_composes_its_jobs() -> None:
 
 @pytest.mark.parametrize(("program", "reads"), [("export", request), ("report", report_command.request)])
 def test_every_command_for_exports_and_reports_is_read(program: str, reads) -> None:
-    found = [command for file in manual.FILES for command in manual.commands(file, f"pruneexp-{program}")]
-    assert len(found) >= 3
-    for command in found:
+    commands = [command for file in manual.FILES for command in manual.commands(file, f"pruneexp-{program}")]
+    assert len(commands) >= 3
+    for command in commands:
         reads(command)  # raises ConfigError
 
 

@@ -34,8 +34,8 @@ def commands() -> Iterator[str]:
 
 
 def command(about: str) -> str:
-    (found,) = (text for text in commands() if about in text)
-    return found
+    (shell_command,) = (text for text in commands() if about in text)
+    return shell_command
 
 
 def run(text: str, folder: Path, path: str = "", first: tuple[str, ...] = (), **variables: str) -> str:

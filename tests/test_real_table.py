@@ -64,13 +64,13 @@ def test_the_table_has_a_row_a_cell() -> None:
     assert {line.count("|") for line in lines} == {12}
 
 
-def asked(tmp_path: Path, *more: str) -> Any:
+def parse_args(tmp_path: Path, *more: str) -> Any:
     folders = [str(tmp_path / name) for name in ("a model", "data", "out")]
     return real.parsed([*folders, "--items", "5", *more])
 
 
 def test_the_folder_is_the_one_that_the_sweep_gives_its_job(tmp_path: Path) -> None:
-    args = asked(tmp_path, "seed=3")
+    args = parse_args(tmp_path, "seed=3")
     settings = real.settings_of(args, "wanda_sp", 0.3)
     hydra = open_hydra(None)
     _, config = whole(hydra, [*settings, "hydra.mode=MULTIRUN"])
@@ -82,7 +82,7 @@ def test_the_folder_is_the_one_that_the_sweep_gives_its_job(tmp_path: Path) -> N
 def test_what_is_finished_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args, ran = asked(tmp_path), []
+    args, ran = parse_args(tmp_path), []
     folder = real.job_folder(args.out, real.settings_of(args, "flap", 0.2))
     answer = {"protocol": real.protocol_of(args), "ppl": {}, "kl": {}, "acc": {}}
 
@@ -96,14 +96,14 @@ def test_what_is_finished_is_not_run_again(
     monkeypatch.setattr(subprocess, "run", run)
     assert real.run_cell(args, "flap", 0.2) is None
     assert (folder / "model").is_dir()  # for the next start, which the sweep then has nothing to do for
-    found = real.run_cell(args, "flap", 0.2)
-    assert found is not None and found.metrics == METRICS
+    flap = real.run_cell(args, "flap", 0.2)
+    assert flap is not None and flap.metrics == METRICS
     assert not (folder / "model").exists()
-    assert real.run_cell(args, "flap", 0.2) == found and len(ran) == 4
+    assert real.run_cell(args, "flap", 0.2) == flap and len(ran) == 4
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=subprocess.TimeoutExpired("pruneexp", 60)))
-    assert real.run_cell(asked(tmp_path, "--minutes", "1"), "blockpruner", 0.2) is None
+    assert real.run_cell(parse_args(tmp_path, "--minutes", "1"), "blockpruner", 0.2) is None
     assert "blockpruner at 0.2: not done in --minutes=1, left out" in capsys.readouterr().err
-    other = asked(tmp_path, "--windows", "3")
+    other = parse_args(tmp_path, "--windows", "3")
     assert real.judged(folder, real.protocol_of(other)) is None  # judged in another way: once more
 
 

@@ -160,8 +160,8 @@ def test_steps_do_not_depend_on_how_windows_are_batched(
 ) -> None:
     models, chosen = [pruned("llama"), pruned("llama")], replace(LORA, dropout=0.0)
     models[1].batch_size = batch_size
-    found = [chosen(model, tokens_NT, Meter(), 0) for model in models]
-    assert found[0].metrics == pytest.approx(found[1].metrics, rel=1e-6)
+    recoveries = [chosen(model, tokens_NT, Meter(), 0) for model in models]
+    assert recoveries[0].metrics == pytest.approx(recoveries[1].metrics, rel=1e-6)
     torch.testing.assert_close(logits(models[0], tokens_NT), logits(models[1], tokens_NT), rtol=1e-4, atol=1e-5)
 
 
@@ -352,5 +352,5 @@ def test_a_saved_adapter_gives_the_same_logits_in_peft(
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True, dtype=torch.float64)
     tuned = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter").eval()
     with torch.no_grad():
-        found = tuned(tokens_NT[:2]).logits
-    torch.testing.assert_close(found, logits(model, tokens_NT), rtol=1e-9, atol=1e-9)
+        peft_logits = tuned(tokens_NT[:2]).logits
+    torch.testing.assert_close(peft_logits, logits(model, tokens_NT), rtol=1e-9, atol=1e-9)

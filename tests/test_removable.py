@@ -83,7 +83,7 @@ def reachable(sites: Sequence[Site], scores: Any, budget: Budget, method: Any) -
     layers = sorted({site.layer for site in sites})
     own = {layer: [s for s in sites if s.layer == layer and s.kind != "block"] for layer in layers}
     best_block = max(layers, key=lambda layer: sum(total[site.name] for site in own[layer]))
-    found = 1  # bit n: n may leave
+    sums = 1  # bit n: n may leave
     for layer in layers:
         options = 1
         for site in own[layer]:
@@ -102,14 +102,14 @@ def reachable(sites: Sequence[Site], scores: Any, budget: Budget, method: Any) -
         block = [budget.price(s) for s in sites if s.kind == "block" and s.layer == layer and layer != best_block]
         for price in block if "blocks" in named else ():
             options |= 1 << price
-        found = _either(found, [n for n in range(options.bit_length()) if options >> n & 1])
-    return [n for n in range(found.bit_length()) if found >> n & 1]
+        sums = _either(sums, [n for n in range(options.bit_length()) if options >> n & 1])
+    return [n for n in range(sums.bit_length()) if sums >> n & 1]
 
 
-def _either(found: int, more: Any) -> int:
+def _either(sums: int, more: Any) -> int:
     result = 0
     for n in more:
-        result |= found << n
+        result |= sums << n
     return result
 
 
@@ -158,13 +158,15 @@ def cheapest(sites: Sequence[Site], budget: Budget, method: Any) -> int:
 def methods(granularity: list[str], min_units: int, multiple: int, seed: int) -> list[Any]:
     normalise = ["none", "zscore", "mean", "per_parameter"][seed % 4]
     budgets = "joint" if is_nested(granularity) or seed % 2 else "separate"
-    found: list[Any] = [Global(min_units, granularity, normalise, multiple)]
-    found.append(PolicyGradient(min_units, granularity, budgets, "scores", "sqrt", 2, 0.05, 5, 1.0, 3, multiple))
+    searches: list[Any] = [Global(min_units, granularity, normalise, multiple)]
+    searches.append(PolicyGradient(min_units, granularity, budgets, "scores", "sqrt", 2, 0.05, 5, 1.0, 3, multiple))
     if "blocks" not in granularity:
-        found.append(Evolutionary(min_units, granularity, 3.0, 0.25, 1, 0.2, 3, None, multiple, {}, 0.0, "next_token"))
+        searches.append(
+            Evolutionary(min_units, granularity, 3.0, 0.25, 1, 0.2, 3, None, multiple, {}, 0.0, "next_token")
+        )
     if is_plain(granularity, 1):
-        found.append(Uniform(min_units, granularity, 0.0, 0.0, multiple, alike=False, remainder="nearest"))
-    return found
+        searches.append(Uniform(min_units, granularity, 0.0, 0.0, multiple, alike=False, remainder="nearest"))
+    return searches
 
 
 @pytest.mark.slow

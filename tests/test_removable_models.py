@@ -110,9 +110,9 @@ def test_streamed_is_in_memory(
     held, streamed = tiny(family), tiny(family, stream=True)
     expected = prune(held, tokens_NT, CASES[case])
     saving = StreamedSave(streamed, tmp_path / "model", BlockProof(streamed, tokens_NT[:2]))
-    found = prune(streamed, tokens_NT, CASES[case], shrunk=saving.layer)
+    pruned = prune(streamed, tokens_NT, CASES[case], shrunk=saving.layer)
     saving.finish()
-    assert found.plan == expected.plan
+    assert pruned.plan == expected.plan
     assert torch.equal(streamed.token_losses(tokens_NT, 4), held.token_losses(tokens_NT, 4))
     assert saving.prove()["max_block_difference"] == 0
 

@@ -138,9 +138,9 @@ def killed(run: Run, at: str, *typed: str) -> None:
 
 def calls() -> list[str]:
     """Since they were last asked for."""
-    found = Path("calls.txt").read_text().split()
+    names = Path("calls.txt").read_text().split()
     Path("calls.txt").unlink()
-    return found
+    return names
 
 
 def outcome(folder: str) -> dict[str, Any]:

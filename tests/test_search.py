@@ -66,9 +66,9 @@ def test_a_plan_is_completed_by_what_it_lacks_alone(monkeypatch):
     made: list[str] = []
     keep_all = Plan.keep_all
     monkeypatch.setattr(Plan, "keep_all", lambda sites: made.extend(s.name for s in sites) or keep_all(sites))
-    found = completed(plan, SITES[::-1], Budget(0.1, TOTAL))
-    assert list(found.sites) == [site.name for site in in_order(SITES)]
-    assert found.sites == keep_all(SITES).merged(plan).sites
+    full_plan = completed(plan, SITES[::-1], Budget(0.1, TOTAL))
+    assert list(full_plan.sites) == [site.name for site in in_order(SITES)]
+    assert full_plan.sites == keep_all(SITES).merged(plan).sites
     assert sorted(made) == sorted(site.name for site in rest), "checking units takes time in a search's inner loop"
 
 

@@ -79,15 +79,15 @@ def test_what_is_counted_is_what_is_run(family, kinds, collected, kept, tiny, to
     monkeypatch.setattr(site_walk, "KEPT_BYTES", kept)
     model, meter = tiny(family), Meter()
     model.batch_size, tokens_NT = 1, tokens_NT[:5]  # 2**15 bytes hold three of them
-    length, found = tokens_NT.shape[1], 0
+    length, macs = tokens_NT.shape[1], 0
 
     def linear(module, args, _output):
-        nonlocal found
-        found += args[0].numel() // args[0].shape[-1] * module.weight.numel()
+        nonlocal macs
+        macs += args[0].numel() // args[0].shape[-1] * module.weight.numel()
 
     def attended(_values, args):
-        nonlocal found
-        found += 2 * length * args[0].numel()  # as wide as the hidden states in these models
+        nonlocal macs
+        macs += 2 * length * args[0].numel()  # as wide as the hidden states in these models
 
     for layer in model.layers:
         for module in layer.modules():
@@ -95,11 +95,11 @@ def test_what_is_counted_is_what_is_run(family, kinds, collected, kept, tiny, to
                 module.register_forward_hook(linear)
         layer.get_submodule(model.family.attention_in[-1].path).register_forward_pre_hook(attended)
     last_hidden(model, tokens_NT)
-    plain, found = found, 0
+    plain, macs = macs, 0
     for _, site, collect in walk_sites(model, tokens_NT, Raw, kinds, Bookmark(meter, "test")):
         if site.kind in collected:
             collect(all_of(site))
-    assert meter.forward == pytest.approx(found / plain)
+    assert meter.forward == pytest.approx(macs / plain)
     assert meter.forward < (2 if kept == 2**28 else 3) + len(kinds)
 
 
@@ -178,7 +178,7 @@ def test_the_best_recipe_meets_the_budget_to_half_a_channel_biases_included(fami
 
 def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monkeypatch):
     monkeypatch.setattr(spill, "SMALL", 0)
-    found = []
+    outcomes = []
     for memory in (8.0, 0.0):
         model = tiny("llama")
         search = Evolutionary(1, BOTH, 8.0, 0.34, 2, 0.2, 4, None, 1, {}, 0.0, "next_token")
@@ -189,8 +189,8 @@ def test_the_best_recipe_finds_the_same_with_little_memory(tiny, tokens_NT, monk
             LeastSquares(1e-3, "dense", True, "site"),
         )
         plan = prune(model, tokens_NT, method, 0.3).plan
-        found.append((plan, {name: weight.clone() for name, weight in model.module.state_dict().items()}))
-    (ample, weights), (tight, others) = found
+        outcomes.append((plan, {name: weight.clone() for name, weight in model.module.state_dict().items()}))
+    (ample, weights), (tight, others) = outcomes
     assert ample == tight and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
@@ -205,15 +205,15 @@ LEAST_SQUARES = Method(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_run_on_from_kept_inputs_as_from_the_start(family, tiny, tokens_NT, monkeypatch):
     """Also where inputs are kept of some batches and not of others."""
-    found = []
+    hidden_states = []
     for kept in (2**28, 2**15, 0):
         monkeypatch.setattr(site_walk, "KEPT_BYTES", kept)
         model = tiny(family)
         model.batch_size = 3
         prune(model, tokens_NT, LEAST_SQUARES, 0.3)
-        found.append(last_hidden(model, tokens_NT))
-    for other in found[:2]:
-        torch.testing.assert_close(other, found[2], rtol=1e-9, atol=1e-9)
+        hidden_states.append(last_hidden(model, tokens_NT))
+    for other in hidden_states[:2]:
+        torch.testing.assert_close(other, hidden_states[2], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [Raw, WantedOutput])
@@ -256,7 +256,7 @@ def test_runs_that_share_dense_states_find_what_others_find(family, tiny, tokens
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evidence_of_what_stays_is_a_part_of_that_of_everything(family, tiny, tokens_NT):
     """Whether the rest leaves before it is collected or after."""
-    found = []
+    evidence = []
     for kind, leaves_before in ((Raw, False), (WantedOutput, False), (WantedOutput, True)):
         model, seen = tiny(family), {}
         for _, site, collect in walk_sites(model, tokens_NT, kind, (), Bookmark(Meter(), "test")):
@@ -267,21 +267,21 @@ def test_evidence_of_what_stays_is_a_part_of_that_of_everything(family, tiny, to
             seen[site.name] = collect(keep_C)
             if not leaves_before:
                 shrink_layer_(model, site.layer, plan)
-        found.append(seen)
-    for name, raw in found[0].items():
+        evidence.append(seen)
+    for name, raw in evidence[0].items():
         x, y = (each.flatten(0, -2) for each in raw.seen())
-        for part in (found[1][name], found[2][name]):
+        for part in (evidence[1][name], evidence[2][name]):
             torch.testing.assert_close(part.inputs.gram_CC, x[:, part.keep_C].T @ x[:, part.keep_C])
             torch.testing.assert_close(part.cross_KO, x[:, part.keep_C].T @ y)
 
 
 def test_dense_states_of_another_model_are_given_up(tiny, tokens_NT):
-    found, shared = [], DenseStates(2**28)
+    hidden_states, shared = [], DenseStates(2**28)
     for number, family in enumerate(("llama", "opt", "llama")):
         model, results = tiny(family), Results(NoCache(), {"model": number}, shared)
         prune(model, tokens_NT, LEAST_SQUARES, 0.3, None, results)
-        found.append(last_hidden(model, tokens_NT))
-    assert torch.equal(found[0], found[2]) and len(shared.layers) == 3
+        hidden_states.append(last_hidden(model, tokens_NT))
+    assert torch.equal(hidden_states[0], hidden_states[2]) and len(shared.layers) == 3
 
 
 def test_dense_states_that_are_too_large_are_not_held(tiny, tokens_NT):

@@ -63,8 +63,8 @@ def test_channels_score_in_the_principal_directions_of_the_output() -> None:
         for rows in weights.in_projections.values():
             score = score + (rows[j, 0] * h.square().mean(0).sqrt()).norm()
         expected.append(score)
-    found = SlimLlm(True)(BLOCK, SEEN)[FFN.name]
-    torch.testing.assert_close(found.columns_C, torch.stack(expected), rtol=1e-8, atol=0)  # type: ignore
+    scores = SlimLlm(True)(BLOCK, SEEN)[FFN.name]
+    torch.testing.assert_close(scores.columns_C, torch.stack(expected), rtol=1e-8, atol=0)  # type: ignore
 
 
 def test_an_output_that_never_changes_costs_nothing() -> None:
@@ -85,10 +85,10 @@ def test_the_regression_is_least_squares_of_every_output_alone(biased: bool, hea
     bias = torch.linspace(-1, 1, HIDDEN, dtype=torch.float64) if biased else None
     keep = site.keep_C(range(0, site.units, 2))
     y, z = x @ weight.T + (0 if bias is None else bias), x[:, keep] @ weight[:, keep].T
-    found, added = LinearRegression(True)(weight, bias, Gram.empty(site).update_(X[site.name]), keep)
+    fitted_weight, added = LinearRegression(True)(weight, bias, Gram.empty(site).update_(X[site.name]), keep)
     for d in range(HIDDEN):
         a, b = torch.linalg.lstsq(torch.stack([z[:, d], torch.ones(len(z))], 1), y[:, d, None]).solution.flatten()
-        torch.testing.assert_close(found[d], a * weight[d, keep], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(fitted_weight[d], a * weight[d, keep], rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(added[d], b, rtol=1e-8, atol=1e-10)  # type: ignore
 
 

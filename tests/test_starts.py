@@ -73,7 +73,7 @@ def test_another_order_has_its_own_units_and_fits(tiny, tokens_NT):
     levels = {each.name: 0 for each in sites} | {site.name: 5}
     assert set(range(site.units)) - set(other.plan(levels).sites[site.name].kept) == set(order_U[:5].tolist())
     assert whole.plan(levels).sites[site.name] != other.plan(levels).sites[site.name]
-    found, _ = other.candidate(levels).out_projections[site.name]
+    out_projection, _ = other.candidate(levels).out_projections[site.name]
     gram = Gram.empty(site)
     seen = _inputs(model, tokens_NT, site)
     gram = gram.update_(seen)
@@ -81,7 +81,7 @@ def test_another_order_has_its_own_units_and_fits(tiny, tokens_NT):
     keep_C = site.keep_C(sorted(order_U[5:].tolist()))
     own = weights.out_projection, weights.out_projection_bias
     expected, _ = refitted_(*own, gram.covariance_CC, gram.mean_C, keep_C, 0.3, "site")
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(out_projection, expected, rtol=1e-4, atol=1e-6)
 
 
 def _inputs(model, tokens_NT, site):
@@ -181,10 +181,10 @@ def test_the_units_are_those_of_the_chosen_order_by_scores_of_all_windows():
     scores, of_all = ({f"{at}{name}": own[f"{at}a"] for name in "abcd" for at in ("", "s:")} for own in (half, full))
     kept = {"a": (0, 1, 2, 3), "b": (2, 3, 4, 5), "c": (0, 2, 4), "d": tuple(range(6))}
     plan = Plan({name: SitePlan("mlp", 6, units) for name, units in kept.items()})
-    found = reordered(plan, scores, of_all, ["s"], sites).sites
-    assert found["a"].kept == (1, 2, 3, 5), "the criterion's own two weakest"
-    assert found["b"].kept == (0, 3, 4, 5), "the start's"
-    assert (found["c"].kept, found["d"].kept) == (kept["c"], kept["d"]), "of no order, or untouched"
+    site_plans = reordered(plan, scores, of_all, ["s"], sites).sites
+    assert site_plans["a"].kept == (1, 2, 3, 5), "the criterion's own two weakest"
+    assert site_plans["b"].kept == (0, 3, 4, 5), "the start's"
+    assert (site_plans["c"].kept, site_plans["d"].kept) == (kept["c"], kept["d"]), "of no order, or untouched"
 
 
 def test_scores_of_a_run_that_holds_out_are_of_all_windows(tiny, tokens_NT):

@@ -39,12 +39,12 @@ def test_tensors_are_those_of_the_file(tmp_path: Path) -> None:
         "wide": torch.randn(2, 2, dtype=torch.float64),
     }
     save_file(tensors, file)
-    found = places(file)
-    assert found.keys() == tensors.keys()
+    place_of = places(file)
+    assert place_of.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        read = read_tensor(file, found[name])
+        read = read_tensor(file, place_of[name])
         assert read.dtype == tensor.dtype and torch.equal(read, tensor)
-    largest = max(found.values(), key=lambda place: place.start)
+    largest = max(place_of.values(), key=lambda place: place.start)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(RunError, match="ends within a tensor"):
         read_tensor(file, largest)
@@ -147,8 +147,8 @@ def test_an_abandoned_walk_lets_go_of_what_it_read(streamed: Model, tokens_NT: t
 
     def held() -> int:
         gc.collect()
-        found = (o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta)
-        return len({tensor.data_ptr() for tensor in found if tensor.shape == shape})
+        tensors = (o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta)
+        return len({tensor.data_ptr() for tensor in tensors if tensor.shape == shape})
 
     before = held()
     walking = walk(streamed, tokens_NT, (Moments,), Bookmark(Meter(), "test"))

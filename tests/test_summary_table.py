@@ -32,11 +32,11 @@ METRICS = {
 
 
 def sites(layers: int, heads: int = 4, channels: int = 10) -> list[Site]:
-    found = []
+    decoder_sites = []
     for layer in range(layers):
-        found.append(Site(f"model.layers.{layer}.self_attn", "attention", layer, heads, 2, Cost(10, 10, 4)))
-        found.append(Site(f"model.layers.{layer}.mlp", "mlp", layer, channels, 1, Cost(6, 6, 0)))
-    return found
+        decoder_sites.append(Site(f"model.layers.{layer}.self_attn", "attention", layer, heads, 2, Cost(10, 10, 4)))
+        decoder_sites.append(Site(f"model.layers.{layer}.mlp", "mlp", layer, channels, 1, Cost(6, 6, 0)))
+    return decoder_sites
 
 
 def plan(**kept: tuple[str, int, int]) -> Plan:
@@ -57,19 +57,19 @@ def rows(metrics, a_plan, some_sites) -> dict[tuple[str, str], tuple[str, str, s
 
 
 def test_widths_count_what_is_left_with_removed_blocks_and_unnamed_sites():
-    found = widths(plan(attn0=("attention", 4, 3), mlp1=("mlp", 10, 0), block2=("block", 1, 0)), sites(4))
-    assert [(w.layer, w.kept, w.units, w.block_gone) for w in found["attention"]] == [
+    by_kind = widths(plan(attn0=("attention", 4, 3), mlp1=("mlp", 10, 0), block2=("block", 1, 0)), sites(4))
+    assert [(w.layer, w.kept, w.units, w.block_gone) for w in by_kind["attention"]] == [
         (0, 3, 4, False),
         (1, 4, 4, False),
         (2, 0, 4, True),
         (3, 4, 4, False),
     ]
-    assert [w.kept for w in found["mlp"]] == [10, 0, 0, 10]
+    assert [w.kept for w in by_kind["mlp"]] == [10, 0, 0, 10]
 
 
 def test_a_block_with_a_longer_number_is_another_block():
-    found = widths(plan(block1=("block", 1, 0)), sites(12))
-    assert [w.layer for w in found["mlp"] if w.block_gone] == [1]
+    by_kind = widths(plan(block1=("block", 1, 0)), sites(12))
+    assert [w.layer for w in by_kind["mlp"] if w.block_gone] == [1]
 
 
 def test_removed_share_weighs_units_by_their_parameters():
@@ -81,39 +81,39 @@ def test_removed_share_weighs_units_by_their_parameters():
 
 def test_summary_says_what_was_removed():
     a_plan = plan(attn0=("attention", 4, 3), mlp1=("mlp", 10, 0), block2=("block", 1, 0))
-    told = rows(METRICS, a_plan, sites(4))
-    assert told["removed", "heads (KV groups)"] == ("16", "11", "-31.2 %")
-    assert told["removed", "FFN channels"] == ("40", "20", "-50.0 %")
-    assert told["removed", "FFN sublayers"] == ("4", "3", "-1")
-    assert told["removed", "layers"] == ("4", "3", "-25.0 %")
-    assert told["removed", "parameters"] == ("1,000", "800", "-20.0 %")
-    assert told["removed", "decoder parameters"] == ("", "", "-25.0 %")
-    assert ("removed", "attention sublayers") not in told
+    table = rows(METRICS, a_plan, sites(4))
+    assert table["removed", "heads (KV groups)"] == ("16", "11", "-31.2 %")
+    assert table["removed", "FFN channels"] == ("40", "20", "-50.0 %")
+    assert table["removed", "FFN sublayers"] == ("4", "3", "-1")
+    assert table["removed", "layers"] == ("4", "3", "-25.0 %")
+    assert table["removed", "parameters"] == ("1,000", "800", "-20.0 %")
+    assert table["removed", "decoder parameters"] == ("", "", "-25.0 %")
+    assert ("removed", "attention sublayers") not in table
 
 
 def test_summary_of_removed_layers_alone():
     blocks = [Site(f"model.layers.{i}", "block", i, 1, 1, Cost(100, 100, 1)) for i in range(5)]
-    told = rows({}, plan(b3=("block", 1, 0), b1=("block", 1, 1)), blocks)
-    assert told == {("removed", "layers"): ("5", "4", "-20.0 %")}
+    table = rows({}, plan(b3=("block", 1, 0), b1=("block", 1, 1)), blocks)
+    assert table == {("removed", "layers"): ("5", "4", "-20.0 %")}
 
 
 def test_summary_of_a_run_that_removed_nothing():
-    told = rows({"sparsity/decoder": 0}, Plan.keep_all(sites(2)), sites(2))
-    assert told["removed", "heads (KV groups)"] == ("8", "8", "+0.0 %")
-    assert told["removed", "decoder parameters"] == ("", "", "+0.0 %")
+    table = rows({"sparsity/decoder": 0}, Plan.keep_all(sites(2)), sites(2))
+    assert table["removed", "heads (KV groups)"] == ("8", "8", "+0.0 %")
+    assert table["removed", "decoder parameters"] == ("", "", "+0.0 %")
 
 
 def test_summary_sets_the_pruned_figure_beside_the_dense_one():
-    told = rows(METRICS, plan(), sites(1))
-    assert told["perplexity", "wikitext2@2048"] == ("5", "6", "x1.2")
-    assert told["perplexity", "ptb@2048"] == ("", "9", "")
-    assert told["accuracy", "acc/arc_easy@0shot"] == ("0.75", "0.7", "-5.0 points")
-    assert told["speed", "latency/prefill_ms"] == ("40", "30", "x0.75")
-    assert told["memory", "kv_bytes/token"] == ("4.00 KiB", "2.00 KiB", "x0.5")
-    assert told["memory", "peak_bytes"] == ("", "3.00 GiB", "")
-    assert told["passes", "forward"] == ("", "1.5", "")
-    assert told["seconds", "calibrate"] == ("", "12.25", "")
-    assert told["other", "surprise"] == ("0", "1", "")
+    table = rows(METRICS, plan(), sites(1))
+    assert table["perplexity", "wikitext2@2048"] == ("5", "6", "x1.2")
+    assert table["perplexity", "ptb@2048"] == ("", "9", "")
+    assert table["accuracy", "acc/arc_easy@0shot"] == ("0.75", "0.7", "-5.0 points")
+    assert table["speed", "latency/prefill_ms"] == ("40", "30", "x0.75")
+    assert table["memory", "kv_bytes/token"] == ("4.00 KiB", "2.00 KiB", "x0.5")
+    assert table["memory", "peak_bytes"] == ("", "3.00 GiB", "")
+    assert table["passes", "forward"] == ("", "1.5", "")
+    assert table["seconds", "calibrate"] == ("", "12.25", "")
+    assert table["other", "surprise"] == ("0", "1", "")
 
 
 def test_a_summary_in_a_file_has_no_escape_codes_and_whole_paths(monkeypatch, tmp_path, capsys):
@@ -164,7 +164,7 @@ def test_the_picture_shows_what_is_kept(tmp_path):
     path, kept, gone = tmp_path / "structure.png", (0x2F, 0x6F, 0x9F), (0xE9, 0xED, 0xF0)
     for half in (plan(attn0=("attention", 4, 2), mlp0=("mlp", 10, 5)), plan(attn0=("attention", 4, 0))):
         structure_figure(half, sites(1), path)
-        found = pixels(path)
-        assert found[kept] / (found[kept] + found[gone]) == pytest.approx(0.5, abs=0.02)
+        counts = pixels(path)
+        assert counts[kept] / (counts[kept] + counts[gone]) == pytest.approx(0.5, abs=0.02)
     structure_figure(Plan.keep_all(sites(1)), sites(1), path)
     assert not pixels(path)[gone]

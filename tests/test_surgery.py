@@ -270,8 +270,8 @@ def test_what_stops_a_save_leaves_nothing_behind(
 
     model = tiny("llama")
     monkeypatch.setattr(safetensors.torch, "save_file", stopped)
-    told = (RunError, "cannot be written.*No space left") if isinstance(ended, OSError) else (type(ended), None)
-    with pytest.raises(told[0], match=told[1]):
+    expected = (RunError, "cannot be written.*No space left") if isinstance(ended, OSError) else (type(ended), None)
+    with pytest.raises(expected[0], match=expected[1]):
         save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

@@ -31,9 +31,9 @@ LOSES = {  # kinds of sites that lose units, where that is the point of the swee
 
 def chosen(name: str) -> list[str]:
     """Two of its jobs: every parameter at its first value, the first of several values that matters here at two."""
-    found = {key: values for key, values in parameters(sweep_files()[name]).items() if key != "model"}
-    varied = next((key for key, values in found.items() if len(values) > 1 and key != "seed"), None)
-    pinned = [f"{key}={','.join(values[:2] if key == varied else values[:1])}" for key, values in found.items()]
+    grid = {key: values for key, values in parameters(sweep_files()[name]).items() if key != "model"}
+    varied = next((key for key, values in grid.items() if len(values) > 1 and key != "seed"), None)
+    pinned = [f"{key}={','.join(values[:2] if key == varied else values[:1])}" for key, values in grid.items()]
     return pinned + [text for part, texts in STEPS.items() if part in name for text in texts]
 
 
@@ -73,9 +73,9 @@ def test_an_agent_runs_a_job_of_the_sweep(tmp_path: Path, monkeypatch: pytest.Mo
     """What `wandb agent` puts in place of ${args_no_hyphens}: key=value for each parameter."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    found = yaml.safe_load((sweeps_folder() / "wandb" / "grid.yaml").read_text())
-    pinned = [f"{key}={each['values'][0]}" for key, each in found["parameters"].items()]
-    assert main([found["command"][1], *pinned, *SMALL, "sweep.dir=swept"]) == 0
+    sweep = yaml.safe_load((sweeps_folder() / "wandb" / "grid.yaml").read_text())
+    pinned = [f"{key}={each['values'][0]}" for key, each in sweep["parameters"].items()]
+    assert main([sweep["command"][1], *pinned, *SMALL, "sweep.dir=swept"]) == 0
     assert len(list(Path("swept").glob("*/metrics.json"))) == 1
 
 

@@ -89,10 +89,10 @@ JOB = {
 
 def asked_of_wandb(monkeypatch: pytest.MonkeyPatch, record: RunRecord) -> dict[str, Any]:
     """What `wandb.init` is called with for a run."""
-    asked = {}
-    monkeypatch.setattr("wandb.init", lambda **arguments: asked.update(arguments) or Broken())
+    init_arguments = {}
+    monkeypatch.setattr("wandb.init", lambda **arguments: init_arguments.update(arguments) or Broken())
     tracker("offline").start(record)
-    return asked
+    return init_arguments
 
 
 def test_ids_of_the_environment_are_one_runs(tmp_path, no_account, monkeypatch):
@@ -113,13 +113,13 @@ def test_ids_of_the_environment_are_one_runs(tmp_path, no_account, monkeypatch):
 def test_a_run_has_a_name_and_its_choices_in_its_config(tmp_path, no_account, monkeypatch):
     config = {**CONFIG, "model": {"name": "facebook/opt"}, "sparsity": {"ratio": 0.3}}
 
-    def asked(name: str | None = None) -> dict[str, Any]:
+    def capture(name: str | None = None) -> dict[str, Any]:
         return asked_of_wandb(monkeypatch, RunRecord(tmp_path, config, None, name, "run", JOB))
 
-    assert asked()["config"] == {**config, "recipe": "flap", "choices": JOB["choices"]}
-    assert asked()["name"] == "flap facebook/opt 0.3 search=ul_um seed=1"
+    assert capture()["config"] == {**config, "recipe": "flap", "choices": JOB["choices"]}
+    assert capture()["name"] == "flap facebook/opt 0.3 search=ul_um seed=1"
     monkeypatch.setenv("WANDB_NAME", "theirs")
-    assert (asked()["name"], asked("mine")["name"]) == ("theirs", "mine")
+    assert (capture()["name"], capture("mine")["name"]) == ("theirs", "mine")
 
 
 def test_scores_far_apart_do_not_share_a_bar():
@@ -287,7 +287,7 @@ def test_the_mode_follows_the_users_environment(tmp_path, no_account, monkeypatc
     if login:
         (no_account / ".netrc").write_text(f"machine {login} login user password k\n")
         (no_account / ".netrc").chmod(0o600)
-    asked = []
-    monkeypatch.setattr("wandb.init", lambda **arguments: asked.append(arguments["mode"]) or Broken())
+    modes = []
+    monkeypatch.setattr("wandb.init", lambda **arguments: modes.append(arguments["mode"]) or Broken())
     tracker(mode).start(record(tmp_path))
-    assert asked == [expected]  # None: W&B reads its environment itself
+    assert modes == [expected]  # None: W&B reads its environment itself

@@ -84,9 +84,9 @@ class Tried(Loss):
         self.compensated = compensated
 
     def losses(self, candidates, batch=None):
-        found = super().losses(candidates, batch)
+        losses = super().losses(candidates, batch)
         tried = [self.compensated(c.plan) if c.out_projections else None for c in candidates]
-        return torch.tensor([float(f) if t is None else t for f, t in zip(found, tried, strict=True)])
+        return torch.tensor([float(f) if t is None else t for f, t in zip(losses, tried, strict=True)])
 
     def trial(self, plan, share):
         self.passes += 0.75
@@ -103,8 +103,8 @@ def test_what_it_began_with_stays_where_compensation_makes_it_as_good():
         return lambda plan: 0.0 if plan.sites == better.sites else 1.0
 
     assert plan_of(method, Tried(loss(begun)))[0].sites == begun.sites
-    found = plan_of(method, Tried(lambda plan: 1.0 if plan.sites == begun.sites else 0.0))[0]
-    assert found.sites != begun.sites
+    other = plan_of(method, Tried(lambda plan: 1.0 if plan.sites == begun.sites else 0.0))[0]
+    assert other.sites != begun.sites
     same = plan_of(method, Tried(lambda plan: 1.0))[0]
     assert same.sites == begun.sites, "no better is not better"
 
@@ -142,8 +142,8 @@ def test_orders_of_single_sites_leave_enough_for_sensitivities():
     scores = with_starts(("one", "two"))
     started = {"starts": dict.fromkeys(("one", "two"), Flap("WIFV", False)), "tokens": 0.5}
     began = plan_of(search(effort=20.0, rounds=0, steps=0, **started), Loss(convex, 16), scores=scores)[0]
-    found = plan_of(search(effort=20.0, **started), Loss(convex, 16), scores=scores)[0]
-    worth = [convex({site.name: plan.removed(site) for site in SITES}) for plan in (found, began)]
+    searched = plan_of(search(effort=20.0, **started), Loss(convex, 16), scores=scores)[0]
+    worth = [convex({site.name: plan.removed(site) for site in SITES}) for plan in (searched, began)]
     assert worth[0] < 0.7 * worth[1], "where orders came first, 0.81 of where it began was left"
 
 
@@ -173,9 +173,9 @@ def test_what_a_criterion_alone_would_remove_becomes_what_it_would_by_all_window
     after = paths(7) | {start_name("one", site): path for site, path in paths(8).items()}
     budget = Budget(0.4, params(SITES))
     plan = begun_with(alone_by(method, before, start, budget), f"al_am of {start or 'criterion'}")
-    found = method.rescored(plan, before, after, SITES, budget)
+    rescored = method.rescored(plan, before, after, SITES, budget)
     expected = alone_by(method, after, start, budget)
-    assert found.sites == expected.sites != plan.sites and found.budget["start"] == plan.budget["start"]
+    assert rescored.sites == expected.sites != plan.sites and rescored.budget["start"] == plan.budget["start"]
 
 
 def test_levels_that_did_not_begin_with_al_am_stay_by_all_windows():
@@ -183,10 +183,10 @@ def test_levels_that_did_not_begin_with_al_am_stay_by_all_windows():
     after = before | paths(7)
     budget = Budget(0.4, params(SITES))
     plan = begun_with(alone_by(method, before, "", budget), "shares 1")
-    found = method.rescored(plan, before, after, SITES, budget)
+    rescored = method.rescored(plan, before, after, SITES, budget)
     for site in SITES:
-        assert found.removed(site) == plan.removed(site)
-        gone = set(range(site.units)) - set(found.sites[site.name].kept)
+        assert rescored.removed(site) == plan.removed(site)
+        gone = set(range(site.units)) - set(rescored.sites[site.name].kept)
         assert gone == set(after[site.name].order_U[: len(gone)].tolist())
 
 

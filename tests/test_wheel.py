@@ -41,8 +41,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {str(path) for path in found if "__pycache__" not in path.parts}
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {str(path) for path in paths if "__pycache__" not in path.parts}
 
 
 @pytest.mark.parametrize(("source", "target"), [("conf", "conf"), ("sweeps", "sweeps"), ("pruneexp", "")])
@@ -53,8 +53,8 @@ def test_everything_travels(source: str, target: str, site: Path) -> None:
 
 @pytest.mark.parametrize("model", ["llama", "opt", "bloom"])
 def test_the_embedded_models_travel(model: str, site: Path) -> None:
-    found = files(site / "pruneexp" / "embedded" / model)
-    assert {"config.json", "tokenizer.json"} <= found and any(name.endswith(".safetensors") for name in found)
+    names = files(site / "pruneexp" / "embedded" / model)
+    assert {"config.json", "tokenizer.json"} <= names and any(name.endswith(".safetensors") for name in names)
 
 
 def test_help_and_the_default_config_from_elsewhere(site: Path, tmp_path: Path) -> None:

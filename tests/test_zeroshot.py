@@ -61,24 +61,24 @@ def harness_samples(model: Any, rows: Mapping[str, Any], shots: int, monkeypatch
     from lm_eval import evaluator, tasks
     from lm_eval.models.huggingface import HFLM
 
-    asked = {source: name for name, source in SOURCES.items()}
+    task_of = {source: name for name, source in SOURCES.items()}
 
     def load_dataset(path: str, name: str | None, **options: Any) -> Any:
-        splits = {split: datasets.Dataset.from_list(found) for split, found in rows[asked[path, name]].items()}
+        splits = {split: datasets.Dataset.from_list(examples) for split, examples in rows[task_of[path, name]].items()}
         spare = next(iter(splits.values()))
         return datasets.DatasetDict({**dict.fromkeys(("train", "validation", "test"), spare), **splits})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # asks every package manager there is
     folders = [f"{tasks.__path__[0]}/{TASKS[name].definition}" for name in rows]
-    found: Any = evaluator.simple_evaluate(
+    evaluation: Any = evaluator.simple_evaluate(
         model=HFLM(pretrained=model.module, tokenizer=model.tokenizer, batch_size=4),  # type: ignore[call-arg]
         tasks=list(rows),
         num_fewshot=shots,
         task_manager=tasks.TaskManager(include_path=sorted(set(folders)), include_defaults=False),
         bootstrap_iters=0,
     )
-    return found["samples"]
+    return evaluation["samples"]
 
 
 @pytest.mark.slow
@@ -106,22 +106,22 @@ def test_local_files_ask_and_score_as_the_harness_does(data, llama, monkeypatch,
 def test_scores_by_hand(data, llama):
     """acc: the likeliest continuation; acc_norm: the likeliest per character of the choice."""
     (loaded,) = load_tasks(["piqa"], {"piqa": read_task(str(data), "piqa", 0)})
-    found = answer(llama, loaded, 0, None, 1, False)["piqa"]
-    assert [continuation for _, continuation in found.requests[:2]] == [" Use a towel.", " Put it under the tap."]
+    answered = answer(llama, loaded, 0, None, 1, False)["piqa"]
+    assert [continuation for _, continuation in answered.requests[:2]] == [" Use a towel.", " Put it under the tap."]
     best, best_norm = [], []
     for item, label in zip(range(3), (0, 1, 0), strict=True):
-        pair = found.requests[2 * item : 2 * item + 2]
+        pair = answered.requests[2 * item : 2 * item + 2]
         nats = []
         for context, continuation in pair:
             before = len(llama.tokenizer.encode(context))
             ids = torch.tensor([llama.tokenizer.encode(context + continuation)])
             nats.append(-float(llama.token_losses(ids, 1)[0, before - 1 :].sum()))
-        assert found.log_likelihoods[2 * item : 2 * item + 2] == pytest.approx(nats, rel=1e-5)
+        assert answered.log_likelihoods[2 * item : 2 * item + 2] == pytest.approx(nats, rel=1e-5)
         per_character = [value / len(text[1:]) for value, (_, text) in zip(nats, pair, strict=True)]
         best.append(float(nats.index(max(nats)) == label))
         best_norm.append(float(per_character.index(max(per_character)) == label))
-    assert (found.scores["acc"], found.scores["acc_norm"]) == (best, best_norm)
-    assert found.figures == {"acc": sum(best) / 3, "acc_norm": sum(best_norm) / 3}
+    assert (answered.scores["acc"], answered.scores["acc_norm"]) == (best, best_norm)
+    assert answered.figures == {"acc": sum(best) / 3, "acc_norm": sum(best_norm) / 3}
 
 
 @pytest.mark.slow
@@ -193,9 +193,9 @@ def test_names_say_which_items(data, llama, monkeypatch):
 
 def test_the_record_of_a_model(data, llama):
     evaluator = a_zeroshot(data, "piqa", "lambada_openai", num_fewshot=1)
-    found = evaluator(llama, llama.tokenizer)
-    figures, record = found.figures, json.loads(found.files["json"])
-    assert set(found.files) == {"json"} and set(record["tasks"]) == {"piqa", "lambada_openai"}
+    measured = evaluator(llama, llama.tokenizer)
+    figures, record = measured.figures, json.loads(measured.files["json"])
+    assert set(measured.files) == {"json"} and set(record["tasks"]) == {"piqa", "lambada_openai"}
     piqa = record["tasks"]["piqa"]
     assert len(piqa["scores"]["acc"]) == 3 and sum(piqa["scores"]["acc"]) / 3 == figures["acc/piqa@1shot[3]"]
     assert {Path(file).name for file in piqa["data"]} == {
@@ -204,7 +204,7 @@ def test_the_record_of_a_model(data, llama):
     share = piqa["figures"]["acc"]
     assert piqa["standard_errors"]["acc"] == pytest.approx(math.sqrt(share * (1 - share) / 2))
     assert piqa["version"] == 1.0 and piqa["num_fewshot"] == 1 and len(piqa["requests_sha256"]) == 64
-    assert evaluator(llama, llama.tokenizer) == found and "perplexity/lambada_openai@1shot[2]" in figures
+    assert evaluator(llama, llama.tokenizer) == measured and "perplexity/lambada_openai@1shot[2]" in figures
 
 
 def test_nothing_of_the_run_is_touched(data, llama):
@@ -222,8 +222,8 @@ def test_a_run_keeps_every_item(data, build_from):
     metrics = run_experiment(build_from(*overrides, "run.dir=run", "run.save=false", "dataset.samples=2")).metrics
     assert {"dense/acc/piqa@0shot[3]", "pruned/acc_norm/arc_easy@0shot[2]"} <= metrics.keys()
     kept = [json.loads(Path("run/samples", f"zeroshot_{when}.json").read_text()) for when in ("dense", "pruned")]
-    asked = [each["tasks"]["piqa"]["requests_sha256"] for each in kept]
-    assert asked[0] == asked[1]
+    hashes = [each["tasks"]["piqa"]["requests_sha256"] for each in kept]
+    assert hashes[0] == hashes[1]
     for when, one in zip(("dense", "pruned"), kept, strict=True):
         assert one["tasks"]["piqa"]["figures"]["acc"] == metrics[f"{when}/acc/piqa@0shot[3]"]
 
@@ -272,8 +272,8 @@ def test_jobs_of_a_process_share_tasks_that_are_asked_alike(data, tmp_path, llam
 
     def figures(folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
         evaluator = a_zeroshot(folder, "piqa", "boolq", **changes)
-        found = evaluator(llama, llama.tokenizer)
-        return found.figures, evaluator.measured_on(llama.tokenizer), found.files
+        measured = evaluator(llama, llama.tokenizer)
+        return measured.figures, evaluator.measured_on(llama.tokenizer), measured.files
 
     monkeypatch.setattr(zeroshot, "load_tasks", counted)
     zeroshot._load_once.cache_clear()
@@ -332,12 +332,12 @@ def test_metrics_of_all_items_together(few_definitions, llama):
     label = "doc_to_target: \"{{ 1 if 'cold' in q else 0 }}\""
     definition = DEFINITION.format(name="one").replace("doc_to_target: 0", label)
     (few_definitions / "one.yaml").write_text(definition + metrics)
-    found = a_zeroshot(None, "one", num_fewshot=None)(llama, llama.tokenizer)
-    assert {"acc/one@0shot", "f1/one@0shot", "mcc/one@0shot", "brier_score/one@0shot"} <= found.figures.keys()
-    scores = json.loads(found.files["json"])["tasks"]["one"]["scores"]
+    measured = a_zeroshot(None, "one", num_fewshot=None)(llama, llama.tokenizer)
+    assert {"acc/one@0shot", "f1/one@0shot", "mcc/one@0shot", "brier_score/one@0shot"} <= measured.figures.keys()
+    scores = json.loads(measured.files["json"])["tasks"]["one"]["scores"]
     assert scores["f1"] == scores["mcc"] and [float(label == answer) for label, answer in scores["f1"]] == scores["acc"]
     brier = [sum((p - (n == label)) ** 2 for n, p in enumerate(shares)) for label, shares in scores["brier_score"]]
-    assert sum(brier) / len(brier) == pytest.approx(found.figures["brier_score/one@0shot"])
+    assert sum(brier) / len(brier) == pytest.approx(measured.figures["brier_score/one@0shot"])
 
 
 @pytest.mark.slow
@@ -346,20 +346,20 @@ def test_hub_figures_of_the_dense_model_are_measured_once(few_definitions, build
 
     written = DEFINITION.format(name="one")
     (few_definitions / "one.yaml").write_text(written)
-    asked: list[str] = []
+    calls: list[str] = []
 
     def counted(model: Any, loaded: Any, *rest: Any) -> dict[str, Answered]:
-        asked.append(loaded.name)
+        calls.append(loaded.name)
         return answer(model, loaded, *rest)
 
     monkeypatch.setattr(zeroshot, "answer", counted)
 
     def dense(folder: str, *changes: str) -> tuple[float, int]:
-        asked.clear()
+        calls.clear()
         zeroshot._load_once.cache_clear()  # as in a process of its own
         overrides = ["evaluator=[zeroshot]", "evaluator.zeroshot.tasks=[one]", "dataset.samples=2", *changes]
         metrics = run_experiment(build_from(*overrides, f"run.dir={folder}", "run.save=false")).metrics
-        return next(value for key, value in metrics.items() if key.startswith("dense/acc/one@")), len(asked)
+        return next(value for key, value in metrics.items() if key.startswith("dense/acc/one@")), len(calls)
 
     first, answered = dense("first")
     assert answered == 2  # the dense and the pruned model

@@ -107,9 +107,9 @@ def test_a_streamed_model_gives_the_same_slopes(over: str, tiny: Callable[..., M
     assert streamed.values == pytest.approx(held.values, rel=1e-6)
     assert meter.forward == pytest.approx(3 * 2 * 4 / 10)
     with model.loaded(1):
-        found = streamed.of(model.block(1))["model.layers.1.mlp"]
+        gradient = streamed.of(model.block(1))["model.layers.1.mlp"]
     out_projection = held.of(held.model.block(1))["model.layers.1.mlp"].total.out_projection
-    torch.testing.assert_close(found.total.out_projection, out_projection, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient.total.out_projection, out_projection, rtol=1e-5, atol=1e-7)
 
 
 def quadratic(p: int = 6) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -125,13 +125,13 @@ def quadratic(p: int = 6) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 def estimate(kind: Perturbation, directions: int, epsilon: float = 0.3) -> Tensor:
     site = Site("toy", "mlp", 0, 6, 1, Cost(1, 1, 0))
     _, loss = quadratic()
-    found = kind.empty(site)
+    gradient = kind.empty(site)
     for number in range(directions):
         z = kind.draw(number, site.name, torch.Size([6]), torch.device("cpu")).double()
         slope = (loss(epsilon * z) - loss(-epsilon * z)).item() / (2 * epsilon)
         assert slope == pytest.approx((quadratic()[0] @ z).item(), rel=1e-9)  # exact on a quadratic, for any step
-        found = found.update_(z, slope)
-    return found.gates_U
+        gradient = gradient.update_(z, slope)
+    return gradient.gates_U
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
@@ -183,7 +183,7 @@ def test_a_direction_without_a_loss_is_left_out_and_none_at_all_is_an_error(
 
 def evidence_for(toy: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[Tensor, Tensor, SiteWeights]]]:
     """Moments, a gradient and input moments for each site; and the tensors they were made of."""
-    found, made = {}, {}
+    evidence, made = {}, {}
     for site in toy.sites:
         weights = toy.weights[site.name]
         g = SiteWeights(
@@ -192,16 +192,16 @@ def evidence_for(toy: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, tuple[
         x, inputs = activations(site, 3, 5), activations(toy.sites[0], 3, 5, seed=8)
         gradient = DirectionalGradient(2, g, False)
         moments = (Moments.empty(site).update_(x), InputMoments.empty(site).update_(inputs))
-        found[site.name] = (moments[0], gradient, moments[1])
+        evidence[site.name] = (moments[0], gradient, moments[1])
         made[site.name] = (x.flatten(0, 1), inputs.flatten(0, 1), g)
-    return found, made
+    return evidence, made
 
 
 @each("members, tokens", itertools.product(["sum", "max", "mean"], ["l2", "mean"]))
 def test_the_formula_unit_by_unit(tokens: str, members: str) -> None:
     toy = block()
-    found, made = evidence_for(toy)
-    scores = replace(CRITERION, tokens=tokens, members=members)(toy, found)
+    evidence, made = evidence_for(toy)
+    scores = replace(CRITERION, tokens=tokens, members=members)(toy, evidence)
     for site in toy.sites:
         x, inputs, g = made[site.name]
         a, b = ((t.square().mean(0).sqrt() if tokens == "l2" else t.mean(0).abs()) for t in (x, inputs))
@@ -222,10 +222,10 @@ def test_the_formula_unit_by_unit(tokens: str, members: str) -> None:
 
 def test_gates_with_the_exact_gradient_are_the_signed_sum_over_the_unit() -> None:
     toy = block()
-    found, made = evidence_for(toy)
+    evidence, made = evidence_for(toy)
     for site in toy.sites:
         x, _, g = made[site.name]
-        exact = {site.name: (found[site.name][0], Gradient(2, g))}
+        exact = {site.name: (evidence[site.name][0], Gradient(2, g))}
         alone = replace(toy, sites=(site,))
         score_U = replace(CRITERION, perturb="gates", gradient="exact")(alone, exact)[site.name]
         signed_U = (toy.weights[site.name].out_projection * g.out_projection / 2).sum(0).reshape(site.units, -1).sum(1)

@@ -50,8 +50,8 @@ def test_it_is_stock(name: str, ratio: float, loaded: Callable[..., Model], tmp_
     assert save(model, tmp_path / "model").kind == "stock"
     with torch.no_grad():
         expected = model.module(TOKENS).logits
-        found = loaded(name, tmp_path / "model").module(TOKENS).logits
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        actual = loaded(name, tmp_path / "model").module(TOKENS).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

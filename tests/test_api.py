@@ -101,9 +101,9 @@ def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.slow
 def test_the_readmes_blocks_run(model: Any, tokenizer: Any, tokens: torch.Tensor) -> None:
-    found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:2]
-    assert len(found) == 2 and all("pruneexp.prune(" in block for block in found)
-    for block in found:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:2]
+    assert len(blocks) == 2 and all("pruneexp.prune(" in block for block in blocks)
+    for block in blocks:
         names: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "tokens": tokens, "__name__": "notebook"}
         sys.modules["notebook"] = SimpleNamespace(__dict__=names)  # type: ignore[assignment]
         try:
@@ -266,9 +266,9 @@ def test_twice_in_a_row_from_threads_and_at_the_same_time(model: Any, tokenizer:
 @pytest.mark.slow
 def test_sweeps_give_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     typed = ["evaluator=[size]", "dataset.samples=4", "sweep.dir=sweep"]
-    found = pruneexp.run(["--multirun", "sparsity.ratio=0.2,0.4", *typed])
-    assert [one.metrics["sparsity/decoder"] for one in found] == pytest.approx([0.2, 0.4], abs=0.03)
-    assert all(one.model is None and one.plan.sites and (one.folder / "metrics.json").is_file() for one in found)
+    jobs = pruneexp.run(["--multirun", "sparsity.ratio=0.2,0.4", *typed])
+    assert [one.metrics["sparsity/decoder"] for one in jobs] == pytest.approx([0.2, 0.4], abs=0.03)
+    assert all(one.model is None and one.plan.sites and (one.folder / "metrics.json").is_file() for one in jobs)
     with pytest.raises(pruneexp.ConfigError, match="sparsity.ratio=2"):
         pruneexp.run(["--multirun", "sparsity.ratio=0.2,2", *typed])
     with pytest.raises(pruneexp.ConfigError, match="expected a list"):
@@ -475,8 +475,8 @@ def test_an_object_asks_for_scores_behind_pruned_layers_where_there_are_some(
 def test_other_windows_are_evaluated_where_a_dataset_is_named(
     model: Any, tokenizer: Any, tokens: torch.Tensor, build_from: Callable[..., Any]
 ) -> None:
-    asked = ["dataset=embedded", "dataset.evaluation_samples=8", "evaluator=[perplexity]"]
-    result = pruneexp.prune(model, tokenizer, tokens, overrides=asked)
+    settings = ["dataset=embedded", "dataset.evaluation_samples=8", "evaluator=[perplexity]"]
+    result = pruneexp.prune(model, tokenizer, tokens, overrides=settings)
     assert 1 < result.metrics["dense/ppl/embedded@128"] < result.metrics["pruned/ppl/embedded@128"]
 
 
@@ -484,8 +484,8 @@ def test_a_text_of_ones_own_is_evaluated_and_nothing_else_asked_of_it(
     model: Any, tokenizer: Any, tokens: torch.Tensor
 ) -> None:
     Path("test.txt").write_text("the dog sees the cat . " * 400)
-    asked = ["dataset=text", "dataset.evaluation=test.txt", "dataset.length=32", "evaluator=[perplexity]"]
-    result = pruneexp.prune(model, tokenizer, tokens, overrides=asked)
+    settings = ["dataset=text", "dataset.evaluation=test.txt", "dataset.length=32", "evaluator=[perplexity]"]
+    result = pruneexp.prune(model, tokenizer, tokens, overrides=settings)
     assert result.metrics["pruned/ppl/test@32"] > 1
 
 

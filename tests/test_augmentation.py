@@ -44,9 +44,9 @@ def chain(shares_VV: Tensor) -> Any:
 
 def written(model: Any, given_NT: Tensor, augmentation: SelfGenerated = WRITES, seed: int = 0) -> Tensor:
     """The windows that joined."""
-    found = augmentation(model, given_NT, Meter(), seed)
+    joined = augmentation(model, given_NT, Meter(), seed)
     given = {tuple(row) for row in given_NT.tolist()}
-    return torch.tensor([row for row in found.tolist() if tuple(row) not in given])
+    return torch.tensor([row for row in joined.tolist() if tuple(row) not in given])
 
 
 @pytest.mark.parametrize(("temperature", "power"), [(1.0, 1.0), (0.5, 2.0), (2.0, 0.5)])
@@ -112,9 +112,9 @@ def test_windows_alternate(tiny: Callable[..., Any], windows: int, share: float,
     origins = interleaved({"a": windows // 2, "b": windows // 2})
     given_NT = torch.tensor([[ord(name)] * 6 for name in origins]).remainder(90)
     meter = Meter()
-    found = SelfGenerated(share, 10_000, 1.0)(tiny("llama"), given_NT, meter, 0)
+    joined = SelfGenerated(share, 10_000, 1.0)(tiny("llama"), given_NT, meter, 0)
     assert meter.forward == pytest.approx(added / (windows + added))
-    named = [chr(row[0] + 90) if len(set(row)) == 1 else "written" for row in found.tolist()]
+    named = [chr(row[0] + 90) if len(set(row)) == 1 else "written" for row in joined.tolist()]
     kept = [name for name in named if name != "written"]
     assert kept == list(origins), "the given ones keep their order"
     assert named.count("written") == added
@@ -142,7 +142,7 @@ def test_predictions_that_are_not_finite(tiny: Callable[..., Any], tokens_NT: Te
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("share=0", "augmentation.share=0.0"),
         ("share=inf", "augmentation.share=inf"),
@@ -150,10 +150,10 @@ def test_predictions_that_are_not_finite(tiny: Callable[..., Any], tokens_NT: Te
         ("temperature=0", "augmentation.temperature=0.0"),
     ],
 )
-def test_settings_that_cannot_work(build_from: Callable[..., Any], setting: str, told: str) -> None:
+def test_settings_that_cannot_work(build_from: Callable[..., Any], setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         build_from("augmentation=self_generated", f"augmentation.{setting}")
-    assert_told(f"{error.value}\n", told)
+    assert_told(f"{error.value}\n", message)
 
 
 def test_a_streamed_model_writes_nothing(build_from: Callable[..., Any]) -> None:
@@ -165,10 +165,10 @@ def test_a_streamed_model_writes_nothing(build_from: Callable[..., Any]) -> None
 def test_a_run_is_calibrated_on_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded as they are, foretold, the same from the cache, and other text for another seed."""
     monkeypatch.chdir(tmp_path)
-    asked = [*QUICK, "augmentation=self_generated", "augmentation.share=0.5"]
+    typed = [*QUICK, "augmentation=self_generated", "augmentation.share=0.5"]
 
-    def run(name: str, *settings: str, asked: list[str] = asked) -> tuple[dict[str, Any], dict[str, float]]:
-        assert main([*asked, f"run.dir={name}", *settings]) == 0
+    def run(name: str, *settings: str, typed: list[str] = typed) -> tuple[dict[str, Any], dict[str, float]]:
+        assert main([*typed, f"run.dir={name}", *settings]) == 0
         record = json.loads(Path(name, "environment.json").read_text())
         return record["data"], json.loads(Path(name, "metrics.json").read_text())
 
@@ -178,11 +178,11 @@ def test_a_run_is_calibrated_on_both(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     other, _ = run("other", "seed=1", "cache=off")
-    given, _ = run("given", asked=QUICK)
+    given, _ = run("given", typed=QUICK)
     windows, length = given["calibration_windows"]
     assert data["calibration_windows"] == other["calibration_windows"] == [windows + windows // 2, length]
     assert data["calibration_tokens_sha256"] != other["calibration_tokens_sha256"]
     again = json.loads(Path("again", "metrics.json").read_text())
     assert again["passes/forward"] == metrics["passes/forward"]
-    foretold = pruneexp.run([*asked, "run.dry=true"]).metrics
+    foretold = pruneexp.run([*typed, "run.dry=true"]).metrics
     assert foretold["forecast/passes/forward"] == pytest.approx(metrics["passes/forward"])

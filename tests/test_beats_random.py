@@ -99,14 +99,14 @@ def known(family: str) -> tuple[Model, Tensor, Tensor]:
 
 
 @cache
-def asked(criterion: str, *typed: str) -> Experiment:
+def experiment_of(criterion: str, *typed: str) -> Experiment:
     parts = [f"criterion={criterion}", "compensator=none", "sparsity.ratio=0.3"]
     return build(composer().job([*parts, *QUICK.get(criterion, ()), *typed]))
 
 
 def pruned(family: str, criterion: str, *typed: str, seed: int = 0) -> tuple[float, float]:
     """Perplexity, and the share of the decoder's parameters that left. `seed`: of random scores."""
-    experiment = asked(criterion, *typed)
+    experiment = experiment_of(criterion, *typed)
     scored_by = replace(experiment.criterion, seed=seed) if criterion == "random" else experiment.criterion
     dense, calibration_NT, evaluation_NT = known(family)
     model = deepcopy(dense)
@@ -119,8 +119,8 @@ def pruned(family: str, criterion: str, *typed: str, seed: int = 0) -> tuple[flo
 @cache
 def drawn(family: str, *typed: str) -> tuple[float, float]:
     """The median perplexity of five random draws, and the share removed."""
-    found = [pruned(family, "random", *typed, seed=seed) for seed in range(5)]
-    return median(perplexity for perplexity, _ in found), found[0][1]
+    seeds = [pruned(family, "random", *typed, seed=seed) for seed in range(5)]
+    return median(perplexity for perplexity, _ in seeds), seeds[0][1]
 
 
 def assert_beats_random(family: str, criterion: str, search: tuple[str, ...], random: tuple[str, ...]) -> None:

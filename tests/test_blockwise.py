@@ -79,11 +79,11 @@ def test_layers_come_nearer_to_the_dense_model(family: str, pair: Callable[..., 
     model, dense = pair(family)
     before, wanted = state(model), behind(dense, tokens_NT)
     far = relative_error(behind(model, tokens_NT), wanted)
-    found = BLOCKWISE(model, tokens_NT, Meter(), 0, dense)
+    outcome = BLOCKWISE(model, tokens_NT, Meter(), 0, dense)
     assert relative_error(behind(model, tokens_NT), wanted) < 0.9 * far
-    assert found.adapter is None and found.metrics["recovery/layers_kept"] <= 1
-    assert found.metrics["recovery/loss_last"] < 0.9 * found.metrics["recovery/loss_first"]
-    assert found.metrics["recovery/steps"] == 3 * 3 * 6 and found.metrics["recovery/params"] == model.decoder_params
+    assert outcome.adapter is None and outcome.metrics["recovery/layers_kept"] <= 1
+    assert outcome.metrics["recovery/loss_last"] < 0.9 * outcome.metrics["recovery/loss_first"]
+    assert outcome.metrics["recovery/steps"] == 3 * 3 * 6 and outcome.metrics["recovery/params"] == model.decoder_params
     after = state(model)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed and all(name.startswith(f"{model.layers_path}.") for name in changed)
@@ -105,12 +105,12 @@ def test_the_same_seed_is_the_same_to_the_bit(pair: Callable[..., Any], tokens_N
 
 
 def test_steps_do_not_depend_on_how_windows_are_batched(pair: Callable[..., Any], tokens_NT: Tensor) -> None:
-    found = []
+    states = []
     for batch_size in (1, 4):
         model, dense = pair("llama", batch_size=batch_size)
         BLOCKWISE(model, tokens_NT, Meter(), 0, dense)
-        found.append(behind(model, tokens_NT))
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+        states.append(behind(model, tokens_NT))
+    torch.testing.assert_close(*states, rtol=1e-6, atol=1e-8)
 
 
 def test_what_it_costs(pair: Callable[..., Any], tokens_NT: Tensor) -> None:

@@ -54,14 +54,14 @@ def byte_tokenizer(begins: bool) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models with that tokenizer, by family."""
-    found = {}
+    made = {}
     for name in ("gemma", "gemma2", "gemma3", "llama_multi_query"):
         prefix, values = TINY[name]
-        found[name] = tmp_path_factory.mktemp(name)
+        made[name] = tmp_path_factory.mktemp(name)
         ids = {"vocab_size": 257, "bos_token_id": BOS, "eos_token_id": BOS, "pad_token_id": None}
-        random_model(prefix, {**values, **ids}).save_pretrained(found[name])
-        byte_tokenizer(begins=True).save_pretrained(found[name])
-    return found
+        random_model(prefix, {**values, **ids}).save_pretrained(made[name])
+        byte_tokenizer(begins=True).save_pretrained(made[name])
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -148,9 +148,9 @@ def test_an_evaluators_own_decides(tmp_path: Path) -> None:
 def test_token_windows_are_used_as_they_are(folders: dict[str, Path]) -> None:
     np.save("w.npy", np.arange(24).reshape(3, 8))
     mine = ["dataset=tokens", "dataset.calibration=w.npy", "dataset.evaluation=w.npy"]
-    found = compose(["model=hf", f"model.path={folders['gemma']}", *mine]).config
-    assert found["dataset"]["bos"] is False and found["evaluator"]["perplexity"]["bos"] is False
-    assert found["evaluator"]["latency"]["bos"] is True
+    config = compose(["model=hf", f"model.path={folders['gemma']}", *mine]).config
+    assert config["dataset"]["bos"] is False and config["evaluator"]["perplexity"]["bos"] is False
+    assert config["evaluator"]["latency"]["bos"] is True
     with pytest.raises(ConfigError, match=r"^dataset\.bos=True: token windows are used exactly as they are; expected"):
         build(compose([*mine, "dataset.bos=true"]))
     with pytest.raises(
@@ -183,8 +183,8 @@ def plain_perplexity(folder: Path, width: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
 def test_a_gemma_is_measured_as_transformers_reads_it(folders: dict[str, Path], name: str) -> None:
-    found = run(folders[name], "r", "evaluator=[perplexity]", "run.save=false", "model.dtype=float64")
-    assert found["dense/ppl/text@16+bos"] == pytest.approx(plain_perplexity(folders[name], 15), rel=1e-9)
+    figures = run(folders[name], "r", "evaluator=[perplexity]", "run.save=false", "model.dtype=float64")
+    assert figures["dense/ppl/text@16+bos"] == pytest.approx(plain_perplexity(folders[name], 15), rel=1e-9)
     record = json.loads(Path("r/environment.json").read_text())["data"]
     assert record["bos"] is True and record["calibration_windows"] == [6, 16]
 
@@ -271,14 +271,14 @@ def test_zero_shot_prompts_begin_with_the_token_once(
 
     model = ModelSource("x", str(folders["gemma"]), None, "auto", "cpu", False, False, 4).load(byte_tokenizer(begins))
     shown: list[list[int]] = []
-    asked: list[Any] = []
+    passed: list[Any] = []
     inner = HFLM._model_call
     monkeypatch.setattr(
         HFLM, "_model_call", lambda self, ids, *a, **k: (shown.extend(ids.tolist()), inner(self, ids))[1]
     )
 
     def evaluate(lm: Any, **_: Any) -> None:
-        asked.append(lm.add_bos_token)
+        passed.append(lm.add_bos_token)
         for kind, arguments in (("loglikelihood", ("ab", " c")), ("loglikelihood_rolling", ("abc",))):
             getattr(lm, kind)([Instance(kind, {}, arguments, 0)], disable_tqdm=True)
 
@@ -289,7 +289,7 @@ def test_zero_shot_prompts_begin_with_the_token_once(
         first = [BOS] if own or begins else []
         assert shown[0] == [*first, *b"ab "]
         assert shown[1] == ([BOS, *b"ab"] if own else [BOS, *first, *b"ab"])
-    assert asked == [True, None]
+    assert passed == [True, None]
     assert model.tokenizer("a").input_ids == ([BOS] if begins else []) + [97]  # the model's own is left as it was
 
 
@@ -308,11 +308,11 @@ def test_auto_is_what_it_becomes(folders: dict[str, Path]) -> None:
     keys = ["dataset", *(f"evaluator.{n}" for n in ALL[11:-1].split(",") if n != "size")]
     llama, gemma = folders["llama_multi_query"], folders["gemma"]
     for folder, value in ((llama, False), (gemma, True)):
-        found, explicit = of(folder, ALL), of(folder, ALL, *(f"{key}.bos={str(value).lower()}" for key in keys))
-        assert found["asked"] == {f"{key}.bos": "auto" for key in keys}
+        config, explicit = of(folder, ALL), of(folder, ALL, *(f"{key}.bos={str(value).lower()}" for key in keys))
+        assert config["asked"] == {f"{key}.bos": "auto" for key in keys}
         assert explicit["asked"] == {f"{key}.bos": value for key in keys}
-        assert {found["dataset"]["bos"], *(n["bos"] for k, n in found["evaluator"].items() if k != "size")} == {value}
-        assert config_hash(found) == config_hash(explicit)
+        assert {config["dataset"]["bos"], *(n["bos"] for k, n in config["evaluator"].items() if k != "size")} == {value}
+        assert config_hash(config) == config_hash(explicit)
     others = [config_hash(of(gemma, ALL, f"{key}.bos=false")) for key in keys]
     assert len({*others, config_hash(of(gemma, ALL))}) == len(keys) + 1  # each counts
 
@@ -344,8 +344,8 @@ def test_windows_that_were_longer_have_another_hash(folders: dict[str, Path]) ->
 
 
 def test_a_config_that_comes_back_says_the_same(folders: dict[str, Path]) -> None:
-    found = of(folders["gemma"])
-    assert resolved(found) == found and config_hash(resolved(found)) == config_hash(found)
+    first = of(folders["gemma"])
+    assert resolved(first) == first and config_hash(resolved(first)) == config_hash(first)
     run(folders["gemma"], "first", "evaluator=[perplexity]", "run.save=false")
     config = yaml.safe_load(Path("first/config.yaml").read_text())
     assert config["asked"] == {"dataset.bos": "auto", "evaluator.perplexity.bos": "auto"}
@@ -396,9 +396,9 @@ def test_sweeps_of_papers_say_no_for_whatever_is_chosen_instead(folders: dict[st
     Path("mine/dataset").mkdir(parents=True)
     Path("mine/dataset/mine.yaml").write_text(f"_target_: {__name__}.Mine\nsamples: 1\nlength: 4\n")
     typed = ["+sweep=flap_perplexity", "model=hf", f"model.path={folders['gemma']}", "hydra.mode=RUN"]
-    found = compose([*typed, "evaluator=[perplexity,size]"]).config
-    assert set(found["evaluator"]) == {"perplexity", "size"}
-    assert found["dataset"]["bos"] is False and compose(typed).config["evaluator"]["wikitext2_128"]["bos"] is False
+    config = compose([*typed, "evaluator=[perplexity,size]"]).config
+    assert set(config["evaluator"]) == {"perplexity", "size"}
+    assert config["dataset"]["bos"] is False and compose(typed).config["evaluator"]["wikitext2_128"]["bos"] is False
     build(compose([*typed, "dataset=mine"], config_dir="mine"))
 
 
@@ -415,10 +415,10 @@ def test_where_auto_cannot_be_told_it_is_false(folders: dict[str, Path], tmp_pat
 def test_a_model_in_the_hubs_cache_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    asked = []
+    calls = []
 
     def cached(path: str, name: str, revision: str | None) -> str:
-        asked.append((path, name, revision))
+        calls.append((path, name, revision))
         Path("c.json").write_text(json.dumps({"model_type": "gemma2"}))
         return "c.json"
 
@@ -428,7 +428,7 @@ def test_a_model_in_the_hubs_cache_is_known(monkeypatch: pytest.MonkeyPatch) -> 
         values = [of("some/gemma", f"sparsity.ratio=0.{n}", "model.revision=v1")["dataset"]["bos"] for n in (1, 2, 3)]
     finally:
         bos._on_hub.cache_clear()
-    assert values == [True] * 3 and asked == [("some/gemma", "config.json", "v1")]
+    assert values == [True] * 3 and calls == [("some/gemma", "config.json", "v1")]
 
 
 @pytest.mark.slow
@@ -476,8 +476,8 @@ def test_a_tokenizer_without_the_token_is_refused_before_weights_load(
             run(bare["llama_multi_query"], "r", f"{key}.bos=true")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    found = run(bare["gemma"], "g", "evaluator=[perplexity]", "run.save=false")  # its config knows the token
-    assert "dense/ppl/text@16+bos" in found
+    figures = run(bare["gemma"], "g", "evaluator=[perplexity]", "run.save=false")  # its config knows the token
+    assert "dense/ppl/text@16+bos" in figures
 
 
 def lines_about(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -545,14 +545,14 @@ def test_what_it_is_worth_is_told_where_it_is_worth_much(folders: dict[str, Path
     torch.manual_seed(3)
     run(folders["llama_multi_query"], "plain", *common)
     assert lines_about(heard) == []  # a random model makes nothing of it
-    found = run(tmp_path / "crafted", "crafted-run", *common)
+    figures = run(tmp_path / "crafted", "crafted-run", *common)
     (line,) = lines_about(heard)
     assert "is worth " in line and line.endswith(": dataset.bos=true evaluator.perplexity.bos=true")
     heard.clear()
     both = run(tmp_path / "crafted", "both", *common, "dataset.bos=true", "evaluator.perplexity.bos=true")
     assert lines_about(heard) == []
     said = float(line.partition("is worth ")[2].partition(" ")[0])
-    gained = math.log(found["dense/ppl/text@16"] / both["dense/ppl/text@16+bos"])
+    gained = math.log(figures["dense/ppl/text@16"] / both["dense/ppl/text@16+bos"])
     assert said > 0.2 and said == pytest.approx(gained, rel=0.5)
     heard.clear()
     run(tmp_path / "crafted", "half", *common, "dataset.bos=true")
@@ -593,9 +593,9 @@ def test_longer_windows_of_before_keep_apart(folders: dict[str, Path]) -> None:
     measured |= {f"{side}/ppl/text@16s4+bos[3]": 2.0 for side in ("dense", "pruned")}
     write_run(Path("jobs/HASH"), new, measured)
     write_run(Path("jobs/HASH"), without_bos(new), measured)
-    found = find([Path("jobs")], "same")
-    assert not found.skipped and len(found.runs) == 2
-    names = [{key for key in one.metrics if "+bos" in key} for one in found.runs if "asked" not in one.config]
+    runs_read = find([Path("jobs")], "same")
+    assert not runs_read.skipped and len(runs_read.runs) == 2
+    names = [{key for key in one.metrics if "+bos" in key} for one in runs_read.runs if "asked" not in one.config]
     assert names == [{"dense/ppl/text@17s4+bos[3]", "pruned/ppl/text@17s4+bos[3]"}]
     header, rows = sweep_table(Path("jobs"))
     assert {"dense/ppl/text@16s4+bos[3]", "dense/ppl/text@17s4+bos[3]"} <= set(header)
@@ -608,8 +608,8 @@ def test_old_and_new_folders_differ_in_nothing(folders: dict[str, Path]) -> None
     new = of(folders["llama_multi_query"], ALL)
     write_run(Path("old/a"), without_bos(new))
     write_run(Path("new/b"), new)
-    found = find([Path("old"), Path("new")], "same")
-    assert len(found.runs) == 1 and found.repeats[0].reason.startswith("the same config and results as")
+    runs_read = find([Path("old"), Path("new")], "same")
+    assert len(runs_read.runs) == 1 and runs_read.repeats[0].reason.startswith("the same config and results as")
     for name, config in (("a", new), ("b", without_bos(new))):
         write_run(Path("jobs") / name, config, metrics(ppl=4.0 if name == "a" else 5.0))
     header, _ = sweep_table(Path("jobs"))

@@ -110,8 +110,8 @@ def test_totals_by_hand(family: str, tiny: Callable[..., Model]) -> None:
     model = tiny(family)
     assert tuple(counted(model, AlAm(), of) for of in QUANTITIES) == TOTALS[family]
     blocks = BUDGETED["blocks"]
-    found = [counted(model, blocks, of) for of in QUANTITIES]
-    assert found == [TOTALS[family][0], *TOTALS[family][:1], *TOTALS[family][2:]], "a block holds its norms too"
+    totals = [counted(model, blocks, of) for of in QUANTITIES]
+    assert totals == [TOTALS[family][0], *TOTALS[family][:1], *TOTALS[family][2:]], "a block holds its norms too"
 
 
 # The budget is met in what is counted
@@ -211,9 +211,9 @@ def test_the_largest_ratio_that_is_named_works(
         return
     with pytest.raises(ConfigError) as refused:
         check_pruning(model, method, OneShot(0.999, of, 0, *UNTIMED), compensator)
-    found = re.fullmatch(r"sparsity\.ratio=0\.999: expected at most (0\.\d+), all that .*", str(refused.value))
-    assert found, refused.value
-    largest = float(found[1])
+    match = re.fullmatch(r"sparsity\.ratio=0\.999: expected at most (0\.\d+), all that .*", str(refused.value))
+    assert match, refused.value
+    largest = float(match[1])
     with pytest.raises(ConfigError, match=r"^sparsity\.ratio="):
         check_pruning(model, method, OneShot(min(largest + 0.02, 0.9999), of, 0, *UNTIMED), compensator)
     check_pruning(model, method, OneShot(largest, of, 0, *UNTIMED), compensator)
@@ -314,8 +314,8 @@ def test_whole_attention_sublayers_free_a_kv_cache(cli: Any) -> None:
         *("evaluator=[size]", "run.save=false", "run.prove=off", "dataset.samples=2"),
     )
     assert code == 0, err
-    found = json.loads(Path("run/metrics.json").read_text())
-    assert found["sparsity/kv_cache"] == pytest.approx(0.5) and found["pruned/params"] < found["dense/params"]
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["sparsity/kv_cache"] == pytest.approx(0.5) and metrics["pruned/params"] < metrics["dense/params"]
 
 
 SHARED = [
@@ -337,16 +337,16 @@ def test_shared_keys_and_values_leave_with_the_whole_attention(name: str, tokens
     for typed in SHARED:
         options = [*typed.split(), "evaluator=[size]"]
         result = pruneexp.prune(model, None, tokens_NT % 64, recipe="magnitude", ratio=0.3, overrides=options)
-        found, budget = result.metrics, result.plan.budget
+        metrics, budget = result.metrics, result.plan.budget
         removed = budget["removed_params"]
         gone = [own for own in result.plan.sites.values() if not own.kept]
         wholes += sum(own.kind == "attention" for own in gone)
         norms = model.config.hidden_size * len(gone)  # the one in front of a sublayer leaves with it
-        assert 0 <= found["dense/params/decoder"] - found["pruned/params/decoder"] - removed <= norms, typed
+        assert 0 <= metrics["dense/params/decoder"] - metrics["pruned/params/decoder"] - removed <= norms, typed
         of = budget["of"]
         if of != "decoder":
             counted = COUNTS.get(of, of)
-            assert found[f"sparsity/{of}"] == pytest.approx(budget[f"removed_{counted}"] / budget[f"total_{counted}"])
+            assert metrics[f"sparsity/{of}"] == pytest.approx(budget[f"removed_{counted}"] / budget[f"total_{counted}"])
     assert wholes > 3
 
 
@@ -361,16 +361,16 @@ def test_the_share_is_a_metric_and_in_the_summary(of: str, cli: Any) -> None:
     budget = [f"sparsity.of={of}", "sparsity.ratio=0.25", "sparsity.context=100", "compensator=bias", "search=uniform"]
     code, out, err = cli(*ours, *budget, "run.prove=off", "run.save=false", "evaluator=[size]")
     assert code == 0, err
-    found = json.loads(Path("run/metrics.json").read_text())
+    metrics = json.loads(Path("run/metrics.json").read_text())
     plan = json.loads(Path("run/plan.json").read_text())["budget"]
     name = COUNTS.get(of, of)
-    share = found[f"sparsity/{of}"]
+    share = metrics[f"sparsity/{of}"]
     assert share == pytest.approx(0.25, abs=0.002 if of != "kv_cache" else 1e-9)
     if of != "bytes":  # where biases count, which the plan has no part in
         assert share == pytest.approx(plan[f"removed_{name}"] / plan[f"total_{name}"])
     assert share < plan[f"removed_{name}"] / plan[f"total_{name}"] + 1e-9
     if of == "kv_cache":
-        assert share == 1 - found["pruned/kv_bytes/token"] / found["dense/kv_bytes/token"]
+        assert share == 1 - metrics["pruned/kv_bytes/token"] / metrics["dense/kv_bytes/token"]
     words = {"macs": "multiply-accumulates", "bytes": "weights and KV cache", "kv_cache": "KV cache"}
     assert re.search(rf"{words.get(of, 'parameters that units hold')}.*-2[45]\.\d %", out), out
     assert f"sparsity/{of}" not in out

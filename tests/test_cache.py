@@ -233,8 +233,8 @@ def test_a_killed_job_lets_go(tmp_path: Path) -> None:
 
 
 def metrics(folder: Path) -> dict[str, float]:
-    found = json.loads((folder / "metrics.json").read_text())
-    return {key: value for key, value in found.items() if not key.startswith(VARYING)}
+    figures = json.loads((folder / "metrics.json").read_text())
+    return {key: value for key, value in figures.items() if not key.startswith(VARYING)}
 
 
 def ran(folder: Path, *argv: str) -> None:

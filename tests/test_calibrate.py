@@ -136,19 +136,19 @@ def test_a_readers_input_is_handed_over_by_windows(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_untouched_walk_is_one_dense_pass(family: str, tiny: Callable[..., Model], tokens_NT: Tensor) -> None:
-    found = []
+    walks = []
     for read_only in (False, True):
         model, meter = tiny(family), Meter()
         before = model.token_losses(tokens_NT, 4)
         visits = walk(model, tokens_NT, (Moments,), Bookmark(meter, "test"), read_only=read_only)
-        found.append({name: moments for visit in visits for name, moments in visit.of(Moments).items()})
+        walks.append({name: moments for visit in visits for name, moments in visit.of(Moments).items()})
         assert meter.forward == pytest.approx(1) and meter.backward == 0
         assert torch.equal(model.token_losses(tokens_NT, 4), before)
-    assert found[0].keys() == found[1].keys() and len(found[0]) == 6
-    for name, moments in found[0].items():
+    assert walks[0].keys() == walks[1].keys() and len(walks[0]) == 6
+    for name, moments in walks[0].items():
         assert moments.n == tokens_NT.numel()
-        assert torch.equal(moments.mean_C, found[1][name].mean_C)
-        assert torch.equal(moments.m2_C, found[1][name].m2_C)
+        assert torch.equal(moments.mean_C, walks[1][name].mean_C)
+        assert torch.equal(moments.m2_C, walks[1][name].m2_C)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,10 +220,10 @@ def test_keeping_everything_is_the_dense_loss(tiny: Callable[..., Model], tokens
     model, meter = tiny("llama"), Meter()
     probe, sites = Probe(model, tokens_NT, meter), model.sites()
     expected = model.token_losses(tokens_NT, 4).mean()
-    found = probe.losses([Candidate(Plan.keep_all(sites)), Candidate(Plan({})), Candidate(half(sites))])
-    assert found.dtype == torch.float64 and found.shape == (3,)
-    torch.testing.assert_close(found[:2], expected.expand(2), rtol=1e-12, atol=0)
-    assert abs(found[2] - expected) > 1e-3
+    losses = probe.losses([Candidate(Plan.keep_all(sites)), Candidate(Plan({})), Candidate(half(sites))])
+    assert losses.dtype == torch.float64 and losses.shape == (3,)
+    torch.testing.assert_close(losses[:2], expected.expand(2), rtol=1e-12, atol=0)
+    assert abs(losses[2] - expected) > 1e-3
     assert 1 <= probe.passes <= 3 + 1e-9, "layers that candidates have in common are run once at most"
     assert meter.forward == pytest.approx(probe.passes)
 
@@ -255,10 +255,10 @@ def test_a_probe_judges_the_shrunk_model_and_leaves_none_behind(
                 block.weights[site.name].out_projection[:, kept] * 1.1,
                 torch.ones(48, dtype=torch.float64),
             )
-    found = Probe(model, tokens_NT, Meter()).losses([Candidate(plan), Candidate(plan, out_projections)])
+    losses = Probe(model, tokens_NT, Meter()).losses([Candidate(plan), Candidate(plan, out_projections)])
     assert hooks(model) == before
     assert all(torch.equal(v, weights[k]) for k, v in model.module.state_dict().items())
-    for replaced, loss in zip(({}, out_projections), found, strict=True):
+    for replaced, loss in zip(({}, out_projections), losses, strict=True):
         shrunk = tiny(family)
         for index in range(3):
             shrink_layer_(shrunk, index, plan, replaced)

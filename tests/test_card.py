@@ -175,8 +175,8 @@ def test_an_export_replaces_what_it_wrote_and_nothing_else(
 
 @pytest.mark.parametrize("how", ["process", "in_place", "stream"])
 def test_the_record_names_the_tolerance_that_holds(how: str, source_folder: Path, tmp_path: Path) -> None:
-    asked = ["stream=true"] if how == "stream" else [f"prove={how}", "stream=false"]
-    assert export([str(source_folder), f"out={tmp_path / 'out'}", "format=remote_code", *asked]) == 0
+    typed = ["stream=true"] if how == "stream" else [f"prove={how}", "stream=false"]
+    assert export([str(source_folder), f"out={tmp_path / 'out'}", "format=remote_code", *typed]) == 0
     assert json.loads((tmp_path / "out" / "export.json").read_text())["tolerance"] == 1e-3
 
 

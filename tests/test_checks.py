@@ -137,10 +137,10 @@ def test_an_index_that_names_what_its_shards_lack(source: Source, folder: Path) 
 )
 def test_configs_that_cannot_be(values: dict[str, Any], said: str, source: Source, folder: Path) -> None:
     edit_config(folder, **values)
-    found = refusal(source, folder)
-    assert found.startswith(said)
+    message = refusal(source, folder)
+    assert message.startswith(said)
     if said == "transformers 5.":
-        assert "cannot make a llama model of this config.json (" in found
+        assert "cannot make a llama model of this config.json (" in message
 
 
 def test_counts_go_by_the_names_in_the_file(source: Source, folder: Path) -> None:
@@ -238,10 +238,10 @@ def test_a_config_that_names_no_dtype_is_told(
         source(folder, dtype="float64").load()
     assert model.dtype == (torch.bfloat16 if named else torch.float32)
     lines = [record.getMessage() for record in caplog.records if "names no dtype" in record.getMessage()]
-    told = (
+    line = (
         f"model.path={str(folder)!r}: config.json names no dtype: stored as BF16, held as torch.float32 (model.dtype)"
     )
-    assert lines == ([] if named else [told])
+    assert lines == ([] if named else [line])
 
 
 def test_a_type_with_code_of_its_own_is_promised_nothing(source: Source, folder: Path) -> None:
@@ -268,10 +268,10 @@ def test_masks_that_old_checkpoints_carry_are_no_quantised_weights(source: Sourc
 def test_a_hub_model_is_described_before_its_weights_come(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    asked: list[list[str]] = []
+    patterns_of: list[list[str]] = []
 
     def fetched(path: str, revision: str | None, allow_patterns: list[str], **_: Any) -> str:
-        asked.append(allow_patterns)
+        patterns_of.append(allow_patterns)
         return str(PARITY)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
@@ -279,9 +279,9 @@ def test_a_hub_model_is_described_before_its_weights_come(source: Source, monkey
     made.check()
     made.outline()
     made.describe()
-    assert asked and not any("*.safetensors" in patterns for patterns in asked)
+    assert patterns_of and not any("*.safetensors" in patterns for patterns in patterns_of)
     made.load()
-    assert "*.safetensors" in asked[-1]
+    assert "*.safetensors" in patterns_of[-1]
 
 
 def test_weights_that_are_there_twice_come_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,9 +332,9 @@ def test_a_repository_without_safetensors(
         made.describe()
     with pytest.raises(ConfigError) as error:
         made.describe() if early else made.load()
-    told = str(error.value)
-    assert told.startswith(f"model.path='some/model': {said}") and "\n" not in told
-    assert "refs/pr/N" in told and "M.from_pretrained('some/model', dtype='auto')" in told
+    message = str(error.value)
+    assert message.startswith(f"model.path='some/model': {said}") and "\n" not in message
+    assert "refs/pr/N" in message and "M.from_pretrained('some/model', dtype='auto')" in message
 
 
 def test_a_folder_without_weights(source: Source, folder: Path) -> None:

@@ -314,11 +314,11 @@ def test_mistakes_of_jobs_are_a_line_each(cli: Cli, runs: list[Experiment]) -> N
 @pytest.mark.slow
 def test_unknown_choices_that_were_typed_are_told_together(cli: Cli, runs: list[Experiment]) -> None:
     wrong = ("run.dir=ä", "criterion=foo", "evaluator=[perplxity,size]")
-    told = ["run.dir=ä", "criterion=foo", "evaluator=perplxity"]
+    wrong_keys = ["run.dir=ä", "criterion=foo", "evaluator=perplxity"]
     for typed, more in (((), []), (("--multirun", "recipe=flap,flp", "seed=1,2"), ["recipe=flp"])):
         ended = cli(*typed, *wrong)
         lines = [line.removeprefix("pruneexp: ").partition(": ")[0] for line in ended.err.splitlines()]
-        assert ended.code == 2 and sorted(lines) == sorted([*told, *more])
+        assert ended.code == 2 and sorted(lines) == sorted([*wrong_keys, *more])
     assert not runs and not list(Path().iterdir())
 
 
@@ -338,7 +338,7 @@ def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("asked", "key", "bytes_"),
+    ("typed", "key", "bytes_"),
     [
         (["dataset.samples=1000"], "dataset.samples", 8 * 1000 * 128),
         (
@@ -351,7 +351,7 @@ def test_unknown_choices_in_a_sweep_file_are_told_together(cli: Cli, runs: list[
     ids=["calibration", "evaluation", "evaluator"],
 )
 def test_windows_that_no_memory_holds_are_refused_before_they_are_made(
-    asked: list[str], key: str, bytes_: int, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    typed: list[str], key: str, bytes_: int, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Made(Exception):
         pass
@@ -361,13 +361,13 @@ def test_windows_that_no_memory_holds_are_refused_before_they_are_made(
 
     monkeypatch.setattr(Embedded, "calibration", calibration)
     monkeypatch.setattr(preflight, "available_memory", lambda device: bytes_ - 1)
-    ended = cli("evaluator=[perplexity]", *asked)
+    ended = cli("evaluator=[perplexity]", *typed)
     assert ended.code == 2 and ended.out == "" and ended.err.count("\n") == 1, ended
     assert ended.err.startswith(f"pruneexp: {key}=1000: ") and f"take {size_text(bytes_)} of memory" in ended.err
     assert f"{size_text(bytes_ - 1)} are free" in ended.err and not list(Path().iterdir())
     for free in (bytes_, None):
         monkeypatch.setattr(preflight, "available_memory", lambda device, free=free: free)
-        assert cli("evaluator=[perplexity]", *asked).code == 1  # they are made
+        assert cli("evaluator=[perplexity]", *typed).code == 1  # they are made
 
 
 @pytest.mark.slow
@@ -775,11 +775,11 @@ def test_a_forecast_of_a_sweep_leaves_out_what_is_done(cli: Cli, runs: list[Expe
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "told", ["compensator=least_squares", "compensator=least_squares_once", "criterion=obs", "best"]
+    "setting", ["compensator=least_squares", "compensator=least_squares_once", "criterion=obs", "best"]
 )
-def test_fits_to_few_tokens_are_told_what_would_do(told: str, cli: Cli, caplog: pytest.LogCaptureFixture) -> None:
-    chosen = ["recipe=best"] if told == "best" else ["recipe=flap", told]
-    fitting = "criterion=obs and compensator=least_squares" if told == "best" else told
+def test_fits_to_few_tokens_are_told_what_would_do(setting: str, cli: Cli, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = ["recipe=best"] if setting == "best" else ["recipe=flap", setting]
+    fitting = "criterion=obs and compensator=least_squares" if setting == "best" else setting
     short = ("run.dry=true", "evaluator=[]", "dataset.length=32")
     assert cli(*chosen, *short, "dataset.samples=40").code == 0
     assert caplog.messages == [

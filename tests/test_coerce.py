@@ -37,8 +37,8 @@ class Own(tuple):
     ],
 )
 def test_values_that_fit(value: Any, annotation: Any, expected: Any) -> None:
-    found = coerced(value, annotation, "key")
-    assert found == expected and type(found) is type(expected)
+    actual = coerced(value, annotation, "key")
+    assert actual == expected and type(actual) is type(expected)
 
 
 @each(

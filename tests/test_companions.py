@@ -197,8 +197,8 @@ def test_stop_tokens_go_into_the_gguf(furnished: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     assert export([str(furnished), "format=gguf", f"out={tmp_path / 'out'}", "prove=off"]) == 0
     fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
-    told = {name: int(fields[f"tokenizer.ggml.{name}_token_id"].contents()) for name in ("eos", "eot", "eom")}
-    assert told == {"eos": 2, "eot": 7, "eom": 9}
+    tokens = {name: int(fields[f"tokenizer.ggml.{name}_token_id"].contents()) for name in ("eos", "eot", "eom")}
+    assert tokens == {"eos": 2, "eot": 7, "eom": 9}
     notes = json.loads((tmp_path / "out" / "export.json").read_text())["notes"]
     assert any("not told to stop at 11" in note for note in notes)
 
@@ -216,13 +216,13 @@ def test_llama_cpp_stops_at_all_of_them(furnished: Path, tmp_path: Path) -> None
         "xllamacpp.Server(asked)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out" / "model.gguf")]
-    told = set()
+    stops = set()
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
         assert server.stderr is not None
         for line in server.stderr:  # only what it has read of the file is of interest, not whether it serves
             if found_there := re.search(r"EOG token += (\d+)", line):
-                told.add(int(found_there[1]))
-            elif told:
+                stops.add(int(found_there[1]))
+            elif stops:
                 break
         server.kill()
-    assert told == {2, 7, 9}
+    assert stops == {2, 7, 9}

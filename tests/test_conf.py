@@ -94,8 +94,8 @@ def test_hydra_sees_the_package_header(path: Path) -> None:
 @each("path", FILES)
 def test_config_files_are_read_as_hydra_reads_them(path: Path) -> None:
     expected = OmegaConf.to_container(OmegaConf.load(path))
-    found = yaml.load(path.read_text(), YamlLoader) or {}
-    assert found == expected and repr(found) == repr(expected)  # 1 is no 1.0
+    actual = yaml.load(path.read_text(), YamlLoader) or {}
+    assert actual == expected and repr(actual) == repr(expected)  # 1 is no 1.0
 
 
 def test_what_was_typed_is_read_without_hydras_signs() -> None:

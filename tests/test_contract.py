@@ -115,9 +115,9 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_the_files_of_a_run(folder: Path) -> None:
-    found = {path.name for path in folder.iterdir()}
-    assert found >= FILES
-    assert not [name for name in found if name.startswith(".") or name.endswith((".tmp", ".partial"))]
+    names = {path.name for path in folder.iterdir()}
+    assert names >= FILES
+    assert not [name for name in names if name.startswith(".") or name.endswith((".tmp", ".partial"))]
 
 
 def test_metrics_are_written_last(folder: Path) -> None:
@@ -566,9 +566,9 @@ def test_choices_swap_into_a_recipe_as_a_run_composes_them(recipe: str) -> None:
 
 
 def test_a_swapped_recipe_runs(cli: Cli) -> None:
-    found = []
+    plans = []
     for number, typed in enumerate((("recipe=wanda_sp", "search=global"), ("search=global", "recipe=wanda_sp"))):
         assert cli(f"run.dir=run{number}", "evaluator=[size]", *typed).code == 0
-        found.append(Path(f"run{number}/plan.json").read_bytes())
-    assert found[0] == found[1]
+        plans.append(Path(f"run{number}/plan.json").read_bytes())
+    assert plans[0] == plans[1]
     assert yaml.safe_load(Path("run0/config.yaml").read_text())["criterion"]["_target_"] == "pruneexp.criterion.WandaSp"

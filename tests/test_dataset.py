@@ -83,8 +83,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, str]]]:
         base, _, cut = split.rstrip("]").partition("[")
         assert data_files is None or list(data_files) == [base]
         start, stop = (int(x) if x else None for x in cut.split(":")) if cut else (None, None)
-        found = datasets.Dataset.from_list(rows[base][start:stop])
-        return found.to_iterable_dataset() if streaming else found
+        documents = datasets.Dataset.from_list(rows[base][start:stop])
+        return documents.to_iterable_dataset() if streaming else documents
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return rows
@@ -258,10 +258,10 @@ def test_embedded_windows_begin_with_stories(byte_tokenizer):
     from tests.embedded_process import windows
 
     dataset = Embedded(samples=3, length=40, seed=5, evaluation_samples=4, bos=False)
-    found = dataset.calibration(byte_tokenizer)
-    assert found.shape == (3, 40) and dataset.evaluation(byte_tokenizer, 24).shape == (4, 24)
-    assert torch.equal(found, torch.from_numpy(windows(byte_tokenizer, CALIBRATION[5], 3, 40)[0]))
-    assert bytes(found[0].tolist()).decode() == next(texts(CALIBRATION[5]))[:40]
+    windows_NT = dataset.calibration(byte_tokenizer)
+    assert windows_NT.shape == (3, 40) and dataset.evaluation(byte_tokenizer, 24).shape == (4, 24)
+    assert torch.equal(windows_NT, torch.from_numpy(windows(byte_tokenizer, CALIBRATION[5], 3, 40)[0]))
+    assert bytes(windows_NT[0].tolist()).decode() == next(texts(CALIBRATION[5]))[:40]
 
 
 def test_embedded_seeds(byte_tokenizer):
@@ -387,34 +387,34 @@ def test_a_hub_that_takes_no_connection_is_not_asked(listens, offline, monkeypat
         with pytest.raises(RunError) as caught:
             a_hub().calibration(byte_tokenizer)
     assert seen == [not listens] * 2 and [each.HF_HUB_OFFLINE for each in flags] == [offline] * 2
-    told = str(caught.value)
-    assert ("cannot be reached: Connection refused" in told) == (not listens and not offline)
-    assert ("ConnectionError: never had" in told) == (listens or offline)
+    message = str(caught.value)
+    assert ("cannot be reached: Connection refused" in message) == (not listens and not offline)
+    assert ("ConnectionError: never had" in message) == (listens or offline)
 
 
 @contextmanager
 def a_proxy(answer: bytes) -> Iterator[tuple[str, list[str]]]:
     """A proxy on this machine that answers each request alike: its address, and what it was asked."""
-    asked: list[str] = []
+    lines: list[str] = []
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             while line := self.rfile.readline().strip():
-                asked.append(line.decode())
+                lines.append(line.decode())
             self.wfile.write(answer)
 
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield f"127.0.0.1:{server.server_address[1]}", asked
+            yield f"127.0.0.1:{server.server_address[1]}", lines
         finally:
             server.shutdown()
             thread.join()
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "phrase"),
     [
         (b"HTTP/1.1 200 Connection established\r\n\r\n", ""),
         (b"HTTP/1.1 503 No route\r\n\r\n", "503 No route"),
@@ -423,16 +423,16 @@ def a_proxy(answer: bytes) -> Iterator[tuple[str, list[str]]]:
         (b"", "closed connection"),
     ],
 )
-def test_behind_a_proxy_the_hub_is_asked_for_through_it(answer, told, monkeypatch):
+def test_behind_a_proxy_the_hub_is_asked_for_through_it(answer, phrase, monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     for key, form in (("https", "http://us%40er:pass@{}"), ("all", "http://{}/"), ("https", "{}")):
-        with a_proxy(answer) as (address, asked):
+        with a_proxy(answer) as (address, lines):
             monkeypatch.setattr(urllib.request, "getproxies", {key: form.format(address)}.copy)
             why = unreachable("https://hub.example")
-        assert asked[0].startswith("CONNECT hub.example:443 ")
-        assert ("Proxy-Authorization: Basic dXNAZXI6cGFzcw==" in asked) == ("pass" in form)
-        assert "pass" not in why and bool(why) == bool(told) and told in why
+        assert lines[0].startswith("CONNECT hub.example:443 ")
+        assert ("Proxy-Authorization: Basic dXNAZXI6cGFzcw==" in lines) == ("pass" in form)
+        assert "pass" not in why and bool(why) == bool(phrase) and phrase in why
         assert why == "" or why.startswith("https://hub.example cannot be reached through the proxy 127.0.0.1: ")
     why = unreachable("https://hub.example")  # the proxy is gone
     assert why == "https://hub.example cannot be reached through the proxy 127.0.0.1: Connection refused"
@@ -537,22 +537,22 @@ class Counting:
     """A tokenizer that counts how often it is asked."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.asked = tokenizer, 0
+        self.tokenizer, self.calls = tokenizer, 0
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
-        self.asked += 1
+        self.calls += 1
         return self.tokenizer(*args, **settings)
 
 
 def test_windows_are_made_once_until_the_file_changes(files, byte_tokenizer):
     counting = Counting(byte_tokenizer)
     first = a_text(files).calibration(counting)
-    assert torch.equal(a_text(files).calibration(counting), first) and counting.asked == 1
+    assert torch.equal(a_text(files).calibration(counting), first) and counting.calls == 1
     assert not torch.equal(a_text(files, seed=9).calibration(counting), first)
     text = files["calibration"].read_text()
     files["calibration"].write_text("another text, and longer than the one before it. " + text)
     changed = a_text(files).calibration(counting)
-    assert counting.asked == 3 and not torch.equal(changed, first)
+    assert counting.calls == 3 and not torch.equal(changed, first)
     assert torch.equal(changed, a_text(files).calibration(byte_tokenizer))
 
 
@@ -561,7 +561,7 @@ def test_hub_windows_are_made_once_of_the_same_documents(hub, byte_tokenizer):
     counting, dataset = Counting(byte_tokenizer), a_hub(special_tokens=False)
     for _ in range(2):
         assert dataset.evaluation(counting, 4).tolist() == [ids("abcd"), ids("efgh")]
-        assert counting.asked == 1
+        assert counting.calls == 1
     hub["test"] = [{"text": "stuvwxyz"}]  # the hub's data set has moved on
     assert dataset.evaluation(counting, 4).tolist() == [ids("stuv"), ids("wxyz")]
 
@@ -569,6 +569,6 @@ def test_hub_windows_are_made_once_of_the_same_documents(hub, byte_tokenizer):
 def test_embedded_windows_are_made_once_for_each_seed(byte_tokenizer):
     counting = Counting(byte_tokenizer)
     made = [Embedded(2, 20, seed, 3, False).calibration(counting) for seed in (0, 0, 1)]
-    asked = counting.asked
+    calls = counting.calls
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-    assert torch.equal(Embedded(2, 20, 1, 3, False).calibration(counting), made[2]) and counting.asked == asked
+    assert torch.equal(Embedded(2, 20, 1, 3, False).calibration(counting), made[2]) and counting.calls == calls

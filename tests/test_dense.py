@@ -109,8 +109,8 @@ def plain(
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    found = load_file(scratch / "out")
-    return lambda folder: found[str(folder)]
+    logits_of = load_file(scratch / "out")
+    return lambda folder: logits_of[str(folder)]
 
 
 def load(folder: Path, stream: bool) -> Model:
@@ -187,18 +187,18 @@ def test_a_proof_compares_the_source(prove: Any, folders: Any, tokens_BT: torch.
     source, model = ModelSource("dense", str(folder), None, "float32", "cpu", False, False, 4), load(folder, False)
     save(model, tmp_path / "model")
     own = dense_logits(model, source, tokens_BT, "process")
-    found = prove(model, tmp_path / "model", tokens_BT, own)["source"]
-    assert found["compared"] and found["relative_difference"] < 1e-5
-    check_source(found, "folder")
+    proof = prove(model, tmp_path / "model", tokens_BT, own)["source"]
+    assert proof["compared"] and proof["relative_difference"] < 1e-5
+    check_source(proof, "folder")
     model.module.lm_head.weight = model.module.get_input_embeddings().weight  # as if the config had been believed
     own = dense_logits(model, source, tokens_BT, "process")
-    found = prove(model, tmp_path / "model", tokens_BT, own)["source"]
-    assert found["relative_difference"] > 0.1
+    proof = prove(model, tmp_path / "model", tokens_BT, own)["source"]
+    assert proof["relative_difference"] > 0.1
     with pytest.raises(RunError, match="model.path='folder': the dense model is not what plain transformers 5"):
-        check_source(found, "folder")
+        check_source(proof, "folder")
     (tmp_path / "gone").mkdir()
-    found = prove(model, tmp_path / "model", tokens_BT, replace(own, folder=tmp_path / "gone"))["source"]
-    assert not found["compared"] and "plain transformers does not load it" in found["why"]
+    proof = prove(model, tmp_path / "model", tokens_BT, replace(own, folder=tmp_path / "gone"))["source"]
+    assert not proof["compared"] and "plain transformers does not load it" in proof["why"]
 
 
 def test_why_a_source_is_not_compared(

@@ -43,10 +43,10 @@ class Additive:
     """An oracle whose loss adds up what each block is worth, and a bonus where two leave together."""
 
     def __init__(self, worth: Sequence[float], together: dict[frozenset[int], float] | None = None):
-        self.worth, self.together, self.passes, self.asked = worth, together or {}, 0.0, 0
+        self.worth, self.together, self.passes, self.calls = worth, together or {}, 0.0, 0
 
     def losses(self, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-        self.asked += len(candidates)
+        self.calls += len(candidates)
         return torch.tensor([self._loss(candidate.plan) for candidate in candidates], dtype=torch.float64)
 
     def _loss(self, plan: Plan) -> float:
@@ -129,9 +129,9 @@ def lose(monkeypatch: pytest.MonkeyPatch, *lost: int) -> None:
     measured = Probe.losses
 
     def losses(self: Probe, candidates: Sequence[Candidate], batch: int | None = None) -> Tensor:
-        found = measured(self, candidates, batch)
-        found[list(lost)] = math.nan
-        return found
+        finite = measured(self, candidates, batch)
+        finite[list(lost)] = math.nan
+        return finite
 
     monkeypatch.setattr(Probe, "losses", losses)
 
@@ -199,7 +199,7 @@ def test_greedy_measures_again_after_every_removal() -> None:
     worth, synergy = [9, 1.0, 1.1, 1.5, 9], {frozenset({1, 2}): 5.0}
     oracle = Additive(worth, synergy)
     plan = GREEDY(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), oracle, RNG)
-    assert gone(plan) == [1, 3] and oracle.asked == 4  # the first left by its score
+    assert gone(plan) == [1, 3] and oracle.calls == 4  # the first left by its score
     assert gone(
         Global(0, ["blocks"], "none", 1)(scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), None, RNG)
     ) == [1, 2]
@@ -207,12 +207,12 @@ def test_greedy_measures_again_after_every_removal() -> None:
     Greedy(0, ["blocks"], 0, 0, None, "probes", "none", 1)(
         scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), probing, RNG
     )
-    assert probing.asked == 5 + 4
+    assert probing.calls == 5 + 4
     short = Additive(worth, synergy)
     Greedy(0, ["blocks"], 0, 0, 2, "probes", "none", 1)(
         scores_of(worth), block_sites(*[10] * 5), Budget(0.4, 50), short, RNG
     )
-    assert short.asked == 4
+    assert short.calls == 4
 
 
 def test_greedy_keeps_the_ends_and_passes_over_nan(caplog: pytest.LogCaptureFixture) -> None:

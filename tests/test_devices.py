@@ -139,8 +139,8 @@ def test_every_device_holds_its_share_of_the_bytes() -> None:
     assert placed([30, 10, 10, 10], 0, devices[:2], [1, 1]) == (FIRST,) + (SECOND,) * 3
     assert placed([10] * 6, 0, devices[:2], [0, 5]) == (SECOND,) * 6
     for free in ([3, 1, 7], [1, 1, 1], [8, 1, 1]):
-        found = placed([7, 3, 9, 4, 4, 4, 8, 1], 11, devices, free)
-        assert sorted(found, key=devices.index) == list(found)
+        placement = placed([7, 3, 9, 4, 4, 4, 8, 1], 11, devices, free)
+        assert sorted(placement, key=devices.index) == list(placement)
 
 
 def test_what_a_device_is_called(source: Any, tiny_folder: Any) -> None:
@@ -245,16 +245,16 @@ def test_masks_are_moved_once_for_all_layers_of_a_device() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_jobs_on_different_gpus_share_the_dense_models_hidden_states(family: str, tiny: Any, tokens_NT: Tensor) -> None:
-    compensator, found = LeastSquares(1e-2, "dense", True, "channel"), []
+    compensator, losses = LeastSquares(1e-2, "dense", True, "channel"), []
     method = Method(WandaSp("sum", False), OneShot(0.3, "decoder", 0, *UNTIMED), UlUm(), compensator)
     results = Results(NoCache(), {}, DenseStates(2**28))
     with pretended_gpus():
         for device in ("cuda:0", "cuda:1"):
             model = tiny(family, device=device)
             prune_(model, tokens_NT, method, 0.3, Record(results=results))
-            found.append(model.token_losses(tokens_NT, 4))
+            losses.append(model.token_losses(tokens_NT, 4))
     assert results.shared is not None and len(results.shared.layers) == 3
-    assert torch.equal(*found)
+    assert torch.equal(*losses)
 
 
 # whole runs
@@ -340,10 +340,10 @@ def test_a_sweep_s_job_has_left_its_gpu_when_another_takes_it(
         left.append(any(one() is not None for one in models))
 
     def pruned(*args: Any) -> Any:
-        found = prunes(*args)
+        outcome = prunes(*args)
         if fails:
             raise torch.OutOfMemoryError("of GPU 0")
-        return found
+        return outcome
 
     monkeypatch.setattr(ModelSource, "load", loads)
     monkeypatch.setattr(pruneexp.experiment.run, "prune_in_rounds_", pruned)
@@ -395,8 +395,8 @@ def test_scores_end_on_the_cpu() -> None:
     with pretended_gpus():
         cost_U, order_U = torch.arange(3.0, device="cuda:1"), torch.arange(3, device="cuda:1")
         scores = {"a": cost_U, "b": ColumnScores(cost_U, cost_U), "c": RemovalPath(order_U, cost_U)}
-        found = checked_scores(scores, block)
-        tensors = [found["a"], found["b"].scores_U, found["b"].columns_C, found["c"].order_U, found["c"].cost_U]
+        moved = checked_scores(scores, block)
+        tensors = [moved["a"], moved["b"].scores_U, moved["b"].columns_C, moved["c"].order_U, moved["c"].cost_U]
         assert all(t.device == CPU for t in tensors)
         with pytest.raises(RunError, match="^a: scores hold NaN or Inf"):
             checked_scores({"a": cost_U / 0}, block)
@@ -415,8 +415,8 @@ KINDS = (("llama", "recipe=flap"), ("opt", "recipe=wanda_sp"), ("bloom", "recipe
 PERPLEXITIES = ("dense/ppl/unseen@24", "pruned/ppl/unseen@24")
 
 
-def check_alike(found: Any, expected: Any, tolerance: float) -> None:
-    (metrics, plan), (known, known_plan) = found, expected
+def check_alike(actual: Any, expected: Any, tolerance: float) -> None:
+    (metrics, plan), (known, known_plan) = actual, expected
     assert metrics["sparsity/decoder"] == pytest.approx(known["sparsity/decoder"], abs=0.05)
     for name in (key for key in known if "/ppl/" in key):
         assert math.log(metrics[name]) == pytest.approx(math.log(known[name]), rel=tolerance)

@@ -82,7 +82,7 @@ def protocol_of(args: argparse.Namespace) -> list[str]:
 
 
 def judge(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Perplexities, KL divergences and scores of the checkpoint in `asked["folder"]`, by plain transformers."""
+    """Perplexities, KL divergences and scores of the checkpoint in `job["folder"]`, by plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

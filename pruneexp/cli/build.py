@@ -268,7 +268,5 @@ def _members(protocol: type | None) -> list[str]:
 
 
 def _methods(protocol: type | None) -> dict[str, Callable[..., Any]]:
-    functions = (
-        {} if protocol is None else {n: value for n, value in vars(protocol).items() if inspect.isfunction(value)}
-    )
-    return {name: value for name, value in functions.items() if name == "__call__" or not name.startswith("_")}
+    methods = {} if protocol is None else {n: value for n, value in vars(protocol).items() if inspect.isfunction(value)}
+    return {name: value for name, value in methods.items() if name == "__call__" or not name.startswith("_")}

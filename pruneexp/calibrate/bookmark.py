@@ -25,7 +25,7 @@ class Meter:
 
 @dataclass
 class Bookmark:
-    """Where a walk through the layers stands: what it has read, found and spent in front of layer `index`.
+    """Where a walk through the layers stands: what it has read, noted and spent in front of layer `index`.
 
     `meter`: charged for what it spends. `stage`: what its progress is shown as. `hidden`: hidden states in front of
     that layer, batch by batch; of several models, one list each. `state`: what the walk's caller had noted by then,

@@ -35,11 +35,11 @@ def gradient_evidence(model: Model, tokens_NT: Tensor, kind: Any, meter: Meter) 
             loss = model.mean_loss(batch)
             if not torch.isfinite(loss):
                 raise RunError(f"the calibration loss is NaN or Inf (batch {number})")
-            # of experts without a token: zeros
+            # zeros for experts without a token
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             by_parameter = {id(p): g.contiguous() for p, g in zip(parameters, gradients, strict=True)}
             for index in range(len(model.layers)):
-                block = model.block(index, read=lambda p, gradients=by_parameter: gradients[id(p)])
+                block = model.block(index, read=lambda p, of=by_parameter: of[id(p)])
                 for site in block.sites:
                     evidence[site.name] = evidence[site.name].update_(block.weights[site.name], len(batch))
             meter.forward += len(batch) / len(tokens_NT)

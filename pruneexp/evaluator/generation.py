@@ -206,9 +206,9 @@ def text_figures(texts: Sequence[Tokens]) -> dict[str, float]:
     """distinct_1 to distinct_3 and seq_rep_4, as Generation defines them; left out where no text is long enough."""
     figures = {}
     for n in (1, 2, 3):
-        grams = [gram for text in texts for gram in ngrams(text, n)]
-        if grams:
-            figures[f"distinct_{n}"] = len(set(grams)) / len(grams)
+        all_grams = [gram for text in texts for gram in ngrams(text, n)]
+        if all_grams:
+            figures[f"distinct_{n}"] = len(set(all_grams)) / len(all_grams)
     repeated = [1 - len(set(grams)) / len(grams) for grams in (ngrams(text, 4) for text in texts) if grams]
     if repeated:
         figures["seq_rep_4"] = sum(repeated) / len(repeated)

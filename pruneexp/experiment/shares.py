@@ -20,7 +20,7 @@ def counted(experiment: Experiment, model: Model) -> int:
 
 
 def share_gone(before: int, after: int) -> float:
-    """0 where there was nothing."""
+    """The share of `before` that is gone; 0 where there was nothing."""
     return 1 - after / before if before else 0.0
 
 

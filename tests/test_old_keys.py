@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from pruneexp.model import ModelSource
-from pruneexp.surgery import save
+import pruneexp
+from pruneexp.model import ModelSource, modeling_pruned
+from pruneexp.surgery import remote_code_form, save
 from pruneexp.surgery.old_keys import with_old_keys
 from tests.cases import each
 from tests.tiny_families import TINY, random_model
 
+EMBEDDED = Path(pruneexp.__file__).parent / "embedded" / "llama"
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -105,6 +107,39 @@ def test_the_reader_of_today_takes_the_same_from_both(case: str, tmp_path: Path)
     assert both.dtype == plain.dtype
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 16}
+PRUNED = {  # rotations that transformers 5 takes up only where it knows the longest window
+    "llama3": CASES["llama3"],
+    "phi3": CASES["phi3"],
+    "olmo3": (
+        rotated("olmo3", {"sliding_attention": {"rope_type": "default", "rope_theta": 5e5}, "full_attention": YARN}),
+        {"rope_theta": 5e5, "rope_scaling": {name: v for name, v in YARN.items() if name != "rope_theta"}},
+    ),
+}
+
+
+@each("case", PRUNED)
+def test_tokenizers_of_pruned_layers_need_no_code_however_they_rotate(case: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    made, old = PRUNED[case]
+    random_model(*made).save_pretrained(tmp_path / "dense")
+    for file in EMBEDDED.glob("tokenizer*"):
+        (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
+    model = ModelSource(case, str(tmp_path / "dense"), None, "float64", "cpu", False, False, 4).load()
+    save(model, tmp_path / "model", remote_code_form(model, "asked for"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    assert tokenizer.get_vocab() == model.tokenizer.get_vocab()
+
+    def stock(self: Any, **values: Any) -> None:
+        self.values = values
+
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    before = type("Stock", (), {"__init__": stock})  # a config's class of transformers 4
+    pruned = type("Pruned", (before,), {"__init__": modeling_pruned._old_init_of(before)})
+    assert old.items() <= pruned(**written).values.items()
+
+
 def test_what_is_there_is_kept() -> None:
     assert with_old_keys({"model_type": "bloom", "dtype": None}) == {"model_type": "bloom", "dtype": None}
     given = {"model_type": "llama", "rope_parameters": {"rope_theta": 2.0}, "rope_theta": 3.0}
@@ -116,9 +151,6 @@ def test_an_older_transformers_is_told_which_version_it_takes(
 ) -> None:
     import transformers
 
-    from pruneexp.model import modeling_pruned
-    from pruneexp.surgery import remote_code_form
-
     config = remote_code_form(tiny("llama"), "asked for").config
     monkeypatch.setattr(transformers, "__version__", "4.56.2")
     with pytest.raises(ImportError, match=r"^Llama models with pruned layers need transformers >= 4\.57; 4\.56\.2 is"):
@@ -127,9 +159,6 @@ def test_an_older_transformers_is_told_which_version_it_takes(
 
 def test_layers_are_read_where_transformers_knows_nothing_of_them(tiny: Callable[..., Any]) -> None:
     from types import SimpleNamespace
-
-    from pruneexp.model import modeling_pruned
-    from pruneexp.surgery import remote_code_form
 
     model = tiny("llama")
     config = remote_code_form(model, "asked for").config

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cache
 from typing import Any
@@ -760,6 +760,44 @@ def stock_config(config: Any) -> Any:
     return copied
 
 
+_BESIDE = ("rope_theta", "partial_rotary_factor")  # in `rope_parameters` now, beside `rope_scaling` then
+
+
+def old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `rope_parameters` of a config.json as transformers 4 called them: `rope_theta`, `rope_scaling`, and what else
+    there was. Where these differ between kinds of layers (Gemma 3), the full ones' come under these names, and the
+    sliding ones' base is `rope_local_base_freq`."""
+    old: dict[str, Any] = {}
+    rope = config.get("rope_parameters") or {}
+    if "sliding_attention" in rope and "full_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if rope.get("rope_theta") is not None:
+        old.update({name: rope[name] for name in _BESIDE if rope.get(name) is not None})
+        if rope.get("rope_type", "default") != "default":
+            old["rope_scaling"] = _old_scaling(rope, config)
+        if config.get("model_type", "").endswith("gpt_neox"):
+            old.update({"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]})
+    return old
+
+
+def _old_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("model_type", "").endswith("phi3"):  # its class took these three, and no more
+        return {"type": rope["rope_type"], "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+    return {name: value for name, value in rope.items() if name not in _BESIDE}
+
+
+def _old_init_of(stock_class: type) -> Any:
+    """The `__init__` of a config's class before transformers 5. `rope_scaling` is not in the config.json of pruned
+    layers: beside `rope_theta` today's transformers takes it up before it knows the longest window, and fails, where it
+    reads a tokenizer without this file."""
+
+    def __init__(self, **values):
+        stock_class.__init__(self, **{**old_rope(values), **values})  # type: ignore[misc]
+
+    return __init__
+
+
 def _layer_configs(config: Any) -> Iterable[Any]:
     """The config as each layer sees it, where transformers knows of `per_layer_config` and where it does not."""
     values = config.per_layer_config
@@ -871,8 +909,10 @@ def __getattr__(name: str) -> type:
             body["model_type"] = f"pruned_{families[stock]}"
             # heads need not divide the hidden size here, and Phi-3 asks how many there are, which differs by layer
             body["validate_architecture"] = body["validate_rope"] = lambda self: None
-            made = type(name, (stock_class,), body)
             checked = is_dataclass(stock_class)  # since transformers 5
+            if not checked:
+                body["__init__"] = _old_init_of(stock_class)
+            made = type(name, (stock_class,), body)
             return importlib.import_module("huggingface_hub.dataclasses").strict(made) if checked else made
         family = FAMILIES[families[stock]]
         body["config_class"] = __getattr__(f"Pruned{stock}Config")

@@ -76,6 +76,7 @@ def write_description(model: Model, form: Form, folder: Path) -> None:
     written = with_old_keys(json.loads(file.read_text()))
     if form.kind == "remote_code":  # readers of `per_layer_config` without our code (AutoTokenizer) count by this name
         written = {"num_hidden_layers": len(model.layers), **written}
+        written.pop("rope_scaling", None)  # most types of it are an error to them; our code makes it where it is wanted
     file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     carry(model.source_folder, model.tokenizer, model.module.generation_config, folder)
 

@@ -31,7 +31,7 @@ from pruneexp.pruning import Method, Pruned
 from pruneexp.pruning.budget import check_pruning, whole_budget
 from pruneexp.pruning.record import Record
 from pruneexp.pruning.rounds import prune_in_rounds_
-from pruneexp.search import AlAm, AlAmQueryHeads, Global, UlMm
+from pruneexp.search import AlAm, AlAmQueryHeads, Global, TwoStage, UlMm
 from pruneexp.sparsity import Cubic, OneShot
 from pruneexp.tracker.structure import kept_times, latency_figure
 from pruneexp.types import ConfigError, Curve, LayerTimes, Times
@@ -128,6 +128,16 @@ def test_a_share_of_times_is_met_by_the_table_to_the_nearest_unit(
     slack = {"query_heads": 3 * dearest, "policy_gradient": 0.02 * before, "joint": 0.02 * before}
     slack["greedy"] = 0.02 * before  # these ask for their losses once
     assert abs(before - after - 0.3 * before) <= slack.get(search, 1.5 * dearest)
+
+
+@each("ratio", [0.2, 0.4, 0.6])
+def test_two_stages_meet_a_share_of_times_by_channels(
+    ratio: float, tiny: Callable[..., Model], tokens_NT: Tensor
+) -> None:
+    model = with_table(tiny("llama"), *OVERHEAD)
+    before = total(model)
+    prune(model, tokens_NT, TwoStage(1, 1.5, 1), latency(ratio))
+    assert abs(before - total(model) - ratio * before) <= 0.05e9 / 2 + 3, "half a channel, and roundings"
 
 
 @each("search", ["uniform", "global", "al_am", "evolutionary"])

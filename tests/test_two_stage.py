@@ -67,6 +67,17 @@ def test_the_formula_says_how_many_attention_sublayers_leave_and_channels_make_u
         assert set(range(CHANNELS)) - set(plan.sites[site.name].kept) == set(lowest)
 
 
+def test_at_another_budget_the_ffns_make_up_for_the_difference() -> None:
+    scores, total, search = scores_of(SITES), params(SITES), TwoStage(1, 1.5, 1)
+    expected = round(LAYERS * 0.375 ** (CHANNELS * CHANNEL_COST / (HEADS * HEAD_COST) / 1.5))
+    channels = LAYERS * CHANNELS - round((0.375 * total - expected * HEADS * HEAD_COST) / CHANNEL_COST)
+    plan = search(scores, SITES, Budget(0.375, total), ByLayer(channels), RNG)
+    more = search.rebalanced(plan, scores, SITES, Budget(0.375, total, added=30 * CHANNEL_COST))
+    assert [more.sites[site.name] for site in ATTENTION] == [plan.sites[site.name] for site in ATTENTION]
+    assert sum(map(more.removed, FFN)) == sum(map(plan.removed, FFN)) + 30
+    assert search.rebalanced(plan, scores, SITES, Budget(0.375, total, added=0.6 * total)) == plan, "out of reach"
+
+
 def test_attention_makes_up_for_channels_that_have_run_out() -> None:
     total = params(SITES)
     most = LAYERS * 30 * CHANNEL_COST  # of channels, ten of which stay in every FFN

@@ -69,6 +69,16 @@ class TwoStage:
             plan = plan.merged(self._second(scores, attention, later, _Behind(oracle, plan), rng))
         return completed(plan, sites, budget)
 
+    def rebalanced(self, plan: Plan, scores: Scores, sites: Sequence[Site], budget: Budget) -> Plan:
+        """The plan at a budget that differs a little, without a probe: the attention sublayers stay as they are, the
+        FFNs make up for the difference."""
+        ffns, attention = _parted(sites, budget)
+        gone = Plan({site.name: plan.sites[site.name] for site in attention if plan.removed(site)})
+        left = replace(budget, added=budget.added - sum(budget.taken(site, gone.removed(site)) for site in attention))
+        if not ffns or not 0 <= left.remove <= removable(ffns, self.min_units, budget, multiple=self.multiple):
+            return plan  # more or fewer attention sublayers would have to leave
+        return completed(gone.merged(self._first(scores, ffns, left, None, torch.Generator())), sites, budget)
+
     def _second_budget(self, ffns: Sequence[Site], attention: Sequence[Site], budget: Budget) -> Budget:
         """What leaves in the second stage. Raises ConfigError where both together cannot remove so much."""
         held, most = prunable(attention, budget), removable(ffns, self.min_units, budget, multiple=self.multiple)

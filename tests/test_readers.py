@@ -174,6 +174,17 @@ def test_what_vllm_does_not_serve_says_what_to_type(loaded: Loaded, tmp_path: Pa
     assert vllm_note(save(loaded("bloom"), tmp_path / "dense").config) == ""  # stock: vLLM has a class of its own
 
 
+def with_tokenizer(model: Model) -> Model:
+    """With one of a word for each token, w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2")
+    return model
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_tokenizer_needs_no_code(
     terminal: bool, loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,14 +193,9 @@ def test_a_tokenizer_needs_no_code(
     nobody, and without a terminal the question is answered with no."""
     import builtins
 
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    model = uneven_(loaded("llama"))
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2")
-    save(model, tmp_path / "model")
+    save(with_tokenizer(uneven_(loaded("llama"))), tmp_path / "model")
 
     def ask(_question: str) -> str:
         assert not terminal, "somebody was asked"
@@ -200,3 +206,19 @@ def test_a_tokenizer_needs_no_code(
     assert AutoTokenizer.from_pretrained(tmp_path / "model", **settings)("w5 w9").input_ids == [5, 9]
     named = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     assert named["tokenizer_class"] and "auto_map" not in named
+
+
+@each("name", ("bloom", "gpt2", "phi4_mini"))
+def test_a_tokenizer_needs_no_code_where_one_layer_keeps_all(name: str, loaded: Loaded, tmp_path: Path) -> None:
+    """Numbers of heads stand in config.json under the class's own name of them, or rotations are checked by them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = with_tokenizer(loaded(name))
+    kept = {s.name: s.units - (s.layer > 0) for s in model.sites()}
+    shrink_(model, Plan({s.name: SitePlan(s.kind, s.units, tuple(range(kept[s.name]))) for s in model.sites()}))
+    save(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    assert tokenizer("w5 w9").input_ids == [5, 9]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    torch.testing.assert_close(logits(again.eval()), logits(model.module))
+    assert loaded(f"{name} again", tmp_path / "model").structures == model.structures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -74,11 +74,23 @@ def write_description(model: Model, form: Form, folder: Path) -> None:
     config.save_pretrained(folder)
     file = folder / "config.json"
     written = with_old_keys(json.loads(file.read_text()))
-    if form.kind == "remote_code":  # readers of `per_layer_config` without our code (AutoTokenizer) count by this name
-        written = {"num_hidden_layers": len(model.layers), **written}
-        written.pop("rope_scaling", None)  # most types of it are an error to them; our code makes it where it is wanted
+    if form.kind == "remote_code":
+        written = _readable(written, config.attribute_map, len(model.layers))
     file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     carry(model.source_folder, model.tokenizer, model.module.generation_config, folder)
+
+
+def _readable(written: dict[str, Any], stock_names: Mapping[str, str], layers: int) -> dict[str, Any]:
+    """The config.json so that it is no error to readers of `per_layer_config` without our code (AutoTokenizer): they
+    count layers by this name, want what only some layers name as the model's own, too, and look at rotations.
+    `stock_names`: what the stock class calls such values, GPT-2 `n_head`."""
+    named = {name for own in written["per_layer_config"].values() for name in own}
+    whole = {name: written[own] for name, own in stock_names.items() if name in named and own in written}
+    written = {"num_hidden_layers": layers, **whole, **written}
+    written.pop("rope_scaling", None)  # our code makes it where it is wanted
+    if (written.get("rope_parameters") or {}).get("rope_type") == "longrope":  # checked by the model's number of heads
+        written["allow_global_per_layer_attribute_access"] = True
+    return written
 
 
 def _tensors(model: Model, form: Form) -> Iterable[tuple[str, Tensor]]:

@@ -237,6 +237,10 @@ def test_documents_of_jsonl_and_parquet_are_the_same(folder: Path, tokenizer: An
     [
         ('{"text": "a"}\n{"body": "b"}\n', "line 2: field 'text' is missing \\(there are body\\)"),
         ('{"text": 5}\n', "line 1: field 'text' is no text"),
+        (
+            '{"text": "a"}\n{"text": "\\ud83d"}\n',
+            "line 2: field 'text' holds half a character, \\\\ud83d; expected a text",
+        ),
         ("plain\n", "line 1 is no JSON object"),
         ("", "no text in it"),
         ('{"text": " "}\n', "no text in it"),

@@ -169,6 +169,11 @@ def _fields_of(line: str, fields: Sequence[str], where: str) -> dict[str, str]:
         if not isinstance(row.get(field), str):
             what = "is no text" if field in row else f"is missing (there are {', '.join(row) or 'none'})"
             raise ConfigError(f"{where}: field {field!r} {what}; expected a text (dataset.fields names them)")
+        try:
+            row[field].encode()
+        except UnicodeEncodeError as error:  # JSON's \ud83d without its other half
+            half = f"\\u{ord(row[field][error.start]):04x}"
+            raise ConfigError(f"{where}: field {field!r} holds half a character, {half}; expected a text") from None
     return {field: row[field] for field in fields}
 
 

@@ -186,3 +186,15 @@ def test_a_run_is_calibrated_on_both(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert again["passes/forward"] == metrics["passes/forward"]
     foretold = pruneexp.run([*typed, "run.dry=true"]).metrics
     assert foretold["forecast/passes/forward"] == pytest.approx(metrics["passes/forward"])
+
+
+def test_written_windows_count_where_some_are_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["recipe=best", "run.dry=true", "evaluator=[]"]
+    pruneexp.run([*typed, "dataset.samples=4"])
+    for settings, there in (
+        (["dataset.samples=3"], "dataset.samples=3 and 3 that the model writes, 3 of them"),
+        (["dataset.samples=4", "augmentation=none"], "dataset.samples=4, 2 of them"),
+    ):
+        with pytest.raises(pruneexp.ConfigError, match=f"^{there} held out by search.held_out=0.5: . calibration"):
+            pruneexp.run([*typed, *settings])

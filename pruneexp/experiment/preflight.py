@@ -156,11 +156,12 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     with waiting("tokenising the calibration text"):
         tokens_NT = dataset.calibration(tokenizer)
     check_vocabulary(tokens_NT, vocabulary, where)
-    _check_windows(experiment, len(tokens_NT))
+    added = experiment.augmentation.added(*tokens_NT.shape)
+    _check_windows(experiment, len(tokens_NT), added)
     if max_length is not None and tokens_NT.shape[1] > max_length:
         wide = f"{where}: windows of {tokens_NT.shape[1]} tokens"
         raise ConfigError(f"{wide}; expected at most {max_length}, the model's longest window")
-    experiment.recovery.prepare(model.family, len(tokens_NT) + experiment.augmentation.added(*tokens_NT.shape))
+    experiment.recovery.prepare(model.family, len(tokens_NT) + added)
     for name, evaluator in experiment.evaluators.items():
         with waiting(f"preparing evaluator {name}"):
             evaluator.prepare(tokenizer, vocabulary)
@@ -187,10 +188,11 @@ def read_inputs(experiment: Experiment) -> tuple[Any, Tensor]:
     return tokenizer, tokens_NT
 
 
-def _check_windows(experiment: Experiment, windows: int) -> None:
-    """Raises ConfigError where a method wants more calibration windows than there are."""
-    dataset = experiment.dataset
-    setting = f"dataset.samples={windows}" if dataset.samples is not None else dataset.key("calibration")
+def _check_windows(experiment: Experiment, given: int, added: int) -> None:
+    """Raises ConfigError where a method wants more calibration windows than there are, with those that are added."""
+    dataset, windows = experiment.dataset, given + added
+    setting = f"dataset.samples={given}" if dataset.samples is not None else dataset.key("calibration")
+    setting += f" and {added} that the model writes" if added else ""
     share = experiment.search.held_out
     held_out = round(share * windows)
     if share and held_out < 2:

@@ -471,7 +471,8 @@ def test_a_tokenizer_without_the_token_is_refused_before_weights_load(
         tokenizer.save_pretrained(folder)
     monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("a weight was loaded"))
     for key in ("dataset", "evaluator.perplexity", "evaluator.latency"):
-        expected = rf"^{key}\.bos=true: the tokenizer has no beginning-of-sequence token; expected false$"
+        asked = rf"{key}\.bos=true, or auto where the model needs one"
+        expected = rf"^{asked}: the tokenizer has no beginning-of-sequence token; expected false$"
         with pytest.raises(ConfigError, match=expected):
             run(bare["llama_multi_query"], "r", f"{key}.bos=true")
     monkeypatch.undo()

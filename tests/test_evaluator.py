@@ -203,7 +203,7 @@ def test_perplexity_errors_before_weights(stream, tmp_path):
         a_perplexity(stream).prepare(Bytes(), 40)
     tokenizer = Bytes()
     tokenizer.bos_token_id = None
-    with pytest.raises(ConfigError, match=r"bos=true: the tokenizer has no beginning-of-sequence token"):
+    with pytest.raises(ConfigError, match=r"bos=true, or auto .*: the tokenizer has no beginning-of-sequence token"):
         a_perplexity(stream, bos=True).prepare(tokenizer, V)
 
 

@@ -124,7 +124,8 @@ def bos_token(tokenizer: Any, key: str) -> int:
     """The id of the tokenizer's beginning-of-sequence token. Raises ConfigError, naming `key`, where it has none."""
     token = getattr(tokenizer, "bos_token_id", None)
     if token is None:
-        raise ConfigError(f"{key}=true: the tokenizer has no beginning-of-sequence token; expected false")
+        asked = f"{key}=true, or auto where the model needs one"
+        raise ConfigError(f"{asked}: the tokenizer has no beginning-of-sequence token; expected false")
     return token
 
 
